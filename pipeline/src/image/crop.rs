@@ -1,0 +1,139 @@
+//! Where the square is cut, and cutting it.
+
+use image::RgbImage;
+use rand_chacha::rand_core::RngCore;
+
+use crate::order::rng::below;
+
+/// Where in the resized image the square is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CropMode {
+    /// Anywhere, uniformly; as torchvision's `RandomCrop`.
+    #[default]
+    Random,
+    /// In the middle; as torchvision's `CenterCrop`.
+    Center,
+}
+
+/// A place for the square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CropWindow {
+    /// Rows above it.
+    pub top: u32,
+    /// Columns left of it.
+    pub left: u32,
+    /// Whether the square is mirrored after cutting.
+    pub flipped: bool,
+}
+
+/// Chooses a place for a square of `side` in an image of `width` x `height`, at least as large.
+pub(crate) fn place(
+    (width, height): (u32, u32),
+    side: u32,
+    mode: CropMode,
+    flip: bool,
+    rng: &mut impl RngCore,
+) -> CropWindow {
+    let (rows, columns) = (height.saturating_sub(side), width.saturating_sub(side));
+    let (top, left) = match mode {
+        CropMode::Random => {
+            let mut upto = |n: u32| u32::try_from(below(rng, u64::from(n) + 1)).unwrap_or(0);
+            (upto(rows), upto(columns))
+        }
+        CropMode::Center => (half_even(rows), half_even(columns)),
+    };
+    let flipped = flip && below(rng, 2) == 1;
+    CropWindow { top, left, flipped }
+}
+
+/// Python's `round(n / 2.0)`: a half goes to the even neighbour.
+fn half_even(n: u32) -> u32 {
+    let half = n / 2;
+    if n % 2 == 1 { half + half % 2 } else { half }
+}
+
+impl CropWindow {
+    /// Cuts the square out: `[3, side, side]`, channel after channel, 8 bit.
+    ///
+    /// Pixels beyond the image's edge, which only a window not made for it has, are black.
+    #[must_use]
+    pub fn cut(self, image: &RgbImage, side: u32) -> Vec<u8> {
+        let side_px = side as usize;
+        let plane = side_px * side_px;
+        let mut out = vec![0; 3 * plane];
+        let stride = 3 * image.width() as usize;
+        let (red, rest) = out.split_at_mut(plane);
+        let (green, blue) = rest.split_at_mut(plane);
+        for row in 0..side_px {
+            let start = (self.top as usize + row) * stride + 3 * self.left as usize;
+            let Some(source) = image.as_raw().get(start..start + 3 * side_px) else {
+                break;
+            };
+            let span = row * side_px..(row + 1) * side_px;
+            let targets = red[span.clone()]
+                .iter_mut()
+                .zip(&mut green[span.clone()])
+                .zip(&mut blue[span.clone()]);
+            for (((r, g), b), pixel) in targets.zip(source.chunks_exact(3)) {
+                (*r, *g, *b) = (pixel[0], pixel[1], pixel[2]);
+            }
+            if self.flipped {
+                for channel in [&mut *red, &mut *green, &mut *blue] {
+                    channel[span.clone()].reverse();
+                }
+            }
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::order::rng::rng;
+    use image::Rgb;
+
+    #[test]
+    fn centers_round_as_python() {
+        let rounded: Vec<u32> = (0..9).map(half_even).collect();
+        assert_eq!(rounded, [0, 0, 1, 2, 2, 2, 3, 4, 4]);
+    }
+
+    #[test]
+    fn random_places_reach_every_offset_and_no_further() {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut flips = 0;
+        for n in 0..500 {
+            let window = place(
+                (10, 8),
+                8,
+                CropMode::Random,
+                true,
+                &mut rng(1, "crop", 0, n),
+            );
+            assert_eq!(window.top, 0);
+            seen.insert(window.left);
+            flips += u32::from(window.flipped);
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 2]);
+        assert!((200..300).contains(&flips), "{flips}");
+    }
+
+    #[test]
+    fn cutting_keeps_channels_and_mirrors() {
+        let image = RgbImage::from_fn(4, 3, |x, y| Rgb([x as u8, y as u8, 9]));
+        let window = |flipped| CropWindow {
+            top: 1,
+            left: 2,
+            flipped,
+        };
+        assert_eq!(
+            window(false).cut(&image, 2),
+            [2, 3, 2, 3, 1, 1, 2, 2, 9, 9, 9, 9]
+        );
+        assert_eq!(
+            window(true).cut(&image, 2),
+            [3, 2, 3, 2, 1, 1, 2, 2, 9, 9, 9, 9]
+        );
+    }
+}

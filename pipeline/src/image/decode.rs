@@ -1,0 +1,205 @@
+//! Encoded bytes to RGB.
+//!
+//! The format is told by content, never by name. Limits are checked on the header, before anything
+//! is decoded. Rules where formats differ:
+//! - transparency is composited on white (Pillow's `convert("RGB")`, which the reference's loader
+//!   uses, drops it and shows whatever colour lies beneath);
+//! - EXIF orientation is not applied, as in the reference's loader;
+//! - 16 bit channels are rounded to 8;
+//! - of an animation the first frame is taken.
+
+use std::io::Cursor;
+
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+
+/// Why an image can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Not one of the formats this reads.
+    #[error("is not an image of a known format (JPEG, PNG, WebP, GIF, BMP)")]
+    UnknownFormat,
+    /// Larger than allowed.
+    #[error("is {width}x{height} pixels; at most {max_pixels} are allowed")]
+    TooLarge {
+        /// Pixels across.
+        width: u32,
+        /// Pixels down.
+        height: u32,
+        /// The limit.
+        max_pixels: u64,
+    },
+    /// Damaged, cut off or of a kind the decoder lacks.
+    #[error("can't be decoded: {0}")]
+    Damaged(String),
+}
+
+/// An image in memory.
+#[derive(Debug, Clone)]
+pub struct Decoded {
+    /// The pixels, 8 bit.
+    pub pixels: RgbImage,
+    /// Lower-case name of the format: `jpeg`, `png` …
+    pub format: &'static str,
+}
+
+const FORMATS: [(ImageFormat, &str); 5] = [
+    (ImageFormat::Jpeg, "jpeg"),
+    (ImageFormat::Png, "png"),
+    (ImageFormat::WebP, "webp"),
+    (ImageFormat::Gif, "gif"),
+    (ImageFormat::Bmp, "bmp"),
+];
+
+fn damaged(error: &image::ImageError) -> DecodeError {
+    DecodeError::Damaged(error.to_string())
+}
+
+fn open(bytes: &[u8]) -> Result<(impl ImageDecoder + '_, &'static str), DecodeError> {
+    let format = image::guess_format(bytes).map_err(|_| DecodeError::UnknownFormat)?;
+    let (format, name) = FORMATS
+        .into_iter()
+        .find(|(known, _)| *known == format)
+        .ok_or(DecodeError::UnknownFormat)?;
+    let decoder = ImageReader::with_format(Cursor::new(bytes), format)
+        .into_decoder()
+        .map_err(|error| damaged(&error))?;
+    Ok((decoder, name))
+}
+
+/// Reads the header alone: format name, width and height in pixels.
+///
+/// # Errors
+/// [`DecodeError`] if even the header can't be read.
+pub fn probe(bytes: &[u8]) -> Result<(&'static str, u32, u32), DecodeError> {
+    let (decoder, name) = open(bytes)?;
+    let (width, height) = decoder.dimensions();
+    Ok((name, width, height))
+}
+
+/// Decodes to 8-bit RGB.
+///
+/// # Errors
+/// [`DecodeError`] for what isn't an image, is damaged, or has more than `max_pixels` pixels.
+pub fn decode(bytes: &[u8], max_pixels: u64) -> Result<Decoded, DecodeError> {
+    let (mut decoder, format) = open(bytes)?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > max_pixels {
+        return Err(DecodeError::TooLarge {
+            width,
+            height,
+            max_pixels,
+        });
+    }
+    if width == 0 || height == 0 {
+        return Err(DecodeError::Damaged("has no pixels".to_owned()));
+    }
+    let mut limits = image::Limits::no_limits();
+    // Room for the widest pixel (16-bit RGBA) twice over: decoders work beside the result.
+    limits.max_alloc = Some(max_pixels.saturating_mul(16));
+    decoder
+        .set_limits(limits)
+        .map_err(|error| damaged(&error))?;
+    let image = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error))?;
+    let pixels = if image.color().has_alpha() {
+        on_white(&image.into_rgba8())
+    } else {
+        image.into_rgb8()
+    };
+    Ok(Decoded { pixels, format })
+}
+
+fn on_white(image: &image::RgbaImage) -> RgbImage {
+    let mut flat = RgbImage::new(image.width(), image.height());
+    for (to, from) in flat.pixels_mut().zip(image.pixels()) {
+        let [r, g, b, alpha] = from.0;
+        to.0 = [r, g, b].map(|level| {
+            let alpha = u32::from(alpha);
+            let mixed = (u32::from(level) * alpha + 255 * (255 - alpha) + 127) / 255;
+            u8::try_from(mixed).unwrap_or(u8::MAX)
+        });
+    }
+    flat
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ImageBuffer, Luma, Rgb, Rgba};
+
+    const MANY: u64 = 1 << 20;
+
+    fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    #[test]
+    fn transparency_is_composited_on_white() {
+        let mut image = ImageBuffer::from_pixel(3, 1, Rgba([10_u8, 20, 30, 255]));
+        image.put_pixel(1, 0, Rgba([10, 20, 30, 0]));
+        image.put_pixel(2, 0, Rgba([0, 100, 255, 128]));
+        let decoded = decode(&encoded(&image.into(), ImageFormat::Png), MANY).unwrap();
+        assert_eq!(decoded.format, "png");
+        assert_eq!(decoded.pixels.get_pixel(0, 0), &Rgb([10, 20, 30]));
+        assert_eq!(decoded.pixels.get_pixel(1, 0), &Rgb([255, 255, 255]));
+        assert_eq!(decoded.pixels.get_pixel(2, 0), &Rgb([127, 177, 255]));
+    }
+
+    #[test]
+    fn deep_and_grey_images_become_rgb8() {
+        let deep = ImageBuffer::from_pixel(2, 2, Rgb([0xABCD_u16, 0, 0xFFFF]));
+        let decoded = decode(&encoded(&deep.into(), ImageFormat::Png), MANY).unwrap();
+        assert_eq!(decoded.pixels.get_pixel(0, 0), &Rgb([0xAB, 0, 0xFF]));
+        let grey = ImageBuffer::from_pixel(2, 2, Luma([99_u8]));
+        let decoded = decode(&encoded(&grey.into(), ImageFormat::Jpeg), MANY).unwrap();
+        assert_eq!(decoded.format, "jpeg");
+        assert_eq!(decoded.pixels.get_pixel(1, 1), &Rgb([99, 99, 99]));
+    }
+
+    #[test]
+    fn limits_hold_before_anything_is_decoded() {
+        let image = ImageBuffer::from_pixel(100, 50, Rgb([1_u8, 2, 3]));
+        let bytes = encoded(&image.into(), ImageFormat::Bmp);
+        assert_eq!(probe(&bytes), Ok(("bmp", 100, 50)));
+        let error = decode(&bytes, 4999).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "is 100x50 pixels; at most 4999 are allowed"
+        );
+        assert!(decode(&bytes, 5000).is_ok());
+    }
+
+    #[test]
+    fn damage_and_strangers_are_errors() {
+        let image = ImageBuffer::from_fn(64, 64, |x, y| Rgb([(x * 4) as u8, (y * 4) as u8, 9_u8]));
+        let png = encoded(&image.into(), ImageFormat::Png);
+        assert!(matches!(
+            decode(&png[..png.len() / 2], MANY),
+            Err(DecodeError::Damaged(_))
+        ));
+        assert_eq!(
+            decode(b"<html>", MANY).unwrap_err(),
+            DecodeError::UnknownFormat
+        );
+        assert_eq!(decode(b"", MANY).unwrap_err(), DecodeError::UnknownFormat);
+    }
+
+    #[test]
+    fn any_bytes_are_survived() {
+        let image: DynamicImage =
+            ImageBuffer::from_fn(16, 16, |x, y| Rgb([(x * 16) as u8, (y * 16) as u8, 9_u8])).into();
+        let mut generator = fastrand::Rng::with_seed(5);
+        for (format, _) in FORMATS {
+            let whole = encoded(&image, format);
+            for _ in 0..300 {
+                let mut damaged = whole.clone();
+                for _ in 0..generator.usize(1..6) {
+                    let at = generator.usize(0..damaged.len());
+                    damaged[at] = generator.u8(..);
+                }
+                let _either = decode(&damaged, MANY);
+            }
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Streams captioned-image shards (WebDataset tars) out of S3 and turns them into ordered pixel
+//! batches.
+//!
+//! # Purpose
+//! A training run reads millions of images, most of them once. This crate brings them from where
+//! they are to `[B, 3, R, R]` without touching the disk, with flat memory, and in an order that can
+//! be repeated and resumed.
+//!
+//! # Design
+//! - **Order is data, speed is not.** Which sample comes when depends on seed, epoch, rank and world
+//!   alone ([`order`]). Threads only change how fast it comes.
+//! - **Everything is bounded.** Stages are joined by bounded channels ([`flow`]); compressed data is
+//!   bounded in bytes as well. A slow consumer holds back the network.
+//! - **Faults have names.** What passes is retried and goes on from the byte it had; what doesn't
+//!   ends with the URL, the cause and what to set ([`SourceError`], [`StreamError`]). A broken sample
+//!   is skipped and counted by its reason.
+//! - **No tensors.** The crate knows S3, tar and images, and no machine-learning library.
+//!
+//! # Example
+//! ```no_run
+//! use coffey_pipeline::flow::{FlowMetrics, Stage};
+//! use coffey_pipeline::{S3Options, Sources, Stream, StreamConfig, expand};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let runtime = tokio::runtime::Runtime::new()?;
+//! let metrics = FlowMetrics::new();
+//! let sources = runtime.block_on(Sources::new(S3Options::default(), metrics.clone()))?;
+//! let urls = expand(&["s3://bucket/data/{00000..01210}.tar".to_owned()])?;
+//! let config = StreamConfig {
+//!     shards: runtime.block_on(sources.list(&urls))?,
+//!     batch_size: 12,
+//!     seed: 453_645_634,
+//!     ..StreamConfig::default()
+//! };
+//! let stream = Stream::open(config, &sources, &metrics, runtime.handle())?;
+//! let consumer = metrics.stage(Stage::Train);
+//! while let Some(batch) = stream.batches().recv_blocking(&consumer) {
+//!     let batch = batch?;
+//!     println!("{}: {:?}", batch.index, batch.samples[0].caption);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod flow;
+pub mod image;
+pub mod inspect;
+pub mod order;
+pub mod shard;
+pub mod source;
+mod stream;
+
+pub use crate::image::{CropMode, ImageOptions, Interpolation};
+pub use flow::FlowMetrics;
+pub use order::{Cursor, Order};
+pub use shard::{Filter, ShardUrl, expand};
+pub use source::{S3Options, SourceError, Sources};
+pub use stream::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError};

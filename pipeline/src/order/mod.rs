@@ -1,0 +1,16 @@
+//! The order of samples: a pure function of seed, epoch, rank and world.
+//!
+//! Owns counter-based randomness, the shard permutation, the shuffle buffer and the cursor. Nothing
+//! here reads a clock, a thread number or how far some other part has come, so the same settings
+//! give the same order on any machine, and any place in it can be found again.
+
+mod cursor;
+mod permutation;
+pub mod rng;
+mod shuffle;
+
+pub use cursor::{Cursor, CursorMismatch};
+pub use permutation::{EpochPlan, Order};
+
+pub(crate) use cursor::{OrderIdentity, fingerprint};
+pub(crate) use shuffle::ShuffleBuffer;

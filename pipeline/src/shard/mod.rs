@@ -1,0 +1,17 @@
+//! Shards: naming them ([`ShardUrl`]), and taking their tars apart into [`Sample`]s.
+//!
+//! Owns URL syntax, tar reading and webdataset's grouping of members. It never touches the network:
+//! bytes come in through any [`std::io::Read`].
+
+mod filter;
+mod sample;
+mod tar;
+mod url;
+
+pub use filter::{Filter, FilterReport, Rejection};
+pub use sample::Sample;
+pub use url::{ShardUrl, UrlError, expand};
+
+pub(crate) use filter::FilterState;
+pub(crate) use tar::{Grouped, TarError, TarOptions, read_samples};
+pub(crate) use url::Location;

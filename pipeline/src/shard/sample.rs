@@ -1,0 +1,100 @@
+//! A sample as it stands in a shard: a key and its members, still compressed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+/// The members of a shard that share a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// The members' common path, up to the first `.` of the file name.
+    pub key: Arc<str>,
+    /// Extension (lower case, without its first dot: `jpg`, `seg.png`) to content.
+    pub members: BTreeMap<String, Bytes>,
+    /// Extensions of members that were left out because they are larger than allowed, with their size.
+    pub oversized: BTreeMap<String, u64>,
+}
+
+impl Sample {
+    pub(crate) fn new(key: &str) -> Self {
+        Self {
+            key: Arc::from(key),
+            members: BTreeMap::new(),
+            oversized: BTreeMap::new(),
+        }
+    }
+
+    /// The first of `extensions` this sample has, with its content.
+    #[must_use]
+    pub fn pick(&self, extensions: &[String]) -> Option<(&str, &Bytes)> {
+        extensions
+            .iter()
+            .find_map(|wanted| self.members.get_key_value(wanted.as_str()))
+            .map(|(extension, content)| (extension.as_str(), content))
+    }
+
+    /// Bytes of all its members together.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.members.values().map(Bytes::len).sum()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.oversized.is_empty()
+    }
+}
+
+/// Splits a member's path as webdataset's `base_plus_ext`: the key goes up to the first `.` of the
+/// file name, the extension is the rest in lower case. `None` for names without one, for hidden
+/// files and for webdataset's own `__meta__` entries: they belong to no sample.
+pub(crate) fn split_name(path: &str) -> Option<(&str, String)> {
+    let path = path.trim_start_matches("./");
+    let name_at = path.rfind('/').map_or(0, |slash| slash + 1);
+    let name = &path[name_at..];
+    let dot = name.find('.')?;
+    let is_meta = name.starts_with("__") && name.ends_with("__");
+    if dot == 0 || dot + 1 == name.len() || is_meta {
+        return None;
+    }
+    Some((&path[..name_at + dot], name[dot + 1..].to_lowercase()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_split_as_base_plus_ext() {
+        let split = |path| split_name(path).map(|(key, extension)| (key.to_owned(), extension));
+        let pair = |key: &str, extension: &str| Some((key.to_owned(), extension.to_owned()));
+        assert_eq!(split("00012.jpg"), pair("00012", "jpg"));
+        assert_eq!(split("a.b/c.d/e.seg.PNG"), pair("a.b/c.d/e", "seg.png"));
+        assert_eq!(split("./é/名.Json"), pair("é/名", "json"));
+        assert_eq!(split("README"), None);
+        assert_eq!(split("a/.hidden"), None);
+        assert_eq!(split("a/._x.jpg"), None);
+        assert_eq!(split("a."), None);
+        assert_eq!(split("__meta.x__"), None);
+        assert_eq!(split(""), None);
+    }
+
+    #[test]
+    fn picks_follow_the_order_of_preference() {
+        let mut sample = Sample::new("k");
+        sample
+            .members
+            .insert("png".into(), Bytes::from_static(b"p"));
+        sample
+            .members
+            .insert("jpg".into(), Bytes::from_static(b"j"));
+        let keys = |keys: &[&str]| keys.iter().map(|k| (*k).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            sample.pick(&keys(&["webp", "jpg", "png"])).unwrap().0,
+            "jpg"
+        );
+        assert_eq!(sample.pick(&keys(&["png", "jpg"])).unwrap().0, "png");
+        assert!(sample.pick(&keys(&["gif"])).is_none());
+        assert_eq!(sample.bytes(), 2);
+    }
+}

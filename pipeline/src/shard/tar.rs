@@ -1,0 +1,265 @@
+//! Tar members to samples, one after another, from any reader.
+
+use std::io::Read;
+
+use bytes::Bytes;
+
+use super::sample::{Sample, split_name};
+
+/// How a shard is taken apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TarOptions {
+    /// Members larger than this are passed over unread. Bytes.
+    pub(crate) max_member_bytes: u64,
+}
+
+/// Why a shard could not be read to its end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TarError {
+    /// The very first header is wrong: this is something else.
+    #[error("is not a tar: {0}")]
+    NotATar(String),
+    /// It began as a tar. What came before the fault was delivered.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// What the receiver of samples wants next.
+pub(crate) enum Grouped {
+    Continue,
+    Stop,
+}
+
+/// Reads `reader` as a tar and gives each sample to `deliver`, in order.
+///
+/// Members with one key that follow each other are one sample; a repeated extension begins a new
+/// one, as in the reference's loader. Folders and links are passed over. After a fault the sample
+/// it fell into is dropped, since part of it may be missing.
+pub(crate) fn read_samples(
+    reader: impl Read,
+    options: TarOptions,
+    mut deliver: impl FnMut(Sample) -> Grouped,
+) -> Result<(), TarError> {
+    let mut archive = tar::Archive::new(reader);
+    let entries = archive
+        .entries()
+        .map_err(|error| TarError::NotATar(error.to_string()))?;
+    let mut current: Option<Sample> = None;
+    let mut last_path = String::new();
+    for (index, entry) in entries.enumerate() {
+        let mut entry = match entry {
+            Ok(entry) => entry,
+            Err(error) if index == 0 => return Err(TarError::NotATar(error.to_string())),
+            Err(error) => {
+                return Err(TarError::Broken(format!(
+                    "{error} after member {last_path:?}"
+                )));
+            }
+        };
+        last_path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        // tar's GNU sparse members and links hold no plain content.
+        if !matches!(
+            entry.header().entry_type(),
+            tar::EntryType::Regular | tar::EntryType::Continuous
+        ) {
+            continue;
+        }
+        let Some((key, extension)) = split_name(&last_path) else {
+            continue;
+        };
+        let begins_another = current.as_ref().is_none_or(|sample| {
+            *sample.key != *key
+                || sample.members.contains_key(&extension)
+                || sample.oversized.contains_key(&extension)
+        });
+        if begins_another
+            && let Some(done) = current.replace(Sample::new(key))
+            && let Grouped::Stop = deliver(done)
+        {
+            return Ok(());
+        }
+        let size = entry.size();
+        let mut content = Vec::new();
+        if size <= options.max_member_bytes {
+            let wanted = usize::try_from(size).unwrap_or(usize::MAX);
+            // A damaged header may claim any size: trust it only so far before bytes arrive.
+            content.reserve_exact(wanted.min(1 << 20));
+            entry
+                .read_to_end(&mut content)
+                .map_err(|error| TarError::Broken(format!("{error} in member {last_path:?}")))?;
+            if content.len() != wanted {
+                return Err(TarError::Broken(format!(
+                    "ends inside member {last_path:?}, after {} of {size} bytes",
+                    content.len()
+                )));
+            }
+        }
+        if let Some(sample) = &mut current {
+            if size <= options.max_member_bytes {
+                sample.members.insert(extension, Bytes::from(content));
+            } else {
+                sample.oversized.insert(extension, size);
+            }
+        }
+    }
+    if let Some(sample) = current.filter(|sample| !sample.is_empty()) {
+        deliver(sample);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (path, content) in members {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            header.set_cksum();
+            builder.append_data(&mut header, path, *content).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    fn read(tar: &[u8]) -> (Vec<Sample>, Result<(), TarError>) {
+        let mut samples = Vec::new();
+        let options = TarOptions {
+            max_member_bytes: 1000,
+        };
+        let result = read_samples(tar, options, |sample| {
+            samples.push(sample);
+            Grouped::Continue
+        });
+        (samples, result)
+    }
+
+    fn shape(samples: &[Sample]) -> Vec<String> {
+        samples
+            .iter()
+            .map(|s| {
+                format!(
+                    "{}:{}",
+                    s.key,
+                    s.members.keys().cloned().collect::<Vec<_>>().join(",")
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn members_are_grouped_by_key() {
+        let long = format!("{}/x.jpg", "folder".repeat(30));
+        let (samples, result) = read(&tar_of(&[
+            ("a.jpg", b"1"),
+            ("a.json", b"{}"),
+            ("README", b"ignored"),
+            ("a.TXT", b"t"),
+            ("b.jpg", b"2"),
+            ("b.jpg", b"3"),
+            (&long, b"4"),
+        ]));
+        result.unwrap();
+        let long_key = long.trim_end_matches(".jpg");
+        assert_eq!(
+            shape(&samples),
+            [
+                "a:jpg,json,txt",
+                "b:jpg",
+                "b:jpg",
+                &format!("{long_key}:jpg")
+            ]
+        );
+    }
+
+    #[test]
+    fn folders_and_links_are_passed_over() {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (kind, path) in [
+            (tar::EntryType::Directory, "a.jpg/"),
+            (tar::EntryType::Symlink, "b.jpg"),
+            (tar::EntryType::Link, "c.jpg"),
+        ] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            if kind == tar::EntryType::Directory {
+                header.set_cksum();
+                builder.append_data(&mut header, path, &b""[..]).unwrap();
+            } else {
+                builder
+                    .append_link(&mut header, path, "/etc/passwd")
+                    .unwrap();
+            }
+        }
+        let (samples, result) = read(&builder.into_inner().unwrap());
+        result.unwrap();
+        assert!(samples.is_empty());
+    }
+
+    #[test]
+    fn a_cut_inside_a_member_keeps_what_came_before() {
+        let tar = tar_of(&[
+            ("a.jpg", &[1; 600]),
+            ("b.jpg", &[2; 600]),
+            ("c.jpg", &[3; 600]),
+        ]);
+        let (samples, result) = read(&tar[..512 + 1024 + 512 + 100]);
+        let message = result.unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "ends inside member \"b.jpg\", after 100 of 600 bytes"
+        );
+        assert_eq!(shape(&samples), ["a:jpg"]);
+        // Inside c's header: b might have had more members.
+        let (samples, result) = read(&tar[..2 * 1536 + 100]);
+        assert!(matches!(result, Err(TarError::Broken(_))), "{result:?}");
+        assert_eq!(shape(&samples), ["a:jpg"]);
+    }
+
+    #[test]
+    fn an_archive_without_its_end_blocks_is_whole() {
+        let tar = tar_of(&[("a.jpg", &[1; 600])]);
+        let (samples, result) = read(&tar[..1536]);
+        result.unwrap();
+        assert_eq!(shape(&samples), ["a:jpg"]);
+    }
+
+    #[test]
+    fn what_never_was_a_tar_is_told_from_a_broken_one() {
+        let page = [
+            b"<html><body>403 Forbidden</body></html>".as_slice(),
+            &[b' '; 600],
+        ]
+        .concat();
+        for content in [page.as_slice(), b"short", &[7; 5000]] {
+            let (_, result) = read(content);
+            assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
+        }
+    }
+
+    #[test]
+    fn oversized_members_are_passed_over_and_named() {
+        let (samples, result) = read(&tar_of(&[("a.jpg", &[1; 2000]), ("a.txt", b"t")]));
+        result.unwrap();
+        assert_eq!(shape(&samples), ["a:txt"]);
+        assert_eq!(samples[0].oversized["jpg"], 2000);
+    }
+
+    #[test]
+    fn any_bytes_are_survived() {
+        let whole = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
+        let mut generator = fastrand::Rng::with_seed(3);
+        for _ in 0..2000 {
+            let mut damaged = whole.clone();
+            for _ in 0..generator.usize(1..4) {
+                let at = generator.usize(0..damaged.len());
+                damaged[at] = generator.u8(..);
+            }
+            damaged.truncate(generator.usize(0..=damaged.len()));
+            let _either = read(&damaged);
+        }
+    }
+}

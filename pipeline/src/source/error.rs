@@ -1,0 +1,165 @@
+//! What can go wrong with a source, told so that a user knows what to do.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why bytes could not be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// There is no such object, bucket or file.
+    #[error("{url}: not found ({cause}); check the name{hint}")]
+    NotFound {
+        /// What was asked for.
+        url: String,
+        /// What the server said.
+        cause: String,
+        /// What else to look at.
+        hint: &'static str,
+    },
+    /// The server refuses.
+    #[error("{url}: access denied ({cause}); {hint}")]
+    Forbidden {
+        /// What was asked for.
+        url: String,
+        /// What the server said.
+        cause: String,
+        /// What to set.
+        hint: &'static str,
+    },
+    /// There are no credentials to sign with.
+    #[error(
+        "{url}: no usable AWS credentials ({cause}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role, \
+         or [s3] anonymous = true for a public bucket"
+    )]
+    Credentials {
+        /// What was asked for.
+        url: String,
+        /// Where the chain of providers ended.
+        cause: String,
+    },
+    /// The bucket lives elsewhere.
+    #[error("{url}: the bucket is in another region ({cause}); set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
+    WrongRegion {
+        /// What was asked for.
+        url: String,
+        /// What the server said.
+        cause: String,
+        /// The bucket's region, if the server names it.
+        right: Option<String>,
+    },
+    /// The object was replaced while it was read. Two versions are never spliced.
+    #[error(
+        "{url}: the object changed while it was read (after {offset} bytes); start again when it no longer changes"
+    )]
+    Changed {
+        /// Which object.
+        url: String,
+        /// Bytes read of the old version.
+        offset: u64,
+    },
+    /// Nobody answers there.
+    #[error(
+        "{url}: can't connect to {endpoint} ({attempts} attempts): {cause}; check the network{hint}"
+    )]
+    Unreachable {
+        /// What was asked for.
+        url: String,
+        /// Who was called.
+        endpoint: String,
+        /// How often.
+        attempts: u32,
+        /// The last failure.
+        cause: String,
+        /// What else to look at.
+        hint: &'static str,
+    },
+    /// Faults that may pass did not, within the allowed attempts.
+    #[error("{url}: gave up after {attempts} attempts in {:.1} s, with {offset} bytes read: {cause}", elapsed.as_secs_f64())]
+    Exhausted {
+        /// Which object.
+        url: String,
+        /// Requests made.
+        attempts: u32,
+        /// Time since the first.
+        elapsed: Duration,
+        /// Bytes read before the last failure.
+        offset: u64,
+        /// The last failure.
+        cause: String,
+    },
+    /// The server answers with something that repeating won't change.
+    #[error("{url}: {cause}")]
+    Refused {
+        /// What was asked for.
+        url: String,
+        /// What it said.
+        cause: String,
+    },
+    /// The URL is of a kind that can't do what was asked.
+    #[error("{url}: {cause}")]
+    Unsupported {
+        /// What was asked for.
+        url: String,
+        /// Why not, and what would be right.
+        cause: String,
+    },
+    /// A folder without shards.
+    #[error("{url}: no .tar files in it")]
+    EmptyFolder {
+        /// Which folder.
+        url: String,
+    },
+    /// A local file can't be read.
+    #[error("{url}: {cause}")]
+    File {
+        /// Which file.
+        url: String,
+        /// The system's error.
+        cause: String,
+    },
+    /// The embedded server can't start.
+    #[error("[s3] embedded_root = {root:?}: {cause}")]
+    Embedded {
+        /// The folder to be served.
+        root: PathBuf,
+        /// Why not.
+        cause: String,
+    },
+}
+
+impl SourceError {
+    /// Whether the configuration (a name, a key, a credential) is at fault, and not the network.
+    #[must_use]
+    pub fn is_config(&self) -> bool {
+        match self {
+            Self::NotFound { .. }
+            | Self::Forbidden { .. }
+            | Self::Credentials { .. }
+            | Self::WrongRegion { .. }
+            | Self::Unsupported { .. }
+            | Self::EmptyFolder { .. }
+            | Self::Embedded { .. } => true,
+            Self::Changed { .. }
+            | Self::Unreachable { .. }
+            | Self::Exhausted { .. }
+            | Self::Refused { .. }
+            | Self::File { .. } => false,
+        }
+    }
+}
+
+/// An error and its causes on one line, without what only repeats the one before.
+pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}

@@ -1,0 +1,134 @@
+//! Plain HTTP(S): one request at a time; repeating them is the caller's.
+
+use std::time::Duration;
+
+use reqwest::header::{
+    CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, IF_UNMODIFIED_SINCE,
+    LAST_MODIFIED, RANGE,
+};
+use reqwest::{Client, Response};
+
+use super::error::{SourceError, causes};
+use super::remote::{Body, Part};
+use super::retry::Failure;
+use crate::shard::ShardUrl;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A client for all HTTP shards.
+pub(crate) fn client() -> Result<Client, SourceError> {
+    // Fails only when the process has chosen a provider already, which then serves as well.
+    let _already = rustls::crypto::ring::default_provider().install_default();
+    Client::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .map_err(|error| SourceError::Unsupported {
+            url: "http(s)://".to_owned(),
+            cause: format!("no HTTP client: {}", causes(&error)),
+        })
+}
+
+fn header(headers: &HeaderMap, name: HeaderName) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// Reads `bytes 5-9/100`: where it starts, and the whole size if it is given.
+pub(crate) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes")?.trim().split_once('/')?;
+    let (start, _) = range.split_once('-')?;
+    Some((start.trim().parse().ok()?, total.trim().parse().ok()))
+}
+
+/// Requests `address` from `offset` on; with a `version`, only that one.
+pub(crate) async fn get(
+    client: &Client,
+    url: &ShardUrl,
+    address: &str,
+    offset: u64,
+    version: Option<&str>,
+) -> Result<Part, Failure> {
+    let mut request = client.get(address);
+    if offset > 0 {
+        request = request.header(RANGE, format!("bytes={offset}-"));
+    }
+    request = match version {
+        Some(tag) if tag.starts_with('"') => request.header(IF_MATCH, tag),
+        Some(date) => request.header(IF_UNMODIFIED_SINCE, date),
+        None => request,
+    };
+    let response = request.send().await.map_err(|error| {
+        let (wrong_url, redirected) = (error.is_builder(), error.is_redirect());
+        let cause = causes(&error.without_url());
+        if wrong_url || redirected {
+            let url = url.redacted();
+            return Failure::Fatal(if wrong_url {
+                SourceError::Unsupported { url, cause }
+            } else {
+                SourceError::Refused { url, cause }
+            });
+        }
+        Failure::Connect {
+            cause,
+            endpoint: url.redacted(),
+            hint: " and the URL",
+        }
+    })?;
+    if !response.status().is_success() {
+        return Err(refusal(url, &response, offset));
+    }
+    let headers = response.headers();
+    let length = header(headers, CONTENT_LENGTH).and_then(|length| length.parse().ok());
+    let (start, total) = header(headers, CONTENT_RANGE)
+        .and_then(|range| content_range(&range))
+        .unwrap_or((0, length));
+    // A weak tag says "much the same", which isn't enough to splice by.
+    let tag = header(headers, ETAG).filter(|tag| tag.starts_with('"'));
+    Ok(Part {
+        start,
+        total,
+        version: tag.or_else(|| header(headers, LAST_MODIFIED)),
+        body: Body::Http(response),
+    })
+}
+
+fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> Failure {
+    let status = response.status();
+    let cause = format!("HTTP {status}");
+    let url = url.redacted();
+    match status.as_u16() {
+        429 => Failure::Passing {
+            reason: "throttled",
+            cause,
+        },
+        408 | 500.. => Failure::Passing {
+            reason: "server_error",
+            cause,
+        },
+        404 | 410 => Failure::Fatal(SourceError::NotFound {
+            url,
+            cause,
+            hint: " and the range in braces",
+        }),
+        401 | 403 => Failure::Fatal(SourceError::Forbidden {
+            url,
+            cause,
+            hint: "the server wants a login or a signed URL",
+        }),
+        412 | 416 if offset > 0 => Failure::Fatal(SourceError::Changed { url, offset }),
+        _ => Failure::Fatal(SourceError::Refused { url, cause }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_are_read() {
+        assert_eq!(content_range("bytes 5-9/100"), Some((5, Some(100))));
+        assert_eq!(content_range("bytes 0-0/*"), Some((0, None)));
+        assert_eq!(content_range("bytes */100"), None);
+        assert_eq!(content_range("5-9"), None);
+    }
+}

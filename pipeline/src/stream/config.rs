@@ -1,0 +1,231 @@
+//! What a stream is made of, and whether it can work.
+
+use crate::image::ImageOptions;
+use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
+use crate::shard::{Filter, ShardUrl};
+
+use super::error::StreamError;
+
+/// Everything a stream depends on.
+#[derive(Debug, Clone)]
+pub struct StreamConfig {
+    /// The shards, listed ([`crate::Sources::list`]).
+    pub shards: Vec<ShardUrl>,
+    /// Extensions of images, in order of preference.
+    pub image_keys: Vec<String>,
+    /// Extensions of captions, in order of preference.
+    pub caption_keys: Vec<String>,
+    /// Samples in an epoch, over all ranks, at most. After that many (that pass the filter) the next
+    /// epoch begins, with its own order of shards; a [`Order::Sequential`] stream ends.
+    pub max_samples: Option<u64>,
+    /// Draw shards with replacement. Has no effect on [`Order::Sequential`].
+    pub resample: bool,
+    /// Samples held to shuffle from; 0 for none. Has no effect on [`Order::Sequential`].
+    pub shuffle_buffer: usize,
+    /// Shards read at once; part of what the order depends on. For [`Order::Sequential`] it is only
+    /// how many are opened ahead.
+    pub open_shards: usize,
+    /// Threads that decode, resize and crop. Has no effect on what comes out.
+    pub decode_threads: usize,
+    /// Finished batches held for the consumer.
+    pub prefetch_batches: usize,
+    /// The part of samples that may be broken (not: filtered) before the stream ends, 0 to 1.
+    pub max_bad_fraction: f64,
+    /// Which samples to use.
+    pub filter: Filter,
+    /// What to make of the images.
+    pub image: ImageOptions,
+    /// Order of the samples.
+    pub order: Order,
+    /// Samples in a batch.
+    pub batch_size: usize,
+    /// Seed of all randomness.
+    pub seed: u64,
+    /// This process among `world`, from 0.
+    pub rank: usize,
+    /// Processes that share the shards.
+    pub world: usize,
+    /// Where to go on.
+    pub resume: Option<Cursor>,
+}
+
+impl Default for StreamConfig {
+    fn default() -> Self {
+        let owned = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect();
+        Self {
+            shards: Vec::new(),
+            image_keys: owned(&["jpg", "png", "jpeg", "webp"]),
+            caption_keys: owned(&["text", "txt", "caption"]),
+            max_samples: None,
+            resample: true,
+            shuffle_buffer: 1000,
+            open_shards: 4,
+            decode_threads: std::thread::available_parallelism().map_or(1, Into::into),
+            prefetch_batches: 4,
+            max_bad_fraction: 0.05,
+            filter: Filter::default(),
+            image: ImageOptions::default(),
+            order: Order::Shuffled,
+            batch_size: 1,
+            seed: 0,
+            rank: 0,
+            world: 1,
+            resume: None,
+        }
+    }
+}
+
+impl StreamConfig {
+    pub(crate) fn plan(&self) -> EpochPlan {
+        EpochPlan {
+            seed: self.seed,
+            shards: self.shards.len(),
+            rank: self.rank,
+            world: self.world,
+            order: self.order,
+            resample: self.resample,
+        }
+    }
+
+    /// This rank's part of `max_samples`.
+    pub(crate) fn epoch_share(&self) -> Option<u64> {
+        let (rank, world) = (self.rank as u64, self.world.max(1) as u64);
+        self.max_samples
+            .map(|max| max / world + u64::from(rank < max % world))
+    }
+
+    /// Checks every field, and the cursor against them.
+    pub(crate) fn validate(&self) -> Result<OrderIdentity, StreamError> {
+        let invalid = |what: String| Err(StreamError::Config(what));
+        if self.shards.is_empty() {
+            return invalid("there are no shards to read".to_owned());
+        }
+        if self.batch_size == 0 || self.image.resolution == 0 || self.open_shards == 0 {
+            return invalid("batch_size, resolution and open_shards must be at least 1".to_owned());
+        }
+        if self.image_keys.is_empty() || self.caption_keys.is_empty() {
+            return invalid("image_keys and caption_keys must each name an extension".to_owned());
+        }
+        if !(0.0..=1.0).contains(&self.max_bad_fraction) {
+            return invalid(format!(
+                "max_bad_fraction = {} must be between 0 and 1",
+                self.max_bad_fraction
+            ));
+        }
+        if self.rank >= self.world {
+            return invalid(format!(
+                "rank {} of a world of {}: ranks count from 0 to world - 1",
+                self.rank, self.world
+            ));
+        }
+        if self.shards.len() < self.world {
+            return Err(StreamError::TooFewShards {
+                shards: self.shards.len(),
+                world: self.world,
+            });
+        }
+        if self.epoch_share() == Some(0) {
+            return invalid("max_samples must be at least 1 for every rank".to_owned());
+        }
+        if let Some(folder) = self.shards.iter().find(|url| url.is_folder()) {
+            return invalid(format!("{folder} is a folder and was not listed"));
+        }
+        let identity = self.identity();
+        if let Some(cursor) = &self.resume {
+            cursor.check(&identity)?;
+        }
+        Ok(identity)
+    }
+
+    fn identity(&self) -> OrderIdentity {
+        let shuffled = self.order == Order::Shuffled;
+        let urls: Vec<String> = self.shards.iter().map(ToString::to_string).collect();
+        let selection = [
+            self.image_keys.join(" "),
+            self.caption_keys.join(" "),
+            format!("{:?}", self.filter),
+            self.image.max_bytes.to_string(),
+        ];
+        OrderIdentity {
+            seed: self.seed,
+            rank: self.rank,
+            world: self.world,
+            order: self.order,
+            resample: shuffled && self.resample,
+            open_shards: if shuffled { self.open_shards } else { 1 },
+            shuffle_buffer: if shuffled { self.shuffle_buffer } else { 0 },
+            max_samples: self.max_samples,
+            shards: fingerprint(urls.iter().map(String::as_str)),
+            selection: fingerprint(selection.iter().map(String::as_str)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> StreamConfig {
+        StreamConfig {
+            shards: vec![ShardUrl::file("0.tar"), ShardUrl::file("1.tar")],
+            ..StreamConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        assert!(config().validate().is_ok());
+        let refused = |config: StreamConfig| {
+            let error = config.validate().unwrap_err();
+            assert!(error.is_config());
+            error.to_string()
+        };
+        assert!(refused(StreamConfig::default()).contains("no shards"));
+        assert!(
+            refused(StreamConfig {
+                rank: 2,
+                world: 2,
+                ..config()
+            })
+            .contains("rank 2")
+        );
+        let error = refused(StreamConfig {
+            world: 3,
+            ..config()
+        });
+        assert!(
+            error.contains("2 shards") && error.contains("3 ranks"),
+            "{error}"
+        );
+        assert!(
+            refused(StreamConfig {
+                max_bad_fraction: f64::NAN,
+                ..config()
+            })
+            .contains("max_bad_fraction")
+        );
+        assert!(
+            refused(StreamConfig {
+                max_samples: Some(1),
+                world: 2,
+                rank: 1,
+                ..config()
+            })
+            .contains("max_samples")
+        );
+    }
+
+    #[test]
+    fn max_samples_are_shared_between_ranks() {
+        let share = |rank| {
+            StreamConfig {
+                max_samples: Some(11),
+                world: 4,
+                rank,
+                ..config()
+            }
+            .epoch_share()
+        };
+        assert_eq!((0..4).filter_map(share).collect::<Vec<_>>(), [3, 3, 3, 2]);
+    }
+}

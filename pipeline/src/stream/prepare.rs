@@ -1,0 +1,161 @@
+//! The decode threads' work: one sample from compressed bytes to a square of pixels.
+
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use crate::flow::StageHandle;
+use crate::image::{DecodeError, ImageOptions, Scaler, decode, place};
+use crate::order::Order;
+use crate::order::rng::rng;
+
+use super::config::StreamConfig;
+use super::step::{Job, Json, Reason, Step, parse_json};
+
+/// What is known of a sample in a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleMeta {
+    /// Its key in the shard.
+    pub key: Arc<str>,
+    /// Index of its shard ([`crate::Stream::shards`]).
+    pub shard: usize,
+    /// Its number in the stream, from 0; samples found broken later have numbers too.
+    pub position: u64,
+    /// The epoch it was read in, from 0.
+    pub epoch: u64,
+    /// The caption, as it is in the shard.
+    pub caption: String,
+    /// The sample's json, if it has any that parses.
+    pub json: Option<serde_json::Value>,
+    /// Width and height of the image in the shard. Pixels.
+    pub original: (u32, u32),
+    /// Width and height after resizing, before cropping. Pixels.
+    pub resized: (u32, u32),
+    /// Rows above and columns left of the crop, in the resized image. Pixels.
+    pub crop: (u32, u32),
+    /// Whether it is mirrored.
+    pub flipped: bool,
+}
+
+/// One worker's state.
+#[derive(Debug)]
+pub(super) struct Preparer {
+    options: ImageOptions,
+    seed: u64,
+    /// Whether one epoch may hold a sample twice, so that its randomness must go by the visit.
+    repeats: bool,
+    rank: u64,
+    world: u64,
+    /// For each shard a number made of its URL: it names the shard in the random key, so that a
+    /// sample keeps its crop when shards are added to the list or left out.
+    shard_names: Arc<[u64]>,
+    scaler: Scaler,
+    stage: StageHandle,
+}
+
+impl Clone for Preparer {
+    fn clone(&self) -> Self {
+        Self {
+            shard_names: Arc::clone(&self.shard_names),
+            // Work space isn't shared.
+            scaler: Scaler::default(),
+            stage: self.stage.clone(),
+            ..*self
+        }
+    }
+}
+
+impl Preparer {
+    pub(super) fn new(config: &StreamConfig, stage: StageHandle) -> Self {
+        let name = |url: &crate::ShardUrl| {
+            let hash = Sha256::digest(url.to_string());
+            hash.iter()
+                .take(8)
+                .fold(0_u64, |name, &byte| name << 8 | u64::from(byte))
+        };
+        Self {
+            options: config.image,
+            seed: config.seed,
+            repeats: config.order == Order::Shuffled && config.resample,
+            rank: config.rank as u64,
+            world: config.world as u64,
+            shard_names: config.shards.iter().map(name).collect(),
+            scaler: Scaler::default(),
+            stage,
+        }
+    }
+
+    pub(super) fn prepare(&mut self, job: Job) -> Step {
+        let Job {
+            chosen,
+            position,
+            read,
+        } = job;
+        let visit = chosen.visit;
+        self.stage.add_items(1);
+        self.stage.add_bytes(chosen.image.len() as u64);
+        let options = &self.options;
+        let square = decode(&chosen.image, options.max_pixels).and_then(|decoded| {
+            let original = decoded.pixels.dimensions();
+            let resized = self.scaler.resize(
+                decoded.pixels,
+                options.resolution,
+                options.interpolation,
+                options.max_pixels,
+            )?;
+            Ok((original, resized))
+        });
+        let (original, image) = match square {
+            Ok(square) => square,
+            Err(error) => {
+                tracing::debug!(key = %chosen.key, %error, "sample left out");
+                let reason = match error {
+                    DecodeError::TooLarge { .. } => Reason::TOO_LARGE,
+                    DecodeError::UnknownFormat | DecodeError::Damaged(_) => Reason::DECODE_ERROR,
+                };
+                return Step::Undecodable {
+                    visit,
+                    reason,
+                    read,
+                };
+            }
+        };
+        let occasion = if self.repeats {
+            visit.id * self.world + self.rank
+        } else {
+            visit.epoch
+        };
+        // An odd factor spreads neighbouring samples over all of the key.
+        let name = self.shard_names[visit.shard]
+            .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut rng = rng(self.seed, "crop", occasion, name);
+        let window = place(
+            image.dimensions(),
+            options.resolution,
+            options.crop,
+            options.flip,
+            &mut rng,
+        );
+        let json = match chosen.json {
+            Json::None => None,
+            Json::Raw(raw) => parse_json(&raw),
+            Json::Parsed(value) => Some(value),
+        };
+        Step::Ready {
+            visit,
+            pixels: window.cut(&image, options.resolution),
+            meta: Box::new(SampleMeta {
+                key: chosen.key,
+                shard: visit.shard,
+                position,
+                epoch: visit.epoch,
+                caption: chosen.caption,
+                json,
+                original,
+                resized: image.dimensions(),
+                crop: (window.top, window.left),
+                flipped: window.flipped,
+            }),
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! One open shard: a task that fetches its bytes and a thread that takes the tar apart.
+
+use std::cell::Cell;
+use std::io::{self, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::runtime::Handle;
+
+use super::error::StreamError;
+use crate::flow::{
+    Cancel, Closed, FlowMetrics, Stage, StageHandle, WeightedReceiver, WeightedSender,
+    panic_message, weighted_channel,
+};
+use crate::shard::{Grouped, Sample, ShardUrl, TarError, TarOptions, read_samples};
+use crate::source::{SourceError, Sources};
+
+/// Bytes fetched ahead of the tar reader, for each open shard.
+const CHUNKS_BYTES: u32 = 4 << 20;
+const CHUNKS_ITEMS: usize = 64;
+/// Samples read ahead of the interleaving, for each open shard.
+const SAMPLES_BYTES: u32 = 8 << 20;
+const SAMPLES_ITEMS: usize = 32;
+/// Servers send pieces as small as 4 KiB: gathered to this, handing them over costs nothing.
+const GATHERED_BYTES: usize = 64 << 10;
+
+/// What opening a shard needs.
+#[derive(Debug, Clone)]
+pub(crate) struct ReaderContext {
+    pub(crate) sources: Sources,
+    pub(crate) metrics: FlowMetrics,
+    pub(crate) runtime: Handle,
+    pub(crate) max_member_bytes: u64,
+}
+
+/// What comes out of an open shard.
+#[derive(Debug)]
+pub(crate) enum ShardEvent {
+    Sample(Sample),
+    /// The shard's end, and what was wrong with it there.
+    End {
+        broken: Option<String>,
+    },
+    Failed(StreamError),
+}
+
+enum Chunk {
+    Data(Bytes),
+    End,
+    Failed(SourceError),
+}
+
+/// A shard being read. Dropping it stops the task and the thread and waits for the thread.
+#[derive(Debug)]
+pub(crate) struct OpenShard {
+    events: Option<WeightedReceiver<ShardEvent>>,
+    size: Arc<AtomicU64>,
+    cancel: Cancel,
+    fetch: tokio::task::JoinHandle<()>,
+    untar: Option<JoinHandle<()>>,
+}
+
+impl OpenShard {
+    /// Begins to read `url`.
+    pub(crate) fn start(context: &ReaderContext, url: &ShardUrl) -> io::Result<Self> {
+        let metrics = &context.metrics;
+        let cancel = Cancel::new();
+        let (chunk_sender, chunk_receiver) =
+            weighted_channel(metrics, "chunks", CHUNKS_ITEMS, CHUNKS_BYTES);
+        let (event_sender, event_receiver) =
+            weighted_channel(metrics, "samples", SAMPLES_ITEMS, SAMPLES_BYTES);
+        let size = Arc::new(AtomicU64::new(0));
+        let untar = Untar {
+            url: url.clone(),
+            chunks: chunk_receiver,
+            cancel: cancel.clone(),
+            events: event_sender,
+            stage: metrics.stage(Stage::Untar),
+            options: TarOptions {
+                max_member_bytes: context.max_member_bytes,
+            },
+        };
+        let untar = std::thread::Builder::new()
+            .name("untar".to_owned())
+            .spawn(move || untar.run())?;
+        let fetch = fetch(
+            context.sources.clone(),
+            url.clone(),
+            chunk_sender,
+            metrics.stage(Stage::Fetch),
+            Arc::clone(&size),
+        );
+        Ok(Self {
+            events: Some(event_receiver),
+            size,
+            cancel,
+            fetch: context.runtime.spawn(fetch),
+            untar: Some(untar),
+        })
+    }
+
+    /// Waits for what comes next; `None` when `cancel` was given, or after the end.
+    pub(crate) fn next(&self, cancel: &Cancel) -> Option<ShardEvent> {
+        self.events.as_ref()?.recv_blocking(cancel)
+    }
+
+    /// The shard's size in bytes; where the source doesn't say it, what was fetched so far.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for OpenShard {
+    fn drop(&mut self) {
+        drop(self.events.take());
+        self.cancel.cancel();
+        self.fetch.abort();
+        if let Some(untar) = self.untar.take() {
+            // Its panics are caught and reported within.
+            let _panicked = untar.join();
+        }
+    }
+}
+
+async fn fetch(
+    sources: Sources,
+    url: ShardUrl,
+    chunks: WeightedSender<Chunk>,
+    stage: StageHandle,
+    size: Arc<AtomicU64>,
+) {
+    let last = match fetch_all(&sources, &url, &chunks, &stage, &size).await {
+        Ok(Ok(())) => {
+            stage.add_items(1);
+            Chunk::End
+        }
+        Ok(Err(error)) => Chunk::Failed(error),
+        // Nobody reads any more.
+        Err(Closed) => return,
+    };
+    let _closed = chunks.send(last, 0, &stage).await;
+}
+
+async fn fetch_all(
+    sources: &Sources,
+    url: &ShardUrl,
+    chunks: &WeightedSender<Chunk>,
+    stage: &StageHandle,
+    size: &AtomicU64,
+) -> Result<Result<(), SourceError>, Closed> {
+    let start = Instant::now();
+    let opened = sources.open(url).await;
+    stage.add_busy(start.elapsed());
+    let mut reader = match opened {
+        Ok(reader) => reader,
+        Err(error) => return Ok(Err(error)),
+    };
+    size.store(reader.size().unwrap_or(0), Ordering::Relaxed);
+    let mut fetched = 0;
+    let mut gathered = BytesMut::new();
+    loop {
+        // Waiting for the network is this stage's work.
+        let start = Instant::now();
+        let next = reader.next().await;
+        stage.add_busy(start.elapsed());
+        let chunk = match next {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => {
+                if !gathered.is_empty() {
+                    let rest = gathered.split().freeze();
+                    let bytes = rest.len();
+                    chunks.send(Chunk::Data(rest), bytes, stage).await?;
+                }
+                return Ok(Ok(()));
+            }
+            Err(error) => return Ok(Err(error)),
+        };
+        stage.add_bytes(chunk.len() as u64);
+        fetched += chunk.len() as u64;
+        size.fetch_max(fetched, Ordering::Relaxed);
+        let ready = if gathered.is_empty() && chunk.len() >= GATHERED_BYTES {
+            chunk
+        } else {
+            gathered.extend_from_slice(&chunk);
+            if gathered.len() < GATHERED_BYTES {
+                continue;
+            }
+            gathered.split().freeze()
+        };
+        let bytes = ready.len();
+        chunks.send(Chunk::Data(ready), bytes, stage).await?;
+    }
+}
+
+/// The fetched bytes as a reader for the tar thread.
+struct ChunkReader<'a> {
+    receiver: &'a WeightedReceiver<Chunk>,
+    cancel: &'a Cancel,
+    current: Bytes,
+    ended: bool,
+    /// Why the bytes ended early: kept beside, because an [`io::Error`] loses it on its way through
+    /// the tar reader.
+    failure: &'a Cell<Option<SourceError>>,
+    /// Time waited since it was last taken.
+    starved: &'a Cell<Duration>,
+}
+
+impl Read for ChunkReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() && !self.ended {
+            let start = Instant::now();
+            let chunk = self.receiver.recv_blocking(self.cancel);
+            self.starved.set(self.starved.get() + start.elapsed());
+            match chunk {
+                Some(Chunk::Data(data)) => self.current = data,
+                Some(Chunk::End) => self.ended = true,
+                Some(Chunk::Failed(error)) => {
+                    self.failure.set(Some(error));
+                    return Err(io::Error::other("the source failed"));
+                }
+                None => return Err(io::ErrorKind::BrokenPipe.into()),
+            }
+        }
+        let length = buffer.len().min(self.current.len());
+        self.current.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
+    }
+}
+
+struct Untar {
+    url: ShardUrl,
+    chunks: WeightedReceiver<Chunk>,
+    cancel: Cancel,
+    events: WeightedSender<ShardEvent>,
+    stage: StageHandle,
+    options: TarOptions,
+}
+
+impl Untar {
+    fn run(self) {
+        let last = match catch_unwind(AssertUnwindSafe(|| self.read())) {
+            Ok(Some(event)) => event,
+            Ok(None) => return,
+            Err(payload) => ShardEvent::Failed(StreamError::Panicked {
+                stage: Stage::Untar,
+                message: panic_message(payload.as_ref()),
+            }),
+        };
+        let _closed = self.events.send_blocking(last, 0, &self.stage);
+    }
+
+    /// Delivers every sample; gives back how the shard ended, `None` if nobody wants to know.
+    fn read(&self) -> Option<ShardEvent> {
+        let stage = &self.stage;
+        let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
+        let reader = ChunkReader {
+            receiver: &self.chunks,
+            cancel: &self.cancel,
+            current: Bytes::new(),
+            ended: false,
+            failure: &failure,
+            starved: &starved,
+        };
+        let mut since = Instant::now();
+        let account = |since: Instant| {
+            let waited = starved.take();
+            stage.add_starved(waited);
+            stage.add_busy(since.elapsed().saturating_sub(waited));
+        };
+        let mut closed = false;
+        let result = read_samples(reader, self.options, |sample| {
+            account(since);
+            let bytes = sample.bytes();
+            stage.add_items(1);
+            stage.add_bytes(bytes as u64);
+            closed = self
+                .events
+                .send_blocking(ShardEvent::Sample(sample), bytes, stage)
+                .is_err();
+            since = Instant::now();
+            if closed {
+                Grouped::Stop
+            } else {
+                Grouped::Continue
+            }
+        });
+        account(since);
+        if closed || self.cancel.is_cancelled() {
+            return None;
+        }
+        if let Some(error) = failure.take() {
+            return Some(ShardEvent::Failed(StreamError::Source(error)));
+        }
+        Some(match result {
+            Ok(()) => ShardEvent::End { broken: None },
+            Err(TarError::Broken(cause)) => ShardEvent::End {
+                broken: Some(cause),
+            },
+            Err(TarError::NotATar(cause)) => ShardEvent::Failed(StreamError::NotATar {
+                url: self.url.redacted(),
+                cause,
+            }),
+        })
+    }
+}

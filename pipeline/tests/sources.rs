@@ -1,0 +1,188 @@
+//! Listing, reading and inspecting, from every kind of place.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use coffey_pipeline::{S3Options, SourceError, Sources, StreamError, inspect};
+use support::{Bench, bucket, sample, shard, tar_of, urls};
+
+fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(tree(&path));
+        } else {
+            all.insert(
+                path.to_string_lossy().into_owned(),
+                std::fs::read(&path).unwrap(),
+            );
+        }
+    }
+    all
+}
+
+fn listed(bench: &Bench, url: &str) -> Result<Vec<String>, SourceError> {
+    let found = bench.runtime.block_on(bench.sources.list(&urls(url)))?;
+    Ok(found.iter().map(ToString::to_string).collect())
+}
+
+#[test]
+fn prefixes_are_listed_past_one_page() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(root.path().join("data/deep")).unwrap();
+    for n in 0..1234 {
+        std::fs::write(root.path().join(format!("data/deep/{n:05}.tar")), b"").unwrap();
+    }
+    std::fs::write(root.path().join("data/deep/stats.json"), b"{}").unwrap();
+    std::fs::create_dir(root.path().join("data/empty")).unwrap();
+    let before = tree(root.path());
+    let bench = Bench::embedded(root.path());
+    let found = listed(&bench, "s3://data/deep/").unwrap();
+    assert_eq!(found.len(), 1234);
+    assert_eq!(found[0], "s3://data/deep/00000.tar");
+    assert_eq!(found[1233], "s3://data/deep/01233.tar");
+    let error = listed(&bench, "s3://data/empty/").unwrap_err();
+    assert_eq!(error.to_string(), "s3://data/empty/: no .tar files in it");
+    let error = listed(&bench, "s3://absent/").unwrap_err();
+    assert!(matches!(error, SourceError::NotFound { .. }), "{error:?}");
+    drop(bench);
+    assert_eq!(tree(root.path()), before, "serving must leave no trace");
+}
+
+#[test]
+fn folders_are_listed_and_other_urls_stay() {
+    let root = tempfile::tempdir().unwrap();
+    bucket(root.path(), 2, |_| 1);
+    std::fs::write(root.path().join("data/readme.txt"), b"").unwrap();
+    let bench = Bench::new(S3Options::default());
+    let folder = root.path().join("data").display().to_string();
+    assert_eq!(
+        listed(&bench, &format!("{folder}/")).unwrap(),
+        [format!("{folder}/00000.tar"), format!("{folder}/00001.tar")]
+    );
+    assert_eq!(
+        listed(&bench, "a/{0..1}.tar").unwrap(),
+        ["a/0.tar", "a/1.tar"]
+    );
+    let error = listed(&bench, "https://host/folder/")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("can't be listed over HTTP"), "{error}");
+}
+
+#[test]
+fn every_kind_of_place_gives_the_same_bytes() {
+    let root = tempfile::tempdir().unwrap();
+    bucket(root.path(), 1, |_| 40);
+    let expected = shard(0, 40);
+    let bench = Bench::embedded(root.path());
+    let path = root.path().join("data/00000.tar").display().to_string();
+    let server = support::faulty::Faulty::start(bench.runtime.handle(), expected.clone(), []);
+    for url in [
+        "s3://data/00000.tar".to_owned(),
+        path.clone(),
+        format!("file://{path}"),
+        format!("{}/00000.tar", server.endpoint),
+    ] {
+        let read = bench.runtime.block_on(async {
+            let mut reader = bench.sources.open(&urls(&url)[0]).await?;
+            assert_eq!(reader.size(), Some(expected.len() as u64));
+            let mut bytes = Vec::new();
+            while let Some(chunk) = reader.next().await? {
+                bytes.extend_from_slice(&chunk);
+            }
+            Ok::<_, SourceError>(bytes)
+        });
+        assert!(read.unwrap() == expected, "{url}");
+    }
+}
+
+#[test]
+fn a_root_that_is_no_folder_is_refused() {
+    let bench = Bench::new(S3Options::default());
+    let options = S3Options {
+        embedded_root: Some("/nowhere".into()),
+        ..S3Options::default()
+    };
+    let made = bench
+        .runtime
+        .block_on(Sources::new(options, bench.metrics.clone()));
+    let text = made.unwrap_err().to_string();
+    assert!(
+        text.starts_with("[s3] embedded_root = \"/nowhere\": is not a folder"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_report_finds_every_problem() {
+    let root = tempfile::tempdir().unwrap();
+    bucket(root.path(), 1, |_| 1);
+    let mut members: Vec<_> = (0..4).flat_map(|n| sample(0, n)).collect();
+    members[3].1.truncate(70);
+    members.remove(7);
+    members.extend(sample(0, 0));
+    members.push(("lonely.txt".to_owned(), b"words".to_vec()));
+    members.push(("lonely.json".to_owned(), b"{".to_vec()));
+    std::fs::write(root.path().join("data/00000.tar"), tar_of(&members)).unwrap();
+    let bench = Bench::embedded(root.path());
+    let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
+    let inspect = |url: &str| {
+        let url = urls(url).remove(0);
+        let (images, captions) = (keys(&["jpg", "png"]), keys(&["txt"]));
+        bench
+            .runtime
+            .block_on(inspect::shard(&bench.sources, &url, &images, &captions))
+    };
+    let report = inspect("s3://data/00000.tar").unwrap();
+    assert_eq!(report.bytes, tar_of(&members).len() as u64);
+    assert_eq!(report.samples, 6);
+    assert_eq!(report.members["png"], 5);
+    assert_eq!(report.formats, BTreeMap::from([("png".to_owned(), 4)]));
+    assert_eq!(
+        (report.width.min, report.width.max, report.width.count),
+        (20, 23, 4)
+    );
+    assert_eq!(
+        (
+            report.missing_images,
+            report.missing_captions,
+            report.undecodable,
+            report.duplicate_keys
+        ),
+        (1, 1, 1, 1)
+    );
+    let problems: Vec<String> = report
+        .problems
+        .iter()
+        .map(|p| format!("{}: {}", p.key, p.what))
+        .collect();
+    assert_eq!(problems.len(), 5, "{problems:?}");
+    assert!(
+        problems[0].starts_with("000000001: png can't be decoded"),
+        "{problems:?}"
+    );
+    assert_eq!(problems[1], "000000002: no_caption");
+    assert_eq!(problems[2], "000000000: has the key of an earlier sample");
+    assert_eq!(problems[3..], ["lonely: no_image", "lonely: bad_json"]);
+    assert!(
+        serde_json::to_string(&report)
+            .unwrap()
+            .contains("\"missing_images\":1")
+    );
+
+    let whole = shard(0, 3);
+    std::fs::write(
+        root.path().join("data/00000.tar"),
+        &whole[..whole.len() / 2],
+    )
+    .unwrap();
+    assert!(inspect("s3://data/00000.tar").unwrap().broken.is_some());
+    assert!(matches!(
+        inspect("s3://data/1.tar"),
+        Err(StreamError::Source(_))
+    ));
+}

@@ -1,0 +1,201 @@
+//! `coffey bench`: the data pipeline alone, and which of its stages is the limit.
+
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use coffey_pipeline::Stream;
+use coffey_pipeline::flow::{FlowSnapshot, Stage, StageSnapshot};
+use coffey_pipeline::order::Order;
+use serde::Serialize;
+
+use super::data::{DataAccess, s3_options, stream_config};
+use super::process::{cpu_time, peak_memory};
+use super::ranks::RankArgs;
+use super::{ConfigArgs, Failure};
+
+/// Options of `coffey bench`.
+#[derive(Args, Debug)]
+pub(super) struct BenchArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    ranks: RankArgs,
+    /// Samples to read, in the order of training.
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
+    samples: u64,
+    /// Print one JSON object to standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was measured.
+#[derive(Serialize)]
+struct Measured {
+    samples: u64,
+    batches: u64,
+    batch_size: u64,
+    elapsed_seconds: f64,
+    first_batch_seconds: f64,
+    images_per_second: f64,
+    /// Fetched, compressed.
+    megabytes_per_second: f64,
+    /// Of the whole process, the embedded S3 server included.
+    cpu_ms_per_image: f64,
+    peak_memory_bytes: Option<u64>,
+    limiting_stage: Option<Stage>,
+    #[serde(flatten)]
+    flow: FlowSnapshot,
+}
+
+/// Runs `coffey bench`.
+pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
+    let config = args.config.load()?;
+    config.require_bench()?;
+    let (part, _) = args.ranks.resolve()?;
+    let data = DataAccess::open(s3_options(&config.s3))?;
+    eprintln!("opening {}", config.data.shards.join(", "));
+    let shards = data.shards(&config.data.shards)?;
+    let batch_size = config.train.batch_size;
+    eprintln!(
+        "{} shards; reading {} samples in batches of {batch_size}, decoding on {} threads",
+        shards.len(),
+        args.samples,
+        config.data.decode_threads
+    );
+    let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
+    (stream.rank, stream.world) = (part.rank, part.world);
+
+    let (cpu_before, start) = (cpu_time(), Instant::now());
+    let stream = Stream::open(stream, &data.sources, &data.metrics, data.runtime.handle())?;
+    // Nobody trains here; the stage only has to be some consumer, and never works.
+    let consumer = data.metrics.stage(Stage::Train);
+    let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
+    while samples < args.samples {
+        let Some(batch) = stream.batches().recv_blocking(&consumer) else {
+            break;
+        };
+        samples += batch?.samples.len() as u64;
+        batches += 1;
+        if batches == 1 {
+            first_batch = start.elapsed();
+        }
+    }
+    let (elapsed, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu_before);
+    let flow = data.metrics.snapshot();
+    drop(stream);
+
+    let per_sample = 1.0 / samples.max(1) as f64;
+    let measured = Measured {
+        samples,
+        batches,
+        batch_size: batch_size as u64,
+        elapsed_seconds: elapsed,
+        first_batch_seconds: first_batch.as_secs_f64(),
+        images_per_second: samples as f64 / elapsed,
+        megabytes_per_second: flow.stage(Stage::Fetch).bytes as f64 / 1e6 / elapsed,
+        cpu_ms_per_image: cpu.as_secs_f64() * 1e3 * per_sample,
+        peak_memory_bytes: peak_memory(),
+        limiting_stage: flow.limiting_stage(),
+        flow,
+    };
+    match args.json {
+        true => println!("{:#}", serde_json::to_value(&measured).map_err(std::io::Error::from)?),
+        false => print!("{}", describe(&measured, config.s3.embedded_root.is_some())),
+    }
+    Ok(())
+}
+
+fn describe(measured: &Measured, embedded: bool) -> String {
+    let mut text = String::new();
+    let mut line = |line: std::fmt::Arguments<'_>| {
+        let _infallible = writeln!(text, "{line}");
+    };
+    line(format_args!(
+        "{:<8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>10} {:>7}",
+        "stage", "items", "MB", "busy s", "starved s", "blocked s", "ms/item", "busy %"
+    ));
+    for (stage, busy) in measured.flow.stages.iter().filter_map(|s| Some((s, s.busy_share()?))) {
+        let StageSnapshot {
+            stage,
+            items,
+            bytes,
+            busy_seconds,
+            starved_seconds,
+            blocked_seconds,
+        } = stage;
+        line(format_args!(
+            "{:<8} {items:>9} {:>10.2} {busy_seconds:>9.2} {starved_seconds:>10.2} {blocked_seconds:>10.2} {:>10.3} {:>7.0}",
+            stage.name(),
+            *bytes as f64 / 1e6,
+            busy_seconds * 1e3 / (*items).max(1) as f64,
+            busy * 100.0
+        ));
+    }
+    line(format_args!("times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample"));
+    line(format_args!(""));
+    let mut fact = |name: &str, value: String| {
+        let _infallible = writeln!(text, "{name:<20} {value}");
+    };
+    fact(
+        "speed",
+        format!(
+            "{:.1} images/s, {:.2} MB/s ({} images in {:.2} s)",
+            measured.images_per_second, measured.megabytes_per_second, measured.samples, measured.elapsed_seconds
+        ),
+    );
+    fact("first batch", format!("after {:.2} s", measured.first_batch_seconds));
+    let server = if embedded { ", the embedded S3 server included" } else { "" };
+    fact("CPU", format!("{:.2} ms an image{server}", measured.cpu_ms_per_image));
+    if let Some(bytes) = measured.peak_memory_bytes {
+        fact("peak memory", format!("{:.0} MB", bytes as f64 / 1e6));
+    }
+    for (name, counts) in [
+        ("left out", &measured.flow.skipped),
+        ("repeated requests", &measured.flow.s3_retries),
+    ] {
+        if !counts.is_empty() {
+            let list: Vec<String> = counts.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+            fact(name, list.join(", "));
+        }
+    }
+    if let Some(stage) = measured.limiting_stage {
+        fact("limit", format!("{stage}: its threads wait least for others"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coffey_pipeline::FlowMetrics;
+
+    #[test]
+    fn stages_that_worked_are_in_the_table() {
+        let metrics = FlowMetrics::new();
+        let decode = metrics.stage(Stage::Decode);
+        decode.add_items(10);
+        decode.add_busy(Duration::from_secs(2));
+        decode.add_blocked(Duration::from_secs(2));
+        metrics.skip("no image");
+        let flow = metrics.snapshot();
+        let measured = Measured {
+            samples: 10,
+            batches: 1,
+            batch_size: 10,
+            elapsed_seconds: 2.0,
+            first_batch_seconds: 1.0,
+            images_per_second: 5.0,
+            megabytes_per_second: 0.0,
+            cpu_ms_per_image: 1.0,
+            peak_memory_bytes: None,
+            limiting_stage: flow.limiting_stage(),
+            flow,
+        };
+        let text = describe(&measured, false);
+        let row: Vec<&str> = text.lines().find(|l| l.starts_with("decode")).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["decode", "10", "0.00", "2.00", "0.00", "2.00", "200.000", "50"]);
+        assert!(!text.contains("\nfetch"));
+        assert!(text.contains("no image 1") && text.contains("limit                decode"), "{text}");
+    }
+}

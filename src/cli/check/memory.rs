@@ -1,0 +1,257 @@
+//! How much memory a run will need, by what for and where.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::cli::process::available_memory;
+use crate::config::{Config, DeviceSpec};
+use crate::models::UNetConfig;
+
+/// Bytes of an `f32`, which everything is held in.
+const F32: u64 = 4;
+/// AdamW keeps two moments of each parameter.
+const OPTIMIZER: u64 = 2 * F32;
+/// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and joined input.
+const KEPT_BY_RESNET: u64 = 10;
+/// The same for a transformer block, its four times wider gated feed-forward included.
+const KEPT_BY_TRANSFORMER: u64 = 32;
+/// Scores and their softmax.
+const KEPT_SCORES: u64 = 2;
+/// Tokens of a caption.
+const TEXT_TOKENS: u64 = 77;
+/// Feature maps of full size that a VAE holds at once while it encodes.
+const HELD_BY_VAE: u64 = 4;
+
+/// What was found out about models and data.
+pub(super) struct Sizes<'a> {
+    /// Mean size of a sample in its shard. Bytes.
+    pub(super) sample_bytes: u64,
+    /// Parameters of the text encoder.
+    pub(super) text_encoder: u64,
+    /// Parameters of the VAE, and its folder.
+    pub(super) vae: u64,
+    pub(super) vae_folder: &'a Path,
+    pub(super) vae_downscale: usize,
+    /// Parameters of the teacher, unless it isn't trained from.
+    pub(super) teacher: Option<(u64, &'a UNetConfig)>,
+}
+
+/// Who needs how much.
+#[derive(Serialize)]
+pub(super) struct MemoryPlan {
+    parts: Vec<Part>,
+    /// Free main memory now. Bytes.
+    available: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct Part {
+    device: DeviceSpec,
+    what: &'static str,
+    bytes: u64,
+    how: String,
+}
+
+impl MemoryPlan {
+    pub(super) fn new(config: &Config, sizes: &Sizes<'_>) -> Self {
+        let mut plan = Self {
+            parts: Vec::new(),
+            available: available_memory(),
+        };
+        plan.add_stream(config, sizes);
+        plan.add_encoders(config, sizes);
+        if let Some((parameters, unet)) = sizes.teacher {
+            plan.add_training(config, parameters, unet, config.image.resolution / sizes.vae_downscale);
+        }
+        plan
+    }
+
+    fn add(&mut self, device: DeviceSpec, what: &'static str, bytes: u64, how: String) {
+        self.parts.push(Part {
+            device,
+            what,
+            bytes,
+            how,
+        });
+    }
+
+    fn add_stream(&mut self, config: &Config, sizes: &Sizes<'_>) {
+        let (data, side) = (&config.data, config.image.resolution as u64);
+        // A sequential stream, as for latents, does not shuffle.
+        if sizes.teacher.is_some() {
+            let (samples, each) = (data.shuffle_buffer as u64, sizes.sample_bytes);
+            let how = format!("{samples} samples of {}, the mean of the first ones", size(each));
+            self.add(DeviceSpec::Cpu, "shuffle buffer", samples * each, how);
+        }
+        let batch = match sizes.teacher {
+            Some(_) => config.train.batch_size,
+            None => config.encode.batch_size,
+        };
+        let decoding = 2 * data.decode_threads + 8;
+        let images = ((data.prefetch_batches + 1) * batch + decoding) as u64;
+        let how = format!("{images} images of {side}x{side}");
+        self.add(DeviceSpec::Cpu, "decoded images", images * 3 * side * side * F32, how);
+    }
+
+    fn add_encoders(&mut self, config: &Config, sizes: &Sizes<'_>) {
+        let side = config.image.resolution as u64;
+        let width = first_channels(sizes.vae_folder);
+        let batch = match sizes.teacher {
+            Some(_) => config.train.batch_size.min(config.encode.batch_size),
+            None => config.encode.batch_size,
+        };
+        for &device in &config.encode.devices {
+            let parameters = sizes.text_encoder + sizes.vae;
+            let how = format!("{:.1} M parameters", parameters as f64 / 1e6);
+            self.add(device, "VAE and text encoder", parameters * F32, how);
+            let maps = HELD_BY_VAE * width * side * side * F32;
+            self.add(device, "encoding", batch as u64 * maps, format!("estimate for {batch} images at once"));
+        }
+    }
+
+    fn add_training(&mut self, config: &Config, teacher: u64, unet: &UNetConfig, latent: usize) {
+        let device = config.train.device;
+        let embedding = match unet.time_cond_proj_dim {
+            Some(_) => 0,
+            None => config.model.time_cond_proj_dim * unet.base_channels(),
+        };
+        let student = teacher + embedding as u64;
+        let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
+        self.add(device, "teacher", teacher * F32, of(teacher));
+        self.add(device, "student", student * F32, of(student));
+        self.add(device, "target", student * F32, of(student));
+        self.add(device, "gradients", student * F32, of(student));
+        self.add(device, "optimizer", student * OPTIMIZER, "two moments a parameter".to_owned());
+        let batch = config.train.batch_size as u64;
+        let activations = batch * activations(unet.to_json(), latent as u64) * F32;
+        let how = format!("estimate for {batch} latents of {latent}x{latent}, within a factor of two");
+        self.add(device, "activations", activations, how);
+    }
+
+    /// Bytes by device.
+    fn totals(&self) -> BTreeMap<String, u64> {
+        let mut totals = BTreeMap::new();
+        for part in &self.parts {
+            *totals.entry(part.device.to_string()).or_default() += part.bytes;
+        }
+        totals
+    }
+
+    /// Whether main memory is enough, and that in words.
+    pub(super) fn verdict(&self) -> (bool, String) {
+        let totals = self.totals();
+        let each: Vec<String> = totals.iter().map(|(device, bytes)| format!("{} on {device}", size(*bytes))).collect();
+        let needed = totals.get("cpu").copied().unwrap_or_default();
+        let message = format!("about {}", each.join(", "));
+        match self.available {
+            Some(available) if needed > available => {
+                (false, format!("{message}: more than the {} of main memory that is free", size(available)))
+            }
+            Some(available) => (true, format!("{message}; {} of main memory is free", size(available))),
+            None => (true, message),
+        }
+    }
+
+    /// One line for each part.
+    pub(super) fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        let line = |part: &Part| {
+            format!("{:<8} {:<21} {:>9}  {}", part.device.to_string(), part.what, size(part.bytes), part.how)
+        };
+        self.parts.iter().map(line)
+    }
+}
+
+fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        _ if bytes >= 1e9 => format!("{:.2} GB", bytes / 1e9),
+        _ if bytes >= 1e6 => format!("{:.1} MB", bytes / 1e6),
+        _ => format!("{:.1} kB", bytes / 1e3),
+    }
+}
+
+/// Numbers that one latent's forward pass keeps for the backward pass, without recomputation and with the whole matrix of
+/// attention scores. Only shapes count: a rough figure.
+fn activations(unet: &Map<String, Value>, side: u64) -> u64 {
+    let number = |key: &str| unet.get(key).and_then(Value::as_u64);
+    let list = |key: &str| unet.get(key).and_then(Value::as_array);
+    let channels: Vec<u64> = match list("block_out_channels") {
+        Some(channels) => channels.iter().filter_map(Value::as_u64).collect(),
+        None => vec![320, 640, 1280, 1280],
+    };
+    let layers = number("layers_per_block").unwrap_or(2);
+    let crosses = |key: &str, level: usize, default: bool| {
+        let name = list(key).and_then(|types| types.get(level)).and_then(Value::as_str);
+        name.map_or(default, |name| name.starts_with("CrossAttn"))
+    };
+    let heads = |level: usize| {
+        let value = ["num_attention_heads", "attention_head_dim"].into_iter().find_map(|key| unet.get(key).filter(|v| !v.is_null()));
+        let of_level = value.and_then(|v| v.as_u64().or_else(|| v.get(level).and_then(Value::as_u64)));
+        of_level.unwrap_or(8)
+    };
+    let last = channels.len().saturating_sub(1);
+    let level_numbers = |(level, &channels): (usize, &u64)| {
+        let deepest = u64::from(level == last);
+        let pixels = (side >> level).pow(2);
+        let resnets = 2 * layers + 1 + 2 * deepest;
+        let down = u64::from(crosses("down_block_types", level, level != last));
+        let up = u64::from(crosses("up_block_types", last - level, level != last));
+        let transformers = down * layers + up * (layers + 1) + deepest;
+        let maps = KEPT_BY_RESNET * resnets + KEPT_BY_TRANSFORMER * transformers;
+        let scores = KEPT_SCORES * transformers * heads(level) * (pixels + TEXT_TOKENS);
+        pixels * (channels * maps + scores)
+    };
+    channels.iter().enumerate().map(level_numbers).sum()
+}
+
+/// Channels of a VAE's first level, from its configuration, which was read before.
+fn first_channels(vae: &Path) -> u64 {
+    const STABLE_DIFFUSION: u64 = 128;
+    let config = std::fs::read_to_string(vae.join("config.json")).unwrap_or_default();
+    let config: Value = serde_json::from_str(&config).unwrap_or_default();
+    config["block_out_channels"][0].as_u64().unwrap_or(STABLE_DIFFUSION)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn stable_diffusion_needs_what_it_is_known_to_need() {
+        let config = json!({
+            "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "attention_head_dim": 8,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        });
+        let numbers = activations(config.as_object().unwrap(), 64);
+        // A batch of one at 512 pixels, f32 without memory-efficient attention: 7 to 10 GB in PyTorch.
+        assert!((6e9..11e9).contains(&(4.0 * numbers as f64)), "{numbers}");
+        let defaults = activations(&Map::new(), 64);
+        assert_eq!(numbers, defaults);
+        assert!(activations(&Map::new(), 32) * 4 < defaults);
+    }
+
+    #[test]
+    fn parts_add_up_by_device() {
+        let part = |device, bytes| Part {
+            device,
+            what: "x",
+            bytes,
+            how: String::new(),
+        };
+        let mut plan = MemoryPlan {
+            parts: vec![part(DeviceSpec::Cpu, 1500), part(DeviceSpec::Cuda(0), 7), part(DeviceSpec::Cpu, 500)],
+            available: Some(2000),
+        };
+        assert_eq!(plan.totals(), [("cpu".to_owned(), 2000), ("cuda:0".to_owned(), 7)].into());
+        assert!(plan.verdict().0);
+        plan.available = Some(1999);
+        let (enough, message) = plan.verdict();
+        assert!(!enough && message.contains("more than the 2.0 kB"), "{message}");
+    }
+}

@@ -1,0 +1,264 @@
+//! `coffey inspect`: what is in shards.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use coffey_pipeline::inspect::{self, ShardReport, Spread};
+use coffey_pipeline::{S3Options, StreamConfig};
+use serde::Serialize;
+
+use super::Failure;
+use super::data::{DataAccess, s3_options};
+use crate::config::Config;
+
+/// Problems of one shard that are listed for people; JSON lists all.
+const LISTED_PROBLEMS: usize = 10;
+
+/// Options of `coffey inspect`.
+#[derive(Args, Debug)]
+pub(super) struct InspectArgs {
+    /// Shards: s3://, http(s):// or file paths; braces expand, a trailing / lists a folder. S3 is reached as the AWS environment
+    /// says, or `[s3]` of --config. Without any: the shards of --config.
+    #[arg(value_name = "URL", required_unless_present = "config")]
+    urls: Vec<String>,
+    /// Take [s3], and the keys of images and captions in [data], from this configuration file.
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Override one key of the configuration, as `s3.anonymous=true`.
+    #[arg(short = 's', long = "set", value_name = "KEY=VALUE", requires = "config")]
+    set: Vec<String>,
+    /// Print one JSON object to standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Everything that is printed.
+#[derive(Default, Serialize)]
+struct Report {
+    shards: Vec<ShardReport>,
+    unreadable: Vec<Unreadable>,
+    totals: Totals,
+}
+
+/// A shard that could not be read at all.
+#[derive(Serialize)]
+struct Unreadable {
+    url: String,
+    error: String,
+}
+
+/// Sums over the shards that could be read.
+#[derive(Default, Serialize)]
+struct Totals {
+    shards: u64,
+    unreadable_shards: u64,
+    broken_shards: u64,
+    bytes: u64,
+    samples: u64,
+    members: BTreeMap<String, u64>,
+    formats: BTreeMap<String, u64>,
+    width: Spread,
+    height: Spread,
+    caption_chars: Spread,
+    missing_images: u64,
+    missing_captions: u64,
+    undecodable: u64,
+    duplicate_keys: u64,
+    problems: u64,
+}
+
+impl Totals {
+    fn add(&mut self, shard: &ShardReport) {
+        self.shards += 1;
+        self.broken_shards += u64::from(shard.broken.is_some());
+        self.bytes += shard.bytes;
+        self.samples += shard.samples;
+        for (total, part) in [(&mut self.members, &shard.members), (&mut self.formats, &shard.formats)] {
+            for (name, count) in part {
+                *total.entry(name.clone()).or_default() += count;
+            }
+        }
+        merge(&mut self.width, &shard.width);
+        merge(&mut self.height, &shard.height);
+        merge(&mut self.caption_chars, &shard.caption_chars);
+        self.missing_images += shard.missing_images;
+        self.missing_captions += shard.missing_captions;
+        self.undecodable += shard.undecodable;
+        self.duplicate_keys += shard.duplicate_keys;
+        self.problems += shard.problems.len() as u64;
+    }
+}
+
+fn merge(total: &mut Spread, part: &Spread) {
+    if part.count == 0 {
+        return;
+    }
+    let count = total.count + part.count;
+    total.min = if total.count == 0 { part.min } else { total.min.min(part.min) };
+    total.max = total.max.max(part.max);
+    total.mean = (total.mean * total.count as f64 + part.mean * part.count as f64) / count as f64;
+    total.count = count;
+}
+
+/// Runs `coffey inspect`.
+pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
+    let defaults = StreamConfig::default();
+    let (options, image_keys, caption_keys, configured) = match &args.config {
+        Some(path) => {
+            let config = Config::load(path, &args.set)?;
+            config.require_bench()?;
+            let data = config.data;
+            (s3_options(&config.s3), data.image_keys, data.caption_keys, data.shards)
+        }
+        None => (S3Options::default(), defaults.image_keys, defaults.caption_keys, Vec::new()),
+    };
+    let urls = if args.urls.is_empty() { configured } else { args.urls };
+    let data = DataAccess::open(options)?;
+    let shards = data.shards(&urls)?;
+    let mut report = Report::default();
+    for url in &shards {
+        let read = inspect::shard(&data.sources, url, &image_keys, &caption_keys);
+        match data.runtime.block_on(read) {
+            Ok(shard) => {
+                if !args.json {
+                    print!("{}", describe(&shard));
+                }
+                report.totals.add(&shard);
+                report.shards.push(shard);
+            }
+            Err(error) => {
+                let (url, error) = (url.to_string(), super::with_causes(&error));
+                eprintln!("can't be read: {error}");
+                report.totals.unreadable_shards += 1;
+                report.unreadable.push(Unreadable { url, error });
+            }
+        }
+    }
+    match args.json {
+        true => println!("{:#}", serde_json::to_value(&report).map_err(std::io::Error::from)?),
+        false => print!("{}", describe_totals(&report.totals)),
+    }
+    match report.unreadable.len() {
+        0 => Ok(()),
+        unreadable => {
+            Err(Failure::Failed(format!("{unreadable} of {} shards can't be read", shards.len()).into()))
+        }
+    }
+}
+
+fn describe(shard: &ShardReport) -> String {
+    let mut text = format!("{}\n", shard.url);
+    contents(
+        &mut text,
+        (shard.samples, shard.bytes, &shard.members, &shard.formats),
+        [&shard.width, &shard.height, &shard.caption_chars],
+    );
+    if let Some(broken) = &shard.broken {
+        let _infallible = writeln!(text, "  broken    {broken}");
+    }
+    for problem in shard.problems.iter().take(LISTED_PROBLEMS) {
+        let _infallible = writeln!(text, "  problem   {}: {}", problem.key, problem.what);
+    }
+    if let Some(more) = shard.problems.len().checked_sub(LISTED_PROBLEMS + 1) {
+        let _infallible = writeln!(text, "  problem   and {} more; --json lists them", more + 1);
+    }
+    text
+}
+
+fn describe_totals(totals: &Totals) -> String {
+    let mut text = format!("total: {} shards\n", totals.shards);
+    contents(
+        &mut text,
+        (totals.samples, totals.bytes, &totals.members, &totals.formats),
+        [&totals.width, &totals.height, &totals.caption_chars],
+    );
+    let counts = [
+        (totals.unreadable_shards, "unreadable shards"),
+        (totals.broken_shards, "broken shards"),
+        (totals.missing_images, "samples without an image"),
+        (totals.missing_captions, "samples without a caption"),
+        (totals.undecodable, "images that don't decode"),
+        (totals.duplicate_keys, "keys that come twice"),
+    ];
+    let found: Vec<String> = counts
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} {what}"))
+        .collect();
+    let found = match (found.is_empty(), totals.problems) {
+        (true, 0) => "none".to_owned(),
+        (true, problems) => problems.to_string(),
+        (false, _) => found.join(", "),
+    };
+    let _infallible = writeln!(text, "  problems  {found}");
+    text
+}
+
+/// The lines that a shard and the totals have in common.
+fn contents(
+    text: &mut String,
+    (samples, bytes, members, formats): (u64, u64, &BTreeMap<String, u64>, &BTreeMap<String, u64>),
+    [width, height, caption_chars]: [&Spread; 3],
+) {
+    let list = |counts: &BTreeMap<String, u64>| {
+        let parts: Vec<String> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        match parts.is_empty() {
+            true => "none".to_owned(),
+            false => parts.join(", "),
+        }
+    };
+    let range = |spread: &Spread| format!("{}-{} (mean {:.0})", spread.min, spread.max, spread.mean);
+    let mut line = |name: &str, value: String| {
+        let _infallible = writeln!(text, "  {name:<9} {value}");
+    };
+    line("samples", format!("{samples} in {:.2} MB", bytes as f64 / 1e6));
+    line("members", list(members));
+    line("images", list(formats));
+    if width.count > 0 {
+        line("width", format!("{} pixels", range(width)));
+        line("height", format!("{} pixels", range(height)));
+    }
+    if caption_chars.count > 0 {
+        line("captions", format!("{} characters", range(caption_chars)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coffey_pipeline::inspect::Problem;
+
+    fn spread(count: u64, min: u64, max: u64, mean: f64) -> Spread {
+        let mut spread = Spread::default();
+        (spread.count, spread.min, spread.max, spread.mean) = (count, min, max, mean);
+        spread
+    }
+
+    #[test]
+    fn ranges_merge_as_if_they_were_one() {
+        let mut total = Spread::default();
+        for part in [spread(2, 10, 20, 15.0), Spread::default(), spread(1, 60, 60, 60.0)] {
+            merge(&mut total, &part);
+        }
+        assert_eq!(total, spread(3, 10, 60, 30.0));
+    }
+
+    #[test]
+    fn long_lists_of_problems_are_cut() {
+        let problem = |key: usize| Problem {
+            key: key.to_string(),
+            what: "no image".to_owned(),
+        };
+        let mut shard = ShardReport {
+            problems: (0..LISTED_PROBLEMS).map(problem).collect(),
+            ..ShardReport::default()
+        };
+        assert!(!describe(&shard).contains("more"));
+        shard.problems.push(problem(99));
+        shard.problems.push(problem(100));
+        let text = describe(&shard);
+        assert!(text.contains("and 2 more") && !text.contains("99"), "{text}");
+    }
+}

@@ -1,0 +1,242 @@
+//! `coffey precompute`: image shards in, latent shards out.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use coffey_pipeline::flow::{FlowMetrics, Stage};
+use coffey_pipeline::order::Order;
+use coffey_pipeline::{Stream, StreamConfig, StreamError};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::data::{DataAccess, s3_options, stream_config};
+use super::ranks::RankArgs;
+use super::{ConfigArgs, Failure, device};
+use crate::config::{Config, PrecomputePaths};
+use crate::encode::{EncodeError, EncodePool, Encoders};
+use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
+use crate::stop::Stop;
+
+/// Time between two lines of progress where there is no terminal to draw a bar on.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+#[derive(Args, Debug)]
+pub(super) struct PrecomputeArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    ranks: RankArgs,
+}
+
+impl From<LatentError> for Failure {
+    fn from(error: LatentError) -> Self {
+        match error.is_config() {
+            true => Self::Usage(error.into()),
+            false => Self::Failed(error.into()),
+        }
+    }
+}
+
+pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
+    let stop = Stop::on_signals()?;
+    let config = args.config.load()?;
+    let paths = config.require_precompute()?;
+    let (part, origin) = args.ranks.resolve()?;
+    if let Some(origin) = origin {
+        eprintln!("rank {} of {}, from {origin}", part.rank, part.world);
+    }
+
+    let data = DataAccess::open(s3_options(&config.s3))?;
+    let shards = data.shards(&config.data.shards)?;
+    if shards.len() < part.world {
+        let (shards, world) = (shards.len(), part.world);
+        return Err(StreamError::TooFewShards { shards, world }.into());
+    }
+    eprintln!("reading {} and {}", counted(shards.len(), "shard"), paths.teacher.display());
+    let first = load_encoders(&config, &paths, 0)?;
+    let recipe = recipe(&config, &paths, &first)?;
+    let output = paths.latents.output.as_path();
+    let mut writer = LatentWriter::open(output, recipe, part, &shards)?;
+    let there = writer.manifest().shards.len();
+    if there > 0 {
+        eprintln!(
+            "{} already in {} (by the manifest and their sizes; contents were not read again)",
+            counted(there, "shard"),
+            output.display()
+        );
+    }
+
+    let started = Instant::now();
+    if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
+        let encoders = std::iter::once(Ok(first))
+            .chain((1..config.encode.devices.len()).map(|index| load_encoders(&config, &paths, index)))
+            .collect::<Result<Vec<_>, Failure>>()?;
+        // The writer knows which shards are left of this part: to the stream they are all there is.
+        let shards = writer.remaining().to_vec();
+        let stream_config = StreamConfig {
+            max_samples: writer.remaining_samples(),
+            ..stream_config(&config, shards, Order::Sequential, config.encode.batch_size)
+        };
+        let stream = Stream::open(stream_config, &data.sources, &data.metrics, data.runtime.handle())?;
+        let pool = EncodePool::start(stream, encoders, &data.metrics)?;
+        write_all(pool, &mut writer, &data.metrics, &stop)?;
+    }
+    summarize(writer.manifest(), there, output, started.elapsed());
+    Ok(())
+}
+
+fn load_encoders(config: &Config, paths: &PrecomputePaths<'_>, index: usize) -> Result<Encoders, Failure> {
+    let device = device::open(config.encode.devices[index])?;
+    let vae = config.model.vae.as_deref();
+    Ok(Encoders::load(paths.teacher, vae, &device, config.encode.batch_size)?)
+}
+
+fn recipe(config: &Config, paths: &PrecomputePaths<'_>, encoders: &Encoders) -> Result<Recipe, Failure> {
+    let vae = encoders.vae().config();
+    let side = config.image.resolution / vae.downscale();
+    let (_, tokens, width) = encoders.encode_text(&[""])?.dims3()?;
+    Ok(Recipe::new(
+        config,
+        paths.latents.text,
+        paths.latents.crops,
+        Fingerprint::of(paths.teacher, config.model.vae.as_deref())?,
+        LatentLayout {
+            shape: [2 * vae.latent_channels, side, side],
+            scaling_factor: vae.scaling_factor,
+        },
+        [tokens, width],
+    ))
+}
+
+/// Writes what the pool makes, to its end or until a stop is asked for.
+fn write_all(
+    mut pool: EncodePool,
+    writer: &mut LatentWriter,
+    metrics: &FlowMetrics,
+    stop: &Stop,
+) -> Result<(), Failure> {
+    let interrupter = pool.interrupter();
+    stop.on_stop(move || interrupter.interrupt());
+    let stage = metrics.stage(Stage::Write);
+    let mut progress = Progress::start(writer.remaining().len());
+    while !stop.asked()
+        && let Some(batch) = pool.next(&stage)
+    {
+        let batch = batch.map_err(|error| match error {
+            EncodeError::Stream(error) => Failure::from(error),
+            other => other.into(),
+        })?;
+        let finished = stage.work(|| writer.write(&batch))?;
+        stage.add_items(batch.samples.len() as u64);
+        for name in &finished {
+            let entry = &writer.manifest().shards[name];
+            stage.add_bytes(entry.bytes);
+            if let Some(cause) = &entry.broken {
+                let samples = counted(entry.samples as usize, "sample");
+                progress.say(&format!("warning: {} is broken after {samples}: {cause}", entry.source));
+            }
+        }
+        progress.update(batch.samples.len(), finished.len(), metrics);
+    }
+    match stop.asked() {
+        true => Err(Failure::Stopped),
+        false => Ok(()),
+    }
+}
+
+fn summarize(manifest: &Manifest, there: usize, output: &Path, elapsed: Duration) {
+    let shards = &manifest.shards;
+    let sum = |part: fn(&crate::latents::ShardEntry) -> u64| shards.values().map(part).sum::<u64>();
+    let skipped = sum(|entry| entry.skipped.values().sum());
+    eprintln!(
+        "{}, {} of them new, in {:.1} s: {} in {:.1} MB, {skipped} left out",
+        counted(shards.len(), "shard"),
+        shards.len() - there,
+        elapsed.as_secs_f64(),
+        counted(sum(|entry| entry.samples) as usize, "sample"),
+        sum(|entry| entry.bytes) as f64 / 1e6,
+    );
+    let mut reasons = std::collections::BTreeMap::<&str, u64>::new();
+    for (reason, count) in shards.values().flat_map(|entry| &entry.skipped) {
+        *reasons.entry(reason).or_default() += count;
+    }
+    for (reason, count) in reasons {
+        eprintln!("  {reason} {count}");
+    }
+    println!("{}", output.display());
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A bar on a terminal, a line now and then elsewhere.
+struct Progress {
+    bar: Option<ProgressBar>,
+    shards: usize,
+    shards_done: usize,
+    samples: usize,
+    started: Instant,
+    last_line: Instant,
+}
+
+impl Progress {
+    fn start(shards: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(shards as u64);
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_bar} {pos}/{len} shards  {msg}") {
+                bar.set_style(style);
+            }
+            bar.set_message("encoding the first batch");
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        Self {
+            bar,
+            shards,
+            shards_done: 0,
+            samples: 0,
+            started: Instant::now(),
+            last_line: Instant::now(),
+        }
+    }
+
+    fn update(&mut self, samples: usize, shards: usize, metrics: &FlowMetrics) {
+        self.samples += samples;
+        self.shards_done += shards;
+        if self.bar.is_none() && self.last_line.elapsed() < LINE_EVERY {
+            return;
+        }
+        let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
+        let limit = metrics
+            .limiting_stage()
+            .map_or(String::new(), |stage| format!("  limit: {stage}"));
+        let message = format!("{}  {rate:.1} samples/s{limit}", counted(self.samples, "sample"));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(self.shards_done as u64);
+                bar.set_message(message);
+            }
+            None => {
+                eprintln!("{}/{} shards  {message}", self.shards_done, self.shards);
+                self.last_line = Instant::now();
+            }
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! `coffey sample`: images from a prompt, drawn by a student or by a teacher.
+
+mod latents;
+mod parts;
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use clap::{Args, ValueEnum};
+use image::RgbImage;
+
+use super::{Failure, device};
+use crate::config::DeviceSpec;
+use crate::diffusion::{BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor};
+use crate::draw::{pixels_to_images, plain_grid, save_png};
+use crate::encode::Encoders;
+use crate::models::UNet;
+use crate::ops::Attention;
+use crate::random::{generator, normal};
+use parts::Parts;
+
+/// Images drawn at once; more prompts are drawn one part after another.
+const CHUNK: usize = 8;
+/// Steps where --steps is not given.
+const LCM_STEPS: usize = 4;
+const DDIM_STEPS: usize = 50;
+
+/// Options of `coffey sample`.
+#[derive(Args, Debug)]
+pub(super) struct SampleArgs {
+    /// A pipeline in diffusers layout, or the folder of a run or of one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Where text encoder, tokenizer, VAE and scheduler are, if not in --model; without it, the teacher that the run was
+    /// distilled from.
+    #[arg(long, value_name = "DIR")]
+    teacher: Option<PathBuf>,
+    /// Which UNet of the model draws [default: unet_target if there is one, else unet]
+    #[arg(long, value_name = "NAME")]
+    unet: Option<String>,
+    /// What to draw; several make a grid.
+    #[arg(long, value_name = "TEXT", required = true, num_args = 1..)]
+    prompt: Vec<String>,
+    /// Sampling steps [default: 4 with lcm, 50 with ddim]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Guidance scale: embedded into a student; for a teacher classifier-free guidance, off at 1 or less.
+    #[arg(long, default_value_t = 8.0)]
+    guidance: f64,
+    /// Seed of the noise.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Height of the images in pixels [default: what the model was trained on]
+    #[arg(long, value_name = "H")]
+    height: Option<usize>,
+    /// Width of the images in pixels [default: what the model was trained on]
+    #[arg(long, value_name = "W")]
+    width: Option<usize>,
+    /// How to sample [default: lcm for a student, ddim for a teacher]
+    #[arg(long, value_enum)]
+    scheduler: Option<Scheduler>,
+    /// Start from this noise, standard normal: .npy, f32 or f16, [1, C, h, w] for all prompts or [B, C, h, w] for one each.
+    #[arg(long, value_name = "FILE.npy")]
+    init_latents: Option<PathBuf>,
+    /// Where to draw: cpu or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceSpec,
+    /// The picture to write.
+    #[arg(long, value_name = "FILE.png")]
+    out: PathBuf,
+}
+
+/// How to come from noise to latents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Scheduler {
+    /// The multistep sampler of Latent Consistency Models.
+    Lcm,
+    /// DDIM over trailing timesteps.
+    Ddim,
+}
+
+/// Runs `coffey sample`.
+pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
+    check_options(&args)?;
+    let device = device::open(args.device)?;
+    let parts = Parts::find(&args.model, args.teacher.as_deref(), args.unet.as_deref())?;
+    let schedule = NoiseSchedule::read(&parts.pipeline.join("scheduler"))?;
+    let unet = UNet::load(&parts.unet, DType::F32, &device, Attention::Plain)?;
+    let encoders = Encoders::load(&parts.pipeline, parts.vae.as_deref(), &device, CHUNK)?;
+    parts.fit(unet.config(), &encoders)?;
+
+    let plan = Plan::new(&args, &unet, schedule.len())?;
+    let noise = initial_noise(&args, &unet, &encoders, &device)?;
+    eprintln!(
+        "{} from {} in {} {} steps, guidance {}",
+        match args.prompt.len() {
+            1 => "one image".to_owned(),
+            n => format!("{n} images"),
+        },
+        parts.unet.display(),
+        plan.steps,
+        plan.scheduler.to_possible_value().map_or(String::new(), |v| v.get_name().to_uppercase()),
+        args.guidance
+    );
+    let artist = Artist {
+        unet: &unet,
+        encoders: &encoders,
+        schedule: &schedule,
+        plan,
+        guidance: args.guidance,
+        seed: args.seed,
+    };
+    let mut images = Vec::new();
+    for (i, prompts) in args.prompt.chunks(CHUNK).enumerate() {
+        let noise = noise.narrow(0, i * CHUNK, prompts.len())?;
+        images.extend(artist.draw(prompts, i * CHUNK, &noise)?);
+    }
+    let columns = (images.len() as f64).sqrt().ceil() as usize;
+    save_png(&plain_grid(&images, columns), &args.out)?;
+    println!("{}", args.out.display());
+    Ok(())
+}
+
+/// What is wrong whatever the model is.
+fn check_options(args: &SampleArgs) -> Result<(), Failure> {
+    let wrong = |message: String| Err(Failure::Usage(message.into()));
+    if !args.model.is_dir() {
+        return wrong(format!("--model {}: no such folder", args.model.display()));
+    }
+    if let Some(teacher) = args.teacher.as_deref().filter(|teacher| !teacher.is_dir()) {
+        return wrong(format!("--teacher {}: no such folder", teacher.display()));
+    }
+    if !args.guidance.is_finite() || args.guidance < 0.0 {
+        return wrong(format!("--guidance {}: must be a finite number, 0 or more", args.guidance));
+    }
+    if args.out.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("png")) {
+        return wrong(format!("--out {}: must be a .png file", args.out.display()));
+    }
+    Ok(())
+}
+
+/// What the options leave open, decided by the model.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    scheduler: Scheduler,
+    steps: usize,
+}
+
+impl Plan {
+    fn new(args: &SampleArgs, unet: &UNet, timesteps: usize) -> Result<Self, Failure> {
+        let student = unet.config().time_cond_proj_dim.is_some();
+        let scheduler = args.scheduler.unwrap_or(if student { Scheduler::Lcm } else { Scheduler::Ddim });
+        let (default, most, why) = match scheduler {
+            Scheduler::Lcm => (LCM_STEPS, LcmSampler::ORIGINAL_STEPS, "with the lcm scheduler"),
+            Scheduler::Ddim => (DDIM_STEPS, timesteps, "the timesteps of this model"),
+        };
+        let steps = args.steps.unwrap_or(default);
+        if !(1..=most).contains(&steps) {
+            return Err(Failure::Usage(format!("--steps {steps}: must be between 1 and {most}, {why}").into()));
+        }
+        Ok(Self { scheduler, steps })
+    }
+}
+
+/// Noise for every prompt, `[B, C, h, w]`: drawn from the seed, or read.
+fn initial_noise(args: &SampleArgs, unet: &UNet, encoders: &Encoders, device: &Device) -> Result<Tensor, Failure> {
+    let (config, downscale) = (unet.config(), encoders.vae().config().downscale());
+    let multiple = downscale * config.downscale();
+    let side = |name: &str, pixels: Option<usize>| match pixels {
+        Some(pixels) if pixels == 0 || !pixels.is_multiple_of(multiple) => {
+            Err(Failure::Usage(format!("--{name} {pixels}: must be a multiple of {multiple} for this model").into()))
+        }
+        Some(pixels) => Ok(Some(pixels / downscale)),
+        None => Ok(None),
+    };
+    let (height, width) = (side("height", args.height)?, side("width", args.width)?);
+    let (prompts, channels) = (args.prompt.len(), config.in_channels);
+    if let Some(path) = &args.init_latents {
+        let read = latents::read(path, latents::Wanted { prompts, channels, height, width });
+        return Ok(read.map_err(|message| Failure::Usage(message.into()))?.to_device(device)?);
+    }
+    let (height, width) = (height.unwrap_or(config.sample_size), width.unwrap_or(config.sample_size));
+    let each = (0..prompts)
+        .map(|i| normal(&mut generator(args.seed, "sample", i as u64, 0), &[1, channels, height, width], device))
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&each, 0)?)
+}
+
+/// Models and settings, ready to draw.
+struct Artist<'a> {
+    unet: &'a UNet,
+    encoders: &'a Encoders,
+    schedule: &'a NoiseSchedule,
+    plan: Plan,
+    guidance: f64,
+    seed: u64,
+}
+
+impl Artist<'_> {
+    /// Images of a few prompts, of which the first is number `first` of all; `noise`: `[B, C, h, w]`.
+    fn draw(&self, prompts: &[String], first: usize, noise: &Tensor) -> Result<Vec<RgbImage>, Failure> {
+        let prompt_embeds = self.encoders.encode_text(prompts)?;
+        let steps = self.plan.steps;
+        let student = StudentPredictor {
+            unet: self.unet,
+            prompt_embeds: &prompt_embeds,
+            guidance: self.guidance,
+        };
+        let latents = match self.plan.scheduler {
+            Scheduler::Lcm => {
+                let sampler = LcmSampler::new(self.schedule, BoundaryScaling::default(), steps);
+                sampler.sample(&student, noise, |step| self.renoise(first, step, noise))?
+            }
+            Scheduler::Ddim if self.unet.config().time_cond_proj_dim.is_some() => {
+                DdimSampler::new(self.schedule, steps).sample(&student, noise)?
+            }
+            Scheduler::Ddim => {
+                let uncond_prompt_embeds = self.encoders.encode_text(&vec![""; prompts.len()])?;
+                let teacher = TeacherPredictor {
+                    unet: self.unet,
+                    prompt_embeds: &prompt_embeds,
+                    uncond_prompt_embeds: &uncond_prompt_embeds,
+                    guidance: self.guidance,
+                };
+                DdimSampler::new(self.schedule, steps).sample(&teacher, noise)?
+            }
+        };
+        let vae = self.encoders.vae();
+        let pixels = vae.decode(&(latents * (1.0 / vae.config().scaling_factor))?)?;
+        Ok(pixels_to_images(&pixels)?)
+    }
+
+    /// Fresh noise after a step, each prompt's own, however prompts are put together.
+    fn renoise(&self, first: usize, step: usize, like: &Tensor) -> candle_core::Result<Tensor> {
+        let shape = [&[1], &like.dims()[1..]].concat();
+        let each = (first..first + like.dim(0)?)
+            .map(|i| normal(&mut generator(self.seed, "renoise", i as u64, step as u64), &shape, like.device()))
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        Tensor::cat(&each, 0)
+    }
+}

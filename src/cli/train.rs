@@ -1,0 +1,53 @@
+//! `coffey train`
+
+use clap::Args;
+use coffey_pipeline::Stream;
+
+use super::data::{DataAccess, s3_options, stream_config};
+use super::{ConfigArgs, Failure, device};
+use crate::stop::Stop;
+use crate::train::{self, Outcome, TrainError};
+
+/// Options of `coffey train`.
+#[derive(Args, Debug)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
+    let stop = Stop::on_signals()?;
+    let config = args.config.load()?;
+    let paths = config.require_train()?;
+    let train_device = device::open(config.train.device)?;
+    let encode_devices = config.encode.devices.iter().map(|&d| device::open(d)).collect::<Result<Vec<_>, _>>()?;
+    let access = DataAccess::open(s3_options(&config.s3))?;
+    eprintln!("opening {}", config.data.shards.join(", "));
+    let shards = access.shards(&config.data.shards)?;
+    eprintln!("{} shards", shards.len());
+    let data = train::Data {
+        open: Box::new(|order, batch_size, resume| {
+            let mut stream = stream_config(&config, shards.clone(), order, batch_size);
+            stream.resume = resume;
+            Stream::open(stream, &access.sources, &access.metrics, access.runtime.handle())
+        }),
+        metrics: access.metrics.clone(),
+    };
+    match train::run(&config, paths, &data, (&train_device, &encode_devices), &stop)? {
+        Outcome::Done(output) => {
+            println!("{}", output.display());
+            Ok(())
+        }
+        Outcome::Stopped => Err(Failure::Stopped),
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Encode(crate::encode::EncodeError::Stream(error)) => error.into(),
+            TrainError::Mismatch(_) => Self::Usage(error.into()),
+            error => Self::Failed(error.into()),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What can be wrong with a configuration, each in a sentence that says where, what, and what would be right.
+
+use std::fmt;
+
+/// Why a configuration can't be used. Every variant is the user's to fix, so the command line exits with code 2.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file can't be read at all.
+    #[error("cannot read the configuration file {file}: {source}")]
+    Read {
+        /// The file asked for.
+        file: String,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{file}:{line}:{column}: not valid TOML: {message}")]
+    Syntax {
+        /// The file.
+        file: String,
+        /// Line, from 1.
+        line: usize,
+        /// Column in characters, from 1.
+        column: usize,
+        /// What the parser said.
+        message: String,
+    },
+    /// A `-s` argument is not `key=value`, or its value is not TOML.
+    #[error("-s {argument}: {message}")]
+    Override {
+        /// The argument as given.
+        argument: String,
+        /// What is wrong with it and what would be right.
+        message: String,
+    },
+    /// A key nobody reads.
+    #[error("{place}: unknown key {key}; {hint}")]
+    UnknownKey {
+        /// Where it was written.
+        place: Place,
+        /// The key in full, as `train.max_step`.
+        key: String,
+        /// The nearest known key, or what the table knows.
+        hint: String,
+    },
+    /// A value of the wrong type.
+    #[error("{entry}: wrong type: found {found}, needs {needs}")]
+    WrongType {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// The type found.
+        found: &'static str,
+        /// The type needed.
+        needs: String,
+    },
+    /// A word which is none of those the key can be.
+    #[error("{entry}: unknown value; choose one of {choices}")]
+    UnknownChoice {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// Every choice, quoted and separated by commas.
+        choices: String,
+    },
+    /// A value of the right type which can't be used.
+    #[error("{entry}: {needs}")]
+    Invalid {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// What it has to be.
+        needs: String,
+    },
+    /// A required key is absent.
+    #[error("{place}: missing required key {key}: {meaning}")]
+    Missing {
+        /// The configuration file.
+        place: Place,
+        /// The key in full.
+        key: String,
+        /// What the key says, so that the reader can fill it in.
+        meaning: &'static str,
+    },
+    /// A value whose feature this version does not have.
+    #[error("{entry}: not built yet; {instead}")]
+    NotBuilt {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// What to write instead.
+        instead: &'static str,
+    },
+    /// A value that needs a cargo feature this binary was compiled without.
+    #[error(
+        "{entry}: this binary was built without {what}; {instead} or build with `--features {feature}`"
+    )]
+    WithoutFeature {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// The feature in words.
+        what: &'static str,
+        /// What to write instead.
+        instead: &'static str,
+        /// The cargo feature.
+        feature: &'static str,
+    },
+    /// A folder the configuration names does not exist.
+    #[error("{entry}: no such folder{hint}")]
+    NoFolder {
+        /// The key and its value.
+        entry: Box<Entry>,
+        /// A guess at what was meant, starting with its own punctuation, or empty.
+        hint: &'static str,
+    },
+}
+
+/// One key with its value, and where it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Where it was written.
+    pub place: Place,
+    /// The key in full, as `train.max_steps`.
+    pub key: String,
+    /// The value as TOML.
+    pub value: String,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: key {} = {}", self.place, self.key, self.value)
+    }
+}
+
+/// Where a value was written: a line of the file, or a `-s` argument.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// The configuration file; without a line where the value is a default or absent.
+    File {
+        /// The file's name as given.
+        file: String,
+        /// Line, from 1.
+        line: Option<usize>,
+    },
+    /// A `-s` argument.
+    Argument(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { file, line: None } => f.write_str(file),
+            Self::File {
+                file,
+                line: Some(line),
+            } => write!(f, "{file}:{line}"),
+            Self::Argument(argument) => write!(f, "-s {argument}"),
+        }
+    }
+}

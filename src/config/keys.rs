@@ -1,0 +1,218 @@
+//! Every key there is, read off the structs themselves, and the refusal of any other.
+
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, Error, Visitor};
+use serde::forward_to_deserialize_any;
+use toml::{Table, Value};
+
+use super::decode::type_name;
+use super::document::{Document, join};
+use super::error::ConfigError;
+use super::unbuilt::{Refused, UNBUILT};
+use super::{
+    Audit, Checkpoint, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3,
+    Track, Train, Validation,
+};
+
+/// A table and the keys in it that are not tables.
+struct KnownTable {
+    name: &'static str,
+    keys: Vec<&'static str>,
+}
+
+/// Every table with its keys, those that are not built yet included.
+fn known_tables() -> Vec<KnownTable> {
+    let mut tables: Vec<_> = [
+        ("data", fields::<Data>()),
+        ("data.filter", fields::<Filter>()),
+        ("s3", fields::<S3>()),
+        ("image", fields::<Image>()),
+        ("model", fields::<Model>()),
+        ("encode", fields::<Encode>()),
+        ("distill", fields::<Distill>()),
+        ("optimizer", fields::<Optimizer>()),
+        ("train", fields::<Train>()),
+        ("checkpoint", fields::<Checkpoint>()),
+        ("validation", fields::<Validation>()),
+        ("report", fields::<Report>()),
+        ("track", fields::<Track>()),
+        ("latents", fields::<Latents>()),
+        ("audit", fields::<Audit>()),
+    ]
+    .map(|(name, keys)| KnownTable {
+        name,
+        keys: keys.to_vec(),
+    })
+    .into();
+    for row in UNBUILT {
+        if let Refused::All = row.refused
+            && let Some((name, key)) = row.key.rsplit_once('.')
+        {
+            match tables.iter_mut().find(|table| table.name == name) {
+                Some(table) => table.keys.push(key),
+                None => tables.push(KnownTable {
+                    name,
+                    keys: vec![key],
+                }),
+            }
+        }
+    }
+    for index in 0..tables.len() {
+        let table = tables[index].name;
+        let names: Vec<_> = tables.iter().map(|other| other.name).collect();
+        tables[index]
+            .keys
+            .retain(|key| !names.contains(&join(table, key).as_str()));
+    }
+    tables
+}
+
+/// Every key in full.
+#[cfg(test)]
+pub(super) fn known_keys() -> Vec<String> {
+    known_tables()
+        .iter()
+        .flat_map(|table| table.keys.iter().map(|key| join(table.name, key)))
+        .collect()
+}
+
+/// Refuses the first key of the document that nobody reads.
+pub(super) fn refuse_unknown(document: &Document) -> Result<(), ConfigError> {
+    walk(document, &known_tables(), "", &document.root)
+}
+
+fn walk(
+    document: &Document,
+    tables: &[KnownTable],
+    prefix: &str,
+    table: &Table,
+) -> Result<(), ConfigError> {
+    for (key, value) in table {
+        let path = join(prefix, key);
+        if tables.iter().any(|known| known.name == path) {
+            let Value::Table(inner) = value else {
+                return Err(ConfigError::WrongType {
+                    entry: document.origin.entry(&path, value),
+                    found: type_name(value),
+                    needs: format!("a table, as [{path}]"),
+                });
+            };
+            walk(document, tables, &path, inner)?;
+        } else if !tables
+            .iter()
+            .any(|known| known.name == prefix && known.keys.contains(&key.as_str()))
+        {
+            return Err(ConfigError::UnknownKey {
+                place: document.origin.place(&path),
+                hint: hint(tables, prefix, key, value.is_table()),
+                key: path,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The nearest known key: the same name in another table, else one of the same table that is spelled nearly so, else
+/// the nearest of all, else what the table knows.
+fn hint(tables: &[KnownTable], prefix: &str, key: &str, is_table: bool) -> String {
+    /// Jaro-Winkler similarity from which two names count as one misspelled.
+    const NEAR: f64 = 0.85;
+    let all: Vec<(&str, &str)> = tables
+        .iter()
+        .flat_map(|table| table.keys.iter().map(|known| (table.name, *known)))
+        .collect();
+    let likeness = |a: &str, b: &str| strsim::jaro_winkler(a, b);
+
+    if is_table {
+        let path = join(prefix, key);
+        let nearest = tables
+            .iter()
+            .max_by(|a, b| likeness(a.name, &path).total_cmp(&likeness(b.name, &path)));
+        return match nearest {
+            Some(table) if likeness(table.name, &path) >= NEAR => {
+                format!("did you mean [{}]?", table.name)
+            }
+            _ => {
+                let names: Vec<_> = tables.iter().map(|table| table.name).collect();
+                format!("the tables are {}", names.join(", "))
+            }
+        };
+    }
+    let near = |candidates: &[(&str, &str)]| {
+        candidates
+            .iter()
+            .max_by(|a, b| likeness(a.1, key).total_cmp(&likeness(b.1, key)))
+            .filter(|nearest| likeness(nearest.1, key) >= NEAR)
+            .map(|(table, known)| format!("did you mean {table}.{known}?"))
+    };
+    let (here, elsewhere): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|(table, _)| *table == prefix);
+    let same_name: Vec<_> = elsewhere
+        .iter()
+        .copied()
+        .filter(|(_, known)| *known == key)
+        .collect();
+    near(&same_name)
+        .or_else(|| near(&here))
+        .or_else(|| near(&elsewhere))
+        .unwrap_or_else(|| {
+            let known: Vec<_> = here.iter().map(|(_, known)| *known).collect();
+            if known.is_empty() {
+                let names: Vec<_> = tables.iter().map(|table| table.name).collect();
+                format!("it belongs in a table, one of {}", names.join(", "))
+            } else {
+                format!("[{prefix}] knows {}", known.join(", "))
+            }
+        })
+}
+
+/// The field names of a struct, as its `Deserialize` asks for them.
+fn fields<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+    match T::deserialize(FieldProbe) {
+        Err(Fields(names)) => names,
+        Ok(_) => &[],
+    }
+}
+
+struct FieldProbe;
+
+/// Carries the names out of the deserializer.
+#[derive(Debug)]
+struct Fields(&'static [&'static str]);
+
+impl fmt::Display for Fields {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.0)
+    }
+}
+
+impl std::error::Error for Fields {}
+
+impl Error for Fields {
+    fn custom<T: fmt::Display>(_: T) -> Self {
+        Self(&[])
+    }
+}
+
+impl<'de> Deserializer<'de> for FieldProbe {
+    type Error = Fields;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Fields> {
+        Err(Fields(&[]))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        names: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Fields> {
+        Err(Fields(names))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit
+        unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}

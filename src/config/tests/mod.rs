@@ -1,0 +1,261 @@
+//! What a configuration that is right turns into.
+
+mod refusals;
+
+use std::path::Path;
+
+use super::*;
+
+const MINIMAL: &str = "[data]\nshards = \"s3://bucket/{0..3}.tar\"\n";
+
+fn parse(text: &str, overrides: &[&str]) -> Result<Config, ConfigError> {
+    let overrides: Vec<_> = overrides.iter().map(ToString::to_string).collect();
+    Config::parse(text, "a.toml", &overrides)
+}
+
+fn with(overrides: &[&str]) -> Config {
+    parse(MINIMAL, overrides).unwrap()
+}
+
+#[test]
+fn defaults_are_the_designs() {
+    let config = with(&[]);
+    assert_eq!(config.data.shards, ["s3://bucket/{0..3}.tar"]);
+    assert_eq!(config.data.kind, DataKind::Images);
+    assert_eq!(config.data.image_keys, ["jpg", "png", "jpeg", "webp"]);
+    assert_eq!(config.data.caption_keys, ["text", "txt", "caption"]);
+    assert_eq!(config.data.max_samples, None);
+    assert!(config.data.resample_shards);
+    assert_eq!(config.data.shuffle_buffer, 1000);
+    assert_eq!(
+        (config.data.open_shards, config.data.prefetch_batches),
+        (4, 4)
+    );
+    assert!(config.data.decode_threads >= 1);
+    assert!((config.data.max_bad_fraction - 0.05).abs() < 1e-12);
+    assert_eq!(config.data.filter, None);
+    assert_eq!(config.s3, S3::default());
+    assert_eq!(config.s3.max_attempts, 10);
+    assert_eq!(config.image.resolution, 512);
+    assert_eq!(config.image.interpolation, Interpolation::Bilinear);
+    assert_eq!(config.image.crop, Crop::Random);
+    assert_eq!(config.model.time_cond_proj_dim, 256);
+    assert_eq!(config.encode.devices, [DeviceSpec::Cpu]);
+    assert_eq!(config.encode.batch_size, 32);
+    assert_eq!(config.distill.num_ddim_timesteps, 50);
+    assert_eq!(config.distill.loss, LossKind::Huber);
+    assert_eq!(config.optimizer.kind, OptimizerKind::AdamW);
+    assert_eq!(config.optimizer.schedule, Schedule::Constant);
+    assert_eq!(config.train.device, DeviceSpec::Cpu);
+    assert_eq!(
+        (config.train.max_steps, config.train.batch_size),
+        (1000, 12)
+    );
+    assert_eq!(config.train.mixed_precision, MixedPrecision::No);
+    assert_eq!(config.train.seed, 453_645_634);
+    assert_eq!(config.train.stall_timeout, 1800);
+    assert_eq!((config.checkpoint.every, config.checkpoint.keep), (200, 10));
+    assert_eq!(config.checkpoint.resume, Resume::Latest);
+    assert_eq!(
+        (config.validation, config.latents, config.audit),
+        (None, None, None)
+    );
+    assert_eq!(config.report.endpoint_captions, 0);
+    assert!(!config.report.grid);
+}
+
+#[test]
+fn tables_given_in_part_have_the_rest_filled_in() {
+    let config = with(&[
+        "validation.prompts=['red apple']",
+        "latents.output=latents/a",
+        "audit.dir=runs/a/audit",
+        "data.filter.max_pwatermark=0.5",
+    ]);
+    let validation = config.validation.unwrap();
+    assert_eq!(
+        (
+            validation.every,
+            validation.steps,
+            validation.images_per_prompt
+        ),
+        (200, 4, 4)
+    );
+    let latents = config.latents.unwrap();
+    assert_eq!((latents.text, latents.crops), (TextKind::Embeds, 1));
+    assert_eq!(config.audit.unwrap().steps, 4);
+    let filter = config.data.filter.unwrap();
+    assert_eq!((filter.max_pwatermark, filter.min_size), (Some(0.5), None));
+}
+
+#[test]
+fn overrides_take_toml_values_and_bare_words() {
+    let config = with(&[
+        "train.max_steps=10",
+        "optimizer.learning_rate = 3e-4",
+        "distill.w_min=2",
+        "image.flip=true",
+        "train.output=runs/first run",
+        "model.teacher=\"a folder\"",
+        "checkpoint.resume=runs/a/checkpoint-5",
+        "data.shards=[\"a.tar\", 'b.tar']",
+        "s3={ region = \"eu-west-1\", anonymous = true }",
+        "s3.max_attempts=3",
+        "encode.devices=[\"cpu\", \"cpu\"]",
+        "image.interpolation=nearest_exact",
+        "train.max_steps=11",
+    ]);
+    assert_eq!(config.train.max_steps, 11);
+    assert!((config.optimizer.learning_rate - 3e-4).abs() < 1e-12);
+    assert!((config.distill.w_min - 2.0).abs() < 1e-12);
+    assert!(config.image.flip);
+    assert_eq!(
+        config.train.output.as_deref(),
+        Some(Path::new("runs/first run"))
+    );
+    assert_eq!(config.model.teacher.as_deref(), Some(Path::new("a folder")));
+    assert_eq!(
+        config.checkpoint.resume,
+        Resume::From("runs/a/checkpoint-5".into())
+    );
+    assert_eq!(config.data.shards, ["a.tar", "b.tar"]);
+    assert_eq!(config.s3.region.as_deref(), Some("eu-west-1"));
+    assert_eq!((config.s3.anonymous, config.s3.max_attempts), (true, 3));
+    assert_eq!(config.encode.devices, [DeviceSpec::Cpu; 2]);
+    assert_eq!(config.image.interpolation, Interpolation::Nearest);
+}
+
+#[test]
+fn an_override_wins_over_the_file_and_can_complete_it() {
+    let config = parse(
+        "[train]\nmax_steps = 5\n",
+        &["data.shards=a.tar", "train.max_steps=6"],
+    );
+    assert_eq!(config.unwrap().train.max_steps, 6);
+}
+
+#[test]
+fn required_paths_are_handed_out() {
+    let config = with(&[
+        "model.teacher=.",
+        "train.output=runs/a",
+        "latents.output=latents/a",
+    ]);
+    let paths = config.require_train().unwrap();
+    assert_eq!(
+        (paths.teacher, paths.output),
+        (Path::new("."), Path::new("runs/a"))
+    );
+    let paths = config.require_precompute().unwrap();
+    assert_eq!(paths.latents.output, Path::new("latents/a"));
+}
+
+#[test]
+fn limits_are_inside() {
+    with(&[
+        "data.max_bad_fraction=1",
+        "distill.w_min=15",
+        "distill.ema_decay=0",
+        "distill.num_ddim_timesteps=1000",
+        "image.resolution=8",
+        "optimizer.schedule=constant_with_warmup",
+        "optimizer.warmup_steps=5",
+        "train.seed=9223372036854775807",
+    ]);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda_devices_are_read() {
+    let config = with(&[
+        "train.device=cuda:0",
+        "encode.devices=[\"cuda:0\", \"cuda:1\"]",
+    ]);
+    assert_eq!(config.train.device, DeviceSpec::Cuda(0));
+    assert_eq!(
+        config.encode.devices,
+        [DeviceSpec::Cuda(0), DeviceSpec::Cuda(1)]
+    );
+}
+
+#[test]
+fn devices_and_resume_round_trip() {
+    for text in ["cpu", "cuda:0", "cuda:12"] {
+        assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
+    }
+    for text in ["", "cuda", "cuda:", "cuda:x", "CPU", "cuda:-1"] {
+        assert!(text.parse::<DeviceSpec>().is_err(), "{text}");
+    }
+    for text in ["latest", "never", "runs/a/checkpoint-5"] {
+        assert_eq!(String::from(Resume::from(text.to_owned())), text);
+    }
+}
+
+#[test]
+fn the_built_value_beside_an_unbuilt_one_is_accepted() {
+    with(&[
+        "data.kind=images",
+        "image.scaled_decode=false",
+        "encode.dtype=f32",
+        "encode.vae_dtype=f32",
+        "optimizer.kind=adamw",
+        "train.gradient_checkpointing=false",
+        "train.attention=plain",
+        "train.mixed_precision=no",
+        "train.teacher_dtype=f32",
+        "track.tensorboard=false",
+        "latents={output=\"a\",crops=1}",
+    ]);
+}
+
+#[test]
+fn what_is_written_out_reads_back_the_same() {
+    let config = with(&[
+        "model.teacher=teacher",
+        "train.output=runs/a",
+        "checkpoint.resume=runs/a/checkpoint-5",
+        "validation.prompts=['red apple']",
+        "latents.output=latents/a",
+        "audit.dir=audit",
+        "data.filter.min_size=64",
+        "image.interpolation=nearest_exact",
+    ]);
+    let text = config.to_toml().unwrap();
+    let again = Config::parse(&text, "b.toml", &[]).unwrap();
+    assert_eq!(config, again);
+}
+
+#[cfg(feature = "embedded-s3")]
+#[test]
+fn shipped_configurations_parse() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let mut seen = 0;
+    for file in std::fs::read_dir(folder).unwrap() {
+        let path = file.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            let config = Config::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
+            assert!(config.model.teacher.is_some(), "{}", path.display());
+            assert!(
+                config.train.output.is_some() || config.latents.is_some(),
+                "{}",
+                path.display()
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen >= 5, "only {seen} configurations in configs/");
+}
+
+#[test]
+fn every_key_is_documented() {
+    let page = include_str!("../../../docs/configuration.md");
+    for key in keys::known_keys() {
+        assert!(
+            page.contains(&format!("| `{key}` |")),
+            "docs/configuration.md has no row for {key}"
+        );
+    }
+}

@@ -1,0 +1,351 @@
+//! Every kind of mistake, and the message it ends with.
+
+use super::*;
+
+/// The message for `MINIMAL` with more lines below it.
+fn refusal(more: &str) -> String {
+    parse(&format!("{MINIMAL}{more}"), &[])
+        .unwrap_err()
+        .to_string()
+}
+
+/// The message for `MINIMAL` with one override.
+fn refused(argument: &str) -> String {
+    parse(MINIMAL, &[argument]).unwrap_err().to_string()
+}
+
+#[test]
+fn a_bad_override_names_its_argument() {
+    assert_eq!(
+        refused("train.max_steps"),
+        "-s train.max_steps: needs the form key=value, as train.max_steps=10"
+    );
+    assert!(refused("train.output=").starts_with("-s train.output=: has no value"));
+    assert!(refused("train..x=1").contains("\"train..x\" is not a key"));
+    assert!(
+        refused("data.shards=[\"a.tar\"")
+            .starts_with("-s data.shards=[\"a.tar\": the value is not valid TOML:")
+    );
+    assert_eq!(
+        refused("data.shards.x=1"),
+        "-s data.shards.x=1: shards is not a table, so nothing in it can be set"
+    );
+    assert_eq!(
+        refused("train.max_step=1"),
+        "-s train.max_step=1: unknown key train.max_step; did you mean train.max_steps?"
+    );
+    assert_eq!(
+        refused("train.max_steps=ten"),
+        "-s train.max_steps=ten: key train.max_steps = \"ten\": wrong type: found a string, needs a whole \
+         number, 0 or more"
+    );
+    assert_eq!(
+        refused("train.max_steps=0"),
+        "-s train.max_steps=0: key train.max_steps = 0: must be 1 or more"
+    );
+    // Only the last word on a key is blamed for it.
+    let message = parse(MINIMAL, &["s3.max_attempts=0", "s3={ max_attempts = 0 }"]).unwrap_err();
+    assert!(message.to_string().starts_with("-s s3={"), "{message}");
+}
+
+#[test]
+fn unknown_keys_name_the_nearest() {
+    assert_eq!(
+        refusal("\n[train]\nmax_step = 5\n"),
+        "a.toml:5: unknown key train.max_step; did you mean train.max_steps?"
+    );
+    assert_eq!(
+        refusal("max_steps = 5\n"),
+        "a.toml:3: unknown key data.max_steps; did you mean train.max_steps?"
+    );
+    assert_eq!(
+        refusal("[trian]\nmax_steps = 5\n"),
+        "a.toml:3: unknown key trian; did you mean [train]?"
+    );
+    assert!(refusal("[data.fliter]\nmin_size = 5\n").ends_with("did you mean [data.filter]?"));
+    assert!(refusal("[hub]\npush = 5\n").ends_with("did you mean hub.push_to?"));
+    assert!(refusal("[audit]\nqqqq = 5\n").ends_with("[audit] knows dir, steps"));
+    assert!(refused("zzz=5").contains("it belongs in a table, one of data, data.filter, s3"));
+    assert!(refused("zzz.y=5").contains("the tables are data, data.filter, s3"));
+}
+
+#[test]
+fn wrong_types_say_what_was_found_and_what_is_right() {
+    for (more, end) in [
+        (
+            "kind = 3\n",
+            "key data.kind = 3: wrong type: found a whole number, needs one of \"images\"",
+        ),
+        ("image_keys = \"jpg\"\n", "found a string, needs a list"),
+        (
+            "image_keys = [\"jpg\", 3]\n",
+            "key data.image_keys[1] = 3: wrong type: found a whole number, needs a string",
+        ),
+        (
+            "resample_shards = 1\n",
+            "found a whole number, needs true or false",
+        ),
+        (
+            "max_bad_fraction = \"low\"\n",
+            "found a string, needs a number",
+        ),
+        (
+            "open_shards = 1.5\n",
+            "found a number with a fraction, needs a whole number, 0 or more",
+        ),
+        (
+            "open_shards = -1\n",
+            "key data.open_shards = -1: needs a whole number, 0 or more",
+        ),
+        (
+            "open_shards = 2020-01-01\n",
+            "found a date, needs a whole number, 0 or more",
+        ),
+        (
+            "filter = 3\n",
+            "found a whole number, needs a table, as [data.filter]",
+        ),
+    ] {
+        let message = refusal(more);
+        assert!(message.starts_with("a.toml:3: key data."), "{message}");
+        assert!(message.ends_with(end), "{message}");
+    }
+    let message = parse("[data]\nshards = 3\n", &[]).unwrap_err().to_string();
+    assert!(
+        message.ends_with("needs a string or a list of strings"),
+        "{message}"
+    );
+    let message = parse("data = 3\n", &[]).unwrap_err().to_string();
+    assert!(message.ends_with("needs a table, as [data]"), "{message}");
+}
+
+#[test]
+fn unknown_words_list_the_choices() {
+    assert_eq!(
+        refusal("[image]\ncrop = \"middle\"\n"),
+        "a.toml:4: key image.crop = \"middle\": unknown value; choose one of \"random\", \"center\""
+    );
+    assert!(refused("optimizer.schedule=flat").ends_with("\"cosine_with_restarts\", \"polynomial\""));
+    assert!(refused("optimizer.kind=sgd").ends_with("choose one of \"adamw\""));
+}
+
+#[test]
+fn syntax_errors_say_where() {
+    let message = refusal("[train\n");
+    assert!(
+        message.starts_with("a.toml:3:7: not valid TOML: "),
+        "{message}"
+    );
+    let message = refusal("shards = \"b\"\n");
+    assert!(
+        message.starts_with("a.toml:3:1: not valid TOML: "),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let message = Config::load(Path::new("no/such.toml"), &[]).unwrap_err();
+    assert!(matches!(message, ConfigError::Read { .. }));
+    assert!(message.to_string().contains("no/such.toml"), "{message}");
+}
+
+#[test]
+fn missing_keys_are_named_with_their_meaning() {
+    let message = parse("", &[]).unwrap_err().to_string();
+    assert!(
+        message.starts_with("a.toml: missing required key data.shards: the URLs"),
+        "{message}"
+    );
+    let message = refusal("[validation]\nevery = 3\n");
+    assert!(
+        message.starts_with("a.toml:3: missing required key validation.prompts:"),
+        "{message}"
+    );
+
+    let message = with(&[]).require_train().unwrap_err().to_string();
+    assert!(
+        message.starts_with("a.toml: missing required key model.teacher:"),
+        "{message}"
+    );
+    let config = with(&["model.teacher=."]);
+    let message = config.require_train().unwrap_err().to_string();
+    assert!(
+        message.starts_with("a.toml: missing required key train.output:"),
+        "{message}"
+    );
+    let message = config.require_precompute().unwrap_err().to_string();
+    assert!(
+        message.starts_with("a.toml: missing required key latents.output:"),
+        "{message}"
+    );
+    assert!(config.require_bench().is_ok());
+}
+
+#[test]
+fn absent_folders_are_named_and_hub_ids_recognised() {
+    let need = |arguments: &[&str]| with(arguments).require_train().unwrap_err().to_string();
+    assert_eq!(
+        need(&["model.teacher=/no/such/teacher"]),
+        "-s model.teacher=/no/such/teacher: key model.teacher = \"/no/such/teacher\": no such folder"
+    );
+    let message = need(&["model.teacher=stable-diffusion-v1-5/stable-diffusion-v1-5"]);
+    assert!(
+        message
+            .contains("no such folder; if it is a Hub id: fetching from the Hub is not built yet"),
+        "{message}"
+    );
+    let message = need(&["model.teacher=.", "model.vae=stabilityai/sd-vae-ft-mse"]);
+    assert!(
+        message.contains(
+            "key model.vae = \"stabilityai/sd-vae-ft-mse\": no such folder; if it is a Hub id"
+        ),
+        "{message}"
+    );
+}
+
+#[cfg(feature = "embedded-s3")]
+#[test]
+fn an_absent_embedded_root_is_named() {
+    let config = with(&["s3.embedded_root=no/such"]);
+    let message = config.require_bench().unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "-s s3.embedded_root=no/such: key s3.embedded_root = \"no/such\": no such folder"
+    );
+}
+
+#[cfg(not(feature = "embedded-s3"))]
+#[test]
+fn the_embedded_server_needs_its_feature() {
+    assert!(refused("s3.embedded_root=a").contains("built without the embedded S3 server"));
+}
+
+#[test]
+fn values_out_of_range_are_refused() {
+    for argument in [
+        "data.shards=[]",
+        "data.shards=\"\"",
+        "data.image_keys=[]",
+        "data.caption_keys=[\"\"]",
+        "data.max_samples=0",
+        "data.shuffle_buffer=0",
+        "data.open_shards=0",
+        "data.decode_threads=0",
+        "data.prefetch_batches=0",
+        "data.max_bad_fraction=1.5",
+        "data.max_bad_fraction=nan",
+        "data.filter.max_pwatermark=-0.1",
+        "data.filter.max_punsafe=2",
+        "data.filter.min_similarity=1.5",
+        "data.filter.min_aesthetic=inf",
+        "data.filter={min_caption_chars=5,max_caption_chars=4}",
+        "s3.max_attempts=0",
+        "s3.endpoint_url=localhost:9000",
+        "s3.embedded_root=\"\"",
+        "s3={endpoint_url=\"http://localhost\",embedded_root=\"a\"}",
+        "image.resolution=0",
+        "image.resolution=100",
+        "model.teacher=\"\"",
+        "model.time_cond_proj_dim=2",
+        "encode.devices=[]",
+        "encode.devices=[\"gpu\"]",
+        "encode.batch_size=0",
+        "distill.num_ddim_timesteps=0",
+        "distill.num_ddim_timesteps=30",
+        "distill.w_min=-1",
+        "distill.w_min=20",
+        "distill.w_max=inf",
+        "distill.huber_c=0",
+        "distill.timestep_scaling=0",
+        "distill.ema_decay=1.1",
+        "distill.proportion_empty_prompts=-0.5",
+        "optimizer.learning_rate=0",
+        "optimizer.beta1=1",
+        "optimizer.beta2=-0.1",
+        "optimizer.weight_decay=-1",
+        "optimizer.epsilon=0",
+        "optimizer.max_grad_norm=0",
+        "optimizer.warmup_steps=5",
+        "train.output=\"\"",
+        "train.device=cuda",
+        "train.max_steps=0",
+        "train.batch_size=0",
+        "train.gradient_accumulation=0",
+        "train.seed=-1",
+        "train.stall_timeout=0",
+        "checkpoint.every=0",
+        "checkpoint.keep=0",
+        "validation={prompts=[]}",
+        "validation={prompts=[\"a\"],every=0}",
+        "validation={prompts=[\"a\"],steps=0}",
+        "validation={prompts=[\"a\"],steps=51}",
+        "validation={prompts=[\"a\"],guidance=-1}",
+        "validation={prompts=[\"a\"],images_per_prompt=0}",
+        "report.endpoint_every=0",
+        "report.guidance=-1",
+        "report.grid=true",
+        "latents.output=\"\"",
+        "latents={output=\"a\",crops=0}",
+        "audit.dir=\"\"",
+        "audit={dir=\"a\",steps=0}",
+    ] {
+        let error = parse(MINIMAL, &[argument]).unwrap_err();
+        assert!(
+            matches!(error, ConfigError::Invalid { .. }),
+            "{argument}: {error}"
+        );
+        assert!(
+            error
+                .to_string()
+                .starts_with(&format!("-s {argument}: key ")),
+            "{error}"
+        );
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn cuda_needs_a_cuda_build() {
+    assert_eq!(
+        refused("encode.devices=[\"cpu\", \"cuda:1\"]"),
+        "-s encode.devices=[\"cpu\", \"cuda:1\"]: key encode.devices[1] = \"cuda:1\": this binary was built \
+         without CUDA; use \"cpu\" or build with `--features cuda`"
+    );
+    assert!(refused("train.device=cuda:0").contains("built without CUDA"));
+}
+
+#[test]
+fn everything_not_built_is_refused_when_written_down() {
+    use unbuilt::{Refused, UNBUILT};
+    for row in UNBUILT {
+        let values: Vec<String> = match row.refused {
+            Refused::All => vec!["1".to_owned(), "x".to_owned()],
+            Refused::Words(words) => words.iter().map(ToString::to_string).collect(),
+            Refused::True => vec!["true".to_owned()],
+            Refused::Prefix(prefix) => vec![format!("{prefix}bucket/a")],
+            Refused::Above(limit) => vec![(limit + 1).to_string()],
+        };
+        for value in values {
+            let argument = format!("{}={value}", row.key);
+            let error = parse(MINIMAL, &[&argument]).unwrap_err();
+            assert!(
+                matches!(error, ConfigError::NotBuilt { .. }),
+                "{argument}: {error}"
+            );
+            let message = error.to_string();
+            assert!(
+                message.starts_with(&format!("-s {argument}: key {} = ", row.key)),
+                "{message}"
+            );
+            assert!(
+                message.ends_with(&format!(": not built yet; {}", row.instead)),
+                "{message}"
+            );
+        }
+    }
+    assert_eq!(
+        refusal("[optimizer]\nkind = \"adamw8bit\"\n"),
+        "a.toml:4: key optimizer.kind = \"adamw8bit\": not built yet; use \"adamw\""
+    );
+}

@@ -1,0 +1,95 @@
+//! The keys and values whose feature this version does not have. Writing one down is refused, never ignored.
+//! When a feature is built its rows go, and what they name becomes a field or a variant like any other.
+
+use toml::Value;
+
+use super::document::Document;
+use super::error::ConfigError;
+
+/// One row: which values of a key are refused, and what to write instead.
+#[derive(Debug)]
+pub(super) struct Unbuilt {
+    pub(super) key: &'static str,
+    pub(super) refused: Refused,
+    pub(super) instead: &'static str,
+}
+
+/// The values that are refused.
+#[derive(Debug)]
+pub(super) enum Refused {
+    /// Every value: the key has no built value and no field.
+    All,
+    /// These words.
+    Words(&'static [&'static str]),
+    /// `true`.
+    True,
+    /// A string that starts so.
+    Prefix(&'static str),
+    /// A number above this.
+    Above(i64),
+}
+
+use Refused::{Above, All, Prefix, True, Words};
+
+/// Every key and value of the design that is not built yet.
+#[rustfmt::skip]
+pub(super) const UNBUILT: &[Unbuilt] = &[
+    row("data.kind", Words(&["latents"]), r#"use "images""#),
+    row("data.cache_dir", All, "leave it out"),
+    row("data.cache_limit_gb", All, "leave it out"),
+    row("image.interpolation", Words(&["box", "hamming"]), r#"use "bilinear", "bicubic", "lanczos" or "nearest""#),
+    row("image.scaled_decode", True, "use false"),
+    row("model.teacher", Prefix("s3://"), "copy the model to a folder and name that"),
+    row("model.vae", Prefix("s3://"), "copy the VAE to a folder and name that"),
+    row("model.revision", All, "download the revision to a folder and name that as model.teacher"),
+    row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
+    row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
+    row("optimizer.kind", Words(&["adamw8bit"]), r#"use "adamw""#),
+    row("train.output", Prefix("s3://"), "use a folder"),
+    row("train.gradient_checkpointing", True, "use false"),
+    row("train.mixed_precision", Words(&["fp16", "bf16"]), r#"use "no""#),
+    row("train.teacher_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
+    row("checkpoint.resume", Prefix("s3://"), "copy the checkpoint to a folder and name that"),
+    row("track.tensorboard", True, "use false; metrics.jsonl in the run's folder has every step"),
+    row("metrics.listen", All, "leave it out; metrics.jsonl in the run's folder has every step"),
+    row("hub.push_to", All, "leave it out and upload the run's folder with the Hub's own tool"),
+    row("latents.output", Prefix("s3://"), "use a folder"),
+    row("latents.crops", Above(1), "use 1"),
+    row("audit.dir", Prefix("s3://"), "use a folder"),
+];
+
+const fn row(key: &'static str, refused: Refused, instead: &'static str) -> Unbuilt {
+    Unbuilt {
+        key,
+        refused,
+        instead,
+    }
+}
+
+impl Refused {
+    fn covers(&self, value: &Value) -> bool {
+        match (self, value) {
+            (All, _) => true,
+            (Words(words), Value::String(text)) => words.contains(&text.as_str()),
+            (True, Value::Boolean(truth)) => *truth,
+            (Prefix(prefix), Value::String(text)) => text.starts_with(prefix),
+            (Above(limit), Value::Integer(number)) => number > limit,
+            _ => false,
+        }
+    }
+}
+
+/// Refuses the first value of the document that is not built.
+pub(super) fn refuse(document: &Document) -> Result<(), ConfigError> {
+    for row in UNBUILT {
+        if let Some(value) = document.get(row.key)
+            && row.refused.covers(value)
+        {
+            return Err(ConfigError::NotBuilt {
+                entry: document.origin.entry(row.key, value),
+                instead: row.instead,
+            });
+        }
+    }
+    Ok(())
+}

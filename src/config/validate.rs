@@ -1,0 +1,406 @@
+//! Every limit on a value, in one place, and what each command needs besides.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use super::decode::required_meaning;
+use super::document::Origin;
+use super::error::ConfigError;
+use super::values::{DeviceSpec, Schedule};
+use super::{
+    Config, Data, Distill, Encode, Filter, Image, Latents, Optimizer, Report, S3, Train, Validation,
+};
+
+/// Timesteps of the noise schedule of every teacher there is; the solver's points divide it evenly.
+const TRAIN_TIMESTEPS: usize = 1000;
+/// Downscaling of the largest UNet and VAE pairs' first level: the side of a square must divide by it.
+const RESOLUTION_STEP: usize = 8;
+/// Sampling steps beyond which a latent consistency model has no timesteps left.
+const MAX_SAMPLING_STEPS: usize = 50;
+
+/// What `train` can't do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainPaths<'a> {
+    /// The teacher's folder, which exists.
+    pub teacher: &'a Path,
+    /// The run's folder, which may not exist yet.
+    pub output: &'a Path,
+}
+
+/// What `precompute` can't do without.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrecomputePaths<'a> {
+    /// The folder of the model that encodes, which exists.
+    pub teacher: &'a Path,
+    /// What to write, and where.
+    pub latents: &'a Latents,
+}
+
+impl Config {
+    /// What `coffey train` needs besides a valid configuration.
+    ///
+    /// # Errors
+    /// Names the first key that is absent, or the folder that does not exist.
+    pub fn require_train(&self) -> Result<TrainPaths<'_>, ConfigError> {
+        self.require_bench()?;
+        let teacher = self.require_teacher()?;
+        let output = self
+            .train
+            .output
+            .as_deref()
+            .ok_or_else(|| self.missing("train.output"))?;
+        Ok(TrainPaths { teacher, output })
+    }
+
+    /// What `coffey precompute` needs besides a valid configuration.
+    ///
+    /// # Errors
+    /// Names the first key that is absent, or the folder that does not exist.
+    pub fn require_precompute(&self) -> Result<PrecomputePaths<'_>, ConfigError> {
+        self.require_bench()?;
+        let teacher = self.require_teacher()?;
+        let latents = self
+            .latents
+            .as_ref()
+            .ok_or_else(|| self.missing("latents.output"))?;
+        Ok(PrecomputePaths { teacher, latents })
+    }
+
+    /// What `coffey bench`, and everything else that streams, needs besides a valid configuration.
+    ///
+    /// # Errors
+    /// Names the folder that does not exist.
+    pub fn require_bench(&self) -> Result<(), ConfigError> {
+        match &self.s3.embedded_root {
+            Some(root) => self.require_folder("s3.embedded_root", root),
+            None => Ok(()),
+        }
+    }
+
+    fn require_teacher(&self) -> Result<&Path, ConfigError> {
+        let teacher = self
+            .model
+            .teacher
+            .as_deref()
+            .ok_or_else(|| self.missing("model.teacher"))?;
+        self.require_folder("model.teacher", teacher)?;
+        if let Some(vae) = &self.model.vae {
+            self.require_folder("model.vae", vae)?;
+        }
+        Ok(teacher)
+    }
+
+    fn require_folder(&self, key: &str, folder: &Path) -> Result<(), ConfigError> {
+        if folder.is_dir() {
+            return Ok(());
+        }
+        let hub_id = key.starts_with("model.") && looks_like_hub_id(folder);
+        Err(ConfigError::NoFolder {
+            entry: self.origin.entry(key, quoted(folder)),
+            hint: if hub_id {
+                "; if it is a Hub id: fetching from the Hub is not built yet, download the model and name its folder"
+            } else {
+                ""
+            },
+        })
+    }
+
+    fn missing(&self, key: &str) -> ConfigError {
+        ConfigError::Missing {
+            place: self.origin.file(),
+            key: key.to_owned(),
+            meaning: required_meaning(key),
+        }
+    }
+}
+
+fn quoted(path: &Path) -> String {
+    format!("{:?}", path.display().to_string())
+}
+
+/// `name/name`, as the Hub names its repositories.
+fn looks_like_hub_id(path: &Path) -> bool {
+    let name = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    path.to_str()
+        .and_then(|text| text.split_once('/'))
+        .is_some_and(|(user, model)| name(user) && name(model))
+}
+
+/// Checks every value against its limits.
+pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
+    let check = Check {
+        origin: &config.origin,
+    };
+    check.data(&config.data)?;
+    check.s3(&config.s3)?;
+    check.image(&config.image)?;
+    check.path("model.teacher", config.model.teacher.as_deref())?;
+    check.path("model.vae", config.model.vae.as_deref())?;
+    let width = config.model.time_cond_proj_dim;
+    check.that(
+        "model.time_cond_proj_dim",
+        width,
+        width >= 4,
+        "must be 4 or more",
+    )?;
+    check.encode(&config.encode)?;
+    check.distill(&config.distill)?;
+    check.optimizer(&config.optimizer)?;
+    check.train(&config.train)?;
+    check.positive("checkpoint.every", config.checkpoint.every)?;
+    check.positive("checkpoint.keep", config.checkpoint.keep as u64)?;
+    if let Some(validation) = &config.validation {
+        check.validation(validation)?;
+    }
+    check.report(&config.report, config.validation.as_ref())?;
+    if let Some(latents) = &config.latents {
+        check.path("latents.output", Some(&latents.output))?;
+        check.positive("latents.crops", latents.crops as u64)?;
+    }
+    if let Some(audit) = &config.audit {
+        check.path("audit.dir", Some(&audit.dir))?;
+        check.positive("audit.steps", audit.steps)?;
+    }
+    Ok(())
+}
+
+struct Check<'a> {
+    origin: &'a Origin,
+}
+
+impl Check<'_> {
+    fn data(&self, data: &Data) -> Result<(), ConfigError> {
+        self.words("data.shards", &data.shards)?;
+        self.words("data.image_keys", &data.image_keys)?;
+        self.words("data.caption_keys", &data.caption_keys)?;
+        if let Some(samples) = data.max_samples {
+            self.positive("data.max_samples", samples)?;
+        }
+        self.positive("data.shuffle_buffer", data.shuffle_buffer as u64)?;
+        self.positive("data.open_shards", data.open_shards as u64)?;
+        self.positive("data.decode_threads", data.decode_threads as u64)?;
+        self.positive("data.prefetch_batches", data.prefetch_batches as u64)?;
+        self.fraction("data.max_bad_fraction", data.max_bad_fraction)?;
+        data.filter
+            .as_ref()
+            .map_or(Ok(()), |filter| self.filter(filter))
+    }
+
+    fn filter(&self, filter: &Filter) -> Result<(), ConfigError> {
+        if let Some(fraction) = filter.max_pwatermark {
+            self.fraction("data.filter.max_pwatermark", fraction)?;
+        }
+        if let Some(fraction) = filter.max_punsafe {
+            self.fraction("data.filter.max_punsafe", fraction)?;
+        }
+        if let Some(cosine) = filter.min_similarity {
+            let ok = (-1.0..=1.0).contains(&cosine);
+            self.that(
+                "data.filter.min_similarity",
+                cosine,
+                ok,
+                "must be between -1 and 1",
+            )?;
+        }
+        if let Some(score) = filter.min_aesthetic {
+            let ok = score.is_finite();
+            self.that(
+                "data.filter.min_aesthetic",
+                score,
+                ok,
+                "must be a finite number",
+            )?;
+        }
+        if let (Some(min), Some(max)) = (filter.min_caption_chars, filter.max_caption_chars) {
+            let needs = format!("must not be above data.filter.max_caption_chars = {max}");
+            self.that("data.filter.min_caption_chars", min, min <= max, &needs)?;
+        }
+        Ok(())
+    }
+
+    fn s3(&self, s3: &S3) -> Result<(), ConfigError> {
+        self.positive("s3.max_attempts", s3.max_attempts.into())?;
+        if let Some(url) = &s3.endpoint_url {
+            let ok = url.starts_with("http://") || url.starts_with("https://");
+            let needs = "must start with http:// or https://";
+            self.that("s3.endpoint_url", format!("{url:?}"), ok, needs)?;
+        }
+        self.path("s3.embedded_root", s3.embedded_root.as_deref())?;
+        if let Some(root) = &s3.embedded_root {
+            let value = quoted(root);
+            let needs = "can't be used together with s3.endpoint_url: remove one of them";
+            self.that("s3.embedded_root", &value, s3.endpoint_url.is_none(), needs)?;
+            if !cfg!(feature = "embedded-s3") {
+                return Err(ConfigError::WithoutFeature {
+                    entry: self.origin.entry("s3.embedded_root", value),
+                    what: "the embedded S3 server",
+                    instead: "set s3.endpoint_url",
+                    feature: "embedded-s3",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn image(&self, image: &Image) -> Result<(), ConfigError> {
+        let side = image.resolution;
+        let ok = side > 0 && side.is_multiple_of(RESOLUTION_STEP);
+        let needs = format!("must be a multiple of {RESOLUTION_STEP}, 8 or more");
+        self.that("image.resolution", side, ok, &needs)
+    }
+
+    fn encode(&self, encode: &Encode) -> Result<(), ConfigError> {
+        let needs = r#"needs at least one device, as ["cpu"]"#;
+        self.that("encode.devices", "[]", !encode.devices.is_empty(), needs)?;
+        for (index, device) in encode.devices.iter().enumerate() {
+            self.device(&format!("encode.devices[{index}]"), *device)?;
+        }
+        self.positive("encode.batch_size", encode.batch_size as u64)
+    }
+
+    fn distill(&self, distill: &Distill) -> Result<(), ConfigError> {
+        let points = distill.num_ddim_timesteps;
+        let ok = points > 0 && TRAIN_TIMESTEPS.is_multiple_of(points);
+        let needs = format!("must divide {TRAIN_TIMESTEPS} evenly, as 50 does");
+        self.that("distill.num_ddim_timesteps", points, ok, &needs)?;
+        self.not_negative("distill.w_min", distill.w_min)?;
+        self.not_negative("distill.w_max", distill.w_max)?;
+        let needs = format!("must not be above distill.w_max = {}", distill.w_max);
+        let ok = distill.w_min <= distill.w_max;
+        self.that("distill.w_min", distill.w_min, ok, &needs)?;
+        self.above_zero("distill.huber_c", distill.huber_c)?;
+        self.above_zero("distill.timestep_scaling", distill.timestep_scaling)?;
+        self.fraction("distill.ema_decay", distill.ema_decay)?;
+        self.fraction(
+            "distill.proportion_empty_prompts",
+            distill.proportion_empty_prompts,
+        )
+    }
+
+    fn optimizer(&self, optimizer: &Optimizer) -> Result<(), ConfigError> {
+        self.above_zero("optimizer.learning_rate", optimizer.learning_rate)?;
+        for (key, beta) in [
+            ("optimizer.beta1", optimizer.beta1),
+            ("optimizer.beta2", optimizer.beta2),
+        ] {
+            let needs = "must be 0 or more and below 1";
+            self.that(key, beta, (0.0..1.0).contains(&beta), needs)?;
+        }
+        self.not_negative("optimizer.weight_decay", optimizer.weight_decay)?;
+        self.above_zero("optimizer.epsilon", optimizer.epsilon)?;
+        self.above_zero("optimizer.max_grad_norm", optimizer.max_grad_norm)?;
+        let steps = optimizer.warmup_steps;
+        let ok = steps == 0 || optimizer.schedule != Schedule::Constant;
+        let needs =
+            r#"has no effect with optimizer.schedule = "constant"; use another, as "constant_with_warmup""#;
+        self.that("optimizer.warmup_steps", steps, ok, needs)
+    }
+
+    fn train(&self, train: &Train) -> Result<(), ConfigError> {
+        self.path("train.output", train.output.as_deref())?;
+        self.device("train.device", train.device)?;
+        self.positive("train.max_steps", train.max_steps)?;
+        self.positive("train.batch_size", train.batch_size as u64)?;
+        self.positive(
+            "train.gradient_accumulation",
+            train.gradient_accumulation as u64,
+        )?;
+        self.positive("train.stall_timeout", train.stall_timeout)
+    }
+
+    fn validation(&self, validation: &Validation) -> Result<(), ConfigError> {
+        self.positive("validation.every", validation.every)?;
+        let needs = r#"needs at least one caption, as ["red apple"]"#;
+        self.that(
+            "validation.prompts",
+            "[]",
+            !validation.prompts.is_empty(),
+            needs,
+        )?;
+        let steps = validation.steps;
+        let ok = (1..=MAX_SAMPLING_STEPS).contains(&steps);
+        let needs = format!("must be between 1 and {MAX_SAMPLING_STEPS}");
+        self.that("validation.steps", steps, ok, &needs)?;
+        self.not_negative("validation.guidance", validation.guidance)?;
+        self.positive(
+            "validation.images_per_prompt",
+            validation.images_per_prompt as u64,
+        )
+    }
+
+    fn report(&self, report: &Report, validation: Option<&Validation>) -> Result<(), ConfigError> {
+        self.positive("report.endpoint_every", report.endpoint_every)?;
+        self.not_negative("report.guidance", report.guidance)?;
+        let needs = "needs captions to draw: set validation.prompts";
+        let ok = !report.grid || validation.is_some();
+        self.that("report.grid", report.grid, ok, needs)
+    }
+
+    fn that(
+        &self,
+        key: &str,
+        value: impl Display,
+        ok: bool,
+        needs: &str,
+    ) -> Result<(), ConfigError> {
+        if ok {
+            return Ok(());
+        }
+        Err(ConfigError::Invalid {
+            entry: self.origin.entry(key, value),
+            needs: needs.to_owned(),
+        })
+    }
+
+    fn positive(&self, key: &str, value: u64) -> Result<(), ConfigError> {
+        self.that(key, value, value >= 1, "must be 1 or more")
+    }
+
+    fn fraction(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+        let ok = (0.0..=1.0).contains(&value);
+        self.that(key, value, ok, "must be between 0 and 1")
+    }
+
+    fn above_zero(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+        let ok = value > 0.0 && value.is_finite();
+        self.that(key, value, ok, "must be a finite number above 0")
+    }
+
+    fn not_negative(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+        let ok = value >= 0.0 && value.is_finite();
+        self.that(key, value, ok, "must be a finite number, 0 or more")
+    }
+
+    /// A list with something in it, and nothing empty.
+    fn words(&self, key: &str, words: &[String]) -> Result<(), ConfigError> {
+        let ok = !words.is_empty() && words.iter().all(|word| !word.trim().is_empty());
+        self.that(
+            key,
+            format!("{words:?}"),
+            ok,
+            "must name at least one, and none of them empty",
+        )
+    }
+
+    fn path(&self, key: &str, path: Option<&Path>) -> Result<(), ConfigError> {
+        let empty = path.is_some_and(|path| path.as_os_str().is_empty());
+        self.that(key, "\"\"", !empty, "must not be empty")
+    }
+
+    fn device(&self, key: &str, device: DeviceSpec) -> Result<(), ConfigError> {
+        if device == DeviceSpec::Cpu || cfg!(feature = "cuda") {
+            return Ok(());
+        }
+        Err(ConfigError::WithoutFeature {
+            entry: self.origin.entry(key, format!("{:?}", device.to_string())),
+            what: "CUDA",
+            instead: "use \"cpu\"",
+            feature: "cuda",
+        })
+    }
+}

@@ -1,0 +1,233 @@
+//! Samplers: DDIM with classifier-free guidance for teachers, the LCM sampler for students.
+
+use candle_core::{Result, Tensor};
+
+use super::{BoundaryScaling, NoiseSchedule, guidance_embedding};
+use crate::models::{Conditioning, UNet};
+
+/// A network asked for its raw output at one timestep for the whole batch.
+pub trait NoisePredictor {
+    /// Output for noisy latents `[B, C, h, w]` at `timestep`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor>;
+}
+
+/// A teacher under classifier-free guidance: `uncond + scale·(cond - uncond)`.
+#[derive(Debug)]
+pub struct TeacherPredictor<'a> {
+    /// The teacher.
+    pub unet: &'a UNet,
+    /// Text embeddings, `[B, T, C]`.
+    pub prompt_embeds: &'a Tensor,
+    /// Embeddings of the empty caption, `[B, T, C]`.
+    pub uncond_prompt_embeds: &'a Tensor,
+    /// Guidance scale; 1 or less turns guidance off.
+    pub guidance: f64,
+}
+
+impl NoisePredictor for TeacherPredictor<'_> {
+    fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
+        let timesteps = vec![timestep; latents.dim(0)?];
+        let run = |embeds: &Tensor| {
+            let conditioning = Conditioning {
+                prompt_embeds: embeds.clone(),
+                guidance_embedding: None,
+            };
+            self.unet.forward(latents, &timesteps, &conditioning)
+        };
+        let cond = run(self.prompt_embeds)?;
+        if self.guidance <= 1.0 {
+            return Ok(cond);
+        }
+        let uncond = run(self.uncond_prompt_embeds)?;
+        &uncond + ((cond - &uncond)? * self.guidance)?
+    }
+}
+
+/// A student, with the guidance scale embedded. As diffusers' `LatentConsistencyModelPipeline`, the weight that is embedded is
+/// the scale minus one.
+#[derive(Debug)]
+pub struct StudentPredictor<'a> {
+    /// The student.
+    pub unet: &'a UNet,
+    /// Text embeddings, `[B, T, C]`.
+    pub prompt_embeds: &'a Tensor,
+    /// Guidance scale.
+    pub guidance: f64,
+}
+
+impl NoisePredictor for StudentPredictor<'_> {
+    fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
+        let b = latents.dim(0)?;
+        let width = self.unet.config().time_cond_proj_dim;
+        let embedding = width.map(|w| guidance_embedding(&vec![self.guidance - 1.0; b], w, latents.device()));
+        let conditioning = Conditioning {
+            prompt_embeds: self.prompt_embeds.clone(),
+            guidance_embedding: embedding.transpose()?,
+        };
+        self.unet.forward(latents, &vec![timestep; b], &conditioning)
+    }
+}
+
+/// DDIM (η = 0) over trailing timesteps. As `DDIMScheduler(timestep_spacing="trailing")`.
+#[derive(Debug)]
+pub struct DdimSampler<'a> {
+    schedule: &'a NoiseSchedule,
+    timesteps: Vec<i64>,
+}
+
+impl<'a> DdimSampler<'a> {
+    /// A sampler with `steps` steps, at least one.
+    pub fn new(schedule: &'a NoiseSchedule, steps: usize) -> Self {
+        let (n, steps) = (schedule.len() as f64, steps.max(1));
+        let stride = n / steps as f64;
+        Self {
+            timesteps: (0..steps)
+                .map(|i| (n - i as f64 * stride).round_ties_even() as i64 - 1)
+                .collect(),
+            schedule,
+        }
+    }
+
+    /// From noise `[B, C, h, w]` to scaled latents.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn sample(&self, predictor: &impl NoisePredictor, noise: &Tensor) -> Result<Tensor> {
+        let stride = (self.schedule.len() / self.timesteps.len()) as i64;
+        let mut x = noise.clone();
+        for &t in &self.timesteps {
+            let output = predictor.predict(&x, t)?;
+            x = self.step(&output, &x, t, t - stride)?;
+        }
+        Ok(x)
+    }
+
+    fn step(&self, output: &Tensor, x: &Tensor, t: i64, previous: i64) -> Result<Tensor> {
+        let each = vec![t; x.dim(0)?];
+        let original = self.schedule.predicted_original(output, x, &each)?;
+        let noise = self.schedule.predicted_noise(output, x, &each)?;
+        let alpha = self.schedule.alpha_cumprod(previous);
+        (original * alpha.sqrt())? + (noise * (1.0 - alpha).sqrt())?
+    }
+}
+
+/// The multistep sampler of Latent Consistency Models. As `LCMScheduler` with 50 original inference steps.
+#[derive(Debug)]
+pub struct LcmSampler<'a> {
+    schedule: &'a NoiseSchedule,
+    boundary: BoundaryScaling,
+    timesteps: Vec<i64>,
+}
+
+impl<'a> LcmSampler<'a> {
+    /// The timesteps a student is distilled on, of which a sampler takes a subset.
+    pub const ORIGINAL_STEPS: usize = 50;
+
+    /// A sampler with `steps` steps, 1 to [`Self::ORIGINAL_STEPS`].
+    pub fn new(schedule: &'a NoiseSchedule, boundary: BoundaryScaling, steps: usize) -> Self {
+        let steps = steps.clamp(1, Self::ORIGINAL_STEPS);
+        let stride = schedule.len() / Self::ORIGINAL_STEPS;
+        let index = |i: usize| i * Self::ORIGINAL_STEPS / steps;
+        Self {
+            timesteps: (0..steps)
+                .map(|i| ((Self::ORIGINAL_STEPS - index(i)) * stride) as i64 - 1)
+                .collect(),
+            schedule,
+            boundary,
+        }
+    }
+
+    /// From noise `[B, C, h, w]` to scaled latents. `renoise(i)` gives the noise added after step `i`, shaped as `noise`; it is
+    /// asked for every step but the last.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn sample(
+        &self,
+        predictor: &impl NoisePredictor,
+        noise: &Tensor,
+        mut renoise: impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = noise.clone();
+        for (i, &t) in self.timesteps.iter().enumerate() {
+            let output = predictor.predict(&x, t)?;
+            let denoised = self.denoise(&output, &x, t)?;
+            x = match self.timesteps.get(i + 1) {
+                Some(&next) => {
+                    let each = vec![next; x.dim(0)?];
+                    self.schedule.add_noise(&denoised, &renoise(i)?, &each)?
+                }
+                None => denoised,
+            };
+        }
+        Ok(x)
+    }
+
+    fn denoise(&self, output: &Tensor, x: &Tensor, t: i64) -> Result<Tensor> {
+        let original = self.schedule.predicted_original(output, x, &vec![t; x.dim(0)?])?;
+        let (skip, out) = self.boundary.at(t);
+        (x * skip)? + (original * out)?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::golden;
+    use super::super::schedule::tests::{scaled_linear_schedule, with};
+    use super::super::Prediction;
+    use super::*;
+
+    #[test]
+    fn timesteps_equal_diffusers() {
+        let schedule = scaled_linear_schedule();
+        let golden = golden::load();
+        let as_numbers = |t: &[i64]| t.iter().map(|&t| t as f64).collect::<Vec<_>>();
+        for (steps, want) in golden["lcm"]["timesteps"].as_object().unwrap() {
+            let sampler = LcmSampler::new(&schedule, BoundaryScaling::default(), steps.parse().unwrap());
+            golden::assert_close(&as_numbers(&sampler.timesteps), want, 0.0);
+        }
+        for (steps, want) in golden["ddim_trailing"]["timesteps"].as_object().unwrap() {
+            let sampler = DdimSampler::new(&schedule, steps.parse().unwrap());
+            golden::assert_close(&as_numbers(&sampler.timesteps), want, 0.0);
+        }
+    }
+
+    #[test]
+    fn steps_equal_diffusers() -> Result<()> {
+        let golden = golden::load();
+        for (name, prediction) in [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::VPrediction)] {
+            let schedule = with(&scaled_linear_schedule(), prediction, true);
+            let lcm = &golden["lcm"][name];
+            let sampler = LcmSampler::new(&schedule, BoundaryScaling::default(), 4);
+            let mut x = row(&lcm["start"]);
+            for (i, step) in lcm["steps"].as_array().unwrap().iter().enumerate() {
+                let denoised = sampler.denoise(&row(&step["output"]), &x, sampler.timesteps[i])?;
+                golden::assert_close(&golden::flat(&denoised), &step["denoised"], 1e-5);
+                x = row(&step["prev"]);
+                if let Some(&next) = sampler.timesteps.get(i + 1) {
+                    let noisy = schedule.add_noise(&denoised, &row(&step["noise"]), &[next])?;
+                    golden::assert_close(&golden::flat(&noisy), &step["prev"], 1e-5);
+                }
+            }
+            for (end, to_one) in [("alpha_one", true), ("first_alpha", false)] {
+                let schedule = with(&schedule, prediction, to_one);
+                let ddim = &golden["ddim_trailing"][format!("{name}.{end}")];
+                let sampler = DdimSampler::new(&schedule, 4);
+                let mut x = row(&ddim["start"]);
+                for (step, &t) in ddim["steps"].as_array().unwrap().iter().zip(&sampler.timesteps) {
+                    let next = sampler.step(&row(&step["output"]), &x, t, t - 250)?;
+                    golden::assert_close(&golden::flat(&next), &step["prev"], 1e-5);
+                    x = row(&step["prev"]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn row(value: &serde_json::Value) -> Tensor {
+        golden::tensor(&serde_json::json!([value]))
+    }
+}

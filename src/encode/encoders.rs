@@ -1,0 +1,119 @@
+//! The frozen encoders of a pipeline on one device.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::models::{AutoencoderKl, ClipTextModel, ClipTokenizer, ModelError};
+
+/// Why encoding failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// A model could not be loaded or run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A tensor operation failed.
+    #[error("encoding on {device}: {source}")]
+    Tensor {
+        /// The device's name.
+        device: String,
+        /// The cause.
+        source: candle_core::Error,
+    },
+    /// The stream of pixels ended in an error.
+    #[error(transparent)]
+    Stream(#[from] coffey_pipeline::StreamError),
+    /// The system gives no more threads.
+    #[error("can't start an encoder thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// A thread of the pool ended without a word.
+    #[error("an encoder thread ended by a fault in coffey")]
+    Panicked,
+}
+
+/// Autoencoder, text encoder and tokenizer of a pipeline.
+#[derive(Debug)]
+pub struct Encoders {
+    vae: AutoencoderKl,
+    text_encoder: ClipTextModel,
+    tokenizer: ClipTokenizer,
+    device: Device,
+    vae_batch: usize,
+}
+
+impl Encoders {
+    /// Loads them from a pipeline's folder, the autoencoder from `vae` if that is given.
+    ///
+    /// At most `vae_batch` images go through the autoencoder at once.
+    ///
+    /// # Errors
+    /// When a folder does not hold what it should.
+    pub fn load(pipeline: &Path, vae: Option<&Path>, device: &Device, vae_batch: usize) -> Result<Self, ModelError> {
+        let vae = vae.map_or_else(|| pipeline.join("vae"), Path::to_owned);
+        Ok(Self {
+            vae: AutoencoderKl::load(&vae, DType::F32, device)?,
+            text_encoder: ClipTextModel::load(&pipeline.join("text_encoder"), DType::F32, device)?,
+            tokenizer: ClipTokenizer::load(&pipeline.join("tokenizer"))?,
+            device: device.clone(),
+            vae_batch: vae_batch.max(1),
+        })
+    }
+
+    /// The folders the weights come from: autoencoder, text encoder.
+    pub fn folders(pipeline: &Path, vae: Option<&Path>) -> [PathBuf; 2] {
+        [
+            vae.map_or_else(|| pipeline.join("vae"), Path::to_owned),
+            pipeline.join("text_encoder"),
+        ]
+    }
+
+    /// The autoencoder.
+    pub fn vae(&self) -> &AutoencoderKl {
+        &self.vae
+    }
+
+    /// The device they are on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Width of the text embeddings.
+    pub fn text_width(&self) -> usize {
+        self.text_encoder.width()
+    }
+
+    /// Text embeddings of captions: `[B, 77, width]`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn encode_text<S: AsRef<str>>(&self, captions: &[S]) -> Result<Tensor, EncodeError> {
+        let ids: Vec<Vec<u32>> = captions
+            .iter()
+            .map(|caption| self.tokenizer.encode(caption.as_ref()))
+            .collect::<Result<_, _>>()?;
+        self.text_encoder.forward(&ids).map_err(|source| self.tensor_error(source))
+    }
+
+    /// Moments of the latents of images: `pixels` holds `[batch, 3, side, side]` in [-1, 1] → `[batch, 2C, side/f, side/f]`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn encode_pixels(&self, pixels: Vec<f32>, batch: usize, side: usize) -> Result<Tensor, EncodeError> {
+        let run = || {
+            let pixels = Tensor::from_vec(pixels, (batch, 3, side, side), &self.device)?;
+            let moments = (0..batch)
+                .step_by(self.vae_batch)
+                .map(|from| self.vae.encode(&pixels.narrow(0, from, self.vae_batch.min(batch - from))?))
+                .collect::<candle_core::Result<Vec<_>>>()?;
+            Tensor::cat(&moments, 0)
+        };
+        run().map_err(|source| self.tensor_error(source))
+    }
+
+    fn tensor_error(&self, source: candle_core::Error) -> EncodeError {
+        EncodeError::Tensor {
+            device: format!("{:?}", self.device.location()),
+            source,
+        }
+    }
+}

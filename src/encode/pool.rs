@@ -1,0 +1,167 @@
+//! Threads that encode, dealt to and collected from in turn.
+
+use std::thread::JoinHandle;
+
+use candle_core::{Device, Tensor};
+use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, Stage, StageHandle, channel};
+use coffey_pipeline::order::Cursor;
+use coffey_pipeline::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamError};
+
+use super::{EncodeError, Encoders};
+
+/// A batch ready for training or for writing, on the CPU.
+#[derive(Debug)]
+pub struct EncodedBatch {
+    /// Its number in the stream, from 0.
+    pub index: u64,
+    /// What is known of each sample.
+    pub samples: Vec<SampleMeta>,
+    /// Mean and log-variance of the latents, unscaled: `[B, 2C, h, w]` f32.
+    pub moments: Tensor,
+    /// Text embeddings: `[B, 77, width]` f32.
+    pub prompt_embeds: Tensor,
+    /// The place in the stream right after this batch.
+    pub cursor: Cursor,
+    /// Shards of which nothing more will come.
+    pub finished_shards: Vec<ShardSummary>,
+}
+
+type Encoded = Result<EncodedBatch, EncodeError>;
+
+/// Batches each thread may have finished before they are asked for.
+const READY_PER_THREAD: usize = 2;
+
+/// A stream of pixels with encoders behind it. Dropping it stops all threads and waits for them.
+#[derive(Debug)]
+pub struct EncodePool {
+    outputs: Vec<Receiver<Encoded>>,
+    next: usize,
+    ended: bool,
+    inputs: Vec<Receiver<Result<PixelBatch, StreamError>>>,
+    threads: Vec<JoinHandle<()>>,
+    stream: Stream,
+}
+
+impl EncodePool {
+    /// Starts a thread for each of `encoders`, fed by `stream`.
+    ///
+    /// # Errors
+    /// When a thread can't be started.
+    pub fn start(stream: Stream, encoders: Vec<Encoders>, metrics: &FlowMetrics) -> Result<Self, EncodeError> {
+        let mut pool = Self {
+            outputs: Vec::new(),
+            next: 0,
+            ended: false,
+            inputs: Vec::new(),
+            threads: Vec::new(),
+            stream,
+        };
+        let mut senders = Vec::new();
+        for (i, encoders) in encoders.into_iter().enumerate() {
+            let stage = metrics.stage(Stage::Encode);
+            let (input, jobs) = channel(metrics, "encode", 1);
+            let (results, output) = channel(metrics, "encoded", READY_PER_THREAD);
+            senders.push(input);
+            pool.inputs.push(jobs.clone());
+            pool.outputs.push(output);
+            let thread = std::thread::Builder::new().name(format!("encode-{i}"));
+            pool.threads
+                .push(thread.spawn(move || work(&encoders, &jobs, &results, &stage))?);
+        }
+        let batches = pool.stream.batches().clone();
+        let stage = metrics.stage(Stage::Batch);
+        let deal = std::thread::Builder::new().name("encode-deal".to_owned());
+        pool.threads.push(deal.spawn(move || {
+            for sender in senders.iter().cycle() {
+                let Some(batch) = batches.recv_untimed() else { return };
+                if sender.send_blocking(batch, &stage).is_err() {
+                    return;
+                }
+            }
+        })?);
+        Ok(pool)
+    }
+
+    /// The next batch in order; waiting counts as `stage` being starved. `None` at the stream's end, or after
+    /// [`Interrupter::interrupt`].
+    pub fn next(&mut self, stage: &StageHandle) -> Option<Encoded> {
+        if self.ended {
+            return None;
+        }
+        let batch = self.outputs[self.next].recv_blocking(stage);
+        self.next = (self.next + 1) % self.outputs.len();
+        self.ended = !matches!(batch, Some(Ok(_)));
+        batch
+    }
+
+    /// A handle that wakes [`Self::next`] from another thread.
+    pub fn interrupter(&self) -> Interrupter {
+        Interrupter(self.outputs.clone())
+    }
+
+    /// The stream behind the pool.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+}
+
+/// Ends the wait for the next batch.
+#[derive(Clone, Debug)]
+pub struct Interrupter(Vec<Receiver<Encoded>>);
+
+impl Interrupter {
+    /// Closes the pool's outputs: whoever waits for a batch gets none.
+    pub fn interrupt(&self) {
+        for output in &self.0 {
+            output.close();
+        }
+    }
+}
+
+impl Drop for EncodePool {
+    fn drop(&mut self) {
+        for output in &self.outputs {
+            output.close();
+        }
+        for input in &self.inputs {
+            input.close();
+        }
+        self.stream.batches().close();
+        for thread in self.threads.drain(..) {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+fn work(
+    encoders: &Encoders,
+    jobs: &Receiver<Result<PixelBatch, StreamError>>,
+    results: &Sender<Encoded>,
+    stage: &StageHandle,
+) {
+    while let Some(job) = jobs.recv_blocking(stage) {
+        let encoded = job.map_err(EncodeError::from).and_then(|batch| stage.work(|| encode(encoders, batch)));
+        if let Ok(batch) = &encoded {
+            stage.add_items(batch.samples.len() as u64);
+        }
+        let failed = encoded.is_err();
+        if results.send_blocking(encoded, stage).is_err() || failed {
+            return;
+        }
+    }
+}
+
+fn encode(encoders: &Encoders, batch: PixelBatch) -> Encoded {
+    let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
+    let cpu = |t: Tensor| t.to_device(&Device::Cpu).map_err(|e| EncodeError::Model(e.into()));
+    let prompt_embeds = cpu(encoders.encode_text(&captions)?)?;
+    let moments = encoders.encode_pixels(batch.pixels, batch.samples.len(), batch.resolution as usize)?;
+    Ok(EncodedBatch {
+        index: batch.index,
+        samples: batch.samples,
+        moments: cpu(moments)?,
+        prompt_embeds,
+        cursor: batch.cursor,
+        finished_shards: batch.finished_shards,
+    })
+}

@@ -1,0 +1,64 @@
+//! Which weights latents and embeddings were made with.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::encode::Encoders;
+use crate::models::unet::WEIGHTS_STEM;
+use crate::models::{ModelError, Weights};
+
+const TEXT_ENCODER_STEM: &str = "model";
+
+/// Hashes of the weights of a VAE and a text encoder, `sha256:` and hexadecimal digits.
+///
+/// Over each tensor's name, shape and values as f32, in name order: where the folder lies, how its files are cut and
+/// whether it says `text_model.` before its names makes no difference.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint {
+    /// Of the autoencoder, its decoder included.
+    pub vae: String,
+    /// Of the text encoder.
+    pub text_encoder: String,
+}
+
+impl Fingerprint {
+    /// Reads the weights of a pipeline's folder, the autoencoder's from `vae` if that is given.
+    ///
+    /// # Errors
+    /// When there are no weights or they are damaged.
+    pub fn of(pipeline: &Path, vae: Option<&Path>) -> Result<Self, ModelError> {
+        let [vae, text_encoder] = Encoders::folders(pipeline, vae);
+        Ok(Self {
+            vae: hash(&vae, WEIGHTS_STEM)?,
+            text_encoder: hash(&text_encoder, TEXT_ENCODER_STEM)?,
+        })
+    }
+}
+
+fn hash(folder: &Path, stem: &str) -> Result<String, ModelError> {
+    let weights = Weights::load(folder, stem, DType::F32, &Device::Cpu)?;
+    let mut sha = Sha256::new();
+    let mut bytes = Vec::new();
+    for (name, tensor) in weights.tensors() {
+        // position_ids, a table of 0, 1, 2 … that some versions of transformers save.
+        if !tensor.dtype().is_float() {
+            continue;
+        }
+        let name = name.strip_prefix("text_model.").unwrap_or(name);
+        sha.update((name.len() as u64).to_le_bytes());
+        sha.update(name);
+        sha.update((tensor.rank() as u64).to_le_bytes());
+        for &size in tensor.dims() {
+            sha.update((size as u64).to_le_bytes());
+        }
+        for values in tensor.flatten_all()?.to_vec1::<f32>()?.chunks(1 << 14) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            sha.update(&bytes);
+        }
+    }
+    Ok(format!("sha256:{:x}", sha.finalize()))
+}

@@ -1,0 +1,17 @@
+//! coffey distils a latent diffusion model into a Latent Consistency Model from a stream of captioned images.
+//!
+//! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
+//! [`train`] distils from them, or [`latents`] writes them to shards. [`models`] are the networks, built over the layers of
+//! [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
+
+pub mod cli;
+pub mod config;
+pub mod diffusion;
+pub mod draw;
+pub mod encode;
+pub mod latents;
+pub mod models;
+pub mod ops;
+pub mod random;
+pub mod stop;
+pub mod train;

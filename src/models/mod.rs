@@ -1,0 +1,114 @@
+//! The networks of a Stable Diffusion pipeline, built from a folder in diffusers layout and written back to one.
+//!
+//! Each model is a struct of layers with `new(scope, config)` and `forward`; layers and parameters are named as in the
+//! checkpoints. Models know nothing of training: they are built over any set of named tensors, frozen or variable.
+
+mod blocks;
+pub mod clip;
+mod config;
+#[cfg(test)]
+mod golden;
+mod layers;
+pub mod tokenizer;
+mod transformer;
+pub mod unet;
+pub mod vae;
+mod weights;
+
+pub use clip::ClipTextModel;
+pub use tokenizer::ClipTokenizer;
+pub use unet::{Conditioning, UNet, UNetConfig};
+pub use vae::{AutoencoderKl, VaeConfig};
+pub use weights::{Scope, Weights, save_model};
+
+use std::path::PathBuf;
+
+/// What can be wrong with a model folder.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file can't be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// No weights in a folder that should hold some.
+    #[error("{folder}: no weights found; expected {expected} (diffusers layout)")]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+        /// The file names looked for.
+        expected: String,
+    },
+    /// A weights file is damaged.
+    #[error("{path}: not a readable safetensors file: {message}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        message: String,
+    },
+    /// A `config.json` is not what it should be.
+    #[error("{path}: {message}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what would be right.
+        message: String,
+    },
+    /// A key of `config.json` asks for something coffey does not build.
+    #[error("{path}: \"{key}\": {found} is not supported; supported: {supported}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What coffey builds.
+        supported: String,
+    },
+    /// A tensor that the configuration calls for is not there.
+    #[error("{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}")]
+    MissingTensor {
+        /// The file or folder.
+        origin: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The shape the configuration needs.
+        needed: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration calls for.
+    #[error("{origin}: tensor \"{name}\" has shape {found:?}; the configuration needs {needed:?}")]
+    WrongShape {
+        /// The file or folder.
+        origin: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape the configuration needs.
+        needed: Vec<usize>,
+    },
+    /// Tensors that nothing in the configuration uses.
+    #[error("{origin}: tensors that the configuration has no place for: {}", names.join(", "))]
+    UnexpectedTensors {
+        /// The file or folder.
+        origin: PathBuf,
+        /// Some of the tensors.
+        names: Vec<String>,
+    },
+    /// A tokenizer's files do not make a tokenizer.
+    #[error("{folder}: {message}")]
+    Tokenizer {
+        /// The folder.
+        folder: PathBuf,
+        /// The cause.
+        message: String,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

@@ -1,0 +1,319 @@
+//! `AutoencoderKL`: pixels to the moments of latents, and latents back to pixels.
+
+use std::path::Path;
+
+use candle_core::{D, DType, Device, Result, Tensor};
+use serde_json::json;
+
+use super::blocks::{NormConfig, ResnetBlock, Upsample};
+use super::config::ConfigFile;
+use super::layers::{Conv2d, GroupNorm, Linear};
+use super::unet::WEIGHTS_STEM;
+use super::{ModelError, Scope, Weights};
+use crate::ops::{self, Attention};
+
+/// An autoencoder's `config.json`, as far as it decides the network.
+#[derive(Clone, Debug)]
+pub struct VaeConfig {
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Latents times this have about unit variance; what the UNet sees.
+    pub scaling_factor: f64,
+    block_out_channels: Vec<usize>,
+    layers_per_block: usize,
+    norm: NormConfig,
+    quant_conv: bool,
+    post_quant_conv: bool,
+    mid_attention: bool,
+}
+
+impl VaeConfig {
+    /// Reads `config.json` from an autoencoder's folder.
+    ///
+    /// # Errors
+    /// When it can't be read or asks for something that coffey does not build; the key is named.
+    pub fn read(folder: &Path) -> std::result::Result<Self, ModelError> {
+        let file = ConfigFile::read(folder)?;
+        for key in ["in_channels", "out_channels"] {
+            file.only(key, &[json!(3)])?;
+        }
+        file.only("act_fn", &[json!("silu")])?;
+        file.only("shift_factor", &[])?;
+        file.only("latents_mean", &[])?;
+        file.only("latents_std", &[])?;
+        let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![64])?;
+        for (key, only) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+            let types: Vec<String> = file.get(key, vec![only.to_owned()])?;
+            if types.len() != block_out_channels.len() || types.iter().any(|t| t != only) {
+                let wanted = format!("\"{only}\", as many as block_out_channels");
+                return Err(file.unsupported(key, format!("{types:?}"), wanted));
+            }
+        }
+        Ok(Self {
+            latent_channels: file.get("latent_channels", 4)?,
+            scaling_factor: file.get("scaling_factor", 0.18215)?,
+            layers_per_block: file.get("layers_per_block", 1)?,
+            norm: NormConfig {
+                groups: file.get("norm_num_groups", 32)?,
+                eps: 1e-6,
+            },
+            quant_conv: file.get("use_quant_conv", true)?,
+            post_quant_conv: file.get("use_post_quant_conv", true)?,
+            mid_attention: file.get("mid_block_add_attention", true)?,
+            block_out_channels,
+        })
+    }
+
+    /// Pixels to a latent, along one side.
+    pub fn downscale(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+/// Attention of the autoencoder's middle: one head over all pixels, with a residual connection.
+#[derive(Clone, Debug)]
+struct MidAttention {
+    group_norm: GroupNorm,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+}
+
+impl MidAttention {
+    fn new(scope: &Scope<'_>, channels: usize, norm: NormConfig) -> std::result::Result<Self, ModelError> {
+        // Files from before diffusers 0.18 say query, key, value and proj_attn.
+        let linear = |new: &str, old: &str| {
+            let name = if scope.has(old) { old } else { new };
+            Linear::new(&scope.sub(name), channels, channels)
+        };
+        Ok(Self {
+            group_norm: GroupNorm::new(&scope.sub("group_norm"), channels, norm.groups, norm.eps)?,
+            to_q: linear("to_q", "query")?,
+            to_k: linear("to_k", "key")?,
+            to_v: linear("to_v", "value")?,
+            to_out: linear("to_out.0", "proj_attn")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let tokens = self.group_norm.forward(x)?.reshape((b, c, h * w))?.transpose(1, 2)?.contiguous()?;
+        let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
+        let out = ops::attention(&q, &k, &v, 1, false, Attention::MemoryEfficient)?;
+        let out = self.to_out.forward(&out)?.transpose(1, 2)?.contiguous()?;
+        out.reshape((b, c, h, w))?.add(x)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Mid {
+    resnets: [ResnetBlock; 2],
+    attention: Option<MidAttention>,
+}
+
+impl Mid {
+    fn new(scope: &Scope<'_>, channels: usize, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
+        let resnet = |i| ResnetBlock::new(&scope.sub("resnets").sub(i), channels, channels, None, config.norm);
+        Ok(Self {
+            resnets: [resnet(0)?, resnet(1)?],
+            attention: config
+                .mid_attention
+                .then(|| MidAttention::new(&scope.sub("attentions.0"), channels, config.norm))
+                .transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = self.resnets[0].forward(x, None)?;
+        if let Some(attention) = &self.attention {
+            x = attention.forward(&x)?;
+        }
+        self.resnets[1].forward(&x, None)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Encoder {
+    conv_in: Conv2d,
+    down: Vec<(Vec<ResnetBlock>, Option<Conv2d>)>,
+    mid: Mid,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    quant_conv: Option<Conv2d>,
+}
+
+#[derive(Clone, Debug)]
+struct Decoder {
+    post_quant_conv: Option<Conv2d>,
+    conv_in: Conv2d,
+    mid: Mid,
+    up: Vec<(Vec<ResnetBlock>, Option<Upsample>)>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+/// diffusers' `AutoencoderKL`.
+#[derive(Clone, Debug)]
+pub struct AutoencoderKl {
+    config: VaeConfig,
+    encoder: Encoder,
+    decoder: Decoder,
+}
+
+impl AutoencoderKl {
+    /// Reads an autoencoder's folder.
+    ///
+    /// # Errors
+    /// When the folder is not an autoencoder that coffey builds; file, key or tensor are named.
+    pub fn load(folder: &Path, dtype: DType, device: &Device) -> std::result::Result<Self, ModelError> {
+        let config = VaeConfig::read(folder)?;
+        let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
+        let vae = Self {
+            encoder: Encoder::new(&weights.root(), &config)?,
+            decoder: Decoder::new(&weights.root(), &config)?,
+            config,
+        };
+        weights.expect_all_taken(&[])?;
+        Ok(vae)
+    }
+
+    /// This autoencoder's configuration.
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+
+    /// Moments of the latents' distribution: mean, then log-variance, unscaled.
+    ///
+    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]`. As `AutoencoderKL.encode(…).latent_dist.parameters`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        let encoder = &self.encoder;
+        let mut x = encoder.conv_in.forward(pixels)?;
+        for (resnets, downsample) in &encoder.down {
+            for resnet in resnets {
+                x = resnet.forward(&x, None)?;
+            }
+            if let Some(downsample) = downsample {
+                // The encoder pads right and bottom only.
+                let padded = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
+                x = downsample.forward(&padded)?;
+            }
+        }
+        x = encoder.mid.forward(&x)?;
+        x = encoder.conv_out.forward(&encoder.conv_norm_out.forward_silu(&x)?)?;
+        match &encoder.quant_conv {
+            Some(conv) => conv.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// Pixels of unscaled latents: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about [-1, 1]. As `AutoencoderKL.decode`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let decoder = &self.decoder;
+        let mut x = match &decoder.post_quant_conv {
+            Some(conv) => conv.forward(latents)?,
+            None => latents.clone(),
+        };
+        x = decoder.mid.forward(&decoder.conv_in.forward(&x)?)?;
+        for (resnets, upsample) in &decoder.up {
+            for resnet in resnets {
+                x = resnet.forward(&x, None)?;
+            }
+            if let Some(upsample) = upsample {
+                x = upsample.forward(&x)?;
+            }
+        }
+        decoder.conv_out.forward(&decoder.conv_norm_out.forward_silu(&x)?)
+    }
+}
+
+impl Encoder {
+    fn new(root: &Scope<'_>, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
+        let scope = root.sub("encoder");
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let moments = 2 * config.latent_channels;
+        let mut down = Vec::new();
+        for (level, &outputs) in channels.iter().enumerate() {
+            let scope = scope.sub("down_blocks").sub(level);
+            let inputs = channels[level.saturating_sub(1)];
+            let resnets = (0..config.layers_per_block)
+                .map(|i| {
+                    let inputs = if i == 0 { inputs } else { outputs };
+                    ResnetBlock::new(&scope.sub("resnets").sub(i), inputs, outputs, None, config.norm)
+                })
+                .collect::<std::result::Result<_, _>>()?;
+            let downsample = (level + 1 < channels.len())
+                .then(|| Conv2d::new(&scope.sub("downsamplers.0.conv"), outputs, outputs, 3, 2, 0))
+                .transpose()?;
+            down.push((resnets, downsample));
+        }
+        Ok(Self {
+            conv_in: Conv2d::same3(&scope.sub("conv_in"), 3, first)?,
+            down,
+            mid: Mid::new(&scope.sub("mid_block"), last, config)?,
+            conv_norm_out: GroupNorm::new(&scope.sub("conv_norm_out"), last, config.norm.groups, config.norm.eps)?,
+            conv_out: Conv2d::same3(&scope.sub("conv_out"), last, moments)?,
+            quant_conv: config
+                .quant_conv
+                .then(|| Conv2d::pointwise(&root.sub("quant_conv"), moments, moments))
+                .transpose()?,
+        })
+    }
+}
+
+impl Decoder {
+    fn new(root: &Scope<'_>, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
+        let scope = root.sub("decoder");
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let latent = config.latent_channels;
+        let mut up = Vec::new();
+        let mut inputs = last;
+        for (i, &outputs) in channels.iter().rev().enumerate() {
+            let scope = scope.sub("up_blocks").sub(i);
+            let resnets = (0..=config.layers_per_block)
+                .map(|j| {
+                    let inputs = if j == 0 { inputs } else { outputs };
+                    ResnetBlock::new(&scope.sub("resnets").sub(j), inputs, outputs, None, config.norm)
+                })
+                .collect::<std::result::Result<_, _>>()?;
+            let upsample = (i + 1 < channels.len())
+                .then(|| Upsample::new(&scope.sub("upsamplers.0"), outputs))
+                .transpose()?;
+            up.push((resnets, upsample));
+            inputs = outputs;
+        }
+        Ok(Self {
+            post_quant_conv: config
+                .post_quant_conv
+                .then(|| Conv2d::pointwise(&root.sub("post_quant_conv"), latent, latent))
+                .transpose()?,
+            conv_in: Conv2d::same3(&scope.sub("conv_in"), latent, last)?,
+            mid: Mid::new(&scope.sub("mid_block"), last, config)?,
+            up,
+            conv_norm_out: GroupNorm::new(&scope.sub("conv_norm_out"), first, config.norm.groups, config.norm.eps)?,
+            conv_out: Conv2d::same3(&scope.sub("conv_out"), first, 3)?,
+        })
+    }
+}
+
+/// Latents drawn from moments: `(mean + exp(½ logvar)·noise) · scaling_factor`, log-variance clamped to [-30, 20].
+///
+/// `moments`: `[B, 2C, h, w]`, `noise`: `[B, C, h, w]`, standard normal → `[B, C, h, w]`. As
+/// `DiagonalGaussianDistribution.sample` times `scaling_factor`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn sample_latents(moments: &Tensor, noise: &Tensor, scaling_factor: f64) -> Result<Tensor> {
+    let c = noise.dim(D::Minus(3))?;
+    let mean = moments.narrow(1, 0, c)?;
+    let std = (moments.narrow(1, c, c)?.clamp(-30.0, 20.0)? * 0.5)?.exp()?;
+    (mean + (std * noise)?)? * scaling_factor
+}

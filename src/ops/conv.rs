@@ -1,0 +1,438 @@
+//! 2-d convolution as matrix products over patches, forward and backward.
+//!
+//! A 3x3 stride-1 input gradient is itself a convolution of the output gradient with flipped kernels; a weight gradient is a
+//! product of the output gradient with the patches of the input. Both run at the forward's speed. Patches are unrolled a few
+//! output rows at a time, so that they stay in cache and memory stays small at full resolution.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
+use rayon::prelude::*;
+
+use super::cpu::{Real, View, by_dtype, has_kernel, needs_grad, real, slice, sum1, vectorised};
+use super::gemm::{Mat, MatMut, Threads, gemm};
+
+/// 2-d cross-correlation with zero padding, as `torch.nn.functional.conv2d` with one group and no dilation.
+///
+/// `x`: `[B, C, H, W]`, `weight`: `[O, C, kh, kw]`, `bias`: `[O]` or none → `[B, O, H', W']`.
+///
+/// # Errors
+/// When the shapes or dtypes do not fit together.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    let (_, c, h, w) = x.dims4()?;
+    let (o, wc, kh, kw) = weight.dims4()?;
+    if c != wc || h + 2 * padding < kh || w + 2 * padding < kw || stride == 0 {
+        candle_core::bail!("conv2d: x is {:?} but weight is {:?}", x.dims(), weight.dims());
+    }
+    if has_kernel(x) {
+        let bias = match bias {
+            Some(bias) => bias.contiguous()?,
+            None => Tensor::zeros(o, x.dtype(), x.device())?,
+        };
+        return x
+            .contiguous()?
+            .apply_op3(&weight.contiguous()?, &bias, Conv2d { stride, padding });
+    }
+    let y = x.conv2d(weight, padding, stride, 1, 1)?;
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, o, 1, 1))?),
+        None => Ok(y),
+    }
+}
+
+/// Bytes of unrolled patches a task keeps: about half of a core's second-level cache.
+const PATCH_BYTES: usize = 1 << 20;
+/// The same when all cores work on one image.
+const SHARED_PATCH_BYTES: usize = 16 << 20;
+/// Input channels whose weight gradient one task computes.
+const CHANNEL_BLOCK: usize = 16;
+
+/// The shape of one image's convolution.
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    c: usize,
+    h: usize,
+    w: usize,
+    o: usize,
+    kh: usize,
+    kw: usize,
+    stride: usize,
+    pad_h: usize,
+    pad_w: usize,
+}
+
+impl Geometry {
+    fn out_h(&self) -> usize {
+        (self.h + 2 * self.pad_h - self.kh) / self.stride + 1
+    }
+
+    fn out_w(&self) -> usize {
+        (self.w + 2 * self.pad_w - self.kw) / self.stride + 1
+    }
+
+    fn out_pixels(&self) -> usize {
+        self.out_h() * self.out_w()
+    }
+
+    /// Length of one patch: what one output pixel sees.
+    fn patch(&self) -> usize {
+        self.c * self.kh * self.kw
+    }
+
+    /// Whether the patches are the image itself.
+    fn is_pointwise(&self) -> bool {
+        self.kh == 1 && self.kw == 1 && self.stride == 1 && self.pad_h == 0 && self.pad_w == 0
+    }
+
+    /// Output rows whose patches (of `channels` input channels) fit in `bytes`.
+    fn rows_within<T>(&self, channels: usize, bytes: usize) -> usize {
+        let row = channels * self.kh * self.kw * self.out_w() * size_of::<T>();
+        (bytes / row.max(1)).clamp(1, self.out_h())
+    }
+}
+
+/// Unrolls output rows `rows` of one channel: `out` is `[kh·kw, rows·out_w]`.
+fn unroll_channel<T: Real>(x: &[T], g: &Geometry, rows: std::ops::Range<usize>, out: &mut [T]) {
+    let ow = g.out_w();
+    let width = rows.len() * ow;
+    for ky in 0..g.kh {
+        for kx in 0..g.kw {
+            let line = &mut out[(ky * g.kw + kx) * width..][..width];
+            for (line, oy) in line.chunks_exact_mut(ow).zip(rows.clone()) {
+                let Some(y) = (oy * g.stride + ky).checked_sub(g.pad_h).filter(|&y| y < g.h) else {
+                    line.fill(T::zero());
+                    continue;
+                };
+                let row = &x[y * g.w..][..g.w];
+                if g.stride == 1 {
+                    // Output columns whose input column ox + kx - pad_w lies inside the image.
+                    let from = g.pad_w.saturating_sub(kx).min(ow);
+                    let to = (g.w + g.pad_w).saturating_sub(kx).clamp(from, ow);
+                    line[..from].fill(T::zero());
+                    if from < to {
+                        let start = from + kx - g.pad_w;
+                        line[from..to].copy_from_slice(&row[start..start + to - from]);
+                    }
+                    line[to..].fill(T::zero());
+                } else {
+                    for (ox, v) in line.iter_mut().enumerate() {
+                        let x = (ox * g.stride + kx).checked_sub(g.pad_w).and_then(|x| row.get(x));
+                        *v = x.copied().unwrap_or_default();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the patches of output rows `rows` of one channel back to where [`unroll_channel`] read them.
+fn roll_channel<T: Real>(patches: &[T], g: &Geometry, rows: std::ops::Range<usize>, x: &mut [T]) {
+    let ow = g.out_w();
+    let width = rows.len() * ow;
+    for ky in 0..g.kh {
+        for kx in 0..g.kw {
+            let line = &patches[(ky * g.kw + kx) * width..][..width];
+            for (line, oy) in line.chunks_exact(ow).zip(rows.clone()) {
+                let Some(y) = (oy * g.stride + ky).checked_sub(g.pad_h).filter(|&y| y < g.h) else {
+                    continue;
+                };
+                let row = &mut x[y * g.w..][..g.w];
+                for (ox, &v) in line.iter().enumerate() {
+                    let x = (ox * g.stride + kx).checked_sub(g.pad_w);
+                    if let Some(x) = x.and_then(|x| row.get_mut(x)) {
+                        *x += v;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One image's convolution: `out` `[O, pixels]` = bias + weight `[O, patch]` · patches.
+fn forward_image<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, out: &mut [T], g: &Geometry, threads: Threads) {
+    let (pixels, patch, ow) = (g.out_pixels(), g.patch(), g.out_w());
+    if let Some(bias) = bias {
+        for (row, &b) in out.chunks_exact_mut(pixels).zip(bias) {
+            row.fill(b);
+        }
+    }
+    let weight = Mat::new(weight, g.o, patch, patch);
+    if g.is_pointwise() {
+        let x = Mat::new(x, patch, pixels, pixels);
+        gemm(MatMut::new(out, g.o, pixels, pixels), bias.is_some(), T::one(), weight, x, threads);
+        return;
+    }
+    let bytes = if threads == Threads::One { PATCH_BYTES } else { SHARED_PATCH_BYTES };
+    let step = g.rows_within::<T>(g.c, bytes);
+    T::with_scratch(patch * step * ow, |buffer| {
+        for from in (0..g.out_h()).step_by(step) {
+            let rows = from..(from + step).min(g.out_h());
+            let width = rows.len() * ow;
+            let buffer = &mut buffer[..patch * width];
+            let taps = g.kh * g.kw * width;
+            let unroll = |(patches, x): (&mut [T], &[T])| unroll_channel(x, g, rows.clone(), patches);
+            match threads {
+                Threads::One => buffer.chunks_exact_mut(taps).zip(x.chunks_exact(g.h * g.w)).for_each(unroll),
+                Threads::Pool => buffer.par_chunks_exact_mut(taps).zip(x.par_chunks_exact(g.h * g.w)).for_each(unroll),
+            }
+            let dst = &mut out[from * ow..];
+            let patches = Mat::new(buffer, patch, width, width);
+            gemm(MatMut::new(dst, g.o, width, pixels), bias.is_some(), T::one(), weight, patches, threads);
+        }
+    });
+}
+
+/// A batch's convolution: images in parallel when there are enough of them, else each image by all threads.
+fn forward<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, batch: usize, g: &Geometry) -> Vec<T> {
+    let (image, result) = (g.c * g.h * g.w, g.o * g.out_pixels());
+    let mut out = vec![T::zero(); batch * result];
+    if batch >= rayon::current_num_threads() {
+        out.par_chunks_exact_mut(result)
+            .zip(x.par_chunks_exact(image))
+            .for_each(|(out, x)| forward_image(x, weight, bias, out, g, Threads::One));
+    } else {
+        for (out, x) in out.chunks_exact_mut(result).zip(x.chunks_exact(image)) {
+            forward_image(x, weight, bias, out, g, Threads::Pool);
+        }
+    }
+    out
+}
+
+/// The input's gradient at stride 1: the output gradient convolved with the kernels turned by 180 degrees.
+fn input_grad_by_convolution<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+    let taps = g.kh * g.kw;
+    let mut turned = vec![T::zero(); weight.len()];
+    for (o, kernels) in weight.chunks_exact(g.c * taps).enumerate() {
+        for (c, kernel) in kernels.chunks_exact(taps).enumerate() {
+            let dst = &mut turned[(c * g.o + o) * taps..][..taps];
+            for (d, &k) in dst.iter_mut().zip(kernel.iter().rev()) {
+                *d = k;
+            }
+        }
+    }
+    let turned_geometry = Geometry {
+        c: g.o,
+        h: g.out_h(),
+        w: g.out_w(),
+        o: g.c,
+        stride: 1,
+        pad_h: g.kh - 1 - g.pad_h,
+        pad_w: g.kw - 1 - g.pad_w,
+        ..*g
+    };
+    forward(grad, &turned, None, batch, &turned_geometry)
+}
+
+/// The input's gradient in general: patch gradients (weightᵀ · output gradient) added back into the image.
+fn input_grad_by_patches<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+    let (patch, pixels, ow) = (g.patch(), g.out_pixels(), g.out_w());
+    let weight = Mat::new(weight, g.o, patch, patch).t();
+    let one_image = |(x, grad): (&mut [T], &[T]), threads: Threads| {
+        let bytes = if threads == Threads::One { PATCH_BYTES } else { SHARED_PATCH_BYTES };
+        let step = g.rows_within::<T>(g.c, bytes);
+        T::with_scratch(patch * step * ow, |buffer| {
+            for from in (0..g.out_h()).step_by(step) {
+                let rows = from..(from + step).min(g.out_h());
+                let width = rows.len() * ow;
+                let buffer = &mut buffer[..patch * width];
+                let grad = Mat::new(&grad[from * ow..], g.o, width, pixels);
+                gemm(MatMut::new(buffer, patch, width, width), false, T::one(), weight, grad, threads);
+                let taps = g.kh * g.kw * width;
+                let roll = |(x, patches): (&mut [T], &[T])| roll_channel(patches, g, rows.clone(), x);
+                match threads {
+                    Threads::One => x.chunks_exact_mut(g.h * g.w).zip(buffer.chunks_exact(taps)).for_each(roll),
+                    Threads::Pool => x.par_chunks_exact_mut(g.h * g.w).zip(buffer.par_chunks_exact(taps)).for_each(roll),
+                }
+            }
+        });
+    };
+    let image = g.c * g.h * g.w;
+    let mut out = vec![T::zero(); batch * image];
+    if batch >= rayon::current_num_threads() {
+        out.par_chunks_exact_mut(image)
+            .zip(grad.par_chunks_exact(g.o * pixels))
+            .for_each(|pair| one_image(pair, Threads::One));
+    } else {
+        out.chunks_exact_mut(image)
+            .zip(grad.chunks_exact(g.o * pixels))
+            .for_each(|pair| one_image(pair, Threads::Pool));
+    }
+    out
+}
+
+/// The weight's gradient `[O, patch]`: a task for each block of input channels, which sums over images in order.
+fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+    let (patch, pixels, ow, taps) = (g.patch(), g.out_pixels(), g.out_w(), g.kh * g.kw);
+    let block = CHANNEL_BLOCK * if taps == 1 { 4 } else { 1 };
+    let step = g.rows_within::<T>(block.min(g.c), PATCH_BYTES);
+    let mut transposed = vec![T::zero(); patch * g.o]; // [patch, O], so that a block of channels is contiguous
+    transposed
+        .par_chunks_mut(block * taps * g.o)
+        .enumerate()
+        .for_each(|(index, out)| {
+            let channels = out.len() / (taps * g.o);
+            let first = index * block;
+            T::with_scratch(channels * taps * step * ow, |buffer| {
+                for b in 0..batch {
+                    let x = &x[(b * g.c + first) * g.h * g.w..][..channels * g.h * g.w];
+                    for from in (0..g.out_h()).step_by(step) {
+                        let rows = from..(from + step).min(g.out_h());
+                        let width = rows.len() * ow;
+                        let grad = Mat::new(&grad[b * g.o * pixels + from * ow..], g.o, width, pixels);
+                        let patches = if g.is_pointwise() {
+                            Mat::new(&x[from * ow..], channels, width, pixels)
+                        } else {
+                            let buffer = &mut buffer[..channels * taps * width];
+                            for (patches, x) in buffer.chunks_exact_mut(taps * width).zip(x.chunks_exact(g.h * g.w)) {
+                                unroll_channel(x, g, rows.clone(), patches);
+                            }
+                            Mat::new(&*buffer, channels * taps, width, width)
+                        };
+                        let dst = MatMut::new(out, channels * taps, g.o, g.o);
+                        gemm(dst, b > 0 || from > 0, T::one(), patches, grad.t(), Threads::One);
+                    }
+                }
+            });
+        });
+    let mut out = vec![T::zero(); patch * g.o];
+    out.par_chunks_exact_mut(patch).enumerate().for_each(|(o, row)| {
+        for (p, v) in row.iter_mut().enumerate() {
+            *v = transposed[p * g.o + o];
+        }
+    });
+    out
+}
+
+/// The bias's gradient: the output gradient summed over images and pixels.
+fn bias_grad<T: Real>(grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+    let pixels = g.out_pixels();
+    let sum = |o: usize| -> f64 {
+        let planes = (0..batch).map(|b| &grad[(b * g.o + o) * pixels..][..pixels]);
+        planes.map(|plane| vectorised(|| sum1(plane, |v| v))).sum()
+    };
+    (0..g.o).into_par_iter().map(|o| real(sum(o))).collect()
+}
+
+struct Conv2d {
+    stride: usize,
+    padding: usize,
+}
+
+impl Conv2d {
+    fn geometry(&self, x: &Shape, weight: &Shape) -> Result<(usize, Geometry)> {
+        let (batch, c, h, w) = x.dims4()?;
+        let (o, _, kh, kw) = weight.dims4()?;
+        let (stride, pad_h, pad_w) = (self.stride, self.padding, self.padding);
+        let geometry = Geometry {
+            c,
+            h,
+            w,
+            o,
+            kh,
+            kw,
+            stride,
+            pad_h,
+            pad_w,
+        };
+        Ok((batch, geometry))
+    }
+}
+
+impl CustomOp3 for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        xl: &Layout,
+        w: &CpuStorage,
+        wl: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        fn run<T: Real>(s: [(&CpuStorage, &Layout); 3], batch: usize, g: &Geometry) -> Result<CpuStorage> {
+            let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
+            Ok(T::to_cpu_storage_owned(forward(x?, w?, Some(b?), batch, g)))
+        }
+        let (batch, g) = self.geometry(xl.shape(), wl.shape())?;
+        let operands = [(x, xl), (w, wl), (b, bl)];
+        let out = by_dtype!(x.dtype(), self.name(), run(operands, batch, &g))?;
+        Ok((out, Shape::from((batch, g.o, g.out_h(), g.out_w()))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (batch, g) = self.geometry(x.shape(), w.shape())?;
+        by_dtype!(x.dtype(), self.name(), backward([x, w, b], &grad.contiguous()?, batch, &g))
+    }
+}
+
+type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
+fn backward<T: Real>([x, w, b]: [&Tensor; 3], grad: &Tensor, batch: usize, g: &Geometry) -> Result<Grads3> {
+    let (xv, wv, gv) = (View::of(x), View::of(w), View::of(grad));
+    let (xs, ws, gs) = (xv.slice::<T>()?, wv.slice::<T>()?, gv.slice::<T>()?);
+    let device = x.device();
+    let gx = needs_grad(x)
+        .then(|| {
+            let by_convolution = g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw;
+            let gx = match by_convolution {
+                true => input_grad_by_convolution(gs, ws, batch, g),
+                false => input_grad_by_patches(gs, ws, batch, g),
+            };
+            Tensor::from_vec(gx, x.dims(), device)
+        })
+        .transpose()?;
+    let gw = needs_grad(w)
+        .then(|| Tensor::from_vec(weight_grad(xs, gs, batch, g), w.dims(), device))
+        .transpose()?;
+    let gb = needs_grad(b)
+        .then(|| Tensor::from_vec(bias_grad(gs, batch, g), g.o, device))
+        .transpose()?;
+    Ok((gx, gw, gb))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradcheck::{assert_close, check_gradients, random};
+    use super::*;
+
+    #[test]
+    fn forward_equals_candle() -> Result<()> {
+        for (b, c, o, h, w, k, stride, pad) in [
+            (2, 3, 5, 7, 6, 3, 1, 1),
+            (1, 4, 2, 8, 8, 3, 2, 1),
+            (3, 2, 4, 5, 9, 1, 1, 0),
+            (1, 2, 3, 9, 7, 3, 2, 0),
+            (2, 2, 2, 6, 6, 5, 1, 2),
+        ] {
+            let x = random(&[b, c, h, w], 1)?;
+            let weight = random(&[o, c, k, k], 2)?;
+            let bias = random(&[o], 3)?;
+            let want = x
+                .conv2d(&weight, pad, stride, 1, 1)?
+                .broadcast_add(&bias.reshape((1, o, 1, 1))?)?;
+            assert_close(&conv2d(&x, &weight, Some(&bias), stride, pad)?, &want, 1e-12)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() -> Result<()> {
+        for (stride, pad, k) in [(1, 1, 3), (2, 1, 3), (1, 0, 1), (1, 0, 3), (2, 0, 3)] {
+            let inputs = [
+                random(&[2, 3, 5, 6], 1)?,
+                random(&[4, 3, k, k], 2)?,
+                random(&[4], 3)?,
+            ];
+            check_gradients(&inputs, |t| conv2d(&t[0], &t[1], Some(&t[2]), stride, pad))?;
+        }
+        Ok(())
+    }
+}

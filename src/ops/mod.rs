@@ -1,0 +1,30 @@
+//! What candle lacks for training: layers whose backward is fast and whose gradients reach every parameter.
+//!
+//! Candle's stock group norm, layer norm, softmax and attention drop their gradients without an error, and its
+//! convolution's backward is several times slower than its forward. The functions here are differentiable through
+//! [`candle_core::Tensor::backward`], run on rayon's pool, compute no gradient for inputs that are not tracked, and give the same
+//! numbers for any number of threads. On the CPU they take `f32` and `f64` (`f64` is there for checks against finite
+//! differences). On other devices they are composed of candle's differentiable tensor operations.
+//!
+//! This module knows tensors and nothing of diffusion.
+
+mod activation;
+mod attention;
+mod conv;
+mod cpu;
+mod gemm;
+mod linear;
+mod norm;
+mod update;
+mod upsample;
+
+#[cfg(test)]
+mod gradcheck;
+
+pub use activation::geglu;
+pub use attention::{Attention, attention};
+pub use conv::conv2d;
+pub use linear::linear;
+pub use norm::{group_norm, layer_norm};
+pub use update::{AdamWStep, adamw_step, lerp_, squared_norm};
+pub use upsample::upsample_nearest_2x;

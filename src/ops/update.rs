@@ -1,0 +1,258 @@
+//! Optimiser arithmetic: updates that change a parameter's storage in place, so that a step allocates nothing of the model's
+//! size, and the norm that clipping needs.
+
+use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var, bail, backend::BackendStorage};
+use rayon::prelude::*;
+
+use super::cpu::{View, has_kernel, sum1, vectorised};
+
+/// Elements a task updates.
+const CHUNK: usize = 1 << 14;
+
+/// `target += weight · (source - target)`, as `torch.Tensor.lerp_`: the step of an exponential moving average.
+///
+/// # Errors
+/// When shapes or dtypes differ.
+pub fn lerp_(target: &Var, source: &Tensor, weight: f64) -> Result<()> {
+    if has_kernel(target) {
+        return target.inplace_op2(&source.detach().contiguous()?, &Lerp(weight as f32));
+    }
+    let old = target.as_detached_tensor();
+    target.set(&((source.detach() - &old)? * weight)?.add(&old)?)
+}
+
+/// The sum of the squares of a tensor's elements, accumulated in `f64`.
+///
+/// # Errors
+/// When the tensor can't be read.
+pub fn squared_norm(x: &Tensor) -> Result<f64> {
+    if has_kernel(x) && x.dtype() == DType::F32 {
+        let x = x.contiguous()?;
+        let view = View::of(&x);
+        let parts = view.slice::<f32>()?.par_chunks(CHUNK).map(|part| vectorised(|| sum1(part, |x| x * x)));
+        // Collected before it is summed: the order of the sum must not depend on the threads.
+        return Ok(parts.collect::<Vec<f64>>().into_iter().sum());
+    }
+    Ok(f64::from(x.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
+}
+
+/// The numbers of one AdamW step, shared by all parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the gradient's average.
+    pub beta1: f64,
+    /// Decay of the squared gradient's average.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// This step's number, from 1.
+    pub step: u64,
+}
+
+/// One AdamW update of one parameter and its two moments, in the order of operations of `torch.optim.AdamW`.
+///
+/// `grad` is multiplied by `grad_scale` (clipping) as it is read.
+///
+/// # Errors
+/// When shapes or dtypes differ.
+pub fn adamw_step(
+    param: &Var,
+    moment1: &Var,
+    moment2: &Var,
+    grad: &Tensor,
+    grad_scale: f64,
+    step: &AdamWStep,
+) -> Result<()> {
+    let correction1 = 1.0 - step.beta1.powf(step.step as f64);
+    let correction2 = 1.0 - step.beta2.powf(step.step as f64);
+    let step_size = step.learning_rate / correction1;
+    let keep = 1.0 - step.learning_rate * step.weight_decay;
+    let grad = grad.detach().contiguous()?;
+    if has_kernel(param) {
+        let scale = grad_scale as f32;
+        let (weight1, weight2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
+        moment1.inplace_op2(&grad, &Average { weight: weight1, scale })?;
+        let square = SquareAverage { beta: step.beta2 as f32, weight: weight2, scale };
+        moment2.inplace_op2(&grad, &square)?;
+        let update = AdamWUpdate {
+            keep: keep as f32,
+            step_size: step_size as f32,
+            root_correction2: correction2.sqrt() as f32,
+            epsilon: step.epsilon as f32,
+        };
+        return param.inplace_op3(&moment1.as_detached_tensor(), &moment2.as_detached_tensor(), &update);
+    }
+    let grad = (grad * grad_scale)?;
+    let (m, v) = (moment1.as_detached_tensor(), moment2.as_detached_tensor());
+    let m = ((&grad - &m)? * (1.0 - step.beta1))?.add(&m)?;
+    let v = ((v * step.beta2)? + (grad.sqr()? * (1.0 - step.beta2))?)?;
+    let denominator = ((v.sqrt()? * (1.0 / correction2.sqrt()))? + step.epsilon)?;
+    let new = ((param.as_detached_tensor() * keep)? - (m.div(&denominator)? * step_size)?)?;
+    moment1.set(&m)?;
+    moment2.set(&v)?;
+    param.set(&new)
+}
+
+/// The elements of a contiguous `f32` storage, to write.
+fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
+        (other, _) => bail!("an in-place update needs contiguous f32, not {:?}", other.dtype()),
+    }
+}
+
+fn zip2(dst: (&mut CpuStorage, &Layout), src: (&CpuStorage, &Layout), f: impl Fn(&mut f32, f32) + Sync) -> Result<()> {
+    let dst = slice_mut(dst.0, dst.1)?;
+    let src = super::cpu::slice::<f32>(src.0, src.1)?;
+    if dst.len() != src.len() {
+        bail!("an in-place update of {} elements with {}", dst.len(), src.len());
+    }
+    dst.par_chunks_mut(CHUNK).zip(src.par_chunks(CHUNK)).for_each(|(dst, src)| {
+        vectorised(|| {
+            for (d, &s) in dst.iter_mut().zip(src) {
+                f(d, s);
+            }
+        });
+    });
+    Ok(())
+}
+
+struct Lerp(f32);
+
+impl InplaceOp2 for Lerp {
+    fn name(&self) -> &'static str {
+        "lerp_"
+    }
+
+    fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
+        let weight = self.0;
+        zip2((d, dl), (s, sl), |d, s| *d += weight * (s - *d))
+    }
+}
+
+/// `m += weight · (grad - m)` with `weight = 1 - beta`, taken in `f64` before rounding.
+struct Average {
+    weight: f32,
+    scale: f32,
+}
+
+impl InplaceOp2 for Average {
+    fn name(&self) -> &'static str {
+        "adamw_average"
+    }
+
+    fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
+        let Self { weight, scale } = *self;
+        zip2((d, dl), (s, sl), |d, s| *d += weight * (s * scale - *d))
+    }
+}
+
+/// `v = beta · v + weight · grad²` with `weight = 1 - beta`, taken in `f64` before rounding.
+struct SquareAverage {
+    beta: f32,
+    weight: f32,
+    scale: f32,
+}
+
+impl InplaceOp2 for SquareAverage {
+    fn name(&self) -> &'static str {
+        "adamw_square_average"
+    }
+
+    fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
+        let Self { beta, weight, scale } = *self;
+        zip2((d, dl), (s, sl), |d, s| {
+            let g = s * scale;
+            *d = beta * *d + weight * g * g;
+        })
+    }
+}
+
+/// `p = keep · p - step_size · m / (√v / root_correction2 + epsilon)`.
+struct AdamWUpdate {
+    keep: f32,
+    step_size: f32,
+    root_correction2: f32,
+    epsilon: f32,
+}
+
+impl InplaceOp3 for AdamWUpdate {
+    fn name(&self) -> &'static str {
+        "adamw_update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        p: &mut CpuStorage,
+        pl: &Layout,
+        m: &CpuStorage,
+        ml: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<()> {
+        let p = slice_mut(p, pl)?;
+        let m = super::cpu::slice::<f32>(m, ml)?;
+        let v = super::cpu::slice::<f32>(v, vl)?;
+        if p.len() != m.len() || p.len() != v.len() {
+            bail!("AdamW: {} parameters, moments of {} and {}", p.len(), m.len(), v.len());
+        }
+        p.par_chunks_mut(CHUNK)
+            .zip(m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK)))
+            .for_each(|(p, (m, v))| {
+                vectorised(|| {
+                    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
+                        let denominator = v.sqrt() / self.root_correction2 + self.epsilon;
+                        *p = *p * self.keep - self.step_size * m / denominator;
+                    }
+                });
+            });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn adamw_matches_hand_computed_steps() -> Result<()> {
+        // torch.optim.AdamW([1., -2.], lr=0.1, weight_decay=0.5) with gradients [0.5, -1.0] then [0.1, 0.3].
+        let dev = Device::Cpu;
+        let (p, m, v) = (
+            Var::new(&[1f32, -2.], &dev)?,
+            Var::new(&[0f32; 2], &dev)?,
+            Var::new(&[0f32; 2], &dev)?,
+        );
+        let mut expected = [1f64, -2.];
+        let (mut em, mut ev) = ([0f64; 2], [0f64; 2]);
+        for (t, g) in [(1u64, [0.5f64, -1.0]), (2, [0.1, 0.3])] {
+            let step = AdamWStep { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5, step: t };
+            // The stored gradient is twice the true one: the scale must undo it.
+            let stored = Tensor::new(&[2.0 * g[0] as f32, 2.0 * g[1] as f32], &dev)?;
+            adamw_step(&p, &m, &v, &stored, 0.5, &step)?;
+            for i in 0..2 {
+                em[i] = 0.9 * em[i] + 0.1 * g[i];
+                ev[i] = 0.999 * ev[i] + 0.001 * g[i] * g[i];
+                let (mh, vh) = (em[i] / (1.0 - 0.9f64.powi(t as i32)), ev[i] / (1.0 - 0.999f64.powi(t as i32)));
+                expected[i] = expected[i] * (1.0 - 0.05) - 0.1 * mh / (vh.sqrt() + 1e-8);
+            }
+        }
+        for (got, want) in p.to_vec1::<f32>()?.iter().zip(expected) {
+            assert!((*got as f64 - want).abs() < 1e-6, "{got} {want}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn lerp_moves_towards_the_source() -> Result<()> {
+        let target = Var::new(&[0f32, 10.], &Device::Cpu)?;
+        lerp_(&target, &Tensor::new(&[1f32, 0.], &Device::Cpu)?, 0.25)?;
+        assert_eq!(target.to_vec1::<f32>()?, [0.25, 7.5]);
+        Ok(())
+    }
+}

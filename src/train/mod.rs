@@ -1,0 +1,119 @@
+//! Distillation: the step, the loop around it, and what a run leaves behind.
+//!
+//! The step is written over named pieces (teacher estimate, solver, boundary, loss) in [`step`]; what is trained is a set of
+//! named variables ([`student`]). [`run`] is the loop. The reference is diffusers' `train_lcm_distill_sd_wds.py`.
+
+mod audit;
+mod checkpoint;
+mod learning_rate;
+mod log;
+mod optimizer;
+mod progress;
+mod report;
+mod run;
+mod step;
+mod student;
+mod validation;
+mod watchdog;
+
+pub use run::{Data, Outcome, run};
+pub use step::{Distillation, Loss, StepInputs, StepOutputs};
+pub use student::Student;
+
+use std::path::{Path, PathBuf};
+
+use coffey_pipeline::flow::Stage;
+
+use crate::diffusion::ScheduleError;
+use crate::encode::EncodeError;
+use crate::models::ModelError;
+
+/// Why a run ended before its last step.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A model could not be loaded, run or saved.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The teacher's noise schedule could not be read.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The models do not belong together, or the configuration does not fit them.
+    #[error("{0}")]
+    Mismatch(String),
+    /// The data or its encoding failed.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// A tensor operation failed.
+    #[error("step {step}: {source}")]
+    Step {
+        /// The step.
+        step: u64,
+        /// The cause.
+        source: candle_core::Error,
+    },
+    /// A tensor operation outside a step failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// The loss or a gradient is not a number.
+    #[error(
+        "step {step}: {what} is not finite; nothing was saved after it. A lower optimizer.learning_rate or \
+         optimizer.max_grad_norm may help; the last checkpoint is whole"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// The loss or a variable.
+        what: String,
+    },
+    /// A variable that should be trained gets no gradient.
+    #[error("no gradient reaches {names}: a fault in coffey's operations")]
+    NoGradient {
+        /// The variables.
+        names: String,
+    },
+    /// The data ended although it should not.
+    #[error("the stream of batches ended at step {step}")]
+    StreamEnded {
+        /// The step that waited for a batch.
+        step: u64,
+    },
+    /// No step for too long.
+    #[error("no step for {seconds} s (train.stall_timeout): the {stage} stage hangs")]
+    Stalled {
+        /// How long.
+        seconds: u64,
+        /// The stage that neither works nor waits for another.
+        stage: Stage,
+    },
+    /// A file of the run could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A stop was asked for before there was anything to save.
+    #[error("stopped")]
+    Stopped,
+    /// A checkpoint can't be used.
+    #[error("{path}: {message}")]
+    Checkpoint {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        message: String,
+    },
+}
+
+impl From<coffey_pipeline::StreamError> for TrainError {
+    fn from(error: coffey_pipeline::StreamError) -> Self {
+        Self::Encode(error.into())
+    }
+}
+
+/// Adds the path to an i/o error.
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+    let path = path.to_owned();
+    move |source| TrainError::Io { path, source }
+}

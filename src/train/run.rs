@@ -1,0 +1,612 @@
+//! The loop: from the stream of batches to a finished student.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::flow::{FlowMetrics, Stage, StageHandle};
+use coffey_pipeline::order::rng::index_below;
+use coffey_pipeline::order::{Cursor, Order};
+use coffey_pipeline::{Stream, StreamError};
+
+use super::audit::Auditor;
+use super::checkpoint::{self, Checkpoints, write_aside};
+use super::learning_rate::learning_rate;
+use super::log::{MetricsLog, StepRecord};
+use super::optimizer::{AdamW, Gradients};
+use super::progress::Progress;
+use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
+use super::validation::Prompts;
+use super::watchdog::{Watchdog, hanging_stage};
+use super::{Distillation, Loss, StepInputs, Student, TrainError, io};
+use crate::config::{self, Config, LossKind, Resume, Validation};
+use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
+use crate::encode::{EncodePool, EncodedBatch, Encoders};
+use crate::models::vae::sample_latents;
+use crate::models::{UNet, UNetConfig};
+use crate::ops::Attention;
+use crate::random::{generator, normal, uniform};
+use crate::stop::Stop;
+
+/// Where batches come from.
+pub struct Data<'a> {
+    /// Opens a stream: in training order from a cursor, or every sample once in order. Arguments: order, batch size, cursor.
+    #[allow(clippy::type_complexity)]
+    pub open: Box<dyn Fn(Order, usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    /// What the stages report to.
+    pub metrics: FlowMetrics,
+}
+
+impl std::fmt::Debug for Data<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Data").finish_non_exhaustive()
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are made and the finished student is in this folder.
+    Done(PathBuf),
+    /// A stop was asked for; a checkpoint of the last step is saved.
+    Stopped,
+}
+
+/// Distils as a configuration says; see the module's documentation for what is left in the output folder.
+///
+/// `devices` are the trainer's and, one a worker, the encoders'.
+///
+/// # Errors
+/// [`TrainError`]; a checkpoint that stands is never harmed.
+pub fn run(
+    config: &Config,
+    paths: config::TrainPaths<'_>,
+    data: &Data<'_>,
+    devices: (&Device, &[Device]),
+    stop: &Stop,
+) -> Result<Outcome, TrainError> {
+    let mut progress = Progress::new(config.train.max_steps);
+    let outcome = Run::prepare(config, paths, data, devices, stop, &progress)
+        .and_then(|run| run.to_the_end(data, devices, stop, &mut progress));
+    progress.finish();
+    match outcome {
+        Err(TrainError::Stopped) => Ok(Outcome::Stopped),
+        outcome => outcome,
+    }
+}
+
+/// Everything the loop needs, loaded and checked.
+struct Run<'a> {
+    config: &'a Config,
+    output: &'a Path,
+    distillation: Distillation,
+    encoders: Encoders,
+    /// Embedding of the empty caption, `[1, T, width]`.
+    uncond: Tensor,
+    teacher: UNet,
+    student: Student,
+    optimizer: AdamW,
+    checkpoints: Checkpoints,
+    configuration: String,
+    log: MetricsLog,
+    endpoint: Option<Endpoint>,
+    validation: Option<(Prompts, &'a Validation)>,
+    auditor: Option<Auditor>,
+    step: u64,
+    samples: u64,
+    cursor: Option<Cursor>,
+}
+
+impl<'a> Run<'a> {
+    fn prepare(
+        config: &'a Config,
+        paths: config::TrainPaths<'a>,
+        data: &Data<'_>,
+        (device, encode_devices): (&Device, &[Device]),
+        stop: &Stop,
+        progress: &Progress,
+    ) -> Result<Self, TrainError> {
+        let Config { train, .. } = config;
+        let vae = config.model.vae.as_deref();
+        let pipeline = paths.teacher;
+        progress.say(format!("loading the teacher {}", pipeline.display()));
+        let distillation = distillation(config, pipeline)?;
+        let encode_device = encode_devices.first().unwrap_or(device);
+        let encoders = Encoders::load(pipeline, vae, encode_device, config.encode.batch_size)?;
+        let attention = match train.attention {
+            config::Attention::MemoryEfficient => Attention::MemoryEfficient,
+            config::Attention::Plain => Attention::Plain,
+        };
+        let folder = pipeline.join("unet");
+        let teacher = UNet::load(&folder, DType::F32, device, attention)?;
+        check_fit(teacher.config(), &encoders, config, pipeline)?;
+        let uncond = encoders.encode_text(&[""])?.to_device(device)?;
+
+        let output = paths.output;
+        fs::create_dir_all(output).map_err(io(output))?;
+        let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
+        let found = resume_from(config, &checkpoints, output, progress)?;
+        let student = match &found {
+            Some((path, _)) => Student::load(path, device, attention)?,
+            None => {
+                Student::from_teacher(&folder, config.model.time_cond_proj_dim, train.seed, device, attention)?
+            }
+        };
+        let mut optimizer = AdamW::new(&config.optimizer, student.variables())?;
+        let (mut step, mut samples, mut cursor) = (0, 0, None);
+        if let Some((path, state)) = found {
+            checkpoint::load_optimizer(&path, &state, &mut optimizer, device)?;
+            (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
+        }
+        let log = MetricsLog::open(output, step)?;
+        let configuration = config.to_toml().map_err(|e| TrainError::Mismatch(e.to_string()))?;
+        describe_run(output, config, &configuration)?;
+        let auditor = match &config.audit {
+            Some(audit) if step == 0 => Some(Auditor::start(audit, config, &distillation, &student)?),
+            _ => None,
+        };
+
+        let side = config.image.resolution / encoders.vae().config().downscale();
+        let latent = [teacher.config().in_channels, side, side];
+        let endpoint = match config.report.endpoint_captions {
+            0 => None,
+            wanted => {
+                progress.say(format!("drawing the teacher's endpoints of {wanted} captions"));
+                let captions = first_captions(data, wanted)?;
+                let seeded = (train.seed, "endpoint");
+                let prompts = Prompts::new(&encoders, &captions, 1, latent, seeded, device)?;
+                let teacher = Teacher {
+                    unet: &teacher,
+                    uncond: &uncond,
+                };
+                let endpoint = Endpoint::new(prompts, config.report.guidance, teacher, &distillation, stop)?;
+                let [one, four] = endpoint.teacher.map(figure);
+                progress.say(format!("endpoint error of the teacher: {one} in 1 step, {four} in 4 steps"));
+                Some(endpoint)
+            }
+        };
+        let validation = match &config.validation {
+            None => None,
+            Some(v) => {
+                let seeded = (train.seed, "validation");
+                let prompts = Prompts::new(&encoders, &v.prompts, v.images_per_prompt, latent, seeded, device)?;
+                Some((prompts, v))
+            }
+        };
+        Ok(Self {
+            config,
+            output,
+            distillation,
+            encoders,
+            uncond,
+            teacher,
+            student,
+            optimizer,
+            checkpoints,
+            configuration,
+            log,
+            endpoint,
+            validation,
+            auditor,
+            step,
+            samples,
+            cursor,
+        })
+    }
+
+    fn to_the_end(
+        mut self,
+        data: &Data<'_>,
+        (device, encode_devices): (&Device, &[Device]),
+        stop: &Stop,
+        progress: &mut Progress,
+    ) -> Result<Outcome, TrainError> {
+        let Config { train, .. } = self.config;
+        if self.step < train.max_steps {
+            let stream = (data.open)(Order::Shuffled, train.batch_size, self.cursor.clone())?;
+            let (pipeline, vae) = (self.teacher_folder(), self.config.model.vae.as_deref());
+            let encoders = encode_devices
+                .iter()
+                .map(|device| Encoders::load(pipeline, vae, device, self.config.encode.batch_size))
+                .collect::<Result<Vec<_>, _>>()?;
+            let mut pool = EncodePool::start(stream, encoders, &data.metrics)?;
+            let wake = pool.interrupter();
+            stop.on_stop(move || wake.interrupt());
+            let wake = pool.interrupter();
+            let watchdog = Watchdog::start(Duration::from_secs(train.stall_timeout), move || wake.interrupt())
+                .map_err(io(self.output))?;
+            progress.start_at(self.step);
+            progress.say("waiting for the first batch");
+            let stage = data.metrics.stage(Stage::Train);
+            let begun = Instant::now();
+            while self.step < train.max_steps {
+                if stop.asked() {
+                    self.save(progress)?;
+                    return Ok(Outcome::Stopped);
+                }
+                match self.one_step(&mut pool, &stage, device, begun) {
+                    Err(TrainError::StreamEnded { .. }) if stop.asked() => continue,
+                    Err(TrainError::StreamEnded { .. }) if watchdog.barked() => {
+                        return Err(TrainError::Stalled {
+                            seconds: train.stall_timeout,
+                            stage: hanging_stage(&data.metrics),
+                        });
+                    }
+                    made => progress.step(&made?),
+                }
+                watchdog.progress();
+                self.after_step(progress, stop)?;
+                watchdog.progress();
+            }
+        }
+        self.finish(progress, stop)
+    }
+
+    fn teacher_folder(&self) -> &'a Path {
+        self.config.model.teacher.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// Makes one step and records it.
+    fn one_step(
+        &mut self,
+        pool: &mut EncodePool,
+        stage: &StageHandle,
+        device: &Device,
+        begun: Instant,
+    ) -> Result<StepRecord, TrainError> {
+        let started = Instant::now();
+        let train = &self.config.train;
+        let step = self.step + 1;
+        let failed = |source| TrainError::Step { step, source };
+        let (mut gradients, mut loss, mut count) = (Gradients::new(), 0.0, 0);
+        let mut held = None; // the last micro-batch, until the gradient norm is known
+        let mut reached = None;
+        for micro in 0..train.gradient_accumulation {
+            let batch = pool.next(stage).ok_or(TrainError::StreamEnded { step })??;
+            count += batch.samples.len() as u64;
+            let epoch = batch.samples.last().map_or(0, |s| s.epoch);
+            reached = Some((batch.cursor.clone(), epoch));
+            let (inputs, outputs, value) = stage
+                .work(|| {
+                    let inputs = self.draw(step, micro, batch, device)?;
+                    let outputs =
+                        self.distillation
+                            .forward(self.student.unet(), self.student.target(), &self.teacher, &inputs)?;
+                    let scaled = (&outputs.loss / train.gradient_accumulation as f64)?;
+                    self.accumulate(&mut gradients, &scaled)?;
+                    let value = f64::from(outputs.loss.to_scalar::<f32>()?);
+                    Ok((inputs, outputs, value))
+                })
+                .map_err(failed)?;
+            if !value.is_finite() {
+                return Err(TrainError::NotFinite {
+                    step,
+                    what: "the loss".to_owned(),
+                });
+            }
+            loss += value / train.gradient_accumulation as f64;
+            if let Some(auditor) = self.auditor.as_ref().filter(|a| a.covers(step)) {
+                if micro + 1 == train.gradient_accumulation {
+                    held = Some((inputs, outputs));
+                } else {
+                    auditor.record((step, micro), &inputs, &outputs, None)?;
+                }
+            }
+        }
+        if self.log.records().is_empty() {
+            self.check_gradients(&gradients)?;
+        }
+        let rate = learning_rate(&self.config.optimizer, step, train.max_steps);
+        let norm = stage.work(|| AdamW::norm(&gradients)).map_err(failed)?;
+        if !norm.is_finite() {
+            return Err(TrainError::NotFinite {
+                step,
+                what: "the gradient".to_owned(),
+            });
+        }
+        if let (Some(auditor), Some((inputs, outputs))) = (&self.auditor, held) {
+            let micro = train.gradient_accumulation - 1;
+            auditor.record((step, micro), &inputs, &outputs, Some((norm, rate)))?;
+        }
+        stage
+            .work(|| {
+                self.optimizer.step(self.student.variables(), &gradients, norm, rate)?;
+                self.student.update_target(self.config.distill.ema_decay)
+            })
+            .map_err(failed)?;
+        if let Some(auditor) = &self.auditor {
+            auditor.end_of_step(step, &self.student)?;
+        }
+        self.step = step;
+        self.samples += count;
+        stage.add_items(count);
+        let epoch = reached.as_ref().map_or(0, |(_, epoch)| *epoch);
+        self.cursor = reached.map(|(cursor, _)| cursor);
+        let mut record = StepRecord {
+            step,
+            loss,
+            lr: rate,
+            grad_norm: norm,
+            samples: self.samples,
+            epoch,
+            endpoint_error: None,
+            samples_per_second: count as f64 / started.elapsed().as_secs_f64(),
+            seconds: begun.elapsed().as_secs_f64(),
+            limiting_stage: stage.metrics().limiting_stage(),
+        };
+        let report = &self.config.report;
+        if let Some(endpoint) = &self.endpoint
+            && (step.is_multiple_of(report.endpoint_every) || step == train.max_steps)
+        {
+            let never = Stop::default();
+            record.endpoint_error = Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
+        }
+        self.log.write(record.clone())?;
+        Ok(record)
+    }
+
+    /// Draws a step's random numbers, all keyed by the step and the micro-batch.
+    fn draw(
+        &self,
+        step: u64,
+        micro: usize,
+        batch: EncodedBatch,
+        device: &Device,
+    ) -> candle_core::Result<StepInputs> {
+        let distill = &self.config.distill;
+        let generator = |purpose| generator(self.config.train.seed, purpose, step, micro as u64);
+        let moments = batch.moments.to_device(device)?;
+        let (b, c, h, w) = moments.dims4()?;
+        let shape = [b, c / 2, h, w];
+        let posterior = normal(&mut generator("posterior"), &shape, device)?;
+        let factor = self.encoders.vae().config().scaling_factor;
+        let mut rng = generator("timestep");
+        let index = (0..b).map(|_| index_below(&mut rng, self.distillation.solver.len())).collect();
+        let mut rng = generator("guidance");
+        let weights = (0..b).map(|_| uniform(&mut rng, distill.w_min, distill.w_max)).collect();
+        let mut rng = generator("empty prompt");
+        let prompt_embeds = batch.prompt_embeds.to_device(device)?;
+        let embeds = (0..b)
+            .map(|i| match uniform(&mut rng, 0.0, 1.0) < distill.proportion_empty_prompts {
+                true => Ok(self.uncond.clone()),
+                false => prompt_embeds.narrow(0, i, 1),
+            })
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let (_, t, width) = self.uncond.dims3()?;
+        Ok(StepInputs {
+            latents: sample_latents(&moments, &posterior, factor)?,
+            noise: normal(&mut generator("noise"), &shape, device)?,
+            index,
+            w: weights,
+            prompt_embeds: Tensor::cat(&embeds, 0)?,
+            uncond_prompt_embeds: self.uncond.broadcast_as((b, t, width))?.contiguous()?,
+        })
+    }
+
+    /// Adds the gradients of a loss to those of earlier micro-batches.
+    fn accumulate(&self, gradients: &mut Gradients, loss: &Tensor) -> candle_core::Result<()> {
+        let mut store = loss.backward()?;
+        for (name, var) in self.student.variables() {
+            let Some(gradient) = store.remove(var) else { continue };
+            let sum = match gradients.remove(name) {
+                Some(earlier) => earlier.add(&gradient)?,
+                None => gradient,
+            };
+            gradients.insert(name.clone(), sum);
+        }
+        Ok(())
+    }
+
+    /// After a first backward: every variable must have a gradient, and it must be a number.
+    fn check_gradients(&self, gradients: &Gradients) -> Result<(), TrainError> {
+        let missing = |name: &&String| !gradients.contains_key(*name);
+        let names: Vec<&str> = self.student.variables().keys().filter(missing).map(String::as_str).collect();
+        match names.is_empty() {
+            true => Ok(()),
+            false => Err(TrainError::NoGradient {
+                names: names.join(", "),
+            }),
+        }
+    }
+
+    /// Checkpoints, grids and curves that are due.
+    fn after_step(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        if let Some((prompts, validation)) = &self.validation
+            && self.step.is_multiple_of(validation.every)
+        {
+            let drawn = validation_grids(
+                self.output,
+                self.step,
+                (prompts, validation),
+                &self.encoders,
+                &self.student,
+                &self.distillation,
+                stop,
+            );
+            match drawn {
+                // The loop sees the stop and saves.
+                Err(TrainError::Stopped) => return Ok(()),
+                drawn => drawn?,
+            }
+            loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
+        }
+        let due = self.step.is_multiple_of(self.config.checkpoint.every);
+        if due && self.step < self.config.train.max_steps {
+            self.save(progress)?;
+        }
+        Ok(())
+    }
+
+    fn save(&self, progress: &Progress) -> Result<(), TrainError> {
+        // Before the first step there is nothing to save.
+        let Some(cursor) = &self.cursor else { return Ok(()) };
+        let numbers = (self.step, self.samples);
+        let place =
+            self.checkpoints
+                .save(numbers, &self.student, &self.optimizer, cursor, &self.configuration)?;
+        progress.say(format!("saved {}", place.display()));
+        Ok(())
+    }
+
+    /// Writes the finished student and the pictures.
+    fn finish(self, progress: &Progress, stop: &Stop) -> Result<Outcome, TrainError> {
+        self.save(progress)?;
+        let (unet, target) = (self.output.join("unet"), self.output.join("unet_target"));
+        write_aside(&unet, |folder| Ok(self.student.save_online(folder)?))?;
+        write_aside(&target, |folder| Ok(self.student.save_target(folder)?))?;
+        loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
+        if let (true, Some((_, validation))) = (self.config.report.grid, &self.validation) {
+            progress.say("drawing teacher and student side by side");
+            let side = self.config.image.resolution / self.encoders.vae().config().downscale();
+            let latent = [self.teacher.config().in_channels, side, side];
+            let seeded = (self.config.train.seed, "comparison");
+            let device = self.uncond.device();
+            let prompts = Prompts::new(&self.encoders, &validation.prompts, 1, latent, seeded, device)?;
+            let teacher = Teacher {
+                unet: &self.teacher,
+                uncond: &self.uncond,
+            };
+            let path = self.output.join("samples/comparison.png");
+            comparison(
+                &path,
+                (&prompts, &validation.prompts),
+                self.config.report.guidance,
+                &self.encoders,
+                (teacher, &self.student),
+                &self.distillation,
+                stop,
+            )?;
+            progress.say(format!("wrote {}", path.display()));
+        }
+        if let Some(endpoint) = &self.endpoint {
+            let [one, four] = endpoint.teacher;
+            let student = endpoint.of(self.student.target(), &self.distillation, stop)?;
+            progress.say(format!(
+                "endpoint error: student in 1 step {} · teacher in 1 step {} · teacher in 4 steps {} (student / teacher in 1 \
+                 step: {:.2})",
+                figure(student),
+                figure(one),
+                figure(four),
+                student / one
+            ));
+        }
+        Ok(Outcome::Done(self.output.to_owned()))
+    }
+}
+
+/// The step's pieces, as the teacher's scheduler and the configuration say.
+fn distillation(config: &Config, pipeline: &Path) -> Result<Distillation, TrainError> {
+    let distill = &config.distill;
+    let schedule = NoiseSchedule::read(&pipeline.join("scheduler"))?;
+    if !schedule.len().is_multiple_of(distill.num_ddim_timesteps) {
+        return Err(TrainError::Mismatch(format!(
+            "distill.num_ddim_timesteps = {} does not divide the teacher's {} timesteps",
+            distill.num_ddim_timesteps,
+            schedule.len()
+        )));
+    }
+    Ok(Distillation {
+        solver: DdimSolver::new(&schedule, distill.num_ddim_timesteps),
+        schedule,
+        boundary: BoundaryScaling {
+            timestep_scaling: distill.timestep_scaling,
+            ..BoundaryScaling::default()
+        },
+        loss: match distill.loss {
+            LossKind::Huber => Loss::Huber { c: distill.huber_c },
+            LossKind::L2 => Loss::L2,
+        },
+    })
+}
+
+/// Whether the parts of a pipeline belong together.
+fn check_fit(unet: &UNetConfig, encoders: &Encoders, config: &Config, pipeline: &Path) -> Result<(), TrainError> {
+    let mismatch = |what: String| Err(TrainError::Mismatch(format!("{}: {what}", pipeline.display())));
+    if unet.cross_attention_dim != encoders.text_width() {
+        return mismatch(format!(
+            "the text encoder makes embeddings of width {}, the UNet's cross_attention_dim is {}",
+            encoders.text_width(),
+            unet.cross_attention_dim
+        ));
+    }
+    let vae = encoders.vae().config();
+    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
+        return mismatch(format!(
+            "the autoencoder's latents have {} channels, the UNet takes {} and makes {}",
+            vae.latent_channels, unet.in_channels, unet.out_channels
+        ));
+    }
+    let (side, needed) = (config.image.resolution, vae.downscale() * unet.downscale());
+    if !side.is_multiple_of(needed) {
+        return mismatch(format!("image.resolution = {side} must be a multiple of {needed} for these models"));
+    }
+    Ok(())
+}
+
+/// The checkpoint to go on from, if there is one.
+fn resume_from(
+    config: &Config,
+    checkpoints: &Checkpoints,
+    output: &Path,
+    progress: &Progress,
+) -> Result<Option<(PathBuf, checkpoint::State)>, TrainError> {
+    let found = match &config.checkpoint.resume {
+        Resume::Never => match checkpoints.steps()?.last() {
+            None => None,
+            Some(step) => {
+                return Err(TrainError::Checkpoint {
+                    path: output.join(format!("checkpoint-{step}")),
+                    message: "checkpoint.resume is \"never\" but the output folder holds checkpoints; set another \
+                              train.output, or move them away"
+                        .to_owned(),
+                });
+            }
+        },
+        Resume::From(path) => Some((path.clone(), checkpoint::open(path)?)),
+        Resume::Latest => {
+            let (found, damaged) = checkpoints.newest_whole()?;
+            for error in damaged {
+                progress.say(format!("passed over: {error}"));
+            }
+            found
+        }
+    };
+    if let Some((path, state)) = &found {
+        progress.say(format!("going on from {} (step {})", path.display(), state.step));
+    }
+    Ok(found)
+}
+
+/// `run.json` and `config.toml`: what `coffey sample` and people need to know of a run.
+fn describe_run(output: &Path, config: &Config, configuration: &str) -> Result<(), TrainError> {
+    let description = serde_json::json!({
+        "teacher": config.model.teacher,
+        "vae": config.model.vae,
+        "coffey": env!("CARGO_PKG_VERSION"),
+    });
+    for (name, text) in [("run.json", format!("{description:#}\n")), ("config.toml", configuration.to_owned())] {
+        let path = output.join(name);
+        fs::write(&path, text).map_err(io(&path))?;
+    }
+    Ok(())
+}
+
+/// The first distinct captions of the data, in the order of the shards.
+fn first_captions(data: &Data<'_>, wanted: usize) -> Result<Vec<String>, TrainError> {
+    let stream = (data.open)(Order::Sequential, wanted.min(64), None)?;
+    let stage = data.metrics.stage(Stage::Train);
+    let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
+    while let Some(batch) = stream.batches().recv_blocking(&stage) {
+        for sample in batch?.samples {
+            if captions.len() < wanted && seen.insert(sample.caption.clone()) {
+                captions.push(sample.caption);
+            }
+        }
+        if captions.len() == wanted {
+            break;
+        }
+    }
+    Ok(captions)
+}

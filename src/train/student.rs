@@ -1,0 +1,142 @@
+//! What is trained: the student's variables, and the target that follows them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+
+use crate::models::unet::{WEIGHTS_STEM, student_tensors};
+use crate::models::{ModelError, UNet, UNetConfig, Weights, save_model};
+use crate::ops::{self, Attention};
+use crate::random::{generator, uniform};
+
+/// Named variables, in name order: order must not depend on hashing.
+pub(super) type Variables = BTreeMap<String, Var>;
+
+/// The online student, a UNet over variables, and its exponential moving average, the target.
+#[derive(Debug)]
+pub struct Student {
+    online: Variables,
+    target: Variables,
+    unet: UNet,
+    frozen: UNet,
+    target_unet: UNet,
+}
+
+impl Student {
+    /// A student that starts as the teacher in `folder`, with a new embedding of the guidance scale if the teacher has none.
+    ///
+    /// # Errors
+    /// When the teacher can't be read.
+    pub fn from_teacher(
+        folder: &Path,
+        guidance_width: usize,
+        seed: u64,
+        device: &Device,
+        attention: Attention,
+    ) -> std::result::Result<Self, ModelError> {
+        let config = UNetConfig::read(folder)?.with_guidance_embedding(guidance_width);
+        let teacher = Weights::load(folder, WEIGHTS_STEM, DType::F32, device)?.into_tensors();
+        let tensors = student_tensors(teacher, &config, |n, bound| {
+            let mut rng = generator(seed, "cond_proj", 0, 0);
+            let bound = f64::from(bound);
+            (0..n).map(|_| uniform(&mut rng, -bound, bound) as f32).collect()
+        })?;
+        Self::new(&config, &tensors, &tensors, folder, attention)
+    }
+
+    /// The student in a checkpoint's `unet/` and `unet_target/`.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn load(checkpoint: &Path, device: &Device, attention: Attention) -> std::result::Result<Self, ModelError> {
+        let folder = checkpoint.join("unet");
+        let config = UNetConfig::read(&folder)?;
+        let load = |folder: &Path| Weights::load(folder, WEIGHTS_STEM, DType::F32, device).map(Weights::into_tensors);
+        let (online, target) = (load(&folder)?, load(&checkpoint.join("unet_target"))?);
+        Self::new(&config, &online, &target, checkpoint, attention)
+    }
+
+    fn new(
+        config: &UNetConfig,
+        online: &BTreeMap<String, Tensor>,
+        target: &BTreeMap<String, Tensor>,
+        origin: &Path,
+        attention: Attention,
+    ) -> std::result::Result<Self, ModelError> {
+        let variables = |tensors: &BTreeMap<String, Tensor>| -> Result<Variables> {
+            tensors.iter().map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?))).collect()
+        };
+        let build = |tensors: BTreeMap<String, Tensor>| {
+            let weights = Weights::new(tensors, origin);
+            let unet = UNet::new(&weights.root(), config, attention)?;
+            weights.expect_all_taken(&[])?;
+            Ok::<_, ModelError>(unet)
+        };
+        let (online, target) = (variables(online)?, variables(target)?);
+        let tracked = online.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
+        let unet = build(tracked.collect())?;
+        // These read the variables' storage through detached tensors: they never record a graph.
+        let frozen = build(detached(&online))?;
+        let target_unet = build(detached(&target))?;
+        Ok(Self {
+            online,
+            target,
+            unet,
+            frozen,
+            target_unet,
+        })
+    }
+
+    /// The online network; its forward pass records a graph.
+    pub fn unet(&self) -> &UNet {
+        &self.unet
+    }
+
+    /// The online network for drawing samples: the same weights, no graph.
+    pub fn frozen(&self) -> &UNet {
+        &self.frozen
+    }
+
+    /// The target network.
+    pub fn target(&self) -> &UNet {
+        &self.target_unet
+    }
+
+    /// What is trained.
+    pub(super) fn variables(&self) -> &Variables {
+        &self.online
+    }
+
+    /// Moves the target towards the student: `target = decay·target + (1 - decay)·student`. As the reference's `update_ema`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn update_target(&self, decay: f64) -> Result<()> {
+        for (target, online) in self.target.values().zip(self.online.values()) {
+            ops::lerp_(target, online, 1.0 - decay)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the online student in diffusers layout.
+    ///
+    /// # Errors
+    /// When the folder can't be written.
+    pub fn save_online(&self, folder: &Path) -> std::result::Result<(), ModelError> {
+        save_model(folder, WEIGHTS_STEM, self.unet.config().to_json(), &detached(&self.online))
+    }
+
+    /// Writes the target in diffusers layout.
+    ///
+    /// # Errors
+    /// When the folder can't be written.
+    pub fn save_target(&self, folder: &Path) -> std::result::Result<(), ModelError> {
+        save_model(folder, WEIGHTS_STEM, self.unet.config().to_json(), &detached(&self.target))
+    }
+}
+
+/// The variables' tensors, outside any graph.
+pub(super) fn detached(variables: &Variables) -> BTreeMap<String, Tensor> {
+    variables.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+}

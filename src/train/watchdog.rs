@@ -1,0 +1,111 @@
+//! Ends a run in which nothing happens any more.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use coffey_pipeline::flow::{FlowMetrics, Stage};
+
+/// Watches for steps; when none comes for `timeout`, calls a hook once.
+#[derive(Debug)]
+pub(super) struct Watchdog {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    begun: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Milliseconds since the watchdog was started at which the last step ended.
+    last: AtomicU64,
+    barked: AtomicBool,
+    ended: Mutex<bool>,
+    wake: Condvar,
+}
+
+impl Watchdog {
+    pub(super) fn start(timeout: Duration, on_stall: impl Fn() + Send + 'static) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let begun = Instant::now();
+        let watched = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
+            let mut ended = watched.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*ended {
+                let deadline = Duration::from_millis(watched.last.load(Ordering::Relaxed)) + timeout;
+                let Some(left) = deadline.checked_sub(begun.elapsed()) else {
+                    watched.barked.store(true, Ordering::SeqCst);
+                    on_stall();
+                    return;
+                };
+                let woken = watched.wake.wait_timeout(ended, left.max(Duration::from_millis(1)));
+                ended = woken.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+            begun,
+        })
+    }
+
+    /// A step, or other visible progress, was made.
+    pub(super) fn progress(&self) {
+        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.shared.last.store(now, Ordering::Relaxed);
+    }
+
+    /// Whether the hook was called.
+    pub(super) fn barked(&self) -> bool {
+        self.shared.barked.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        *self.shared.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// The stage that hangs while the trainer waits for a batch: the one behind the last channel that still holds something, or
+/// the first stage if all are empty.
+pub(super) fn hanging_stage(metrics: &FlowMetrics) -> Stage {
+    let channels = metrics.snapshot().channels;
+    let behind = [
+        ("encode", Stage::Encode),
+        ("batches", Stage::Encode),
+        ("decoded", Stage::Decode),
+        ("decode", Stage::Decode),
+        ("samples", Stage::Shuffle),
+        ("chunks", Stage::Untar),
+    ];
+    let holding = behind.iter().find(|(name, _)| channels.get(*name).is_some_and(|c| c.items > 0));
+    holding.map_or(Stage::Fetch, |&(_, stage)| stage)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn barks_only_without_progress() {
+        let barks = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&barks);
+        let dog = Watchdog::start(Duration::from_millis(150), move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        })
+        .unwrap();
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(30));
+            dog.progress();
+        }
+        assert!(!dog.barked());
+        std::thread::sleep(Duration::from_millis(400));
+        assert!(dog.barked());
+        assert_eq!(barks.load(Ordering::SeqCst), 1);
+    }
+}

@@ -1,0 +1,384 @@
+"""Make the golden files of the unit tests: tiny models with random weights and what PyTorch makes of them.
+
+    python make_golden.py OUT_DIR [--tokenizer DIR]
+
+    OUT_DIR/unet-two-levels/    cross-attention at both levels, time_cond_proj_dim, heads as one number
+    OUT_DIR/unet-three-levels/  the last level without attention, linear projections, heads as a list
+        config.json, diffusion_pytorch_model.safetensors
+        forward.safetensors     sample, timestep, encoder_hidden_states, (timestep_cond), output, output_grad, and
+                                grad.NAME: the gradient of sum(output * output_grad) by the parameter NAME
+    OUT_DIR/vae/                forward.safetensors: pixels, moments; latents, decoded
+    OUT_DIR/text_encoder/       forward.safetensors: input_ids, last_hidden_state (quick_gelu),
+                                last_hidden_state.gelu (the same weights with hidden_act = "gelu")
+    OUT_DIR/tokenizer.json      [[caption, [77 ids]], ...] with the vocabulary of --tokenizer
+    OUT_DIR/diffusion.json      schedules, solver, embeddings, scalings, samplers, learning rates
+
+Weights are stored in f16 and rounded to f16 before they are used; all arithmetic is f32. Seeded: the same versions
+make the same files, up to the last bits of a sum.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from lcm_reference import (
+    DDIMSolver,
+    get_predicted_noise,
+    get_predicted_original_sample,
+    guidance_scale_embedding,
+    scalings_for_boundary_conditions,
+)
+
+GRADIENTS = (
+    "conv_in.weight",
+    "time_embedding.cond_proj.weight",
+    "time_embedding.linear_1.weight",
+    "down_blocks.0.attentions.0.norm.weight",
+    "down_blocks.0.attentions.0.transformer_blocks.0.norm2.weight",
+    "down_blocks.0.downsamplers.0.conv.bias",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.bias",
+    "up_blocks.0.upsamplers.0.conv.bias",
+    "up_blocks.LAST.resnets.LAST.norm1.weight",
+    "conv_out.bias",
+)
+
+CAPTIONS = [
+    "",
+    " ",
+    "red apple",
+    "Red Apple",
+    "GRINNING FACE",
+    "grinning face with smiling eyes",
+    "a photo of a cat",
+    "slice of pizza",
+    "it's a dog",
+    "IT'S A DOG",
+    "they're here, we've won, I'm in, she'd go, you'll see, don't",
+    "the cats' house",
+    "it\u2019s a curly apostrophe",
+    "rock 'n' roll",
+    "version 2.0 of 1234567890",
+    "4k, 8k & 16:9",
+    "100% cotton $5.99 #1 @home",
+    "double  space   and    more",
+    "  leading and trailing  ",
+    "tab\there",
+    "line\nbreak\r\nwindows",
+    "no-break\u00a0space and \u3000ideographic",
+    "zero\u200bwidth and \ufeffbom",
+    "control \x00\x07\x7f characters",
+    "caf\u00e9",
+    "cafe\u0301",
+    "CAF\u00c9 \u00c5NGSTR\u00d6M \u00d1and\u00fa",
+    "\u212b \ufb01ligature \u00bd \u00b2",
+    "stra\u00dfe \u0130stanbul \u0131",
+    "na\u00efve fa\u00e7ade",
+    "\u0395\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac \u03a3\u039f\u03a6\u039f\u03a3",
+    "\u043a\u0440\u0430\u0441\u043d\u043e\u0435 \u042f\u0411\u041b\u041e\u041a\u041e",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u0661\u0662\u0663",
+    "\u05e2\u05d1\u05e8\u05d9\u05ea",
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\ud55c\uad6d\uc5b4",
+    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8",
+    "red\u82f9\u679capple",
+    "\u82f9\u679c\uff0c\u7ea2\u8272\u3002",
+    "\uff26\uff35\uff2c\uff2c width",
+    "\U0001f34e",
+    "red apple \U0001f34e\U0001f600",
+    "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "thumbs up \U0001f44d\U0001f3fd",
+    "flag \U0001f1e9\U0001f1ea",
+    "heart \u2764\ufe0f",
+    "fish &amp; chips",
+    "&lt;b&gt;bold&lt;/b&gt; &quot;q&quot; &#39;s",
+    "<b>html</b>",
+    "mojibake caf\u00c3\u00a9",
+    "snake_case and CamelCase",
+    "e-mail: someone@example.org",
+    "https://example.org/a?b=c&d=e#f",
+    "!!!???...",
+    "\u201cquoted\u201d \u2014 dash \u2026",
+    "(parenthesised [text] {here})",
+    "back\\slash and / and |",
+    "<|startoftext|>red apple<|endoftext|>",
+    "before <|endoftext|> after",
+    "C3PO and R2-D2",
+    "\u00bc cup of x\u00b2 + y\u2082",
+    "a",
+    "zyzzyva qwxzj",
+    "apple " * 30,
+    "face " * 74,
+    "face " * 75,
+    "face " * 76,
+    "supercalifragilisticexpialidocious" * 8,
+]
+
+
+def f16_values(model):
+    """Fresh weights, rounded so that storing them in f16 loses nothing; biases and norms away from 0 and 1."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+            elif "to_q" in name or "to_k" in name:
+                p.mul_(4)  # else every token would get about the same attention
+            p.copy_(p.half().float())
+    return model.eval()
+
+
+def save(model, folder, tensors):
+    """Weights in f16 and the tensors of one forward pass."""
+    folder.mkdir()
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, folder / "forward.safetensors")
+    model.half().save_pretrained(folder)  # last: this would halve the gradients too
+
+
+def unet(folder, sample_shape, tokens, timesteps, **config):
+    torch.manual_seed(1)
+    model = f16_values(UNet2DConditionModel(in_channels=4, out_channels=4, sample_size=8, **config))
+    batch = len(timesteps)
+    inputs = {
+        "sample": torch.randn(batch, 4, *sample_shape),
+        "timestep": torch.tensor(timesteps),
+        "encoder_hidden_states": torch.randn(batch, tokens, config["cross_attention_dim"]),
+    }
+    if config.get("time_cond_proj_dim"):
+        inputs["timestep_cond"] = guidance_scale_embedding(torch.linspace(2, 9, batch), config["time_cond_proj_dim"])
+    output = model(
+        inputs["sample"],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"],
+        timestep_cond=inputs.get("timestep_cond"),
+    ).sample
+    output_grad = torch.randn_like(output)
+    (output * output_grad).sum().backward()
+    last = f"up_blocks.{len(model.up_blocks) - 1}.resnets.{len(model.up_blocks[-1].resnets) - 1}."
+    parameters = dict(model.named_parameters())
+    names = [name.replace("up_blocks.LAST.resnets.LAST.", last) for name in GRADIENTS]
+    gradients = {f"grad.{name}": parameters[name].grad for name in names if name in parameters}
+    save(model, folder, {**inputs, "output": output, "output_grad": output_grad, **gradients})
+
+
+@torch.no_grad()
+def vae(folder):
+    torch.manual_seed(2)
+    model = f16_values(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.7,
+        )
+    )
+    pixels, latents = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6)
+    moments = model.encode(pixels).latent_dist.parameters
+    decoded = model.decode(latents).sample
+    save(model, folder, {"pixels": pixels, "moments": moments, "latents": latents, "decoded": decoded})
+
+
+@torch.no_grad()
+def text_encoder(folder):
+    torch.manual_seed(3)
+    config = dict(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=32,
+        bos_token_id=98,
+        eos_token_id=99,
+        pad_token_id=99,
+    )
+    model = CLIPTextModel(CLIPTextConfig(**config, hidden_act="quick_gelu"))
+    for p in model.parameters():  # the published initialisation is too small to show a wrong layer
+        if p.ndim == 2:
+            p.data.normal_(std=0.3)
+    f16_values(model)
+    gelu = CLIPTextModel(CLIPTextConfig(**config, hidden_act="gelu")).eval()
+    gelu.load_state_dict(model.state_dict())
+    ids = torch.full((3, 77), 99)
+    ids[:, 0] = 98
+    ids[1, 1:9] = torch.randint(0, 98, (8,))
+    ids[2, 1:76] = torch.randint(0, 98, (75,))
+    states = {"last_hidden_state": model(ids)[0], "last_hidden_state.gelu": gelu(ids)[0]}
+    save(model, folder, {"input_ids": ids, **states})
+
+
+def tokenizer(path, folder):
+    clip = CLIPTokenizer.from_pretrained(folder)
+    assert clip.model_max_length == 77
+    pairs = []
+    for caption in CAPTIONS:
+        ids = clip(caption, padding="max_length", max_length=77, truncation=True).input_ids
+        pairs.append(json.dumps([caption, ids]))
+    path.write_text("[\n" + ",\n".join(pairs) + "\n]\n", encoding="ascii")
+
+
+def diffusion():
+    """Everything of the noise schedule and the samplers, as numbers. `t` are timesteps, rows are samples."""
+    noise = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    alphas_cumprod = noise.alphas_cumprod
+    made = {"alphas_cumprod": {str(t): alphas_cumprod[t].item() for t in (0, 1, 19, 499, 979, 998, 999)}}
+    for name, config in (
+        ("linear", dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)),
+        ("squaredcos_cap_v2", dict(beta_schedule="squaredcos_cap_v2")),
+        ("rescaled_zero_snr", dict(noise.config, rescale_betas_zero_snr=True)),
+    ):
+        other = DDPMScheduler(**{k: v for k, v in config.items() if not k.startswith("_")}).alphas_cumprod
+        made[f"alphas_cumprod.{name}"] = {str(t): other[t].item() for t in (0, 1, 499, 998, 999)}
+
+    torch.manual_seed(4)
+    t = torch.tensor([0, 19, 499, 999])
+    sample, output, fresh = torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 8)
+    alphas, sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    made["add_noise"] = {
+        "t": t.tolist(),
+        "latents": sample.tolist(),
+        "noise": fresh.tolist(),
+        "noisy": noise.add_noise(sample, fresh, t).tolist(),
+    }
+    made["predicted"] = {"t": t.tolist(), "sample": sample.tolist(), "output": output.tolist()}
+    for kind in ("epsilon", "sample", "v_prediction"):
+        args = output, t, sample, kind, alphas, sigmas
+        made["predicted"][kind] = {
+            "original": get_predicted_original_sample(*args).tolist(),
+            "noise": get_predicted_noise(*args).tolist(),
+        }
+
+    made["ddim_solver"] = {}
+    for steps in (50, 13):  # 13 does not divide 1000
+        solver = DDIMSolver(alphas_cumprod.numpy(), timesteps=1000, ddim_timesteps=steps)
+        index = torch.tensor([0, 1, steps // 2, steps - 1])
+        made["ddim_solver"][str(steps)] = {
+            "timesteps": solver.ddim_timesteps.tolist(),
+            "alphas_cumprod_prev": solver.ddim_alpha_cumprods_prev.tolist(),
+            "index": index.tolist(),
+            "pred_x0": sample.tolist(),
+            "pred_noise": output.tolist(),
+            "x_prev": solver.ddim_step(sample, output, index).tolist(),
+        }
+
+    w = torch.tensor([2.0, 7.5])
+    made["guidance_scale_embedding"] = {
+        "w": w.tolist(),
+        **{str(dim): guidance_scale_embedding(w, dim).tolist() for dim in (8, 9, 64)},
+    }
+    t = torch.tensor([0, 1, 19, 259, 499, 999])
+    c_skip, c_out = scalings_for_boundary_conditions(t, timestep_scaling=10.0)
+    made["boundary_scalings"] = {"t": t.tolist(), "c_skip": c_skip.tolist(), "c_out": c_out.tolist()}
+
+    made["lcm"] = {"timesteps": {}}
+    for steps in (1, 2, 3, 4, 8, 50):
+        lcm = LCMScheduler.from_config(noise.config)
+        lcm.set_timesteps(steps, original_inference_steps=50)
+        made["lcm"]["timesteps"][str(steps)] = lcm.timesteps.tolist()
+    start, outputs = torch.randn(8), torch.randn(4, 8)
+    for kind in ("epsilon", "v_prediction"):
+        lcm = LCMScheduler.from_config(noise.config, prediction_type=kind)
+        lcm.set_timesteps(4, original_inference_steps=50)
+        now, rows = start, []
+        drawn, recorded = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+        for step, at in enumerate(lcm.timesteps):
+            now, denoised = lcm.step(outputs[step], at, now, generator=drawn, return_dict=False)
+            row = {"t": at.item(), "output": outputs[step].tolist(), "denoised": denoised.tolist()}
+            if step < 3:  # the last step adds none
+                row["noise"] = torch.randn(8, generator=recorded).tolist()
+            rows.append({**row, "prev": now.tolist()})
+        made["lcm"][kind] = {"start": start.tolist(), "steps": rows}
+
+    made["ddim_trailing"] = {"timesteps": {}}
+    for steps in (1, 2, 4, 8, 50):
+        ddim = DDIMScheduler.from_config(noise.config, timestep_spacing="trailing")
+        ddim.set_timesteps(steps)
+        made["ddim_trailing"]["timesteps"][str(steps)] = ddim.timesteps.tolist()
+    for kind in ("epsilon", "v_prediction"):
+        for to_one in (True, False):  # whether the last step goes to alpha = 1 or to the schedule's first alpha
+            ddim = DDIMScheduler.from_config(
+                noise.config, timestep_spacing="trailing", prediction_type=kind, set_alpha_to_one=to_one
+            )
+            ddim.set_timesteps(4)
+            now, rows = start, []
+            for step, at in enumerate(ddim.timesteps):
+                now = ddim.step(outputs[step], at, now).prev_sample
+                rows.append({"t": at.item(), "output": outputs[step].tolist(), "prev": now.tolist()})
+            made["ddim_trailing"][f"{kind}.{'alpha_one' if to_one else 'first_alpha'}"] = {
+                "start": start.tolist(),
+                "steps": rows,
+            }
+
+    made["learning_rates"] = {"learning_rate": 1e-3, "warmup_steps": 3, "max_steps": 12}
+    kinds = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+    for kind in kinds:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+        schedule = get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=12)
+        rates = []
+        for _ in range(14):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        made["learning_rates"][kind] = rates  # the rate step 1, 2, ... is made with
+    return made
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    default = Path(__file__).parents[2] / "assets" / "quickstart" / "teacher" / "tokenizer"
+    parser.add_argument("--tokenizer", type=Path, default=default)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+
+    unet(
+        args.out / "unet-two-levels",
+        sample_shape=(8, 8),
+        tokens=77,
+        timesteps=[999, 259],
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        time_cond_proj_dim=32,
+    )
+    unet(
+        args.out / "unet-three-levels",
+        sample_shape=(8, 12),
+        tokens=77,
+        timesteps=[0, 499],
+        block_out_channels=(8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=[2, 4, 4],
+        use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae(args.out / "vae")
+    text_encoder(args.out / "text_encoder")
+    tokenizer(args.out / "tokenizer.json", args.tokenizer)
+    (args.out / "diffusion.json").write_text(json.dumps(diffusion(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
