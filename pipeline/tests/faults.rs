@@ -263,7 +263,7 @@ fn with_broken(root: &std::path::Path, broken: impl Fn(u32) -> bool) -> Vec<Shar
 #[test]
 fn broken_samples_are_skipped_and_counted() {
     let root = tempfile::tempdir().unwrap();
-    let shards = with_broken(root.path(), |n| n >= 190 && n < 198);
+    let shards = with_broken(root.path(), |n| (190..198).contains(&n));
     let bench = Bench::embedded(root.path());
     let batches = bench.all(sequential(shards)).unwrap();
     assert_eq!(keys(&batches).len(), 192);

@@ -8,6 +8,10 @@ use std::path::Path;
 use coffey_pipeline::{S3Options, SourceError, Sources, StreamError, inspect};
 use support::{Bench, bucket, sample, shard, tar_of, urls};
 
+#[allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
 fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut all = BTreeMap::new();
     for entry in std::fs::read_dir(root).unwrap() {

@@ -6,9 +6,11 @@
 mod bench;
 mod check;
 mod data;
+mod device;
 mod inspect;
 mod precompute;
 mod process;
+mod ranks;
 mod sample;
 mod train;
 
@@ -18,7 +20,6 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
-use crate::stop::Stop;
 
 /// Streams captioned images out of S3 and distils a latent diffusion model into a Latent Consistency Model.
 #[derive(Debug, Parser)]

@@ -17,6 +17,9 @@ use crate::encode::EncodedBatch;
 /// Reasons for which a sample is left out only after it was chosen: it counts towards `max_samples`.
 const LEFT_OUT_WHEN_DECODED: [&str; 2] = ["decode_error", "too_large"];
 
+/// A sample's extensions with their contents, in the order of the shard.
+type Members = Vec<(&'static str, Vec<u8>)>;
+
 /// This process among those that share the shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -164,7 +167,7 @@ impl LatentWriter {
         batch.finished_shards.iter().map(|summary| self.finish(summary)).collect()
     }
 
-    fn records(&self, batch: &EncodedBatch) -> Result<Vec<Vec<(&'static str, Vec<u8>)>>, LatentError> {
+    fn records(&self, batch: &EncodedBatch) -> Result<Vec<Members>, LatentError> {
         let recipe = &self.manifest.recipe;
         let moments = rows(&batch.moments, batch.samples.len(), &recipe.latent.shape)?;
         let embeds = match &recipe.prompt_embeds_shape {

@@ -66,7 +66,8 @@ impl ClipTokenizer {
         let mut tokenizer = Tokenizer::new(bpe);
         let whitespace = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".to_owned()), " ")
             .map_err(|e| error(e.to_string()))?;
-        tokenizer.with_normalizer(Some(Normalizers::new(vec![NFC.into(), whitespace.into(), Lowercase.into()])));
+        let normalizers = Normalizers::new(vec![NFC.into(), whitespace.into(), Lowercase.into()]);
+        tokenizer.with_normalizer(Some(normalizers)).map_err(|e| error(e.to_string()))?;
         let words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
         let words = SplitPattern::Regex(words.to_owned());
         let split = Split::new(words, SplitDelimiterBehavior::Removed, true).map_err(|e| error(e.to_string()))?;

@@ -161,5 +161,6 @@ pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
         }
         next = cause.source();
     }
-    text
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    lines.join(" ")
 }

@@ -3,8 +3,8 @@
 use std::cell::Cell;
 use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,9 @@ enum Chunk {
 pub(crate) struct OpenShard {
     events: Option<WeightedReceiver<ShardEvent>>,
     size: Arc<AtomicU64>,
+    /// When its last byte was fetched.
+    fetched_at: Arc<OnceLock<Instant>>,
+    stage: StageHandle,
     cancel: Cancel,
     fetch: tokio::task::JoinHandle<()>,
     untar: Option<JoinHandle<()>>,
@@ -74,6 +77,7 @@ impl OpenShard {
         let (event_sender, event_receiver) =
             weighted_channel(metrics, "samples", SAMPLES_ITEMS, SAMPLES_BYTES);
         let size = Arc::new(AtomicU64::new(0));
+        let fetched_at = Arc::new(OnceLock::new());
         let untar = Untar {
             url: url.clone(),
             chunks: chunk_receiver,
@@ -93,10 +97,13 @@ impl OpenShard {
             chunk_sender,
             metrics.stage(Stage::Fetch),
             Arc::clone(&size),
+            Arc::clone(&fetched_at),
         );
         Ok(Self {
             events: Some(event_receiver),
             size,
+            fetched_at,
+            stage: metrics.stage(Stage::Fetch),
             cancel,
             fetch: context.runtime.spawn(fetch),
             untar: Some(untar),
@@ -119,6 +126,10 @@ impl Drop for OpenShard {
         drop(self.events.take());
         self.cancel.cancel();
         self.fetch.abort();
+        // All of it was in memory since then: fetching could only wait for the rest of the stream.
+        if let Some(fetched_at) = self.fetched_at.get() {
+            self.stage.add_blocked(fetched_at.elapsed());
+        }
         if let Some(untar) = self.untar.take() {
             // Its panics are caught and reported within.
             let _panicked = untar.join();
@@ -132,6 +143,7 @@ async fn fetch(
     chunks: WeightedSender<Chunk>,
     stage: StageHandle,
     size: Arc<AtomicU64>,
+    fetched_at: Arc<OnceLock<Instant>>,
 ) {
     let last = match fetch_all(&sources, &url, &chunks, &stage, &size).await {
         Ok(Ok(())) => {
@@ -143,6 +155,7 @@ async fn fetch(
         Err(Closed) => return,
     };
     let _closed = chunks.send(last, 0, &stage).await;
+    fetched_at.get_or_init(Instant::now);
 }
 
 async fn fetch_all(
