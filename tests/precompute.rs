@@ -1,5 +1,7 @@
 //! `coffey precompute` as a user runs it: the quickstart's shards out of the embedded S3 server, latent shards into a folder.
 
+#![allow(clippy::unwrap_used, reason = "these are tests")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,13 @@ fn precompute(output: &Path, args: &[&str]) -> Output {
         .args(["precompute", "-c", CONFIG, "-s"])
         .arg(format!("latents.output={}", output.display()))
         .args(args);
-    for variable in ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"] {
+    for variable in [
+        "RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "SLURM_PROCID",
+        "SLURM_ARRAY_TASK_ID",
+        "JOB_COMPLETION_INDEX",
+    ] {
         command.env_remove(variable);
     }
     command.output().unwrap()
@@ -41,7 +49,10 @@ fn refused(output: &Output, code: i32, words: &[&str]) {
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(folder).unwrap().map(|file| {
         let path = file.unwrap().path();
-        (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap())
+        (
+            path.file_name().unwrap().to_str().unwrap().to_owned(),
+            fs::read(path).unwrap(),
+        )
     });
     files.collect()
 }
@@ -51,26 +62,57 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("latents");
     let result = precompute(&output, &["-s", "latents.text=both"]);
-    assert_eq!(String::from_utf8_lossy(&result.stdout).trim(), output.to_str().unwrap());
+    assert_eq!(
+        String::from_utf8_lossy(&result.stdout).trim(),
+        output.to_str().unwrap()
+    );
     let messages = succeeded(result);
-    assert!(messages.contains("4 shards, 4 of them new") && messages.contains("459 samples"), "{messages}");
+    assert!(
+        messages.contains("4 shards, 4 of them new") && messages.contains("459 samples"),
+        "{messages}"
+    );
     let first = files(&output);
     let names: Vec<&str> = first.keys().map(String::as_str).collect();
-    assert_eq!(names, ["00000.tar", "00001.tar", "00002.tar", "00003.tar", "manifest.json"]);
+    assert_eq!(
+        names,
+        [
+            "00000.tar",
+            "00001.tar",
+            "00002.tar",
+            "00003.tar",
+            "manifest.json"
+        ]
+    );
     let manifest: Value = serde_json::from_slice(&first["manifest.json"]).unwrap();
     assert_eq!(manifest["latent"]["shape"], serde_json::json!([8, 16, 16]));
-    assert_eq!(manifest["shards"]["00003.tar"]["source"], "s3://emoji/00003.tar");
+    assert_eq!(
+        manifest["shards"]["00003.tar"]["source"],
+        "s3://emoji/00003.tar"
+    );
     assert_eq!(manifest["shards"]["00003.tar"]["samples"], 114);
 
     fs::remove_file(output.join("00002.tar")).unwrap();
-    let messages = succeeded(precompute(&output, &["-s", "latents.text=both", "-s", "encode.batch_size=7"]));
-    assert!(messages.contains("3 shards already in") && messages.contains("1 of them new"), "{messages}");
+    let messages = succeeded(precompute(
+        &output,
+        &["-s", "latents.text=both", "-s", "encode.batch_size=7"],
+    ));
+    assert!(
+        messages.contains("3 shards already in") && messages.contains("1 of them new"),
+        "{messages}"
+    );
     assert!(files(&output) == first);
     let messages = succeeded(precompute(&output, &["-s", "latents.text=both"]));
     assert!(messages.contains("0 of them new"), "{messages}");
 
     let other = precompute(&output, &["-s", "latents.text=embeds"]);
-    refused(&other, 2, &["text = \"both\", and now it is \"embeds\"", "latents.output"]);
+    refused(
+        &other,
+        2,
+        &[
+            "text = \"both\", and now it is \"embeds\"",
+            "latents.output",
+        ],
+    );
     assert!(files(&output) == first);
     read_with_python(&output);
 }
@@ -82,7 +124,9 @@ fn read_with_python(latents: &Path) {
         return;
     };
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart");
-    let images: Vec<PathBuf> = (0..4).map(|n| assets.join(format!("emoji/0000{n}.tar"))).collect();
+    let images: Vec<PathBuf> = (0..4)
+        .map(|n| assets.join(format!("emoji/0000{n}.tar")))
+        .collect();
     let status = Command::new(python)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/read_latents.py"))
         .arg(latents)
@@ -99,13 +143,24 @@ fn read_with_python(latents: &Path) {
 fn ranks_share_the_shards() {
     let folder = TempDir::new().unwrap();
     let shards = ["-s", "data.shards=s3://emoji/{00000..00002}.tar"];
-    succeeded(precompute(folder.path(), &[&shards[..], &["--rank", "0", "--world", "2"]].concat()));
+    succeeded(precompute(
+        folder.path(),
+        &[&shards[..], &["--rank", "0", "--world", "2"]].concat(),
+    ));
     let names: Vec<String> = files(folder.path()).into_keys().collect();
     assert_eq!(names, ["00000.tar", "00002.tar", "manifest-0-of-2.json"]);
     let result = precompute(folder.path(), &["--rank", "0", "--world", "5"]);
     refused(&result, 2, &["4 shards", "5 ranks"]);
-    refused(&precompute(folder.path(), &["--rank", "2", "--world", "2"]), 2, &["rank 2 of 2"]);
-    refused(&precompute(folder.path(), &["--rank", "0"]), 2, &["--world"]);
+    refused(
+        &precompute(folder.path(), &["--rank", "2", "--world", "2"]),
+        2,
+        &["rank 2 of 2"],
+    );
+    refused(
+        &precompute(folder.path(), &["--rank", "0"]),
+        2,
+        &["--world"],
+    );
 }
 
 #[test]
@@ -120,11 +175,23 @@ fn mistakes_end_with_one_clear_message() {
     fs::write(folder.path().join("text.tar"), "not a tar at all").unwrap();
     let shard = format!("data.shards={}", folder.path().join("text.tar").display());
     refused(&precompute(&out, &["-s", &shard]), 1, &["text.tar", "tar"]);
-    assert!(!files(&out).keys().any(|name| name.ends_with(".tar") || name.ends_with(".tmp")));
-    refused(&precompute(&out, &["-s", "model.teacher=nowhere"]), 2, &["model.teacher", "nowhere"]);
+    assert!(
+        !files(&out)
+            .keys()
+            .any(|name| name.ends_with(".tar") || name.ends_with(".tmp"))
+    );
+    refused(
+        &precompute(&out, &["-s", "model.teacher=nowhere"]),
+        2,
+        &["model.teacher", "nowhere"],
+    );
     fs::create_dir(folder.path().join("empty")).unwrap();
     let teacher = format!("model.teacher={}", folder.path().join("empty").display());
-    refused(&precompute(&out, &["-s", &teacher]), 1, &["vae", "config.json"]);
+    refused(
+        &precompute(&out, &["-s", &teacher]),
+        1,
+        &["vae", "config.json"],
+    );
 }
 
 #[cfg(unix)]
@@ -135,7 +202,17 @@ fn a_signal_stops_it_without_half_shards() {
     let out = folder.path().join("out");
     let mut child = Command::new(env!("CARGO_BIN_EXE_coffey"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["precompute", "-c", CONFIG, "--rank", "0", "--world", "1", "-s", "encode.batch_size=1"])
+        .args([
+            "precompute",
+            "-c",
+            CONFIG,
+            "--rank",
+            "0",
+            "--world",
+            "1",
+            "-s",
+            "encode.batch_size=1",
+        ])
         .args(["-s", &format!("latents.output={}", out.display())])
         .stderr(log)
         .spawn()
@@ -144,13 +221,19 @@ fn a_signal_stops_it_without_half_shards() {
     while !begun() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let killed = Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status()
+        .unwrap();
     assert!(killed.success());
     let status = child.wait().unwrap();
     let messages = fs::read_to_string(folder.path().join("log")).unwrap();
     assert_eq!(status.code(), Some(143), "{messages}");
     let manifest: Value = serde_json::from_slice(&files(&out)["manifest.json"]).unwrap();
     let listed: Vec<&String> = manifest["shards"].as_object().unwrap().keys().collect();
-    let there: Vec<String> = files(&out).into_keys().filter(|name| name != "manifest.json").collect();
+    let there: Vec<String> = files(&out)
+        .into_keys()
+        .filter(|name| name != "manifest.json")
+        .collect();
     assert_eq!(there.iter().collect::<Vec<_>>(), listed);
 }

@@ -240,6 +240,10 @@ fn a_cut_tar_is_used_up_to_the_cut_and_named() {
     assert_eq!(bench.metrics.snapshot().skipped["broken_shard"], 1);
 }
 
+#[allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
 fn with_broken(root: &std::path::Path, broken: impl Fn(u32) -> bool) -> Vec<ShardUrl> {
     let shards = bucket(root, 1, |_| 1);
     let members: Vec<_> = (0..200)

@@ -58,7 +58,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let shards = data.shards(&config.data.shards)?;
     let batch_size = config.train.batch_size;
     eprintln!(
-        "{} shards; reading {} samples in batches of {batch_size}, decoding on {} threads",
+        "shards: {}; reading {} samples in batches of {batch_size}, decode_threads = {}",
         shards.len(),
         args.samples,
         config.data.decode_threads
@@ -100,7 +100,10 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         flow,
     };
     match args.json {
-        true => println!("{:#}", serde_json::to_value(&measured).map_err(std::io::Error::from)?),
+        true => println!(
+            "{:#}",
+            serde_json::to_value(&measured).map_err(std::io::Error::from)?
+        ),
         false => print!("{}", describe(&measured, config.s3.embedded_root.is_some())),
     }
     Ok(())
@@ -115,7 +118,12 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         "{:<8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>10} {:>7}",
         "stage", "items", "MB", "busy s", "starved s", "blocked s", "ms/item", "busy %"
     ));
-    for (stage, busy) in measured.flow.stages.iter().filter_map(|s| Some((s, s.busy_share()?))) {
+    for (stage, busy) in measured
+        .flow
+        .stages
+        .iter()
+        .filter_map(|s| Some((s, s.busy_share()?)))
+    {
         let StageSnapshot {
             stage,
             items,
@@ -132,7 +140,9 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             busy * 100.0
         ));
     }
-    line(format_args!("times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample"));
+    line(format_args!(
+        "times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample"
+    ));
     line(format_args!(""));
     let mut fact = |name: &str, value: String| {
         let _infallible = writeln!(text, "{name:<20} {value}");
@@ -141,12 +151,25 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         "speed",
         format!(
             "{:.1} images/s, {:.2} MB/s ({} images in {:.2} s)",
-            measured.images_per_second, measured.megabytes_per_second, measured.samples, measured.elapsed_seconds
+            measured.images_per_second,
+            measured.megabytes_per_second,
+            measured.samples,
+            measured.elapsed_seconds
         ),
     );
-    fact("first batch", format!("after {:.2} s", measured.first_batch_seconds));
-    let server = if embedded { ", the embedded S3 server included" } else { "" };
-    fact("CPU", format!("{:.2} ms an image{server}", measured.cpu_ms_per_image));
+    fact(
+        "first batch",
+        format!("after {:.2} s", measured.first_batch_seconds),
+    );
+    let server = if embedded {
+        ", the embedded S3 server included"
+    } else {
+        ""
+    };
+    fact(
+        "CPU",
+        format!("{:.2} ms an image{server}", measured.cpu_ms_per_image),
+    );
     if let Some(bytes) = measured.peak_memory_bytes {
         fact("peak memory", format!("{:.0} MB", bytes as f64 / 1e6));
     }
@@ -155,12 +178,18 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         ("repeated requests", &measured.flow.s3_retries),
     ] {
         if !counts.is_empty() {
-            let list: Vec<String> = counts.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+            let list: Vec<String> = counts
+                .iter()
+                .map(|(reason, count)| format!("{reason} {count}"))
+                .collect();
             fact(name, list.join(", "));
         }
     }
     if let Some(stage) = measured.limiting_stage {
-        fact("limit", format!("{stage}: its threads wait least for others"));
+        fact(
+            "limit",
+            format!("{stage}: its threads wait least for others"),
+        );
     }
     text
 }
@@ -193,9 +222,22 @@ mod tests {
             flow,
         };
         let text = describe(&measured, false);
-        let row: Vec<&str> = text.lines().find(|l| l.starts_with("decode")).unwrap().split_whitespace().collect();
-        assert_eq!(row, ["decode", "10", "0.00", "2.00", "0.00", "2.00", "200.000", "50"]);
+        let row: Vec<&str> = text
+            .lines()
+            .find(|l| l.starts_with("decode"))
+            .unwrap()
+            .split_whitespace()
+            .collect();
+        assert_eq!(
+            row,
+            [
+                "decode", "10", "0.00", "2.00", "0.00", "2.00", "200.000", "50"
+            ]
+        );
         assert!(!text.contains("\nfetch"));
-        assert!(text.contains("no image 1") && text.contains("limit                decode"), "{text}");
+        assert!(
+            text.contains("no image 1") && text.contains("limit                decode"),
+            "{text}"
+        );
     }
 }

@@ -1,6 +1,7 @@
 //! `coffey check`: everything a run needs, tried once, without the run.
 
 mod memory;
+mod report;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -10,10 +11,9 @@ use clap::Args;
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
-use serde::Serialize;
 
 use super::data::{DataAccess, s3_options, stream_config};
-use super::{ConfigArgs, Failure, device, with_causes};
+use super::{ConfigArgs, Failure, device};
 use crate::config::Config;
 use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::Encoders;
@@ -21,6 +21,7 @@ use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Conditioning, UNet, UNetConfig, Weights};
 use crate::ops::Attention;
 use memory::{MemoryPlan, Sizes};
+use report::Report;
 
 /// Samples of the first shard that the mean size is taken from.
 const PROBED_SAMPLES: usize = 16;
@@ -95,7 +96,10 @@ pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
     let mut report = Report::new(args.json);
     let checked = check(&args.config, &mut report);
     if args.json {
-        println!("{:#}", serde_json::to_value(&report).map_err(std::io::Error::from)?);
+        println!(
+            "{:#}",
+            serde_json::to_value(&report).map_err(std::io::Error::from)?
+        );
     }
     checked
 }
@@ -104,35 +108,50 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let config = report.step("configuration", || {
         let config = args.load()?;
         let purpose = Purpose::of(&config)?;
-        let said = format!("{} is valid, for `coffey {}`", args.config.display(), purpose.name());
+        let said = format!(
+            "{} is valid, for `coffey {}`",
+            args.config.display(),
+            purpose.name()
+        );
         Ok((config, said))
     })?;
     let purpose = Purpose::of(&config)?;
     let (data, shards) = report.step("sources", || {
         let data = DataAccess::open(s3_options(&config.s3))?;
         let shards = data.shards(&config.data.shards)?;
-        let said = format!("{} shards, first {}", shards.len(), shards[0]);
+        let said = format!("shards: {}, the first is {}", shards.len(), shards[0]);
         Ok(((data, shards), said))
     })?;
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, &data, &shards[0])?;
         let sample = &batch.samples[0];
         let (width, height) = sample.original;
-        let said = format!("{}: {width}x{height} pixels, {:?}", sample.key, sample.caption);
+        let said = format!(
+            "{}: {width}x{height} pixels, {:?}",
+            sample.key, sample.caption
+        );
         Ok(((batch, sample_bytes), said))
     })?;
     let encoders = report.step("encoders", || load_encoders(&config, purpose.teacher()))?;
     let teacher = match purpose {
-        Purpose::Train { teacher, .. } => {
-            Some(report.step("teacher", || load_teacher(&config, teacher, &encoders.models))?)
-        }
+        Purpose::Train { teacher, .. } => Some(report.step("teacher", || {
+            load_teacher(&config, teacher, &encoders.models)
+        })?),
         Purpose::Precompute { .. } => None,
     };
     report.step("dry run", || {
         let start = Instant::now();
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);
-        let done = dry_run(batch, &encoders.models, unet, &device::open(config.train.device)?)?;
-        Ok(((), format!("{done} in {:.2} s", start.elapsed().as_secs_f64())))
+        let done = dry_run(
+            batch,
+            &encoders.models,
+            unet,
+            &device::open(config.train.device)?,
+        )?;
+        Ok((
+            (),
+            format!("{done} in {:.2} s", start.elapsed().as_secs_f64()),
+        ))
     })?;
     let sizes = Sizes {
         sample_bytes,
@@ -140,20 +159,28 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         vae: encoders.vae_parameters,
         vae_folder: &encoders.vae_folder,
         vae_downscale: encoders.models.vae().config().downscale(),
-        teacher: teacher.as_ref().map(|teacher| (teacher.parameters, teacher.unet.config())),
+        teacher: teacher
+            .as_ref()
+            .map(|teacher| (teacher.parameters, teacher.unet.config())),
     };
     report.memory(MemoryPlan::new(&config, &sizes));
     report.step("output", || {
         let (key, folder) = purpose.output();
         match writable(folder) {
             Ok(()) => Ok(((), format!("{} can be written", folder.display()))),
-            Err(error) => Err(Failure::Usage(format!("{key} = {folder:?}: can't be written: {error}").into())),
+            Err(error) => Err(Failure::Usage(
+                format!("{key} = {folder:?}: can't be written: {error}").into(),
+            )),
         }
     })
 }
 
 /// The first sample that a run can use, ready for the encoders, and the mean size of samples in the shard, in bytes.
-fn first_sample(config: &Config, data: &DataAccess, shard: &ShardUrl) -> Result<(PixelBatch, u64), Failure> {
+fn first_sample(
+    config: &Config,
+    data: &DataAccess,
+    shard: &ShardUrl,
+) -> Result<(PixelBatch, u64), Failure> {
     let metrics = FlowMetrics::new();
     let probe = StreamConfig {
         prefetch_batches: 1,
@@ -174,7 +201,9 @@ fn first_sample(config: &Config, data: &DataAccess, shard: &ShardUrl) -> Result<
     let snapshot = metrics.snapshot();
     let untar = snapshot.stage(Stage::Untar);
     // A sequential stream that yields nothing ends in an error.
-    let batch = first.ok_or_else(|| Failure::Failed(format!("{shard}: the stream ended without a sample").into()))?;
+    let batch = first.ok_or_else(|| {
+        Failure::Failed(format!("{shard}: the stream ended without a sample").into())
+    })?;
     Ok((batch, untar.bytes / untar.items.max(1)))
 }
 
@@ -186,13 +215,28 @@ struct LoadedEncoders {
 }
 
 fn load_encoders(config: &Config, pipeline: &Path) -> Result<(LoadedEncoders, String), Failure> {
-    let devices = config.encode.devices.iter().map(|&spec| device::open(spec)).collect::<Result<Vec<_>, _>>()?;
+    let devices = config
+        .encode
+        .devices
+        .iter()
+        .map(|&spec| device::open(spec))
+        .collect::<Result<Vec<_>, _>>()?;
     let vae = config.model.vae.as_deref();
     let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
     let loaded = LoadedEncoders {
-        vae_parameters: parameters(&Weights::load(&vae_folder, WEIGHTS_STEM, DType::F32, &Device::Cpu)?),
-        text_parameters: parameters(&Weights::load(&text_folder, TEXT_ENCODER_STEM, DType::F32, &Device::Cpu)?),
+        vae_parameters: parameters(&Weights::load(
+            &vae_folder,
+            WEIGHTS_STEM,
+            DType::F32,
+            &Device::Cpu,
+        )?),
+        text_parameters: parameters(&Weights::load(
+            &text_folder,
+            TEXT_ENCODER_STEM,
+            DType::F32,
+            &Device::Cpu,
+        )?),
         vae_folder,
         models,
     };
@@ -213,12 +257,18 @@ struct LoadedTeacher {
     parameters: u64,
 }
 
-fn load_teacher(config: &Config, pipeline: &Path, encoders: &Encoders) -> Result<(LoadedTeacher, String), Failure> {
+fn load_teacher(
+    config: &Config,
+    pipeline: &Path,
+    encoders: &Encoders,
+) -> Result<(LoadedTeacher, String), Failure> {
     let schedule = NoiseSchedule::read(&pipeline.join("scheduler"))?;
     let points = config.distill.num_ddim_timesteps;
     if !schedule.len().is_multiple_of(points) {
         let timesteps = schedule.len();
-        let message = format!("distill.num_ddim_timesteps = {points} does not divide the teacher's {timesteps} timesteps");
+        let message = format!(
+            "distill.num_ddim_timesteps = {points} does not divide the teacher's {timesteps} timesteps"
+        );
         return Err(Failure::Usage(message.into()));
     }
     let folder = pipeline.join("unet");
@@ -246,23 +296,46 @@ fn load_teacher(config: &Config, pipeline: &Path, encoders: &Encoders) -> Result
 }
 
 /// Whether the parts of a pipeline belong together and suit the configuration.
-fn fit(unet: &UNetConfig, encoders: &Encoders, config: &Config, pipeline: &Path) -> Result<(), Failure> {
+fn fit(
+    unet: &UNetConfig,
+    encoders: &Encoders,
+    config: &Config,
+    pipeline: &Path,
+) -> Result<(), Failure> {
     let vae = encoders.vae().config();
     let pairs = [
-        ("cross_attention_dim", unet.cross_attention_dim, "the text encoder's width", encoders.text_width()),
-        ("in_channels", unet.in_channels, "the VAE's latent_channels", vae.latent_channels),
-        ("out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
+        (
+            "cross_attention_dim",
+            unet.cross_attention_dim,
+            "the text encoder's width",
+            encoders.text_width(),
+        ),
+        (
+            "in_channels",
+            unet.in_channels,
+            "the VAE's latent_channels",
+            vae.latent_channels,
+        ),
+        (
+            "out_channels",
+            unet.out_channels,
+            "the VAE's latent_channels",
+            vae.latent_channels,
+        ),
     ];
     for (key, needed, what, found) in pairs {
         if needed != found {
             let folder = pipeline.display();
-            let message = format!("{folder}: the UNet's {key} is {needed}, {what} is {found}: they do not belong together");
+            let message = format!(
+                "{folder}: the UNet's {key} is {needed}, {what} is {found}: they do not belong together"
+            );
             return Err(Failure::Usage(message.into()));
         }
     }
     let (side, multiple) = (config.image.resolution, vae.downscale() * unet.downscale());
     if !side.is_multiple_of(multiple) {
-        let message = format!("image.resolution = {side}: must be a multiple of {multiple} for these models");
+        let message =
+            format!("image.resolution = {side}: must be a multiple of {multiple} for these models");
         return Err(Failure::Usage(message.into()));
     }
     Ok(())
@@ -282,7 +355,10 @@ fn dry_run(
     let Some(unet) = teacher else {
         return Ok("one sample encoded");
     };
-    let latents = moments.narrow(1, 0, unet.config().in_channels)?.contiguous()?.to_device(device)?;
+    let latents = moments
+        .narrow(1, 0, unet.config().in_channels)?
+        .contiguous()?
+        .to_device(device)?;
     let conditioning = Conditioning {
         prompt_embeds: prompt_embeds.to_device(device)?,
         guidance_embedding: None,
@@ -292,15 +368,24 @@ fn dry_run(
 }
 
 fn all_finite(tensor: &Tensor, model: &str) -> Result<(), Failure> {
-    let sum = tensor.abs()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+    let sum = tensor
+        .abs()?
+        .sum_all()?
+        .to_dtype(DType::F32)?
+        .to_scalar::<f32>()?;
     match sum.is_finite() {
         true => Ok(()),
-        false => Err(Failure::Failed(format!("{model} makes numbers that are not finite; its weights are damaged").into())),
+        false => Err(Failure::Failed(
+            format!("{model} makes numbers that are not finite; its weights are damaged").into(),
+        )),
     }
 }
 
 fn parameters(weights: &Weights) -> u64 {
-    let floats = weights.tensors().values().filter(|tensor| tensor.dtype().is_float());
+    let floats = weights
+        .tensors()
+        .values()
+        .filter(|tensor| tensor.dtype().is_float());
     floats.map(|tensor| tensor.elem_count() as u64).sum()
 }
 
@@ -314,85 +399,12 @@ fn writable(folder: &Path) -> std::io::Result<()> {
     let there = folder.ancestors().find(|ancestor| ancestor.exists());
     let there = there.unwrap_or(Path::new("/"));
     if !there.is_dir() {
-        return Err(std::io::Error::other(format!("{} is not a folder", there.display())));
+        return Err(std::io::Error::other(format!(
+            "{} is not a folder",
+            there.display()
+        )));
     }
     tempfile::tempfile_in(there).map(drop)
-}
-
-/// How one step went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Status {
-    Ok,
-    Warning,
-    Error,
-}
-
-#[derive(Serialize)]
-struct Line {
-    step: &'static str,
-    status: Status,
-    message: String,
-}
-
-/// The steps so far; printed as they are made, unless they are printed as JSON at the end.
-#[derive(Serialize)]
-struct Report {
-    #[serde(skip)]
-    quiet: bool,
-    steps: Vec<Line>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    memory: Option<MemoryPlan>,
-}
-
-impl Report {
-    fn new(quiet: bool) -> Self {
-        Self {
-            quiet,
-            steps: Vec::new(),
-            memory: None,
-        }
-    }
-
-    fn step<T>(&mut self, step: &'static str, work: impl FnOnce() -> Result<(T, String), Failure>) -> Result<T, Failure> {
-        match work() {
-            Ok((result, message)) => {
-                self.line(step, Status::Ok, message);
-                Ok(result)
-            }
-            Err(failure) => {
-                let message = match &failure {
-                    Failure::Usage(error) | Failure::Failed(error) => with_causes(error.as_ref()),
-                    Failure::Stopped => "stopped by a signal".to_owned(),
-                };
-                self.line(step, Status::Error, message);
-                Err(failure)
-            }
-        }
-    }
-
-    fn memory(&mut self, plan: MemoryPlan) {
-        let (enough, message) = plan.verdict();
-        self.line("memory", if enough { Status::Ok } else { Status::Warning }, message);
-        if !self.quiet {
-            for line in plan.lines() {
-                println!("           {line}");
-            }
-        }
-        self.memory = Some(plan);
-    }
-
-    fn line(&mut self, step: &'static str, status: Status, message: String) {
-        if !self.quiet {
-            let word = match status {
-                Status::Ok => "ok",
-                Status::Warning => "warning",
-                Status::Error => "error",
-            };
-            println!("{word:<8} {step:<14} {message}");
-        }
-        self.steps.push(Line { step, status, message });
-    }
 }
 
 #[cfg(test)]
@@ -406,17 +418,9 @@ mod tests {
         assert_eq!(root.path().read_dir().unwrap().count(), 0);
         std::fs::write(root.path().join("file"), "").unwrap();
         let error = writable(&root.path().join("file/below")).unwrap_err();
-        assert!(error.to_string().contains("file is not a folder"), "{error}");
-    }
-
-    #[test]
-    fn a_failed_step_is_reported_and_ends_the_check() {
-        let mut report = Report::new(true);
-        assert_eq!(report.step("one", || Ok((7, "fine".to_owned()))).unwrap(), 7);
-        let failed = report.step("two", || Err::<((), String), _>(Failure::Failed("broken".into())));
-        assert_eq!(failed.unwrap_err().code(), 1);
-        let json = serde_json::to_value(&report).unwrap();
-        assert_eq!(json["steps"][0]["status"], "ok");
-        assert_eq!(json["steps"][1], serde_json::json!({"step": "two", "status": "error", "message": "broken"}));
+        assert!(
+            error.to_string().contains("file is not a folder"),
+            "{error}"
+        );
     }
 }

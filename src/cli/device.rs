@@ -9,8 +9,7 @@ use crate::config::DeviceSpec;
 pub(super) fn open(spec: DeviceSpec) -> Result<Device, Failure> {
     match spec {
         DeviceSpec::Cpu => Ok(Device::Cpu),
-        DeviceSpec::Cuda(ordinal) => {
-            Device::new_cuda(ordinal).map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into()))
-        }
+        DeviceSpec::Cuda(ordinal) => Device::new_cuda(ordinal)
+            .map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into())),
     }
 }

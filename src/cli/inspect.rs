@@ -27,7 +27,12 @@ pub(super) struct InspectArgs {
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Override one key of the configuration, as `s3.anonymous=true`.
-    #[arg(short = 's', long = "set", value_name = "KEY=VALUE", requires = "config")]
+    #[arg(
+        short = 's',
+        long = "set",
+        value_name = "KEY=VALUE",
+        requires = "config"
+    )]
     set: Vec<String>,
     /// Print one JSON object to standard output.
     #[arg(long)]
@@ -75,7 +80,10 @@ impl Totals {
         self.broken_shards += u64::from(shard.broken.is_some());
         self.bytes += shard.bytes;
         self.samples += shard.samples;
-        for (total, part) in [(&mut self.members, &shard.members), (&mut self.formats, &shard.formats)] {
+        for (total, part) in [
+            (&mut self.members, &shard.members),
+            (&mut self.formats, &shard.formats),
+        ] {
             for (name, count) in part {
                 *total.entry(name.clone()).or_default() += count;
             }
@@ -96,7 +104,11 @@ fn merge(total: &mut Spread, part: &Spread) {
         return;
     }
     let count = total.count + part.count;
-    total.min = if total.count == 0 { part.min } else { total.min.min(part.min) };
+    total.min = if total.count == 0 {
+        part.min
+    } else {
+        total.min.min(part.min)
+    };
     total.max = total.max.max(part.max);
     total.mean = (total.mean * total.count as f64 + part.mean * part.count as f64) / count as f64;
     total.count = count;
@@ -110,11 +122,25 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             let config = Config::load(path, &args.set)?;
             config.require_bench()?;
             let data = config.data;
-            (s3_options(&config.s3), data.image_keys, data.caption_keys, data.shards)
+            (
+                s3_options(&config.s3),
+                data.image_keys,
+                data.caption_keys,
+                data.shards,
+            )
         }
-        None => (S3Options::default(), defaults.image_keys, defaults.caption_keys, Vec::new()),
+        None => (
+            S3Options::default(),
+            defaults.image_keys,
+            defaults.caption_keys,
+            Vec::new(),
+        ),
     };
-    let urls = if args.urls.is_empty() { configured } else { args.urls };
+    let urls = if args.urls.is_empty() {
+        configured
+    } else {
+        args.urls
+    };
     let data = DataAccess::open(options)?;
     let shards = data.shards(&urls)?;
     let mut report = Report::default();
@@ -137,14 +163,21 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         }
     }
     match args.json {
-        true => println!("{:#}", serde_json::to_value(&report).map_err(std::io::Error::from)?),
+        true => println!(
+            "{:#}",
+            serde_json::to_value(&report).map_err(std::io::Error::from)?
+        ),
         false => print!("{}", describe_totals(&report.totals)),
     }
     match report.unreadable.len() {
         0 => Ok(()),
-        unreadable => {
-            Err(Failure::Failed(format!("{unreadable} of {} shards can't be read", shards.len()).into()))
-        }
+        unreadable => Err(Failure::Failed(
+            format!(
+                "shards that can't be read: {unreadable} of {}",
+                shards.len()
+            )
+            .into(),
+        )),
     }
 }
 
@@ -168,10 +201,15 @@ fn describe(shard: &ShardReport) -> String {
 }
 
 fn describe_totals(totals: &Totals) -> String {
-    let mut text = format!("total: {} shards\n", totals.shards);
+    let mut text = format!("total\n  shards    {}\n", totals.shards);
     contents(
         &mut text,
-        (totals.samples, totals.bytes, &totals.members, &totals.formats),
+        (
+            totals.samples,
+            totals.bytes,
+            &totals.members,
+            &totals.formats,
+        ),
         [&totals.width, &totals.height, &totals.caption_chars],
     );
     let counts = [
@@ -203,17 +241,24 @@ fn contents(
     [width, height, caption_chars]: [&Spread; 3],
 ) {
     let list = |counts: &BTreeMap<String, u64>| {
-        let parts: Vec<String> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        let parts: Vec<String> = counts
+            .iter()
+            .map(|(name, count)| format!("{count} {name}"))
+            .collect();
         match parts.is_empty() {
             true => "none".to_owned(),
             false => parts.join(", "),
         }
     };
-    let range = |spread: &Spread| format!("{}-{} (mean {:.0})", spread.min, spread.max, spread.mean);
+    let range =
+        |spread: &Spread| format!("{}-{} (mean {:.0})", spread.min, spread.max, spread.mean);
     let mut line = |name: &str, value: String| {
         let _infallible = writeln!(text, "  {name:<9} {value}");
     };
-    line("samples", format!("{samples} in {:.2} MB", bytes as f64 / 1e6));
+    line(
+        "samples",
+        format!("{samples} in {:.2} MB", bytes as f64 / 1e6),
+    );
     line("members", list(members));
     line("images", list(formats));
     if width.count > 0 {
@@ -239,7 +284,11 @@ mod tests {
     #[test]
     fn ranges_merge_as_if_they_were_one() {
         let mut total = Spread::default();
-        for part in [spread(2, 10, 20, 15.0), Spread::default(), spread(1, 60, 60, 60.0)] {
+        for part in [
+            spread(2, 10, 20, 15.0),
+            Spread::default(),
+            spread(1, 60, 60, 60.0),
+        ] {
             merge(&mut total, &part);
         }
         assert_eq!(total, spread(3, 10, 60, 30.0));
@@ -259,6 +308,9 @@ mod tests {
         shard.problems.push(problem(99));
         shard.problems.push(problem(100));
         let text = describe(&shard);
-        assert!(text.contains("and 2 more") && !text.contains("99"), "{text}");
+        assert!(
+            text.contains("and 2 more") && !text.contains("99"),
+            "{text}"
+        );
     }
 }

@@ -53,7 +53,11 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let (shards, world) = (shards.len(), part.world);
         return Err(StreamError::TooFewShards { shards, world }.into());
     }
-    eprintln!("reading {} and {}", counted(shards.len(), "shard"), paths.teacher.display());
+    eprintln!(
+        "reading {} and {}",
+        counted(shards.len(), "shard"),
+        paths.teacher.display()
+    );
     let first = load_encoders(&config, &paths, 0)?;
     let recipe = recipe(&config, &paths, &first)?;
     let output = paths.latents.output.as_path();
@@ -70,7 +74,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let started = Instant::now();
     if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
         let encoders = std::iter::once(Ok(first))
-            .chain((1..config.encode.devices.len()).map(|index| load_encoders(&config, &paths, index)))
+            .chain(
+                (1..config.encode.devices.len()).map(|index| load_encoders(&config, &paths, index)),
+            )
             .collect::<Result<Vec<_>, Failure>>()?;
         // The writer knows which shards are left of this part: to the stream they are all there is.
         let shards = writer.remaining().to_vec();
@@ -78,7 +84,12 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             max_samples: writer.remaining_samples(),
             ..stream_config(&config, shards, Order::Sequential, config.encode.batch_size)
         };
-        let stream = Stream::open(stream_config, &data.sources, &data.metrics, data.runtime.handle())?;
+        let stream = Stream::open(
+            stream_config,
+            &data.sources,
+            &data.metrics,
+            data.runtime.handle(),
+        )?;
         let pool = EncodePool::start(stream, encoders, &data.metrics)?;
         write_all(pool, &mut writer, &data.metrics, &stop)?;
     }
@@ -86,13 +97,26 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn load_encoders(config: &Config, paths: &PrecomputePaths<'_>, index: usize) -> Result<Encoders, Failure> {
+fn load_encoders(
+    config: &Config,
+    paths: &PrecomputePaths<'_>,
+    index: usize,
+) -> Result<Encoders, Failure> {
     let device = device::open(config.encode.devices[index])?;
     let vae = config.model.vae.as_deref();
-    Ok(Encoders::load(paths.teacher, vae, &device, config.encode.batch_size)?)
+    Ok(Encoders::load(
+        paths.teacher,
+        vae,
+        &device,
+        config.encode.batch_size,
+    )?)
 }
 
-fn recipe(config: &Config, paths: &PrecomputePaths<'_>, encoders: &Encoders) -> Result<Recipe, Failure> {
+fn recipe(
+    config: &Config,
+    paths: &PrecomputePaths<'_>,
+    encoders: &Encoders,
+) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
     let side = config.image.resolution / vae.downscale();
     let (_, tokens, width) = encoders.encode_text(&[""])?.dims3()?;
@@ -134,7 +158,10 @@ fn write_all(
             stage.add_bytes(entry.bytes);
             if let Some(cause) = &entry.broken {
                 let samples = counted(entry.samples as usize, "sample");
-                progress.say(&format!("warning: {} is broken after {samples}: {cause}", entry.source));
+                progress.say(&format!(
+                    "warning: {} is broken after {samples}: {cause}",
+                    entry.source
+                ));
             }
         }
         progress.update(batch.samples.len(), finished.len(), metrics);
@@ -185,7 +212,9 @@ impl Progress {
     fn start(shards: usize) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(shards as u64);
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_bar} {pos}/{len} shards  {msg}") {
+            if let Ok(style) =
+                ProgressStyle::with_template("{spinner} {wide_bar} {pos}/{len} shards  {msg}")
+            {
                 bar.set_style(style);
             }
             bar.set_message("encoding the first batch");
@@ -212,7 +241,10 @@ impl Progress {
         let limit = metrics
             .limiting_stage()
             .map_or(String::new(), |stage| format!("  limit: {stage}"));
-        let message = format!("{}  {rate:.1} samples/s{limit}", counted(self.samples, "sample"));
+        let message = format!(
+            "{}  {rate:.1} samples/s{limit}",
+            counted(self.samples, "sample")
+        );
         match &self.bar {
             Some(bar) => {
                 bar.set_position(self.shards_done as u64);

@@ -34,7 +34,9 @@ mod tests {
         assert!(peak_memory().unwrap() > 1 << 16);
         assert!(available_memory().unwrap() > 1 << 20);
         let before = cpu_time();
-        let sum: u64 = std::hint::black_box(0..20_000_000u64).map(std::hint::black_box).sum();
+        let sum: u64 = std::hint::black_box(0..20_000_000u64)
+            .map(std::hint::black_box)
+            .sum();
         assert!(sum > 0 && cpu_time() > before);
     }
 }

@@ -83,7 +83,9 @@ fn from_environment(get: impl Fn(&str) -> Option<String>) -> Result<Found, Strin
             jobs * tasks,
             "SLURM_ARRAY_TASK_ID, SLURM_ARRAY_TASK_COUNT, SLURM_PROCID and SLURM_NTASKS",
         ),
-        (Some((job, jobs)), _) => Found::new(job, jobs, "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT"),
+        (Some((job, jobs)), _) => {
+            Found::new(job, jobs, "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT")
+        }
         (None, Some((task, tasks))) => Found::new(task, tasks, "SLURM_PROCID and SLURM_NTASKS"),
         (None, None) => Found::new(0, 1, ""),
     }
@@ -115,14 +117,18 @@ impl Environment<'_> {
             return Ok(None);
         };
         let first = self.number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
-        let last = self.number("SLURM_ARRAY_TASK_MAX")?.unwrap_or(first + count.saturating_sub(1));
+        let last = self
+            .number("SLURM_ARRAY_TASK_MAX")?
+            .unwrap_or(first + count.saturating_sub(1));
         let even = match (last.saturating_sub(first), count.saturating_sub(1)) {
             (_, 0) => Some(1),
             (span, gaps) if span % gaps == 0 => Some(span / gaps),
             _ => None,
         };
         match even {
-            Some(step) if step > 0 && id >= first && (id - first) % step == 0 => Ok(Some(((id - first) / step, count))),
+            Some(step) if step > 0 && id >= first && (id - first) % step == 0 => {
+                Ok(Some(((id - first) / step, count)))
+            }
             _ => Err(format!(
                 "the ids of the Slurm array, {first} to {last}, are not evenly spaced for {count} jobs: \
                  give --rank and --world"
@@ -147,10 +153,25 @@ mod tests {
     fn every_scheduler_is_understood() {
         assert_eq!(found(&[]), Ok((0, 1)));
         assert_eq!(found(&[("RANK", "3"), ("WORLD_SIZE", "8")]), Ok((3, 8)));
-        assert_eq!(found(&[("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")]), Ok((1, 2)));
-        assert_eq!(found(&[("JOB_COMPLETION_INDEX", "4"), ("JOB_COMPLETIONS", "5")]), Ok((4, 5)));
-        assert_eq!(found(&[("AWS_BATCH_JOB_ARRAY_INDEX", "0"), ("AWS_BATCH_JOB_ARRAY_SIZE", "9")]), Ok((0, 9)));
-        assert_eq!(found(&[("SLURM_PROCID", "2"), ("SLURM_NTASKS", "4")]), Ok((2, 4)));
+        assert_eq!(
+            found(&[("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")]),
+            Ok((1, 2))
+        );
+        assert_eq!(
+            found(&[("JOB_COMPLETION_INDEX", "4"), ("JOB_COMPLETIONS", "5")]),
+            Ok((4, 5))
+        );
+        assert_eq!(
+            found(&[
+                ("AWS_BATCH_JOB_ARRAY_INDEX", "0"),
+                ("AWS_BATCH_JOB_ARRAY_SIZE", "9")
+            ]),
+            Ok((0, 9))
+        );
+        assert_eq!(
+            found(&[("SLURM_PROCID", "2"), ("SLURM_NTASKS", "4")]),
+            Ok((2, 4))
+        );
     }
 
     #[test]
@@ -178,9 +199,16 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused_by_name() {
         let refused = |variables: &[(&str, &str)]| found(variables).unwrap_err();
-        assert!(refused(&[("RANK", "8"), ("WORLD_SIZE", "8")]).contains("RANK and WORLD_SIZE: rank 8 of 8"));
+        assert!(
+            refused(&[("RANK", "8"), ("WORLD_SIZE", "8")])
+                .contains("RANK and WORLD_SIZE: rank 8 of 8")
+        );
         assert!(refused(&[("RANK", "x"), ("WORLD_SIZE", "8")]).contains("RANK = \"x\""));
         assert!(refused(&[("JOB_COMPLETION_INDEX", "1")]).contains("JOB_COMPLETIONS"));
-        assert_eq!(found(&[("RANK", "x")]), Ok((0, 1)), "a variable alone is another program's");
+        assert_eq!(
+            found(&[("RANK", "x")]),
+            Ok((0, 1)),
+            "a variable alone is another program's"
+        );
     }
 }

@@ -11,7 +11,9 @@ use image::RgbImage;
 
 use super::{Failure, device};
 use crate::config::DeviceSpec;
-use crate::diffusion::{BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor};
+use crate::diffusion::{
+    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
+};
 use crate::draw::{pixels_to_images, plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
@@ -99,7 +101,9 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         },
         parts.unet.display(),
         plan.steps,
-        plan.scheduler.to_possible_value().map_or(String::new(), |v| v.get_name().to_uppercase()),
+        plan.scheduler
+            .to_possible_value()
+            .map_or(String::new(), |v| v.get_name().to_uppercase()),
         args.guidance
     );
     let artist = Artist {
@@ -131,9 +135,16 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
         return wrong(format!("--teacher {}: no such folder", teacher.display()));
     }
     if !args.guidance.is_finite() || args.guidance < 0.0 {
-        return wrong(format!("--guidance {}: must be a finite number, 0 or more", args.guidance));
+        return wrong(format!(
+            "--guidance {}: must be a finite number, 0 or more",
+            args.guidance
+        ));
     }
-    if args.out.extension().is_none_or(|extension| !extension.eq_ignore_ascii_case("png")) {
+    if args
+        .out
+        .extension()
+        .is_none_or(|extension| !extension.eq_ignore_ascii_case("png"))
+    {
         return wrong(format!("--out {}: must be a .png file", args.out.display()));
     }
     Ok(())
@@ -149,39 +160,73 @@ struct Plan {
 impl Plan {
     fn new(args: &SampleArgs, unet: &UNet, timesteps: usize) -> Result<Self, Failure> {
         let student = unet.config().time_cond_proj_dim.is_some();
-        let scheduler = args.scheduler.unwrap_or(if student { Scheduler::Lcm } else { Scheduler::Ddim });
+        let scheduler = args.scheduler.unwrap_or(if student {
+            Scheduler::Lcm
+        } else {
+            Scheduler::Ddim
+        });
         let (default, most, why) = match scheduler {
-            Scheduler::Lcm => (LCM_STEPS, LcmSampler::ORIGINAL_STEPS, "with the lcm scheduler"),
+            Scheduler::Lcm => (
+                LCM_STEPS,
+                LcmSampler::ORIGINAL_STEPS,
+                "with the lcm scheduler",
+            ),
             Scheduler::Ddim => (DDIM_STEPS, timesteps, "the timesteps of this model"),
         };
         let steps = args.steps.unwrap_or(default);
         if !(1..=most).contains(&steps) {
-            return Err(Failure::Usage(format!("--steps {steps}: must be between 1 and {most}, {why}").into()));
+            return Err(Failure::Usage(
+                format!("--steps {steps}: must be between 1 and {most}, {why}").into(),
+            ));
         }
         Ok(Self { scheduler, steps })
     }
 }
 
 /// Noise for every prompt, `[B, C, h, w]`: drawn from the seed, or read.
-fn initial_noise(args: &SampleArgs, unet: &UNet, encoders: &Encoders, device: &Device) -> Result<Tensor, Failure> {
+fn initial_noise(
+    args: &SampleArgs,
+    unet: &UNet,
+    encoders: &Encoders,
+    device: &Device,
+) -> Result<Tensor, Failure> {
     let (config, downscale) = (unet.config(), encoders.vae().config().downscale());
     let multiple = downscale * config.downscale();
     let side = |name: &str, pixels: Option<usize>| match pixels {
-        Some(pixels) if pixels == 0 || !pixels.is_multiple_of(multiple) => {
-            Err(Failure::Usage(format!("--{name} {pixels}: must be a multiple of {multiple} for this model").into()))
-        }
+        Some(pixels) if pixels == 0 || !pixels.is_multiple_of(multiple) => Err(Failure::Usage(
+            format!("--{name} {pixels}: must be a multiple of {multiple} for this model").into(),
+        )),
         Some(pixels) => Ok(Some(pixels / downscale)),
         None => Ok(None),
     };
     let (height, width) = (side("height", args.height)?, side("width", args.width)?);
     let (prompts, channels) = (args.prompt.len(), config.in_channels);
     if let Some(path) = &args.init_latents {
-        let read = latents::read(path, latents::Wanted { prompts, channels, height, width });
-        return Ok(read.map_err(|message| Failure::Usage(message.into()))?.to_device(device)?);
+        let read = latents::read(
+            path,
+            latents::Wanted {
+                prompts,
+                channels,
+                height,
+                width,
+            },
+        );
+        return Ok(read
+            .map_err(|message| Failure::Usage(message.into()))?
+            .to_device(device)?);
     }
-    let (height, width) = (height.unwrap_or(config.sample_size), width.unwrap_or(config.sample_size));
+    let (height, width) = (
+        height.unwrap_or(config.sample_size),
+        width.unwrap_or(config.sample_size),
+    );
     let each = (0..prompts)
-        .map(|i| normal(&mut generator(args.seed, "sample", i as u64, 0), &[1, channels, height, width], device))
+        .map(|i| {
+            normal(
+                &mut generator(args.seed, "sample", i as u64, 0),
+                &[1, channels, height, width],
+                device,
+            )
+        })
         .collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&each, 0)?)
 }
@@ -198,7 +243,12 @@ struct Artist<'a> {
 
 impl Artist<'_> {
     /// Images of a few prompts, of which the first is number `first` of all; `noise`: `[B, C, h, w]`.
-    fn draw(&self, prompts: &[String], first: usize, noise: &Tensor) -> Result<Vec<RgbImage>, Failure> {
+    fn draw(
+        &self,
+        prompts: &[String],
+        first: usize,
+        noise: &Tensor,
+    ) -> Result<Vec<RgbImage>, Failure> {
         let prompt_embeds = self.encoders.encode_text(prompts)?;
         let steps = self.plan.steps;
         let student = StudentPredictor {
@@ -234,7 +284,13 @@ impl Artist<'_> {
     fn renoise(&self, first: usize, step: usize, like: &Tensor) -> candle_core::Result<Tensor> {
         let shape = [&[1], &like.dims()[1..]].concat();
         let each = (first..first + like.dim(0)?)
-            .map(|i| normal(&mut generator(self.seed, "renoise", i as u64, step as u64), &shape, like.device()))
+            .map(|i| {
+                normal(
+                    &mut generator(self.seed, "renoise", i as u64, step as u64),
+                    &shape,
+                    like.device(),
+                )
+            })
             .collect::<candle_core::Result<Vec<_>>>()?;
         Tensor::cat(&each, 0)
     }

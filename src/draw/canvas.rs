@@ -41,10 +41,25 @@ impl Canvas {
     }
 
     /// One line of text, aligned at `at` and centred on its height.
-    pub(super) fn text(&mut self, text: &str, at: Point, font: &MonoFont<'_>, color: Rgb888, alignment: Alignment) {
-        let style = TextStyleBuilder::new().alignment(alignment).baseline(Baseline::Middle).build();
+    pub(super) fn text(
+        &mut self,
+        text: &str,
+        at: Point,
+        font: &MonoFont<'_>,
+        color: Rgb888,
+        alignment: Alignment,
+    ) {
+        let style = TextStyleBuilder::new()
+            .alignment(alignment)
+            .baseline(Baseline::Middle)
+            .build();
         let text = ascii(text);
-        self.draw(&Text::with_text_style(&text, at, MonoTextStyle::new(font, color), style));
+        self.draw(&Text::with_text_style(
+            &text,
+            at,
+            MonoTextStyle::new(font, color),
+            style,
+        ));
     }
 }
 
@@ -58,7 +73,10 @@ impl DrawTarget for Canvas {
     type Color = Rgb888;
     type Error = Infallible;
 
-    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(&mut self, pixels: I) -> Result<(), Infallible> {
+    fn draw_iter<I: IntoIterator<Item = Pixel<Rgb888>>>(
+        &mut self,
+        pixels: I,
+    ) -> Result<(), Infallible> {
         for Pixel(at, color) in pixels {
             let (Ok(x), Ok(y)) = (u32::try_from(at.x), u32::try_from(at.y)) else {
                 continue;
@@ -127,7 +145,10 @@ mod tests {
     #[test]
     fn text_is_wrapped_at_words_and_cut_at_the_end() {
         assert_eq!(wrap("a red apple", 6, 3), ["a red", "apple"]);
-        assert_eq!(wrap("antidisestablishment now", 8, 5), ["antidise", "stablish", "ment now"]);
+        assert_eq!(
+            wrap("antidisestablishment now", 8, 5),
+            ["antidise", "stablish", "ment now"]
+        );
         assert_eq!(wrap("one two three four", 7, 2), ["one two", "thre..."]);
         assert_eq!(wrap("", 10, 2), [""]);
         assert_eq!(wrap("abcdefgh", 8, 1), ["abcdefgh"]);

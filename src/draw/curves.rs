@@ -51,18 +51,30 @@ pub struct Curve {
 
 /// A panel for each curve, below each other, all over the same range of steps.
 pub fn curves(curves: &[Curve]) -> RgbImage {
-    let last = curves.iter().flat_map(|c| &c.points).map(|&(step, _)| step).max();
+    let last = curves
+        .iter()
+        .flat_map(|c| &c.points)
+        .map(|&(step, _)| step)
+        .max();
     let panels: Vec<Panel<'_>> = curves
         .iter()
         .enumerate()
         .map(|(i, curve)| Panel::new(curve, i as i32 * HEIGHT, last.unwrap_or(1).max(1)))
         .collect();
     let height = HEIGHT * panels.len() as i32;
-    let mut canvas = Canvas::new((WIDTH * OVERSAMPLING) as u32, (height * OVERSAMPLING) as u32);
+    let mut canvas = Canvas::new(
+        (WIDTH * OVERSAMPLING) as u32,
+        (height * OVERSAMPLING) as u32,
+    );
     for panel in &panels {
         panel.draw_lines(&mut canvas);
     }
-    let shrunk = resize(&canvas.into_image(), WIDTH as u32, height as u32, FilterType::Triangle);
+    let shrunk = resize(
+        &canvas.into_image(),
+        WIDTH as u32,
+        height as u32,
+        FilterType::Triangle,
+    );
     let mut canvas = Canvas::over(shrunk);
     for panel in &panels {
         panel.draw_text(&mut canvas);
@@ -85,11 +97,26 @@ struct Panel<'a> {
 impl<'a> Panel<'a> {
     fn new(curve: &'a Curve, top: i32, last: u64) -> Self {
         let shown = |value: f64| value.is_finite() && value > 0.0;
-        let points: Vec<(u64, f64)> = curve.points.iter().copied().filter(|p| shown(p.1)).collect();
+        let points: Vec<(u64, f64)> = curve
+            .points
+            .iter()
+            .copied()
+            .filter(|p| shown(p.1))
+            .collect();
         let references: Vec<_> = curve.references.iter().filter(|r| shown(r.1)).collect();
-        let logs = points.iter().map(|p| p.1).chain(references.iter().map(|r| r.1)).map(f64::log10);
-        let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), log| (low.min(log), high.max(log)));
-        let (low, high) = if low <= high { (low, high) } else { (-1.0, 0.0) };
+        let logs = points
+            .iter()
+            .map(|p| p.1)
+            .chain(references.iter().map(|r| r.1))
+            .map(f64::log10);
+        let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), log| {
+            (low.min(log), high.max(log))
+        });
+        let (low, high) = if low <= high {
+            (low, high)
+        } else {
+            (-1.0, 0.0)
+        };
         let margin = ((high - low) * 0.06).max(0.02);
         Self {
             curve,
@@ -104,7 +131,12 @@ impl<'a> Panel<'a> {
 
     /// The plot's edges: left, right, top, bottom.
     fn frame(&self) -> [i32; 4] {
-        [LEFT, WIDTH - RIGHT, self.top + TOP, self.top + HEIGHT - BOTTOM]
+        [
+            LEFT,
+            WIDTH - RIGHT,
+            self.top + TOP,
+            self.top + HEIGHT - BOTTOM,
+        ]
     }
 
     fn x(&self, step: f64) -> f64 {
@@ -122,7 +154,9 @@ impl<'a> Panel<'a> {
             let scale = f64::from(OVERSAMPLING);
             Point::new((x * scale).round() as i32, (y * scale).round() as i32)
         };
-        let stroke = |color, width: f64| PrimitiveStyle::with_stroke(color, (width * f64::from(OVERSAMPLING)) as u32);
+        let stroke = |color, width: f64| {
+            PrimitiveStyle::with_stroke(color, (width * f64::from(OVERSAMPLING)) as u32)
+        };
         let [left, right, top, bottom] = self.frame().map(f64::from);
         for value in value_ticks(self.low, self.high) {
             let y = self.y(value).round();
@@ -139,7 +173,9 @@ impl<'a> Panel<'a> {
             for dash in (0..(right - left) as i32).step_by(10) {
                 let from = left + f64::from(dash);
                 let to = (from + 6.0).min(right);
-                canvas.draw(&Line::new(large(from, y), large(to, y)).into_styled(stroke(*color, 1.4)));
+                canvas.draw(
+                    &Line::new(large(from, y), large(to, y)).into_styled(stroke(*color, 1.4)),
+                );
             }
         }
         let place = |&(step, value): &(u64, f64)| large(self.x(step as f64), self.y(value));
@@ -161,12 +197,24 @@ impl<'a> Panel<'a> {
     fn draw_text(&self, canvas: &mut Canvas) {
         let [left, right, top, bottom] = self.frame();
         let title = Point::new(left, top - 20);
-        canvas.text(&self.curve.title, title, &FONT_9X15_BOLD, INK, Alignment::Left);
+        canvas.text(
+            &self.curve.title,
+            title,
+            &FONT_9X15_BOLD,
+            INK,
+            Alignment::Left,
+        );
         let said = match self.points.last() {
             Some(&(step, value)) => format!("log scale   step {step}: {}", short(value)),
             None => "nothing measured".to_owned(),
         };
-        canvas.text(&said, Point::new(right, top - 20), &FONT_7X13, GREY, Alignment::Right);
+        canvas.text(
+            &said,
+            Point::new(right, top - 20),
+            &FONT_7X13,
+            GREY,
+            Alignment::Right,
+        );
         for value in value_ticks(self.low, self.high) {
             let at = Point::new(left - 8, self.y(value).round() as i32);
             canvas.text(&short(value), at, &FONT_7X13, GREY, Alignment::Right);
@@ -175,7 +223,13 @@ impl<'a> Panel<'a> {
             let at = Point::new(self.x(step as f64).round() as i32, bottom + 13);
             canvas.text(&step.to_string(), at, &FONT_7X13, GREY, Alignment::Center);
         }
-        canvas.text("step", Point::new(i32::midpoint(left, right), bottom + 33), &FONT_7X13, INK, Alignment::Center);
+        canvas.text(
+            "step",
+            Point::new(i32::midpoint(left, right), bottom + 33),
+            &FONT_7X13,
+            INK,
+            Alignment::Center,
+        );
         self.draw_reference_labels(canvas);
     }
 
@@ -192,8 +246,17 @@ impl<'a> Panel<'a> {
             let width = text.chars().count() as u32 * FONT_7X13.character_size.width;
             let corner = Point::new(right - 8 - width as i32, y - 7);
             // So that it can be read over the curve.
-            canvas.draw(&Rectangle::new(corner, Size::new(width, 14)).into_styled(PrimitiveStyle::with_fill(WHITE)));
-            canvas.text(&text, Point::new(right - 8, y), &FONT_7X13, *color, Alignment::Right);
+            canvas.draw(
+                &Rectangle::new(corner, Size::new(width, 14))
+                    .into_styled(PrimitiveStyle::with_fill(WHITE)),
+            );
+            canvas.text(
+                &text,
+                Point::new(right - 8, y),
+                &FONT_7X13,
+                *color,
+                Alignment::Right,
+            );
         }
     }
 }
@@ -207,12 +270,19 @@ fn smoothed(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
             let near = &points[i.saturating_sub(reach)..points.len().min(i + reach + 1)];
             let count = near.len() as f64;
             let at = |p: &(u64, f64)| p.0 as f64 - points[i].0 as f64;
-            let (mean_x, mean_y) = near.iter().fold((0.0, 0.0), |(x, y), p| (x + at(p) / count, y + p.1.ln() / count));
-            let (covariance, variance) = near.iter().fold((0.0, 0.0), |(covariance, variance), p| {
-                let x = at(p) - mean_x;
-                (covariance + x * (p.1.ln() - mean_y), variance + x * x)
+            let (mean_x, mean_y) = near.iter().fold((0.0, 0.0), |(x, y), p| {
+                (x + at(p) / count, y + p.1.ln() / count)
             });
-            let slope = if variance > 0.0 { covariance / variance } else { 0.0 };
+            let (covariance, variance) =
+                near.iter().fold((0.0, 0.0), |(covariance, variance), p| {
+                    let x = at(p) - mean_x;
+                    (covariance + x * (p.1.ln() - mean_y), variance + x * x)
+                });
+            let slope = if variance > 0.0 {
+                covariance / variance
+            } else {
+                0.0
+            };
             (points[i].0, (mean_y - slope * mean_x).exp())
         })
         .collect()
@@ -225,7 +295,11 @@ fn value_ticks(low: f64, high: f64) -> Vec<f64> {
     for mantissas in MANTISSAS {
         let ticks: Vec<f64> = decades
             .clone()
-            .flat_map(|decade| mantissas.iter().map(move |m| f64::from(*m) * 10f64.powi(decade)))
+            .flat_map(|decade| {
+                mantissas
+                    .iter()
+                    .map(move |m| f64::from(*m) * 10f64.powi(decade))
+            })
             .filter(|tick| (low..=high).contains(&tick.log10()))
             .collect();
         if ticks.len() >= 4 {
@@ -236,7 +310,10 @@ fn value_ticks(low: f64, high: f64) -> Vec<f64> {
     let (from, to) = (10f64.powf(low), 10f64.powf(high));
     let step = round_step((to - from) / 5.0);
     let first = (from / step).ceil() as i64;
-    (0..20).map(|i| (first + i) as f64 * step).take_while(|&tick| tick <= to).collect()
+    (0..20)
+        .map(|i| (first + i) as f64 * step)
+        .take_while(|&tick| tick <= to)
+        .collect()
 }
 
 /// Round steps from 0 to the last one.
@@ -248,7 +325,10 @@ fn step_ticks(last: u64) -> Vec<u64> {
 /// The least of 1, 2, 5, 10 … and their tenths that is not below `least`.
 fn round_step(least: f64) -> f64 {
     let decade = 10f64.powf(least.log10().floor());
-    let step = [1.0, 2.0, 5.0].into_iter().map(|m| m * decade).find(|&step| step >= least);
+    let step = [1.0, 2.0, 5.0]
+        .into_iter()
+        .map(|m| m * decade)
+        .find(|&step| step >= least);
     step.unwrap_or(10.0 * decade)
 }
 
@@ -275,8 +355,14 @@ mod tests {
     fn ticks_are_round_and_in_range() {
         assert_eq!(value_ticks(-3.0, 1.0).len(), 5);
         let near = value_ticks(0.7f64.log10(), 3.1f64.log10());
-        assert_eq!(near.iter().map(|t| short(*t)).collect::<Vec<_>>(), ["0.7", "0.8", "0.9", "1", "2", "3"]);
-        let nearer: Vec<String> = value_ticks(0.501f64.log10(), 0.55f64.log10()).into_iter().map(short).collect();
+        assert_eq!(
+            near.iter().map(|t| short(*t)).collect::<Vec<_>>(),
+            ["0.7", "0.8", "0.9", "1", "2", "3"]
+        );
+        let nearer: Vec<String> = value_ticks(0.501f64.log10(), 0.55f64.log10())
+            .into_iter()
+            .map(short)
+            .collect();
         assert_eq!(nearer, ["0.51", "0.52", "0.53", "0.54", "0.55"]);
         assert!(value_ticks(-40.0, 40.0).len() <= 10);
         assert_eq!(step_ticks(250), [0, 50, 100, 150, 200, 250]);
@@ -285,13 +371,18 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let short: Vec<String> = [0.012_345, 1.0, 250.0, 1234.5, 0.000_02, 123_456.0].into_iter().map(short).collect();
+        let short: Vec<String> = [0.012_345, 1.0, 250.0, 1234.5, 0.000_02, 123_456.0]
+            .into_iter()
+            .map(short)
+            .collect();
         assert_eq!(short, ["0.0123", "1", "250", "1234", "2e-5", "1.23e5"]);
     }
 
     #[test]
     fn smoothing_keeps_a_straight_line() {
-        let line: Vec<(u64, f64)> = (0..100).map(|i| (i, 10f64.powf(-(i as f64) / 50.0))).collect();
+        let line: Vec<(u64, f64)> = (0..100)
+            .map(|i| (i, 10f64.powf(-(i as f64) / 50.0)))
+            .collect();
         for (smooth, raw) in smoothed(&line).iter().zip(&line) {
             assert!((smooth.1 / raw.1 - 1.0).abs() < 1e-9);
         }
@@ -317,12 +408,19 @@ mod tests {
             title: "endpoint error".to_owned(),
             points: (0..6).map(|i| (i * 50, 1.9 / (i + 1) as f64)).collect(),
             smoothed: false,
-            references: vec![("teacher, 1 step".to_owned(), 1.91), ("teacher, 4 steps".to_owned(), 0.13)],
+            references: vec![
+                ("teacher, 1 step".to_owned(), 1.91),
+                ("teacher, 4 steps".to_owned(), 0.13),
+            ],
         };
         let image = curves(&[curve]);
         assert_eq!(image.dimensions(), (WIDTH as u32, HEIGHT as u32));
         for color in [LINE, REFERENCES[0], REFERENCES[1]] {
-            assert!(image.pixels().any(|p| p.0 == [color.r(), color.g(), color.b()]));
+            assert!(
+                image
+                    .pixels()
+                    .any(|p| p.0 == [color.r(), color.g(), color.b()])
+            );
         }
     }
 }

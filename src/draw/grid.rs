@@ -26,15 +26,31 @@ pub fn grid(rows: &[Vec<RgbImage>], row_labels: &[String], column_labels: &[Stri
     let (width, height) = largest(rows.iter().flatten());
     let factor = READABLE.div_ceil(width.max(height).max(1));
     let (width, height) = (width * factor, height * factor);
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0).max(column_labels.len()) as u32;
+    let columns = rows
+        .iter()
+        .map(Vec::len)
+        .max()
+        .unwrap_or(0)
+        .max(column_labels.len()) as u32;
     let column_labels: Vec<Vec<String>> = column_labels
         .iter()
         .map(|label| wrap(label, columns_in(width, &FONT_7X13_BOLD), COLUMN_LINES))
         .collect();
     let header_lines = column_labels.iter().map(Vec::len).max().unwrap_or(0) as u32;
-    let left = if row_labels.is_empty() { GAP } else { LABEL_WIDTH + 2 * GAP };
-    let top = if header_lines == 0 { GAP } else { header_lines * LINE + 2 * GAP };
-    let mut canvas = Canvas::new(left + columns * (width + GAP), top + rows.len() as u32 * (height + GAP));
+    let left = if row_labels.is_empty() {
+        GAP
+    } else {
+        LABEL_WIDTH + 2 * GAP
+    };
+    let top = if header_lines == 0 {
+        GAP
+    } else {
+        header_lines * LINE + 2 * GAP
+    };
+    let mut canvas = Canvas::new(
+        left + columns * (width + GAP),
+        top + rows.len() as u32 * (height + GAP),
+    );
     let corner = |row: usize, column: usize| {
         let x = left + column as u32 * (width + GAP);
         let y = top + row as u32 * (height + GAP);
@@ -48,7 +64,11 @@ pub fn grid(rows: &[Vec<RgbImage>], row_labels: &[String], column_labels: &[Stri
     }
     for (row, pictures) in rows.iter().enumerate() {
         if let Some(text) = row_labels.get(row) {
-            let lines = wrap(text, columns_in(LABEL_WIDTH, &FONT_7X13), (height / LINE).max(1) as usize);
+            let lines = wrap(
+                text,
+                columns_in(LABEL_WIDTH, &FONT_7X13),
+                (height / LINE).max(1) as usize,
+            );
             let above = (height as i32 - lines.len() as i32 * LINE as i32) / 2;
             let at = Point::new((LABEL_WIDTH + GAP) as i32, corner(row, 0).y + above);
             label(&mut canvas, &lines, at, &FONT_7X13, Alignment::Right);
@@ -90,7 +110,13 @@ fn columns_in(width: u32, font: &MonoFont<'_>) -> usize {
 }
 
 /// Lines below each other; `at` is the upper end of the first.
-fn label(canvas: &mut Canvas, lines: &[String], at: Point, font: &MonoFont<'_>, alignment: Alignment) {
+fn label(
+    canvas: &mut Canvas,
+    lines: &[String],
+    at: Point,
+    font: &MonoFont<'_>,
+    alignment: Alignment,
+) {
     for (i, line) in lines.iter().enumerate() {
         let middle = at + Point::new(0, i as i32 * LINE as i32 + LINE as i32 / 2);
         canvas.text(line, middle, font, INK, alignment);
@@ -111,9 +137,19 @@ mod tests {
 
     #[test]
     fn small_pictures_are_enlarged_by_a_whole_factor() {
-        let rows = [vec![picture(64, 64, 200), picture(64, 64, 100)], vec![picture(64, 64, 50)]];
-        let labels = ["one".to_owned(), "a label longer than fits beside the picture, of many words".repeat(9)];
-        let image = grid(&rows, &labels, &["teacher".to_owned(), "student".to_owned()]);
+        let rows = [
+            vec![picture(64, 64, 200), picture(64, 64, 100)],
+            vec![picture(64, 64, 50)],
+        ];
+        let labels = [
+            "one".to_owned(),
+            "a label longer than fits beside the picture, of many words".repeat(9),
+        ];
+        let image = grid(
+            &rows,
+            &labels,
+            &["teacher".to_owned(), "student".to_owned()],
+        );
         assert_eq!(image.width(), LABEL_WIDTH + 2 * GAP + 2 * (128 + GAP));
         assert_eq!(image.height(), LINE + 2 * GAP + 2 * (128 + GAP));
         for shade in [200, 100, 50] {
@@ -141,6 +177,13 @@ mod tests {
         let five: Vec<RgbImage> = (1..=5).map(|i| picture(5, 7, i)).collect();
         let all = plain_grid(&five, 2);
         assert_eq!(all.dimensions(), (10, 21));
-        assert_eq!((all.get_pixel(9, 13).0[0], all.get_pixel(0, 20).0[0], all.get_pixel(9, 20).0), (4, 5, [255; 3]));
+        assert_eq!(
+            (
+                all.get_pixel(9, 13).0[0],
+                all.get_pixel(0, 20).0[0],
+                all.get_pixel(9, 20).0
+            ),
+            (4, 5, [255; 3])
+        );
     }
 }

@@ -50,8 +50,9 @@ pub fn pixels_to_images(pixels: &Tensor) -> candle_core::Result<Vec<RgbImage>> {
     (0..batch)
         .map(|i| {
             let bytes = bytes[i * size..(i + 1) * size].to_vec();
-            RgbImage::from_raw(width as u32, height as u32, bytes)
-                .ok_or_else(|| candle_core::Error::msg(format!("an image of {width}x{height} pixels is too large")))
+            RgbImage::from_raw(width as u32, height as u32, bytes).ok_or_else(|| {
+                candle_core::Error::msg(format!("an image of {width}x{height} pixels is too large"))
+            })
         })
         .collect()
 }
@@ -83,7 +84,9 @@ fn write_aside(picture: &RgbImage, path: &Path) -> std::io::Result<()> {
     picture
         .write_to(&mut writer, ImageFormat::Png)
         .map_err(std::io::Error::other)?;
-    writer.into_inner().map_err(std::io::IntoInnerError::into_error)?;
+    writer
+        .into_inner()
+        .map_err(std::io::IntoInnerError::into_error)?;
     file.persist(path)?;
     Ok(())
 }
@@ -102,7 +105,11 @@ mod tests {
         let red: Vec<u8> = images[0].pixels().map(|p| p.0[0]).collect();
         // numpy: ((x / 2 + 0.5).clip(0, 1) * 255).round()
         assert_eq!(red, [0, 0, 64, 128, 191, 255, 255, 159]);
-        assert!(images[0].pixels().all(|p| p.0[0] == p.0[1] && p.0[1] == p.0[2]));
+        assert!(
+            images[0]
+                .pixels()
+                .all(|p| p.0[0] == p.0[1] && p.0[1] == p.0[2])
+        );
     }
 
     #[test]
@@ -112,7 +119,10 @@ mod tests {
         let images = pixels_to_images(&pixels).unwrap();
         assert_eq!(images[0].get_pixel(0, 0).0, [255, 0, 0]);
         assert_eq!(images[1].get_pixel(0, 0).0, [0, 0, 255]);
-        assert!(pixels_to_images(&Tensor::zeros((1, 4, 2, 2), DType::F32, &Device::Cpu).unwrap()).is_err());
+        assert!(
+            pixels_to_images(&Tensor::zeros((1, 4, 2, 2), DType::F32, &Device::Cpu).unwrap())
+                .is_err()
+        );
     }
 
     #[test]

@@ -36,7 +36,9 @@ impl Aside {
 
     /// Puts it under its name, once it is on the disk.
     pub(super) fn commit(self) -> Result<(), LatentError> {
-        self.file.sync_all().map_err(LatentError::io(&self.target))?;
+        self.file
+            .sync_all()
+            .map_err(LatentError::io(&self.target))?;
         self.path
             .persist(&self.target)
             .map_err(|error| LatentError::io(&self.target)(error.error))?;

@@ -78,7 +78,9 @@ pub enum LatentError {
         url: String,
     },
     /// A number that f16 can't hold.
-    #[error("{shard}: sample {key}: the {what} hold {value}, {reason}; nothing of this shard is kept")]
+    #[error(
+        "{shard}: sample {key}: the {what} hold {value}, {reason}; nothing of this shard is kept"
+    )]
     NotF16 {
         /// The input shard.
         shard: String,
@@ -92,7 +94,9 @@ pub enum LatentError {
         reason: &'static str,
     },
     /// What was written is not what the stream says it sent.
-    #[error("{shard}: {written} samples were written and {expected} were read, by a fault in coffey")]
+    #[error(
+        "{shard}: {written} samples were written and {expected} were read, by a fault in coffey"
+    )]
     Miscounted {
         /// The input shard.
         shard: String,

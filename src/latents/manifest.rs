@@ -158,11 +158,14 @@ impl Manifest {
             path: path.to_owned(),
             message,
         };
-        let value: Value = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        let value: Value =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         match value.get("format_version").and_then(Value::as_u64) {
             Some(version) if version == u64::from(FORMAT_VERSION) => {}
             Some(version) => {
-                return Err(damaged(format!("format_version {version}, needed {FORMAT_VERSION}")));
+                return Err(damaged(format!(
+                    "format_version {version}, needed {FORMAT_VERSION}"
+                )));
             }
             None => return Err(damaged("format_version is missing".to_owned())),
         }
@@ -176,7 +179,9 @@ impl Manifest {
     pub fn read_all(folder: &Path) -> Result<BTreeMap<String, Self>, LatentError> {
         let files = match std::fs::read_dir(folder) {
             Ok(files) => files,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(BTreeMap::new());
+            }
             Err(error) => return Err(LatentError::io(folder)(error)),
         };
         let mut manifests = BTreeMap::new();
@@ -192,7 +197,8 @@ impl Manifest {
 
     /// Replaces the file at `path`.
     pub(super) fn write(&self, path: &Path) -> Result<(), LatentError> {
-        let text = serde_json::to_string_pretty(self).map_err(|error| LatentError::io(path)(error.into()))?;
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|error| LatentError::io(path)(error.into()))?;
         replace(path, (text + "\n").as_bytes())
     }
 
@@ -223,7 +229,11 @@ fn is_manifest(name: &str) -> bool {
 }
 
 /// The first place where two values differ, with both values there.
-fn difference(place: &str, a: Option<&Value>, b: Option<&Value>) -> Option<(String, String, String)> {
+fn difference(
+    place: &str,
+    a: Option<&Value>,
+    b: Option<&Value>,
+) -> Option<(String, String, String)> {
     if a == b {
         return None;
     }

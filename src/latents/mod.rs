@@ -46,5 +46,7 @@ mod writer;
 
 pub use error::LatentError;
 pub use fingerprint::Fingerprint;
-pub use manifest::{FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry};
+pub use manifest::{
+    FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
+};
 pub use writer::{LatentWriter, Part};

@@ -16,7 +16,10 @@ pub(super) fn to_f16(values: &[f32]) -> Result<Vec<f16>, NotF16> {
         .map(|&value| match f16::from_f32(value) {
             half if half.is_finite() => Ok(half),
             _ if value.is_finite() => Err(NotF16(value, "more than f16 can hold (65504)")),
-            _ => Err(NotF16(value, "which no finite input makes of sound weights")),
+            _ => Err(NotF16(
+                value,
+                "which no finite input makes of sound weights",
+            )),
         })
         .collect()
 }
@@ -69,7 +72,11 @@ mod tests {
         let kept = to_f16(&[0.1, -65504.0, 1e-9]).unwrap();
         assert_eq!(kept[0].to_f32(), 0.099_975_586);
         assert_eq!(kept[2].to_f32(), 0.0);
-        for (value, words) in [(7e4, "65504"), (f32::NAN, "sound weights"), (f32::INFINITY, "sound weights")] {
+        for (value, words) in [
+            (7e4, "65504"),
+            (f32::NAN, "sound weights"),
+            (f32::INFINITY, "sound weights"),
+        ] {
             let NotF16(refused, reason) = to_f16(&[1.0, value]).unwrap_err();
             assert!(refused.to_bits() == value.to_bits() && reason.contains(words));
         }

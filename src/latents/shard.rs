@@ -76,7 +76,12 @@ impl ShardFile {
             let name = format!("{key}.{extension}");
             self.tar
                 .append_data(&mut header, &name, content)
-                .map_err(|error| LatentError::io(&self.target)(io::Error::new(error.kind(), format!("{name}: {error}"))))?;
+                .map_err(|error| {
+                    LatentError::io(&self.target)(io::Error::new(
+                        error.kind(),
+                        format!("{name}: {error}"),
+                    ))
+                })?;
         }
         self.samples += 1;
         Ok(())

@@ -44,7 +44,8 @@ fn write_tar(path: &Path, members: &[(String, Vec<u8>)]) {
         let mut header = tar::Header::new_gnu();
         header.set_size(content.len() as u64);
         header.set_mode(0o644);
-        tar.append_data(&mut header, name, content.as_slice()).unwrap();
+        tar.append_data(&mut header, name, content.as_slice())
+            .unwrap();
     }
     tar.finish().unwrap();
 }
@@ -70,10 +71,17 @@ fn inputs(folder: &Path) -> Vec<ShardUrl> {
         .collect()
 }
 
-fn pool(shards: &[ShardUrl], max_samples: Option<u64>, batch_size: usize, workers: usize) -> EncodePool {
+fn pool(
+    shards: &[ShardUrl],
+    max_samples: Option<u64>,
+    batch_size: usize,
+    workers: usize,
+) -> EncodePool {
     let runtime = Box::leak(Box::new(tokio::runtime::Runtime::new().unwrap()));
     let metrics = FlowMetrics::new();
-    let sources = runtime.block_on(Sources::new(S3Options::default(), metrics.clone())).unwrap();
+    let sources = runtime
+        .block_on(Sources::new(S3Options::default(), metrics.clone()))
+        .unwrap();
     let config = StreamConfig {
         shards: shards.to_vec(),
         order: Order::Sequential,
@@ -87,14 +95,22 @@ fn pool(shards: &[ShardUrl], max_samples: Option<u64>, batch_size: usize, worker
         ..StreamConfig::default()
     };
     let stream = Stream::open(config, &sources, &metrics, runtime.handle()).unwrap();
-    let encoders = (0..workers).map(|_| Encoders::load(&teacher(), None, &Device::Cpu, 32).unwrap());
+    let encoders =
+        (0..workers).map(|_| Encoders::load(&teacher(), None, &Device::Cpu, 32).unwrap());
     EncodePool::start(stream, encoders.collect(), &metrics).unwrap()
 }
 
-fn batches(shards: &[ShardUrl], max_samples: Option<u64>, batch_size: usize, workers: usize) -> Vec<EncodedBatch> {
+fn batches(
+    shards: &[ShardUrl],
+    max_samples: Option<u64>,
+    batch_size: usize,
+    workers: usize,
+) -> Vec<EncodedBatch> {
     let mut pool = pool(shards, max_samples, batch_size, workers);
     let stage = FlowMetrics::new().stage(Stage::Write);
-    std::iter::from_fn(|| pool.next(&stage)).map(Result::unwrap).collect()
+    std::iter::from_fn(|| pool.next(&stage))
+        .map(Result::unwrap)
+        .collect()
 }
 
 fn recipe(text: TextKind) -> Recipe {
@@ -111,21 +127,33 @@ fn recipe(text: TextKind) -> Recipe {
     Recipe::new(&config, text, 1, fingerprint, layout, [77, 64])
 }
 
-fn precompute(output: &Path, recipe: &Recipe, shards: &[ShardUrl], batch_size: usize, workers: usize) -> Vec<String> {
+fn precompute(
+    output: &Path,
+    recipe: &Recipe,
+    shards: &[ShardUrl],
+    batch_size: usize,
+    workers: usize,
+) -> Vec<String> {
     let mut writer = LatentWriter::open(output, recipe.clone(), Part::WHOLE, shards).unwrap();
     let (remaining, max) = (writer.remaining().to_vec(), writer.remaining_samples());
     if remaining.is_empty() || max == Some(0) {
         return Vec::new();
     }
     let batches = batches(&remaining, max, batch_size, workers);
-    batches.iter().flat_map(|batch| writer.write(batch).unwrap()).collect()
+    batches
+        .iter()
+        .flat_map(|batch| writer.write(batch).unwrap())
+        .collect()
 }
 
 /// Every file of a folder with its content.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = fs::read_dir(folder).unwrap().map(|file| {
         let path = file.unwrap().path();
-        (path.file_name().unwrap().to_str().unwrap().to_owned(), fs::read(path).unwrap())
+        (
+            path.file_name().unwrap().to_str().unwrap().to_owned(),
+            fs::read(path).unwrap(),
+        )
     });
     files.collect()
 }
@@ -145,18 +173,35 @@ fn shards_hold_what_was_encoded() {
 
     let encoded = batches(&shards, None, 13, 1).remove(0);
     assert_eq!(encoded.samples.len(), 13);
-    let written = [members(&output.path().join("a.tar")), members(&output.path().join("c.tar"))].concat();
+    let written = [
+        members(&output.path().join("a.tar")),
+        members(&output.path().join("c.tar")),
+    ]
+    .concat();
     assert_eq!(written.len(), 4 * 13);
     let halves = |tensor: &Tensor, row: usize| -> Vec<f16> {
-        let values = tensor.get(row).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let values = tensor
+            .get(row)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         values.into_iter().map(f16::from_f32).collect()
     };
     for (row, (sample, members)) in encoded.samples.iter().zip(written.chunks(4)).enumerate() {
         let names: Vec<&str> = members.iter().map(|(name, _)| name.as_str()).collect();
-        let expected = ["latent.npy", "prompt_embeds.npy", "txt", "json"].map(|end| format!("{}.{end}", sample.key));
+        let expected = ["latent.npy", "prompt_embeds.npy", "txt", "json"]
+            .map(|end| format!("{}.{end}", sample.key));
         assert_eq!(names, expected);
-        assert_eq!(array(&members[0].1), (vec![8, 16, 16], halves(&encoded.moments, row)));
-        assert_eq!(array(&members[1].1), (vec![77, 64], halves(&encoded.prompt_embeds, row)));
+        assert_eq!(
+            array(&members[0].1),
+            (vec![8, 16, 16], halves(&encoded.moments, row))
+        );
+        assert_eq!(
+            array(&members[1].1),
+            (vec![77, 64], halves(&encoded.prompt_embeds, row))
+        );
         assert_eq!(members[2].1, sample.caption.as_bytes());
         let json: Value = serde_json::from_slice(&members[3].1).unwrap();
         assert_eq!(json["caption"], sample.caption);
@@ -172,10 +217,21 @@ fn shards_hold_what_was_encoded() {
         assert_eq!(entry.bytes, content.len() as u64);
         assert_eq!(entry.sha256, format!("{:x}", Sha256::digest(&content)));
     }
-    let counts = |name: &str| (manifest.shards[name].samples, &manifest.shards[name].skipped);
+    let counts = |name: &str| {
+        (
+            manifest.shards[name].samples,
+            &manifest.shards[name].skipped,
+        )
+    };
     assert_eq!(counts("a.tar"), (5, &BTreeMap::new()));
-    assert_eq!(counts("b.tar"), (0, &BTreeMap::from([("decode_error".to_owned(), 2)])));
-    assert_eq!(counts("c.tar"), (8, &BTreeMap::from([("no_caption".to_owned(), 1)])));
+    assert_eq!(
+        counts("b.tar"),
+        (0, &BTreeMap::from([("decode_error".to_owned(), 2)]))
+    );
+    assert_eq!(
+        counts("c.tar"),
+        (8, &BTreeMap::from([("no_caption".to_owned(), 1)]))
+    );
 }
 
 #[test]
@@ -184,7 +240,13 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
     let shards = inputs(input.path());
     let made = |batch_size, workers| {
         let output = TempDir::new().unwrap();
-        precompute(output.path(), &recipe(TextKind::Embeds), &shards, batch_size, workers);
+        precompute(
+            output.path(),
+            &recipe(TextKind::Embeds),
+            &shards,
+            batch_size,
+            workers,
+        );
         files(output.path())
     };
     let one = made(3, 1);
@@ -192,7 +254,10 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
     for (batch_size, workers) in [(16, 1), (3, 2), (1, 2)] {
         let other = made(batch_size, workers);
         for (name, content) in &one {
-            assert!(other[name] == *content, "{name} differs at batch size {batch_size} with {workers} workers");
+            assert!(
+                other[name] == *content,
+                "{name} differs at batch size {batch_size} with {workers} workers"
+            );
         }
     }
 }
@@ -201,7 +266,13 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
 fn captions_alone_are_stored_without_embeddings() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    precompute(output.path(), &recipe(TextKind::Caption), &shards[..1], 5, 1);
+    precompute(
+        output.path(),
+        &recipe(TextKind::Caption),
+        &shards[..1],
+        5,
+        1,
+    );
     let members = members(&output.path().join("a.tar"));
     assert_eq!(members.len(), 3 * 5);
     assert!(members[0].0.ends_with(".latent.npy") && members[1].0.ends_with(".txt"));
@@ -209,12 +280,19 @@ fn captions_alone_are_stored_without_embeddings() {
 
 #[test]
 fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
-    let (input, output, whole) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (input, output, whole) = (
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+    );
     let shards = inputs(input.path());
     for max_samples in [None, Some(8)] {
         let mut recipe = recipe(TextKind::Embeds);
         recipe.selection.max_samples = max_samples;
-        let (output, whole) = (output.path().join(format!("{max_samples:?}")), whole.path().join("out"));
+        let (output, whole) = (
+            output.path().join(format!("{max_samples:?}")),
+            whole.path().join("out"),
+        );
         precompute(&whole, &recipe, &shards, 4, 1);
         let mut writer = LatentWriter::open(&output, recipe.clone(), Part::WHOLE, &shards).unwrap();
         for batch in &batches(&shards, max_samples, 4, 1)[..2] {
@@ -222,15 +300,27 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
         }
         drop(writer);
         let names: Vec<String> = files(&output).into_keys().collect();
-        assert!(names.contains(&"a.tar".to_owned()) && !names.iter().any(|name| name.ends_with(".tmp")), "{names:?}");
+        assert!(
+            names.contains(&"a.tar".to_owned()) && !names.iter().any(|name| name.ends_with(".tmp")),
+            "{names:?}"
+        );
         // Killed between a shard's rename and the manifest, or while writing.
         fs::write(output.join("c.tar"), "half").unwrap();
         fs::write(output.join(".c.tar.tmp"), "half").unwrap();
         fs::write(output.join(".manifest.json.tmp"), "half").unwrap();
-        let untouched = fs::metadata(output.join("a.tar")).unwrap().modified().unwrap();
+        let untouched = fs::metadata(output.join("a.tar"))
+            .unwrap()
+            .modified()
+            .unwrap();
         let finished = precompute(&output, &recipe, &shards, 16, 1);
         assert!(!finished.contains(&"a.tar".to_owned()), "{finished:?}");
-        assert_eq!(fs::metadata(output.join("a.tar")).unwrap().modified().unwrap(), untouched);
+        assert_eq!(
+            fs::metadata(output.join("a.tar"))
+                .unwrap()
+                .modified()
+                .unwrap(),
+            untouched
+        );
         assert!(files(&output) == files(&whole), "{max_samples:?}");
         assert_eq!(precompute(&output, &recipe, &shards, 16, 1), [""; 0]);
         fs::remove_dir_all(whole).unwrap();
@@ -241,7 +331,15 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
 fn what_differs_is_refused_with_both_values() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    drop(LatentWriter::open(output.path(), recipe(TextKind::Embeds), Part::WHOLE, &shards).unwrap());
+    drop(
+        LatentWriter::open(
+            output.path(),
+            recipe(TextKind::Embeds),
+            Part::WHOLE,
+            &shards,
+        )
+        .unwrap(),
+    );
     let refused = |recipe: Recipe| {
         let error = LatentWriter::open(output.path(), recipe, Part::WHOLE, &shards).unwrap_err();
         assert!(error.is_config());
@@ -250,13 +348,22 @@ fn what_differs_is_refused_with_both_values() {
     let mut weights = recipe(TextKind::Embeds);
     weights.fingerprint.vae = "sha256:9".to_owned();
     let message = refused(weights);
-    assert!(message.contains("fingerprint.vae = \"sha256:1\", and now it is \"sha256:9\""), "{message}");
+    assert!(
+        message.contains("fingerprint.vae = \"sha256:1\", and now it is \"sha256:9\""),
+        "{message}"
+    );
     let message = refused(recipe(TextKind::Both));
-    assert!(message.contains("text = \"embeds\", and now it is \"both\""), "{message}");
+    assert!(
+        message.contains("text = \"embeds\", and now it is \"both\""),
+        "{message}"
+    );
     let mut seed = recipe(TextKind::Embeds);
     seed.image.seed = None;
     let message = refused(seed);
-    assert!(message.contains("image.seed = ") && message.contains("now it is unset"), "{message}");
+    assert!(
+        message.contains("image.seed = ") && message.contains("now it is unset"),
+        "{message}"
+    );
     assert_eq!(files(output.path()).len(), 1, "a refusal writes nothing");
 }
 
@@ -268,20 +375,39 @@ fn files_in_the_way_are_refused() {
         LatentWriter::open(folder, recipe(TextKind::Embeds), part, shards).map(|_| ())
     };
     let before = files(folder.path());
-    let error = open(folder.path(), Part::WHOLE, &shards).unwrap_err().to_string();
+    let error = open(folder.path(), Part::WHOLE, &shards)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("a.tar is already there"), "{error}");
     assert!(files(folder.path()) == before);
     let twice = [ShardUrl::file("x/a.tar"), ShardUrl::file("y/a.tar")];
-    let error = open(folder.path(), Part::WHOLE, &twice).unwrap_err().to_string();
-    assert!(error.contains("x/a.tar and y/a.tar would both become a.tar"), "{error}");
+    let error = open(folder.path(), Part::WHOLE, &twice)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("x/a.tar and y/a.tar would both become a.tar"),
+        "{error}"
+    );
     let output = folder.path().join("out");
     precompute(&output, &recipe(TextKind::Embeds), &shards[..1], 5, 1);
-    let error = open(&output, Part::WHOLE, &twice[..1]).unwrap_err().to_string();
-    assert!(error.contains("a.tar was made of") && error.contains("now it would be made of x/a.tar"), "{error}");
-    for (text, words) in [("{}", "format_version is missing"), ("{\"format_version\": 2}", "needed 1"), ("{", "EOF")] {
+    let error = open(&output, Part::WHOLE, &twice[..1])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("a.tar was made of") && error.contains("now it would be made of x/a.tar"),
+        "{error}"
+    );
+    for (text, words) in [
+        ("{}", "format_version is missing"),
+        ("{\"format_version\": 2}", "needed 1"),
+        ("{", "EOF"),
+    ] {
         fs::write(output.join("manifest.json"), text).unwrap();
         let error = open(&output, Part::WHOLE, &shards).unwrap_err();
-        assert!(error.to_string().contains(words) && !error.is_config(), "{error}");
+        assert!(
+            error.to_string().contains(words) && !error.is_config(),
+            "{error}"
+        );
     }
 }
 
@@ -300,7 +426,15 @@ fn each_process_has_its_own_shards_and_manifest() {
         first.write(&batch).unwrap();
     }
     let names: Vec<String> = files(output.path()).into_keys().collect();
-    assert_eq!(names, ["a.tar", "c.tar", "manifest-0-of-2.json", "manifest-1-of-2.json"]);
+    assert_eq!(
+        names,
+        [
+            "a.tar",
+            "c.tar",
+            "manifest-0-of-2.json",
+            "manifest-1-of-2.json"
+        ]
+    );
     // Another number of processes takes over what is there.
     let alone = open(0, 1);
     assert_eq!(alone.remaining(), [shards[1].clone()]);
@@ -312,17 +446,33 @@ fn numbers_that_f16_cannot_hold_end_the_run_before_the_shard() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     let mut batch = batches(&shards[..1], None, 5, 1).remove(0);
-    let mut values = batch.moments.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let mut values = batch
+        .moments
+        .flatten_all()
+        .unwrap()
+        .to_vec1::<f32>()
+        .unwrap();
     let shape = batch.moments.shape().clone();
     for bad in [f32::NAN, f32::INFINITY, -1e6] {
         values[3 * 8 * 16 * 16 + 7] = bad;
         batch.moments = Tensor::from_vec(values.clone(), shape.clone(), &Device::Cpu).unwrap();
-        let mut writer =
-            LatentWriter::open(output.path(), recipe(TextKind::Embeds), Part::WHOLE, &shards[..1]).unwrap();
+        let mut writer = LatentWriter::open(
+            output.path(),
+            recipe(TextKind::Embeds),
+            Part::WHOLE,
+            &shards[..1],
+        )
+        .unwrap();
         let error = writer.write(&batch).unwrap_err().to_string();
-        assert!(error.contains("a.tar: sample 000000003: the moments hold"), "{error}");
+        assert!(
+            error.contains("a.tar: sample 000000003: the moments hold"),
+            "{error}"
+        );
         drop(writer);
-        assert_eq!(files(output.path()).into_keys().collect::<Vec<_>>(), ["manifest.json"]);
+        assert_eq!(
+            files(output.path()).into_keys().collect::<Vec<_>>(),
+            ["manifest.json"]
+        );
     }
 }
 
@@ -334,11 +484,14 @@ fn fingerprints_name_the_weights_and_nothing_else() {
     let vae = copy.path().join("elsewhere");
     fs::create_dir(&vae).unwrap();
     let file = "diffusion_pytorch_model.safetensors";
-    let source = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
-        .map(|name| teacher().join("vae").join(name))
-        .into_iter()
-        .find(|path| path.is_file())
-        .unwrap();
+    let source = [
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+    ]
+    .map(|name| teacher().join("vae").join(name))
+    .into_iter()
+    .find(|path| path.is_file())
+    .unwrap();
     fs::copy(&source, vae.join(file)).unwrap();
     assert_eq!(Fingerprint::of(&teacher(), Some(&vae)).unwrap(), whole);
     let mut tensors = candle_core::safetensors::load(&source, &Device::Cpu).unwrap();

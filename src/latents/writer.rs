@@ -7,11 +7,11 @@ use candle_core::Tensor;
 use coffey_pipeline::order::{EpochPlan, Order};
 use coffey_pipeline::{ShardSummary, ShardUrl};
 
+use super::LatentError;
 use super::aside::remove_leftover;
 use super::manifest::{Manifest, Recipe, ShardEntry};
 use super::sample::{NotF16, json_with_crop, npy, to_f16};
 use super::shard::ShardFile;
-use super::LatentError;
 use crate::encode::EncodedBatch;
 
 /// Reasons for which a sample is left out only after it was chosen: it counts towards `max_samples`.
@@ -74,7 +74,12 @@ impl LatentWriter {
     ///
     /// # Errors
     /// When latents of another recipe or other files are in the way, or the folder can't be written.
-    pub fn open(folder: &Path, recipe: Recipe, part: Part, shards: &[ShardUrl]) -> Result<Self, LatentError> {
+    pub fn open(
+        folder: &Path,
+        recipe: Recipe,
+        part: Part,
+        shards: &[ShardUrl],
+    ) -> Result<Self, LatentError> {
         check_names(shards)?;
         std::fs::create_dir_all(folder).map_err(LatentError::io(folder))?;
         let present = Manifest::read_all(folder)?;
@@ -99,7 +104,11 @@ impl LatentWriter {
     }
 
     /// Puts a shard among the finished or the remaining ones.
-    fn look_for(&mut self, url: &ShardUrl, present: &BTreeMap<String, Manifest>) -> Result<(), LatentError> {
+    fn look_for(
+        &mut self,
+        url: &ShardUrl,
+        present: &BTreeMap<String, Manifest>,
+    ) -> Result<(), LatentError> {
         let name = url.name();
         let path = self.folder.join(&name);
         remove_leftover(&path)?;
@@ -148,7 +157,9 @@ impl LatentWriter {
         let (rank, world) = (self.part.rank as u64, self.part.world as u64);
         let share = max / world + u64::from(rank < max % world);
         let read = |entry: &ShardEntry| {
-            let undecodable = LEFT_OUT_WHEN_DECODED.iter().filter_map(|&reason| entry.skipped.get(reason));
+            let undecodable = LEFT_OUT_WHEN_DECODED
+                .iter()
+                .filter_map(|&reason| entry.skipped.get(reason));
             entry.samples + undecodable.sum::<u64>()
         };
         Some(share.saturating_sub(self.manifest.shards.values().map(read).sum()))
@@ -161,33 +172,50 @@ impl LatentWriter {
     pub fn write(&mut self, batch: &EncodedBatch) -> Result<Vec<String>, LatentError> {
         let records = self.records(batch)?;
         for (sample, record) in batch.samples.iter().zip(&records) {
-            let members = record.iter().map(|(extension, content)| (*extension, content.as_slice()));
-            self.shard_file(sample.shard)?.append(&sample.key, members)?;
+            let members = record
+                .iter()
+                .map(|(extension, content)| (*extension, content.as_slice()));
+            self.shard_file(sample.shard)?
+                .append(&sample.key, members)?;
         }
-        batch.finished_shards.iter().map(|summary| self.finish(summary)).collect()
+        batch
+            .finished_shards
+            .iter()
+            .map(|summary| self.finish(summary))
+            .collect()
     }
 
     fn records(&self, batch: &EncodedBatch) -> Result<Vec<Members>, LatentError> {
         let recipe = &self.manifest.recipe;
         let moments = rows(&batch.moments, batch.samples.len(), &recipe.latent.shape)?;
         let embeds = match &recipe.prompt_embeds_shape {
-            Some(shape) => Some((shape, rows(&batch.prompt_embeds, batch.samples.len(), shape)?)),
+            Some(shape) => Some((
+                shape,
+                rows(&batch.prompt_embeds, batch.samples.len(), shape)?,
+            )),
             None => None,
         };
         let record = |(row, sample): (usize, &coffey_pipeline::SampleMeta)| {
             let array = |what, shape: &[usize], values: &[f32]| {
-                let values = to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
-                    shard: self.remaining[sample.shard].to_string(),
-                    key: sample.key.to_string(),
-                    what,
-                    value,
-                    reason,
-                })?;
+                let values =
+                    to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
+                        shard: self.remaining[sample.shard].to_string(),
+                        key: sample.key.to_string(),
+                        what,
+                        value,
+                        reason,
+                    })?;
                 npy(shape, values).map_err(LatentError::io(&self.folder))
             };
-            let mut members = vec![("latent.npy", array("moments", &recipe.latent.shape, &moments[row])?)];
+            let mut members = vec![(
+                "latent.npy",
+                array("moments", &recipe.latent.shape, &moments[row])?,
+            )];
             if let Some((shape, embeds)) = &embeds {
-                members.push(("prompt_embeds.npy", array("prompt embeddings", *shape, &embeds[row])?));
+                members.push((
+                    "prompt_embeds.npy",
+                    array("prompt embeddings", *shape, &embeds[row])?,
+                ));
             }
             members.push(("txt", sample.caption.clone().into_bytes()));
             let json = json_with_crop(sample, recipe.image.resolution);
@@ -254,7 +282,9 @@ fn check_names(shards: &[ShardUrl]) -> Result<(), LatentError> {
     for url in shards {
         let name = url.name();
         if name.is_empty() {
-            return Err(LatentError::NoName { url: url.to_string() });
+            return Err(LatentError::NoName {
+                url: url.to_string(),
+            });
         }
         if let Some(first) = seen.insert(name.clone(), url) {
             return Err(LatentError::SameName {

@@ -327,8 +327,13 @@ impl StageSnapshot {
     /// The part of its time this stage worked, 0 to 1; `None` if it never ran.
     #[must_use]
     pub fn busy_share(&self) -> Option<f64> {
-        let total = self.busy_seconds + self.starved_seconds + self.blocked_seconds;
-        (self.busy_seconds > 0.0).then(|| self.busy_seconds / total)
+        (self.busy_seconds > 0.0).then(|| self.busy_seconds / self.total_seconds())
+    }
+
+    /// Working and waiting, together.
+    #[must_use]
+    pub fn total_seconds(&self) -> f64 {
+        self.busy_seconds + self.starved_seconds + self.blocked_seconds
     }
 }
 
@@ -339,12 +344,14 @@ impl FlowSnapshot {
         &self.stages[stage as usize]
     }
 
-    /// The stage that holds the rest back: the one whose threads wait least for others.
-    /// `None` before anything ran.
+    /// The stage that holds the rest back: the one whose threads wait least for others. A stage that
+    /// was hardly there, as fetching a few small shards is, can't be it. `None` before anything ran.
     #[must_use]
     pub fn limiting_stage(&self) -> Option<Stage> {
+        let longest = self.stages.iter().map(StageSnapshot::total_seconds).fold(0.0, f64::max);
         self.stages
             .iter()
+            .filter(|stage| stage.total_seconds() >= longest / 10.0)
             .filter_map(|stage| Some((stage.stage, stage.busy_share()?)))
             .max_by(|a, b| a.1.total_cmp(&b.1))
             .map(|(stage, _)| stage)

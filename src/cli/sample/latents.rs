@@ -21,21 +21,34 @@ pub(super) struct Wanted {
 pub(super) fn read(path: &Path, wanted: Wanted) -> Result<Tensor, String> {
     let wrong = |message: String| format!("--init-latents {}: {message}", path.display());
     let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
-    let file = NpyFile::new(BufReader::new(file)).map_err(|error| wrong(format!("not a .npy file: {error}")))?;
+    let file = NpyFile::new(BufReader::new(file))
+        .map_err(|error| wrong(format!("not a .npy file: {error}")))?;
     let shape: Vec<usize> = file.shape().iter().map(|&n| n as usize).collect();
     if !fits(&shape, wanted) {
-        return Err(wrong(format!("has shape {shape:?}; needs {}", describe(wanted))));
+        return Err(wrong(format!(
+            "has shape {shape:?}; needs {}",
+            describe(wanted)
+        )));
     }
     if file.order() != Order::C {
-        return Err(wrong("is in Fortran order; save numpy.ascontiguousarray of it".to_owned()));
+        return Err(wrong(
+            "is in Fortran order; save numpy.ascontiguousarray of it".to_owned(),
+        ));
     }
     let dtype = file.dtype().descr();
     let cut = |error: std::io::Error| wrong(format!("can't be read to its end: {error}"));
     let numbers: Vec<f32> = match file.try_data::<f32>() {
         Ok(numbers) => numbers.collect::<Result<_, _>>().map_err(cut)?,
         Err(file) => match file.try_data::<f16>() {
-            Ok(numbers) => numbers.map(|x| x.map(f16::to_f32)).collect::<Result<_, _>>().map_err(cut)?,
-            Err(_) => return Err(wrong(format!("holds numbers of type {dtype}; needs float32 or float16"))),
+            Ok(numbers) => numbers
+                .map(|x| x.map(f16::to_f32))
+                .collect::<Result<_, _>>()
+                .map_err(cut)?,
+            Err(_) => {
+                return Err(wrong(format!(
+                    "holds numbers of type {dtype}; needs float32 or float16"
+                )));
+            }
         },
     };
     if numbers.iter().any(|x| !x.is_finite()) {
@@ -66,9 +79,14 @@ fn describe(wanted: Wanted) -> String {
         1 => "1".to_owned(),
         prompts => format!("1 or {prompts}"),
     };
-    let side = |name: &str, side: Option<usize>| side.map_or_else(|| name.to_owned(), |side| side.to_string());
+    let side = |name: &str, side: Option<usize>| {
+        side.map_or_else(|| name.to_owned(), |side| side.to_string())
+    };
     let (height, width) = (side("height", wanted.height), side("width", wanted.width));
-    format!("[{batch}, {}, {height}, {width}], in latents", wanted.channels)
+    format!(
+        "[{batch}, {}, {height}, {width}], in latents",
+        wanted.channels
+    )
 }
 
 #[cfg(test)]
@@ -86,12 +104,22 @@ mod tests {
         width: None,
     };
 
-    fn write<T: npyz::AutoSerialize + Clone>(folder: &Path, value: T, shape: &[u64], order: Order) -> PathBuf {
+    fn write<T: npyz::AutoSerialize + Clone>(
+        folder: &Path,
+        value: T,
+        shape: &[u64],
+        order: Order,
+    ) -> PathBuf {
         let path = folder.join("latents.npy");
         let file = File::create(&path).unwrap();
-        let options = npyz::WriteOptions::new().default_dtype().shape(shape).order(order);
+        let options = npyz::WriteOptions::new()
+            .default_dtype()
+            .shape(shape)
+            .order(order);
         let mut writer = options.writer(file).begin_nd().unwrap();
-        writer.extend(vec![value; shape.iter().product::<u64>() as usize]).unwrap();
+        writer
+            .extend(vec![value; shape.iter().product::<u64>() as usize])
+            .unwrap();
         writer.finish().unwrap();
         path
     }
@@ -102,7 +130,10 @@ mod tests {
         let path = write(folder.path(), f16::from_f32(0.5), &[1, 4, 2, 3], Order::C);
         let noise = read(&path, WANTED).unwrap();
         assert_eq!(noise.dims(), [2, 4, 2, 3]);
-        assert_eq!(noise.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.5; 48]);
+        assert_eq!(
+            noise.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [0.5; 48]
+        );
         let path = write(folder.path(), 0.25f32, &[2, 4, 2, 3], Order::C);
         assert_eq!(read(&path, WANTED).unwrap().dims(), [2, 4, 2, 3]);
     }
@@ -111,14 +142,23 @@ mod tests {
     fn what_does_not_fit_is_refused_with_what_would() {
         let folder = tempfile::tempdir().unwrap();
         let refused = |path: &Path| read(path, WANTED).unwrap_err();
-        for shape in [&[3, 4, 2, 3][..], &[1, 3, 2, 3], &[1, 4, 3, 3], &[4, 2, 3], &[1, 4, 2, 0]] {
+        for shape in [
+            &[3, 4, 2, 3][..],
+            &[1, 3, 2, 3],
+            &[1, 4, 3, 3],
+            &[4, 2, 3],
+            &[1, 4, 2, 0],
+        ] {
             let message = refused(&write(folder.path(), 0f32, shape, Order::C));
             assert!(message.contains("needs [1 or 2, 4, 2, width]"), "{message}");
         }
         let fortran = refused(&write(folder.path(), 0f32, &[1, 4, 2, 3], Order::Fortran));
         assert!(fortran.contains("Fortran"), "{fortran}");
         let doubles = refused(&write(folder.path(), 0f64, &[1, 4, 2, 3], Order::C));
-        assert!(doubles.contains("<f8") && doubles.contains("float32"), "{doubles}");
+        assert!(
+            doubles.contains("<f8") && doubles.contains("float32"),
+            "{doubles}"
+        );
         let not_a_number = refused(&write(folder.path(), f32::NAN, &[1, 4, 2, 3], Order::C));
         assert!(not_a_number.contains("not finite"), "{not_a_number}");
         let path = folder.path().join("text.npy");

@@ -30,7 +30,11 @@ struct Run {
 
 impl Parts {
     /// Looks in `model`, then in `teacher`, or if that is not given, where the run says.
-    pub(super) fn find(model: &Path, teacher: Option<&Path>, unet: Option<&str>) -> Result<Self, Failure> {
+    pub(super) fn find(
+        model: &Path,
+        teacher: Option<&Path>,
+        unet: Option<&str>,
+    ) -> Result<Self, Failure> {
         let unet = find_unet(model, unet)?;
         let run = find_run(model)?;
         let vae = run.as_ref().and_then(|run| run.vae.clone());
@@ -54,7 +58,11 @@ impl Parts {
         };
         let missing = missing(&pipeline);
         match missing.is_empty() {
-            true => Ok(Self { unet, pipeline, vae }),
+            true => Ok(Self {
+                unet,
+                pipeline,
+                vae,
+            }),
             false => failed(format!(
                 "{} has no {}; --teacher DIR names the folder that has",
                 pipeline.display(),
@@ -66,8 +74,16 @@ impl Parts {
     /// Whether the parts belong together.
     pub(super) fn fit(&self, unet: &UNetConfig, encoders: &Encoders) -> Result<(), Failure> {
         let pairs = [
-            ("the width of the text embeddings", unet.cross_attention_dim, encoders.text_width()),
-            ("the number of latent channels", unet.in_channels, encoders.vae().config().latent_channels),
+            (
+                "the width of the text embeddings",
+                unet.cross_attention_dim,
+                encoders.text_width(),
+            ),
+            (
+                "the number of latent channels",
+                unet.in_channels,
+                encoders.vae().config().latent_channels,
+            ),
         ];
         for (what, needed, found) in pairs {
             if needed != found {
@@ -88,14 +104,25 @@ fn failed<T>(message: String) -> Result<T, Failure> {
 
 /// Parts besides the UNet that are not in a folder.
 fn missing(folder: &Path) -> Vec<&'static str> {
-    OTHERS.into_iter().filter(|part| !folder.join(part).is_dir()).collect()
+    OTHERS
+        .into_iter()
+        .filter(|part| !folder.join(part).is_dir())
+        .collect()
 }
 
 fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
     let names = name.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name]);
-    match names.iter().map(|name| model.join(name)).find(|folder| folder.is_dir()) {
+    match names
+        .iter()
+        .map(|name| model.join(name))
+        .find(|folder| folder.is_dir())
+    {
         Some(folder) => Ok(folder),
-        None => failed(format!("{} has no folder {}", model.display(), names.join(" or "))),
+        None => failed(format!(
+            "{} has no folder {}",
+            model.display(),
+            names.join(" or ")
+        )),
     }
 }
 
@@ -114,7 +141,10 @@ fn find_run(model: &Path) -> Result<Option<Run>, Failure> {
     let text = std::fs::read_to_string(&path)?;
     match serde_json::from_str(&text) {
         Ok(run) => Ok(Some(run)),
-        Err(error) => failed(format!("{}: {error}; give --teacher DIR instead", path.display())),
+        Err(error) => failed(format!(
+            "{}: {error}; give --teacher DIR instead",
+            path.display()
+        )),
     }
 }
 
@@ -138,7 +168,17 @@ mod tests {
     #[test]
     fn a_pipeline_has_all_its_parts() {
         let root = tempfile::tempdir().unwrap();
-        folders(root.path(), &["scheduler", "text_encoder", "tokenizer", "vae", "unet", "unet_target"]);
+        folders(
+            root.path(),
+            &[
+                "scheduler",
+                "text_encoder",
+                "tokenizer",
+                "vae",
+                "unet",
+                "unet_target",
+            ],
+        );
         let found = Parts::find(root.path(), None, None).unwrap();
         assert_eq!(found.unet, root.path().join("unet_target"));
         assert_eq!(found.pipeline, root.path());
@@ -153,16 +193,28 @@ mod tests {
         let (run, teacher) = (root.path().join("run"), root.path().join("teacher"));
         folders(&run, &["unet", "checkpoint-5/unet"]);
         let alone = message(Parts::find(&run, None, None));
-        assert!(alone.contains("--teacher") && alone.contains("text_encoder"), "{alone}");
-        std::fs::write(run.join("run.json"), serde_json::json!({"teacher": teacher, "vae": "elsewhere"}).to_string()).unwrap();
+        assert!(
+            alone.contains("--teacher") && alone.contains("text_encoder"),
+            "{alone}"
+        );
+        std::fs::write(
+            run.join("run.json"),
+            serde_json::json!({"teacher": teacher, "vae": "elsewhere"}).to_string(),
+        )
+        .unwrap();
         let absent = message(Parts::find(&run, None, None));
         assert!(absent.contains("teacher has no scheduler"), "{absent}");
         folders(&teacher, &OTHERS);
         for model in [run.clone(), run.join("checkpoint-5")] {
             let found = Parts::find(&model, None, None).unwrap();
-            assert_eq!((found.pipeline, found.vae), (teacher.clone(), Some("elsewhere".into())));
+            assert_eq!(
+                (found.pipeline, found.vae),
+                (teacher.clone(), Some("elsewhere".into()))
+            );
         }
         std::fs::write(run.join("run.json"), "{}").unwrap();
-        assert!(message(Parts::find(&run, None, None)).contains("run.json: missing field `teacher`"));
+        assert!(
+            message(Parts::find(&run, None, None)).contains("run.json: missing field `teacher`")
+        );
     }
 }

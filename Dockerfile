@@ -1,0 +1,60 @@
+# coffey in a container.
+#
+#   docker build -t coffey .
+#   docker run --rm --read-only -v coffey-runs:/data coffey train -c configs/quickstart.toml -s train.output=/data/quickstart
+#
+# CUDA (not built or run yet): the build base needs the CUDA toolkit, Rust 1.95 or newer, gcc and ca-certificates; the final
+# base needs the CUDA runtime libraries.
+#
+#   docker build -t coffey:cuda --build-arg FEATURES=cuda --build-arg BUILD_BASE=… --build-arg FINAL_BASE=… .
+ARG BUILD_BASE=rust:1-slim-bookworm
+ARG FINAL_BASE=debian:bookworm-slim
+
+FROM ${BUILD_BASE} AS build
+ARG FEATURES=""
+WORKDIR /build
+
+# Dependencies in a layer of their own: they are built again only when a manifest or the lock file changes. Targets that the
+# manifests name must exist for cargo to read them, so each gets an empty source.
+COPY Cargo.toml Cargo.lock ./
+COPY pipeline/Cargo.toml pipeline/
+RUN set -eu; \
+    mkdir -p src pipeline/src; \
+    echo 'fn main() {}' > src/main.rs; \
+    touch src/lib.rs pipeline/src/lib.rs; \
+    for crate in . pipeline; do \
+        awk -F '"' '/^\[/ { folder = "" } /^\[\[test\]\]/ { folder = "tests" } /^\[\[bench\]\]/ { folder = "benches" } \
+            folder && /^name *=/ { print folder "/" $2 ".rs" }' "$crate/Cargo.toml" \
+        | while read -r file; do \
+            mkdir -p "$crate/${file%/*}"; \
+            echo 'fn main() {}' > "$crate/$file"; \
+        done; \
+    done; \
+    cargo build --release --locked --bin coffey --features "$FEATURES"
+
+COPY src src
+COPY pipeline/src pipeline/src
+# The sources may be older than what was just built of the empty ones; cargo goes by the time.
+RUN set -eu; \
+    find src pipeline/src -name '*.rs' -exec touch {} +; \
+    cargo build --release --locked --bin coffey --features "$FEATURES"; \
+    strip -o /coffey target/release/coffey
+
+FROM ${FINAL_BASE}
+LABEL org.opencontainers.image.title="coffey" \
+      org.opencontainers.image.description="Streams captioned images out of S3 and distils latent diffusion models into Latent Consistency Models" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin coffey \
+    && install -d -o coffey -g coffey /data
+COPY --from=build /coffey /usr/local/bin/coffey
+WORKDIR /opt/coffey
+COPY LICENSE ./
+COPY configs configs
+COPY assets/quickstart assets/quickstart
+
+# The only place that is written to: -s train.output=/data/… or -s latents.output=/data/…
+VOLUME ["/data"]
+USER 10001:10001
+ENTRYPOINT ["coffey"]
+CMD ["--help"]

@@ -1,0 +1,120 @@
+//! What a check found, a line for each step.
+
+use serde::Serialize;
+
+use super::memory::MemoryPlan;
+use crate::cli::{Failure, with_causes};
+
+/// How one step went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    Warning,
+    Error,
+}
+
+#[derive(Serialize)]
+struct Line {
+    step: &'static str,
+    status: Status,
+    message: String,
+}
+
+/// The steps so far; printed as they are made, unless they are printed as JSON at the end.
+#[derive(Serialize)]
+pub(super) struct Report {
+    #[serde(skip)]
+    quiet: bool,
+    steps: Vec<Line>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryPlan>,
+}
+
+impl Report {
+    pub(super) fn new(quiet: bool) -> Self {
+        Self {
+            quiet,
+            steps: Vec::new(),
+            memory: None,
+        }
+    }
+
+    pub(super) fn step<T>(
+        &mut self,
+        step: &'static str,
+        work: impl FnOnce() -> Result<(T, String), Failure>,
+    ) -> Result<T, Failure> {
+        match work() {
+            Ok((result, message)) => {
+                self.line(step, Status::Ok, message);
+                Ok(result)
+            }
+            Err(failure) => {
+                let message = match &failure {
+                    Failure::Usage(error) | Failure::Failed(error) => with_causes(error.as_ref()),
+                    Failure::Stopped => "stopped by a signal".to_owned(),
+                };
+                self.line(step, Status::Error, message);
+                Err(failure)
+            }
+        }
+    }
+
+    pub(super) fn memory(&mut self, plan: MemoryPlan) {
+        let (enough, message) = plan.verdict();
+        self.line(
+            "memory",
+            if enough { Status::Ok } else { Status::Warning },
+            message,
+        );
+        if !self.quiet {
+            for line in plan.lines() {
+                println!("           {line}");
+            }
+        }
+        self.memory = Some(plan);
+    }
+
+    fn line(&mut self, step: &'static str, status: Status, message: String) {
+        // A step is one line, also where a message quotes what was found in a file.
+        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        if !self.quiet {
+            let word = match status {
+                Status::Ok => "ok",
+                Status::Warning => "warning",
+                Status::Error => "error",
+            };
+            println!("{word:<8} {step:<14} {message}");
+        }
+        self.steps.push(Line {
+            step,
+            status,
+            message,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_step_is_reported_and_ends_the_check() {
+        let mut report = Report::new(true);
+        assert_eq!(
+            report.step("one", || Ok((7, "fine".to_owned()))).unwrap(),
+            7
+        );
+        let failed = report.step("two", || {
+            Err::<((), String), _>(Failure::Failed("broken".into()))
+        });
+        assert_eq!(failed.unwrap_err().code(), 1);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["steps"][0]["status"], "ok");
+        assert_eq!(
+            json["steps"][1],
+            serde_json::json!({"step": "two", "status": "error", "message": "broken"})
+        );
+    }
+}

@@ -1,0 +1,100 @@
+//! Runs the binary as a user does, from the repository's root.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "these are tests"
+)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// The command with no scheduler's or cloud's variables set.
+pub(crate) fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
+    for name in [
+        "RANK",
+        "WORLD_SIZE",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_PROFILE",
+    ] {
+        command.env_remove(name);
+    }
+    // Found, and not valid anywhere: the tests' servers ask for none.
+    command
+        .env("AWS_ACCESS_KEY_ID", "test")
+        .env("AWS_SECRET_ACCESS_KEY", "test")
+        .env("AWS_REGION", "us-east-1");
+    command
+}
+
+/// Standard output and standard error as text.
+pub(crate) fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// Runs a command that must succeed; its standard output.
+#[track_caller]
+pub(crate) fn succeed(args: &[&str]) -> String {
+    let output = command(args).output().unwrap();
+    let (out, err) = texts(&output);
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {err}");
+    out
+}
+
+/// Runs a command that must end with `code` and one message that says every one of `words`.
+#[track_caller]
+pub(crate) fn refuse(code: i32, args: &[&str], words: &[&str]) -> String {
+    let output = command(args).output().unwrap();
+    let (_, err) = texts(&output);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {err}");
+    assert_eq!(err.matches("error: ").count(), 1, "{args:?}: {err}");
+    assert!(!err.contains("panicked"), "{err}");
+    for word in words {
+        assert!(err.contains(word), "{args:?} should say {word:?}: {err}");
+    }
+    err
+}
+
+/// Runs a script of `tests/reference` with the Python that `COFFEY_PYTHON` names; without one, says that it did not.
+#[track_caller]
+pub(crate) fn python(script: &str, args: &[&Path]) {
+    let Some(python) = std::env::var_os("COFFEY_PYTHON") else {
+        eprintln!("COFFEY_PYTHON is not set: {script} was not run");
+        return;
+    };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let script = folder.join("tests/reference").join(script);
+    let output = Command::new(python)
+        .current_dir(folder)
+        .arg(&script)
+        .args(args)
+        .output()
+        .unwrap();
+    let (out, err) = texts(&output);
+    assert!(
+        output.status.success(),
+        "{}:\n{out}\n{err}",
+        script.display()
+    );
+}
+
+/// Copies a folder with all that is in it.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
