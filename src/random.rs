@@ -14,7 +14,10 @@ pub fn generator(seed: u64, purpose: &str, a: u64, b: u64) -> Rng {
 /// # Errors
 /// When the device can't hold them.
 pub fn normal(rng: &mut Rng, shape: &[usize], device: &Device) -> Result<Tensor> {
-    let data: Vec<f32> = StandardNormal.sample_iter(rng).take(shape.iter().product()).collect();
+    let data: Vec<f32> = StandardNormal
+        .sample_iter(rng)
+        .take(shape.iter().product())
+        .collect();
     Tensor::from_vec(data, shape, device)
 }
 

@@ -17,7 +17,9 @@ pub struct Stop {
 
 impl std::fmt::Debug for Stop {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stop").field("asked", &self.asked).finish_non_exhaustive()
+        f.debug_struct("Stop")
+            .field("asked", &self.asked)
+            .finish_non_exhaustive()
     }
 }
 
@@ -34,18 +36,25 @@ impl Stop {
         }
         let mut signals = Signals::new([SIGTERM, SIGINT])?;
         let listener = stop.clone();
-        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-            for _ in signals.forever() {
-                listener.ask();
-            }
-        })?;
+        std::thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || {
+                for _ in signals.forever() {
+                    listener.ask();
+                }
+            })?;
         Ok(stop)
     }
 
     /// Asks for the stop, as a signal does.
     pub fn ask(&self) {
         self.asked.store(true, Ordering::SeqCst);
-        for hook in self.hooks.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for hook in self
+            .hooks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+        {
             hook();
         }
     }
@@ -60,6 +69,9 @@ impl Stop {
         if self.asked() {
             hook();
         }
-        self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(hook));
+        self.hooks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Box::new(hook));
     }
 }

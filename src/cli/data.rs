@@ -2,7 +2,9 @@
 
 use coffey_pipeline::order::Order;
 use coffey_pipeline::shard::expand;
-use coffey_pipeline::{CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl, Sources, StreamConfig};
+use coffey_pipeline::{
+    CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl, Sources, StreamConfig,
+};
 use tokio::runtime::Runtime;
 
 use super::Failure;
@@ -55,7 +57,12 @@ pub(super) fn s3_options(s3: &config::S3) -> S3Options {
 }
 
 /// The `[data]`, `[data.filter]` and `[image]` tables for shards that were listed.
-pub(super) fn stream_config(config: &Config, shards: Vec<ShardUrl>, order: Order, batch_size: usize) -> StreamConfig {
+pub(super) fn stream_config(
+    config: &Config,
+    shards: Vec<ShardUrl>,
+    order: Order,
+    batch_size: usize,
+) -> StreamConfig {
     let Config { data, image, .. } = config;
     let filter = data.filter.clone().unwrap_or_default();
     StreamConfig {

@@ -139,6 +139,13 @@ pub fn run() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    // The stream's warnings, as a shard that is cut off.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
     let result = match cli.command {
         Command::Train(args) => train::run(args),
         Command::Precompute(args) => precompute::run(args),
@@ -151,7 +158,9 @@ pub fn run() -> ExitCode {
         return ExitCode::SUCCESS;
     };
     match &failure {
-        Failure::Usage(error) | Failure::Failed(error) => eprintln!("error: {}", with_causes(error.as_ref())),
+        Failure::Usage(error) | Failure::Failed(error) => {
+            eprintln!("error: {}", with_causes(error.as_ref()))
+        }
         Failure::Stopped => eprintln!("stopped by a signal; run the same command to go on"),
     }
     ExitCode::from(failure.code())

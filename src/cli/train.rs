@@ -20,7 +20,12 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let paths = config.require_train()?;
     let train_device = device::open(config.train.device)?;
-    let encode_devices = config.encode.devices.iter().map(|&d| device::open(d)).collect::<Result<Vec<_>, _>>()?;
+    let encode_devices = config
+        .encode
+        .devices
+        .iter()
+        .map(|&d| device::open(d))
+        .collect::<Result<Vec<_>, _>>()?;
     let access = DataAccess::open(s3_options(&config.s3))?;
     eprintln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
@@ -29,11 +34,22 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
             stream.resume = resume;
-            Stream::open(stream, &access.sources, &access.metrics, access.runtime.handle())
+            Stream::open(
+                stream,
+                &access.sources,
+                &access.metrics,
+                access.runtime.handle(),
+            )
         }),
         metrics: access.metrics.clone(),
     };
-    match train::run(&config, paths, &data, (&train_device, &encode_devices), &stop)? {
+    match train::run(
+        &config,
+        paths,
+        &data,
+        (&train_device, &encode_devices),
+        &stop,
+    )? {
         Outcome::Done(output) => {
             println!("{}", output.display());
             Ok(())

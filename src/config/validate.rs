@@ -296,8 +296,7 @@ impl Check<'_> {
         self.above_zero("optimizer.max_grad_norm", optimizer.max_grad_norm)?;
         let steps = optimizer.warmup_steps;
         let ok = steps == 0 || optimizer.schedule != Schedule::Constant;
-        let needs =
-            r#"has no effect with optimizer.schedule = "constant"; use another, as "constant_with_warmup""#;
+        let needs = r#"has no effect with optimizer.schedule = "constant"; use another, as "constant_with_warmup""#;
         self.that("optimizer.warmup_steps", steps, ok, needs)
     }
 

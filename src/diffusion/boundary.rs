@@ -43,7 +43,10 @@ mod tests {
     #[test]
     fn equals_diffusers() {
         let golden = &golden::load()["boundary_scalings"];
-        let t: Vec<i64> = golden::numbers(&golden["t"]).into_iter().map(|t| t as i64).collect();
+        let t: Vec<i64> = golden::numbers(&golden["t"])
+            .into_iter()
+            .map(|t| t as i64)
+            .collect();
         let (skip, out) = BoundaryScaling::default().each(&t);
         golden::assert_close(&skip, &golden["c_skip"], 1e-6);
         golden::assert_close(&out, &golden["c_out"], 1e-6);

@@ -52,7 +52,10 @@ mod golden {
         assert_eq!(got.len(), want.len());
         let scale = want.iter().fold(1e-30f64, |a, b| a.max(b.abs()));
         for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-            assert!((g - w).abs() <= tolerance * scale, "number {i}: got {g}, diffusers has {w}");
+            assert!(
+                (g - w).abs() <= tolerance * scale,
+                "number {i}: got {g}, diffusers has {w}"
+            );
         }
     }
 
@@ -61,11 +64,14 @@ mod golden {
         let rows = value.as_array().expect("an array").len();
         let data: Vec<f32> = numbers(value).into_iter().map(|x| x as f32).collect();
         let rest = data.len() / rows;
-        candle_core::Tensor::from_vec(data, (rows, 1, 1, rest), &candle_core::Device::Cpu).expect("a tensor")
+        candle_core::Tensor::from_vec(data, (rows, 1, 1, rest), &candle_core::Device::Cpu)
+            .expect("a tensor")
     }
 
     pub(super) fn flat(tensor: &candle_core::Tensor) -> Vec<f64> {
-        let tensor = tensor.flatten_all().and_then(|t| t.to_dtype(candle_core::DType::F64));
+        let tensor = tensor
+            .flatten_all()
+            .and_then(|t| t.to_dtype(candle_core::DType::F64));
         tensor.and_then(|t| t.to_vec1()).expect("numbers")
     }
 }

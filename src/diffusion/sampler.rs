@@ -62,12 +62,14 @@ impl NoisePredictor for StudentPredictor<'_> {
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
         let b = latents.dim(0)?;
         let width = self.unet.config().time_cond_proj_dim;
-        let embedding = width.map(|w| guidance_embedding(&vec![self.guidance - 1.0; b], w, latents.device()));
+        let embedding =
+            width.map(|w| guidance_embedding(&vec![self.guidance - 1.0; b], w, latents.device()));
         let conditioning = Conditioning {
             prompt_embeds: self.prompt_embeds.clone(),
             guidance_embedding: embedding.transpose()?,
         };
-        self.unet.forward(latents, &vec![timestep; b], &conditioning)
+        self.unet
+            .forward(latents, &vec![timestep; b], &conditioning)
     }
 }
 
@@ -167,7 +169,9 @@ impl<'a> LcmSampler<'a> {
     }
 
     fn denoise(&self, output: &Tensor, x: &Tensor, t: i64) -> Result<Tensor> {
-        let original = self.schedule.predicted_original(output, x, &vec![t; x.dim(0)?])?;
+        let original = self
+            .schedule
+            .predicted_original(output, x, &vec![t; x.dim(0)?])?;
         let (skip, out) = self.boundary.at(t);
         (x * skip)? + (original * out)?
     }
@@ -175,9 +179,9 @@ impl<'a> LcmSampler<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Prediction;
     use super::super::golden;
     use super::super::schedule::tests::{scaled_linear_schedule, with};
-    use super::super::Prediction;
     use super::*;
 
     #[test]
@@ -186,7 +190,11 @@ mod tests {
         let golden = golden::load();
         let as_numbers = |t: &[i64]| t.iter().map(|&t| t as f64).collect::<Vec<_>>();
         for (steps, want) in golden["lcm"]["timesteps"].as_object().unwrap() {
-            let sampler = LcmSampler::new(&schedule, BoundaryScaling::default(), steps.parse().unwrap());
+            let sampler = LcmSampler::new(
+                &schedule,
+                BoundaryScaling::default(),
+                steps.parse().unwrap(),
+            );
             golden::assert_close(&as_numbers(&sampler.timesteps), want, 0.0);
         }
         for (steps, want) in golden["ddim_trailing"]["timesteps"].as_object().unwrap() {
@@ -198,7 +206,10 @@ mod tests {
     #[test]
     fn steps_equal_diffusers() -> Result<()> {
         let golden = golden::load();
-        for (name, prediction) in [("epsilon", Prediction::Epsilon), ("v_prediction", Prediction::VPrediction)] {
+        for (name, prediction) in [
+            ("epsilon", Prediction::Epsilon),
+            ("v_prediction", Prediction::VPrediction),
+        ] {
             let schedule = with(&scaled_linear_schedule(), prediction, true);
             let lcm = &golden["lcm"][name];
             let sampler = LcmSampler::new(&schedule, BoundaryScaling::default(), 4);
@@ -217,7 +228,12 @@ mod tests {
                 let ddim = &golden["ddim_trailing"][format!("{name}.{end}")];
                 let sampler = DdimSampler::new(&schedule, 4);
                 let mut x = row(&ddim["start"]);
-                for (step, &t) in ddim["steps"].as_array().unwrap().iter().zip(&sampler.timesteps) {
+                for (step, &t) in ddim["steps"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .zip(&sampler.timesteps)
+                {
                     let next = sampler.step(&row(&step["output"]), &x, t, t - 250)?;
                     golden::assert_close(&golden::flat(&next), &step["prev"], 1e-5);
                     x = row(&step["prev"]);

@@ -102,7 +102,11 @@ impl NoiseSchedule {
                 roots.into_iter().map(|b| single(b * b)).collect()
             }
             (None, "squaredcos_cap_v2") => {
-                let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+                let bar = |t: f64| {
+                    ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
+                        .cos()
+                        .powi(2)
+                };
                 let beta = |i| 1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64);
                 (0..n).map(|i| single(beta(i).min(0.999))).collect()
             }
@@ -113,14 +117,21 @@ impl NoiseSchedule {
             }
         };
         if betas.len() < 2 || betas.len() != n || betas.iter().any(|b| !(0.0..=1.0).contains(b)) {
-            return Err(format!("the schedule needs {n} betas between 0 and 1, at least two; it has {}", betas.len()));
+            return Err(format!(
+                "the schedule needs {n} betas between 0 and 1, at least two; it has {}",
+                betas.len()
+            ));
         }
         if file.rescale_betas_zero_snr {
             betas = rescale_zero_terminal_snr(&betas);
         }
         let alphas_cumprod: Vec<f64> = cumulative(&betas).map(single).collect();
         Ok(Self {
-            final_alpha_cumprod: if file.set_alpha_to_one { 1.0 } else { alphas_cumprod[0] },
+            final_alpha_cumprod: if file.set_alpha_to_one {
+                1.0
+            } else {
+                alphas_cumprod[0]
+            },
             prediction: file.prediction_type,
             alphas_cumprod,
         })
@@ -168,7 +179,12 @@ impl NoiseSchedule {
     ///
     /// # Errors
     /// When the shapes do not fit.
-    pub fn predicted_original(&self, output: &Tensor, x: &Tensor, timesteps: &[i64]) -> Result<Tensor> {
+    pub fn predicted_original(
+        &self,
+        output: &Tensor,
+        x: &Tensor,
+        timesteps: &[i64],
+    ) -> Result<Tensor> {
         let (alphas, sigmas) = self.alphas_sigmas(timesteps);
         match self.prediction {
             Prediction::Epsilon => {
@@ -188,7 +204,12 @@ impl NoiseSchedule {
     ///
     /// # Errors
     /// When the shapes do not fit.
-    pub fn predicted_noise(&self, output: &Tensor, x: &Tensor, timesteps: &[i64]) -> Result<Tensor> {
+    pub fn predicted_noise(
+        &self,
+        output: &Tensor,
+        x: &Tensor,
+        timesteps: &[i64],
+    ) -> Result<Tensor> {
         let (alphas, sigmas) = self.alphas_sigmas(timesteps);
         match self.prediction {
             Prediction::Epsilon => Ok(output.clone()),
@@ -254,7 +275,11 @@ pub(super) mod tests {
         NoiseSchedule::new(&scaled_linear()).unwrap()
     }
 
-    pub(in crate::diffusion) fn with(like: &NoiseSchedule, prediction: Prediction, to_one: bool) -> NoiseSchedule {
+    pub(in crate::diffusion) fn with(
+        like: &NoiseSchedule,
+        prediction: Prediction,
+        to_one: bool,
+    ) -> NoiseSchedule {
         let final_alpha_cumprod = if to_one { 1.0 } else { like.alphas_cumprod[0] };
         NoiseSchedule {
             prediction,
@@ -282,7 +307,10 @@ pub(super) mod tests {
         ] {
             let schedule = NoiseSchedule::new(&file).unwrap();
             let map = golden[key].as_object().unwrap();
-            let got: Vec<f64> = map.keys().map(|t| schedule.alpha_cumprod(t.parse().unwrap())).collect();
+            let got: Vec<f64> = map
+                .keys()
+                .map(|t| schedule.alpha_cumprod(t.parse().unwrap()))
+                .collect();
             golden::assert_close(&got, &golden[key], tolerance);
         }
     }
@@ -291,18 +319,32 @@ pub(super) mod tests {
     fn noise_and_predictions_equal_diffusers() -> Result<()> {
         let golden = golden::load();
         let add = &golden["add_noise"];
-        let t: Vec<i64> = golden::numbers(&add["t"]).into_iter().map(|t| t as i64).collect();
+        let t: Vec<i64> = golden::numbers(&add["t"])
+            .into_iter()
+            .map(|t| t as i64)
+            .collect();
         let schedule = NoiseSchedule::new(&scaled_linear()).unwrap();
-        let noisy = schedule.add_noise(&golden::tensor(&add["latents"]), &golden::tensor(&add["noise"]), &t)?;
+        let noisy = schedule.add_noise(
+            &golden::tensor(&add["latents"]),
+            &golden::tensor(&add["noise"]),
+            &t,
+        )?;
         golden::assert_close(&golden::flat(&noisy), &add["noisy"], 1e-6);
         let predicted = &golden["predicted"];
-        for prediction in [Prediction::Epsilon, Prediction::Sample, Prediction::VPrediction] {
+        for prediction in [
+            Prediction::Epsilon,
+            Prediction::Sample,
+            Prediction::VPrediction,
+        ] {
             let schedule = NoiseSchedule {
                 prediction,
                 ..schedule.clone()
             };
             let want = &predicted[serde_json::to_value(prediction).unwrap().as_str().unwrap()];
-            let (output, sample) = (golden::tensor(&predicted["output"]), golden::tensor(&add["latents"]));
+            let (output, sample) = (
+                golden::tensor(&predicted["output"]),
+                golden::tensor(&add["latents"]),
+            );
             let original = schedule.predicted_original(&output, &sample, &t)?;
             golden::assert_close(&golden::flat(&original), &want["original"], 1e-5);
             let noise = schedule.predicted_noise(&output, &sample, &t)?;

@@ -45,9 +45,15 @@ impl DdimSolver {
     ///
     /// # Errors
     /// When the shapes do not fit.
-    pub fn step(&self, predicted_original: &Tensor, predicted_noise: &Tensor, index: &[usize]) -> Result<Tensor> {
+    pub fn step(
+        &self,
+        predicted_original: &Tensor,
+        predicted_noise: &Tensor,
+        index: &[usize],
+    ) -> Result<Tensor> {
         let alphas = index.iter().map(|&i| self.previous_alphas_cumprod[i]);
-        let (original, noise): (Vec<f64>, Vec<f64>) = alphas.map(|a| (a.sqrt(), (1.0 - a).sqrt())).unzip();
+        let (original, noise): (Vec<f64>, Vec<f64>) =
+            alphas.map(|a| (a.sqrt(), (1.0 - a).sqrt())).unzip();
         mix(&original, predicted_original, &noise, predicted_noise)
     }
 }
@@ -66,9 +72,20 @@ mod tests {
             let solver = DdimSolver::new(&schedule, steps);
             let timesteps: Vec<f64> = solver.timesteps.iter().map(|&t| t as f64).collect();
             golden::assert_close(&timesteps, &golden["timesteps"], 0.0);
-            golden::assert_close(&solver.previous_alphas_cumprod, &golden["alphas_cumprod_prev"], 1e-6);
-            let index: Vec<usize> = golden::numbers(&golden["index"]).iter().map(|&i| i as usize).collect();
-            let x = solver.step(&golden::tensor(&golden["pred_x0"]), &golden::tensor(&golden["pred_noise"]), &index)?;
+            golden::assert_close(
+                &solver.previous_alphas_cumprod,
+                &golden["alphas_cumprod_prev"],
+                1e-6,
+            );
+            let index: Vec<usize> = golden::numbers(&golden["index"])
+                .iter()
+                .map(|&i| i as usize)
+                .collect();
+            let x = solver.step(
+                &golden::tensor(&golden["pred_x0"]),
+                &golden::tensor(&golden["pred_noise"]),
+                &index,
+            )?;
             golden::assert_close(&golden::flat(&x), &golden["x_prev"], 1e-6);
         }
         Ok(())

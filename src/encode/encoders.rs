@@ -48,7 +48,12 @@ impl Encoders {
     ///
     /// # Errors
     /// When a folder does not hold what it should.
-    pub fn load(pipeline: &Path, vae: Option<&Path>, device: &Device, vae_batch: usize) -> Result<Self, ModelError> {
+    pub fn load(
+        pipeline: &Path,
+        vae: Option<&Path>,
+        device: &Device,
+        vae_batch: usize,
+    ) -> Result<Self, ModelError> {
         let vae = vae.map_or_else(|| pipeline.join("vae"), Path::to_owned);
         Ok(Self {
             vae: AutoencoderKl::load(&vae, DType::F32, device)?,
@@ -91,19 +96,29 @@ impl Encoders {
             .iter()
             .map(|caption| self.tokenizer.encode(caption.as_ref()))
             .collect::<Result<_, _>>()?;
-        self.text_encoder.forward(&ids).map_err(|source| self.tensor_error(source))
+        self.text_encoder
+            .forward(&ids)
+            .map_err(|source| self.tensor_error(source))
     }
 
     /// Moments of the latents of images: `pixels` holds `[batch, 3, side, side]` in [-1, 1] → `[batch, 2C, side/f, side/f]`.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn encode_pixels(&self, pixels: Vec<f32>, batch: usize, side: usize) -> Result<Tensor, EncodeError> {
+    pub fn encode_pixels(
+        &self,
+        pixels: Vec<f32>,
+        batch: usize,
+        side: usize,
+    ) -> Result<Tensor, EncodeError> {
         let run = || {
             let pixels = Tensor::from_vec(pixels, (batch, 3, side, side), &self.device)?;
             let moments = (0..batch)
                 .step_by(self.vae_batch)
-                .map(|from| self.vae.encode(&pixels.narrow(0, from, self.vae_batch.min(batch - from))?))
+                .map(|from| {
+                    self.vae
+                        .encode(&pixels.narrow(0, from, self.vae_batch.min(batch - from))?)
+                })
                 .collect::<candle_core::Result<Vec<_>>>()?;
             Tensor::cat(&moments, 0)
         };

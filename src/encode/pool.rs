@@ -47,7 +47,11 @@ impl EncodePool {
     ///
     /// # Errors
     /// When a thread can't be started.
-    pub fn start(stream: Stream, encoders: Vec<Encoders>, metrics: &FlowMetrics) -> Result<Self, EncodeError> {
+    pub fn start(
+        stream: Stream,
+        encoders: Vec<Encoders>,
+        metrics: &FlowMetrics,
+    ) -> Result<Self, EncodeError> {
         let mut pool = Self {
             outputs: Vec::new(),
             next: 0,
@@ -73,7 +77,9 @@ impl EncodePool {
         let deal = std::thread::Builder::new().name("encode-deal".to_owned());
         pool.threads.push(deal.spawn(move || {
             for sender in senders.iter().cycle() {
-                let Some(batch) = batches.recv_untimed() else { return };
+                let Some(batch) = batches.recv_untimed() else {
+                    return;
+                };
                 if sender.send_blocking(batch, &stage).is_err() {
                     return;
                 }
@@ -140,7 +146,9 @@ fn work(
     stage: &StageHandle,
 ) {
     while let Some(job) = jobs.recv_blocking(stage) {
-        let encoded = job.map_err(EncodeError::from).and_then(|batch| stage.work(|| encode(encoders, batch)));
+        let encoded = job
+            .map_err(EncodeError::from)
+            .and_then(|batch| stage.work(|| encode(encoders, batch)));
         if let Ok(batch) = &encoded {
             stage.add_items(batch.samples.len() as u64);
         }
@@ -153,9 +161,13 @@ fn work(
 
 fn encode(encoders: &Encoders, batch: PixelBatch) -> Encoded {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
-    let cpu = |t: Tensor| t.to_device(&Device::Cpu).map_err(|e| EncodeError::Model(e.into()));
+    let cpu = |t: Tensor| {
+        t.to_device(&Device::Cpu)
+            .map_err(|e| EncodeError::Model(e.into()))
+    };
     let prompt_embeds = cpu(encoders.encode_text(&captions)?)?;
-    let moments = encoders.encode_pixels(batch.pixels, batch.samples.len(), batch.resolution as usize)?;
+    let moments =
+        encoders.encode_pixels(batch.pixels, batch.samples.len(), batch.resolution as usize)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,

@@ -29,7 +29,12 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(scope: &Scope<'_>, width: usize, hidden: usize, eps: f64) -> std::result::Result<Self, ModelError> {
+    fn new(
+        scope: &Scope<'_>,
+        width: usize,
+        hidden: usize,
+        eps: f64,
+    ) -> std::result::Result<Self, ModelError> {
         let attention = |name: &str| Linear::new(&scope.sub("self_attn").sub(name), width, width);
         Ok(Self {
             layer_norm1: LayerNorm::new(&scope.sub("layer_norm1"), width, eps)?,
@@ -75,25 +80,43 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// When the folder is not a text encoder that coffey builds; file, key or tensor are named.
-    pub fn load(folder: &Path, dtype: DType, device: &Device) -> std::result::Result<Self, ModelError> {
+    pub fn load(
+        folder: &Path,
+        dtype: DType,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read(folder)?;
         file.only("model_type", &[json!("clip_text_model")])?;
         let width: usize = file.get("hidden_size", 512)?;
         let hidden = file.get("intermediate_size", 2048)?;
         let heads: usize = file.get("num_attention_heads", 8)?;
         if heads == 0 || !width.is_multiple_of(heads) {
-            return Err(file.unsupported("num_attention_heads", heads, format!("a divisor of {width}")));
+            return Err(file.unsupported(
+                "num_attention_heads",
+                heads,
+                format!("a divisor of {width}"),
+            ));
         }
         let eps = file.get("layer_norm_eps", 1e-5)?;
         let activation = match file.get("hidden_act", "quick_gelu".to_owned())?.as_str() {
             "quick_gelu" => Activation::QuickGelu,
             "gelu" => Activation::Gelu,
-            other => return Err(file.unsupported("hidden_act", format!("\"{other}\""), "\"quick_gelu\", \"gelu\"")),
+            other => {
+                return Err(file.unsupported(
+                    "hidden_act",
+                    format!("\"{other}\""),
+                    "\"quick_gelu\", \"gelu\"",
+                ));
+            }
         };
         let weights = Weights::load(folder, "model", dtype, device)?;
         // transformers 5 drops the text_model prefix, older versions write it.
         let root = weights.root();
-        let scope = if root.has("text_model") { root.sub("text_model") } else { root };
+        let scope = if root.has("text_model") {
+            root.sub("text_model")
+        } else {
+            root
+        };
         let embeddings = scope.sub("embeddings");
         let vocab = file.required("vocab_size")?;
         let positions = file.get("max_position_embeddings", 77)?;
@@ -124,7 +147,10 @@ impl ClipTextModel {
         let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         let ids = Tensor::from_vec(flat, b * t, self.token_embedding.device())?;
-        let tokens = self.token_embedding.index_select(&ids, 0)?.reshape((b, t, self.width()))?;
+        let tokens = self
+            .token_embedding
+            .index_select(&ids, 0)?
+            .reshape((b, t, self.width()))?;
         let mut x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, t)?)?;
         for layer in &self.layers {
             x = layer.forward(&x, self.heads, self.activation)?;

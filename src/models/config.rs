@@ -27,12 +27,19 @@ impl ConfigFile {
     }
 
     /// A key with its default.
-    pub(super) fn get<T: serde::de::DeserializeOwned>(&self, key: &str, default: T) -> Result<T, ModelError> {
+    pub(super) fn get<T: serde::de::DeserializeOwned>(
+        &self,
+        key: &str,
+        default: T,
+    ) -> Result<T, ModelError> {
         self.optional(key).map(|v| v.unwrap_or(default))
     }
 
     /// A key that may be absent or null.
-    pub(super) fn optional<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>, ModelError> {
+    pub(super) fn optional<T: serde::de::DeserializeOwned>(
+        &self,
+        key: &str,
+    ) -> Result<Option<T>, ModelError> {
         self.value(key)
             .map(|value| {
                 serde_json::from_value(value.clone()).map_err(|e| ModelError::Config {
@@ -44,7 +51,10 @@ impl ConfigFile {
     }
 
     /// A key without a default.
-    pub(super) fn required<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T, ModelError> {
+    pub(super) fn required<T: serde::de::DeserializeOwned>(
+        &self,
+        key: &str,
+    ) -> Result<T, ModelError> {
         self.optional(key)?.ok_or_else(|| ModelError::Config {
             path: self.path.clone(),
             message: format!("key \"{key}\" is missing"),
@@ -59,7 +69,11 @@ impl ConfigFile {
                 value,
                 match supported {
                     [] => "null".to_owned(),
-                    some => some.iter().map(Value::to_string).collect::<Vec<_>>().join(", "),
+                    some => some
+                        .iter()
+                        .map(Value::to_string)
+                        .collect::<Vec<_>>()
+                        .join(", "),
                 },
             )),
             _ => Ok(()),

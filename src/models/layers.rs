@@ -13,7 +13,11 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    pub(super) fn new(scope: &Scope<'_>, inputs: usize, outputs: usize) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(
+        scope: &Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+    ) -> std::result::Result<Self, ModelError> {
         let bias = Some(scope.get("bias", &[outputs])?);
         Ok(Self {
             bias,
@@ -64,12 +68,20 @@ impl Conv2d {
     }
 
     /// A 3x3 convolution that keeps the size.
-    pub(super) fn same3(scope: &Scope<'_>, inputs: usize, outputs: usize) -> std::result::Result<Self, ModelError> {
+    pub(super) fn same3(
+        scope: &Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+    ) -> std::result::Result<Self, ModelError> {
         Self::new(scope, inputs, outputs, 3, 1, 1)
     }
 
     /// A convolution of single pixels.
-    pub(super) fn pointwise(scope: &Scope<'_>, inputs: usize, outputs: usize) -> std::result::Result<Self, ModelError> {
+    pub(super) fn pointwise(
+        scope: &Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+    ) -> std::result::Result<Self, ModelError> {
         Self::new(scope, inputs, outputs, 1, 1, 0)
     }
 
@@ -120,7 +132,11 @@ pub(super) struct LayerNorm {
 }
 
 impl LayerNorm {
-    pub(super) fn new(scope: &Scope<'_>, width: usize, eps: f64) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(
+        scope: &Scope<'_>,
+        width: usize,
+        eps: f64,
+    ) -> std::result::Result<Self, ModelError> {
         Ok(Self {
             weight: scope.get("weight", &[width])?,
             bias: scope.get("bias", &[width])?,

@@ -71,7 +71,9 @@ pub enum ModelError {
         supported: String,
     },
     /// A tensor that the configuration calls for is not there.
-    #[error("{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}")]
+    #[error(
+        "{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}"
+    )]
     MissingTensor {
         /// The file or folder.
         origin: PathBuf,

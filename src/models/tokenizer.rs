@@ -55,7 +55,9 @@ impl ClipTokenizer {
             let path = folder.join(name);
             match path.is_file() {
                 true => Ok(path.to_string_lossy().into_owned()),
-                false => Err(error(format!("{name} is missing; a CLIP tokenizer has vocab.json and merges.txt"))),
+                false => Err(error(format!(
+                    "{name} is missing; a CLIP tokenizer has vocab.json and merges.txt"
+                ))),
             }
         };
         let bpe = BPE::from_file(&file("vocab.json")?, &file("merges.txt")?)
@@ -64,13 +66,19 @@ impl ClipTokenizer {
             .build()
             .map_err(|e| error(e.to_string()))?;
         let mut tokenizer = Tokenizer::new(bpe);
-        let whitespace = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".to_owned()), " ")
-            .map_err(|e| error(e.to_string()))?;
+        let whitespace = Replace::new(
+            tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".to_owned()),
+            " ",
+        )
+        .map_err(|e| error(e.to_string()))?;
         let normalizers = Normalizers::new(vec![NFC.into(), whitespace.into(), Lowercase.into()]);
-        tokenizer.with_normalizer(Some(normalizers)).map_err(|e| error(e.to_string()))?;
+        tokenizer
+            .with_normalizer(Some(normalizers))
+            .map_err(|e| error(e.to_string()))?;
         let words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
         let words = SplitPattern::Regex(words.to_owned());
-        let split = Split::new(words, SplitDelimiterBehavior::Removed, true).map_err(|e| error(e.to_string()))?;
+        let split = Split::new(words, SplitDelimiterBehavior::Removed, true)
+            .map_err(|e| error(e.to_string()))?;
         let bytes = ByteLevel::new(false, true, true);
         tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![split.into(), bytes.into()])));
         let config_path = folder.join("tokenizer_config.json");
@@ -83,7 +91,9 @@ impl ClipTokenizer {
             None => END.to_owned(),
         };
         let specials: Vec<AddedToken> = [START, END].map(|t| AddedToken::from(t, true)).to_vec();
-        tokenizer.add_special_tokens(specials).map_err(|e| error(e.to_string()))?;
+        tokenizer
+            .add_special_tokens(specials)
+            .map_err(|e| error(e.to_string()))?;
         let id = |token: &str| {
             tokenizer
                 .token_to_id(token)
@@ -93,7 +103,10 @@ impl ClipTokenizer {
             start: id(START)?,
             end: id(END)?,
             pad: id(&pad)?,
-            length: config.model_max_length.filter(|&l| l <= 1e6).map_or(77, |l| l as usize),
+            length: config
+                .model_max_length
+                .filter(|&l| l <= 1e6)
+                .map_or(77, |l| l as usize),
             tokenizer,
         })
     }
@@ -104,13 +117,21 @@ impl ClipTokenizer {
     /// # Errors
     /// When the text can't be tokenized, which no text should cause.
     pub fn encode(&self, caption: &str) -> Result<Vec<u32>, ModelError> {
-        let encoding = self.tokenizer.encode(caption, false).map_err(|e| ModelError::Tokenizer {
-            folder: "tokenizer".into(),
-            message: format!("caption {caption:?}: {e}"),
-        })?;
+        let encoding =
+            self.tokenizer
+                .encode(caption, false)
+                .map_err(|e| ModelError::Tokenizer {
+                    folder: "tokenizer".into(),
+                    message: format!("caption {caption:?}: {e}"),
+                })?;
         let mut ids = Vec::with_capacity(self.length);
         ids.push(self.start);
-        ids.extend(encoding.get_ids().iter().take(self.length.saturating_sub(2)));
+        ids.extend(
+            encoding
+                .get_ids()
+                .iter()
+                .take(self.length.saturating_sub(2)),
+        );
         ids.push(self.end);
         ids.resize(self.length, self.pad);
         Ok(ids)

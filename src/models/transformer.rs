@@ -29,7 +29,11 @@ struct AttentionLayer {
 }
 
 impl AttentionLayer {
-    fn new(scope: &Scope<'_>, config: &TransformerConfig, context: usize) -> std::result::Result<Self, ModelError> {
+    fn new(
+        scope: &Scope<'_>,
+        config: &TransformerConfig,
+        context: usize,
+    ) -> std::result::Result<Self, ModelError> {
         let c = config.channels;
         Ok(Self {
             to_q: Linear::without_bias(&scope.sub("to_q"), c, c)?,
@@ -42,8 +46,13 @@ impl AttentionLayer {
     }
 
     fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        self.to_out.forward(&ops::attention(&q, &k, &v, self.heads, false, self.kind)?)
+        let (q, k, v) = (
+            self.to_q.forward(x)?,
+            self.to_k.forward(context)?,
+            self.to_v.forward(context)?,
+        );
+        self.to_out
+            .forward(&ops::attention(&q, &k, &v, self.heads, false, self.kind)?)
     }
 }
 
@@ -76,7 +85,10 @@ impl TransformerBlock {
     fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
         let x = self.attn1.forward(&normed, &normed)?.add(x)?;
-        let x = self.attn2.forward(&self.norm2.forward(&x)?, context)?.add(&x)?;
+        let x = self
+            .attn2
+            .forward(&self.norm2.forward(&x)?, context)?
+            .add(&x)?;
         let hidden = ops::geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
         self.ff_out.forward(&hidden)?.add(&x)
     }
@@ -108,7 +120,10 @@ pub(super) struct Transformer2d {
 }
 
 impl Transformer2d {
-    pub(super) fn new(scope: &Scope<'_>, config: &TransformerConfig) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(
+        scope: &Scope<'_>,
+        config: &TransformerConfig,
+    ) -> std::result::Result<Self, ModelError> {
         Ok(Self {
             norm: GroupNorm::new(&scope.sub("norm"), config.channels, config.groups, 1e-6)?,
             proj_in: Projection::new(&scope.sub("proj_in"), config)?,

@@ -58,19 +58,24 @@ impl UNetConfig {
     pub fn read(folder: &Path) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read(folder)?;
         refuse_unsupported(&file)?;
-        let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![320, 640, 1280, 1280])?;
+        let block_out_channels: Vec<usize> =
+            file.get("block_out_channels", vec![320, 640, 1280, 1280])?;
         let levels = block_out_channels.len();
-        let per_level = |key: &str, default: usize| -> std::result::Result<Vec<usize>, ModelError> {
-            match file.get(key, PerLevel::One(default))? {
-                PerLevel::One(n) => Ok(vec![n; levels]),
-                PerLevel::Each(each) if each.len() == levels => Ok(each),
-                PerLevel::Each(each) => {
-                    Err(file.unsupported(key, format!("{each:?}"), format!("an integer or {levels} of them")))
+        let per_level =
+            |key: &str, default: usize| -> std::result::Result<Vec<usize>, ModelError> {
+                match file.get(key, PerLevel::One(default))? {
+                    PerLevel::One(n) => Ok(vec![n; levels]),
+                    PerLevel::Each(each) if each.len() == levels => Ok(each),
+                    PerLevel::Each(each) => Err(file.unsupported(
+                        key,
+                        format!("{each:?}"),
+                        format!("an integer or {levels} of them"),
+                    )),
                 }
-            }
-        };
+            };
         let attention = |key: &str, with: &str, without: &str, default: Vec<&str>| {
-            let types: Vec<String> = file.get(key, default.into_iter().map(str::to_owned).collect())?;
+            let types: Vec<String> =
+                file.get(key, default.into_iter().map(str::to_owned).collect())?;
             if types.len() != levels {
                 let wanted = format!("{levels} block types, as many as block_out_channels");
                 return Err(file.unsupported(key, format!("{types:?}"), wanted));
@@ -78,7 +83,11 @@ impl UNetConfig {
             let known = |t: String| match t {
                 t if t == with => Ok(true),
                 t if t == without => Ok(false),
-                t => Err(file.unsupported(key, format!("\"{t}\""), format!("\"{with}\", \"{without}\""))),
+                t => Err(file.unsupported(
+                    key,
+                    format!("\"{t}\""),
+                    format!("\"{with}\", \"{without}\""),
+                )),
             };
             types.into_iter().map(known).collect()
         };
@@ -102,7 +111,12 @@ impl UNetConfig {
                 down,
                 vec![cross_down, cross_down, cross_down, down],
             )?,
-            up_attention: attention("up_block_types", cross_up, up, vec![up, cross_up, cross_up, cross_up])?,
+            up_attention: attention(
+                "up_block_types",
+                cross_up,
+                up,
+                vec![up, cross_up, cross_up, cross_up],
+            )?,
             heads,
             transformer_layers: per_level("transformer_layers_per_block", 1)?,
             norm: NormConfig {
@@ -117,11 +131,19 @@ impl UNetConfig {
         };
         for (&channels, &heads) in config.block_out_channels.iter().zip(&config.heads) {
             if heads == 0 || channels % heads != 0 {
-                return Err(file.unsupported("attention_head_dim", heads, format!("a divisor of {channels} channels")));
+                return Err(file.unsupported(
+                    "attention_head_dim",
+                    heads,
+                    format!("a divisor of {channels} channels"),
+                ));
             }
             let groups = config.norm.groups;
             if groups == 0 || channels % groups != 0 {
-                return Err(file.unsupported("norm_num_groups", groups, format!("a divisor of {channels} channels")));
+                return Err(file.unsupported(
+                    "norm_num_groups",
+                    groups,
+                    format!("a divisor of {channels} channels"),
+                ));
             }
         }
         Ok(config)
@@ -131,7 +153,9 @@ impl UNetConfig {
     pub fn with_guidance_embedding(&self, width: usize) -> Self {
         let mut student = self.clone();
         let width = *student.time_cond_proj_dim.get_or_insert(width);
-        student.map.insert("time_cond_proj_dim".into(), json!(width));
+        student
+            .map
+            .insert("time_cond_proj_dim".into(), json!(width));
         student.map.shift_remove("_name_or_path");
         student
     }
@@ -291,7 +315,13 @@ impl UNet {
         let (base, time_width) = (config.base_channels(), config.time_width());
         let last = *channels.last().unwrap_or(&base);
         let resnet = |scope: &Scope<'_>, i: usize, inputs, outputs| {
-            ResnetBlock::new(&scope.sub("resnets").sub(i), inputs, outputs, Some(time_width), config.norm)
+            ResnetBlock::new(
+                &scope.sub("resnets").sub(i),
+                inputs,
+                outputs,
+                Some(time_width),
+                config.norm,
+            )
         };
         let transformers = |scope: &Scope<'_>, level: usize, count: usize| {
             let transformer = config.transformer(level, attention);
@@ -314,7 +344,13 @@ impl UNet {
             let downsample = (level + 1 < levels)
                 .then(|| Conv2d::new(&scope.sub("downsamplers.0.conv"), outputs, outputs, 3, 2, 1))
                 .transpose()?;
-            down.push((Level { resnets, attentions }, downsample));
+            down.push((
+                Level {
+                    resnets,
+                    attentions,
+                },
+                downsample,
+            ));
         }
 
         let mid_scope = scope.sub("mid_block");
@@ -347,7 +383,13 @@ impl UNet {
             let upsample = (i + 1 < levels)
                 .then(|| Upsample::new(&scope.sub("upsamplers.0"), outputs))
                 .transpose()?;
-            up.push((Level { resnets, attentions }, upsample));
+            up.push((
+                Level {
+                    resnets,
+                    attentions,
+                },
+                upsample,
+            ));
             previous = outputs;
         }
 
@@ -366,7 +408,12 @@ impl UNet {
             down,
             mid,
             up,
-            conv_norm_out: GroupNorm::new(&scope.sub("conv_norm_out"), base, config.norm.groups, config.norm.eps)?,
+            conv_norm_out: GroupNorm::new(
+                &scope.sub("conv_norm_out"),
+                base,
+                config.norm.groups,
+                config.norm.eps,
+            )?,
             conv_out: Conv2d::same3(&scope.sub("conv_out"), base, config.out_channels)?,
         })
     }
@@ -383,11 +430,19 @@ impl UNet {
     ///
     /// # Errors
     /// When the shapes do not fit the network.
-    pub fn forward(&self, latents: &Tensor, timesteps: &[i64], conditioning: &Conditioning) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[i64],
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
         let (b, _, h, w) = latents.dims4()?;
         let step = self.config.downscale();
         if h % step != 0 || w % step != 0 {
-            candle_core::bail!("latents of {h}x{w} do not halve {} times: use multiples of {step}", self.down.len() - 1);
+            candle_core::bail!(
+                "latents of {h}x{w} do not halve {} times: use multiples of {step}",
+                self.down.len() - 1
+            );
         }
         if timesteps.len() != b {
             candle_core::bail!("{} timesteps for a batch of {b}", timesteps.len());
@@ -412,7 +467,9 @@ impl UNet {
         for (level, upsample) in &self.up {
             for i in 0..level.resnets.len() {
                 let Some(skip) = skips.pop() else {
-                    candle_core::bail!("the up blocks ask for more skip connections than the down blocks made");
+                    candle_core::bail!(
+                        "the up blocks ask for more skip connections than the down blocks made"
+                    );
                 };
                 x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &time, context)?;
             }
@@ -424,13 +481,23 @@ impl UNet {
     }
 
     /// The time embedding after its last SiLU, `[B, 4·base]`: every residual block starts with that SiLU.
-    fn embed_time(&self, timesteps: &[i64], conditioning: &Conditioning, like: &Tensor) -> Result<Tensor> {
+    fn embed_time(
+        &self,
+        timesteps: &[i64],
+        conditioning: &Conditioning,
+        like: &Tensor,
+    ) -> Result<Tensor> {
         let mut x = sinusoidal(timesteps, self.config.base_channels(), &self.config)?
             .to_device(like.device())?
             .to_dtype(like.dtype())?;
-        match (&self.time_embedding.cond_proj, &conditioning.guidance_embedding) {
+        match (
+            &self.time_embedding.cond_proj,
+            &conditioning.guidance_embedding,
+        ) {
             (Some(proj), Some(guidance)) => x = x.add(&proj.forward(guidance)?)?,
-            (None, Some(_)) => candle_core::bail!("this UNet takes no guidance embedding (no time_cond_proj_dim)"),
+            (None, Some(_)) => {
+                candle_core::bail!("this UNet takes no guidance embedding (no time_cond_proj_dim)")
+            }
             _ => {}
         }
         let x = self.time_embedding.linear_1.forward(&x)?.silu()?;
@@ -447,7 +514,11 @@ fn sinusoidal(timesteps: &[i64], width: usize, config: &UNetConfig) -> Result<Te
             let exponent = -(10000f32.ln()) * i as f32 / (half as f64 - config.freq_shift) as f32;
             let angle = t as f32 * exponent.exp();
             let (sin, cos) = (angle.sin(), angle.cos());
-            let (first, second) = if config.flip_sin_to_cos { (cos, sin) } else { (sin, cos) };
+            let (first, second) = if config.flip_sin_to_cos {
+                (cos, sin)
+            } else {
+                (sin, cos)
+            };
             row[i] = first;
             row[half + i] = second;
         }
@@ -469,9 +540,15 @@ pub fn student_tensors(
     const NAME: &str = "time_embedding.cond_proj.weight";
     if let (Some(width), false) = (student.time_cond_proj_dim, teacher.contains_key(NAME)) {
         let base = student.base_channels();
-        let device = teacher.values().next().map_or(Device::Cpu, |t| t.device().clone());
+        let device = teacher
+            .values()
+            .next()
+            .map_or(Device::Cpu, |t| t.device().clone());
         let data = init(base * width, 1.0 / (width as f32).sqrt());
-        teacher.insert(NAME.to_owned(), Tensor::from_vec(data, (base, width), &device)?);
+        teacher.insert(
+            NAME.to_owned(),
+            Tensor::from_vec(data, (base, width), &device)?,
+        );
     }
     Ok(teacher)
 }

@@ -42,7 +42,10 @@ impl VaeConfig {
         file.only("latents_mean", &[])?;
         file.only("latents_std", &[])?;
         let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![64])?;
-        for (key, only) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+        for (key, only) in [
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ] {
             let types: Vec<String> = file.get(key, vec![only.to_owned()])?;
             if types.len() != block_out_channels.len() || types.iter().any(|t| t != only) {
                 let wanted = format!("\"{only}\", as many as block_out_channels");
@@ -81,7 +84,11 @@ struct MidAttention {
 }
 
 impl MidAttention {
-    fn new(scope: &Scope<'_>, channels: usize, norm: NormConfig) -> std::result::Result<Self, ModelError> {
+    fn new(
+        scope: &Scope<'_>,
+        channels: usize,
+        norm: NormConfig,
+    ) -> std::result::Result<Self, ModelError> {
         // Files from before diffusers 0.18 say query, key, value and proj_attn.
         let linear = |new: &str, old: &str| {
             let name = if scope.has(old) { old } else { new };
@@ -98,8 +105,17 @@ impl MidAttention {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
-        let tokens = self.group_norm.forward(x)?.reshape((b, c, h * w))?.transpose(1, 2)?.contiguous()?;
-        let (q, k, v) = (self.to_q.forward(&tokens)?, self.to_k.forward(&tokens)?, self.to_v.forward(&tokens)?);
+        let tokens = self
+            .group_norm
+            .forward(x)?
+            .reshape((b, c, h * w))?
+            .transpose(1, 2)?
+            .contiguous()?;
+        let (q, k, v) = (
+            self.to_q.forward(&tokens)?,
+            self.to_k.forward(&tokens)?,
+            self.to_v.forward(&tokens)?,
+        );
         let out = ops::attention(&q, &k, &v, 1, false, Attention::MemoryEfficient)?;
         let out = self.to_out.forward(&out)?.transpose(1, 2)?.contiguous()?;
         out.reshape((b, c, h, w))?.add(x)
@@ -113,8 +129,20 @@ struct Mid {
 }
 
 impl Mid {
-    fn new(scope: &Scope<'_>, channels: usize, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
-        let resnet = |i| ResnetBlock::new(&scope.sub("resnets").sub(i), channels, channels, None, config.norm);
+    fn new(
+        scope: &Scope<'_>,
+        channels: usize,
+        config: &VaeConfig,
+    ) -> std::result::Result<Self, ModelError> {
+        let resnet = |i| {
+            ResnetBlock::new(
+                &scope.sub("resnets").sub(i),
+                channels,
+                channels,
+                None,
+                config.norm,
+            )
+        };
         Ok(Self {
             resnets: [resnet(0)?, resnet(1)?],
             attention: config
@@ -166,7 +194,11 @@ impl AutoencoderKl {
     ///
     /// # Errors
     /// When the folder is not an autoencoder that coffey builds; file, key or tensor are named.
-    pub fn load(folder: &Path, dtype: DType, device: &Device) -> std::result::Result<Self, ModelError> {
+    pub fn load(
+        folder: &Path,
+        dtype: DType,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
         let config = VaeConfig::read(folder)?;
         let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
         let vae = Self {
@@ -203,7 +235,9 @@ impl AutoencoderKl {
             }
         }
         x = encoder.mid.forward(&x)?;
-        x = encoder.conv_out.forward(&encoder.conv_norm_out.forward_silu(&x)?)?;
+        x = encoder
+            .conv_out
+            .forward(&encoder.conv_norm_out.forward_silu(&x)?)?;
         match &encoder.quant_conv {
             Some(conv) => conv.forward(&x),
             None => Ok(x),
@@ -229,7 +263,9 @@ impl AutoencoderKl {
                 x = upsample.forward(&x)?;
             }
         }
-        decoder.conv_out.forward(&decoder.conv_norm_out.forward_silu(&x)?)
+        decoder
+            .conv_out
+            .forward(&decoder.conv_norm_out.forward_silu(&x)?)
     }
 }
 
@@ -246,7 +282,13 @@ impl Encoder {
             let resnets = (0..config.layers_per_block)
                 .map(|i| {
                     let inputs = if i == 0 { inputs } else { outputs };
-                    ResnetBlock::new(&scope.sub("resnets").sub(i), inputs, outputs, None, config.norm)
+                    ResnetBlock::new(
+                        &scope.sub("resnets").sub(i),
+                        inputs,
+                        outputs,
+                        None,
+                        config.norm,
+                    )
                 })
                 .collect::<std::result::Result<_, _>>()?;
             let downsample = (level + 1 < channels.len())
@@ -258,7 +300,12 @@ impl Encoder {
             conv_in: Conv2d::same3(&scope.sub("conv_in"), 3, first)?,
             down,
             mid: Mid::new(&scope.sub("mid_block"), last, config)?,
-            conv_norm_out: GroupNorm::new(&scope.sub("conv_norm_out"), last, config.norm.groups, config.norm.eps)?,
+            conv_norm_out: GroupNorm::new(
+                &scope.sub("conv_norm_out"),
+                last,
+                config.norm.groups,
+                config.norm.eps,
+            )?,
             conv_out: Conv2d::same3(&scope.sub("conv_out"), last, moments)?,
             quant_conv: config
                 .quant_conv
@@ -281,7 +328,13 @@ impl Decoder {
             let resnets = (0..=config.layers_per_block)
                 .map(|j| {
                     let inputs = if j == 0 { inputs } else { outputs };
-                    ResnetBlock::new(&scope.sub("resnets").sub(j), inputs, outputs, None, config.norm)
+                    ResnetBlock::new(
+                        &scope.sub("resnets").sub(j),
+                        inputs,
+                        outputs,
+                        None,
+                        config.norm,
+                    )
                 })
                 .collect::<std::result::Result<_, _>>()?;
             let upsample = (i + 1 < channels.len())
@@ -298,7 +351,12 @@ impl Decoder {
             conv_in: Conv2d::same3(&scope.sub("conv_in"), latent, last)?,
             mid: Mid::new(&scope.sub("mid_block"), last, config)?,
             up,
-            conv_norm_out: GroupNorm::new(&scope.sub("conv_norm_out"), first, config.norm.groups, config.norm.eps)?,
+            conv_norm_out: GroupNorm::new(
+                &scope.sub("conv_norm_out"),
+                first,
+                config.norm.groups,
+                config.norm.eps,
+            )?,
             conv_out: Conv2d::same3(&scope.sub("conv_out"), first, 3)?,
         })
     }

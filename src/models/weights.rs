@@ -30,12 +30,19 @@ impl Weights {
     ///
     /// # Errors
     /// When there are no such files or they are damaged.
-    pub fn load(folder: &Path, stem: &str, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+    pub fn load(
+        folder: &Path,
+        stem: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self, ModelError> {
         let mut tensors = BTreeMap::new();
         for path in weight_files(folder, stem)? {
-            let loaded = candle_core::safetensors::load(&path, &Device::Cpu).map_err(|e| ModelError::Damaged {
-                path: path.clone(),
-                message: first_line(&e.to_string()),
+            let loaded = candle_core::safetensors::load(&path, &Device::Cpu).map_err(|e| {
+                ModelError::Damaged {
+                    path: path.clone(),
+                    message: first_line(&e.to_string()),
+                }
             })?;
             for (name, tensor) in loaded {
                 let tensor = match tensor.dtype().is_float() {
@@ -95,7 +102,10 @@ fn first_line(message: &str) -> String {
 }
 
 fn weight_files(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
-    for name in [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")] {
+    for name in [
+        format!("{stem}.safetensors"),
+        format!("{stem}.fp16.safetensors"),
+    ] {
         let path = folder.join(name);
         if path.is_file() {
             return Ok(vec![path]);
@@ -113,7 +123,9 @@ fn weight_files(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
     }
     Err(ModelError::NoWeights {
         folder: folder.to_owned(),
-        expected: format!("{stem}.safetensors, {stem}.fp16.safetensors or {stem}.safetensors.index.json"),
+        expected: format!(
+            "{stem}.safetensors, {stem}.fp16.safetensors or {stem}.safetensors.index.json"
+        ),
     })
 }
 
@@ -149,11 +161,14 @@ pub fn save_model(
     std::fs::write(&path, json).map_err(io(&path))?;
     let path = folder.join(format!("{stem}.safetensors"));
     let metadata = Some([("format".to_owned(), "pt".to_owned())].into()); // diffusers asks for it
-    safetensors::serialize_to_file(tensors.iter().map(|(name, t)| (name.as_str(), t)), metadata, &path).map_err(|e| {
-        ModelError::Io {
-            path: path.clone(),
-            source: std::io::Error::other(e),
-        }
+    safetensors::serialize_to_file(
+        tensors.iter().map(|(name, t)| (name.as_str(), t)),
+        metadata,
+        &path,
+    )
+    .map_err(|e| ModelError::Io {
+        path: path.clone(),
+        source: std::io::Error::other(e),
     })
 }
 
@@ -184,8 +199,12 @@ impl Scope<'_> {
     pub fn has(&self, name: &str) -> bool {
         let name = self.full(name);
         let mut from = self.weights.tensors.range(name.clone()..);
-        from.next()
-            .is_some_and(|(key, _)| key == &name || key.strip_prefix(&name).is_some_and(|rest| rest.starts_with('.')))
+        from.next().is_some_and(|(key, _)| {
+            key == &name
+                || key
+                    .strip_prefix(&name)
+                    .is_some_and(|rest| rest.starts_with('.'))
+        })
     }
 
     /// The tensor `name` in this scope, which must have `shape`.

@@ -1,6 +1,8 @@
 //! Gated activations.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, backend::BackendStorage};
+use candle_core::{
+    CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, backend::BackendStorage,
+};
 use rayon::prelude::*;
 
 use super::cpu::{Real, View, by_dtype, has_kernel, real, slice, vectorised};

@@ -22,15 +22,35 @@ pub enum Attention {
 ///
 /// # Errors
 /// When the shapes do not fit together.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool, kind: Attention) -> Result<Tensor> {
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    causal: bool,
+    kind: Attention,
+) -> Result<Tensor> {
     let (b, n, c) = q.dims3()?;
     let (kb, m, kc) = k.dims3()?;
-    if heads == 0 || !c.is_multiple_of(heads) || kb != b || kc != c || v.dims() != k.dims() || (causal && n != m) {
-        candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
+    if heads == 0
+        || !c.is_multiple_of(heads)
+        || kb != b
+        || kc != c
+        || v.dims() != k.dims()
+        || (causal && n != m)
+    {
+        candle_core::bail!(
+            "attention: q {:?}, k {:?}, v {:?}, {heads} heads",
+            q.dims(),
+            k.dims(),
+            v.dims()
+        );
     }
     if kind == Attention::MemoryEfficient && has_kernel(q) {
         let op = Blockwise { heads, causal };
-        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
+        return q
+            .contiguous()?
+            .apply_op3(&k.contiguous()?, &v.contiguous()?, op);
     }
     let d = c / heads;
     let split = |t: &Tensor, n: usize| t.reshape((b, n, heads, d))?.transpose(1, 2)?.contiguous();
@@ -38,13 +58,21 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool,
     let mut scores = (q.matmul(&k.t()?)? * (1.0 / (d as f64).sqrt()))?;
     if causal {
         let mask: Vec<f32> = (0..n * n)
-            .map(|i| if i % n > i / n { f32::NEG_INFINITY } else { 0.0 })
+            .map(|i| {
+                if i % n > i / n {
+                    f32::NEG_INFINITY
+                } else {
+                    0.0
+                }
+            })
             .collect();
         let mask = Tensor::from_vec(mask, (n, n), q.device())?.to_dtype(q.dtype())?;
         scores = scores.broadcast_add(&mask)?;
     }
     // candle_nn's softmax over any dimension keeps gradients, its fast one for the last dimension does not: write it out.
-    let exp = scores.broadcast_sub(&scores.max_keepdim(3)?.detach())?.exp()?;
+    let exp = scores
+        .broadcast_sub(&scores.max_keepdim(3)?.detach())?
+        .exp()?;
     let weights = exp.broadcast_div(&exp.sum_keepdim(3)?)?;
     weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, c))
 }
@@ -89,13 +117,22 @@ impl<'a, T: Real> Head<'a, T> {
     /// The attention weights `[rows, M]` of queries `from..from + rows`.
     fn weights(&self, from: usize, rows: usize, out: &mut [T]) {
         let dst = MatMut::new(out, rows, self.m, self.m);
-        gemm(dst, false, self.scale(), self.queries(from, rows), self.keys().t(), Threads::One);
+        gemm(
+            dst,
+            false,
+            self.scale(),
+            self.queries(from, rows),
+            self.keys().t(),
+            Threads::One,
+        );
         vectorised(|| {
             for (i, row) in out.chunks_exact_mut(self.m).enumerate() {
                 let seen = if self.causal { from + i + 1 } else { self.m };
                 let (row, unseen) = row.split_at_mut(seen);
                 unseen.fill(T::zero());
-                let max = row.iter().fold(T::neg_infinity(), |a, &b| if b > a { b } else { a });
+                let max = row
+                    .iter()
+                    .fold(T::neg_infinity(), |a, &b| if b > a { b } else { a });
                 let mut sum = T::zero();
                 for x in row.iter_mut() {
                     *x = (*x - max).fast_exp();
@@ -137,7 +174,14 @@ impl<'a, T: Real> Head<'a, T> {
                 self.weights(from, rows, weights);
                 let grad = Mat::new(&grad[from * self.c..], rows, d, self.c);
                 let p = Mat::new(&*weights, rows, m, m);
-                gemm(MatMut::new(gv, m, d, d), more, T::one(), p.t(), grad, Threads::One);
+                gemm(
+                    MatMut::new(gv, m, d, d),
+                    more,
+                    T::one(),
+                    p.t(),
+                    grad,
+                    Threads::One,
+                );
                 let dp = MatMut::new(scores, rows, m, m);
                 gemm(dp, false, T::one(), grad, self.values().t(), Threads::One);
                 vectorised(|| {
@@ -155,7 +199,14 @@ impl<'a, T: Real> Head<'a, T> {
                 let dst = MatMut::new(&mut gq[from * d..], rows, d, d);
                 gemm(dst, false, self.scale(), ds, self.keys(), Threads::One);
                 let dst = MatMut::new(gk, m, d, d);
-                gemm(dst, more, self.scale(), ds.t(), self.queries(from, rows), Threads::One);
+                gemm(
+                    dst,
+                    more,
+                    self.scale(),
+                    ds.t(),
+                    self.queries(from, rows),
+                    Threads::One,
+                );
             }
         });
     }
@@ -179,7 +230,14 @@ fn merge_heads<T: Real>(x: &[T], heads: usize, n: usize, d: usize) -> Vec<T> {
 
 impl Blockwise {
     /// The operands of the `index`th (image, head) pair.
-    fn head<'a, T>(&self, [q, k, v]: [&'a [T]; 3], index: usize, n: usize, m: usize, c: usize) -> Head<'a, T> {
+    fn head<'a, T>(
+        &self,
+        [q, k, v]: [&'a [T]; 3],
+        index: usize,
+        n: usize,
+        m: usize,
+        c: usize,
+    ) -> Head<'a, T> {
         let d = c / self.heads;
         let (b, offset) = (index / self.heads, index % self.heads * d);
         Head {
@@ -199,19 +257,32 @@ impl Blockwise {
         let m = k.dim(1)?;
         let d = c / self.heads;
         let views = [q, k, v].map(View::of);
-        let operands = [views[0].slice::<T>()?, views[1].slice::<T>()?, views[2].slice::<T>()?];
+        let operands = [
+            views[0].slice::<T>()?,
+            views[1].slice::<T>()?,
+            views[2].slice::<T>()?,
+        ];
         let grad_view = View::of(grad);
         let grads = grad_view.slice::<T>()?;
         let [mut gq, mut gk, mut gv] = operands.map(|s| vec![T::zero(); s.len()]);
         gq.par_chunks_exact_mut(n * d)
-            .zip(gk.par_chunks_exact_mut(m * d).zip(gv.par_chunks_exact_mut(m * d)))
+            .zip(
+                gk.par_chunks_exact_mut(m * d)
+                    .zip(gv.par_chunks_exact_mut(m * d)),
+            )
             .enumerate()
             .for_each(|(index, (gq, (gk, gv)))| {
                 let grad = &grads[index / self.heads * n * c + index % self.heads * d..];
-                self.head(operands, index, n, m, c).backward(grad, [gq, gk, gv]);
+                self.head(operands, index, n, m, c)
+                    .backward(grad, [gq, gk, gv]);
             });
         let merged = |x: &[T], like: &Tensor, n: usize| {
-            Tensor::from_vec(merge_heads(x, self.heads, n, d), like.shape(), like.device()).map(Some)
+            Tensor::from_vec(
+                merge_heads(x, self.heads, n, d),
+                like.shape(),
+                like.device(),
+            )
+            .map(Some)
         };
         Ok((merged(&gq, q, n)?, merged(&gk, k, m)?, merged(&gv, v, m)?))
     }
@@ -236,7 +307,11 @@ impl CustomOp3 for Blockwise {
         fn run<T: Real>(op: &Blockwise, s: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
             let (_, n, c) = s[0].1.shape().dims3()?;
             let m = s[1].1.shape().dims3()?.1;
-            let operands = [slice::<T>(s[0].0, s[0].1)?, slice(s[1].0, s[1].1)?, slice(s[2].0, s[2].1)?];
+            let operands = [
+                slice::<T>(s[0].0, s[0].1)?,
+                slice(s[1].0, s[1].1)?,
+                slice(s[2].0, s[2].1)?,
+            ];
             let d = c / op.heads;
             let mut out = vec![T::zero(); operands[0].len()];
             out.par_chunks_exact_mut(n * d)
@@ -249,11 +324,22 @@ impl CustomOp3 for Blockwise {
         Ok((out, ql.shape().clone()))
     }
 
-    fn bwd(&self, q: &Tensor, k: &Tensor, v: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Grads3> {
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Grads3> {
         fn run<T: Real>(op: &Blockwise, args: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
             op.backward::<T>(args, grad)
         }
-        by_dtype!(q.dtype(), self.name(), run(self, [q, k, v], &grad.contiguous()?))
+        by_dtype!(
+            q.dtype(),
+            self.name(),
+            run(self, [q, k, v], &grad.contiguous()?)
+        )
     }
 }
 
@@ -266,7 +352,11 @@ mod tests {
     fn blockwise_equals_plain() -> Result<()> {
         // More queries than one block holds.
         for (n, m, causal) in [(300, 7, false), (5, 9, false), (270, 270, true)] {
-            let (q, k, v) = (random(&[2, n, 6], 1)?, random(&[2, m, 6], 2)?, random(&[2, m, 6], 3)?);
+            let (q, k, v) = (
+                random(&[2, n, 6], 1)?,
+                random(&[2, m, 6], 2)?,
+                random(&[2, m, 6], 3)?,
+            );
             let plain = attention(&q, &k, &v, 2, causal, Attention::Plain)?;
             let blocks = attention(&q, &k, &v, 2, causal, Attention::MemoryEfficient)?;
             assert_close(&blocks, &plain, 1e-12)?;
@@ -278,7 +368,11 @@ mod tests {
     fn gradients_match_finite_differences() -> Result<()> {
         for kind in [Attention::MemoryEfficient, Attention::Plain] {
             for (n, m, causal) in [(4, 3, false), (3, 3, true)] {
-                let inputs = [random(&[2, n, 4], 1)?, random(&[2, m, 4], 2)?, random(&[2, m, 4], 3)?];
+                let inputs = [
+                    random(&[2, n, 4], 1)?,
+                    random(&[2, m, 4], 2)?,
+                    random(&[2, m, 4], 3)?,
+                ];
                 check_gradients(&inputs, |t| attention(&t[0], &t[1], &t[2], 2, causal, kind))?;
             }
         }
@@ -287,13 +381,18 @@ mod tests {
 
     #[test]
     fn gradients_across_query_blocks_equal_plain() -> Result<()> {
-        let [q, k, v] = [300, 5, 5].map(|n| candle_core::Var::from_tensor(&random(&[1, n, 4], n as u64).unwrap()).unwrap());
+        let [q, k, v] = [300, 5, 5].map(|n| {
+            candle_core::Var::from_tensor(&random(&[1, n, 4], n as u64).unwrap()).unwrap()
+        });
         let grads = |kind| -> Result<Vec<Tensor>> {
             let out = attention(&q, &k, &v, 2, false, kind)?;
             let grads = out.mul(&random(&[1, 300, 4], 9)?)?.sum_all()?.backward()?;
             Ok([&q, &k, &v].map(|x| grads.get(x).unwrap().clone()).to_vec())
         };
-        for (a, b) in grads(Attention::MemoryEfficient)?.iter().zip(grads(Attention::Plain)?) {
+        for (a, b) in grads(Attention::MemoryEfficient)?
+            .iter()
+            .zip(grads(Attention::Plain)?)
+        {
             assert_close(a, &b, 1e-11)?;
         }
         Ok(())

@@ -16,11 +16,21 @@ use super::gemm::{Mat, MatMut, Threads, gemm};
 ///
 /// # Errors
 /// When the shapes or dtypes do not fit together.
-pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
     let (_, c, h, w) = x.dims4()?;
     let (o, wc, kh, kw) = weight.dims4()?;
     if c != wc || h + 2 * padding < kh || w + 2 * padding < kw || stride == 0 {
-        candle_core::bail!("conv2d: x is {:?} but weight is {:?}", x.dims(), weight.dims());
+        candle_core::bail!(
+            "conv2d: x is {:?} but weight is {:?}",
+            x.dims(),
+            weight.dims()
+        );
     }
     if has_kernel(x) {
         let bias = match bias {
@@ -38,10 +48,18 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize,
     }
 }
 
-/// Bytes of unrolled patches a task keeps: about half of a core's second-level cache.
-const PATCH_BYTES: usize = 1 << 20;
-/// The same when all cores work on one image.
-const SHARED_PATCH_BYTES: usize = 16 << 20;
+/// Bytes of unrolled patches at a time: about half of a core's second-level cache when each core has an image of its own, more
+/// when all cores work on one. It goes by the batch and not by the number of threads, on which no sum may depend.
+fn patch_bytes(batch: usize) -> usize {
+    if batch < 4 {
+        16 << 20
+    } else {
+        WEIGHT_PATCH_BYTES
+    }
+}
+
+/// The same for a weight gradient's tasks.
+const WEIGHT_PATCH_BYTES: usize = 1 << 20;
 /// Input channels whose weight gradient one task computes.
 const CHANNEL_BLOCK: usize = 16;
 
@@ -97,7 +115,10 @@ fn unroll_channel<T: Real>(x: &[T], g: &Geometry, rows: std::ops::Range<usize>, 
         for kx in 0..g.kw {
             let line = &mut out[(ky * g.kw + kx) * width..][..width];
             for (line, oy) in line.chunks_exact_mut(ow).zip(rows.clone()) {
-                let Some(y) = (oy * g.stride + ky).checked_sub(g.pad_h).filter(|&y| y < g.h) else {
+                let Some(y) = (oy * g.stride + ky)
+                    .checked_sub(g.pad_h)
+                    .filter(|&y| y < g.h)
+                else {
                     line.fill(T::zero());
                     continue;
                 };
@@ -114,7 +135,9 @@ fn unroll_channel<T: Real>(x: &[T], g: &Geometry, rows: std::ops::Range<usize>, 
                     line[to..].fill(T::zero());
                 } else {
                     for (ox, v) in line.iter_mut().enumerate() {
-                        let x = (ox * g.stride + kx).checked_sub(g.pad_w).and_then(|x| row.get(x));
+                        let x = (ox * g.stride + kx)
+                            .checked_sub(g.pad_w)
+                            .and_then(|x| row.get(x));
                         *v = x.copied().unwrap_or_default();
                     }
                 }
@@ -131,7 +154,10 @@ fn roll_channel<T: Real>(patches: &[T], g: &Geometry, rows: std::ops::Range<usiz
         for kx in 0..g.kw {
             let line = &patches[(ky * g.kw + kx) * width..][..width];
             for (line, oy) in line.chunks_exact(ow).zip(rows.clone()) {
-                let Some(y) = (oy * g.stride + ky).checked_sub(g.pad_h).filter(|&y| y < g.h) else {
+                let Some(y) = (oy * g.stride + ky)
+                    .checked_sub(g.pad_h)
+                    .filter(|&y| y < g.h)
+                else {
                     continue;
                 };
                 let row = &mut x[y * g.w..][..g.w];
@@ -147,7 +173,14 @@ fn roll_channel<T: Real>(patches: &[T], g: &Geometry, rows: std::ops::Range<usiz
 }
 
 /// One image's convolution: `out` `[O, pixels]` = bias + weight `[O, patch]` · patches.
-fn forward_image<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, out: &mut [T], g: &Geometry, threads: Threads) {
+fn forward_image<T: Real>(
+    x: &[T],
+    (weight, bias): (&[T], Option<&[T]>),
+    out: &mut [T],
+    g: &Geometry,
+    bytes: usize,
+    threads: Threads,
+) {
     let (pixels, patch, ow) = (g.out_pixels(), g.patch(), g.out_w());
     if let Some(bias) = bias {
         for (row, &b) in out.chunks_exact_mut(pixels).zip(bias) {
@@ -157,10 +190,16 @@ fn forward_image<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, out: &mut [
     let weight = Mat::new(weight, g.o, patch, patch);
     if g.is_pointwise() {
         let x = Mat::new(x, patch, pixels, pixels);
-        gemm(MatMut::new(out, g.o, pixels, pixels), bias.is_some(), T::one(), weight, x, threads);
+        gemm(
+            MatMut::new(out, g.o, pixels, pixels),
+            bias.is_some(),
+            T::one(),
+            weight,
+            x,
+            threads,
+        );
         return;
     }
-    let bytes = if threads == Threads::One { PATCH_BYTES } else { SHARED_PATCH_BYTES };
     let step = g.rows_within::<T>(g.c, bytes);
     T::with_scratch(patch * step * ow, |buffer| {
         for from in (0..g.out_h()).step_by(step) {
@@ -168,36 +207,62 @@ fn forward_image<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, out: &mut [
             let width = rows.len() * ow;
             let buffer = &mut buffer[..patch * width];
             let taps = g.kh * g.kw * width;
-            let unroll = |(patches, x): (&mut [T], &[T])| unroll_channel(x, g, rows.clone(), patches);
+            let unroll =
+                |(patches, x): (&mut [T], &[T])| unroll_channel(x, g, rows.clone(), patches);
             match threads {
-                Threads::One => buffer.chunks_exact_mut(taps).zip(x.chunks_exact(g.h * g.w)).for_each(unroll),
-                Threads::Pool => buffer.par_chunks_exact_mut(taps).zip(x.par_chunks_exact(g.h * g.w)).for_each(unroll),
+                Threads::One => buffer
+                    .chunks_exact_mut(taps)
+                    .zip(x.chunks_exact(g.h * g.w))
+                    .for_each(unroll),
+                Threads::Pool => buffer
+                    .par_chunks_exact_mut(taps)
+                    .zip(x.par_chunks_exact(g.h * g.w))
+                    .for_each(unroll),
             }
             let dst = &mut out[from * ow..];
             let patches = Mat::new(buffer, patch, width, width);
-            gemm(MatMut::new(dst, g.o, width, pixels), bias.is_some(), T::one(), weight, patches, threads);
+            gemm(
+                MatMut::new(dst, g.o, width, pixels),
+                bias.is_some(),
+                T::one(),
+                weight,
+                patches,
+                threads,
+            );
         }
     });
 }
 
 /// A batch's convolution: images in parallel when there are enough of them, else each image by all threads.
-fn forward<T: Real>(x: &[T], weight: &[T], bias: Option<&[T]>, batch: usize, g: &Geometry) -> Vec<T> {
+fn forward<T: Real>(
+    x: &[T],
+    weight: &[T],
+    bias: Option<&[T]>,
+    batch: usize,
+    g: &Geometry,
+) -> Vec<T> {
     let (image, result) = (g.c * g.h * g.w, g.o * g.out_pixels());
+    let bytes = patch_bytes(batch);
     let mut out = vec![T::zero(); batch * result];
     if batch >= rayon::current_num_threads() {
         out.par_chunks_exact_mut(result)
             .zip(x.par_chunks_exact(image))
-            .for_each(|(out, x)| forward_image(x, weight, bias, out, g, Threads::One));
+            .for_each(|(out, x)| forward_image(x, (weight, bias), out, g, bytes, Threads::One));
     } else {
         for (out, x) in out.chunks_exact_mut(result).zip(x.chunks_exact(image)) {
-            forward_image(x, weight, bias, out, g, Threads::Pool);
+            forward_image(x, (weight, bias), out, g, bytes, Threads::Pool);
         }
     }
     out
 }
 
 /// The input's gradient at stride 1: the output gradient convolved with the kernels turned by 180 degrees.
-fn input_grad_by_convolution<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+fn input_grad_by_convolution<T: Real>(
+    grad: &[T],
+    weight: &[T],
+    batch: usize,
+    g: &Geometry,
+) -> Vec<T> {
     let taps = g.kh * g.kw;
     let mut turned = vec![T::zero(); weight.len()];
     for (o, kernels) in weight.chunks_exact(g.c * taps).enumerate() {
@@ -226,20 +291,33 @@ fn input_grad_by_patches<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Ge
     let (patch, pixels, ow) = (g.patch(), g.out_pixels(), g.out_w());
     let weight = Mat::new(weight, g.o, patch, patch).t();
     let one_image = |(x, grad): (&mut [T], &[T]), threads: Threads| {
-        let bytes = if threads == Threads::One { PATCH_BYTES } else { SHARED_PATCH_BYTES };
-        let step = g.rows_within::<T>(g.c, bytes);
+        let step = g.rows_within::<T>(g.c, patch_bytes(batch));
         T::with_scratch(patch * step * ow, |buffer| {
             for from in (0..g.out_h()).step_by(step) {
                 let rows = from..(from + step).min(g.out_h());
                 let width = rows.len() * ow;
                 let buffer = &mut buffer[..patch * width];
                 let grad = Mat::new(&grad[from * ow..], g.o, width, pixels);
-                gemm(MatMut::new(buffer, patch, width, width), false, T::one(), weight, grad, threads);
+                gemm(
+                    MatMut::new(buffer, patch, width, width),
+                    false,
+                    T::one(),
+                    weight,
+                    grad,
+                    threads,
+                );
                 let taps = g.kh * g.kw * width;
-                let roll = |(x, patches): (&mut [T], &[T])| roll_channel(patches, g, rows.clone(), x);
+                let roll =
+                    |(x, patches): (&mut [T], &[T])| roll_channel(patches, g, rows.clone(), x);
                 match threads {
-                    Threads::One => x.chunks_exact_mut(g.h * g.w).zip(buffer.chunks_exact(taps)).for_each(roll),
-                    Threads::Pool => x.par_chunks_exact_mut(g.h * g.w).zip(buffer.par_chunks_exact(taps)).for_each(roll),
+                    Threads::One => x
+                        .chunks_exact_mut(g.h * g.w)
+                        .zip(buffer.chunks_exact(taps))
+                        .for_each(roll),
+                    Threads::Pool => x
+                        .par_chunks_exact_mut(g.h * g.w)
+                        .zip(buffer.par_chunks_exact(taps))
+                        .for_each(roll),
                 }
             }
         });
@@ -262,7 +340,7 @@ fn input_grad_by_patches<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Ge
 fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
     let (patch, pixels, ow, taps) = (g.patch(), g.out_pixels(), g.out_w(), g.kh * g.kw);
     let block = CHANNEL_BLOCK * if taps == 1 { 4 } else { 1 };
-    let step = g.rows_within::<T>(block.min(g.c), PATCH_BYTES);
+    let step = g.rows_within::<T>(block.min(g.c), WEIGHT_PATCH_BYTES);
     let mut transposed = vec![T::zero(); patch * g.o]; // [patch, O], so that a block of channels is contiguous
     transposed
         .par_chunks_mut(block * taps * g.o)
@@ -276,28 +354,41 @@ fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<
                     for from in (0..g.out_h()).step_by(step) {
                         let rows = from..(from + step).min(g.out_h());
                         let width = rows.len() * ow;
-                        let grad = Mat::new(&grad[b * g.o * pixels + from * ow..], g.o, width, pixels);
+                        let grad =
+                            Mat::new(&grad[b * g.o * pixels + from * ow..], g.o, width, pixels);
                         let patches = if g.is_pointwise() {
                             Mat::new(&x[from * ow..], channels, width, pixels)
                         } else {
                             let buffer = &mut buffer[..channels * taps * width];
-                            for (patches, x) in buffer.chunks_exact_mut(taps * width).zip(x.chunks_exact(g.h * g.w)) {
+                            for (patches, x) in buffer
+                                .chunks_exact_mut(taps * width)
+                                .zip(x.chunks_exact(g.h * g.w))
+                            {
                                 unroll_channel(x, g, rows.clone(), patches);
                             }
                             Mat::new(&*buffer, channels * taps, width, width)
                         };
                         let dst = MatMut::new(out, channels * taps, g.o, g.o);
-                        gemm(dst, b > 0 || from > 0, T::one(), patches, grad.t(), Threads::One);
+                        gemm(
+                            dst,
+                            b > 0 || from > 0,
+                            T::one(),
+                            patches,
+                            grad.t(),
+                            Threads::One,
+                        );
                     }
                 }
             });
         });
     let mut out = vec![T::zero(); patch * g.o];
-    out.par_chunks_exact_mut(patch).enumerate().for_each(|(o, row)| {
-        for (p, v) in row.iter_mut().enumerate() {
-            *v = transposed[p * g.o + o];
-        }
-    });
+    out.par_chunks_exact_mut(patch)
+        .enumerate()
+        .for_each(|(o, row)| {
+            for (p, v) in row.iter_mut().enumerate() {
+                *v = transposed[p * g.o + o];
+            }
+        });
     out
 }
 
@@ -350,7 +441,11 @@ impl CustomOp3 for Conv2d {
         b: &CpuStorage,
         bl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(s: [(&CpuStorage, &Layout); 3], batch: usize, g: &Geometry) -> Result<CpuStorage> {
+        fn run<T: Real>(
+            s: [(&CpuStorage, &Layout); 3],
+            batch: usize,
+            g: &Geometry,
+        ) -> Result<CpuStorage> {
             let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
             Ok(T::to_cpu_storage_owned(forward(x?, w?, Some(b?), batch, g)))
         }
@@ -369,13 +464,22 @@ impl CustomOp3 for Conv2d {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (batch, g) = self.geometry(x.shape(), w.shape())?;
-        by_dtype!(x.dtype(), self.name(), backward([x, w, b], &grad.contiguous()?, batch, &g))
+        by_dtype!(
+            x.dtype(),
+            self.name(),
+            backward([x, w, b], &grad.contiguous()?, batch, &g)
+        )
     }
 }
 
 type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
-fn backward<T: Real>([x, w, b]: [&Tensor; 3], grad: &Tensor, batch: usize, g: &Geometry) -> Result<Grads3> {
+fn backward<T: Real>(
+    [x, w, b]: [&Tensor; 3],
+    grad: &Tensor,
+    batch: usize,
+    g: &Geometry,
+) -> Result<Grads3> {
     let (xv, wv, gv) = (View::of(x), View::of(w), View::of(grad));
     let (xs, ws, gs) = (xv.slice::<T>()?, wv.slice::<T>()?, gv.slice::<T>()?);
     let device = x.device();
@@ -418,7 +522,11 @@ mod tests {
             let want = x
                 .conv2d(&weight, pad, stride, 1, 1)?
                 .broadcast_add(&bias.reshape((1, o, 1, 1))?)?;
-            assert_close(&conv2d(&x, &weight, Some(&bias), stride, pad)?, &want, 1e-12)?;
+            assert_close(
+                &conv2d(&x, &weight, Some(&bias), stride, pad)?,
+                &want,
+                1e-12,
+            )?;
         }
         Ok(())
     }

@@ -5,7 +5,9 @@ use std::cell::RefCell;
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
 
 /// An element type the CPU kernels are written for: `f32`, and `f64` for checking them.
-pub(super) trait Real: WithDType + num_traits::Float + num_traits::FloatConst + Default + std::iter::Sum {
+pub(super) trait Real:
+    WithDType + num_traits::Float + num_traits::FloatConst + Default + std::iter::Sum
+{
     /// `e^x`, accurate to about one unit in the last place; NaN stays NaN.
     fn fast_exp(self) -> Self;
     /// The error function.
@@ -45,11 +47,15 @@ impl Real for f32 {
         let shifted = x * std::f32::consts::LOG2_E + ROUND;
         let n = shifted - ROUND;
         let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-        let p = ((((1.987_569_1e-4 * r + 1.398_199_9e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2) * r
+        let p = ((((1.987_569_1e-4 * r + 1.398_199_9e-3) * r + 8.333_452e-3) * r + 4.166_579_6e-2)
+            * r
             + 1.666_666_5e-1)
             * r
             + 0.5;
-        let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+        let exponent = shifted
+            .to_bits()
+            .wrapping_sub(ROUND.to_bits())
+            .wrapping_add(127);
         (p * r * r + r + 1.0) * f32::from_bits(exponent << 23)
     }
 
@@ -59,13 +65,16 @@ impl Real for f32 {
         let x = if self < -4.0 { -4.0 } else { self };
         let x = if x > 4.0 { 4.0 } else { x };
         let z = x * x;
-        let p = (((((-2.726_142_3e-10 * z + 2.770_681_4e-8) * z - 2.101_024e-6) * z - 5.692_506_4e-5) * z
+        let p = (((((-2.726_142_3e-10 * z + 2.770_681_4e-8) * z - 2.101_024e-6) * z
+            - 5.692_506_4e-5)
+            * z
             - 7.349_906_3e-4)
             * z
             - 2.954_6e-3)
             * z
             - 1.609_603_3e-2;
-        let q = (((-1.456_607_2e-5 * z - 2.133_740_6e-4) * z - 1.682_827e-3) * z - 7.373_329_2e-3) * z
+        let q = (((-1.456_607_2e-5 * z - 2.133_740_6e-4) * z - 1.682_827e-3) * z - 7.373_329_2e-3)
+            * z
             - 1.426_473_9e-2;
         x * p / q
     }
@@ -181,7 +190,11 @@ pub(super) use by_dtype;
 
 /// Whether the CPU kernels take this tensor; others go through candle's tensor operations.
 pub(super) fn has_kernel(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && matches!(tensor.dtype(), candle_core::DType::F32 | candle_core::DType::F64)
+    tensor.device().is_cpu()
+        && matches!(
+            tensor.dtype(),
+            candle_core::DType::F32 | candle_core::DType::F64
+        )
 }
 
 #[cfg(test)]

@@ -142,9 +142,23 @@ mod tests {
         let rhs_t = [1f32, 0., 1., 0., 1., 1.];
         let mut out = [100f32; 4];
         let (l, r) = (Mat::new(&lhs, 2, 3, 4), Mat::new(&rhs_t, 2, 3, 3).t());
-        gemm(MatMut::new(&mut out, 2, 2, 2), false, 2.0, l, r, Threads::One);
+        gemm(
+            MatMut::new(&mut out, 2, 2, 2),
+            false,
+            2.0,
+            l,
+            r,
+            Threads::One,
+        );
         assert_eq!(out, [8., 10., 20., 22.]);
-        gemm(MatMut::new(&mut out, 2, 2, 2), true, 1.0, l, r, Threads::Pool);
+        gemm(
+            MatMut::new(&mut out, 2, 2, 2),
+            true,
+            1.0,
+            l,
+            r,
+            Threads::Pool,
+        );
         assert_eq!(out, [12., 15., 30., 33.]);
     }
 

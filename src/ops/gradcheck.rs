@@ -8,7 +8,9 @@ pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
     let mut state = seed;
     let data: Vec<f64> = (0..n)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as f64 / (1u64 << 30) as f64 - 1.0
         })
         .collect();
@@ -17,13 +19,20 @@ pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
 
 pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
     assert_eq!(got.dims(), want.dims());
-    let worst = (got - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+    let worst = (got - want)?
+        .abs()?
+        .flatten_all()?
+        .max(0)?
+        .to_scalar::<f64>()?;
     assert!(worst <= tolerance, "differs by {worst}");
     Ok(())
 }
 
 /// Checks every element of every input's gradient of `Σ f(inputs)·r`, for a fixed random `r`, against central differences.
-pub(super) fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<()> {
+pub(super) fn check_gradients(
+    inputs: &[Tensor],
+    f: impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<()> {
     let vars: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<Result<_>>()?;
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let out = f(&tensors)?;
@@ -32,7 +41,11 @@ pub(super) fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result
     let objective = |inputs: &[Tensor]| f(inputs)?.mul(&direction)?.sum_all()?.to_scalar::<f64>();
     const H: f64 = 1e-6;
     for (which, var) in vars.iter().enumerate() {
-        let grad = grads.get(var).expect("no gradient").flatten_all()?.to_vec1::<f64>()?;
+        let grad = grads
+            .get(var)
+            .expect("no gradient")
+            .flatten_all()?
+            .to_vec1::<f64>()?;
         let base = inputs[which].flatten_all()?.to_vec1::<f64>()?;
         for (i, &got) in grad.iter().enumerate() {
             let at = |h: f64| {
@@ -60,7 +73,11 @@ mod tests {
     fn small_layers() -> Result<()> {
         check_gradients(&[random(&[2, 3, 6], 1)?], |t| geglu(&t[0]))?;
         check_gradients(&[random(&[2, 3, 2, 3], 1)?], |t| upsample_nearest_2x(&t[0]))?;
-        let inputs = [random(&[2, 3, 4], 1)?, random(&[5, 4], 2)?, random(&[5], 3)?];
+        let inputs = [
+            random(&[2, 3, 4], 1)?,
+            random(&[5, 4], 2)?,
+            random(&[5], 3)?,
+        ];
         check_gradients(&inputs, |t| linear(&t[0], &t[1], Some(&t[2])))
     }
 
@@ -68,7 +85,9 @@ mod tests {
     fn frozen_inputs_get_no_gradient() -> Result<()> {
         let x = Var::from_tensor(&random(&[1, 2, 4, 4], 1)?)?;
         let weight = random(&[2, 2, 3, 3], 2)?;
-        let grads = super::super::conv2d(&x, &weight, None, 1, 1)?.sum_all()?.backward()?;
+        let grads = super::super::conv2d(&x, &weight, None, 1, 1)?
+            .sum_all()?
+            .backward()?;
         assert!(grads.get(&x).is_some());
         assert!(grads.get(&weight).is_none());
         Ok(())

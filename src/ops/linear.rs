@@ -16,7 +16,11 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut shape = x.dims().to_vec();
     match shape.last_mut() {
         Some(last) if *last == inner => *last = out,
-        _ => candle_core::bail!("linear: x is {:?} but weight is {:?}", x.dims(), weight.dims()),
+        _ => candle_core::bail!(
+            "linear: x is {:?} but weight is {:?}",
+            x.dims(),
+            weight.dims()
+        ),
     }
     let flat = x.contiguous()?.reshape(((), inner))?;
     let y = if has_kernel(x) {
@@ -60,10 +64,20 @@ impl CustomOp3 for Linear {
                 y.extend_from_slice(b);
             }
             let (x, w) = (Mat::new(x, m, k, k), Mat::new(w, n, k, k));
-            gemm(MatMut::new(&mut y, m, n, n), true, T::one(), x, w.t(), Threads::Pool);
+            gemm(
+                MatMut::new(&mut y, m, n, n),
+                true,
+                T::one(),
+                x,
+                w.t(),
+                Threads::Pool,
+            );
             T::to_cpu_storage_owned(y)
         }
-        fn typed<T: Real>(s: [(&CpuStorage, &Layout); 3], dims: (usize, usize, usize)) -> Result<CpuStorage> {
+        fn typed<T: Real>(
+            s: [(&CpuStorage, &Layout); 3],
+            dims: (usize, usize, usize),
+        ) -> Result<CpuStorage> {
             let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
             Ok(run(x?, w?, b?, dims))
         }
@@ -86,7 +100,11 @@ impl CustomOp3 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        by_dtype!(x.dtype(), self.name(), backward(x, w, b, &grad.contiguous()?))
+        by_dtype!(
+            x.dtype(),
+            self.name(),
+            backward(x, w, b, &grad.contiguous()?)
+        )
     }
 }
 
@@ -102,7 +120,14 @@ fn backward<T: Real>(x: &Tensor, w: &Tensor, b: &Tensor, grad: &Tensor) -> Resul
     let gx = if needs_grad(x) {
         let mut out = vec![T::zero(); m * k];
         let w = Mat::new(ws, n, k, k);
-        gemm(MatMut::new(&mut out, m, k, k), false, T::one(), g, w, Threads::Pool);
+        gemm(
+            MatMut::new(&mut out, m, k, k),
+            false,
+            T::one(),
+            g,
+            w,
+            Threads::Pool,
+        );
         Some(Tensor::from_vec(out, (m, k), device)?)
     } else {
         None
@@ -110,7 +135,14 @@ fn backward<T: Real>(x: &Tensor, w: &Tensor, b: &Tensor, grad: &Tensor) -> Resul
     let gw = if needs_grad(w) {
         let mut out = vec![T::zero(); n * k];
         let x = Mat::new(xs, m, k, k);
-        gemm(MatMut::new(&mut out, n, k, k), false, T::one(), g.t(), x, Threads::Pool);
+        gemm(
+            MatMut::new(&mut out, n, k, k),
+            false,
+            T::one(),
+            g.t(),
+            x,
+            Threads::Pool,
+        );
         Some(Tensor::from_vec(out, (n, k), device)?)
     } else {
         None

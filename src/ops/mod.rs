@@ -26,5 +26,5 @@ pub use attention::{Attention, attention};
 pub use conv::conv2d;
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
-pub use update::{AdamWStep, adamw_step, lerp_, squared_norm};
+pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;

@@ -1,6 +1,8 @@
 //! Group and layer normalisation.
 
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, backend::BackendStorage};
+use candle_core::{
+    CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, backend::BackendStorage,
+};
 use rayon::prelude::*;
 
 use super::cpu::{Real, View, by_dtype, has_kernel, real, sigmoid, slice, sum1, sum2, vectorised};
@@ -11,14 +13,27 @@ use super::cpu::{Real, View, by_dtype, has_kernel, real, sigmoid, slice, sum1, s
 ///
 /// # Errors
 /// When `groups` does not divide the channels or the shapes do not fit together.
-pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f64, silu: bool) -> Result<Tensor> {
+pub fn group_norm(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    groups: usize,
+    eps: f64,
+    silu: bool,
+) -> Result<Tensor> {
     let c = x.dim(1)?;
     if groups == 0 || !c.is_multiple_of(groups) || weight.dims() != [c] || bias.dims() != [c] {
-        candle_core::bail!("group_norm: x is {:?}, weight {:?}, {groups} groups", x.dims(), weight.dims());
+        candle_core::bail!(
+            "group_norm: x is {:?}, weight {:?}, {groups} groups",
+            x.dims(),
+            weight.dims()
+        );
     }
     if has_kernel(x) {
         let op = GroupNorm { groups, eps, silu };
-        return x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
+        return x
+            .contiguous()?
+            .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
     }
     let grouped = x.reshape((x.dim(0)?, groups, ()))?;
     let centred = grouped.broadcast_sub(&grouped.mean_keepdim(D::Minus1)?)?;
@@ -42,16 +57,25 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let c = x.dim(D::Minus1)?;
     if weight.dims() != [c] || bias.dims() != [c] {
-        candle_core::bail!("layer_norm: x is {:?}, weight {:?}", x.dims(), weight.dims());
+        candle_core::bail!(
+            "layer_norm: x is {:?}, weight {:?}",
+            x.dims(),
+            weight.dims()
+        );
     }
     if has_kernel(x) {
-        return x
-            .contiguous()?
-            .apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps });
+        return x.contiguous()?.apply_op3(
+            &weight.contiguous()?,
+            &bias.contiguous()?,
+            LayerNorm { eps },
+        );
     }
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let std = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    centred.broadcast_div(&std)?.broadcast_mul(weight)?.broadcast_add(bias)
+    centred
+        .broadcast_div(&std)?
+        .broadcast_mul(weight)?
+        .broadcast_add(bias)
 }
 
 /// Mean and reciprocal standard deviation (biased) of a slice.
@@ -94,14 +118,22 @@ impl GroupNorm {
         let (per_group, pixels) = self.sizes(x.shape());
         let channels = per_group * self.groups;
         let (xv, wv, bv, gv) = (View::of(x), View::of(w), View::of(b), View::of(grad));
-        let (xs, ws, bs, gs) = (xv.slice::<T>()?, wv.slice::<T>()?, bv.slice::<T>()?, gv.slice::<T>()?);
+        let (xs, ws, bs, gs) = (
+            xv.slice::<T>()?,
+            wv.slice::<T>()?,
+            bv.slice::<T>()?,
+            gv.slice::<T>()?,
+        );
         let group = per_group * pixels;
         let mut gx = vec![T::zero(); xs.len()];
         // Each image's share of the gradients of weight and bias, [B, C].
         let mut gw = vec![T::zero(); xs.len() / pixels];
         let mut gb = gw.clone();
         gx.par_chunks_exact_mut(group)
-            .zip(gw.par_chunks_exact_mut(per_group).zip(gb.par_chunks_exact_mut(per_group)))
+            .zip(
+                gw.par_chunks_exact_mut(per_group)
+                    .zip(gb.par_chunks_exact_mut(per_group)),
+            )
             .enumerate()
             .for_each(|(index, (gx, (gw, gb)))| {
                 let first = index % self.groups * per_group;
@@ -202,11 +234,22 @@ impl CustomOp3 for GroupNorm {
         Ok((out, xl.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, b: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Grads3> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Grads3> {
         fn run<T: Real>(op: &GroupNorm, args: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
             op.backward::<T>(args, grad)
         }
-        by_dtype!(x.dtype(), self.name(), run(self, [x, w, b], &grad.contiguous()?))
+        by_dtype!(
+            x.dtype(),
+            self.name(),
+            run(self, [x, w, b], &grad.contiguous()?)
+        )
     }
 }
 
@@ -230,7 +273,10 @@ impl LayerNorm {
             .zip(gw.par_chunks_exact_mut(c).zip(gb.par_chunks_exact_mut(c)))
             .for_each(|((gx, (x, g)), (gw, gb))| {
                 vectorised(|| {
-                    let rows = gx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(g.chunks_exact(c));
+                    let rows = gx
+                        .chunks_exact_mut(c)
+                        .zip(x.chunks_exact(c))
+                        .zip(g.chunks_exact(c));
                     for ((gx, x), g) in rows {
                         let (mean, rstd) = statistics(x, self.eps);
                         for i in 0..c {
@@ -294,11 +340,22 @@ impl CustomOp3 for LayerNorm {
         Ok((out, xl.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _b: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Grads3> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _b: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Grads3> {
         fn run<T: Real>(op: &LayerNorm, args: [&Tensor; 2], grad: &Tensor) -> Result<Grads3> {
             op.backward::<T>(args, grad)
         }
-        by_dtype!(x.dtype(), self.name(), run(self, [x, w], &grad.contiguous()?))
+        by_dtype!(
+            x.dtype(),
+            self.name(),
+            run(self, [x, w], &grad.contiguous()?)
+        )
     }
 }
 
@@ -313,7 +370,9 @@ mod tests {
             let c = shape[1];
             for silu in [false, true] {
                 let inputs = [random(shape, 1)?, random(&[c], 2)?, random(&[c], 3)?];
-                check_gradients(&inputs, |t| group_norm(&t[0], &t[1], &t[2], groups, 1e-5, silu))?;
+                check_gradients(&inputs, |t| {
+                    group_norm(&t[0], &t[1], &t[2], groups, 1e-5, silu)
+                })?;
             }
         }
         Ok(())

@@ -1,7 +1,10 @@
 //! Optimiser arithmetic: updates that change a parameter's storage in place, so that a step allocates nothing of the model's
 //! size, and the norm that clipping needs.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var, bail, backend::BackendStorage};
+use candle_core::{
+    CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var,
+    backend::BackendStorage, bail,
+};
 use rayon::prelude::*;
 
 use super::cpu::{View, has_kernel, sum1, vectorised};
@@ -9,16 +12,18 @@ use super::cpu::{View, has_kernel, sum1, vectorised};
 /// Elements a task updates.
 const CHUNK: usize = 1 << 14;
 
-/// `target += weight · (source - target)`, as `torch.Tensor.lerp_`: the step of an exponential moving average.
+/// `target = decay · target + (1 - decay) · source`: the step of an exponential moving average, in the order of operations of
+/// the reference's `update_ema`.
 ///
 /// # Errors
 /// When shapes or dtypes differ.
-pub fn lerp_(target: &Var, source: &Tensor, weight: f64) -> Result<()> {
+pub fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
+    let weight = 1.0 - decay;
     if has_kernel(target) {
-        return target.inplace_op2(&source.detach().contiguous()?, &Lerp(weight as f32));
+        let (decay, weight) = (decay as f32, weight as f32);
+        return target.inplace_op2(&source.detach().contiguous()?, &Ema { decay, weight });
     }
-    let old = target.as_detached_tensor();
-    target.set(&((source.detach() - &old)? * weight)?.add(&old)?)
+    target.set(&((target.as_detached_tensor() * decay)? + (source.detach() * weight)?)?)
 }
 
 /// The sum of the squares of a tensor's elements, accumulated in `f64`.
@@ -29,11 +34,19 @@ pub fn squared_norm(x: &Tensor) -> Result<f64> {
     if has_kernel(x) && x.dtype() == DType::F32 {
         let x = x.contiguous()?;
         let view = View::of(&x);
-        let parts = view.slice::<f32>()?.par_chunks(CHUNK).map(|part| vectorised(|| sum1(part, |x| x * x)));
+        let parts = view
+            .slice::<f32>()?
+            .par_chunks(CHUNK)
+            .map(|part| vectorised(|| sum1(part, |x| x * x)));
         // Collected before it is summed: the order of the sum must not depend on the threads.
         return Ok(parts.collect::<Vec<f64>>().into_iter().sum());
     }
-    Ok(f64::from(x.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?))
+    Ok(f64::from(
+        x.to_dtype(DType::F32)?
+            .sqr()?
+            .sum_all()?
+            .to_scalar::<f32>()?,
+    ))
 }
 
 /// The numbers of one AdamW step, shared by all parameters.
@@ -75,8 +88,18 @@ pub fn adamw_step(
     if has_kernel(param) {
         let scale = grad_scale as f32;
         let (weight1, weight2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-        moment1.inplace_op2(&grad, &Average { weight: weight1, scale })?;
-        let square = SquareAverage { beta: step.beta2 as f32, weight: weight2, scale };
+        moment1.inplace_op2(
+            &grad,
+            &Average {
+                weight: weight1,
+                scale,
+            },
+        )?;
+        let square = SquareAverage {
+            beta: step.beta2 as f32,
+            weight: weight2,
+            scale,
+        };
         moment2.inplace_op2(&grad, &square)?;
         let update = AdamWUpdate {
             keep: keep as f32,
@@ -84,7 +107,11 @@ pub fn adamw_step(
             root_correction2: correction2.sqrt() as f32,
             epsilon: step.epsilon as f32,
         };
-        return param.inplace_op3(&moment1.as_detached_tensor(), &moment2.as_detached_tensor(), &update);
+        return param.inplace_op3(
+            &moment1.as_detached_tensor(),
+            &moment2.as_detached_tensor(),
+            &update,
+        );
     }
     let grad = (grad * grad_scale)?;
     let (m, v) = (moment1.as_detached_tensor(), moment2.as_detached_tensor());
@@ -101,36 +128,52 @@ pub fn adamw_step(
 fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
-        (other, _) => bail!("an in-place update needs contiguous f32, not {:?}", other.dtype()),
+        (other, _) => bail!(
+            "an in-place update needs contiguous f32, not {:?}",
+            other.dtype()
+        ),
     }
 }
 
-fn zip2(dst: (&mut CpuStorage, &Layout), src: (&CpuStorage, &Layout), f: impl Fn(&mut f32, f32) + Sync) -> Result<()> {
+fn zip2(
+    dst: (&mut CpuStorage, &Layout),
+    src: (&CpuStorage, &Layout),
+    f: impl Fn(&mut f32, f32) + Sync,
+) -> Result<()> {
     let dst = slice_mut(dst.0, dst.1)?;
     let src = super::cpu::slice::<f32>(src.0, src.1)?;
     if dst.len() != src.len() {
-        bail!("an in-place update of {} elements with {}", dst.len(), src.len());
+        bail!(
+            "an in-place update of {} elements with {}",
+            dst.len(),
+            src.len()
+        );
     }
-    dst.par_chunks_mut(CHUNK).zip(src.par_chunks(CHUNK)).for_each(|(dst, src)| {
-        vectorised(|| {
-            for (d, &s) in dst.iter_mut().zip(src) {
-                f(d, s);
-            }
+    dst.par_chunks_mut(CHUNK)
+        .zip(src.par_chunks(CHUNK))
+        .for_each(|(dst, src)| {
+            vectorised(|| {
+                for (d, &s) in dst.iter_mut().zip(src) {
+                    f(d, s);
+                }
+            });
         });
-    });
     Ok(())
 }
 
-struct Lerp(f32);
+struct Ema {
+    decay: f32,
+    weight: f32,
+}
 
-impl InplaceOp2 for Lerp {
+impl InplaceOp2 for Ema {
     fn name(&self) -> &'static str {
-        "lerp_"
+        "ema_update"
     }
 
     fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
-        let weight = self.0;
-        zip2((d, dl), (s, sl), |d, s| *d += weight * (s - *d))
+        let Self { decay, weight } = *self;
+        zip2((d, dl), (s, sl), |d, s| *d = *d * decay + weight * s)
     }
 }
 
@@ -164,7 +207,11 @@ impl InplaceOp2 for SquareAverage {
     }
 
     fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
-        let Self { beta, weight, scale } = *self;
+        let Self {
+            beta,
+            weight,
+            scale,
+        } = *self;
         zip2((d, dl), (s, sl), |d, s| {
             let g = s * scale;
             *d = beta * *d + weight * g * g;
@@ -198,7 +245,12 @@ impl InplaceOp3 for AdamWUpdate {
         let m = super::cpu::slice::<f32>(m, ml)?;
         let v = super::cpu::slice::<f32>(v, vl)?;
         if p.len() != m.len() || p.len() != v.len() {
-            bail!("AdamW: {} parameters, moments of {} and {}", p.len(), m.len(), v.len());
+            bail!(
+                "AdamW: {} parameters, moments of {} and {}",
+                p.len(),
+                m.len(),
+                v.len()
+            );
         }
         p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK)))
@@ -231,14 +283,24 @@ mod tests {
         let mut expected = [1f64, -2.];
         let (mut em, mut ev) = ([0f64; 2], [0f64; 2]);
         for (t, g) in [(1u64, [0.5f64, -1.0]), (2, [0.1, 0.3])] {
-            let step = AdamWStep { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5, step: t };
+            let step = AdamWStep {
+                learning_rate: 0.1,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.5,
+                step: t,
+            };
             // The stored gradient is twice the true one: the scale must undo it.
             let stored = Tensor::new(&[2.0 * g[0] as f32, 2.0 * g[1] as f32], &dev)?;
             adamw_step(&p, &m, &v, &stored, 0.5, &step)?;
             for i in 0..2 {
                 em[i] = 0.9 * em[i] + 0.1 * g[i];
                 ev[i] = 0.999 * ev[i] + 0.001 * g[i] * g[i];
-                let (mh, vh) = (em[i] / (1.0 - 0.9f64.powi(t as i32)), ev[i] / (1.0 - 0.999f64.powi(t as i32)));
+                let (mh, vh) = (
+                    em[i] / (1.0 - 0.9f64.powi(t as i32)),
+                    ev[i] / (1.0 - 0.999f64.powi(t as i32)),
+                );
                 expected[i] = expected[i] * (1.0 - 0.05) - 0.1 * mh / (vh.sqrt() + 1e-8);
             }
         }
@@ -249,9 +311,9 @@ mod tests {
     }
 
     #[test]
-    fn lerp_moves_towards_the_source() -> Result<()> {
+    fn an_average_moves_towards_its_source() -> Result<()> {
         let target = Var::new(&[0f32, 10.], &Device::Cpu)?;
-        lerp_(&target, &Tensor::new(&[1f32, 0.], &Device::Cpu)?, 0.25)?;
+        ema_update(&target, &Tensor::new(&[1f32, 0.], &Device::Cpu)?, 0.75)?;
         assert_eq!(target.to_vec1::<f32>()?, [0.25, 7.5]);
         Ok(())
     }

@@ -33,13 +33,15 @@ impl CustomOp1 for Upsample {
         fn run<T: Real>(x: &CpuStorage, layout: &Layout, w: usize) -> Result<CpuStorage> {
             let x = slice::<T>(x, layout)?;
             let mut out = vec![T::zero(); 4 * x.len()];
-            out.par_chunks_mut(4 * w).zip(x.par_chunks(w)).for_each(|(out, row)| {
-                let (first, second) = out.split_at_mut(2 * w);
-                for (pair, &x) in first.chunks_exact_mut(2).zip(row) {
-                    pair.fill(x);
-                }
-                second.copy_from_slice(first);
-            });
+            out.par_chunks_mut(4 * w)
+                .zip(x.par_chunks(w))
+                .for_each(|(out, row)| {
+                    let (first, second) = out.split_at_mut(2 * w);
+                    for (pair, &x) in first.chunks_exact_mut(2).zip(row) {
+                        pair.fill(x);
+                    }
+                    second.copy_from_slice(first);
+                });
             Ok(T::to_cpu_storage_owned(out))
         }
         let (b, c, h, w) = layout.shape().dims4()?;
@@ -53,12 +55,18 @@ impl CustomOp1 for Upsample {
             let view = View::of(grad);
             let grad = view.slice::<T>()?;
             let mut out = vec![T::zero(); grad.len() / 4];
-            out.par_chunks_mut(w).zip(grad.par_chunks(4 * w)).for_each(|(out, grad)| {
-                let (first, second) = grad.split_at(2 * w);
-                for ((o, a), b) in out.iter_mut().zip(first.chunks_exact(2)).zip(second.chunks_exact(2)) {
-                    *o = a[0] + a[1] + b[0] + b[1];
-                }
-            });
+            out.par_chunks_mut(w)
+                .zip(grad.par_chunks(4 * w))
+                .for_each(|(out, grad)| {
+                    let (first, second) = grad.split_at(2 * w);
+                    for ((o, a), b) in out
+                        .iter_mut()
+                        .zip(first.chunks_exact(2))
+                        .zip(second.chunks_exact(2))
+                    {
+                        *o = a[0] + a[1] + b[0] + b[1];
+                    }
+                });
             Ok(Some(Tensor::from_vec(out, x.dims(), x.device())?))
         }
         by_dtype!(x.dtype(), self.name(), run(x, &grad.contiguous()?))

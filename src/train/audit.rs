@@ -82,7 +82,12 @@ impl Auditor {
         end_of_step: Option<(f64, f64)>,
     ) -> Result<(), TrainError> {
         let cpu = &Device::Cpu;
-        let full = |t: &Tensor| t.detach().to_dtype(DType::F32)?.to_device(cpu)?.contiguous();
+        let full = |t: &Tensor| {
+            t.detach()
+                .to_dtype(DType::F32)?
+                .to_device(cpu)?
+                .contiguous()
+        };
         let index: Vec<i64> = inputs.index.iter().map(|&i| i as i64).collect();
         let w: Vec<f32> = inputs.w.iter().map(|&w| w as f32).collect();
         let mut tensors = BTreeMap::from([
@@ -101,8 +106,11 @@ impl Auditor {
             tensors.insert("grad_norm", Tensor::new(norm as f32, cpu)?);
             tensors.insert("lr", Tensor::new(rate as f32, cpu)?);
         }
-        let path = self.folder.join(format!("step-{step:06}.{micro:02}.safetensors"));
-        safetensors::serialize_to_file(tensors, None, &path).map_err(|e| io(&path)(std::io::Error::other(e)))
+        let path = self
+            .folder
+            .join(format!("step-{step:06}.{micro:02}.safetensors"));
+        safetensors::serialize_to_file(tensors, None, &path)
+            .map_err(|e| io(&path)(std::io::Error::other(e)))
     }
 
     /// After the last audited step: `unet_final/` and `unet_target_final/`.

@@ -18,6 +18,8 @@ const FORMAT: u32 = 1;
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
+/// Folders that are being filled.
+const ASIDE: &str = ".writing-";
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Serialize, Deserialize)]
@@ -48,6 +50,17 @@ impl Checkpoints {
             folder: folder.to_owned(),
             keep: keep.max(1),
         }
+    }
+
+    /// Removes what a killed run left half written.
+    pub(super) fn clear_unfinished(&self) -> Result<(), TrainError> {
+        for entry in fs::read_dir(&self.folder).map_err(io(&self.folder))? {
+            let entry = entry.map_err(io(&self.folder))?;
+            if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+                fs::remove_dir_all(entry.path()).map_err(io(&entry.path()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes the checkpoint of a step, then removes the oldest beyond those to keep.
@@ -93,14 +106,20 @@ impl Checkpoints {
         let mut steps = Vec::new();
         for entry in entries {
             let name = entry.map_err(io(&self.folder))?.file_name();
-            steps.extend(name.to_str().and_then(|n| n.strip_prefix(PREFIX)).and_then(|n| n.parse::<u64>().ok()));
+            steps.extend(
+                name.to_str()
+                    .and_then(|n| n.strip_prefix(PREFIX))
+                    .and_then(|n| n.parse::<u64>().ok()),
+            );
         }
         steps.sort_unstable();
         Ok(steps)
     }
 
     /// The newest checkpoint that is whole, and for each newer one what is wrong with it.
-    pub(super) fn newest_whole(&self) -> Result<(Option<(PathBuf, State)>, Vec<TrainError>), TrainError> {
+    pub(super) fn newest_whole(
+        &self,
+    ) -> Result<(Option<(PathBuf, State)>, Vec<TrainError>), TrainError> {
         let mut damaged = Vec::new();
         for step in self.steps()?.into_iter().rev() {
             let path = self.folder.join(format!("{PREFIX}{step}"));
@@ -128,18 +147,24 @@ pub(super) fn open(path: &Path) -> Result<State, TrainError> {
         path: path.to_owned(),
         message: format!("damaged checkpoint: {message}"),
     };
-    let text = fs::read_to_string(path.join(STATE)).map_err(|e| damaged(format!("{STATE}: {e}")))?;
+    let text =
+        fs::read_to_string(path.join(STATE)).map_err(|e| damaged(format!("{STATE}: {e}")))?;
     let state: State = serde_json::from_str(&text).map_err(|e| damaged(format!("{STATE}: {e}")))?;
     if state.format != FORMAT {
         return Err(TrainError::Checkpoint {
             path: path.to_owned(),
-            message: format!("written in format {}, this coffey reads format {FORMAT}", state.format),
+            message: format!(
+                "written in format {}, this coffey reads format {FORMAT}",
+                state.format
+            ),
         });
     }
     for (name, expected) in &state.checksums {
         let found = checksum(&path.join(name)).map_err(|e| damaged(e.to_string()))?;
         if found != *expected {
-            return Err(damaged(format!("{name} does not have the checksum it was written with")));
+            return Err(damaged(format!(
+                "{name} does not have the checksum it was written with"
+            )));
         }
     }
     Ok(state)
@@ -156,22 +181,32 @@ pub(super) fn load_optimizer(
 }
 
 /// Fills a folder under a hidden name beside `place`, flushes it and renames it there, replacing what stood there.
-pub(super) fn write_aside(place: &Path, fill: impl FnOnce(&Path) -> Result<(), TrainError>) -> Result<(), TrainError> {
+pub(super) fn write_aside(
+    place: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
     let parent = place.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io(parent))?;
-    let aside = tempfile::Builder::new().prefix(".writing-").tempdir_in(parent).map_err(io(parent))?;
+    let aside = tempfile::Builder::new()
+        .prefix(ASIDE)
+        .tempdir_in(parent)
+        .map_err(io(parent))?;
     let content = aside.path().join("content");
     fs::create_dir(&content).map_err(io(&content))?;
     fill(&content)?;
     for path in files_below(&content)? {
-        File::open(&path).and_then(|f| f.sync_all()).map_err(io(&path))?;
+        File::open(&path)
+            .and_then(|f| f.sync_all())
+            .map_err(io(&path))?;
     }
     if place.exists() {
         let old = aside.path().join("old");
         fs::rename(place, &old).map_err(io(place))?;
     }
     fs::rename(&content, place).map_err(io(place))?;
-    File::open(parent).and_then(|f| f.sync_all()).map_err(io(parent))
+    File::open(parent)
+        .and_then(|f| f.sync_all())
+        .map_err(io(parent))
 }
 
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
@@ -188,12 +223,19 @@ fn files_below(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
 }
 
 fn relative(folder: &Path, file: &Path) -> String {
-    file.strip_prefix(folder).unwrap_or(file).to_string_lossy().into_owned()
+    file.strip_prefix(folder)
+        .unwrap_or(file)
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn checksum(path: &Path) -> Result<String, TrainError> {
     let mut hash = Sha256::new();
     let mut file = File::open(path).map_err(io(path))?;
     std::io::copy(&mut file, &mut hash).map_err(io(path))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }

@@ -21,7 +21,9 @@ pub(super) fn learning_rate(settings: &Optimizer, step: u64, max_steps: u64) -> 
         Schedule::Linear => rate * (1.0 - progress).max(0.0),
         Schedule::Cosine => rate * (0.5 * (1.0 + (PI * progress).cos())).max(0.0),
         Schedule::CosineWithRestarts if progress >= 1.0 => 0.0,
-        Schedule::CosineWithRestarts => rate * (0.5 * (1.0 + (PI * progress.fract()).cos())).max(0.0),
+        Schedule::CosineWithRestarts => {
+            rate * (0.5 * (1.0 + (PI * progress.fract()).cos())).max(0.0)
+        }
         Schedule::Polynomial if progress > 1.0 => POLYNOMIAL_END,
         Schedule::Polynomial => (rate - POLYNOMIAL_END) * (1.0 - progress) + POLYNOMIAL_END,
     }
@@ -37,7 +39,8 @@ mod tests {
     #[test]
     fn equals_diffusers() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/diffusion.json");
-        let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let golden: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         let golden = &golden["learning_rates"];
         for schedule in [
             Schedule::Constant,
@@ -56,9 +59,17 @@ mod tests {
             let name = serde_json::to_value(schedule).unwrap();
             let want = golden[name.as_str().unwrap()].as_array().unwrap();
             for (i, want) in want.iter().enumerate() {
-                let got = learning_rate(&settings, i as u64 + 1, golden["max_steps"].as_u64().unwrap());
+                let got = learning_rate(
+                    &settings,
+                    i as u64 + 1,
+                    golden["max_steps"].as_u64().unwrap(),
+                );
                 let want = want.as_f64().unwrap();
-                assert!((got - want).abs() < 1e-12, "{schedule:?}, step {}: {got}, diffusers has {want}", i + 1);
+                assert!(
+                    (got - want).abs() < 1e-12,
+                    "{schedule:?}, step {}: {got}, diffusers has {want}",
+                    i + 1
+                );
             }
         }
     }

@@ -67,15 +67,24 @@ impl MetricsLog {
         let aside = folder.join(".metrics.jsonl.tmp");
         fs::write(&aside, kept).map_err(io(&aside))?;
         fs::rename(&aside, &path).map_err(io(&path))?;
-        let file = File::options().append(true).open(&path).map_err(io(&path))?;
-        Ok(Self { path, file, records })
+        let file = File::options()
+            .append(true)
+            .open(&path)
+            .map_err(io(&path))?;
+        Ok(Self {
+            path,
+            file,
+            records,
+        })
     }
 
     /// Appends a step.
     pub(super) fn write(&mut self, record: StepRecord) -> Result<(), TrainError> {
         let mut line = serde_json::to_string(&record).map_err(|e| io(&self.path)(e.into()))?;
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(io(&self.path))?;
+        self.file
+            .write_all(line.as_bytes())
+            .map_err(io(&self.path))?;
         self.records.push(record);
         Ok(())
     }
@@ -125,6 +134,11 @@ mod tests {
         assert_eq!(steps, [1, 2, 3, 4]);
         assert_eq!(log.records().len(), 4);
         // A run from the start has an empty log.
-        assert!(MetricsLog::open(folder.path(), 0).unwrap().records().is_empty());
+        assert!(
+            MetricsLog::open(folder.path(), 0)
+                .unwrap()
+                .records()
+                .is_empty()
+        );
     }
 }

@@ -29,7 +29,10 @@ impl AdamW {
     pub(super) fn new(settings: &config::Optimizer, variables: &Variables) -> Result<Self> {
         let zeros = || -> Result<Variables> {
             let zero = |var: &Var| Var::from_tensor(&var.as_detached_tensor().zeros_like()?);
-            variables.iter().map(|(name, var)| Ok((name.clone(), zero(var)?))).collect()
+            variables
+                .iter()
+                .map(|(name, var)| Ok((name.clone(), zero(var)?)))
+                .collect()
         };
         Ok(Self {
             settings: settings.clone(),
@@ -46,7 +49,13 @@ impl AdamW {
     }
 
     /// One step. `norm` is the gradients' global norm; above `max_grad_norm` they are scaled down to it.
-    pub(super) fn step(&mut self, variables: &Variables, gradients: &Gradients, norm: f64, rate: f64) -> Result<()> {
+    pub(super) fn step(
+        &mut self,
+        variables: &Variables,
+        gradients: &Gradients,
+        norm: f64,
+        rate: f64,
+    ) -> Result<()> {
         self.steps += 1;
         let Self { settings, .. } = self;
         let scale = (settings.max_grad_norm / (norm + 1e-6)).min(1.0);
@@ -58,7 +67,10 @@ impl AdamW {
             weight_decay: settings.weight_decay,
             step: self.steps,
         };
-        for ((name, var), (m, v)) in variables.iter().zip(self.first.values().zip(self.second.values())) {
+        for ((name, var), (m, v)) in variables
+            .iter()
+            .zip(self.first.values().zip(self.second.values()))
+        {
             if let Some(gradient) = gradients.get(name) {
                 ops::adamw_step(var, m, v, gradient, scale, &step)?;
             }
@@ -70,14 +82,22 @@ impl AdamW {
     pub(super) fn save(&self, path: &Path) -> std::result::Result<(), TrainError> {
         let named = |prefix: &'static str, moments: &Variables| {
             let tensors = detached(moments).into_iter();
-            tensors.map(move |(name, t)| (format!("{prefix}{name}"), t)).collect::<Vec<_>>()
+            tensors
+                .map(move |(name, t)| (format!("{prefix}{name}"), t))
+                .collect::<Vec<_>>()
         };
         let tensors = [named(FIRST, &self.first), named(SECOND, &self.second)].concat();
-        safetensors::serialize_to_file(tensors, None, path).map_err(|e| io(path)(std::io::Error::other(e)))
+        safetensors::serialize_to_file(tensors, None, path)
+            .map_err(|e| io(path)(std::io::Error::other(e)))
     }
 
     /// Reads what [`Self::save`] wrote; `steps` is the number of steps made by then.
-    pub(super) fn load(&mut self, path: &Path, steps: u64, device: &Device) -> std::result::Result<(), TrainError> {
+    pub(super) fn load(
+        &mut self,
+        path: &Path,
+        steps: u64,
+        device: &Device,
+    ) -> std::result::Result<(), TrainError> {
         let saved = candle_core::safetensors::load(path, device)?;
         for (prefix, moments) in [(FIRST, &self.first), (SECOND, &self.second)] {
             for (name, var) in moments {

@@ -22,7 +22,9 @@ impl Progress {
     pub(super) fn new(max_steps: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(max_steps), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg} eta {eta}");
+            let style = ProgressStyle::with_template(
+                "{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg} eta {eta}",
+            );
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -52,7 +54,10 @@ impl Progress {
 
     /// A step was made.
     pub(super) fn step(&mut self, record: &StepRecord) {
-        let limit = record.limiting_stage.map(|stage| format!(" · limit: {stage}")).unwrap_or_default();
+        let limit = record
+            .limiting_stage
+            .map(|stage| format!(" · limit: {stage}"))
+            .unwrap_or_default();
         let message = format!(
             "loss {:.4} · grad {:.3} · {:.1} samples/s{limit}",
             record.loss, record.grad_norm, record.samples_per_second
@@ -60,7 +65,9 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_position(record.step);
             bar.set_message(message);
-        } else if record.step == self.max_steps || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY) {
+        } else if record.step == self.max_steps
+            || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY)
+        {
             self.last_line = Some(Instant::now());
             eprintln!("step {}/{} · {message}", record.step, self.max_steps);
         }

@@ -44,10 +44,19 @@ impl Endpoint {
         stop: &Stop,
     ) -> Result<Self, TrainError> {
         let draw = |steps| {
-            prompts.teacher(teacher.unet, teacher.uncond, &distillation.schedule, (steps, guidance), stop)
+            prompts.teacher(
+                teacher.unet,
+                teacher.uncond,
+                &distillation.schedule,
+                (steps, guidance),
+                stop,
+            )
         };
         let reference = draw(ENDPOINT_STEPS)?;
-        let teacher = [distance(&draw(1)?, &reference)?, distance(&draw(4)?, &reference)?];
+        let teacher = [
+            distance(&draw(1)?, &reference)?,
+            distance(&draw(4)?, &reference)?,
+        ];
         Ok(Self {
             prompts,
             guidance,
@@ -57,9 +66,18 @@ impl Endpoint {
     }
 
     /// The error of a student's one-step samples.
-    pub(super) fn of(&self, student: &UNet, distillation: &Distillation, stop: &Stop) -> Result<f64, TrainError> {
-        let Distillation { schedule, boundary, .. } = distillation;
-        let drawn = self.prompts.student(student, schedule, *boundary, (1, self.guidance), stop)?;
+    pub(super) fn of(
+        &self,
+        student: &UNet,
+        distillation: &Distillation,
+        stop: &Stop,
+    ) -> Result<f64, TrainError> {
+        let Distillation {
+            schedule, boundary, ..
+        } = distillation;
+        let drawn = self
+            .prompts
+            .student(student, schedule, *boundary, (1, self.guidance), stop)?;
         distance(&drawn, &self.reference)
     }
 }
@@ -84,14 +102,22 @@ pub(super) fn validation_grids(
     distillation: &Distillation,
     stop: &Stop,
 ) -> Result<(), TrainError> {
-    let Distillation { schedule, boundary, .. } = distillation;
+    let Distillation {
+        schedule, boundary, ..
+    } = distillation;
     for (name, unet) in [("target", student.target()), ("online", student.frozen())] {
         let how = (validation.steps, validation.guidance);
         let latents = prompts.student(unet, schedule, *boundary, how, stop)?;
         let images = decode(encoders, &latents)?;
-        let rows: Vec<_> = images.chunks(validation.images_per_prompt).map(<[_]>::to_vec).collect();
+        let rows: Vec<_> = images
+            .chunks(validation.images_per_prompt)
+            .map(<[_]>::to_vec)
+            .collect();
         let picture = grid(&rows, &validation.prompts, &[]);
-        save_png(&picture, &folder.join(format!("samples/step-{step}-{name}.png")))?;
+        save_png(
+            &picture,
+            &folder.join(format!("samples/step-{step}-{name}.png")),
+        )?;
     }
     Ok(())
 }
@@ -107,21 +133,56 @@ pub(super) fn comparison(
     distillation: &Distillation,
     stop: &Stop,
 ) -> Result<(), TrainError> {
-    let Distillation { schedule, boundary, .. } = distillation;
-    let teacher = |steps| prompts.teacher(teacher.unet, teacher.uncond, schedule, (steps, guidance), stop);
-    let student = |steps| prompts.student(student.target(), schedule, *boundary, (steps, guidance), stop);
-    let columns = [teacher(ENDPOINT_STEPS)?, teacher(4)?, student(4)?, student(1)?];
-    let columns = columns.iter().map(|latents| decode(encoders, latents)).collect::<Result<Vec<_>, _>>()?;
+    let Distillation {
+        schedule, boundary, ..
+    } = distillation;
+    let teacher = |steps| {
+        prompts.teacher(
+            teacher.unet,
+            teacher.uncond,
+            schedule,
+            (steps, guidance),
+            stop,
+        )
+    };
+    let student = |steps| {
+        prompts.student(
+            student.target(),
+            schedule,
+            *boundary,
+            (steps, guidance),
+            stop,
+        )
+    };
+    let columns = [
+        teacher(ENDPOINT_STEPS)?,
+        teacher(4)?,
+        student(4)?,
+        student(1)?,
+    ];
+    let columns = columns
+        .iter()
+        .map(|latents| decode(encoders, latents))
+        .collect::<Result<Vec<_>, _>>()?;
     let rows: Vec<_> = (0..prompts.len())
         .map(|i| columns.iter().map(|images| images[i].clone()).collect())
         .collect();
-    let titles = ["teacher, 50 steps", "teacher, 4 steps", "student, 4 steps", "student, 1 step"];
+    let titles = [
+        "teacher, 50 steps",
+        "teacher, 4 steps",
+        "student, 4 steps",
+        "student, 1 step",
+    ];
     let picture = grid(&rows, labels, &titles.map(str::to_owned));
     Ok(save_png(&picture, path)?)
 }
 
 /// Writes `loss.png`: the loss of every step and, where it was measured, the endpoint error beside the teacher's.
-pub(super) fn loss_curve(folder: &Path, records: &[StepRecord], endpoint: Option<&Endpoint>) -> Result<(), TrainError> {
+pub(super) fn loss_curve(
+    folder: &Path,
+    records: &[StepRecord],
+    endpoint: Option<&Endpoint>,
+) -> Result<(), TrainError> {
     let mut panels = vec![Curve {
         title: "loss".to_owned(),
         points: records.iter().map(|r| (r.step, r.loss)).collect(),
@@ -132,9 +193,15 @@ pub(super) fn loss_curve(folder: &Path, records: &[StepRecord], endpoint: Option
         let [one, four] = endpoint.teacher;
         panels.push(Curve {
             title: "endpoint error of the student in 1 step".to_owned(),
-            points: records.iter().filter_map(|r| Some((r.step, r.endpoint_error?))).collect(),
+            points: records
+                .iter()
+                .filter_map(|r| Some((r.step, r.endpoint_error?)))
+                .collect(),
             smoothed: false,
-            references: vec![("teacher, 1 step".to_owned(), one), ("teacher, 4 steps".to_owned(), four)],
+            references: vec![
+                ("teacher, 1 step".to_owned(), one),
+                ("teacher, 4 steps".to_owned(), four),
+            ],
         });
     }
     Ok(save_png(&curves(&panels), &folder.join("loss.png"))?)

@@ -127,12 +127,17 @@ impl<'a> Run<'a> {
         let output = paths.output;
         fs::create_dir_all(output).map_err(io(output))?;
         let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
+        checkpoints.clear_unfinished()?;
         let found = resume_from(config, &checkpoints, output, progress)?;
         let student = match &found {
             Some((path, _)) => Student::load(path, device, attention)?,
-            None => {
-                Student::from_teacher(&folder, config.model.time_cond_proj_dim, train.seed, device, attention)?
-            }
+            None => Student::from_teacher(
+                &folder,
+                config.model.time_cond_proj_dim,
+                train.seed,
+                device,
+                attention,
+            )?,
         };
         let mut optimizer = AdamW::new(&config.optimizer, student.variables())?;
         let (mut step, mut samples, mut cursor) = (0, 0, None);
@@ -141,10 +146,14 @@ impl<'a> Run<'a> {
             (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
         }
         let log = MetricsLog::open(output, step)?;
-        let configuration = config.to_toml().map_err(|e| TrainError::Mismatch(e.to_string()))?;
+        let configuration = config
+            .to_toml()
+            .map_err(|e| TrainError::Mismatch(e.to_string()))?;
         describe_run(output, config, &configuration)?;
         let auditor = match &config.audit {
-            Some(audit) if step == 0 => Some(Auditor::start(audit, config, &distillation, &student)?),
+            Some(audit) if step == 0 => {
+                Some(Auditor::start(audit, config, &distillation, &student)?)
+            }
             _ => None,
         };
 
@@ -153,7 +162,9 @@ impl<'a> Run<'a> {
         let endpoint = match config.report.endpoint_captions {
             0 => None,
             wanted => {
-                progress.say(format!("drawing the teacher's endpoints of {wanted} captions"));
+                progress.say(format!(
+                    "drawing the teacher's endpoints of {wanted} captions"
+                ));
                 let captions = first_captions(data, wanted)?;
                 let seeded = (train.seed, "endpoint");
                 let prompts = Prompts::new(&encoders, &captions, 1, latent, seeded, device)?;
@@ -161,9 +172,17 @@ impl<'a> Run<'a> {
                     unet: &teacher,
                     uncond: &uncond,
                 };
-                let endpoint = Endpoint::new(prompts, config.report.guidance, teacher, &distillation, stop)?;
+                let endpoint = Endpoint::new(
+                    prompts,
+                    config.report.guidance,
+                    teacher,
+                    &distillation,
+                    stop,
+                )?;
                 let [one, four] = endpoint.teacher.map(figure);
-                progress.say(format!("endpoint error of the teacher: {one} in 1 step, {four} in 4 steps"));
+                progress.say(format!(
+                    "endpoint error of the teacher: {one} in 1 step, {four} in 4 steps"
+                ));
                 Some(endpoint)
             }
         };
@@ -171,7 +190,14 @@ impl<'a> Run<'a> {
             None => None,
             Some(v) => {
                 let seeded = (train.seed, "validation");
-                let prompts = Prompts::new(&encoders, &v.prompts, v.images_per_prompt, latent, seeded, device)?;
+                let prompts = Prompts::new(
+                    &encoders,
+                    &v.prompts,
+                    v.images_per_prompt,
+                    latent,
+                    seeded,
+                    device,
+                )?;
                 Some((prompts, v))
             }
         };
@@ -215,8 +241,10 @@ impl<'a> Run<'a> {
             let wake = pool.interrupter();
             stop.on_stop(move || wake.interrupt());
             let wake = pool.interrupter();
-            let watchdog = Watchdog::start(Duration::from_secs(train.stall_timeout), move || wake.interrupt())
-                .map_err(io(self.output))?;
+            let watchdog = Watchdog::start(Duration::from_secs(train.stall_timeout), move || {
+                wake.interrupt()
+            })
+            .map_err(io(self.output))?;
             progress.start_at(self.step);
             progress.say("waiting for the first batch");
             let stage = data.metrics.stage(Stage::Train);
@@ -245,7 +273,11 @@ impl<'a> Run<'a> {
     }
 
     fn teacher_folder(&self) -> &'a Path {
-        self.config.model.teacher.as_deref().unwrap_or(Path::new(""))
+        self.config
+            .model
+            .teacher
+            .as_deref()
+            .unwrap_or(Path::new(""))
     }
 
     /// Makes one step and records it.
@@ -271,9 +303,12 @@ impl<'a> Run<'a> {
             let (inputs, outputs, value) = stage
                 .work(|| {
                     let inputs = self.draw(step, micro, batch, device)?;
-                    let outputs =
-                        self.distillation
-                            .forward(self.student.unet(), self.student.target(), &self.teacher, &inputs)?;
+                    let outputs = self.distillation.forward(
+                        self.student.unet(),
+                        self.student.target(),
+                        &self.teacher,
+                        &inputs,
+                    )?;
                     let scaled = (&outputs.loss / train.gradient_accumulation as f64)?;
                     self.accumulate(&mut gradients, &scaled)?;
                     let value = f64::from(outputs.loss.to_scalar::<f32>()?);
@@ -312,7 +347,8 @@ impl<'a> Run<'a> {
         }
         stage
             .work(|| {
-                self.optimizer.step(self.student.variables(), &gradients, norm, rate)?;
+                self.optimizer
+                    .step(self.student.variables(), &gradients, norm, rate)?;
                 self.student.update_target(self.config.distill.ema_decay)
             })
             .map_err(failed)?;
@@ -341,7 +377,8 @@ impl<'a> Run<'a> {
             && (step.is_multiple_of(report.endpoint_every) || step == train.max_steps)
         {
             let never = Stop::default();
-            record.endpoint_error = Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
+            record.endpoint_error =
+                Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
         }
         self.log.write(record.clone())?;
         Ok(record)
@@ -363,16 +400,22 @@ impl<'a> Run<'a> {
         let posterior = normal(&mut generator("posterior"), &shape, device)?;
         let factor = self.encoders.vae().config().scaling_factor;
         let mut rng = generator("timestep");
-        let index = (0..b).map(|_| index_below(&mut rng, self.distillation.solver.len())).collect();
+        let index = (0..b)
+            .map(|_| index_below(&mut rng, self.distillation.solver.len()))
+            .collect();
         let mut rng = generator("guidance");
-        let weights = (0..b).map(|_| uniform(&mut rng, distill.w_min, distill.w_max)).collect();
+        let weights = (0..b)
+            .map(|_| uniform(&mut rng, distill.w_min, distill.w_max))
+            .collect();
         let mut rng = generator("empty prompt");
         let prompt_embeds = batch.prompt_embeds.to_device(device)?;
         let embeds = (0..b)
-            .map(|i| match uniform(&mut rng, 0.0, 1.0) < distill.proportion_empty_prompts {
-                true => Ok(self.uncond.clone()),
-                false => prompt_embeds.narrow(0, i, 1),
-            })
+            .map(
+                |i| match uniform(&mut rng, 0.0, 1.0) < distill.proportion_empty_prompts {
+                    true => Ok(self.uncond.clone()),
+                    false => prompt_embeds.narrow(0, i, 1),
+                },
+            )
             .collect::<candle_core::Result<Vec<_>>>()?;
         let (_, t, width) = self.uncond.dims3()?;
         Ok(StepInputs {
@@ -389,7 +432,9 @@ impl<'a> Run<'a> {
     fn accumulate(&self, gradients: &mut Gradients, loss: &Tensor) -> candle_core::Result<()> {
         let mut store = loss.backward()?;
         for (name, var) in self.student.variables() {
-            let Some(gradient) = store.remove(var) else { continue };
+            let Some(gradient) = store.remove(var) else {
+                continue;
+            };
             let sum = match gradients.remove(name) {
                 Some(earlier) => earlier.add(&gradient)?,
                 None => gradient,
@@ -402,7 +447,13 @@ impl<'a> Run<'a> {
     /// After a first backward: every variable must have a gradient, and it must be a number.
     fn check_gradients(&self, gradients: &Gradients) -> Result<(), TrainError> {
         let missing = |name: &&String| !gradients.contains_key(*name);
-        let names: Vec<&str> = self.student.variables().keys().filter(missing).map(String::as_str).collect();
+        let names: Vec<&str> = self
+            .student
+            .variables()
+            .keys()
+            .filter(missing)
+            .map(String::as_str)
+            .collect();
         match names.is_empty() {
             true => Ok(()),
             false => Err(TrainError::NoGradient {
@@ -441,11 +492,17 @@ impl<'a> Run<'a> {
 
     fn save(&self, progress: &Progress) -> Result<(), TrainError> {
         // Before the first step there is nothing to save.
-        let Some(cursor) = &self.cursor else { return Ok(()) };
+        let Some(cursor) = &self.cursor else {
+            return Ok(());
+        };
         let numbers = (self.step, self.samples);
-        let place =
-            self.checkpoints
-                .save(numbers, &self.student, &self.optimizer, cursor, &self.configuration)?;
+        let place = self.checkpoints.save(
+            numbers,
+            &self.student,
+            &self.optimizer,
+            cursor,
+            &self.configuration,
+        )?;
         progress.say(format!("saved {}", place.display()));
         Ok(())
     }
@@ -463,7 +520,14 @@ impl<'a> Run<'a> {
             let latent = [self.teacher.config().in_channels, side, side];
             let seeded = (self.config.train.seed, "comparison");
             let device = self.uncond.device();
-            let prompts = Prompts::new(&self.encoders, &validation.prompts, 1, latent, seeded, device)?;
+            let prompts = Prompts::new(
+                &self.encoders,
+                &validation.prompts,
+                1,
+                latent,
+                seeded,
+                device,
+            )?;
             let teacher = Teacher {
                 unet: &self.teacher,
                 uncond: &self.uncond,
@@ -522,8 +586,18 @@ fn distillation(config: &Config, pipeline: &Path) -> Result<Distillation, TrainE
 }
 
 /// Whether the parts of a pipeline belong together.
-fn check_fit(unet: &UNetConfig, encoders: &Encoders, config: &Config, pipeline: &Path) -> Result<(), TrainError> {
-    let mismatch = |what: String| Err(TrainError::Mismatch(format!("{}: {what}", pipeline.display())));
+fn check_fit(
+    unet: &UNetConfig,
+    encoders: &Encoders,
+    config: &Config,
+    pipeline: &Path,
+) -> Result<(), TrainError> {
+    let mismatch = |what: String| {
+        Err(TrainError::Mismatch(format!(
+            "{}: {what}",
+            pipeline.display()
+        )))
+    };
     if unet.cross_attention_dim != encoders.text_width() {
         return mismatch(format!(
             "the text encoder makes embeddings of width {}, the UNet's cross_attention_dim is {}",
@@ -540,7 +614,9 @@ fn check_fit(unet: &UNetConfig, encoders: &Encoders, config: &Config, pipeline: 
     }
     let (side, needed) = (config.image.resolution, vae.downscale() * unet.downscale());
     if !side.is_multiple_of(needed) {
-        return mismatch(format!("image.resolution = {side} must be a multiple of {needed} for these models"));
+        return mismatch(format!(
+            "image.resolution = {side} must be a multiple of {needed} for these models"
+        ));
     }
     Ok(())
 }
@@ -574,7 +650,11 @@ fn resume_from(
         }
     };
     if let Some((path, state)) = &found {
-        progress.say(format!("going on from {} (step {})", path.display(), state.step));
+        progress.say(format!(
+            "going on from {} (step {})",
+            path.display(),
+            state.step
+        ));
     }
     Ok(found)
 }
@@ -586,7 +666,10 @@ fn describe_run(output: &Path, config: &Config, configuration: &str) -> Result<(
         "vae": config.model.vae,
         "coffey": env!("CARGO_PKG_VERSION"),
     });
-    for (name, text) in [("run.json", format!("{description:#}\n")), ("config.toml", configuration.to_owned())] {
+    for (name, text) in [
+        ("run.json", format!("{description:#}\n")),
+        ("config.toml", configuration.to_owned()),
+    ] {
         let path = output.join(name);
         fs::write(&path, text).map_err(io(&path))?;
     }

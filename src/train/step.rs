@@ -2,7 +2,9 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule, guidance_embedding, mix, per_sample};
+use crate::diffusion::{
+    BoundaryScaling, DdimSolver, NoiseSchedule, guidance_embedding, mix, per_sample,
+};
 use crate::models::{Conditioning, UNet};
 
 /// The distance between the student's and the target's prediction.
@@ -75,17 +77,35 @@ impl Distillation {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn forward(&self, student: &UNet, target: &UNet, teacher: &UNet, inputs: &StepInputs) -> Result<StepOutputs> {
-        let (start, end): (Vec<i64>, Vec<i64>) = inputs.index.iter().map(|&i| self.solver.interval(i)).unzip();
-        let noisy = self.schedule.add_noise(&inputs.latents, &inputs.noise, &start)?;
+    pub fn forward(
+        &self,
+        student: &UNet,
+        target: &UNet,
+        teacher: &UNet,
+        inputs: &StepInputs,
+    ) -> Result<StepOutputs> {
+        let (start, end): (Vec<i64>, Vec<i64>) = inputs
+            .index
+            .iter()
+            .map(|&i| self.solver.interval(i))
+            .unzip();
+        let noisy = self
+            .schedule
+            .add_noise(&inputs.latents, &inputs.noise, &start)?;
         let width = student.config().time_cond_proj_dim;
-        let guidance = width.map(|width| guidance_embedding(&inputs.w, width, noisy.device())).transpose()?;
+        let guidance = width
+            .map(|width| guidance_embedding(&inputs.w, width, noisy.device()))
+            .transpose()?;
         let conditioning = Conditioning {
             prompt_embeds: inputs.prompt_embeds.clone(),
             guidance_embedding: guidance,
         };
-        let x_prev = self.teacher_estimate(teacher, &noisy, &start, inputs)?.detach();
-        let target = self.consistency(target, &x_prev, &end, &conditioning)?.detach();
+        let x_prev = self
+            .teacher_estimate(teacher, &noisy, &start, inputs)?
+            .detach();
+        let target = self
+            .consistency(target, &x_prev, &end, &conditioning)?
+            .detach();
         let model_pred = self.consistency(student, &noisy, &start, &conditioning)?;
         let loss = self.loss.between(&model_pred, &target)?;
         Ok(StepOutputs {
@@ -97,7 +117,13 @@ impl Distillation {
     }
 
     /// The consistency function `f(x, t) = c_skip·x + c_out·x̂₀`.
-    fn consistency(&self, unet: &UNet, x: &Tensor, timesteps: &[i64], conditioning: &Conditioning) -> Result<Tensor> {
+    fn consistency(
+        &self,
+        unet: &UNet,
+        x: &Tensor,
+        timesteps: &[i64],
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
         let output = unet.forward(x, timesteps, conditioning)?;
         let original = self.schedule.predicted_original(&output, x, timesteps)?;
         let (skip, out) = self.boundary.each(timesteps);
@@ -106,7 +132,13 @@ impl Distillation {
 
     /// One DDIM step from `x` along the guided teacher's trajectory: equations 12 and 14 of the LCM paper, where the guided
     /// estimate is `cond + w·(cond - uncond)`.
-    fn teacher_estimate(&self, teacher: &UNet, x: &Tensor, timesteps: &[i64], inputs: &StepInputs) -> Result<Tensor> {
+    fn teacher_estimate(
+        &self,
+        teacher: &UNet,
+        x: &Tensor,
+        timesteps: &[i64],
+        inputs: &StepInputs,
+    ) -> Result<Tensor> {
         let estimate = |embeds: &Tensor| -> Result<(Tensor, Tensor)> {
             let conditioning = Conditioning {
                 prompt_embeds: embeds.clone(),

@@ -40,7 +40,9 @@ impl Student {
         let tensors = student_tensors(teacher, &config, |n, bound| {
             let mut rng = generator(seed, "cond_proj", 0, 0);
             let bound = f64::from(bound);
-            (0..n).map(|_| uniform(&mut rng, -bound, bound) as f32).collect()
+            (0..n)
+                .map(|_| uniform(&mut rng, -bound, bound) as f32)
+                .collect()
         })?;
         Self::new(&config, &tensors, &tensors, folder, attention)
     }
@@ -49,10 +51,16 @@ impl Student {
     ///
     /// # Errors
     /// When they can't be read.
-    pub fn load(checkpoint: &Path, device: &Device, attention: Attention) -> std::result::Result<Self, ModelError> {
+    pub fn load(
+        checkpoint: &Path,
+        device: &Device,
+        attention: Attention,
+    ) -> std::result::Result<Self, ModelError> {
         let folder = checkpoint.join("unet");
         let config = UNetConfig::read(&folder)?;
-        let load = |folder: &Path| Weights::load(folder, WEIGHTS_STEM, DType::F32, device).map(Weights::into_tensors);
+        let load = |folder: &Path| {
+            Weights::load(folder, WEIGHTS_STEM, DType::F32, device).map(Weights::into_tensors)
+        };
         let (online, target) = (load(&folder)?, load(&checkpoint.join("unet_target"))?);
         Self::new(&config, &online, &target, checkpoint, attention)
     }
@@ -65,7 +73,10 @@ impl Student {
         attention: Attention,
     ) -> std::result::Result<Self, ModelError> {
         let variables = |tensors: &BTreeMap<String, Tensor>| -> Result<Variables> {
-            tensors.iter().map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?))).collect()
+            tensors
+                .iter()
+                .map(|(name, t)| Ok((name.clone(), Var::from_tensor(t)?)))
+                .collect()
         };
         let build = |tensors: BTreeMap<String, Tensor>| {
             let weights = Weights::new(tensors, origin);
@@ -74,7 +85,9 @@ impl Student {
             Ok::<_, ModelError>(unet)
         };
         let (online, target) = (variables(online)?, variables(target)?);
-        let tracked = online.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
+        let tracked = online
+            .iter()
+            .map(|(name, var)| (name.clone(), var.as_tensor().clone()));
         let unet = build(tracked.collect())?;
         // These read the variables' storage through detached tensors: they never record a graph.
         let frozen = build(detached(&online))?;
@@ -114,7 +127,7 @@ impl Student {
     /// When a tensor operation fails.
     pub fn update_target(&self, decay: f64) -> Result<()> {
         for (target, online) in self.target.values().zip(self.online.values()) {
-            ops::lerp_(target, online, 1.0 - decay)?;
+            ops::ema_update(target, online, decay)?;
         }
         Ok(())
     }
@@ -124,7 +137,12 @@ impl Student {
     /// # Errors
     /// When the folder can't be written.
     pub fn save_online(&self, folder: &Path) -> std::result::Result<(), ModelError> {
-        save_model(folder, WEIGHTS_STEM, self.unet.config().to_json(), &detached(&self.online))
+        save_model(
+            folder,
+            WEIGHTS_STEM,
+            self.unet.config().to_json(),
+            &detached(&self.online),
+        )
     }
 
     /// Writes the target in diffusers layout.
@@ -132,11 +150,19 @@ impl Student {
     /// # Errors
     /// When the folder can't be written.
     pub fn save_target(&self, folder: &Path) -> std::result::Result<(), ModelError> {
-        save_model(folder, WEIGHTS_STEM, self.unet.config().to_json(), &detached(&self.target))
+        save_model(
+            folder,
+            WEIGHTS_STEM,
+            self.unet.config().to_json(),
+            &detached(&self.target),
+        )
     }
 }
 
 /// The variables' tensors, outside any graph.
 pub(super) fn detached(variables: &Variables) -> BTreeMap<String, Tensor> {
-    variables.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
+    variables
+        .iter()
+        .map(|(name, var)| (name.clone(), var.as_detached_tensor()))
+        .collect()
 }

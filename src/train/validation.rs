@@ -4,7 +4,9 @@ use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
 use super::TrainError;
-use crate::diffusion::{BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor};
+use crate::diffusion::{
+    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
+};
 use crate::draw::pixels_to_images;
 use crate::encode::Encoders;
 use crate::models::UNet;
@@ -33,10 +35,19 @@ impl Prompts {
         (seed, purpose): (u64, &'static str),
         device: &Device,
     ) -> Result<Self, TrainError> {
-        let repeated: Vec<&String> = captions.iter().flat_map(|c| std::iter::repeat_n(c, repeats)).collect();
+        let repeated: Vec<&String> = captions
+            .iter()
+            .flat_map(|c| std::iter::repeat_n(c, repeats))
+            .collect();
         let [c, h, w] = latent;
         let noise = (0..repeated.len())
-            .map(|i| normal(&mut generator(seed, purpose, i as u64, 0), &[1, c, h, w], device))
+            .map(|i| {
+                normal(
+                    &mut generator(seed, purpose, i as u64, 0),
+                    &[1, c, h, w],
+                    device,
+                )
+            })
             .collect::<candle_core::Result<Vec<_>>>()?;
         let embeds = repeated
             .chunks(CHUNK)
@@ -67,7 +78,11 @@ impl Prompts {
                 return Err(TrainError::Stopped);
             }
             let count = CHUNK.min(self.len() - from);
-            parts.push(draw(from, &self.embeds.narrow(0, from, count)?, &self.noise.narrow(0, from, count)?)?);
+            parts.push(draw(
+                from,
+                &self.embeds.narrow(0, from, count)?,
+                &self.noise.narrow(0, from, count)?,
+            )?);
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
@@ -107,7 +122,9 @@ impl Prompts {
         let sampler = DdimSampler::new(schedule, steps);
         self.chunked(stop, |_, embeds, noise| {
             let b = noise.dim(0)?;
-            let uncond = uncond.broadcast_as((b, uncond.dim(1)?, uncond.dim(2)?))?.contiguous()?;
+            let uncond = uncond
+                .broadcast_as((b, uncond.dim(1)?, uncond.dim(2)?))?
+                .contiguous()?;
             let predictor = TeacherPredictor {
                 unet,
                 prompt_embeds: embeds,
@@ -125,7 +142,8 @@ pub(super) fn decode(encoders: &Encoders, latents: &Tensor) -> Result<Vec<RgbIma
     let mut images = Vec::new();
     for from in (0..latents.dim(0)?).step_by(CHUNK) {
         let part = latents.narrow(0, from, CHUNK.min(latents.dim(0)? - from))?;
-        let part = (part.to_device(encoders.device())?.to_dtype(DType::F32)? * (1.0 / vae.config().scaling_factor))?;
+        let part = (part.to_device(encoders.device())?.to_dtype(DType::F32)?
+            * (1.0 / vae.config().scaling_factor))?;
         images.extend(pixels_to_images(&vae.decode(&part)?)?);
     }
     Ok(images)

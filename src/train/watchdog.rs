@@ -25,23 +25,31 @@ struct Shared {
 }
 
 impl Watchdog {
-    pub(super) fn start(timeout: Duration, on_stall: impl Fn() + Send + 'static) -> std::io::Result<Self> {
+    pub(super) fn start(
+        timeout: Duration,
+        on_stall: impl Fn() + Send + 'static,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let begun = Instant::now();
         let watched = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
-            let mut ended = watched.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            while !*ended {
-                let deadline = Duration::from_millis(watched.last.load(Ordering::Relaxed)) + timeout;
-                let Some(left) = deadline.checked_sub(begun.elapsed()) else {
-                    watched.barked.store(true, Ordering::SeqCst);
-                    on_stall();
-                    return;
-                };
-                let woken = watched.wake.wait_timeout(ended, left.max(Duration::from_millis(1)));
-                ended = woken.unwrap_or_else(PoisonError::into_inner).0;
-            }
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("watchdog".to_owned())
+            .spawn(move || {
+                let mut ended = watched.ended.lock().unwrap_or_else(PoisonError::into_inner);
+                while !*ended {
+                    let deadline =
+                        Duration::from_millis(watched.last.load(Ordering::Relaxed)) + timeout;
+                    let Some(left) = deadline.checked_sub(begun.elapsed()) else {
+                        watched.barked.store(true, Ordering::SeqCst);
+                        on_stall();
+                        return;
+                    };
+                    let woken = watched
+                        .wake
+                        .wait_timeout(ended, left.max(Duration::from_millis(1)));
+                    ended = woken.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            })?;
         Ok(Self {
             shared,
             thread: Some(thread),
@@ -63,7 +71,11 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        *self.shared.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self
+            .shared
+            .ended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_all();
         if let Some(thread) = self.thread.take() {
             let _panicked = thread.join();
@@ -83,7 +95,9 @@ pub(super) fn hanging_stage(metrics: &FlowMetrics) -> Stage {
         ("samples", Stage::Shuffle),
         ("chunks", Stage::Untar),
     ];
-    let holding = behind.iter().find(|(name, _)| channels.get(*name).is_some_and(|c| c.items > 0));
+    let holding = behind
+        .iter()
+        .find(|(name, _)| channels.get(*name).is_some_and(|c| c.items > 0));
     holding.map_or(Stage::Fetch, |&(_, stage)| stage)
 }
 

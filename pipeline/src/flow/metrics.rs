@@ -348,7 +348,11 @@ impl FlowSnapshot {
     /// was hardly there, as fetching a few small shards is, can't be it. `None` before anything ran.
     #[must_use]
     pub fn limiting_stage(&self) -> Option<Stage> {
-        let longest = self.stages.iter().map(StageSnapshot::total_seconds).fold(0.0, f64::max);
+        let longest = self
+            .stages
+            .iter()
+            .map(StageSnapshot::total_seconds)
+            .fold(0.0, f64::max);
         self.stages
             .iter()
             .filter(|stage| stage.total_seconds() >= longest / 10.0)

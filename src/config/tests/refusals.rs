@@ -125,7 +125,9 @@ fn unknown_words_list_the_choices() {
         refusal("[image]\ncrop = \"middle\"\n"),
         "a.toml:4: key image.crop = \"middle\": unknown value; choose one of \"random\", \"center\""
     );
-    assert!(refused("optimizer.schedule=flat").ends_with("\"cosine_with_restarts\", \"polynomial\""));
+    assert!(
+        refused("optimizer.schedule=flat").ends_with("\"cosine_with_restarts\", \"polynomial\"")
+    );
     assert!(refused("optimizer.kind=sgd").ends_with("choose one of \"adamw\""));
 }
 
