@@ -15,11 +15,12 @@ use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
 use super::data::{DataAccess, s3_options, stream_config};
 use super::{ConfigArgs, Failure, device};
 use crate::config::Config;
-use crate::diffusion::{NoiseSchedule, Prediction};
+use crate::diffusion::Prediction;
 use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Conditioning, UNet, UNetConfig, Weights};
 use crate::ops::Attention;
+use crate::train::{check_fit, distillation};
 use memory::{MemoryPlan, Sizes};
 use report::Report;
 
@@ -262,18 +263,10 @@ fn load_teacher(
     pipeline: &Path,
     encoders: &Encoders,
 ) -> Result<(LoadedTeacher, String), Failure> {
-    let schedule = NoiseSchedule::read(&pipeline.join("scheduler"))?;
-    let points = config.distill.num_ddim_timesteps;
-    if !schedule.len().is_multiple_of(points) {
-        let timesteps = schedule.len();
-        let message = format!(
-            "distill.num_ddim_timesteps = {points} does not divide the teacher's {timesteps} timesteps"
-        );
-        return Err(Failure::Usage(message.into()));
-    }
+    let schedule = distillation(config, pipeline)?.schedule;
     let folder = pipeline.join("unet");
     let unet_config = UNetConfig::read(&folder)?;
-    fit(&unet_config, encoders, config, pipeline)?;
+    check_fit(&unet_config, encoders, config, pipeline)?;
     let device = device::open(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
     let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
@@ -293,52 +286,6 @@ fn load_teacher(
         }
     );
     Ok((LoadedTeacher { unet, parameters }, said))
-}
-
-/// Whether the parts of a pipeline belong together and suit the configuration.
-fn fit(
-    unet: &UNetConfig,
-    encoders: &Encoders,
-    config: &Config,
-    pipeline: &Path,
-) -> Result<(), Failure> {
-    let vae = encoders.vae().config();
-    let pairs = [
-        (
-            "cross_attention_dim",
-            unet.cross_attention_dim,
-            "the text encoder's width",
-            encoders.text_width(),
-        ),
-        (
-            "in_channels",
-            unet.in_channels,
-            "the VAE's latent_channels",
-            vae.latent_channels,
-        ),
-        (
-            "out_channels",
-            unet.out_channels,
-            "the VAE's latent_channels",
-            vae.latent_channels,
-        ),
-    ];
-    for (key, needed, what, found) in pairs {
-        if needed != found {
-            let folder = pipeline.display();
-            let message = format!(
-                "{folder}: the UNet's {key} is {needed}, {what} is {found}: they do not belong together"
-            );
-            return Err(Failure::Usage(message.into()));
-        }
-    }
-    let (side, multiple) = (config.image.resolution, vae.downscale() * unet.downscale());
-    if !side.is_multiple_of(multiple) {
-        let message =
-            format!("image.resolution = {side}: must be a multiple of {multiple} for these models");
-        return Err(Failure::Usage(message.into()));
-    }
-    Ok(())
 }
 
 /// Encodes one sample and lets the teacher look at it once. Says what was done.

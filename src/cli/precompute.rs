@@ -148,7 +148,7 @@ fn write_all(
         && let Some(batch) = pool.next(&stage)
     {
         let batch = batch.map_err(|error| match error {
-            EncodeError::Stream(error) => Failure::from(error),
+            EncodeError::Stream(error) => Failure::from(*error),
             other => other.into(),
         })?;
         let finished = stage.work(|| writer.write(&batch))?;

@@ -61,7 +61,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
 impl From<TrainError> for Failure {
     fn from(error: TrainError) -> Self {
         match error {
-            TrainError::Encode(crate::encode::EncodeError::Stream(error)) => error.into(),
+            TrainError::Encode(crate::encode::EncodeError::Stream(error)) => (*error).into(),
             TrainError::Mismatch(_) => Self::Usage(error.into()),
             error => Self::Failed(error.into()),
         }

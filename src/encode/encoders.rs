@@ -22,13 +22,19 @@ pub enum EncodeError {
     },
     /// The stream of pixels ended in an error.
     #[error(transparent)]
-    Stream(#[from] coffey_pipeline::StreamError),
+    Stream(Box<coffey_pipeline::StreamError>),
     /// The system gives no more threads.
     #[error("can't start an encoder thread: {0}")]
     Thread(#[from] std::io::Error),
     /// A thread of the pool ended without a word.
     #[error("an encoder thread ended by a fault in coffey")]
     Panicked,
+}
+
+impl From<coffey_pipeline::StreamError> for EncodeError {
+    fn from(error: coffey_pipeline::StreamError) -> Self {
+        Self::Stream(error.into())
+    }
 }
 
 /// Autoencoder, text encoder and tokenizer of a pipeline.

@@ -129,7 +129,7 @@ pub(super) fn sum2<T: Real>(x: &[T], y: &[T], f: impl Fn(T, T) -> T) -> f64 {
             .fold(T::zero(), |acc, (&x, &y)| acc + f(x, y));
         for (x, y) in xs.zip(ys) {
             for ((lane, &x), &y) in lanes.iter_mut().zip(x).zip(y) {
-                *lane = *lane + f(x, y);
+                *lane += f(x, y);
             }
         }
         total += lanes.iter().fold(rest, |acc, &lane| acc + lane).to_f64();

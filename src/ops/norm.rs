@@ -165,8 +165,7 @@ impl GroupNorm {
                     }
                     let n = group as f64;
                     let (mean_g, mean_gx): (T, T) = (real(sum_g / n), real(sum_gx / n));
-                    for c in 0..per_group {
-                        let w = ws[c];
+                    for (c, &w) in ws.iter().enumerate() {
                         let span = c * pixels..(c + 1) * pixels;
                         for (d, &x) in gx[span.clone()].iter_mut().zip(&x[span]) {
                             *d = rstd * (*d * w - mean_g - (x - mean) * rstd * mean_gx);

@@ -37,6 +37,9 @@ pub(super) struct State {
     checksums: BTreeMap<String, String>,
 }
 
+/// A whole checkpoint: its folder and its state.
+pub(super) type Found = (PathBuf, State);
+
 /// A run's checkpoints.
 #[derive(Debug)]
 pub(super) struct Checkpoints {
@@ -117,9 +120,7 @@ impl Checkpoints {
     }
 
     /// The newest checkpoint that is whole, and for each newer one what is wrong with it.
-    pub(super) fn newest_whole(
-        &self,
-    ) -> Result<(Option<(PathBuf, State)>, Vec<TrainError>), TrainError> {
+    pub(super) fn newest_whole(&self) -> Result<(Option<Found>, Vec<TrainError>), TrainError> {
         let mut damaged = Vec::new();
         for step in self.steps()?.into_iter().rev() {
             let path = self.folder.join(format!("{PREFIX}{step}"));

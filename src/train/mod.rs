@@ -11,12 +11,14 @@ mod optimizer;
 mod progress;
 mod report;
 mod run;
+mod setup;
 mod step;
 mod student;
 mod validation;
 mod watchdog;
 
 pub use run::{Data, Outcome, run};
+pub(crate) use setup::{check_fit, distillation};
 pub use step::{Distillation, Loss, StepInputs, StepOutputs};
 pub use student::Student;
 

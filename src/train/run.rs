@@ -18,14 +18,14 @@ use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
+use super::setup::{check_fit, describe_run, distillation, resume_from};
 use super::validation::Prompts;
 use super::watchdog::{Watchdog, hanging_stage};
-use super::{Distillation, Loss, StepInputs, Student, TrainError, io};
-use crate::config::{self, Config, LossKind, Resume, Validation};
-use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
+use super::{Distillation, StepInputs, Student, TrainError, io};
+use crate::config::{self, Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
+use crate::models::UNet;
 use crate::models::vae::sample_latents;
-use crate::models::{UNet, UNetConfig};
 use crate::ops::Attention;
 use crate::random::{generator, normal, uniform};
 use crate::stop::Stop;
@@ -69,7 +69,7 @@ pub fn run(
 ) -> Result<Outcome, TrainError> {
     let mut progress = Progress::new(config.train.max_steps);
     let outcome = Run::prepare(config, paths, data, devices, stop, &progress)
-        .and_then(|run| run.to_the_end(data, devices, stop, &mut progress));
+        .and_then(|run| run.drive(data, devices, stop, &mut progress));
     progress.finish();
     match outcome {
         Err(TrainError::Stopped) => Ok(Outcome::Stopped),
@@ -222,7 +222,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn to_the_end(
+    fn drive(
         mut self,
         data: &Data<'_>,
         (device, encode_devices): (&Device, &[Device]),
@@ -558,122 +558,6 @@ impl<'a> Run<'a> {
         }
         Ok(Outcome::Done(self.output.to_owned()))
     }
-}
-
-/// The step's pieces, as the teacher's scheduler and the configuration say.
-fn distillation(config: &Config, pipeline: &Path) -> Result<Distillation, TrainError> {
-    let distill = &config.distill;
-    let schedule = NoiseSchedule::read(&pipeline.join("scheduler"))?;
-    if !schedule.len().is_multiple_of(distill.num_ddim_timesteps) {
-        return Err(TrainError::Mismatch(format!(
-            "distill.num_ddim_timesteps = {} does not divide the teacher's {} timesteps",
-            distill.num_ddim_timesteps,
-            schedule.len()
-        )));
-    }
-    Ok(Distillation {
-        solver: DdimSolver::new(&schedule, distill.num_ddim_timesteps),
-        schedule,
-        boundary: BoundaryScaling {
-            timestep_scaling: distill.timestep_scaling,
-            ..BoundaryScaling::default()
-        },
-        loss: match distill.loss {
-            LossKind::Huber => Loss::Huber { c: distill.huber_c },
-            LossKind::L2 => Loss::L2,
-        },
-    })
-}
-
-/// Whether the parts of a pipeline belong together.
-fn check_fit(
-    unet: &UNetConfig,
-    encoders: &Encoders,
-    config: &Config,
-    pipeline: &Path,
-) -> Result<(), TrainError> {
-    let mismatch = |what: String| {
-        Err(TrainError::Mismatch(format!(
-            "{}: {what}",
-            pipeline.display()
-        )))
-    };
-    if unet.cross_attention_dim != encoders.text_width() {
-        return mismatch(format!(
-            "the text encoder makes embeddings of width {}, the UNet's cross_attention_dim is {}",
-            encoders.text_width(),
-            unet.cross_attention_dim
-        ));
-    }
-    let vae = encoders.vae().config();
-    if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
-        return mismatch(format!(
-            "the autoencoder's latents have {} channels, the UNet takes {} and makes {}",
-            vae.latent_channels, unet.in_channels, unet.out_channels
-        ));
-    }
-    let (side, needed) = (config.image.resolution, vae.downscale() * unet.downscale());
-    if !side.is_multiple_of(needed) {
-        return mismatch(format!(
-            "image.resolution = {side} must be a multiple of {needed} for these models"
-        ));
-    }
-    Ok(())
-}
-
-/// The checkpoint to go on from, if there is one.
-fn resume_from(
-    config: &Config,
-    checkpoints: &Checkpoints,
-    output: &Path,
-    progress: &Progress,
-) -> Result<Option<(PathBuf, checkpoint::State)>, TrainError> {
-    let found = match &config.checkpoint.resume {
-        Resume::Never => match checkpoints.steps()?.last() {
-            None => None,
-            Some(step) => {
-                return Err(TrainError::Checkpoint {
-                    path: output.join(format!("checkpoint-{step}")),
-                    message: "checkpoint.resume is \"never\" but the output folder holds checkpoints; set another \
-                              train.output, or move them away"
-                        .to_owned(),
-                });
-            }
-        },
-        Resume::From(path) => Some((path.clone(), checkpoint::open(path)?)),
-        Resume::Latest => {
-            let (found, damaged) = checkpoints.newest_whole()?;
-            for error in damaged {
-                progress.say(format!("passed over: {error}"));
-            }
-            found
-        }
-    };
-    if let Some((path, state)) = &found {
-        progress.say(format!(
-            "going on from {} (step {})",
-            path.display(),
-            state.step
-        ));
-    }
-    Ok(found)
-}
-
-/// `run.json` and `config.toml`: what `coffey sample` and people need to know of a run.
-fn describe_run(output: &Path, config: &Config, configuration: &str) -> Result<(), TrainError> {
-    let description = serde_json::json!({
-        "teacher": config.model.teacher,
-        "vae": config.model.vae,
-        "coffey": env!("CARGO_PKG_VERSION"),
-    });
-    for (name, text) in [
-        ("run.json", format!("{description:#}\n")),
-        ("config.toml", configuration.to_owned()),
-    ] {
-        let path = output.join(name);
-        fs::write(&path, text).map_err(io(&path))?;
-    }
-    Ok(())
 }
 
 /// The first distinct captions of the data, in the order of the shards.

@@ -30,6 +30,16 @@ pub(crate) enum Grouped {
     Stop,
 }
 
+/// The reader's message quotes the header it could not read: as one line of printable characters.
+fn printable(error: &std::io::Error) -> String {
+    let text: String = error
+        .to_string()
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// Reads `reader` as a tar and gives each sample to `deliver`, in order.
 ///
 /// Members with one key that follow each other are one sample; a repeated extension begins a new
@@ -43,13 +53,13 @@ pub(crate) fn read_samples(
     let mut archive = tar::Archive::new(reader);
     let entries = archive
         .entries()
-        .map_err(|error| TarError::NotATar(error.to_string()))?;
+        .map_err(|error| TarError::NotATar(printable(&error)))?;
     let mut current: Option<Sample> = None;
     let mut last_path = String::new();
     for (index, entry) in entries.enumerate() {
         let mut entry = match entry {
             Ok(entry) => entry,
-            Err(error) if index == 0 => return Err(TarError::NotATar(error.to_string())),
+            Err(error) if index == 0 => return Err(TarError::NotATar(printable(&error))),
             Err(error) => {
                 return Err(TarError::Broken(format!(
                     "{error} after member {last_path:?}"

@@ -129,18 +129,18 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// Whether the configuration (a name, a key, a credential) is at fault, and not the network.
+    /// Whether the configuration is at fault by itself. What only the other side can know (an object
+    /// that isn't there, a credential it does not take) is a failure of the run.
     #[must_use]
     pub fn is_config(&self) -> bool {
         match self {
+            Self::Unsupported { .. } | Self::Embedded { .. } => true,
             Self::NotFound { .. }
             | Self::Forbidden { .. }
             | Self::Credentials { .. }
             | Self::WrongRegion { .. }
-            | Self::Unsupported { .. }
             | Self::EmptyFolder { .. }
-            | Self::Embedded { .. } => true,
-            Self::Changed { .. }
+            | Self::Changed { .. }
             | Self::Unreachable { .. }
             | Self::Exhausted { .. }
             | Self::Refused { .. }
