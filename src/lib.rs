@@ -4,6 +4,9 @@
 //! [`train`] distils from them, or [`latents`] writes them to shards. [`models`] are the networks, built over the layers of
 //! [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
 
+#[macro_use]
+mod say;
+
 pub mod cli;
 pub mod config;
 pub mod diffusion;

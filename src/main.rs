@@ -3,5 +3,18 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    quiet_candle();
     coffey::cli::run()
+}
+
+/// Turns candle's own thread pool off, unless the environment says otherwise. Its workers spin at a barrier for each
+/// elementwise operation, which costs more than it gains and stalls where the cores are shared; matrix products and our own
+/// operations run on rayon's pool.
+#[allow(unsafe_code)]
+fn quiet_candle() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: no other thread runs yet that could read the environment.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
 }

@@ -66,12 +66,11 @@ impl Stop {
 
     /// Runs `hook` when a stop is asked for, at once if it already was: to wake a thread that waits.
     pub fn on_stop(&self, hook: impl Fn() + Send + 'static) {
+        // `ask` sets the flag before it takes this lock: a hook is run there, or here, or (harmlessly) in both.
+        let mut hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
         if self.asked() {
             hook();
         }
-        self.hooks
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Box::new(hook));
+        hooks.push(Box::new(hook));
     }
 }

@@ -54,10 +54,10 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(s3_options(&config.s3))?;
-    eprintln!("opening {}", config.data.shards.join(", "));
+    errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
     let batch_size = config.train.batch_size;
-    eprintln!(
+    errln!(
         "shards: {}; reading {} samples in batches of {batch_size}, decode_threads = {}",
         shards.len(),
         args.samples,
@@ -100,11 +100,11 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         flow,
     };
     match args.json {
-        true => println!(
+        true => outln!(
             "{:#}",
             serde_json::to_value(&measured).map_err(std::io::Error::from)?
         ),
-        false => print!("{}", describe(&measured, config.s3.embedded_root.is_some())),
+        false => out!("{}", describe(&measured, config.s3.embedded_root.is_some())),
     }
     Ok(())
 }

@@ -91,13 +91,13 @@ impl<'a> Purpose<'a> {
 pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
     if args.print_config {
         let toml = args.config.load()?.to_toml();
-        print!("{}", toml.map_err(|error| Failure::Usage(error.into()))?);
+        out!("{}", toml.map_err(|error| Failure::Usage(error.into()))?);
         return Ok(());
     }
     let mut report = Report::new(args.json);
     let checked = check(&args.config, &mut report);
     if args.json {
-        println!(
+        outln!(
             "{:#}",
             serde_json::to_value(&report).map_err(std::io::Error::from)?
         );

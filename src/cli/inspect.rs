@@ -149,25 +149,25 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         match data.runtime.block_on(read) {
             Ok(shard) => {
                 if !args.json {
-                    print!("{}", describe(&shard));
+                    out!("{}", describe(&shard));
                 }
                 report.totals.add(&shard);
                 report.shards.push(shard);
             }
             Err(error) => {
                 let (url, error) = (url.to_string(), super::with_causes(&error));
-                eprintln!("can't be read: {error}");
+                errln!("can't be read: {error}");
                 report.totals.unreadable_shards += 1;
                 report.unreadable.push(Unreadable { url, error });
             }
         }
     }
     match args.json {
-        true => println!(
+        true => outln!(
             "{:#}",
             serde_json::to_value(&report).map_err(std::io::Error::from)?
         ),
-        false => print!("{}", describe_totals(&report.totals)),
+        false => out!("{}", describe_totals(&report.totals)),
     }
     match report.unreadable.len() {
         0 => Ok(()),

@@ -159,9 +159,9 @@ pub fn run() -> ExitCode {
     };
     match &failure {
         Failure::Usage(error) | Failure::Failed(error) => {
-            eprintln!("error: {}", with_causes(error.as_ref()))
+            errln!("error: {}", with_causes(error.as_ref()))
         }
-        Failure::Stopped => eprintln!("stopped by a signal; run the same command to go on"),
+        Failure::Stopped => errln!("stopped by a signal; run the same command to go on"),
     }
     ExitCode::from(failure.code())
 }

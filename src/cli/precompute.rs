@@ -44,7 +44,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let paths = config.require_precompute()?;
     let (part, origin) = args.ranks.resolve()?;
     if let Some(origin) = origin {
-        eprintln!("rank {} of {}, from {origin}", part.rank, part.world);
+        errln!("rank {} of {}, from {origin}", part.rank, part.world);
     }
 
     let data = DataAccess::open(s3_options(&config.s3))?;
@@ -53,7 +53,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let (shards, world) = (shards.len(), part.world);
         return Err(StreamError::TooFewShards { shards, world }.into());
     }
-    eprintln!(
+    errln!(
         "reading {} and {}",
         counted(shards.len(), "shard"),
         paths.teacher.display()
@@ -64,7 +64,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let mut writer = LatentWriter::open(output, recipe, part, &shards)?;
     let there = writer.manifest().shards.len();
     if there > 0 {
-        eprintln!(
+        errln!(
             "{} already in {} (by the manifest and their sizes; contents were not read again)",
             counted(there, "shard"),
             output.display()
@@ -176,7 +176,7 @@ fn summarize(manifest: &Manifest, there: usize, output: &Path, elapsed: Duration
     let shards = &manifest.shards;
     let sum = |part: fn(&crate::latents::ShardEntry) -> u64| shards.values().map(part).sum::<u64>();
     let skipped = sum(|entry| entry.skipped.values().sum());
-    eprintln!(
+    errln!(
         "{}, {} of them new, in {:.1} s: {} in {:.1} MB, {skipped} left out",
         counted(shards.len(), "shard"),
         shards.len() - there,
@@ -189,9 +189,9 @@ fn summarize(manifest: &Manifest, there: usize, output: &Path, elapsed: Duration
         *reasons.entry(reason).or_default() += count;
     }
     for (reason, count) in reasons {
-        eprintln!("  {reason} {count}");
+        errln!("  {reason} {count}");
     }
-    println!("{}", output.display());
+    outln!("{}", output.display());
 }
 
 fn counted(count: usize, what: &str) -> String {
@@ -251,7 +251,7 @@ impl Progress {
                 bar.set_message(message);
             }
             None => {
-                eprintln!("{}/{} shards  {message}", self.shards_done, self.shards);
+                errln!("{}/{} shards  {message}", self.shards_done, self.shards);
                 self.last_line = Instant::now();
             }
         }
@@ -259,8 +259,8 @@ impl Progress {
 
     fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| errln!("{line}")),
+            None => errln!("{line}"),
         }
     }
 }

@@ -93,7 +93,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
 
     let plan = Plan::new(&args, &unet, schedule.len())?;
     let noise = initial_noise(&args, &unet, &encoders, &device)?;
-    eprintln!(
+    errln!(
         "{} from {} in {} {} steps, guidance {}",
         match args.prompt.len() {
             1 => "one image".to_owned(),
@@ -121,7 +121,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
     save_png(&plain_grid(&images, columns), &args.out)?;
-    println!("{}", args.out.display());
+    outln!("{}", args.out.display());
     Ok(())
 }
 

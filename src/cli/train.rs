@@ -27,9 +27,9 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         .map(|&d| device::open(d))
         .collect::<Result<Vec<_>, _>>()?;
     let access = DataAccess::open(s3_options(&config.s3))?;
-    eprintln!("opening {}", config.data.shards.join(", "));
+    errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
-    eprintln!("{} shards", shards.len());
+    errln!("{} shards", shards.len());
     let data = train::Data {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
@@ -51,7 +51,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         &stop,
     )? {
         Outcome::Done(output) => {
-            println!("{}", output.display());
+            outln!("{}", output.display());
             Ok(())
         }
         Outcome::Stopped => Err(Failure::Stopped),

@@ -73,7 +73,7 @@ pub struct Train {
     pub teacher_dtype: FloatType,
     /// Seed of everything drawn at random. `--seed`
     pub seed: u64,
-    /// Seconds without a step before the run ends, naming the stage that hangs. No flag.
+    /// Seconds of waiting for a batch before the run ends, naming the stage that hangs. No flag.
     pub stall_timeout: u64,
 }
 

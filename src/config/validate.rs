@@ -6,7 +6,7 @@ use std::path::Path;
 use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
-use super::values::{DeviceSpec, Schedule};
+use super::values::{DeviceSpec, Resume, Schedule};
 use super::{
     Config, Data, Distill, Encode, Filter, Image, Latents, Optimizer, Report, S3, Train, Validation,
 };
@@ -49,6 +49,9 @@ impl Config {
             .output
             .as_deref()
             .ok_or_else(|| self.missing("train.output"))?;
+        if let Resume::From(checkpoint) = &self.checkpoint.resume {
+            self.require_folder("checkpoint.resume", checkpoint)?;
+        }
         Ok(TrainPaths { teacher, output })
     }
 

@@ -1,5 +1,6 @@
 //! Threads that encode, dealt to and collected from in turn.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use candle_core::{Device, Tensor};
@@ -146,9 +147,10 @@ fn work(
     stage: &StageHandle,
 ) {
     while let Some(job) = jobs.recv_blocking(stage) {
-        let encoded = job
-            .map_err(EncodeError::from)
-            .and_then(|batch| stage.work(|| encode(encoders, batch)));
+        let encoded = job.map_err(EncodeError::from).and_then(|batch| {
+            let caught = || catch_unwind(AssertUnwindSafe(|| encode(encoders, batch)));
+            stage.work(caught).unwrap_or(Err(EncodeError::Panicked))
+        });
         if let Ok(batch) = &encoded {
             stage.add_items(batch.samples.len() as u64);
         }

@@ -80,6 +80,18 @@ impl ConfigFile {
         }
     }
 
+    /// Refuses a list of `block_out_channels` that describes no network.
+    pub(super) fn refuse_levels(&self, channels: &[usize]) -> Result<(), ModelError> {
+        match channels.is_empty() || channels.contains(&0) {
+            true => Err(self.unsupported(
+                "block_out_channels",
+                format!("{channels:?}"),
+                "one or more numbers above 0",
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// An error that names a key, its value and what would be right.
     pub(super) fn unsupported(
         &self,

@@ -86,6 +86,11 @@ impl ClipTokenizer {
             true => super::weights::read_json(&config_path)?,
             false => TokenizerConfig::default(),
         };
+        if config.model_max_length.is_some_and(|length| length < 2.0) {
+            return Err(error(
+                "tokenizer_config.json: \"model_max_length\" must be 2 or more".to_owned(),
+            ));
+        }
         let pad = match config.pad_token {
             Some(TokenName::Plain(name) | TokenName::Full { content: name }) => name,
             None => END.to_owned(),

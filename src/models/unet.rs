@@ -60,6 +60,7 @@ impl UNetConfig {
         refuse_unsupported(&file)?;
         let block_out_channels: Vec<usize> =
             file.get("block_out_channels", vec![320, 640, 1280, 1280])?;
+        file.refuse_levels(&block_out_channels)?;
         let levels = block_out_channels.len();
         let per_level =
             |key: &str, default: usize| -> std::result::Result<Vec<usize>, ModelError> {

@@ -42,6 +42,7 @@ impl VaeConfig {
         file.only("latents_mean", &[])?;
         file.only("latents_std", &[])?;
         let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![64])?;
+        file.refuse_levels(&block_out_channels)?;
         for (key, only) in [
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
@@ -52,14 +53,19 @@ impl VaeConfig {
                 return Err(file.unsupported(key, format!("{types:?}"), wanted));
             }
         }
+        let groups: usize = file.get("norm_num_groups", 32)?;
+        if groups == 0 || block_out_channels.iter().any(|c| c % groups != 0) {
+            return Err(file.unsupported(
+                "norm_num_groups",
+                groups,
+                format!("a divisor of every one of {block_out_channels:?}"),
+            ));
+        }
         Ok(Self {
             latent_channels: file.get("latent_channels", 4)?,
             scaling_factor: file.get("scaling_factor", 0.18215)?,
             layers_per_block: file.get("layers_per_block", 1)?,
-            norm: NormConfig {
-                groups: file.get("norm_num_groups", 32)?,
-                eps: 1e-6,
-            },
+            norm: NormConfig { groups, eps: 1e-6 },
             quant_conv: file.get("use_quant_conv", true)?,
             post_quant_conv: file.get("use_post_quant_conv", true)?,
             mid_attention: file.get("mid_block_add_attention", true)?,

@@ -96,7 +96,7 @@ impl Checkpoints {
             let json = serde_json::to_vec_pretty(&state).map_err(|e| io(&path)(e.into()))?;
             fs::write(&path, json).map_err(io(&path))
         })?;
-        self.prune()?;
+        self.prune(step)?;
         Ok(place)
     }
 
@@ -132,8 +132,11 @@ impl Checkpoints {
         Ok((None, damaged))
     }
 
-    fn prune(&self) -> Result<(), TrainError> {
-        let steps = self.steps()?;
+    /// Removes the oldest checkpoints up to `newest`, which was just written. Later ones, left by a run that went on from
+    /// an earlier place, are not counted: they may be damaged.
+    fn prune(&self, newest: u64) -> Result<(), TrainError> {
+        let mut steps = self.steps()?;
+        steps.retain(|&step| step <= newest);
         for step in &steps[..steps.len().saturating_sub(self.keep)] {
             let path = self.folder.join(format!("{PREFIX}{step}"));
             fs::remove_dir_all(&path).map_err(io(&path))?;
@@ -199,15 +202,30 @@ pub(super) fn write_aside(
         File::open(&path)
             .and_then(|f| f.sync_all())
             .map_err(io(&path))?;
+        let folder = path.parent().unwrap_or(&content);
+        File::open(folder)
+            .and_then(|f| f.sync_all())
+            .map_err(io(folder))?;
     }
-    if place.exists() {
-        let old = aside.path().join("old");
-        fs::rename(place, &old).map_err(io(place))?;
-    }
-    fs::rename(&content, place).map_err(io(place))?;
+    put_in_place(&content, place, aside.path()).map_err(io(place))?;
     File::open(parent)
         .and_then(|f| f.sync_all())
         .map_err(io(parent))
+}
+
+/// Renames `content` to `place`. What stood there changes places with it in one step, so that one of them always stands.
+fn put_in_place(content: &Path, place: &Path, aside: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    if !place.exists() {
+        return fs::rename(content, place);
+    }
+    match renameat_with(CWD, content, CWD, place, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(()), // the old one goes with the folder it was exchanged into
+        Err(_unsupported) => {
+            fs::rename(place, aside.join("old"))?;
+            fs::rename(content, place)
+        }
+    }
 }
 
 fn files_below(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {

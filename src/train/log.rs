@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one line a step, never one twice.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use coffey_pipeline::flow::Stage;
@@ -24,7 +24,7 @@ pub(super) struct StepRecord {
     pub(super) samples: u64,
     /// Epoch of the step's last sample.
     pub(super) epoch: u64,
-    /// Mean squared distance of the student's one-step samples from the teacher's 50-step samples, at the steps where it is
+    /// Mean squared distance of the target's one-step samples from the teacher's 50-step samples, at the steps where it is
     /// measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) endpoint_error: Option<f64>,
@@ -51,21 +51,25 @@ impl MetricsLog {
         let path = folder.join("metrics.jsonl");
         let mut records = Vec::new();
         let mut kept = String::new();
-        if let (true, Ok(file)) = (done > 0, File::open(&path)) {
-            for line in BufReader::new(file).lines() {
-                let line = line.map_err(io(&path))?;
-                // A line cut off by a crash does not parse, and belongs to a step that is made again.
-                if let Ok(record) = serde_json::from_str::<StepRecord>(&line)
-                    && record.step <= done
-                {
-                    records.push(record);
-                    kept.push_str(&line);
-                    kept.push('\n');
-                }
+        let text = match fs::read(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
+            read => read.map_err(io(&path))?,
+        };
+        for line in String::from_utf8_lossy(&text).lines() {
+            // A line cut off by a crash does not parse, and belongs to a step that is made again.
+            if let Ok(record) = serde_json::from_str::<StepRecord>(line)
+                && record.step <= done
+            {
+                records.push(record);
+                kept.push_str(line);
+                kept.push('\n');
             }
         }
         let aside = folder.join(".metrics.jsonl.tmp");
         fs::write(&aside, kept).map_err(io(&aside))?;
+        File::open(&aside)
+            .and_then(|f| f.sync_all())
+            .map_err(io(&aside))?;
         fs::rename(&aside, &path).map_err(io(&path))?;
         let file = File::options()
             .append(true)

@@ -40,7 +40,7 @@ impl Progress {
     pub(super) fn say(&self, message: impl AsRef<str>) {
         match &self.bar {
             Some(bar) => bar.println(message.as_ref()),
-            None => eprintln!("{}", message.as_ref()),
+            None => errln!("{}", message.as_ref()),
         }
     }
 
@@ -69,7 +69,7 @@ impl Progress {
             || self.last_line.is_none_or(|at| at.elapsed() >= LINE_EVERY)
         {
             self.last_line = Some(Instant::now());
-            eprintln!("step {}/{} · {message}", record.step, self.max_steps);
+            errln!("step {}/{} · {message}", record.step, self.max_steps);
         }
     }
 

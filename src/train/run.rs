@@ -1,7 +1,7 @@
 //! The loop: from the stream of batches to a finished student.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
-use super::setup::{check_fit, describe_run, distillation, resume_from};
+use super::setup::{check_fit, describe_run, distillation, lock, resume_from};
 use super::validation::Prompts;
 use super::watchdog::{Watchdog, hanging_stage};
 use super::{Distillation, StepInputs, Student, TrainError, io};
@@ -97,6 +97,10 @@ struct Run<'a> {
     step: u64,
     samples: u64,
     cursor: Option<Cursor>,
+    /// The step of the newest checkpoint.
+    saved: Option<u64>,
+    /// Held while this process writes to the output folder.
+    _lock: File,
 }
 
 impl<'a> Run<'a> {
@@ -126,6 +130,7 @@ impl<'a> Run<'a> {
 
         let output = paths.output;
         fs::create_dir_all(output).map_err(io(output))?;
+        let lock = lock(output)?;
         let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
         checkpoints.clear_unfinished()?;
         let found = resume_from(config, &checkpoints, output, progress)?;
@@ -165,7 +170,7 @@ impl<'a> Run<'a> {
                 progress.say(format!(
                     "drawing the teacher's endpoints of {wanted} captions"
                 ));
-                let captions = first_captions(data, wanted)?;
+                let captions = first_captions(data, wanted, stop)?;
                 let seeded = (train.seed, "endpoint");
                 let prompts = Prompts::new(&encoders, &captions, 1, latent, seeded, device)?;
                 let teacher = Teacher {
@@ -219,6 +224,8 @@ impl<'a> Run<'a> {
             step,
             samples,
             cursor,
+            saved: (step > 0).then_some(step),
+            _lock: lock,
         })
     }
 
@@ -254,7 +261,7 @@ impl<'a> Run<'a> {
                     self.save(progress)?;
                     return Ok(Outcome::Stopped);
                 }
-                match self.one_step(&mut pool, &stage, device, begun) {
+                match self.one_step(&mut pool, &watchdog, &stage, device, begun) {
                     Err(TrainError::StreamEnded { .. }) if stop.asked() => continue,
                     Err(TrainError::StreamEnded { .. }) if watchdog.barked() => {
                         return Err(TrainError::Stalled {
@@ -264,9 +271,7 @@ impl<'a> Run<'a> {
                     }
                     made => progress.step(&made?),
                 }
-                watchdog.progress();
                 self.after_step(progress, stop)?;
-                watchdog.progress();
             }
         }
         self.finish(progress, stop)
@@ -284,6 +289,7 @@ impl<'a> Run<'a> {
     fn one_step(
         &mut self,
         pool: &mut EncodePool,
+        watchdog: &Watchdog,
         stage: &StageHandle,
         device: &Device,
         begun: Instant,
@@ -296,7 +302,10 @@ impl<'a> Run<'a> {
         let mut held = None; // the last micro-batch, until the gradient norm is known
         let mut reached = None;
         for micro in 0..train.gradient_accumulation {
-            let batch = pool.next(stage).ok_or(TrainError::StreamEnded { step })??;
+            watchdog.watch();
+            let next = pool.next(stage);
+            watchdog.rest();
+            let batch = next.ok_or(TrainError::StreamEnded { step })??;
             count += batch.samples.len() as u64;
             let epoch = batch.samples.last().map_or(0, |s| s.epoch);
             reached = Some((batch.cursor.clone(), epoch));
@@ -330,9 +339,7 @@ impl<'a> Run<'a> {
                 }
             }
         }
-        if self.log.records().is_empty() {
-            self.check_gradients(&gradients)?;
-        }
+        self.check_gradients(&gradients)?;
         let rate = learning_rate(&self.config.optimizer, step, train.max_steps);
         let norm = stage.work(|| AdamW::norm(&gradients)).map_err(failed)?;
         if !norm.is_finite() {
@@ -444,7 +451,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// After a first backward: every variable must have a gradient, and it must be a number.
+    /// Every variable must have a gradient: candle drops some without an error.
     fn check_gradients(&self, gradients: &Gradients) -> Result<(), TrainError> {
         let missing = |name: &&String| !gradients.contains_key(*name);
         let names: Vec<&str> = self
@@ -464,6 +471,11 @@ impl<'a> Run<'a> {
 
     /// Checkpoints, grids and curves that are due.
     fn after_step(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        // First what can be lost, then what can be drawn again.
+        let due = self.step.is_multiple_of(self.config.checkpoint.every);
+        if due && self.step < self.config.train.max_steps {
+            self.save(progress)?;
+        }
         if let Some((prompts, validation)) = &self.validation
             && self.step.is_multiple_of(validation.every)
         {
@@ -483,14 +495,13 @@ impl<'a> Run<'a> {
             }
             loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
         }
-        let due = self.step.is_multiple_of(self.config.checkpoint.every);
-        if due && self.step < self.config.train.max_steps {
-            self.save(progress)?;
-        }
         Ok(())
     }
 
-    fn save(&self, progress: &Progress) -> Result<(), TrainError> {
+    fn save(&mut self, progress: &Progress) -> Result<(), TrainError> {
+        if self.saved == Some(self.step) {
+            return Ok(());
+        }
         // Before the first step there is nothing to save.
         let Some(cursor) = &self.cursor else {
             return Ok(());
@@ -503,12 +514,13 @@ impl<'a> Run<'a> {
             cursor,
             &self.configuration,
         )?;
+        self.saved = Some(self.step);
         progress.say(format!("saved {}", place.display()));
         Ok(())
     }
 
     /// Writes the finished student and the pictures.
-    fn finish(self, progress: &Progress, stop: &Stop) -> Result<Outcome, TrainError> {
+    fn finish(mut self, progress: &Progress, stop: &Stop) -> Result<Outcome, TrainError> {
         self.save(progress)?;
         let (unet, target) = (self.output.join("unet"), self.output.join("unet_target"));
         write_aside(&unet, |folder| Ok(self.student.save_online(folder)?))?;
@@ -561,11 +573,12 @@ impl<'a> Run<'a> {
 }
 
 /// The first distinct captions of the data, in the order of the shards.
-fn first_captions(data: &Data<'_>, wanted: usize) -> Result<Vec<String>, TrainError> {
+fn first_captions(data: &Data<'_>, wanted: usize, stop: &Stop) -> Result<Vec<String>, TrainError> {
     let stream = (data.open)(Order::Sequential, wanted.min(64), None)?;
-    let stage = data.metrics.stage(Stage::Train);
+    let batches = stream.batches().clone();
+    stop.on_stop(move || batches.close());
     let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
-    while let Some(batch) = stream.batches().recv_blocking(&stage) {
+    while let Some(batch) = stream.batches().recv_untimed() {
         for sample in batch?.samples {
             if captions.len() < wanted && seen.insert(sample.caption.clone()) {
                 captions.push(sample.caption);
@@ -575,5 +588,8 @@ fn first_captions(data: &Data<'_>, wanted: usize) -> Result<Vec<String>, TrainEr
             break;
         }
     }
-    Ok(captions)
+    match stop.asked() {
+        true => Err(TrainError::Stopped),
+        false => Ok(captions),
+    }
 }

@@ -1,6 +1,6 @@
 //! What a run is made of, checked before anything is trained.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::Path;
 
 use super::checkpoint::{self, Checkpoints};
@@ -83,17 +83,22 @@ pub(super) fn resume_from(
         Resume::Never => match checkpoints.steps()?.last() {
             None => None,
             Some(step) => {
-                return Err(TrainError::Checkpoint {
-                    path: output.join(format!("checkpoint-{step}")),
-                    message: "checkpoint.resume is \"never\" but the output folder holds checkpoints; set another \
-                              train.output, or move them away"
-                        .to_owned(),
-                });
+                return Err(TrainError::Mismatch(format!(
+                    "{}: checkpoint.resume is \"never\" but the folder holds checkpoint-{step}; set another \
+                     train.output, or move the checkpoints away",
+                    output.display()
+                )));
             }
         },
         Resume::From(path) => Some((path.clone(), checkpoint::open(path)?)),
         Resume::Latest => {
-            let (found, damaged) = checkpoints.newest_whole()?;
+            let (found, mut damaged) = checkpoints.newest_whole()?;
+            // Starting over would overwrite a run that someone may still repair.
+            if found.is_none()
+                && let Some(error) = damaged.pop()
+            {
+                return Err(error);
+            }
             for error in damaged {
                 progress.say(format!("passed over: {error}"));
             }
@@ -108,6 +113,21 @@ pub(super) fn resume_from(
         ));
     }
     Ok(found)
+}
+
+/// Takes the output folder for this process, until the file is closed: two runs in one folder would destroy each other's
+/// checkpoints.
+pub(super) fn lock(output: &Path) -> Result<File, TrainError> {
+    let path = output.join(".lock");
+    let file = File::create(&path).map_err(io(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
+            "{}: another process is training into this folder",
+            output.display()
+        ))),
+        Err(TryLockError::Error(source)) => Err(io(&path)(source)),
+    }
 }
 
 /// `run.json` and `config.toml`: what `coffey sample` and people need to know of a run.

@@ -1,4 +1,4 @@
-//! Ends a run in which nothing happens any more.
+//! Ends a run that waits for data that doesn't come.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 
-/// Watches for steps; when none comes for `timeout`, calls a hook once.
+/// Watches waits; when one lasts for `timeout`, calls a hook once.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
@@ -15,10 +15,13 @@ pub(super) struct Watchdog {
     begun: Instant,
 }
 
-#[derive(Debug, Default)]
+/// No wait.
+const RESTING: u64 = u64::MAX;
+
+#[derive(Debug)]
 struct Shared {
-    /// Milliseconds since the watchdog was started at which the last step ended.
-    last: AtomicU64,
+    /// When the wait began, in milliseconds since the watchdog was started; [`RESTING`] when nothing is waited for.
+    since: AtomicU64,
     barked: AtomicBool,
     ended: Mutex<bool>,
     wake: Condvar,
@@ -29,7 +32,12 @@ impl Watchdog {
         timeout: Duration,
         on_stall: impl Fn() + Send + 'static,
     ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            since: AtomicU64::new(RESTING),
+            barked: AtomicBool::new(false),
+            ended: Mutex::new(false),
+            wake: Condvar::new(),
+        });
         let begun = Instant::now();
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -37,8 +45,8 @@ impl Watchdog {
             .spawn(move || {
                 let mut ended = watched.ended.lock().unwrap_or_else(PoisonError::into_inner);
                 while !*ended {
-                    let deadline =
-                        Duration::from_millis(watched.last.load(Ordering::Relaxed)) + timeout;
+                    let since = Duration::from_millis(watched.since.load(Ordering::Relaxed));
+                    let deadline = since.saturating_add(timeout);
                     let Some(left) = deadline.checked_sub(begun.elapsed()) else {
                         watched.barked.store(true, Ordering::SeqCst);
                         on_stall();
@@ -46,7 +54,7 @@ impl Watchdog {
                     };
                     let woken = watched
                         .wake
-                        .wait_timeout(ended, left.max(Duration::from_millis(1)));
+                        .wait_timeout(ended, left.clamp(Duration::from_millis(1), timeout));
                     ended = woken.unwrap_or_else(PoisonError::into_inner).0;
                 }
             })?;
@@ -57,10 +65,15 @@ impl Watchdog {
         })
     }
 
-    /// A step, or other visible progress, was made.
-    pub(super) fn progress(&self) {
-        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.shared.last.store(now, Ordering::Relaxed);
+    /// A wait begins.
+    pub(super) fn watch(&self) {
+        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(RESTING);
+        self.shared.since.store(now, Ordering::Relaxed);
+    }
+
+    /// The wait is over.
+    pub(super) fn rest(&self) {
+        self.shared.since.store(RESTING, Ordering::Relaxed);
     }
 
     /// Whether the hook was called.
@@ -106,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn barks_only_without_progress() {
+    fn barks_only_when_a_wait_is_long() {
         let barks = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&barks);
         let dog = Watchdog::start(Duration::from_millis(150), move || {
@@ -115,9 +128,12 @@ mod tests {
         .unwrap();
         for _ in 0..10 {
             std::thread::sleep(Duration::from_millis(30));
-            dog.progress();
+            dog.watch();
         }
-        assert!(!dog.barked());
+        dog.rest();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!dog.barked(), "nothing was waited for");
+        dog.watch();
         std::thread::sleep(Duration::from_millis(400));
         assert!(dog.barked());
         assert_eq!(barks.load(Ordering::SeqCst), 1);

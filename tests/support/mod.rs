@@ -55,7 +55,13 @@ pub(crate) fn refuse(code: i32, args: &[&str], words: &[&str]) -> String {
     let output = command(args).output().unwrap();
     let (_, err) = texts(&output);
     assert_eq!(output.status.code(), Some(code), "{args:?}: {err}");
-    assert_eq!(err.matches("error: ").count(), 1, "{args:?}: {err}");
+    assert_eq!(
+        err.lines()
+            .filter(|line| line.starts_with("error: "))
+            .count(),
+        1,
+        "{args:?}: {err}"
+    );
     assert!(!err.contains("panicked"), "{err}");
     for word in words {
         assert!(err.contains(word), "{args:?} should say {word:?}: {err}");

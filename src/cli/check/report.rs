@@ -70,7 +70,7 @@ impl Report {
         );
         if !self.quiet {
             for line in plan.lines() {
-                println!("           {line}");
+                outln!("           {line}");
             }
         }
         self.memory = Some(plan);
@@ -85,7 +85,7 @@ impl Report {
                 Status::Warning => "warning",
                 Status::Error => "error",
             };
-            println!("{word:<8} {step:<14} {message}");
+            outln!("{word:<8} {step:<14} {message}");
         }
         self.steps.push(Line {
             step,
