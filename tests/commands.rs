@@ -9,44 +9,18 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::{DType, Device};
 use coffey::models::unet::WEIGHTS_STEM;
-use coffey::models::{Weights, save_model};
 use serde_json::{Value, json};
-use support::{command, copy, refuse, succeed};
+use support::{command, damaged, refuse, succeed, text};
 use tempfile::TempDir;
 
-const TEACHER: &str = "assets/quickstart/teacher";
 const QUICKSTART: &str = "configs/quickstart.toml";
 const SHARD: &str = "assets/quickstart/emoji/00000.tar";
 
 fn succeed_json(args: &[&str]) -> Value {
     serde_json::from_str(&succeed(args)).unwrap()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn teacher() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(TEACHER)
-}
-
-/// A copy of the teacher whose `part` lacks a tensor.
-fn damaged(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
-    let pipeline = folder.path().join("damaged");
-    copy(&teacher(), &pipeline);
-    let part = pipeline.join(part);
-    let mut tensors = Weights::load(&part, stem, DType::F32, &Device::Cpu)
-        .unwrap()
-        .into_tensors();
-    tensors.remove(tensor).unwrap();
-    let config: Value =
-        serde_json::from_str(&std::fs::read_to_string(part.join("config.json")).unwrap()).unwrap();
-    save_model(&part, stem, config.as_object().unwrap(), &tensors).unwrap();
-    pipeline
 }
 
 #[test]

@@ -16,37 +16,14 @@ use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::{WEIGHTS_STEM, student_tensors};
 use coffey::models::{UNetConfig, Weights, save_model};
 use npyz::WriterBuilder;
-use serde_json::{Value, json};
-use support::{command, copy, refuse, succeed};
+use serde_json::json;
+use support::{command, damaged, refuse, succeed, teacher, text};
 use tempfile::TempDir;
 
 const TEACHER: &str = "assets/quickstart/teacher";
 
 fn refs(args: &[String]) -> Vec<&str> {
     args.iter().map(String::as_str).collect()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn teacher() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(TEACHER)
-}
-
-/// A copy of the teacher whose `part` lacks a tensor.
-fn damaged(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
-    let pipeline = folder.path().join("damaged");
-    copy(&teacher(), &pipeline);
-    let part = pipeline.join(part);
-    let mut tensors = Weights::load(&part, stem, DType::F32, &Device::Cpu)
-        .unwrap()
-        .into_tensors();
-    tensors.remove(tensor).unwrap();
-    let config: Value =
-        serde_json::from_str(&std::fs::read_to_string(part.join("config.json")).unwrap()).unwrap();
-    save_model(&part, stem, config.as_object().unwrap(), &tensors).unwrap();
-    pipeline
 }
 
 fn sample(model: &Path, out: &Path, more: &[&str]) -> Vec<String> {

@@ -266,10 +266,7 @@ fn a_damaged_checkpoint_is_named_and_passed_over() {
 fn v_prediction_and_l2_agree_with_pytorch() {
     let folder = TempDir::new().unwrap();
     let teacher = folder.path().join("teacher");
-    copy(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher"),
-        &teacher,
-    );
+    copy(&support::teacher(), &teacher);
     let path = teacher.join("scheduler/scheduler_config.json");
     let text = std::fs::read_to_string(&path).unwrap();
     assert!(text.contains("\"epsilon\""));
@@ -370,10 +367,7 @@ fn what_cannot_be_trained_is_refused_with_one_message() {
 
     // A model folder with a missing tensor.
     let teacher = folder.path().join("teacher");
-    copy(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher"),
-        &teacher,
-    );
+    copy(&support::teacher(), &teacher);
     let unet = teacher.join("unet/diffusion_pytorch_model.safetensors");
     let mut tensors = candle_core::safetensors::load(&unet, &Device::Cpu).unwrap();
     tensors.remove("conv_out.bias").unwrap();

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-use super::cpu::{Real, View, by_dtype, has_kernel, real, slice, vectorised};
+use super::cpu::{Grads3, Real, View, by_dtype, has_kernel, real, slice, vectorised};
 use super::gemm::{Mat, MatMut, Threads, gemm};
 
 /// How attention is computed.
@@ -287,8 +287,6 @@ impl Blockwise {
         Ok((merged(&gq, q, n)?, merged(&gk, k, m)?, merged(&gv, v, m)?))
     }
 }
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 impl CustomOp3 for Blockwise {
     fn name(&self) -> &'static str {

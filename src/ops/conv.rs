@@ -7,7 +7,9 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-use super::cpu::{Real, View, by_dtype, has_kernel, needs_grad, real, slice, sum1, vectorised};
+use super::cpu::{
+    Grads3, Real, View, by_dtype, has_kernel, needs_grad, real, slice, sum1, vectorised,
+};
 use super::gemm::{Mat, MatMut, Threads, gemm};
 
 /// 2-d cross-correlation with zero padding, as `torch.nn.functional.conv2d` with one group and no dilation.
@@ -462,7 +464,7 @@ impl CustomOp3 for Conv2d {
         b: &Tensor,
         _res: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<Grads3> {
         let (batch, g) = self.geometry(x.shape(), w.shape())?;
         by_dtype!(
             x.dtype(),
@@ -471,8 +473,6 @@ impl CustomOp3 for Conv2d {
         )
     }
 }
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 fn backward<T: Real>(
     [x, w, b]: [&Tensor; 3],

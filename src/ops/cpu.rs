@@ -171,6 +171,9 @@ impl<'a> View<'a> {
     }
 }
 
+/// What the backward of an operation on three tensors gives: a gradient for each that needs one.
+pub(super) type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
+
 /// Whether a gradient for `tensor` would reach a variable.
 pub(super) fn needs_grad(tensor: &Tensor) -> bool {
     tensor.track_op()

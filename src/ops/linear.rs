@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::cpu::{Real, View, by_dtype, has_kernel, needs_grad, real, slice};
+use super::cpu::{Grads3, Real, View, by_dtype, has_kernel, needs_grad, real, slice};
 use super::gemm::{Mat, MatMut, Threads, gemm};
 
 /// `x · weightᵀ + bias` over the last dimension, as `torch.nn.functional.linear`.
@@ -99,7 +99,7 @@ impl CustomOp3 for Linear {
         b: &Tensor,
         _res: &Tensor,
         grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    ) -> Result<Grads3> {
         by_dtype!(
             x.dtype(),
             self.name(),
@@ -107,8 +107,6 @@ impl CustomOp3 for Linear {
         )
     }
 }
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 fn backward<T: Real>(x: &Tensor, w: &Tensor, b: &Tensor, grad: &Tensor) -> Result<Grads3> {
     let (m, k) = x.dims2()?;

@@ -5,7 +5,9 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
-use super::cpu::{Real, View, by_dtype, has_kernel, real, sigmoid, slice, sum1, sum2, vectorised};
+use super::cpu::{
+    Grads3, Real, View, by_dtype, has_kernel, real, sigmoid, slice, sum1, sum2, vectorised,
+};
 
 /// Group normalisation over channels and space, with the SiLU that follows it in every residual block fused on demand.
 ///
@@ -86,8 +88,6 @@ fn statistics<T: Real>(x: &[T], eps: f64) -> (T, T) {
     let variance = sum1(x, |x| (x - mean) * (x - mean)) / n;
     (mean, real(1.0 / (variance + eps).sqrt()))
 }
-
-type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// Sums rows of `[rows, width]` in order.
 fn sum_rows<T: Real>(parts: &[T], width: usize) -> Vec<T> {

@@ -8,8 +8,13 @@
     reason = "these are tests"
 )]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use candle_core::{DType, Device};
+use coffey::models::{Weights, save_model};
+use serde_json::Value;
+use tempfile::TempDir;
 
 /// The command with no scheduler's or cloud's variables set.
 pub(crate) fn command(args: &[&str]) -> Command {
@@ -103,4 +108,29 @@ pub(crate) fn copy(from: &Path, to: &Path) {
             false => drop(std::fs::copy(entry.path(), target).unwrap()),
         }
     }
+}
+
+/// A path for a command line.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The quickstart's teacher.
+pub(crate) fn teacher() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher")
+}
+
+/// A copy of the teacher whose `part` lacks a tensor.
+pub(crate) fn damaged(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
+    let pipeline = folder.path().join("damaged");
+    copy(&teacher(), &pipeline);
+    let part = pipeline.join(part);
+    let mut tensors = Weights::load(&part, stem, DType::F32, &Device::Cpu)
+        .unwrap()
+        .into_tensors();
+    tensors.remove(tensor).unwrap();
+    let config: Value =
+        serde_json::from_str(&std::fs::read_to_string(part.join("config.json")).unwrap()).unwrap();
+    save_model(&part, stem, config.as_object().unwrap(), &tensors).unwrap();
+    pipeline
 }
