@@ -10,11 +10,14 @@
 
 mod activation;
 mod attention;
+mod backward;
 mod conv;
 mod cpu;
 mod gemm;
+mod kernel;
 mod linear;
 mod norm;
+mod segment;
 mod update;
 mod upsample;
 
@@ -23,8 +26,10 @@ mod gradcheck;
 
 pub use activation::geglu;
 pub use attention::{Attention, attention};
+pub use backward::{Gradients, backward};
 pub use conv::conv2d;
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
+pub use segment::{Keep, segment};
 pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;

@@ -5,9 +5,11 @@ use candle_core::{
     CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var,
     backend::BackendStorage, bail,
 };
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{View, has_kernel, sum1, vectorised};
+use super::cpu::sum1;
+use super::kernel::{View, has_kernel, slice};
 
 /// Elements a task updates.
 const CHUNK: usize = 1 << 14;
@@ -34,10 +36,7 @@ pub fn squared_norm(x: &Tensor) -> Result<f64> {
     if has_kernel(x) && x.dtype() == DType::F32 {
         let x = x.contiguous()?;
         let view = View::of(&x);
-        let parts = view
-            .slice::<f32>()?
-            .par_chunks(CHUNK)
-            .map(|part| vectorised(|| sum1(part, |x| x * x)));
+        let parts = view.slice::<f32>()?.par_chunks(CHUNK).map(sum_of_squares);
         // Collected before it is summed: the order of the sum must not depend on the threads.
         return Ok(parts.collect::<Vec<f64>>().into_iter().sum());
     }
@@ -141,7 +140,7 @@ fn zip2(
     f: impl Fn(&mut f32, f32) + Sync,
 ) -> Result<()> {
     let dst = slice_mut(dst.0, dst.1)?;
-    let src = super::cpu::slice::<f32>(src.0, src.1)?;
+    let src = slice::<f32>(src.0, src.1)?;
     if dst.len() != src.len() {
         bail!(
             "an in-place update of {} elements with {}",
@@ -151,14 +150,22 @@ fn zip2(
     }
     dst.par_chunks_mut(CHUNK)
         .zip(src.par_chunks(CHUNK))
-        .for_each(|(dst, src)| {
-            vectorised(|| {
-                for (d, &s) in dst.iter_mut().zip(src) {
-                    f(d, s);
-                }
-            });
-        });
+        .for_each(|(dst, src)| zip_chunk(dst, src, &f));
     Ok(())
+}
+
+#[pulp::with_simd(zip_chunk = Arch::new())]
+#[inline(always)]
+fn zip_chunk_on<S: Simd, F: Fn(&mut f32, f32)>(_: S, dst: &mut [f32], src: &[f32], f: &F) {
+    for (d, &s) in dst.iter_mut().zip(src) {
+        f(d, s);
+    }
+}
+
+#[pulp::with_simd(sum_of_squares = Arch::new())]
+#[inline(always)]
+fn sum_of_squares_on<S: Simd>(_: S, x: &[f32]) -> f64 {
+    sum1(x, |x| x * x)
 }
 
 struct Ema {
@@ -242,8 +249,8 @@ impl InplaceOp3 for AdamWUpdate {
         vl: &Layout,
     ) -> Result<()> {
         let p = slice_mut(p, pl)?;
-        let m = super::cpu::slice::<f32>(m, ml)?;
-        let v = super::cpu::slice::<f32>(v, vl)?;
+        let m = slice::<f32>(m, ml)?;
+        let v = slice::<f32>(v, vl)?;
         if p.len() != m.len() || p.len() != v.len() {
             bail!(
                 "AdamW: {} parameters, moments of {} and {}",
@@ -254,15 +261,17 @@ impl InplaceOp3 for AdamWUpdate {
         }
         p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK)))
-            .for_each(|(p, (m, v))| {
-                vectorised(|| {
-                    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
-                        let denominator = v.sqrt() / self.root_correction2 + self.epsilon;
-                        *p = *p * self.keep - self.step_size * m / denominator;
-                    }
-                });
-            });
+            .for_each(|(p, (m, v))| update_chunk(p, m, v, self));
         Ok(())
+    }
+}
+
+#[pulp::with_simd(update_chunk = Arch::new())]
+#[inline(always)]
+fn update_chunk_on<S: Simd>(_: S, p: &mut [f32], m: &[f32], v: &[f32], by: &AdamWUpdate) {
+    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
+        let denominator = v.sqrt() / by.root_correction2 + by.epsilon;
+        *p = *p * by.keep - by.step_size * m / denominator;
     }
 }
 
