@@ -21,9 +21,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if has_kernel(x) {
         return x.contiguous()?.apply_op1(Geglu);
     }
-    let value = x.narrow(D::Minus1, 0, width / 2)?;
-    let gate = x.narrow(D::Minus1, width / 2, width / 2)?;
-    value.mul(&gate.gelu_erf()?)
+    super::tensor::geglu(x)
 }
 
 /// `Φ(x)`, the normal distribution function.

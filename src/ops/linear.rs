@@ -30,11 +30,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         };
         flat.apply_op3(&weight.contiguous()?, &bias, Linear)?
     } else {
-        let y = flat.matmul(&weight.t()?)?;
-        match bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        }
+        super::tensor::linear(&flat, weight, bias)?
     };
     y.reshape(shape)
 }

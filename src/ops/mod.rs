@@ -3,8 +3,9 @@
 //! Candle's stock group norm, layer norm, softmax and attention drop their gradients without an error, and its
 //! convolution's backward is several times slower than its forward. The functions here are differentiable through
 //! [`candle_core::Tensor::backward`], run on rayon's pool, compute no gradient for inputs that are not tracked, and give the same
-//! numbers for any number of threads. On the CPU they take `f32` and `f64` (`f64` is there for checks against finite
-//! differences). On other devices they are composed of candle's differentiable tensor operations.
+//! numbers for any number of threads. The kernels are the CPU's and take `f32` and `f64` (`f64` is there for checks
+//! against finite differences). On other devices, and for `f16` and `bf16`, the same functions are made of candle's tensor
+//! operations, with a backward as fast and as sparing of memory as those allow.
 //!
 //! This module knows tensors and nothing of diffusion.
 
@@ -15,6 +16,7 @@ mod cpu;
 mod gemm;
 mod linear;
 mod norm;
+mod tensor;
 mod update;
 mod upsample;
 
