@@ -24,7 +24,7 @@ pub(in crate::ops) fn conv2d(
     };
     match bias {
         Some(bias) => apply3(op, x, weight, bias),
-        None => apply3(op, x, weight, &Tensor::zeros(0, x.dtype(), x.device())?),
+        None => apply3(op, x, weight, &Tensor::zeros(1, x.dtype(), x.device())?),
     }
 }
 

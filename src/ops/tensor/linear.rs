@@ -12,7 +12,7 @@ pub(in crate::ops) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>)
     };
     match bias {
         Some(bias) => apply3(op, x, weight, bias),
-        None => apply3(op, x, weight, &Tensor::zeros(0, x.dtype(), x.device())?),
+        None => apply3(op, x, weight, &Tensor::zeros(1, x.dtype(), x.device())?),
     }
 }
 
