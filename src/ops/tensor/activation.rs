@@ -6,7 +6,7 @@ use candle_core::{D, Result, Tensor};
 
 use super::{TensorOp, apply1, wide};
 
-/// As [`crate::ops::geglu`], which checks the shape.
+/// As [`crate::ops::geglu()`], which checks the shape.
 pub(in crate::ops) fn geglu(x: &Tensor) -> Result<Tensor> {
     apply1(Geglu, x)
 }

@@ -8,7 +8,7 @@ use crate::ops::cpu::needs_grad;
 /// Attention weights held at once.
 const WEIGHTS: usize = 1 << 25;
 
-/// As [`crate::ops::attention`], which checks the shapes, with blocks of queries whose weights the backward computes anew.
+/// As [`crate::ops::attention()`], which checks the shapes, with blocks of queries whose weights the backward computes anew.
 pub(in crate::ops) fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -26,7 +26,7 @@ pub(in crate::ops) fn attention(
     apply3(op, q, k, v)
 }
 
-/// As [`crate::ops::attention`] with all weights at once, differentiated by candle.
+/// As [`crate::ops::attention()`] with all weights at once, differentiated by candle.
 pub(in crate::ops) fn plain_attention(
     q: &Tensor,
     k: &Tensor,

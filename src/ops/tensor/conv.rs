@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use super::{TensorOp, apply3, wide};
 use crate::ops::cpu::needs_grad;
 
-/// As [`crate::ops::conv2d`], which checks the shapes.
+/// As [`crate::ops::conv2d()`], which checks the shapes.
 pub(in crate::ops) fn conv2d(
     x: &Tensor,
     weight: &Tensor,

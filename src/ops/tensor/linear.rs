@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::{TensorOp, apply3, wide};
 use crate::ops::cpu::needs_grad;
 
-/// As [`crate::ops::linear`], which checks the shapes, for `x` `[N, in]`.
+/// As [`crate::ops::linear()`], which checks the shapes, for `x` `[N, in]`.
 pub(in crate::ops) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let op = Linear {
         biased: bias.is_some(),

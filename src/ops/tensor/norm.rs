@@ -5,7 +5,7 @@ use candle_core::{D, Result, Tensor};
 use super::{TensorOp, apply3, wide};
 use crate::ops::cpu::needs_grad;
 
-/// As [`crate::ops::group_norm`], which checks the shapes.
+/// As [`crate::ops::group_norm()`], which checks the shapes.
 pub(in crate::ops) fn group_norm(
     x: &Tensor,
     weight: &Tensor,
@@ -17,7 +17,7 @@ pub(in crate::ops) fn group_norm(
     apply3(GroupNorm { groups, eps, silu }, x, weight, bias)
 }
 
-/// As [`crate::ops::layer_norm`], which checks the shapes: one group of the channels of one pixel.
+/// As [`crate::ops::layer_norm()`], which checks the shapes: one group of the channels of one pixel.
 pub(in crate::ops) fn layer_norm(
     x: &Tensor,
     weight: &Tensor,

@@ -10,20 +10,20 @@ fn store(target: &Var, value: &Tensor) -> Result<()> {
     target.set(&value.to_dtype(target.dtype())?)
 }
 
-/// As [`crate::ops::ema_update`].
+/// As [`crate::ops::ema_update()`].
 pub(in crate::ops) fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
     let kept = (wide(&target.as_detached_tensor())? * decay)?;
     let new = (wide(&source.detach())? * (1.0 - decay))?;
     store(target, &(kept + new)?)
 }
 
-/// As [`crate::ops::squared_norm`], accumulated in `f32` (`f64` for an `f64` tensor).
+/// As [`crate::ops::squared_norm()`], accumulated in `f32` (`f64` for an `f64` tensor).
 pub(in crate::ops) fn squared_norm(x: &Tensor) -> Result<f64> {
     let sum = wide(&x.detach())?.sqr()?.sum_all()?;
     sum.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// As [`crate::ops::adamw_step`].
+/// As [`crate::ops::adamw_step()`].
 pub(in crate::ops) fn adamw_step(
     param: &Var,
     moment1: &Var,

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::{TensorOp, apply1, wide};
 
-/// As [`crate::ops::upsample_nearest_2x`].
+/// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
     apply1(Upsample, x)
 }
