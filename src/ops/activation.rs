@@ -29,9 +29,7 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         };
         return apply1(kernel, x);
     }
-    let value = x.narrow(D::Minus1, 0, width / 2)?;
-    let gate = x.narrow(D::Minus1, width / 2, width / 2)?;
-    value.mul(&gate.gelu_erf()?)
+    super::tensor::geglu(x)
 }
 
 /// `Φ(x)`, the normal distribution function.

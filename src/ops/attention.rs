@@ -59,29 +59,10 @@ pub fn attention(
         };
         return apply3(kernel, [q, k, v]);
     }
-    let d = c / heads;
-    let split = |t: &Tensor, n: usize| t.reshape((b, n, heads, d))?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (split(q, n)?, split(k, m)?, split(v, m)?);
-    let mut scores = (q.matmul(&k.t()?)? * (1.0 / (d as f64).sqrt()))?;
-    if causal {
-        let mask: Vec<f32> = (0..n * n)
-            .map(|i| {
-                if i % n > i / n {
-                    f32::NEG_INFINITY
-                } else {
-                    0.0
-                }
-            })
-            .collect();
-        let mask = Tensor::from_vec(mask, (n, n), q.device())?.to_dtype(q.dtype())?;
-        scores = scores.broadcast_add(&mask)?;
+    match kind {
+        Attention::MemoryEfficient => super::tensor::attention(q, k, v, heads, causal),
+        Attention::Plain => super::tensor::plain_attention(q, k, v, heads, causal),
     }
-    // candle_nn's softmax over any dimension keeps gradients, its fast one for the last dimension does not: write it out.
-    let exp = scores
-        .broadcast_sub(&scores.max_keepdim(3)?.detach())?
-        .exp()?;
-    let weights = exp.broadcast_div(&exp.sum_keepdim(3)?)?;
-    weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, c))
 }
 
 /// Queries whose weights are held at once.

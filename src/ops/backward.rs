@@ -51,12 +51,12 @@ pub fn backward(scalar: &Tensor) -> Result<Gradients> {
 
 /// Hands a gradient to the running [`backward`] if `operand` is a variable; otherwise, and under candle's own backward, gives
 /// it back for candle to go on with.
-pub(super) fn deliver(operand: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
-    DELIVERED.with_borrow_mut(|delivered| match delivered {
-        Some(gradients) if operand.is_variable() => {
+pub(super) fn deliver(operand: &Tensor, gradient: Option<Tensor>) -> Result<Option<Tensor>> {
+    DELIVERED.with_borrow_mut(|delivered| match (delivered, gradient) {
+        (Some(gradients), Some(gradient)) if operand.is_variable() => {
             add(gradients, operand.id(), gradient).map(|()| None)
         }
-        _ => Ok(Some(gradient)),
+        (_, gradient) => Ok(gradient),
     })
 }
 

@@ -5,7 +5,7 @@ use candle_core::{
     bail,
 };
 
-use super::backward;
+use super::backward::deliver;
 use super::cpu::Real;
 
 /// A differentiable operation on `N` contiguous CPU tensors, written over slices.
@@ -134,11 +134,9 @@ fn run_backward<K: Kernel<N>, const N: usize>(
         let grads = kernel.backward(slices, grad_view.slice::<T>()?, wanted);
         let mut grads = grads.into_iter();
         each(operands, |operand| {
-            let Some(grad) = grads.next().flatten() else {
-                return Ok(None);
-            };
-            let grad = Tensor::from_vec(grad, operand.dims(), operand.device())?;
-            backward::deliver(operand, grad)
+            let grad = grads.next().flatten();
+            let grad = grad.map(|g| Tensor::from_vec(g, operand.dims(), operand.device()));
+            deliver(operand, grad.transpose()?)
         })
     }
     by_dtype!(

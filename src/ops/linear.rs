@@ -36,11 +36,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         };
         apply3(kernel, [&flat, weight, &bias])?
     } else {
-        let y = flat.matmul(&weight.t()?)?;
-        match bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        }
+        super::tensor::linear(&flat, weight, bias)?
     };
     y.reshape(shape)
 }

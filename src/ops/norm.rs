@@ -40,17 +40,7 @@ pub fn group_norm(
         };
         return apply3(kernel, [x, weight, bias]);
     }
-    let grouped = x.reshape((x.dim(0)?, groups, ()))?;
-    let centred = grouped.broadcast_sub(&grouped.mean_keepdim(D::Minus1)?)?;
-    let std = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    let mut per_channel = vec![1; x.rank()];
-    per_channel[1] = c;
-    let y = centred
-        .broadcast_div(&std)?
-        .reshape(x.shape())?
-        .broadcast_mul(&weight.reshape(per_channel.as_slice())?)?
-        .broadcast_add(&bias.reshape(per_channel.as_slice())?)?;
-    if silu { y.silu() } else { Ok(y) }
+    super::tensor::group_norm(x, weight, bias, groups, eps, silu)
 }
 
 /// Layer normalisation over the last dimension, as `torch.nn.functional.layer_norm`.
@@ -76,12 +66,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         };
         return apply3(kernel, [x, weight, bias]);
     }
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let std = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    centred
-        .broadcast_div(&std)?
-        .broadcast_mul(weight)?
-        .broadcast_add(bias)
+    super::tensor::layer_norm(x, weight, bias, eps)
 }
 
 /// Mean and reciprocal standard deviation (biased) of a slice.

@@ -3,12 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Storage, Tensor, Var,
-    bail,
-};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
 
-use super::backward::{backward, deliver, deliver_all};
+use super::backward::{backward, deliver_all};
+use super::computed::{Computed, TensorOp};
 
 /// What becomes of the results inside a block between its forward and its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,19 +33,18 @@ where
         return block(x, condition);
     }
     let run = match keep {
-        Keep::All => Run::tracked(&block, x, condition)?,
-        Keep::Nothing => Run {
-            output: block(&x.detach(), &condition.detach())?.detach(),
-            x: None,
-            condition: None,
-        },
+        Keep::All => Some(Run::tracked(&block, x, condition)?),
+        Keep::Nothing => None,
+    };
+    let output = match &run {
+        Some(run) => run.output.detach(),
+        None => block(&x.detach(), &condition.detach())?.detach(),
     };
     let op = Segment {
         block,
-        output: Mutex::new(Some(run.output.detach())),
-        run: Mutex::new((keep == Keep::All).then_some(run)),
+        run: Mutex::new(run),
     };
-    x.apply_op2(condition, op)
+    x.apply_op2(condition, Computed::new(op, output))
 }
 
 /// One pass through a block: its result and the leaves its graph ends in, one for each tracked input.
@@ -78,109 +75,39 @@ impl Run {
 
 struct Segment<F> {
     block: F,
-    /// Handed over by the forward.
-    output: Mutex<Option<Tensor>>,
-    /// Handed over by the backward, which frees what the block kept.
+    /// What [`Keep::All`] kept; the backward takes it and so frees it.
     run: Mutex<Option<Run>>,
 }
 
-fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
-}
-
-impl<F> CustomOp2 for Segment<F>
+impl<F> TensorOp<2> for Segment<F>
 where
-    F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync,
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    fn name(&self) -> &'static str {
-        "segment"
+    const NAME: &'static str = "segment";
+
+    fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<Tensor> {
+        (self.block)(x, condition)
     }
 
-    fn cpu_fwd(
-        &self,
-        _x: &CpuStorage,
-        _xl: &Layout,
-        _condition: &CpuStorage,
-        _cl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let Some(output) = take(&self.output) else {
-            bail!("a segment's forward ran twice");
-        };
-        let (storage, layout) = output.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => copy(storage, layout),
-            _ => bail!("a segment's block changed the device"),
-        }
-    }
-
-    fn cuda_fwd(
-        &self,
-        _x: &CudaStorage,
-        _xl: &Layout,
-        _condition: &CudaStorage,
-        _cl: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let Some(output) = take(&self.output) else {
-            bail!("a segment's forward ran twice");
-        };
-        let (storage, layout) = output.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => copy(storage, layout),
-            _ => bail!("a segment's block changed the device"),
-        }
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        condition: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let run = match take(&self.run) {
+    fn backward(&self, [x, condition]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let kept = self
+            .run
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let run = match kept {
             Some(run) => run,
             None => Run::tracked(&self.block, x, condition)?,
         };
-        let Run {
-            output,
-            x: x_leaf,
-            condition: condition_leaf,
-        } = run;
-        let mut found = backward(&output.apply_op1(Seed(grad.clone()))?)?;
-        let mut give = |leaf: Option<Var>, input: &Tensor| match leaf.and_then(|v| found.remove(&v))
-        {
-            Some(gradient) => deliver(input, gradient),
-            None => Ok(None),
-        };
-        let gradients = (give(x_leaf, x)?, give(condition_leaf, condition)?);
+        let mut found = backward(&run.output.apply_op1(Seed(grad.clone()))?)?;
+        let gradients = [run.x, run.condition].map(|leaf| found.remove(leaf.as_ref()?));
         deliver_all(found)?;
         Ok(gradients)
     }
 }
 
-fn copy<S>(storage: &S, layout: &Layout) -> Result<(S, Shape)>
-where
-    S: BackendStorage,
-    S::Device: BackendDevice<Storage = S>,
-{
-    let shape = layout.shape().clone();
-    let mut copy = storage.device().zeros_impl(&shape, storage.dtype())?;
-    storage.copy_strided_src(&mut copy, 0, layout)?;
-    Ok((copy, shape))
-}
-
 /// A scalar (zero) whose gradient with respect to the argument is the given tensor: where a backward pass starts.
 struct Seed(Tensor);
-
-fn zero<S>(storage: &S) -> Result<(S, Shape)>
-where
-    S: BackendStorage,
-    S::Device: BackendDevice<Storage = S>,
-{
-    let shape = Shape::from(());
-    let zero = storage.device().zeros_impl(&shape, storage.dtype())?;
-    Ok((zero, shape))
-}
 
 impl CustomOp1 for Seed {
     fn name(&self) -> &'static str {
@@ -188,11 +115,13 @@ impl CustomOp1 for Seed {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        zero(x)
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        zero(x)
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
     }
 
     fn bwd(&self, _x: &Tensor, _res: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {

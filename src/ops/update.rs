@@ -21,11 +21,11 @@ const CHUNK: usize = 1 << 14;
 /// When shapes or dtypes differ.
 pub fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
     let weight = 1.0 - decay;
-    if has_kernel(target) {
+    if has_kernel(target) && target.dtype() == DType::F32 {
         let (decay, weight) = (decay as f32, weight as f32);
         return target.inplace_op2(&source.detach().contiguous()?, &Ema { decay, weight });
     }
-    target.set(&((target.as_detached_tensor() * decay)? + (source.detach() * weight)?)?)
+    super::tensor::ema_update(target, source, decay)
 }
 
 /// The sum of the squares of a tensor's elements, accumulated in `f64`.
@@ -40,12 +40,7 @@ pub fn squared_norm(x: &Tensor) -> Result<f64> {
         // Collected before it is summed: the order of the sum must not depend on the threads.
         return Ok(parts.collect::<Vec<f64>>().into_iter().sum());
     }
-    Ok(f64::from(
-        x.to_dtype(DType::F32)?
-            .sqr()?
-            .sum_all()?
-            .to_scalar::<f32>()?,
-    ))
+    super::tensor::squared_norm(x)
 }
 
 /// The numbers of one AdamW step, shared by all parameters.
@@ -84,7 +79,7 @@ pub fn adamw_step(
     let step_size = step.learning_rate / correction1;
     let keep = 1.0 - step.learning_rate * step.weight_decay;
     let grad = grad.detach().contiguous()?;
-    if has_kernel(param) {
+    if has_kernel(param) && param.dtype() == DType::F32 {
         let scale = grad_scale as f32;
         let (weight1, weight2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
         moment1.inplace_op2(
@@ -112,15 +107,7 @@ pub fn adamw_step(
             &update,
         );
     }
-    let grad = (grad * grad_scale)?;
-    let (m, v) = (moment1.as_detached_tensor(), moment2.as_detached_tensor());
-    let m = ((&grad - &m)? * (1.0 - step.beta1))?.add(&m)?;
-    let v = ((v * step.beta2)? + (grad.sqr()? * (1.0 - step.beta2))?)?;
-    let denominator = ((v.sqrt()? * (1.0 / correction2.sqrt()))? + step.epsilon)?;
-    let new = ((param.as_detached_tensor() * keep)? - (m.div(&denominator)? * step_size)?)?;
-    moment1.set(&m)?;
-    moment2.set(&v)?;
-    param.set(&new)
+    super::tensor::adamw_step(param, moment1, moment2, &grad, grad_scale, step)
 }
 
 /// The elements of a contiguous `f32` storage, to write.

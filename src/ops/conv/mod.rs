@@ -50,11 +50,7 @@ pub fn conv2d(
         };
         return apply3(Conv2d { batch, geometry }, [x, weight, &bias]);
     }
-    let y = x.conv2d(weight, padding, stride, 1, 1)?;
-    match bias {
-        Some(bias) => y.broadcast_add(&bias.reshape((1, o, 1, 1))?),
-        None => Ok(y),
-    }
+    super::tensor::conv2d(x, weight, bias, stride, padding)
 }
 
 /// The shape of one image's convolution.
