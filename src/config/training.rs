@@ -63,13 +63,13 @@ pub struct Train {
     pub batch_size: usize,
     /// Passes summed up in one optimiser step. `--gradient_accumulation_steps`
     pub gradient_accumulation: usize,
-    /// Recompute activations in the backward pass to save memory. `--gradient_checkpointing`
+    /// Make the activations inside blocks anew in the backward pass: less memory, the same numbers. `--gradient_checkpointing`
     pub gradient_checkpointing: bool,
     /// How attention is computed. `--enable_xformers_memory_efficient_attention`
     pub attention: Attention,
     /// Type of the student's passes. `--mixed_precision`
     pub mixed_precision: MixedPrecision,
-    /// Type of the teacher's weights. `--cast_teacher_unet`
+    /// Type the teacher's weights are held in; the CPU computes in f32. `--cast_teacher_unet`
     pub teacher_dtype: FloatType,
     /// Seed of everything drawn at random. `--seed`
     pub seed: u64,
@@ -85,7 +85,7 @@ impl Default for Train {
             max_steps: 1000,
             batch_size: 12,
             gradient_accumulation: 1,
-            gradient_checkpointing: false,
+            gradient_checkpointing: true,
             attention: Attention::MemoryEfficient,
             mixed_precision: MixedPrecision::No,
             teacher_dtype: FloatType::F32,

@@ -124,6 +124,10 @@ pub enum Crop {
 pub enum FloatType {
     /// 32 bits.
     F32,
+    /// 16 bits, 5 of them exponent.
+    F16,
+    /// 16 bits, 8 of them exponent.
+    Bf16,
 }
 
 /// The distance between the student's prediction and its target.

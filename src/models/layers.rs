@@ -1,10 +1,18 @@
 //! Layers that hold parameters: thin structs over the functions of [`crate::ops`].
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::activation::Activation;
 use super::{ModelError, Scope};
 use crate::ops;
+
+/// A parameter as `x` needs it: one held in 16 bits is widened where it is used, for devices that compute in 32 bits.
+fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+    match parameter.dtype() == x.dtype() {
+        true => Ok(parameter.clone()),
+        false => ops::cast(parameter, x.dtype()),
+    }
+}
 
 /// An affine map over the last dimension.
 #[derive(Clone, Debug)]
@@ -38,7 +46,8 @@ impl Linear {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        let bias = self.bias.as_ref().map(|bias| like(bias, x)).transpose()?;
+        ops::linear(x, &like(&self.weight, x)?, bias.as_ref())
     }
 }
 
@@ -96,8 +105,14 @@ impl Conv2d {
         Self::new(scope, inputs, outputs, 1, 1, 0)
     }
 
+    /// The type its weights are held in.
+    pub(super) fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(x, &self.weight, Some(&self.bias), self.stride, self.padding)
+        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        ops::conv2d(x, &weight, Some(&bias), self.stride, self.padding)
     }
 }
 
@@ -126,15 +141,18 @@ impl GroupNorm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, false)
+        self.normalise(x, false)
+    }
+
+    fn normalise(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
+        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        ops::group_norm(x, &weight, &bias, self.groups, self.eps, silu)
     }
 
     /// A SiLU is fused with the normalisation.
     pub(super) fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         match activation {
-            Activation::Silu => {
-                ops::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, true)
-            }
+            Activation::Silu => self.normalise(x, true),
             other => other.forward(&self.forward(x)?),
         }
     }
@@ -162,6 +180,6 @@ impl LayerNorm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &self.weight, &self.bias, self.eps)
+        ops::layer_norm(x, &like(&self.weight, x)?, &like(&self.bias, x)?, self.eps)
     }
 }

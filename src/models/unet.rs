@@ -7,6 +7,7 @@ pub use config::UNetConfig;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -16,7 +17,7 @@ use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
 use super::{ModelError, Scope, Weights};
-use crate::ops::Attention;
+use crate::ops::{Attention, Keep, segment};
 
 /// The stem of the weight files of diffusers' models.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
@@ -32,8 +33,8 @@ pub struct Conditioning {
 
 #[derive(Clone, Debug)]
 struct Level {
-    resnets: Vec<ResnetBlock>,
-    attentions: Vec<Transformer2d>,
+    resnets: Vec<Arc<ResnetBlock>>,
+    attentions: Vec<Arc<Transformer2d>>,
 }
 
 impl Level {
@@ -48,7 +49,7 @@ impl Level {
     ) -> std::result::Result<Self, ModelError> {
         let resnet = |i| {
             let scope = scope.sub("resnets").sub(i);
-            ResnetBlock::new(&scope, inputs(i), level.channels, resnet)
+            ResnetBlock::new(&scope, inputs(i), level.channels, resnet).map(Arc::new)
         };
         let transformers = config.transformers(level, attention);
         Ok(Self {
@@ -59,26 +60,41 @@ impl Level {
                 .iter()
                 .enumerate()
                 .map(|(i, transformer)| {
-                    Transformer2d::new(&scope.sub("attentions").sub(i), transformer)
+                    Transformer2d::new(&scope.sub("attentions").sub(i), transformer).map(Arc::new)
                 })
                 .collect::<std::result::Result<_, _>>()?,
         })
     }
 
-    /// The `i`-th residual block and the transformer after it, if there is one.
-    fn layer(&self, i: usize, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.resnets[i].forward(x, Some(time))?;
-        match self.attentions.get(i) {
-            Some(attention) => attention.forward(&x, context),
-            None => Ok(x),
-        }
+    /// The `i`-th residual block and the transformer after it, if there is one; each is a unit of recomputation, as in
+    /// diffusers.
+    fn layer(&self, i: usize, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+        let block = Arc::clone(&self.resnets[i]);
+        let x = segment(x, &given.time, given.keep, move |x, time| {
+            block.forward(x, Some(time))
+        })?;
+        let Some(block) = self.attentions.get(i) else {
+            return Ok(x);
+        };
+        let block = Arc::clone(block);
+        segment(&x, given.context, given.keep, move |x, context| {
+            block.forward(x, context)
+        })
     }
+}
+
+/// What every block of a forward pass is given besides its input.
+struct Given<'a> {
+    time: Tensor,
+    context: &'a Tensor,
+    keep: Keep,
 }
 
 /// diffusers' `UNet2DConditionModel`.
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
+    keep: Keep,
     time_embedding: TimeEmbedding,
     conv_in: Conv2d,
     down: Vec<(Level, Option<Downsample>)>,
@@ -190,7 +206,13 @@ impl UNet {
                 kernel_out,
             )?,
             config: config.clone(),
+            keep: Keep::All,
         })
+    }
+
+    /// The same network, with what its blocks keep for the backward pass: [`Keep::Nothing`] is gradient checkpointing.
+    pub fn with_keep(self, keep: Keep) -> Self {
+        Self { keep, ..self }
     }
 
     /// This network's configuration.
@@ -200,8 +222,9 @@ impl UNet {
 
     /// The raw prediction for noisy latents.
     ///
-    /// `latents`: `[B, in_channels, h, w]`, of any size; `timesteps`: one a sample → `[B, out_channels, h, w]`. As
-    /// `UNet2DConditionModel.forward`.
+    /// `latents`: `[B, in_channels, h, w]`, of any size; `timesteps`: one a sample → `[B, out_channels, h, w]` in the latents'
+    /// type. As `UNet2DConditionModel.forward`. Weights held in 16 bits are computed with in `f32` on the CPU, and in 16 bits
+    /// elsewhere.
     ///
     /// # Errors
     /// When the shapes do not fit the network.
@@ -215,18 +238,30 @@ impl UNet {
         if timesteps.len() != b {
             candle_core::bail!("{} timesteps for a batch of {b}", timesteps.len());
         }
-        let guidance = conditioning.guidance_embedding.as_ref();
-        let time = self.time_embedding.forward(timesteps, guidance, latents)?;
-        let context = &conditioning.prompt_embeds;
-
-        let mut x = match self.config.center_input {
-            true => self.conv_in.forward(&latents.affine(2.0, -1.0)?)?,
-            false => self.conv_in.forward(latents)?,
+        let dtype = match (self.conv_in.dtype(), latents.device().is_cpu()) {
+            (DType::F16 | DType::BF16, true) => DType::F32,
+            (held, _) => held,
         };
+        let mut x = latents.to_dtype(dtype)?;
+        let guidance = conditioning.guidance_embedding.as_ref();
+        let guidance = guidance.map(|g| g.to_dtype(dtype)).transpose()?;
+        let context = conditioning.prompt_embeds.to_dtype(dtype)?;
+        let given = Given {
+            time: self
+                .time_embedding
+                .forward(timesteps, guidance.as_ref(), &x)?,
+            context: &context,
+            keep: self.keep,
+        };
+
+        if self.config.center_input {
+            x = x.affine(2.0, -1.0)?;
+        }
+        x = self.conv_in.forward(&x)?;
         let mut skips = vec![x.clone()];
         for (level, downsample) in &self.down {
             for i in 0..level.resnets.len() {
-                x = level.layer(i, &x, &time, context)?;
+                x = level.layer(i, &x, &given)?;
                 skips.push(x.clone());
             }
             if let Some(downsample) = downsample {
@@ -236,7 +271,7 @@ impl UNet {
         }
         if let Some(mid) = &self.mid {
             for i in 0..mid.resnets.len() {
-                x = mid.layer(i, &x, &time, context)?;
+                x = mid.layer(i, &x, &given)?;
             }
         }
         for (level, upsample) in &self.up {
@@ -246,7 +281,7 @@ impl UNet {
                         "the up blocks ask for more skip connections than the down blocks made"
                     );
                 };
-                x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &time, context)?;
+                x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &given)?;
             }
             if let (Some(upsample), Some(next)) = (upsample, skips.last()) {
                 let (_, _, h, w) = next.dims4()?;
@@ -255,7 +290,8 @@ impl UNet {
         }
         let activation = self.config.resnet.activation;
         self.conv_out
-            .forward(&self.conv_norm_out.forward_activated(&x, activation)?)
+            .forward(&self.conv_norm_out.forward_activated(&x, activation)?)?
+            .to_dtype(latents.dtype())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef, Tensor,
-    bail,
+    WithDType, bail,
 };
 
 use super::backward::deliver;
@@ -162,7 +162,7 @@ fn each<A, B: Default, const N: usize>(
 }
 
 /// The elements of a contiguous operand of a custom op.
-pub(super) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+pub(super) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
         None => bail!("an operand of a coffey operation must be contiguous"),
@@ -181,7 +181,7 @@ impl<'a> View<'a> {
         Self { storage, layout }
     }
 
-    pub(super) fn slice<T: Real>(&self) -> Result<&[T]> {
+    pub(super) fn slice<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.storage {
             Storage::Cpu(storage) => slice(storage, self.layout),
             _ => bail!("expected a CPU tensor"),

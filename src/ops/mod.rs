@@ -12,6 +12,7 @@
 mod activation;
 mod attention;
 mod backward;
+mod cast;
 mod computed;
 mod conv;
 mod cpu;
@@ -30,6 +31,7 @@ mod gradcheck;
 pub use activation::geglu;
 pub use attention::{Attention, attention};
 pub use backward::{Gradients, backward};
+pub use cast::cast;
 pub use conv::conv2d;
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};

@@ -28,7 +28,7 @@ const SECOND: &str = "exp_avg_sq.";
 impl AdamW {
     pub(super) fn new(settings: &config::Optimizer, variables: &Variables) -> Result<Self> {
         let zeros = || -> Result<Variables> {
-            let zero = |var: &Var| Var::from_tensor(&var.as_detached_tensor().zeros_like()?);
+            let zero = |var: &Var| Var::zeros(var.shape(), var.dtype(), var.device());
             variables
                 .iter()
                 .map(|(name, var)| Ok((name.clone(), zero(var)?)))

@@ -26,7 +26,7 @@ use crate::config::{self, Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
-use crate::ops::{self, Attention};
+use crate::ops::{self, Attention, Keep};
 use crate::random::{generator, normal, uniform};
 use crate::stop::Stop;
 
@@ -124,7 +124,12 @@ impl<'a> Run<'a> {
             config::Attention::Plain => Attention::Plain,
         };
         let folder = pipeline.join("unet");
-        let teacher = UNet::load(&folder, DType::F32, device, attention)?;
+        let held = match train.teacher_dtype {
+            config::FloatType::F32 => DType::F32,
+            config::FloatType::F16 => DType::F16,
+            config::FloatType::Bf16 => DType::BF16,
+        };
+        let teacher = UNet::load(&folder, held, device, attention)?;
         check_fit(teacher.config(), &encoders, config, pipeline)?;
         let uncond = encoders.encode_text(&[""])?.to_device(device)?;
 
@@ -134,15 +139,17 @@ impl<'a> Run<'a> {
         let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
         checkpoints.clear_unfinished()?;
         let found = resume_from(config, &checkpoints, output, progress)?;
+        let keep = match train.gradient_checkpointing {
+            true => Keep::Nothing,
+            false => Keep::All,
+        };
+        let how = (attention, keep);
         let student = match &found {
-            Some((path, _)) => Student::load(path, device, attention)?,
-            None => Student::from_teacher(
-                &folder,
-                config.model.time_cond_proj_dim,
-                train.seed,
-                device,
-                attention,
-            )?,
+            Some((path, _)) => Student::load(path, device, how)?,
+            None => {
+                let width = config.model.time_cond_proj_dim;
+                Student::from_teacher(&folder, width, train.seed, device, how)?
+            }
         };
         let mut optimizer = AdamW::new(&config.optimizer, student.variables())?;
         let (mut step, mut samples, mut cursor) = (0, 0, None);

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 
 use crate::models::unet::{WEIGHTS_STEM, student_tensors};
 use crate::models::{ModelError, UNet, UNetConfig, Weights, save_model};
-use crate::ops::{self, Attention};
+use crate::ops::{self, Attention, Keep};
 use crate::random::{generator, uniform};
 
 /// Named variables, in name order: order must not depend on hashing.
@@ -33,7 +33,7 @@ impl Student {
         guidance_width: usize,
         seed: u64,
         device: &Device,
-        attention: Attention,
+        how: (Attention, Keep),
     ) -> std::result::Result<Self, ModelError> {
         let config = UNetConfig::read(folder)?.with_guidance_embedding(guidance_width);
         let teacher = Weights::load(folder, WEIGHTS_STEM, DType::F32, device)?.into_tensors();
@@ -44,7 +44,7 @@ impl Student {
                 .map(|_| uniform(&mut rng, -bound, bound) as f32)
                 .collect()
         })?;
-        Self::new(&config, &tensors, &tensors, folder, attention)
+        Self::new(&config, &tensors, &tensors, folder, how)
     }
 
     /// The student in a checkpoint's `unet/` and `unet_target/`.
@@ -54,7 +54,7 @@ impl Student {
     pub fn load(
         checkpoint: &Path,
         device: &Device,
-        attention: Attention,
+        how: (Attention, Keep),
     ) -> std::result::Result<Self, ModelError> {
         let folder = checkpoint.join("unet");
         let config = UNetConfig::read(&folder)?;
@@ -62,7 +62,7 @@ impl Student {
             Weights::load(folder, WEIGHTS_STEM, DType::F32, device).map(Weights::into_tensors)
         };
         let (online, target) = (load(&folder)?, load(&checkpoint.join("unet_target"))?);
-        Self::new(&config, &online, &target, checkpoint, attention)
+        Self::new(&config, &online, &target, checkpoint, how)
     }
 
     fn new(
@@ -70,7 +70,7 @@ impl Student {
         online: &BTreeMap<String, Tensor>,
         target: &BTreeMap<String, Tensor>,
         origin: &Path,
-        attention: Attention,
+        (attention, keep): (Attention, Keep),
     ) -> std::result::Result<Self, ModelError> {
         let variables = |tensors: &BTreeMap<String, Tensor>| -> Result<Variables> {
             tensors
@@ -88,7 +88,7 @@ impl Student {
         let tracked = online
             .iter()
             .map(|(name, var)| (name.clone(), var.as_tensor().clone()));
-        let unet = build(tracked.collect())?;
+        let unet = build(tracked.collect())?.with_keep(keep);
         // These read the variables' storage through detached tensors: they never record a graph.
         let frozen = build(detached(&online))?;
         let target_unet = build(detached(&target))?;

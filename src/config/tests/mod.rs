@@ -199,10 +199,10 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
         "encode.dtype=f32",
         "encode.vae_dtype=f32",
         "optimizer.kind=adamw",
-        "train.gradient_checkpointing=false",
+        "train.gradient_checkpointing=true",
         "train.attention=plain",
         "train.mixed_precision=no",
-        "train.teacher_dtype=f32",
+        "train.teacher_dtype=bf16",
         "track.tensorboard=false",
         "latents={output=\"a\",crops=1}",
     ]);
