@@ -10,6 +10,7 @@ use crate::config::{Config, LossKind, Resume};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
+use crate::pretrained::Models;
 
 /// The step's pieces, as the teacher's scheduler and the configuration say.
 pub(crate) fn distillation(config: &Config, pipeline: &Path) -> Result<Distillation, TrainError> {
@@ -134,10 +135,13 @@ pub(super) fn lock(output: &Path) -> Result<File, TrainError> {
 pub(super) fn describe_run(
     output: &Path,
     config: &Config,
+    models: &Models,
     configuration: &str,
 ) -> Result<(), TrainError> {
     let description = serde_json::json!({
         "teacher": config.model.teacher,
+        // Which of the Hub's commits it was: a branch moves.
+        "revision": models.commit.as_ref().unwrap_or(&config.model.revision),
         "vae": config.model.vae,
         "coffey": env!("CARGO_PKG_VERSION"),
     });
