@@ -75,10 +75,9 @@ impl Place {
         self.command(&args)
     }
 
-    /// Two steps of training; what they made, but for the clock.
-    fn train(&self, output: &str, settings: &[&str]) -> Vec<Value> {
-        let run = self.path(output);
-        let output = format!("train.output={}", text(&run));
+    /// `train` for two steps, without pictures.
+    fn training(&self, output: &str, settings: &[&str]) -> Command {
+        let output = format!("train.output={}", text(&self.path(output)));
         let fixed = [
             output.as_str(),
             "train.batch_size=2",
@@ -91,8 +90,14 @@ impl Place {
         for setting in fixed.iter().chain(settings) {
             args.extend(["-s", setting]);
         }
-        done(self.command(&args));
-        let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        self.command(&args)
+    }
+
+    /// Two steps of training; what they made, but for the clock.
+    fn train(&self, output: &str, settings: &[&str]) -> Vec<Value> {
+        done(self.training(output, settings));
+        let lines = self.path(output).join("metrics.jsonl");
+        let lines = std::fs::read_to_string(lines).unwrap();
         let mut lines: Vec<Value> = lines
             .lines()
             .map(|line| serde_json::from_str(line).unwrap())
@@ -208,6 +213,16 @@ fn a_teacher_gives_the_same_run_from_everywhere() {
         "a commit that is here needs no question"
     );
     assert_eq!(draw("s3", "s3.png"), image);
+
+    // A run whose teacher is another one now says so when it goes on.
+    let path = place.path("hub/run.json");
+    let other = std::fs::read_to_string(&path).unwrap().replace(COMMIT, TAG);
+    std::fs::write(&path, other).unwrap();
+    let teacher = format!("model.teacher={ID}");
+    let more = place.training("hub", &[&teacher, "train.max_steps=3"]);
+    let said = done(more);
+    let warning = format!("model.revision = \"{TAG}\" goes on with the same teacher");
+    assert!(said.contains(&warning), "{said}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
-use super::setup::{check_fit, describe_run, distillation, lock, resume_from};
+use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
 use super::validation::Prompts;
 use super::watchdog::{Watchdog, hanging_stage};
 use super::{Distillation, StepInputs, Student, TrainError, io};
@@ -163,6 +163,11 @@ impl<'a> Run<'a> {
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
+        if step > 0
+            && let Some(warning) = moved_teacher(output, config, models)
+        {
+            progress.say(warning);
+        }
         describe_run(output, config, models, &configuration)?;
         let auditor = match &config.audit {
             Some(audit) if step == 0 => {

@@ -36,7 +36,7 @@ pub(crate) struct Manner {
     pub(crate) cut: Option<String>,
     /// Sends half of this file and then nothing more, but keeps the connection.
     pub(crate) silent: Option<String>,
-    /// Sends this file with another byte in it.
+    /// Sends this file with another last byte.
     pub(crate) damaged: Option<String>,
 }
 
@@ -280,7 +280,7 @@ impl State {
         // What is asked first is one byte, for its headers.
         let whole = end == total && total > 1;
         if whole && is(&manner.damaged) {
-            bytes[total / 2] ^= 1;
+            bytes[total - 1] ^= 1;
         }
         headers.push((
             "content-range",
