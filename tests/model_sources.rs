@@ -371,22 +371,24 @@ fn a_transfer_that_breaks_off_goes_on_and_is_checked() {
     let half = bytes(support::teacher().join(VAE)).len() / 2;
     assert!(ranges.contains(&format!("bytes={half}-")), "{ranges:?}");
 
-    // A process that is killed leaves half a file, which the next one completes.
+    // A process that is stopped ends at once and leaves half a file, which the next one completes.
     hub.behave(Manner {
         silent: Some(VAE.to_owned()),
         ..Manner::default()
     });
     let place = Place::new(&hub.endpoint);
-    let mut killed = place.encode("b", &[&teacher]);
-    let mut child = killed.stderr(Stdio::null()).spawn().unwrap();
+    let mut stopped = place.encode("b", &[&teacher]);
+    let mut child = stopped.stderr(Stdio::null()).spawn().unwrap();
     let begun = Instant::now();
     // More than any of the small files has.
     while part_of(&place) < 500_000 {
         assert!(begun.elapsed() < Duration::from_secs(60), "nothing comes");
         std::thread::sleep(Duration::from_millis(20));
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let process = child.id().to_string();
+    let kill = Command::new("kill").args(["-TERM", &process]).status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
     assert!(!place.snapshot().join(VAE).exists());
     let mut stalled = place.encode("b", &[&teacher]);
     stalled.env("HF_HUB_DOWNLOAD_TIMEOUT", "1");
