@@ -1,8 +1,8 @@
 //! coffey distils a latent diffusion model into a Latent Consistency Model from a stream of captioned images.
 //!
 //! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
-//! [`train`] distils from them, or [`latents`] writes them to shards. [`models`] are the networks, built over the layers of
-//! [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
+//! [`train`] distils from them, or [`latents`] writes them to shards. [`pretrained`] brings models
+//! here, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
 
 #[macro_use]
 mod say;
@@ -15,6 +15,7 @@ pub mod encode;
 pub mod latents;
 pub mod models;
 pub mod ops;
+pub mod pretrained;
 pub mod random;
 pub mod stop;
 pub mod train;

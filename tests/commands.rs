@@ -256,6 +256,7 @@ fn check_tries_every_step() {
         .collect();
     let names = [
         "configuration",
+        "models",
         "sources",
         "first sample",
         "encoders",

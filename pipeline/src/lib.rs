@@ -56,5 +56,5 @@ pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use flow::FlowMetrics;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
-pub use source::{S3Options, SourceError, Sources};
+pub use source::{ObjectInfo, S3Options, SourceError, Sources};
 pub use stream::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError};

@@ -57,6 +57,38 @@ fn prefixes_are_listed_past_one_page() {
 }
 
 #[test]
+fn every_object_of_a_prefix_is_listed_with_its_size() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(root.path().join("models/a/vae")).unwrap();
+    std::fs::create_dir_all(root.path().join("models/ab")).unwrap();
+    for (name, text) in [
+        ("a/vae/config.json", "{}"),
+        ("a/x.bin", "123"),
+        ("ab/y", ""),
+    ] {
+        std::fs::write(root.path().join("models").join(name), text).unwrap();
+    }
+    let bench = Bench::embedded(root.path());
+    let objects = |url: &str| {
+        let url = url.parse().unwrap();
+        bench.runtime.block_on(bench.sources.objects(&url))
+    };
+    let found = objects("s3://models/a/").unwrap();
+    let short: Vec<_> = found.iter().map(|o| (o.name.as_str(), o.size)).collect();
+    assert_eq!(short, [("vae/config.json", 2), ("x.bin", 3)]);
+    assert_eq!(found[0].url.to_string(), "s3://models/a/vae/config.json");
+    assert!(found[0].etag.is_some() || found[0].modified.is_some());
+    assert!(objects("s3://models/none/").unwrap().is_empty());
+    for url in ["s3://models/a/x.bin", "models/", "https://host/a/"] {
+        let error = objects(url).unwrap_err();
+        assert!(
+            error.is_config() && error.to_string().contains("no prefix in S3"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn folders_are_listed_and_other_urls_stay() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 2, |_| 1);

@@ -14,12 +14,13 @@ use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
 
 use super::data::{DataAccess, s3_options, stream_config};
 use super::{ConfigArgs, Failure, device};
-use crate::config::Config;
+use crate::config::{Config, ModelRef};
 use crate::diffusion::Prediction;
 use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Conditioning, UNet, UNetConfig, Weights};
 use crate::ops::Attention;
+use crate::pretrained::{Models as ModelFolders, Wanted};
 use crate::train::{check_fit, distillation};
 use memory::{MemoryPlan, Sizes};
 use report::Report;
@@ -45,8 +46,14 @@ pub(super) struct CheckArgs {
 /// What the configuration is for: training, unless it only says where latents go.
 #[derive(Clone, Copy, Debug)]
 enum Purpose<'a> {
-    Train { teacher: &'a Path, output: &'a Path },
-    Precompute { teacher: &'a Path, output: &'a Path },
+    Train {
+        teacher: &'a ModelRef,
+        output: &'a Path,
+    },
+    Precompute {
+        teacher: &'a ModelRef,
+        output: &'a Path,
+    },
 }
 
 impl<'a> Purpose<'a> {
@@ -72,7 +79,7 @@ impl<'a> Purpose<'a> {
         }
     }
 
-    fn teacher(self) -> &'a Path {
+    fn teacher(self) -> &'a ModelRef {
         match self {
             Self::Train { teacher, .. } | Self::Precompute { teacher, .. } => teacher,
         }
@@ -117,11 +124,25 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         Ok((config, said))
     })?;
     let purpose = Purpose::of(&config)?;
-    let (data, shards) = report.step("sources", || {
+    let (data, models) = report.step("models", || {
         let data = DataAccess::open(s3_options(&config.s3))?;
+        let wanted = match purpose {
+            Purpose::Train { .. } => Wanted::training,
+            Purpose::Precompute { .. } => Wanted::encoding,
+        };
+        let models = data.models(&config, purpose.teacher(), wanted)?;
+        let said = [Some(&models.pipeline), models.vae.as_ref()];
+        let said = said
+            .into_iter()
+            .flatten()
+            .map(|folder| folder.display().to_string());
+        let said = said.collect::<Vec<_>>().join(", VAE ");
+        Ok(((data, models), said))
+    })?;
+    let shards = report.step("sources", || {
         let shards = data.shards(&config.data.shards)?;
         let said = format!("shards: {}, the first is {}", shards.len(), shards[0]);
-        Ok(((data, shards), said))
+        Ok((shards, said))
     })?;
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, &data, &shards[0])?;
@@ -133,10 +154,10 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         );
         Ok(((batch, sample_bytes), said))
     })?;
-    let encoders = report.step("encoders", || load_encoders(&config, purpose.teacher()))?;
+    let encoders = report.step("encoders", || load_encoders(&config, &models))?;
     let teacher = match purpose {
-        Purpose::Train { teacher, .. } => Some(report.step("teacher", || {
-            load_teacher(&config, teacher, &encoders.models)
+        Purpose::Train { .. } => Some(report.step("teacher", || {
+            load_teacher(&config, &models.pipeline, &encoders.models)
         })?),
         Purpose::Precompute { .. } => None,
     };
@@ -215,14 +236,17 @@ struct LoadedEncoders {
     text_parameters: u64,
 }
 
-fn load_encoders(config: &Config, pipeline: &Path) -> Result<(LoadedEncoders, String), Failure> {
+fn load_encoders(
+    config: &Config,
+    folders: &ModelFolders,
+) -> Result<(LoadedEncoders, String), Failure> {
     let devices = config
         .encode
         .devices
         .iter()
         .map(|&spec| device::open(spec))
         .collect::<Result<Vec<_>, _>>()?;
-    let vae = config.model.vae.as_deref();
+    let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
     let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
     let loaded = LoadedEncoders {

@@ -1,5 +1,9 @@
 //! From the configuration to a running stream: what `train`, `precompute`, `check` and `bench` share.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use coffey_pipeline::order::Order;
 use coffey_pipeline::shard::expand;
 use coffey_pipeline::{
@@ -8,7 +12,9 @@ use coffey_pipeline::{
 use tokio::runtime::Runtime;
 
 use super::Failure;
-use crate::config::{self, Config};
+use crate::config::{self, Config, ModelRef};
+use crate::pretrained::{self, Models, Wanted};
+use crate::stop::Stop;
 
 /// The places data comes from, with the runtime their waiting happens on.
 pub(super) struct DataAccess {
@@ -35,11 +41,60 @@ impl DataAccess {
         })
     }
 
+    /// The models of a configuration, fetched if they are not on this machine.
+    pub(super) fn models(
+        &self,
+        config: &Config,
+        teacher: &ModelRef,
+        wanted: impl FnOnce(bool) -> Wanted,
+    ) -> Result<Models, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(Models::fetch(
+            &config.model,
+            teacher,
+            wanted,
+            sources,
+            runtime,
+        )?)
+    }
+
+    /// The folder of a model.
+    pub(super) fn model(
+        &self,
+        model: &ModelRef,
+        revision: &str,
+        wanted: &Wanted,
+    ) -> Result<PathBuf, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)
+    }
+
+    /// The folder of an autoencoder.
+    pub(super) fn vae(&self, model: &ModelRef) -> Result<PathBuf, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(pretrained::fetch_vae(model, sources, runtime)?)
+    }
+
     /// The shards that URLs stand for: braces expanded, prefixes and folders listed.
     pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
         let urls = expand(urls)?;
         Ok(self.runtime.block_on(self.sources.list(&urls))?)
     }
+}
+
+/// Does `work` that can be broken off anywhere, as fetching can: a signal ends the process at once.
+pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
+    let working = Arc::new(AtomicBool::new(true));
+    let still = Arc::clone(&working);
+    stop.on_stop(move || {
+        if still.load(Ordering::SeqCst) {
+            errln!("{}", Failure::STOPPED);
+            std::process::exit(i32::from(Failure::Stopped.code()));
+        }
+    });
+    let result = work();
+    working.store(false, Ordering::SeqCst);
+    result
 }
 
 /// The `[s3]` table.

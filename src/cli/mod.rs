@@ -74,6 +74,8 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    const STOPPED: &str = "stopped by a signal; run the same command to go on";
+
     fn code(&self) -> u8 {
         match self {
             Self::Failed(_) => 1,
@@ -101,6 +103,15 @@ impl From<coffey_pipeline::StreamError> for Failure {
 impl From<coffey_pipeline::SourceError> for Failure {
     fn from(error: coffey_pipeline::SourceError) -> Self {
         coffey_pipeline::StreamError::from(error).into()
+    }
+}
+
+impl From<crate::pretrained::PretrainedError> for Failure {
+    fn from(error: crate::pretrained::PretrainedError) -> Self {
+        match error.is_config() {
+            true => Self::Usage(error.into()),
+            false => Self::Failed(error.into()),
+        }
     }
 }
 
@@ -161,7 +172,7 @@ pub fn run() -> ExitCode {
         Failure::Usage(error) | Failure::Failed(error) => {
             errln!("error: {}", with_causes(error.as_ref()))
         }
-        Failure::Stopped => errln!("stopped by a signal; run the same command to go on"),
+        Failure::Stopped => errln!("{}", Failure::STOPPED),
     }
     ExitCode::from(failure.code())
 }

@@ -10,13 +10,14 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::data::{DataAccess, s3_options, stream_config};
+use super::data::{DataAccess, s3_options, stream_config, until_a_signal};
 use super::ranks::RankArgs;
 use super::{ConfigArgs, Failure, device};
-use crate::config::{Config, PrecomputePaths};
+use crate::config::{self, Config};
 use crate::encode::{EncodeError, EncodePool, Encoders};
 use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
 use crate::models::UNetConfig;
+use crate::pretrained::{Models, Wanted};
 use crate::stop::Stop;
 use crate::train::check_fit;
 
@@ -50,6 +51,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(s3_options(&config.s3))?;
+    let models = until_a_signal(&stop, || {
+        data.models(&config, paths.teacher, Wanted::encoding)
+    })?;
     let shards = data.shards(&config.data.shards)?;
     if shards.len() < part.world {
         let (shards, world) = (shards.len(), part.world);
@@ -58,14 +62,14 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     errln!(
         "reading {} and {}",
         counted(shards.len(), "shard"),
-        paths.teacher.display()
+        models.pipeline.display()
     );
-    let first = load_encoders(&config, &paths, 0)?;
+    let first = load_encoders(&config, &models, 0)?;
     // Whoever trains on these needs a UNet that takes them. One that coffey does not build can be trained elsewhere.
-    if let Ok(unet) = UNetConfig::read(&paths.teacher.join("unet")) {
-        check_fit(&unet, &first, &config, paths.teacher)?;
+    if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
+        check_fit(&unet, &first, &config, &models.pipeline)?;
     }
-    let recipe = recipe(&config, &paths, &first)?;
+    let recipe = recipe(&config, paths.latents, &models, &first)?;
     let output = paths.latents.output.as_path();
     let mut writer = LatentWriter::open(output, recipe, part, &shards)?;
     let there = writer.manifest().shards.len();
@@ -81,7 +85,8 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
         let encoders = std::iter::once(Ok(first))
             .chain(
-                (1..config.encode.devices.len()).map(|index| load_encoders(&config, &paths, index)),
+                (1..config.encode.devices.len())
+                    .map(|index| load_encoders(&config, &models, index)),
             )
             .collect::<Result<Vec<_>, Failure>>()?;
         // The writer knows which shards are left of this part: to the stream they are all there is.
@@ -103,16 +108,11 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn load_encoders(
-    config: &Config,
-    paths: &PrecomputePaths<'_>,
-    index: usize,
-) -> Result<Encoders, Failure> {
+fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
     let device = device::open(config.encode.devices[index])?;
-    let vae = config.model.vae.as_deref();
     Ok(Encoders::load(
-        paths.teacher,
-        vae,
+        &models.pipeline,
+        models.vae.as_deref(),
         &device,
         config.encode.batch_size,
     )?)
@@ -120,7 +120,8 @@ fn load_encoders(
 
 fn recipe(
     config: &Config,
-    paths: &PrecomputePaths<'_>,
+    latents: &config::Latents,
+    models: &Models,
     encoders: &Encoders,
 ) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
@@ -128,9 +129,9 @@ fn recipe(
     let (_, tokens, width) = encoders.encode_text(&[""])?.dims3()?;
     Ok(Recipe::new(
         config,
-        paths.latents.text,
-        paths.latents.crops,
-        Fingerprint::of(paths.teacher, config.model.vae.as_deref())?,
+        latents.text,
+        latents.crops,
+        Fingerprint::of(&models.pipeline, models.vae.as_deref())?,
         LatentLayout {
             shape: [2 * vae.latent_channels, side, side],
             scaling_factor: vae.scaling_factor,

@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 use image::RgbImage;
 
+use super::data::DataAccess;
 use super::{Failure, device};
-use crate::config::DeviceSpec;
+use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::diffusion::{
     BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
 };
@@ -18,8 +19,9 @@ use crate::draw::{pixels_to_images, plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
 use crate::ops::Attention;
+use crate::pretrained::Wanted;
 use crate::random::{generator, normal};
-use parts::Parts;
+use parts::{Parts, environments_s3};
 
 /// Images drawn at once; more prompts are drawn one part after another.
 const CHUNK: usize = 8;
@@ -30,13 +32,17 @@ const DDIM_STEPS: usize = 50;
 /// Options of `coffey sample`.
 #[derive(Args, Debug)]
 pub(super) struct SampleArgs {
-    /// A pipeline in diffusers layout, or the folder of a run or of one of its checkpoints.
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// A pipeline in diffusers layout (a folder, s3://bucket/prefix or a Hub id), or the folder of a run or of one of its
+    /// checkpoints.
+    #[arg(long, value_name = "MODEL")]
+    model: ModelRef,
     /// Where text encoder, tokenizer, VAE and scheduler are, if not in --model; without it, the teacher that the run was
     /// distilled from.
-    #[arg(long, value_name = "DIR")]
-    teacher: Option<PathBuf>,
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<ModelRef>,
+    /// Branch, tag or commit of --model on the Hub, or of --teacher if only that is there [default: main]
+    #[arg(long, value_name = "REV")]
+    revision: Option<String>,
     /// Which UNet of the model draws [default: unet_target if there is one, else unet]
     #[arg(long, value_name = "NAME")]
     unet: Option<String>,
@@ -85,7 +91,7 @@ enum Scheduler {
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
     let device = device::open(args.device)?;
-    let parts = Parts::find(&args.model, args.teacher.as_deref(), args.unet.as_deref())?;
+    let parts = find_parts(&args)?;
     let schedule = NoiseSchedule::read(&parts.pipeline.join("scheduler"))?;
     let unet = UNet::load(&parts.unet, DType::F32, &device, Attention::Plain)?;
     let encoders = Encoders::load(&parts.pipeline, parts.vae.as_deref(), &device, CHUNK)?;
@@ -128,11 +134,24 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
 /// What is wrong whatever the model is.
 fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     let wrong = |message: String| Err(Failure::Usage(message.into()));
-    if !args.model.is_dir() {
-        return wrong(format!("--model {}: no such folder", args.model.display()));
+    let mut on_hub = false;
+    for (option, model) in [
+        ("--model", Some(&args.model)),
+        ("--teacher", args.teacher.as_ref()),
+    ] {
+        match model.map(ModelRef::place) {
+            None => {}
+            Some(Ok(place)) => on_hub |= matches!(place, ModelPlace::Hub(_)),
+            Some(Err(error)) => {
+                let model = model.map_or("", ModelRef::as_str);
+                return wrong(format!("{option} {model}: {error}"));
+            }
+        }
     }
-    if let Some(teacher) = args.teacher.as_deref().filter(|teacher| !teacher.is_dir()) {
-        return wrong(format!("--teacher {}: no such folder", teacher.display()));
+    if let (Some(revision), false) = (&args.revision, on_hub) {
+        return wrong(format!(
+            "--revision {revision}: has no effect, nothing is taken from the Hub"
+        ));
     }
     if !args.guidance.is_finite() || args.guidance < 0.0 {
         return wrong(format!(
@@ -148,6 +167,27 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
         return wrong(format!("--out {}: must be a .png file", args.out.display()));
     }
     Ok(())
+}
+
+/// The folders of everything that is needed, fetched if they are not on this machine.
+fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
+    let main = Model::MAIN;
+    let revision = args.revision.as_deref().unwrap_or(main);
+    let wanted = Wanted::drawing(args.unet.as_deref(), args.teacher.is_none());
+    let access = DataAccess::open(environments_s3())?;
+    let model = access.model(&args.model, revision, &wanted)?;
+    let teachers = match args.model.place() {
+        Ok(ModelPlace::Hub(_)) => main,
+        _ => revision,
+    };
+    let teacher = args.teacher.as_ref().map(|teacher| (teacher, teachers));
+    Parts::find(&model, teacher, args.unet.as_deref(), |request| {
+        let access = DataAccess::open(request.s3.clone())?;
+        match request.only_vae {
+            true => access.vae(request.model),
+            false => access.model(request.model, request.revision, &Wanted::surroundings()),
+        }
+    })
 }
 
 /// What the options leave open, decided by the model.

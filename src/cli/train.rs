@@ -3,8 +3,9 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, s3_options, stream_config};
+use super::data::{DataAccess, s3_options, stream_config, until_a_signal};
 use super::{ConfigArgs, Failure, device};
+use crate::pretrained::Wanted;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
 
@@ -27,6 +28,9 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         .map(|&d| device::open(d))
         .collect::<Result<Vec<_>, _>>()?;
     let access = DataAccess::open(s3_options(&config.s3))?;
+    let models = until_a_signal(&stop, || {
+        access.models(&config, paths.teacher, Wanted::training)
+    })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
     errln!("{} shards", shards.len());
@@ -46,6 +50,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     match train::run(
         &config,
         paths,
+        &models,
         &data,
         (&train_device, &encode_devices),
         &stop,

@@ -91,7 +91,9 @@ impl Fault {
 pub(super) fn required_meaning(key: &str) -> &'static str {
     match key {
         "data.shards" => r#"the URLs of the shards, as "s3://bucket/{00000..00009}.tar""#,
-        "model.teacher" => "the folder of the teacher, in diffusers layout",
+        "model.teacher" => {
+            "the teacher in diffusers layout: a folder, s3://bucket/prefix or a Hub id as user/model"
+        }
         "train.output" => r#"the folder of the run, as "runs/first""#,
         "latents.output" => r#"the folder for the latent shards, as "latents/first""#,
         "validation.prompts" => r#"the captions to draw, as ["red apple"]"#,

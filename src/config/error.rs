@@ -103,12 +103,10 @@ pub enum ConfigError {
         feature: &'static str,
     },
     /// A folder the configuration names does not exist.
-    #[error("{entry}: no such folder{hint}")]
+    #[error("{entry}: no such folder")]
     NoFolder {
         /// The key and its value.
         entry: Box<Entry>,
-        /// A guess at what was meant, starting with its own punctuation, or empty.
-        hint: &'static str,
     },
 }
 

@@ -12,6 +12,7 @@ mod document;
 mod error;
 mod input;
 mod keys;
+mod model_ref;
 mod models;
 mod reports;
 #[cfg(test)]
@@ -29,6 +30,7 @@ use toml::Value;
 use document::{Document, Origin};
 pub use error::{ConfigError, Entry, Place};
 pub use input::{Data, Filter, Image, S3};
+pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
 pub use models::{Distill, Encode, Model};
 pub use reports::{Audit, Latents, Report, Track, Validation};
 pub use training::{Checkpoint, Optimizer, Train};

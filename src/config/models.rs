@@ -1,31 +1,38 @@
 //! `[model]`, `[encode]` and `[distill]`: the teacher, the encoders' devices, and the objective.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 
+use super::model_ref::ModelRef;
 use super::values::{DeviceSpec, FloatType, LossKind};
 
 /// `[model]`: what is distilled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Model {
-    /// Folder of the teacher in diffusers layout; every command that loads a model needs it.
+    /// The teacher in diffusers layout: a folder, an `s3://` prefix or a Hub id; every command that loads a model needs it.
     /// `--pretrained_teacher_model`
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub teacher: Option<PathBuf>,
-    /// Folder of another VAE; the teacher's when unset. `--pretrained_vae_model_name_or_path`
+    pub teacher: Option<ModelRef>,
+    /// Branch, tag or commit of a teacher on the Hub. `--teacher_revision`
+    pub revision: String,
+    /// Another VAE, named as the teacher is; the teacher's when unset. `--pretrained_vae_model_name_or_path`
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub vae: Option<PathBuf>,
+    pub vae: Option<ModelRef>,
     /// Width of the student's guidance embedding, where the teacher has none of its own.
     /// `--unet_time_cond_proj_dim`
     pub time_cond_proj_dim: usize,
+}
+
+impl Model {
+    /// The branch every repository of the Hub has.
+    pub const MAIN: &str = "main";
 }
 
 impl Default for Model {
     fn default() -> Self {
         Self {
             teacher: None,
+            revision: Self::MAIN.to_owned(),
             vae: None,
             time_cond_proj_dim: 256,
         }

@@ -6,9 +6,11 @@ use std::path::Path;
 use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
+use super::model_ref::{ModelPlace, ModelRef};
 use super::values::{DeviceSpec, Resume, Schedule};
 use super::{
-    Config, Data, Distill, Encode, Filter, Image, Latents, Optimizer, Report, S3, Train, Validation,
+    Config, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3, Train,
+    Validation,
 };
 
 /// Timesteps of the noise schedule of every teacher there is; the solver's points divide it evenly.
@@ -21,8 +23,8 @@ const MAX_SAMPLING_STEPS: usize = 50;
 /// What `train` can't do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrainPaths<'a> {
-    /// The teacher's folder, which exists.
-    pub teacher: &'a Path,
+    /// The teacher; a folder exists.
+    pub teacher: &'a ModelRef,
     /// The run's folder, which may not exist yet.
     pub output: &'a Path,
 }
@@ -30,8 +32,8 @@ pub struct TrainPaths<'a> {
 /// What `precompute` can't do without.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PrecomputePaths<'a> {
-    /// The folder of the model that encodes, which exists.
-    pub teacher: &'a Path,
+    /// The model that encodes; a folder exists.
+    pub teacher: &'a ModelRef,
     /// What to write, and where.
     pub latents: &'a Latents,
 }
@@ -80,31 +82,40 @@ impl Config {
         }
     }
 
-    fn require_teacher(&self) -> Result<&Path, ConfigError> {
-        let teacher = self
-            .model
-            .teacher
-            .as_deref()
+    fn require_teacher(&self) -> Result<&ModelRef, ConfigError> {
+        let Model { teacher, vae, .. } = &self.model;
+        let teacher = teacher
+            .as_ref()
             .ok_or_else(|| self.missing("model.teacher"))?;
-        self.require_folder("model.teacher", teacher)?;
-        if let Some(vae) = &self.model.vae {
-            self.require_folder("model.vae", vae)?;
+        let place = self.require_model("model.teacher", teacher)?;
+        if let Some(vae) = vae {
+            self.require_model("model.vae", vae)?;
+        }
+        let revision = &self.model.revision;
+        if revision != Model::MAIN && !matches!(place, ModelPlace::Hub(_)) {
+            return Err(ConfigError::Invalid {
+                entry: self.origin.entry("model.revision", format!("{revision:?}")),
+                needs: format!(
+                    "has no effect: model.teacher = \"{teacher}\" is not taken from the Hub; remove it"
+                ),
+            });
         }
         Ok(teacher)
+    }
+
+    fn require_model(&self, key: &str, model: &ModelRef) -> Result<ModelPlace, ConfigError> {
+        model.place().map_err(|error| ConfigError::Invalid {
+            entry: self.origin.entry(key, format!("{:?}", model.as_str())),
+            needs: error.to_string(),
+        })
     }
 
     fn require_folder(&self, key: &str, folder: &Path) -> Result<(), ConfigError> {
         if folder.is_dir() {
             return Ok(());
         }
-        let hub_id = key.starts_with("model.") && looks_like_hub_id(folder);
         Err(ConfigError::NoFolder {
             entry: self.origin.entry(key, quoted(folder)),
-            hint: if hub_id {
-                "; if it is a Hub id: fetching from the Hub is not built yet, download the model and name its folder"
-            } else {
-                ""
-            },
         })
     }
 
@@ -121,19 +132,6 @@ fn quoted(path: &Path) -> String {
     format!("{:?}", path.display().to_string())
 }
 
-/// `name/name`, as the Hub names its repositories.
-fn looks_like_hub_id(path: &Path) -> bool {
-    let name = |part: &str| {
-        part.starts_with(|c: char| c.is_ascii_alphanumeric())
-            && part
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-    };
-    path.to_str()
-        .and_then(|text| text.split_once('/'))
-        .is_some_and(|(user, model)| name(user) && name(model))
-}
-
 /// Checks every value against its limits.
 pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     let check = Check {
@@ -142,15 +140,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     check.data(&config.data)?;
     check.s3(&config.s3)?;
     check.image(&config.image)?;
-    check.path("model.teacher", config.model.teacher.as_deref())?;
-    check.path("model.vae", config.model.vae.as_deref())?;
-    let width = config.model.time_cond_proj_dim;
-    check.that(
-        "model.time_cond_proj_dim",
-        width,
-        width >= 4,
-        "must be 4 or more",
-    )?;
+    check.model(&config.model)?;
     check.encode(&config.encode)?;
     check.distill(&config.distill)?;
     check.optimizer(&config.optimizer)?;
@@ -255,6 +245,27 @@ impl Check<'_> {
         let ok = side > 0 && side.is_multiple_of(RESOLUTION_STEP);
         let needs = format!("must be a multiple of {RESOLUTION_STEP}, 8 or more");
         self.that("image.resolution", side, ok, &needs)
+    }
+
+    fn model(&self, model: &Model) -> Result<(), ConfigError> {
+        for (key, name) in [("model.teacher", &model.teacher), ("model.vae", &model.vae)] {
+            let path = name.as_ref().map(|name| Path::new(name.as_str()));
+            self.path(key, path)?;
+        }
+        // It becomes a part of URLs and of paths in the Hub's cache.
+        let revision = &model.revision;
+        let ok = revision.split('/').all(|part| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b))
+        });
+        let needs = "must be a branch, a tag or a commit, as \"main\"";
+        self.that("model.revision", format!("{revision:?}"), ok, needs)?;
+        let width = model.time_cond_proj_dim;
+        let needs = "must be 4 or more";
+        self.that("model.time_cond_proj_dim", width, width >= 4, needs)
     }
 
     fn encode(&self, encode: &Encode) -> Result<(), ConfigError> {

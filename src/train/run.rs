@@ -18,7 +18,7 @@ use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
-use super::setup::{check_fit, describe_run, distillation, lock, resume_from};
+use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
 use super::validation::Prompts;
 use super::watchdog::{Watchdog, hanging_stage};
 use super::{Distillation, StepInputs, Student, TrainError, io};
@@ -27,6 +27,7 @@ use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
 use crate::ops::{self, Attention, Keep};
+use crate::pretrained::Models;
 use crate::random::{generator, normal, uniform};
 use crate::stop::Stop;
 
@@ -56,20 +57,28 @@ pub enum Outcome {
 
 /// Distils as a configuration says; see the module's documentation for what is left in the output folder.
 ///
-/// `devices` are the trainer's and, one a worker, the encoders'.
+/// `models` are those the configuration names; `devices` are the trainer's and, one a worker, the encoders'.
 ///
 /// # Errors
 /// [`TrainError`]; a checkpoint that stands is never harmed.
 pub fn run(
     config: &Config,
     paths: config::TrainPaths<'_>,
+    models: &Models,
     data: &Data<'_>,
     devices: (&Device, &[Device]),
     stop: &Stop,
 ) -> Result<Outcome, TrainError> {
     let mut progress = Progress::new(config.train.max_steps);
-    let outcome = Run::prepare(config, paths, data, devices, stop, &progress)
-        .and_then(|run| run.drive(data, devices, stop, &mut progress));
+    let outcome = Run::prepare(
+        config,
+        (paths.output, models),
+        data,
+        devices,
+        stop,
+        &progress,
+    )
+    .and_then(|run| run.drive(data, devices, stop, &mut progress));
     progress.finish();
     match outcome {
         Err(TrainError::Stopped) => Ok(Outcome::Stopped),
@@ -80,6 +89,7 @@ pub fn run(
 /// Everything the loop needs, loaded and checked.
 struct Run<'a> {
     config: &'a Config,
+    models: &'a Models,
     output: &'a Path,
     distillation: Distillation,
     encoders: Encoders,
@@ -106,15 +116,15 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn prepare(
         config: &'a Config,
-        paths: config::TrainPaths<'a>,
+        (output, models): (&'a Path, &'a Models),
         data: &Data<'_>,
         (device, encode_devices): (&Device, &[Device]),
         stop: &Stop,
         progress: &Progress,
     ) -> Result<Self, TrainError> {
         let Config { train, .. } = config;
-        let vae = config.model.vae.as_deref();
-        let pipeline = paths.teacher;
+        let vae = models.vae.as_deref();
+        let pipeline = models.pipeline.as_path();
         progress.say(format!("loading the teacher {}", pipeline.display()));
         let distillation = distillation(config, pipeline)?;
         let encode_device = encode_devices.first().unwrap_or(device);
@@ -133,7 +143,6 @@ impl<'a> Run<'a> {
         check_fit(teacher.config(), &encoders, config, pipeline)?;
         let uncond = encoders.encode_text(&[""])?.to_device(device)?;
 
-        let output = paths.output;
         fs::create_dir_all(output).map_err(io(output))?;
         let lock = lock(output)?;
         let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
@@ -161,7 +170,12 @@ impl<'a> Run<'a> {
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
-        describe_run(output, config, &configuration)?;
+        if step > 0
+            && let Some(warning) = moved_teacher(output, config, models)
+        {
+            progress.say(warning);
+        }
+        describe_run(output, config, models, &configuration)?;
         let auditor = match &config.audit {
             Some(audit) if step == 0 => {
                 Some(Auditor::start(audit, config, &distillation, &student)?)
@@ -215,6 +229,7 @@ impl<'a> Run<'a> {
         };
         Ok(Self {
             config,
+            models,
             output,
             distillation,
             encoders,
@@ -246,7 +261,7 @@ impl<'a> Run<'a> {
         let Config { train, .. } = self.config;
         if self.step < train.max_steps {
             let stream = (data.open)(Order::Shuffled, train.batch_size, self.cursor.clone())?;
-            let (pipeline, vae) = (self.teacher_folder(), self.config.model.vae.as_deref());
+            let (pipeline, vae) = (self.models.pipeline.as_path(), self.models.vae.as_deref());
             let encoders = encode_devices
                 .iter()
                 .map(|device| Encoders::load(pipeline, vae, device, self.config.encode.batch_size))
@@ -282,14 +297,6 @@ impl<'a> Run<'a> {
             }
         }
         self.finish(progress, stop)
-    }
-
-    fn teacher_folder(&self) -> &'a Path {
-        self.config
-            .model
-            .teacher
-            .as_deref()
-            .unwrap_or(Path::new(""))
     }
 
     /// Makes one step and records it.

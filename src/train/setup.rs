@@ -10,6 +10,7 @@ use crate::config::{Config, LossKind, Resume};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
+use crate::pretrained::Models;
 
 /// The step's pieces, as the teacher's scheduler and the configuration say.
 pub(crate) fn distillation(config: &Config, pipeline: &Path) -> Result<Distillation, TrainError> {
@@ -130,14 +131,37 @@ pub(super) fn lock(output: &Path) -> Result<File, TrainError> {
     }
 }
 
+/// Says so if the teacher's branch on the Hub has moved since the run in this folder was last started.
+pub(super) fn moved_teacher(output: &Path, config: &Config, models: &Models) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Before {
+        teacher: String,
+        revision: String,
+    }
+    let text = fs::read_to_string(output.join("run.json")).ok()?;
+    let before: Before = serde_json::from_str(&text).ok()?;
+    let (teacher, now) = (config.model.teacher.as_ref()?, models.commit.as_ref()?);
+    let moved = before.teacher == teacher.as_str() && before.revision != *now;
+    moved.then(|| {
+        format!(
+            "warning: {teacher} is at commit {now} now, and was at {} when this run was last started; model.revision = \"{}\" \
+             goes on with the same teacher",
+            before.revision, before.revision
+        )
+    })
+}
+
 /// `run.json` and `config.toml`: what `coffey sample` and people need to know of a run.
 pub(super) fn describe_run(
     output: &Path,
     config: &Config,
+    models: &Models,
     configuration: &str,
 ) -> Result<(), TrainError> {
     let description = serde_json::json!({
         "teacher": config.model.teacher,
+        // Which of the Hub's commits it was: a branch moves.
+        "revision": models.commit.as_ref().unwrap_or(&config.model.revision),
         "vae": config.model.vae,
         "coffey": env!("CARGO_PKG_VERSION"),
     });

@@ -8,6 +8,8 @@
     reason = "these are tests"
 )]
 
+pub(crate) mod hub;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

@@ -67,6 +67,21 @@ impl Default for S3Options {
     }
 }
 
+/// An object as a listing of its bucket shows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ObjectInfo {
+    /// The object.
+    pub url: ShardUrl,
+    /// Its name below the folder that was listed.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// What names this version of it, where the listing says so; as [`ObjectReader::etag`].
+    pub etag: Option<String>,
+    /// When it was written, where the listing says so: seconds since 1970.
+    pub modified: Option<f64>,
+}
+
 /// Every place shards can come from. Cloning is cheap and shares connections.
 #[derive(Clone)]
 pub struct Sources(Arc<Inner>);
@@ -160,7 +175,12 @@ impl Sources {
             let mut found = match url.location() {
                 Location::S3 { bucket, key } => {
                     let s3 = self.s3().await?;
-                    s3.list(url, bucket, key, self.retry_options()).await?
+                    let objects = s3.objects(url, bucket, key, self.retry_options()).await?;
+                    objects
+                        .into_iter()
+                        .map(|object| object.url)
+                        .filter(|url| url.name().ends_with(".tar"))
+                        .collect()
                 }
                 Location::File(path) => local::list(url, path).await?,
                 Location::Http(_) => {
@@ -179,6 +199,29 @@ impl Sources {
             all.append(&mut found);
         }
         Ok(all)
+    }
+
+    /// How S3 is reached.
+    #[must_use]
+    pub fn options(&self) -> &S3Options {
+        &self.0.options
+    }
+
+    /// Every object under a prefix of a bucket, `s3://bucket/prefix/`, in the listing's order.
+    ///
+    /// # Errors
+    /// [`SourceError::Unsupported`] for anything else than such a prefix, else what kept it from being listed.
+    pub async fn objects(&self, folder: &ShardUrl) -> Result<Vec<ObjectInfo>, SourceError> {
+        match folder.location() {
+            Location::S3 { bucket, key } if folder.is_folder() => {
+                let s3 = self.s3().await?;
+                s3.objects(folder, bucket, key, self.retry_options()).await
+            }
+            _ => Err(SourceError::Unsupported {
+                url: folder.redacted(),
+                cause: "is no prefix in S3; the form is s3://bucket/prefix/".to_owned(),
+            }),
+        }
     }
 
     /// Opens an object for reading from its first byte.
@@ -225,6 +268,15 @@ impl ObjectReader {
         match &self.0 {
             Reader::Local(reader) => Some(reader.size()),
             Reader::Remote(reader) => reader.size(),
+        }
+    }
+
+    /// What names this version of the object, where the server says it.
+    #[must_use]
+    pub fn etag(&self) -> Option<&str> {
+        match &self.0 {
+            Reader::Local(_) => None,
+            Reader::Remote(reader) => reader.version(),
         }
     }
 

@@ -117,6 +117,10 @@ impl RemoteReader {
         self.total
     }
 
+    pub(crate) fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
     /// Requests the object from where reading has come to, until that works.
     async fn connect(&mut self) -> Result<(), SourceError> {
         loop {

@@ -9,13 +9,14 @@ use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{Credentials, ResponseChecksumValidation, StalledStreamProtectionConfig};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::primitives::DateTime;
 use aws_sdk_s3::types::RequestPayer;
 use aws_smithy_http_client::tls;
 
-use super::S3Options;
 use super::error::{SourceError, causes};
 use super::remote::{Body, Part};
 use super::retry::{Budget, Failure, RetryOptions};
+use super::{ObjectInfo, S3Options};
 use crate::flow::FlowMetrics;
 use crate::shard::ShardUrl;
 
@@ -141,14 +142,14 @@ impl S3 {
         })
     }
 
-    /// The `.tar` objects under a prefix.
-    pub(crate) async fn list(
+    /// The objects under a prefix.
+    pub(crate) async fn objects(
         &self,
         url: &ShardUrl,
         bucket: &str,
         prefix: &str,
         options: RetryOptions,
-    ) -> Result<Vec<ShardUrl>, SourceError> {
+    ) -> Result<Vec<ObjectInfo>, SourceError> {
         let mut budget = Budget::new(url.redacted(), options, self.metrics.clone(), true);
         let mut found = Vec::new();
         let mut token: Option<String> = None;
@@ -164,11 +165,16 @@ impl S3 {
                 Ok(Ok(page)) => {
                     self.metrics.s3_request("ok");
                     budget.contact();
-                    let keys = page.contents().iter().filter_map(|object| object.key());
-                    found.extend(
-                        keys.filter(|key| key.ends_with(".tar"))
-                            .map(|key| ShardUrl::s3(bucket, key)),
-                    );
+                    found.extend(page.contents().iter().filter_map(|object| {
+                        let key = object.key()?;
+                        Some(ObjectInfo {
+                            url: ShardUrl::s3(bucket, key),
+                            name: key.strip_prefix(prefix).unwrap_or(key).to_owned(),
+                            size: object.size().and_then(|n| u64::try_from(n).ok())?,
+                            etag: object.e_tag().map(str::to_owned),
+                            modified: object.last_modified().map(DateTime::as_secs_f64),
+                        })
+                    }));
                     match page.next_continuation_token() {
                         Some(next) if page.is_truncated() == Some(true) => {
                             token = Some(next.to_owned())

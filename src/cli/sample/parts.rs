@@ -2,9 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use coffey_pipeline::S3Options;
+
+use crate::config::{Config, Model, ModelRef};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
 
+use super::super::data::s3_options;
 use super::Failure;
 
 /// What a pipeline has besides its UNet.
@@ -21,33 +25,114 @@ pub(super) struct Parts {
     pub(super) vae: Option<PathBuf>,
 }
 
+/// A model that has to be made available in a folder.
+#[derive(Debug)]
+pub(super) struct Request<'a> {
+    /// The model.
+    pub(super) model: &'a ModelRef,
+    /// Which of its revisions, if it is on the Hub.
+    pub(super) revision: &'a str,
+    /// Whether its autoencoder is all that is wanted.
+    pub(super) only_vae: bool,
+    /// How S3 is reached.
+    pub(super) s3: S3Options,
+}
+
 /// `run.json`, as `coffey train` leaves it in the folder of a run.
 #[derive(serde::Deserialize)]
 struct Run {
-    teacher: PathBuf,
-    vae: Option<PathBuf>,
+    teacher: ModelRef,
+    #[serde(default = "main")]
+    revision: String,
+    vae: Option<ModelRef>,
+    #[serde(skip)]
+    folder: PathBuf,
+}
+
+fn main() -> String {
+    Model::MAIN.to_owned()
+}
+
+impl Run {
+    /// `[s3]` of the run's configuration, or what the environment says.
+    fn s3(&self) -> S3Options {
+        match Config::load(&self.folder.join("config.toml"), &[]) {
+            Ok(config) => s3_options(&config.s3),
+            Err(_) => environments_s3(),
+        }
+    }
+
+    /// Makes what the run was distilled from available.
+    fn fetch(
+        &self,
+        model: &ModelRef,
+        only_vae: bool,
+        fetch: impl Fn(&Request<'_>) -> Result<PathBuf, Failure>,
+    ) -> Result<PathBuf, Failure> {
+        let request = Request {
+            model,
+            revision: if only_vae {
+                Model::MAIN
+            } else {
+                &self.revision
+            },
+            only_vae,
+            s3: self.s3(),
+        };
+        // What stands there is no part of the command line.
+        fetch(&request).map_err(|failure| match failure {
+            Failure::Usage(error) => Failure::Failed(
+                format!(
+                    "{}: {error}; give --teacher instead",
+                    self.folder.join("run.json").display()
+                )
+                .into(),
+            ),
+            other => other,
+        })
+    }
+}
+
+/// S3 as the environment says; a server of one's own is asked by path.
+pub(super) fn environments_s3() -> S3Options {
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    S3Options {
+        path_style: set("AWS_ENDPOINT_URL") || set("AWS_ENDPOINT_URL_S3"),
+        ..S3Options::default()
+    }
 }
 
 impl Parts {
-    /// Looks in `model`, then in `teacher`, or if that is not given, where the run says.
+    /// Looks in `model`, then in `teacher` (with its revision), or if that is not given, where the run says; `fetch` makes a
+    /// model's folder available.
     pub(super) fn find(
         model: &Path,
-        teacher: Option<&Path>,
+        teacher: Option<(&ModelRef, &str)>,
         unet: Option<&str>,
+        fetch: impl Fn(&Request<'_>) -> Result<PathBuf, Failure>,
     ) -> Result<Self, Failure> {
         let unet = find_unet(model, unet)?;
+        if teacher.is_none() && missing(model).is_empty() {
+            return Ok(Self {
+                unet,
+                pipeline: model.to_owned(),
+                vae: None,
+            });
+        }
         let run = find_run(model)?;
-        let vae = run.as_ref().and_then(|run| run.vae.clone());
+        let vae = match &run {
+            Some(run) => run.vae.as_ref().map(|vae| run.fetch(vae, true, &fetch)),
+            None => None,
+        }
+        .transpose()?;
         let pipeline = match (teacher, run) {
-            (Some(teacher), _) => teacher.to_owned(),
-            (None, _) if missing(model).is_empty() => {
-                return Ok(Self {
-                    unet,
-                    pipeline: model.to_owned(),
-                    vae: None,
-                });
-            }
-            (None, Some(run)) => run.teacher,
+            (Some((model, revision)), run) => fetch(&Request {
+                model,
+                revision,
+                only_vae: false,
+                s3: run.map_or_else(environments_s3, |run| run.s3()),
+            })?,
+            (None, Some(run)) => run.fetch(&run.teacher, false, &fetch)?,
             (None, None) => {
                 return failed(format!(
                     "{} has no {}, and no run.json beside it says where they are; give --teacher DIR",
@@ -139,8 +224,11 @@ fn find_run(model: &Path) -> Result<Option<Run>, Failure> {
         return Ok(None);
     };
     let text = std::fs::read_to_string(&path)?;
-    match serde_json::from_str(&text) {
-        Ok(run) => Ok(Some(run)),
+    match serde_json::from_str::<Run>(&text) {
+        Ok(mut run) => {
+            run.folder = path.parent().map(Path::to_owned).unwrap_or_default();
+            Ok(Some(run))
+        }
         Err(error) => failed(format!(
             "{}: {error}; give --teacher DIR instead",
             path.display()
@@ -156,6 +244,14 @@ mod tests {
         for name in names {
             std::fs::create_dir_all(root.join(name)).unwrap();
         }
+    }
+
+    /// With every model in a folder of its name, if that is not "elsewhere".
+    fn find(model: &Path, unet: Option<&str>) -> Result<Parts, Failure> {
+        Parts::find(model, None, unet, |request| {
+            assert_eq!(request.only_vae, request.model.as_str() == "elsewhere");
+            Ok(request.model.as_str().into())
+        })
     }
 
     fn message(result: Result<Parts, Failure>) -> String {
@@ -179,12 +275,12 @@ mod tests {
                 "unet_target",
             ],
         );
-        let found = Parts::find(root.path(), None, None).unwrap();
+        let found = find(root.path(), None).unwrap();
         assert_eq!(found.unet, root.path().join("unet_target"));
         assert_eq!(found.pipeline, root.path());
-        let found = Parts::find(root.path(), None, Some("unet")).unwrap();
+        let found = find(root.path(), Some("unet")).unwrap();
         assert_eq!(found.unet, root.path().join("unet"));
-        assert!(message(Parts::find(root.path(), None, Some("other"))).contains("no folder other"));
+        assert!(message(find(root.path(), Some("other"))).contains("no folder other"));
     }
 
     #[test]
@@ -192,7 +288,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (run, teacher) = (root.path().join("run"), root.path().join("teacher"));
         folders(&run, &["unet", "checkpoint-5/unet"]);
-        let alone = message(Parts::find(&run, None, None));
+        let alone = message(find(&run, None));
         assert!(
             alone.contains("--teacher") && alone.contains("text_encoder"),
             "{alone}"
@@ -202,19 +298,17 @@ mod tests {
             serde_json::json!({"teacher": teacher, "vae": "elsewhere"}).to_string(),
         )
         .unwrap();
-        let absent = message(Parts::find(&run, None, None));
+        let absent = message(find(&run, None));
         assert!(absent.contains("teacher has no scheduler"), "{absent}");
         folders(&teacher, &OTHERS);
         for model in [run.clone(), run.join("checkpoint-5")] {
-            let found = Parts::find(&model, None, None).unwrap();
+            let found = find(&model, None).unwrap();
             assert_eq!(
                 (found.pipeline, found.vae),
                 (teacher.clone(), Some("elsewhere".into()))
             );
         }
         std::fs::write(run.join("run.json"), "{}").unwrap();
-        assert!(
-            message(Parts::find(&run, None, None)).contains("run.json: missing field `teacher`")
-        );
+        assert!(message(find(&run, None)).contains("run.json: missing field `teacher`"));
     }
 }

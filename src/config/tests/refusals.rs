@@ -185,25 +185,38 @@ fn missing_keys_are_named_with_their_meaning() {
 }
 
 #[test]
-fn absent_folders_are_named_and_hub_ids_recognised() {
+fn absent_folders_are_named_and_other_places_let_through() {
     let need = |arguments: &[&str]| with(arguments).require_train().unwrap_err().to_string();
     assert_eq!(
         need(&["model.teacher=/no/such/teacher"]),
-        "-s model.teacher=/no/such/teacher: key model.teacher = \"/no/such/teacher\": no such folder"
+        "-s model.teacher=/no/such/teacher: key model.teacher = \"/no/such/teacher\": no such folder; a model is a \
+         folder in diffusers layout, s3://bucket/prefix or a Hub id as user/model"
     );
-    let message = need(&["model.teacher=stable-diffusion-v1-5/stable-diffusion-v1-5"]);
+    let message = need(&["model.teacher=.", "model.vae=./sd-vae-ft-mse"]);
     assert!(
-        message
-            .contains("no such folder; if it is a Hub id: fetching from the Hub is not built yet"),
+        message.contains("key model.vae = \"./sd-vae-ft-mse\": no such folder;"),
         "{message}"
     );
-    let message = need(&["model.teacher=.", "model.vae=stabilityai/sd-vae-ft-mse"]);
-    assert!(
-        message.contains(
-            "key model.vae = \"stabilityai/sd-vae-ft-mse\": no such folder; if it is a Hub id"
-        ),
-        "{message}"
-    );
+    // All that is missing is where the run goes.
+    let message = need(&["model.teacher=a/b", "model.vae=s3://c", "model.revision=v1"]);
+    assert!(message.contains("train.output"), "{message}");
+}
+
+#[test]
+fn a_revision_is_one_of_the_hubs() {
+    for revision in ["", "a b", "../x", "a//b", "/a", "a?b"] {
+        let message = refused(&format!("model.revision={revision:?}"));
+        assert!(message.contains("must be a branch"), "{message}");
+    }
+    for teacher in [".", "s3://bucket/model"] {
+        let teacher = format!("model.teacher={teacher}");
+        let config = with(&[&teacher, "model.revision=v1", "train.output=a"]);
+        let message = config.require_train().unwrap_err().to_string();
+        assert!(
+            message.contains("model.revision = \"v1\": has no effect"),
+            "{message}"
+        );
+    }
 }
 
 #[cfg(feature = "embedded-s3")]

@@ -1,0 +1,249 @@
+//! Models under a prefix in S3, over the pipeline's client.
+//!
+//! The cache is `$XDG_CACHE_HOME/coffey/models` (or `~/.cache/coffey/models`), a folder for each server and prefix:
+//! `blobs/` holds objects, named by key, size and ETag; `snapshots/` holds folders of links to them, one for each state of
+//! the prefix. So a changed object is another blob and another snapshot, and a run that reads the old one is not disturbed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use coffey_pipeline::{ObjectInfo, S3Options, ShardUrl, SourceError, Sources};
+use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
+
+use super::files::{self, Wanted};
+use super::progress::FileProgress;
+use super::{PretrainedError, cache, io};
+
+/// Start of the names of files that are being written.
+const ASIDE: &str = ".writing-";
+
+/// Makes what is `wanted` under `prefix`, `s3://bucket/…/`, available in a folder.
+pub(super) fn fetch(
+    prefix: &str,
+    wanted: &Wanted,
+    sources: &Sources,
+    runtime: &Handle,
+) -> Result<PathBuf, PretrainedError> {
+    let not_a_model = |lacks: String| PretrainedError::NotAModel {
+        model: prefix.to_owned(),
+        lacks,
+    };
+    let url: ShardUrl = prefix.parse().map_err(|error| SourceError::Unsupported {
+        url: prefix.to_owned(),
+        cause: format!("{error}"),
+    })?;
+    let found = runtime.block_on(sources.objects(&url))?;
+    if found.is_empty() {
+        return Err(not_a_model("there is nothing under this prefix".to_owned()));
+    }
+    let objects: BTreeMap<&str, &ObjectInfo> = found
+        .iter()
+        .map(|object| (object.name.as_str(), object))
+        .collect();
+    let there: BTreeSet<String> = objects.keys().map(|name| (*name).to_owned()).collect();
+    let plan = files::plan(wanted, &there).map_err(not_a_model)?;
+
+    let server = server(sources.options(), cache::variable);
+    let folder = cache::home("XDG_CACHE_HOME", cache::variable)?
+        .join("coffey/models")
+        .join(&digest([server.as_str(), prefix])[..16]);
+    let _turn = cache::lock(&folder.join("lock"), prefix)?;
+    let blobs = Blobs::open(folder.join("blobs"), prefix)?;
+    let mut links = BTreeMap::new();
+    let mut fetch = |name: &str| {
+        let object = objects
+            .get(name)
+            .ok_or_else(|| not_a_model(format!("it has no {name}")))?;
+        let blob = blobs.fetch(object, sources, runtime)?;
+        links.insert(name.to_owned(), blob.clone());
+        Ok::<_, PretrainedError>(blob)
+    };
+    let mut paths = BTreeMap::new();
+    for name in &plan.files {
+        paths.insert(name, fetch(name)?);
+    }
+    for index in &plan.indexes {
+        let path = &paths[index];
+        for shard in files::shards(index, path).map_err(not_a_model)? {
+            fetch(&shard)?;
+        }
+    }
+    snapshot(&folder.join("snapshots"), &links)
+}
+
+/// What tells servers apart: the same prefix can lead to different objects on each.
+fn server(options: &S3Options, variable: impl Fn(&str) -> Option<String>) -> String {
+    if let Some(root) = &options.embedded_root {
+        let root = fs::canonicalize(root).unwrap_or_else(|_| root.clone());
+        return format!("embedded {}", root.display());
+    }
+    options
+        .endpoint_url
+        .clone()
+        .or_else(|| variable("AWS_ENDPOINT_URL_S3"))
+        .or_else(|| variable("AWS_ENDPOINT_URL"))
+        .unwrap_or_default()
+}
+
+/// A name made of words.
+fn digest<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
+    let mut sha = Sha256::new();
+    for word in words {
+        sha.update((word.len() as u64).to_le_bytes());
+        sha.update(word);
+    }
+    format!("{:x}", sha.finalize())
+}
+
+/// The objects that are here.
+struct Blobs {
+    folder: PathBuf,
+    model: String,
+}
+
+impl Blobs {
+    /// The caller holds the lock: what other processes left unfinished is of no use to anyone.
+    fn open(folder: PathBuf, model: &str) -> Result<Self, PretrainedError> {
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+        for entry in folder.read_dir().map_err(io(&folder))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+                fs::remove_file(entry.path()).map_err(io(&entry.path()))?;
+            }
+        }
+        Ok(Self {
+            folder,
+            model: model.to_owned(),
+        })
+    }
+
+    /// The file that holds this version of an object; fetched if it is not here.
+    fn fetch(
+        &self,
+        object: &ObjectInfo,
+        sources: &Sources,
+        runtime: &Handle,
+    ) -> Result<PathBuf, PretrainedError> {
+        let modified = object.modified.map(|seconds| seconds.to_string());
+        let path = self.folder.join(digest([
+            object.name.as_str(),
+            &object.size.to_string(),
+            object.etag.as_deref().unwrap_or_default(),
+            modified.as_deref().unwrap_or_default(),
+        ]));
+        if !fs::metadata(&path).is_ok_and(|there| there.len() == object.size) {
+            runtime.block_on(self.download(object, &path, sources))?;
+        }
+        Ok(path)
+    }
+
+    async fn download(
+        &self,
+        object: &ObjectInfo,
+        path: &Path,
+        sources: &Sources,
+    ) -> Result<(), PretrainedError> {
+        let mut progress =
+            FileProgress::new(&self.model, &object.name, Arc::new(AtomicU64::new(0)));
+        progress.begin(object.size);
+        let mut reader = sources.open(&object.url).await?;
+        let mut aside = tempfile::Builder::new()
+            .prefix(ASIDE)
+            .tempfile_in(&self.folder)
+            .map_err(io(&self.folder))?;
+        let mut length = 0;
+        while let Some(chunk) = reader.next().await? {
+            aside.write_all(&chunk).map_err(io(aside.path()))?;
+            length += chunk.len() as u64;
+            progress.add(chunk.len() as u64);
+        }
+        let other_version = match (&object.etag, reader.etag()) {
+            (Some(listed), Some(read)) => listed != read,
+            _ => false,
+        };
+        if length != object.size || other_version {
+            return Err(SourceError::Changed {
+                url: object.url.redacted(),
+                offset: length,
+            }
+            .into());
+        }
+        aside.as_file().sync_all().map_err(io(path))?;
+        aside
+            .persist(path)
+            .map_err(|error| io(path)(error.error))
+            .map(drop)
+    }
+}
+
+/// The folder whose files are these blobs; made if it is not here.
+fn snapshot(folder: &Path, links: &BTreeMap<String, PathBuf>) -> Result<PathBuf, PretrainedError> {
+    let blobs: Vec<_> = links
+        .values()
+        .map(|blob| blob.file_name().unwrap_or_default().to_string_lossy())
+        .collect();
+    let words = links.keys().map(String::as_str);
+    let words = words.chain(blobs.iter().map(AsRef::as_ref));
+    let folder = folder.join(&digest(words)[..16]);
+    for (name, blob) in links {
+        let link = folder.join(name);
+        if link.is_file() {
+            continue;
+        }
+        // It leads nowhere: the cache was moved.
+        if link.is_symlink() {
+            fs::remove_file(&link).map_err(io(&link))?;
+        }
+        let parent = link.parent().unwrap_or(&folder);
+        fs::create_dir_all(parent).map_err(io(parent))?;
+        let blob = std::path::absolute(blob).map_err(io(blob))?;
+        std::os::unix::fs::symlink(blob, &link).map_err(io(&link))?;
+    }
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_told_apart() {
+        let none = |_: &str| None;
+        let embedded = |root: &str| S3Options {
+            embedded_root: Some(root.into()),
+            ..S3Options::default()
+        };
+        let endpoint = S3Options {
+            endpoint_url: Some("http://a".into()),
+            ..S3Options::default()
+        };
+        let all = [
+            server(&S3Options::default(), none),
+            server(&S3Options::default(), |_| Some("http://b".into())),
+            server(&endpoint, none),
+            server(&embedded("src"), none),
+            server(&embedded("tests"), none),
+        ];
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+        assert_eq!(server(&embedded("src/../src"), none), all[3]);
+    }
+
+    #[test]
+    fn another_blob_is_another_snapshot() {
+        let root = tempfile::tempdir().unwrap();
+        let (one, two) = (root.path().join("one"), root.path().join("two"));
+        fs::write(&one, "1").unwrap();
+        fs::write(&two, "2").unwrap();
+        let links = |blob: &PathBuf| BTreeMap::from([("vae/config.json".to_owned(), blob.clone())]);
+        let folder = root.path().join("snapshots");
+        let first = snapshot(&folder, &links(&one)).unwrap();
+        assert_eq!(snapshot(&folder, &links(&one)).unwrap(), first);
+        let second = snapshot(&folder, &links(&two)).unwrap();
+        let read = |folder: &Path| fs::read_to_string(folder.join("vae/config.json")).unwrap();
+        assert_eq!((read(&first), read(&second)), ("1".into(), "2".into()));
+    }
+}
