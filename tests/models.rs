@@ -19,8 +19,9 @@ use tempfile::TempDir;
 
 const STEM: &str = "diffusion_pytorch_model";
 
-/// Runs `train`, `check`, `precompute` and `sample` with a teacher that each must refuse, leaving nothing behind.
-fn refused_by_all(folder: &TempDir, teacher: &Path, code: i32, words: &[&str]) {
+/// Runs `train`, `check`, `precompute` and `sample` with a teacher that each must refuse with its code, leaving nothing
+/// behind.
+fn refused_by_all(folder: &TempDir, teacher: &Path, codes: [i32; 4], words: &[&str]) {
     let out = |name: &str| folder.path().join(name);
     let teacher_key = format!("model.teacher={}", teacher.display());
     let run = format!("train.output={}", out("run").display());
@@ -30,10 +31,10 @@ fn refused_by_all(folder: &TempDir, teacher: &Path, code: i32, words: &[&str]) {
         "configs/precompute-quickstart.toml",
     );
     let image = out("image.png");
-    for args in [
-        ["train", "-c", train, "-s", &teacher_key, "-s", &run],
-        ["check", "-c", train, "-s", &teacher_key, "-s", &run],
-        [
+    let commands = [
+        &["train", "-c", train, "-s", &teacher_key, "-s", &run],
+        &["check", "-c", train, "-s", &teacher_key, "-s", &run],
+        &[
             "precompute",
             "-c",
             precompute,
@@ -42,7 +43,7 @@ fn refused_by_all(folder: &TempDir, teacher: &Path, code: i32, words: &[&str]) {
             "-s",
             &latents,
         ],
-        [
+        &[
             "sample",
             "--model",
             text(teacher),
@@ -51,8 +52,9 @@ fn refused_by_all(folder: &TempDir, teacher: &Path, code: i32, words: &[&str]) {
             "--out",
             text(&image),
         ],
-    ] {
-        refuse(code, &args, words);
+    ];
+    for (args, code) in commands.into_iter().zip(codes) {
+        refuse(code, args, words);
     }
     for name in ["run/metrics.jsonl", "latents/manifest.json", "image.png"] {
         assert!(!out(name).exists(), "{name}");
@@ -78,7 +80,7 @@ fn a_text_encoder_of_another_width_is_refused_before_anything_is_made() {
         (name, tensor)
     });
     save_model(&unet, STEM, &config, &tensors.collect()).unwrap();
-    refused_by_all(&folder, &pipeline, 1, &["width", "64", "48"]);
+    refused_by_all(&folder, &pipeline, [2, 2, 2, 1], &["width", "64", "48"]);
 }
 
 #[test]
@@ -89,5 +91,5 @@ fn a_damaged_text_encoder_is_named() {
     let file = pipeline.join("text_encoder/model.safetensors");
     let bytes = std::fs::read(&file).unwrap();
     std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
-    refused_by_all(&folder, &pipeline, 1, &[text(&file), "cut short"]);
+    refused_by_all(&folder, &pipeline, [1; 4], &[text(&file), "cut short"]);
 }
