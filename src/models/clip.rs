@@ -147,6 +147,18 @@ impl ClipTextModel {
     pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
+        let (vocabulary, positions) = (
+            self.token_embedding.dim(0)?,
+            self.position_embedding.dim(0)?,
+        );
+        if let Some(id) = flat.iter().find(|&&id| id as usize >= vocabulary) {
+            candle_core::bail!(
+                "token {id} is not in the text encoder's vocabulary of {vocabulary}: the tokenizer is another model's"
+            );
+        }
+        if t > positions {
+            candle_core::bail!("{t} tokens, but the text encoder has {positions} positions");
+        }
         let ids = Tensor::from_vec(flat, b * t, self.token_embedding.device())?;
         let tokens = self
             .token_embedding

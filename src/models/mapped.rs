@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::{SafeTensorError, SafeTensors};
 
 use super::ModelError;
@@ -42,6 +42,13 @@ pub(super) fn for_each_tensor(
         let tensor = view
             .load(&Device::Cpu)
             .map_err(|e| damaged(format!("tensor \"{name}\": {e}")))?;
+        let bytes = view.data();
+        let offset = bytes.as_ptr().addr() - map.as_ptr().addr();
+        // What is copied need not stay mapped: else the file would count as this process's memory until the end.
+        // SAFETY: dropping pages of a read-only map of a file loses nothing; they are read again if they are touched again.
+        let dropped =
+            unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+        dropped.map_err(io)?;
         each(name, tensor)?;
     }
     Ok(())

@@ -161,7 +161,7 @@ fn tensors_that_do_not_fit_are_named_with_their_shard() {
 fn keys_that_are_not_built_are_refused_by_name() {
     for (key, value, words) in [
         ("act_fn", json!("elu"), &["elu", "mish"][..]),
-        ("activation_fn", json!("silu"), &["did you mean \"act_fn\""]),
+        ("act_func", json!("silu"), &["did you mean \"act_fn\""]),
         (
             "layer_per_block",
             json!(2),
@@ -298,4 +298,28 @@ fn keys_without_effect_and_defaults_are_read() {
             .sample_size,
         [6, 3]
     );
+}
+
+#[test]
+fn text_encoders_that_are_not_built_are_refused_by_name() {
+    for (key, value) in [
+        ("hidden_act", json!("gelu_new")),
+        ("model_type", json!("clip")),
+        ("num_attention_heads", json!(5)),
+        ("hidden_size", json!(null)),
+    ] {
+        let folder = with_config("text_encoder", |config| {
+            config.insert(key.to_owned(), value.clone());
+        });
+        let error = ClipTextModel::load(folder.path(), DType::F32, &Device::Cpu).unwrap_err();
+        assert!(error.to_string().contains(key), "{key}: {error}");
+    }
+    let model = ClipTextModel::load(&golden("text_encoder"), DType::F32, &Device::Cpu).unwrap();
+    for (ids, words) in [
+        (vec![98, 100, 99], ["100", "vocabulary"]),
+        (vec![98; 78], ["78", "77"]),
+    ] {
+        let message = model.forward(&[ids]).unwrap_err().to_string();
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    }
 }
