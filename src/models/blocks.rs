@@ -78,31 +78,27 @@ impl ResnetBlock {
     /// `[B, outputs, H, W]`.
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let activation = self.config.activation;
-        let mut h = self
-            .conv1
-            .forward(&self.norm1.forward_activated(x, activation)?)?;
+        let normed = self.norm1.forward_activated(x, activation)?;
         let time = match (&self.time_emb_proj, time) {
-            (Some(proj), Some(time)) => {
-                let time = proj.forward(time)?;
-                let (b, width) = time.dims2()?;
-                Some(time.reshape((b, width, 1, 1))?)
-            }
+            (Some(proj), Some(time)) => Some(proj.forward(time)?),
             _ => None,
         };
-        h = match (time, self.config.time) {
+        let mut h = match (time, self.config.time) {
             (Some(time), Some(TimeConfig { scale_shift, .. })) if scale_shift => {
+                let time = time.unsqueeze(2)?.unsqueeze(3)?;
                 let halves = time.chunk(2, 1)?;
                 let scaled = self
                     .norm2
-                    .forward(&h)?
+                    .forward(&self.conv1.forward(&normed)?)?
                     .broadcast_mul(&(&halves[0] + 1.0)?)?
                     .broadcast_add(&halves[1])?;
                 activation.forward(&scaled)?
             }
             (time, _) => {
-                if let Some(time) = time {
-                    h = h.broadcast_add(&time)?;
-                }
+                let h = match time {
+                    Some(time) => self.conv1.forward_shifted(&normed, &time)?,
+                    None => self.conv1.forward(&normed)?,
+                };
                 self.norm2.forward_activated(&h, activation)?
             }
         };

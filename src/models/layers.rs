@@ -7,7 +7,7 @@ use super::{ModelError, Scope};
 use crate::ops;
 
 /// A parameter as `x` needs it: one held in 16 bits is widened where it is used, for devices that compute in 32 bits.
-fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub(super) fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
     match parameter.dtype() == x.dtype() {
         true => Ok(parameter.clone()),
         false => ops::cast(parameter, x.dtype()),
@@ -112,6 +112,13 @@ impl Conv2d {
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        ops::conv2d(x, &weight, Some(&bias), self.stride, self.padding)
+    }
+
+    /// As [`Self::forward`], plus `shift` `[B, outputs]` on each image's channels.
+    pub(super) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        let bias = shift.broadcast_add(&bias)?;
         ops::conv2d(x, &weight, Some(&bias), self.stride, self.padding)
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::layers::{Conv2d, GroupNorm, LayerNorm, Linear};
+use super::layers::{GroupNorm, LayerNorm, Linear, like};
 use super::{ModelError, Scope};
 use crate::ops::{self, Attention};
 
@@ -105,10 +105,12 @@ impl TransformerBlock {
     }
 }
 
+/// An affine map of channels between a feature map and tokens: a 1x1 convolution or, with `use_linear_projection`, a linear
+/// layer, which is the same but for the shape its weight is written in.
 #[derive(Clone, Debug)]
-enum Projection {
-    Conv(Conv2d),
-    Linear(Linear),
+struct Projection {
+    weight: Tensor,
+    bias: Tensor,
 }
 
 impl Projection {
@@ -118,10 +120,22 @@ impl Projection {
         outputs: usize,
         linear: bool,
     ) -> std::result::Result<Self, ModelError> {
-        Ok(match linear {
-            true => Self::Linear(Linear::new(scope, inputs, outputs)?),
-            false => Self::Conv(Conv2d::pointwise(scope, inputs, outputs)?),
+        let shape = [outputs, inputs, 1, 1];
+        let shape = if linear { &shape[..2] } else { &shape[..] };
+        Ok(Self {
+            weight: scope.get("weight", shape)?,
+            bias: scope.get("bias", &[outputs])?,
         })
+    }
+
+    /// `[B, inputs, H, W]` → `[B, H·W, outputs]`.
+    fn to_tokens(&self, x: &Tensor) -> Result<Tensor> {
+        ops::map_to_tokens(x, &like(&self.weight, x)?, &like(&self.bias, x)?)
+    }
+
+    /// `[B, H·W, inputs]` → `[B, outputs, H, W]`.
+    fn to_map(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
+        ops::tokens_to_map(x, &like(&self.weight, x)?, &like(&self.bias, x)?, size)
     }
 }
 
@@ -152,20 +166,11 @@ impl Transformer2d {
 
     /// `x`: `[B, C, H, W]`, `context`: `[B, T, cross_attention_dim]` → `[B, C, H, W]`.
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (b, _, h, w) = x.dims4()?;
-        let to_tokens = |t: &Tensor| t.flatten_from(2)?.transpose(1, 2)?.contiguous();
-        let to_map = |t: &Tensor| t.transpose(1, 2)?.contiguous()?.reshape((b, (), h, w));
-        let normed = self.norm.forward(x)?;
-        let mut tokens = match &self.proj_in {
-            Projection::Conv(conv) => to_tokens(&conv.forward(&normed)?)?,
-            Projection::Linear(linear) => linear.forward(&to_tokens(&normed)?)?,
-        };
+        let (_, _, h, w) = x.dims4()?;
+        let mut tokens = self.proj_in.to_tokens(&self.norm.forward(x)?)?;
         for block in &self.blocks {
             tokens = block.forward(&tokens, context)?;
         }
-        match &self.proj_out {
-            Projection::Conv(conv) => conv.forward(&to_map(&tokens)?)?.add(x),
-            Projection::Linear(linear) => to_map(&linear.forward(&tokens)?)?.add(x),
-        }
+        self.proj_out.to_map(&tokens, (h, w))?.add(x)
     }
 }

@@ -38,6 +38,20 @@ impl<'a, T> Mat<'a, T> {
         }
     }
 
+    /// `count` rows from `first` on.
+    pub(super) fn rows(self, first: usize, count: usize) -> Self {
+        assert!(
+            first + count <= self.rows,
+            "rows {first}.. of {}",
+            self.rows
+        );
+        Self {
+            data: &self.data[first * self.row_stride..],
+            rows: count,
+            ..self
+        }
+    }
+
     /// The transpose: no data moves.
     pub(super) fn t(self) -> Self {
         Self {

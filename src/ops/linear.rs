@@ -23,22 +23,21 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             weight.dims()
         ),
     }
-    let flat = x.contiguous()?.reshape(((), inner))?;
-    let y = if has_kernel(x) {
-        let bias = match bias {
-            Some(bias) => bias.clone(),
-            None => Tensor::zeros(out, x.dtype(), x.device())?,
-        };
-        let kernel = Linear {
-            rows: flat.dim(0)?,
-            inner,
-            out,
-        };
-        apply3(kernel, [&flat, weight, &bias])?
-    } else {
-        super::tensor::linear(&flat, weight, bias)?
+    if !has_kernel(x) {
+        let flat = x.contiguous()?.reshape(((), inner))?;
+        return super::tensor::linear(&flat, weight, bias)?.reshape(shape);
+    }
+    let bias = match bias {
+        Some(bias) => bias.clone(),
+        None => Tensor::zeros(out, x.dtype(), x.device())?,
     };
-    y.reshape(shape)
+    let kernel = Linear {
+        rows: x.elem_count() / inner.max(1),
+        inner,
+        out,
+        shape: Shape::from(shape),
+    };
+    apply3(kernel, [x, weight, &bias])
 }
 
 /// Rows of the input summed into one partial bias gradient; fixed, so that the sum does not depend on the threads.
@@ -48,13 +47,14 @@ struct Linear {
     rows: usize,
     inner: usize,
     out: usize,
+    shape: Shape,
 }
 
 impl Kernel<3> for Linear {
     const NAME: &'static str = "linear";
 
     fn shape(&self) -> Shape {
-        Shape::from((self.rows, self.out))
+        self.shape.clone()
     }
 
     fn forward<T: Real>(&self, [x, weight, bias]: [&[T]; 3]) -> Vec<T> {
@@ -97,20 +97,22 @@ impl Kernel<3> for Linear {
             );
             out
         });
-        let gb = want_bias.then(|| {
-            let mut total = vec![0f64; n];
-            let mut part = vec![T::zero(); n];
-            for rows in grad.chunks(BIAS_ROWS * n) {
-                part.fill(T::zero());
-                add_rows(rows, &mut part);
-                for (t, p) in total.iter_mut().zip(&part) {
-                    *t += (*p).to_f64();
-                }
-            }
-            total.into_iter().map(real).collect()
-        });
-        [gx, gw, gb]
+        [gx, gw, want_bias.then(|| sum_rows(grad, n))]
     }
+}
+
+/// Sums the rows of `x` `[rows, width]`: a bias's gradient.
+pub(super) fn sum_rows<T: Real>(x: &[T], width: usize) -> Vec<T> {
+    let mut total = vec![0f64; width];
+    let mut part = vec![T::zero(); width];
+    for rows in x.chunks(BIAS_ROWS * width) {
+        part.fill(T::zero());
+        add_rows(rows, &mut part);
+        for (t, p) in total.iter_mut().zip(&part) {
+            *t += (*p).to_f64();
+        }
+    }
+    total.into_iter().map(real).collect()
 }
 
 /// Adds the rows of `x` to `total`.

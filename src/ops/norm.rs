@@ -149,7 +149,7 @@ impl Kernel<3> for GroupNorm {
             .enumerate()
             .for_each(|(index, ((((gx, gw), gb), x), grad))| {
                 let (w, b) = (self.channels(index, w), self.channels(index, b));
-                group_backward([gx, gw, gb], [x, w, b], grad, self.eps, self.silu);
+                group_backward([gx, gw, gb], [x, w, b, grad], self.eps, self.silu);
             });
         let channels = self.groups * self.per_group;
         let [gw, gb] = [gw, gb].map(|parts| sum_rows(&parts, channels));
@@ -194,8 +194,7 @@ fn normalise_group_on<S: Simd, T: Real>(
 fn group_backward_on<S: Simd, T: Real>(
     _: S,
     [gx, gw, gb]: [&mut [T]; 3],
-    [x, weight, bias]: [&[T]; 3],
-    grad: &[T],
+    [x, weight, bias, grad]: [&[T]; 4],
     eps: f64,
     silu: bool,
 ) {
@@ -206,14 +205,9 @@ fn group_backward_on<S: Simd, T: Real>(
         let span = c * pixels..(c + 1) * pixels;
         let (x, g, gx) = (&x[span.clone()], &grad[span.clone()], &mut gx[span]);
         // gx holds the gradient before the activation until the second pass.
-        if silu {
-            for ((d, &x), &g) in gx.iter_mut().zip(x).zip(g) {
-                let y = (x - mean) * rstd * w + b;
-                let s = sigmoid(y);
-                *d = g * s * (T::one() + y * (T::one() - s));
-            }
-        } else {
-            gx.copy_from_slice(g);
+        match silu {
+            true => silu_backward(gx, x, g, rstd * w, b - mean * rstd * w),
+            false => gx.copy_from_slice(g),
         }
         let total = sum1(gx, |g| g);
         let against = sum2(gx, x, |g, x| g * (x - mean) * rstd);
@@ -229,6 +223,16 @@ fn group_backward_on<S: Simd, T: Real>(
         for (d, &x) in gx.iter_mut().zip(x) {
             *d = rstd * (*d * w - mean_g - (x - mean) * rstd * mean_gx);
         }
+    }
+}
+
+/// The gradient before the SiLU of `scale·x + shift`. A function of its own, so that the compiler knows the slices apart.
+#[inline(always)]
+fn silu_backward<T: Real>(out: &mut [T], x: &[T], grad: &[T], scale: T, shift: T) {
+    for ((d, &x), &g) in out.iter_mut().zip(x).zip(grad) {
+        let y = x * scale + shift;
+        let s = sigmoid(y);
+        *d = g * s * (T::one() + y * (T::one() - s));
     }
 }
 

@@ -167,7 +167,8 @@ impl InplaceOp2 for Ema {
 
     fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
         let Self { decay, weight } = *self;
-        zip2((d, dl), (s, sl), |d, s| *d = *d * decay + weight * s)
+        // One rounding, as in PyTorch's `add_(…, alpha=…)`.
+        zip2((d, dl), (s, sl), |d, s| *d = weight.mul_add(s, *d * decay))
     }
 }
 

@@ -4,15 +4,15 @@ mod patches;
 mod winograd;
 
 use candle_core::{Result, Shape, Tensor};
-use pulp::{Arch, Simd};
-use rayon::prelude::*;
 
-use super::cpu::{Real, real, sum1};
+use super::cpu::Real;
 use super::kernel::{Kernel, apply3, has_kernel};
+use super::projection::sum_planes;
 
 /// 2-d cross-correlation with zero padding, as `torch.nn.functional.conv2d` with one group and no dilation.
 ///
-/// `x`: `[B, C, H, W]`, `weight`: `[O, C, kh, kw]`, `bias`: `[O]` or none → `[B, O, H', W']`.
+/// `x`: `[B, C, H, W]`, `weight`: `[O, C, kh, kw]`, `bias`: `[O]`, or `[B, O]` with one for each image, or none →
+/// `[B, O, H', W']`.
 ///
 /// # Errors
 /// When the shapes or dtypes do not fit together.
@@ -25,11 +25,18 @@ pub fn conv2d(
 ) -> Result<Tensor> {
     let (batch, c, h, w) = x.dims4()?;
     let (o, wc, kh, kw) = weight.dims4()?;
-    if c != wc || h + 2 * padding < kh || w + 2 * padding < kw || stride == 0 {
+    let fits = |bias: &Tensor| bias.dims() == [o] || bias.dims() == [batch, o];
+    if !bias.is_none_or(fits)
+        || c != wc
+        || h + 2 * padding < kh
+        || w + 2 * padding < kw
+        || stride == 0
+    {
         candle_core::bail!(
-            "conv2d: x is {:?} but weight is {:?}",
+            "conv2d: x is {:?} but weight is {:?}, bias {:?}",
             x.dims(),
-            weight.dims()
+            weight.dims(),
+            bias.map(Tensor::dims)
         );
     }
     if has_kernel(x) {
@@ -48,7 +55,12 @@ pub fn conv2d(
             pad_h: padding,
             pad_w: padding,
         };
-        return apply3(Conv2d { batch, geometry }, [x, weight, &bias]);
+        let kernel = Conv2d {
+            batch,
+            bias_per_image: bias.rank() == 2,
+            geometry,
+        };
+        return apply3(kernel, [x, weight, &bias]);
     }
     super::tensor::conv2d(x, weight, bias, stride, padding)
 }
@@ -96,6 +108,7 @@ impl Geometry {
 
 struct Conv2d {
     batch: usize,
+    bias_per_image: bool,
     geometry: Geometry,
 }
 
@@ -136,24 +149,12 @@ impl Kernel<3> for Conv2d {
             true => winograd::weight_grad(x, grad, batch, g),
             false => patches::weight_grad(x, grad, batch, g),
         });
-        [gx, gw, want_bias.then(|| bias_grad(grad, batch, g))]
+        let gb = want_bias.then(|| match self.bias_per_image {
+            true => sum_planes(grad, 1, batch * g.o, g.out_pixels()),
+            false => sum_planes(grad, batch, g.o, g.out_pixels()),
+        });
+        [gx, gw, gb]
     }
-}
-
-/// The bias's gradient: the output gradient summed over images and pixels.
-fn bias_grad<T: Real>(grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
-    let pixels = g.out_pixels();
-    let channel = |o: usize| -> f64 {
-        let planes = (0..batch).map(|b| &grad[(b * g.o + o) * pixels..][..pixels]);
-        planes.map(sum).sum()
-    };
-    (0..g.o).into_par_iter().map(|o| real(channel(o))).collect()
-}
-
-#[pulp::with_simd(sum = Arch::new())]
-#[inline(always)]
-fn sum_on<S: Simd, T: Real>(_: S, x: &[T]) -> f64 {
-    sum1(x, |x| x)
 }
 
 #[cfg(test)]

@@ -108,27 +108,22 @@ fn roll_channel<T: Real>(patches: &[T], g: &Geometry, rows: std::ops::Range<usiz
     }
 }
 
-/// One image's convolution: `out` `[O, pixels]` = bias + weight `[O, patch]` · patches.
+/// One image's convolution: weight `[O, patch]` · patches onto `out` `[O, pixels]`, which holds the bias.
 fn forward_image<T: Real>(
     x: &[T],
-    (weight, bias): (&[T], Option<&[T]>),
+    weight: &[T],
     out: &mut [T],
     g: &Geometry,
     bytes: usize,
     threads: Threads,
 ) {
     let (pixels, patch, ow) = (g.out_pixels(), g.patch(), g.out_w());
-    if let Some(bias) = bias {
-        for (row, &b) in out.chunks_exact_mut(pixels).zip(bias) {
-            row.fill(b);
-        }
-    }
     let weight = Mat::new(weight, g.o, patch, patch);
     if g.is_pointwise() {
         let x = Mat::new(x, patch, pixels, pixels);
         gemm(
             MatMut::new(out, g.o, pixels, pixels),
-            bias.is_some(),
+            true,
             T::one(),
             weight,
             x,
@@ -159,7 +154,7 @@ fn forward_image<T: Real>(
             let patches = Mat::new(buffer, patch, width, width);
             gemm(
                 MatMut::new(dst, g.o, width, pixels),
-                bias.is_some(),
+                true,
                 T::one(),
                 weight,
                 patches,
@@ -169,7 +164,8 @@ fn forward_image<T: Real>(
     });
 }
 
-/// A batch's convolution: images in parallel when there are enough of them, else each image by all threads.
+/// A batch's convolution: images in parallel when there are enough of them, else each image by all threads. `bias`: `[O]` or
+/// `[B, O]`.
 pub(super) fn forward<T: Real>(
     x: &[T],
     weight: &[T],
@@ -180,13 +176,18 @@ pub(super) fn forward<T: Real>(
     let (image, result) = (g.c * g.h * g.w, g.o * g.out_pixels());
     let bytes = patch_bytes(batch);
     let mut out = vec![T::zero(); batch * result];
+    if let Some(bias) = bias {
+        out.par_chunks_exact_mut(g.out_pixels())
+            .enumerate()
+            .for_each(|(plane, out)| out.fill(bias[plane % bias.len()]));
+    }
     if batch >= rayon::current_num_threads() {
         out.par_chunks_exact_mut(result)
             .zip(x.par_chunks_exact(image))
-            .for_each(|(out, x)| forward_image(x, (weight, bias), out, g, bytes, Threads::One));
+            .for_each(|(out, x)| forward_image(x, weight, out, g, bytes, Threads::One));
     } else {
         for (out, x) in out.chunks_exact_mut(result).zip(x.chunks_exact(image)) {
-            forward_image(x, (weight, bias), out, g, bytes, Threads::Pool);
+            forward_image(x, weight, out, g, bytes, Threads::Pool);
         }
     }
     out

@@ -21,8 +21,6 @@ use super::Geometry;
 
 /// Values of a transformed tile or kernel.
 const VALUES: usize = 16;
-/// Tiles of a row that are transformed together.
-const BLOCK: usize = 8;
 /// Bytes of transformed input worked on at a time: about half of a core's second-level cache.
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -73,7 +71,7 @@ impl Tiling {
     }
 }
 
-/// The convolution: `x` `[B, C, H, W]`, `weight` `[O, C, 3, 3]`, `bias` `[O]`.
+/// The convolution: `x` `[B, C, H, W]`, `weight` `[O, C, 3, 3]`, `bias` `[O]` or `[B, O]`.
 pub(super) fn forward<T: Real>(
     x: &[T],
     weight: &[T],
@@ -110,7 +108,10 @@ fn convolve<'k, T: Real>(
     let mut out = vec![T::zero(); batch * result];
     out.par_chunks_mut(tiling.images * result)
         .zip(x.par_chunks(tiling.images * image))
-        .for_each(|(out, x)| {
+        .enumerate()
+        .for_each(|(group, (out, x))| {
+            let plane = group * tiling.images * g.o; // the first of the group, counted over the batch
+            let bias = |o: usize| bias.map_or(T::zero(), |bias| bias[(plane + o) % bias.len()]);
             let largest = VALUES * tiling.largest();
             T::with_scratch((g.c + g.o) * largest, |buffer| {
                 let (inputs, products) = buffer.split_at_mut(g.c * largest);
@@ -299,7 +300,7 @@ fn transform_inputs<T: Real>(
         });
 }
 
-/// A few rows of an image with zeros around it, wide enough for whole blocks of tiles.
+/// A few rows of an image with zeros around it.
 #[derive(Clone, Copy)]
 struct Strip {
     /// First row, counted in the padded image.
@@ -315,7 +316,7 @@ impl Strip {
         Self {
             first,
             height,
-            width: 2 * cols.next_multiple_of(BLOCK) + 2,
+            width: 2 * cols + 2,
             pad_h,
             pad_w,
         }
@@ -338,6 +339,25 @@ impl Strip {
     }
 }
 
+/// Calls `$block::<T, N>(from, …)` over `0..$cols` for blocks of `N` tiles, as large as they fit.
+macro_rules! in_blocks {
+    ($cols:expr, $block:ident($($argument:expr),*)) => {{
+        let (mut from, cols) = (0, $cols);
+        while from + 8 <= cols {
+            $block::<T, 8>(from, $($argument),*);
+            from += 8;
+        }
+        while from + 4 <= cols {
+            $block::<T, 4>(from, $($argument),*);
+            from += 4;
+        }
+        while from < cols {
+            $block::<T, 1>(from, $($argument),*);
+            from += 1;
+        }
+    }};
+}
+
 /// Transforms the tiles of a strip whose rows are `width` long into `out` `[16, tiles]` from column `at` on.
 #[pulp::with_simd(input_tiles = Arch::new())]
 #[inline(always)]
@@ -350,74 +370,44 @@ fn input_tiles_on<S: Simd, T: Real>(
     at: usize,
     cols: usize,
 ) {
-    let rows = (padded.len() / width - 2) / 2;
-    for row in 0..rows {
-        let strip = &padded[2 * row * width..][..4 * width];
-        for from in (0..cols).step_by(BLOCK) {
-            let count = BLOCK.min(cols - from);
-            let at = at + row * cols + from;
-            let line = |i: usize| -> &[T] { &strip[i * width + 2 * from..][..2 * BLOCK + 2] };
-            let (a, b, c, d) = (line(0), line(1), line(2), line(3));
-            let differences = [
-                std::array::from_fn(|i| a[i] - c[i]),
-                std::array::from_fn(|i| b[i] + c[i]),
-                std::array::from_fn(|i| c[i] - b[i]),
-                std::array::from_fn(|i| b[i] - d[i]),
-            ];
-            for (row, line) in differences.iter().enumerate() {
-                let values = input_columns(line);
-                for (column, values) in values.iter().enumerate() {
-                    let out = &mut out[(4 * row + column) * tiles + at..];
-                    put(values, &mut out[..count]);
-                }
-            }
+    for (row, strip) in padded.windows(4 * width).step_by(2 * width).enumerate() {
+        let lines: [&[[T; 2]]; 4] =
+            std::array::from_fn(|i| strip[i * width..][..width].as_chunks().0);
+        in_blocks!(cols, input_block(&lines, out, tiles, at + row * cols));
+    }
+}
+
+/// `N` neighbouring tiles; the lines are given as pairs of pixels.
+#[inline(always)]
+fn input_block<T: Real, const N: usize>(
+    from: usize,
+    lines: &[&[[T; 2]]; 4],
+    out: &mut [T],
+    tiles: usize,
+    at: usize,
+) {
+    let mut columns = [[[T::zero(); N]; 4]; 4];
+    for (columns, line) in columns.iter_mut().zip(lines) {
+        let pairs = &line[from..][..N + 1];
+        for t in 0..N {
+            let ([a, b], [c, d]) = (pairs[t], pairs[t + 1]);
+            columns[0][t] = a - c;
+            columns[1][t] = b + c;
+            columns[2][t] = c - b;
+            columns[3][t] = b - d;
         }
     }
-}
-
-/// `d·B` for one row of overlapping tiles.
-#[inline(always)]
-fn input_columns<T: Real>(line: &[T; 2 * BLOCK + 2]) -> [[T; BLOCK]; 4] {
-    let mut values = [[T::zero(); BLOCK]; 4];
-    for t in 0..BLOCK {
-        let [a, b, c, d] = [
-            line[2 * t],
-            line[2 * t + 1],
-            line[2 * t + 2],
-            line[2 * t + 3],
-        ];
-        values[0][t] = a - c;
-        values[1][t] = b + c;
-        values[2][t] = c - b;
-        values[3][t] = b - d;
-    }
-    values
-}
-
-/// Copies the first values of a block; a whole block without a call.
-#[inline(always)]
-fn put<T: Real>(block: &[T; BLOCK], out: &mut [T]) {
-    match <&mut [T; BLOCK]>::try_from(&mut *out) {
-        Ok(out) => *out = *block,
-        Err(_) => {
-            for (o, &v) in out.iter_mut().zip(block) {
-                *o = v;
-            }
+    for column in 0..4 {
+        let [a, b, c, d] = columns.map(|row| row[column]);
+        let mut values = [[T::zero(); N]; 4];
+        for t in 0..N {
+            values[0][t] = a[t] - c[t];
+            values[1][t] = b[t] + c[t];
+            values[2][t] = c[t] - b[t];
+            values[3][t] = b[t] - d[t];
         }
-    }
-}
-
-/// A block of values, filled up with zeros.
-#[inline(always)]
-fn get<T: Real>(x: &[T]) -> [T; BLOCK] {
-    match <&[T; BLOCK]>::try_from(x) {
-        Ok(x) => *x,
-        Err(_) => {
-            let mut block = [T::zero(); BLOCK];
-            for (b, &v) in block.iter_mut().zip(x) {
-                *b = v;
-            }
-            block
+        for (row, values) in values.iter().enumerate() {
+            out[(4 * row + column) * tiles + at + from..][..N].copy_from_slice(values);
         }
     }
 }
@@ -460,50 +450,52 @@ fn grad_tiles_on<S: Simd, T: Real>(
     at: usize,
     cols: usize,
 ) {
-    let rows = padded.len() / width / 2;
-    for row in 0..rows {
-        let strip = &padded[2 * row * width..][..2 * width];
-        for from in (0..cols).step_by(BLOCK) {
-            let count = BLOCK.min(cols - from);
-            let at = at + row * cols + from;
-            let line = |i: usize| -> &[T] { &strip[i * width + 2 * from..][..2 * BLOCK] };
-            let (a, b) = (line(0), line(1));
-            let sums: [[T; 2 * BLOCK]; 4] = [
-                std::array::from_fn(|i| a[i]),
-                std::array::from_fn(|i| a[i] + b[i]),
-                std::array::from_fn(|i| a[i] - b[i]),
-                std::array::from_fn(|i| -b[i]),
-            ];
-            for (row, line) in sums.iter().enumerate() {
-                let values = grad_columns(line);
-                for (column, values) in values.iter().enumerate() {
-                    let out = &mut out[(4 * row + column) * tiles + at..];
-                    put(values, &mut out[..count]);
-                }
-            }
+    for (row, strip) in padded.chunks_exact(2 * width).enumerate() {
+        let (upper, lower) = strip.split_at(width);
+        let lines = [upper.as_chunks().0, lower.as_chunks().0];
+        in_blocks!(cols, grad_block(&lines, out, tiles, at + row * cols));
+    }
+}
+
+/// `N` neighbouring tiles; the lines are given as pairs of pixels.
+#[inline(always)]
+fn grad_block<T: Real, const N: usize>(
+    from: usize,
+    lines: &[&[[T; 2]]; 2],
+    out: &mut [T],
+    tiles: usize,
+    at: usize,
+) {
+    let mut columns = [[[T::zero(); N]; 4]; 2];
+    for (columns, line) in columns.iter_mut().zip(lines) {
+        for (t, &[a, b]) in line[from..][..N].iter().enumerate() {
+            columns[0][t] = a;
+            columns[1][t] = a + b;
+            columns[2][t] = a - b;
+            columns[3][t] = -b;
+        }
+    }
+    for column in 0..4 {
+        let [a, b] = columns.map(|row| row[column]);
+        let mut values = [[T::zero(); N]; 4];
+        for t in 0..N {
+            values[0][t] = a[t];
+            values[1][t] = a[t] + b[t];
+            values[2][t] = a[t] - b[t];
+            values[3][t] = -b[t];
+        }
+        for (row, values) in values.iter().enumerate() {
+            out[(4 * row + column) * tiles + at + from..][..N].copy_from_slice(values);
         }
     }
 }
 
-/// `d·Aᵀ` for one row of tiles.
-#[inline(always)]
-fn grad_columns<T: Real>(line: &[T; 2 * BLOCK]) -> [[T; BLOCK]; 4] {
-    let mut values = [[T::zero(); BLOCK]; 4];
-    for t in 0..BLOCK {
-        let (a, b) = (line[2 * t], line[2 * t + 1]);
-        values[0][t] = a;
-        values[1][t] = a + b;
-        values[2][t] = a - b;
-        values[3][t] = -b;
-    }
-    values
-}
-
-/// `Aᵀ·m·A` of every product of a chunk `[16, O, tiles]`, into the rows of the output that the chunk covers.
+/// `Aᵀ·m·A` of every product of a chunk `[16, O, tiles]`, into the rows of the output that the chunk covers. `bias` gives what
+/// is added to each plane of the group.
 fn transform_outputs<T: Real>(
     products: &[T],
     out: &mut [T],
-    bias: Option<&[T]>,
+    bias: impl Fn(usize) -> T + Sync,
     g: &Geometry,
     tiling: Tiling,
     first: usize,
@@ -516,7 +508,6 @@ fn transform_outputs<T: Real>(
         .with_min_len(4)
         .for_each(|(plane, out)| {
             let (image, o) = (plane / g.o, plane % g.o);
-            let bias = bias.map_or(T::zero(), |bias| bias[o]);
             let products = &products[o * tiles + image * rows * tiling.cols..];
             let pixels = 2 * first * w..h.min(2 * (first + rows)) * w;
             output_tiles(
@@ -525,7 +516,7 @@ fn transform_outputs<T: Real>(
                 &mut out[pixels],
                 w,
                 tiling.cols,
-                bias,
+                bias(plane),
             );
         });
 }
@@ -543,37 +534,43 @@ fn output_tiles_on<S: Simd, T: Real>(
     bias: T,
 ) {
     for (row, out) in out.chunks_mut(2 * w).enumerate() {
-        let (upper, lower) = out.split_at_mut(w);
-        for from in (0..cols).step_by(BLOCK) {
-            let count = BLOCK.min(cols - from);
-            let mut sums = [[[T::zero(); BLOCK]; 4]; 2];
-            for column in 0..4 {
-                let value = |row_of: usize| {
-                    let at = (4 * row_of + column) * stride + row * cols + from;
-                    get(&products[at..][..count])
-                };
-                let (a, b, c, d) = (value(0), value(1), value(2), value(3));
-                for t in 0..BLOCK {
-                    sums[0][column][t] = a[t] + b[t] + c[t];
-                    sums[1][column][t] = b[t] - c[t] - d[t];
-                }
-            }
-            for (s, line) in sums.iter().zip([&mut *upper, &mut *lower]) {
-                let mut pixels = [T::zero(); 2 * BLOCK];
-                for t in 0..BLOCK {
-                    pixels[2 * t] = s[0][t] + s[1][t] + s[2][t] + bias;
-                    pixels[2 * t + 1] = s[1][t] - s[2][t] - s[3][t] + bias;
-                }
-                let Some(line) = line.get_mut(2 * from..) else {
-                    continue; // the last row of tiles may have one row of pixels only
-                };
-                match line.first_chunk_mut::<{ 2 * BLOCK }>() {
-                    Some(line) => *line = pixels,
-                    None => {
-                        for (o, &v) in line.iter_mut().zip(&pixels) {
-                            *o = v;
-                        }
-                    }
+        let (upper, lower) = out.split_at_mut(w); // lower is empty where the last row of tiles has one row of pixels
+        let products = &products[row * cols..];
+        in_blocks!(cols, output_block(products, stride, upper, lower, bias));
+    }
+}
+
+/// `N` neighbouring tiles.
+#[inline(always)]
+fn output_block<T: Real, const N: usize>(
+    from: usize,
+    products: &[T],
+    stride: usize,
+    upper: &mut [T],
+    lower: &mut [T],
+    bias: T,
+) {
+    let mut sums = [[[T::zero(); N]; 4]; 2];
+    for column in 0..4 {
+        let value = |row: usize| &products[(4 * row + column) * stride + from..][..N];
+        let (a, b, c, d) = (value(0), value(1), value(2), value(3));
+        for t in 0..N {
+            sums[0][column][t] = a[t] + b[t] + c[t];
+            sums[1][column][t] = b[t] - c[t] - d[t];
+        }
+    }
+    for ([a, b, c, d], line) in sums.iter().zip([upper, lower]) {
+        let mut pixels = [[T::zero(); 2]; N];
+        for (t, pixels) in pixels.iter_mut().enumerate() {
+            *pixels = [a[t] + b[t] + c[t] + bias, b[t] - c[t] - d[t] + bias];
+        }
+        let pixels = pixels.as_flattened();
+        match line.get_mut(2 * from..2 * (from + N)) {
+            Some(line) => line.copy_from_slice(pixels),
+            // The last column of tiles may have one column of pixels, and the last row none.
+            None => {
+                for (o, &v) in line.iter_mut().skip(2 * from).zip(pixels) {
+                    *o = v;
                 }
             }
         }

@@ -108,7 +108,7 @@ impl TensorOp<3> for Conv2d {
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
         let y = convolve(x, weight, self.padding, self.stride)?;
         match self.biased {
-            true => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
+            true => y.broadcast_add(&bias.unsqueeze(bias.rank())?.unsqueeze(bias.rank() + 1)?),
             false => Ok(y),
         }
     }
@@ -120,7 +120,14 @@ impl TensorOp<3> for Conv2d {
     ) -> Result<[Option<Tensor>; 3]> {
         let (gx, gw, gb) = (x.track_op(), weight.track_op(), bias.track_op());
         let [x, weight, grad] = [&x.detach(), &weight.detach(), &grad.contiguous()?];
-        let bias_grad = || wide(grad)?.sum((0, 2, 3))?.to_dtype(bias.dtype());
+        let bias_grad = || {
+            let per_image = wide(grad)?.sum((2, 3))?;
+            let sum = match bias.rank() {
+                2 => per_image,
+                _ => per_image.sum(0)?,
+            };
+            sum.to_dtype(bias.dtype())
+        };
         Ok([
             gx.then(|| self.input_grad(x, weight, grad)).transpose()?,
             gw.then(|| self.weight_grad(x, weight, grad)).transpose()?,

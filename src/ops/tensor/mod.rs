@@ -9,6 +9,7 @@ mod attention;
 mod conv;
 mod linear;
 mod norm;
+mod projection;
 mod update;
 mod upsample;
 
@@ -19,6 +20,7 @@ pub(super) use attention::{attention, plain_attention};
 pub(super) use conv::conv2d;
 pub(super) use linear::linear;
 pub(super) use norm::{group_norm, layer_norm};
+pub(super) use projection::{map_to_tokens, tokens_to_map};
 pub(super) use update::{adamw_step, ema_update, squared_norm};
 pub(super) use upsample::upsample_nearest_2x;
 
@@ -95,6 +97,18 @@ mod tests {
                 &|t| super::super::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
             )?;
         }
+        // A bias for each image; channels enough for the kernel's other way.
+        let inputs = [
+            random(&[4, 16, 8, 8], 1)?,
+            random(&[16, 16, 3, 3], 2)?,
+            random(&[4, 16], 3)?,
+        ];
+        let f = |t: &[Tensor]| conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
+        let kernel = |t: &[Tensor]| super::super::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
+        let ours = run(&inputs, DType::F64, &kernel)?;
+        for (got, want) in ours.iter().zip(run(&inputs, DType::F64, &f)?) {
+            assert_close(got, &want, 1e-11)?;
+        }
         Ok(())
     }
 
@@ -164,6 +178,24 @@ mod tests {
         check(&inputs, &|t| linear(&t[0], &t[1], Some(&t[2])), &|t| {
             super::super::linear(&t[0], &t[1], Some(&t[2]))
         })?;
+        let inputs = [
+            random(&[2, 4, 2, 3], 1)?,
+            random(&[5, 4, 1, 1], 2)?,
+            random(&[5], 3)?,
+        ];
+        check(&inputs, &|t| map_to_tokens(&t[0], &t[1], &t[2]), &|t| {
+            super::super::map_to_tokens(&t[0], &t[1], &t[2])
+        })?;
+        let inputs = [
+            random(&[2, 6, 4], 1)?,
+            random(&[5, 4], 2)?,
+            random(&[5], 3)?,
+        ];
+        check(
+            &inputs,
+            &|t| tokens_to_map(&t[0], &t[1], &t[2], (2, 3)),
+            &|t| super::super::tokens_to_map(&t[0], &t[1], &t[2], (2, 3)),
+        )?;
         check(&[random(&[2, 3, 6], 1)?], &|t| geglu(&t[0]), &|t| {
             super::super::geglu(&t[0])
         })?;
