@@ -3,10 +3,10 @@
 #   docker build -t coffey .
 #   docker run --rm --read-only -v coffey-runs:/data coffey train -c configs/quickstart.toml -s train.output=/data/quickstart
 #
-# CUDA (not built or run yet): the build base needs the CUDA toolkit, Rust 1.95 or newer, gcc and ca-certificates; the final
-# base needs the CUDA runtime libraries.
+# CUDA: the code is type-checked, but this image has not been built with it and nothing has run on a GPU. The build base needs
+# the CUDA toolkit, Rust 1.95 or newer, gcc and ca-certificates; the final base needs the CUDA runtime libraries and cuDNN.
 #
-#   docker build -t coffey:cuda --build-arg FEATURES=cuda --build-arg BUILD_BASE=… --build-arg FINAL_BASE=… .
+#   docker build -t coffey:cuda --build-arg FEATURES=cuda,cudnn --build-arg BUILD_BASE=… --build-arg FINAL_BASE=… .
 ARG BUILD_BASE=rust:1-slim-bookworm
 ARG FINAL_BASE=debian:bookworm-slim
 

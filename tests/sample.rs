@@ -185,7 +185,7 @@ fn sample_refuses_bad_options() {
         &["--steps", "51", "--scheduler", "lcm"],
         &["--steps 51", "50"],
     );
-    wrong(&["--height", "30"], &["--height 30", "multiple of 8"]);
+    wrong(&["--height", "30"], &["--height 30", "multiple of 4"]);
     wrong(&["--guidance", "inf"], &["--guidance"]);
     wrong(&["--scheduler", "euler"], &["euler", "lcm", "ddim"]);
     wrong(&["--teacher", "nowhere"], &["--teacher nowhere"]);

@@ -276,8 +276,8 @@ fn load_teacher(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
         millions(parameters),
         unet_config.cross_attention_dim,
-        unet_config.sample_size,
-        unet_config.sample_size,
+        unet_config.sample_size[0],
+        unet_config.sample_size[1],
         schedule.len(),
         match schedule.prediction() {
             Prediction::Epsilon => "the noise",

@@ -16,7 +16,9 @@ use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, PrecomputePaths};
 use crate::encode::{EncodeError, EncodePool, Encoders};
 use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
+use crate::models::UNetConfig;
 use crate::stop::Stop;
+use crate::train::check_fit;
 
 /// Time between two lines of progress where there is no terminal to draw a bar on.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -59,6 +61,10 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         paths.teacher.display()
     );
     let first = load_encoders(&config, &paths, 0)?;
+    // Whoever trains on these needs a UNet that takes them. One that coffey does not build can be trained elsewhere.
+    if let Ok(unet) = UNetConfig::read(&paths.teacher.join("unet")) {
+        check_fit(&unet, &first, &config, paths.teacher)?;
+    }
     let recipe = recipe(&config, &paths, &first)?;
     let output = paths.latents.output.as_path();
     let mut writer = LatentWriter::open(output, recipe, part, &shards)?;

@@ -191,10 +191,9 @@ fn initial_noise(
     device: &Device,
 ) -> Result<Tensor, Failure> {
     let (config, downscale) = (unet.config(), encoders.vae().config().downscale());
-    let multiple = downscale * config.downscale();
     let side = |name: &str, pixels: Option<usize>| match pixels {
-        Some(pixels) if pixels == 0 || !pixels.is_multiple_of(multiple) => Err(Failure::Usage(
-            format!("--{name} {pixels}: must be a multiple of {multiple} for this model").into(),
+        Some(pixels) if pixels == 0 || !pixels.is_multiple_of(downscale) => Err(Failure::Usage(
+            format!("--{name} {pixels}: must be a multiple of {downscale} for this model").into(),
         )),
         Some(pixels) => Ok(Some(pixels / downscale)),
         None => Ok(None),
@@ -216,8 +215,8 @@ fn initial_noise(
             .to_device(device)?);
     }
     let (height, width) = (
-        height.unwrap_or(config.sample_size),
-        width.unwrap_or(config.sample_size),
+        height.unwrap_or(config.sample_size[0]),
+        width.unwrap_or(config.sample_size[1]),
     );
     let each = (0..prompts)
         .map(|i| {

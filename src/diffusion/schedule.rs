@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Result, Tensor};
 
 use super::mix;
+use crate::models::{did_you_mean, nearest_key};
 
 /// What a network predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -39,7 +40,58 @@ pub enum ScheduleError {
     },
 }
 
-/// `scheduler_config.json`, as far as it decides the schedule; unknown keys belong to samplers.
+/// The keys of diffusers' schedulers. A pipeline may name any of them, and their other keys belong to sampling alone.
+const KEYS: &[&str] = &[
+    "algorithm_type",
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "clip_sample_range",
+    "disable_corrector",
+    "dynamic_thresholding_ratio",
+    "eta",
+    "euler_at_final",
+    "final_sigmas_type",
+    "flow_shift",
+    "gamma",
+    "interpolation_type",
+    "lambda_min_clipped",
+    "lower_order_final",
+    "num_train_timesteps",
+    "original_inference_steps",
+    "predict_x0",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "rho",
+    "sample_max_value",
+    "set_alpha_to_one",
+    "shift_terminal",
+    "sigma_data",
+    "sigma_max",
+    "sigma_min",
+    "sigma_schedule",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "steps_offset",
+    "thresholding",
+    "time_shift_type",
+    "timestep_scaling",
+    "timestep_spacing",
+    "timestep_type",
+    "trained_betas",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_flow_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+    "variance_type",
+];
+
+/// `scheduler_config.json`, as far as it decides the schedule, with `DDPMScheduler`'s defaults.
 #[derive(serde::Deserialize)]
 #[serde(default)]
 struct File {
@@ -87,32 +139,52 @@ impl NoiseSchedule {
             path: path.clone(),
             source,
         })?;
-        let file = serde_json::from_str(&text).map_err(|e| e.to_string());
-        file.and_then(|file| Self::new(&file))
-            .map_err(|message| ScheduleError::Invalid { path, message })
+        Self::parse(&text).map_err(|message| ScheduleError::Invalid { path, message })
+    }
+
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        let map: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(text).map_err(|e| e.to_string())?;
+        // Keys that begin with an underscore are notes of the library that wrote the file.
+        let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());
+        if let Some(key) = map.keys().find(unknown) {
+            let hint = did_you_mean(nearest_key(key, KEYS));
+            return Err(format!(
+                "\"{key}\" is not a key of diffusers' schedulers{hint}"
+            ));
+        }
+        let file: File = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        Self::new(&file)
     }
 
     fn new(file: &File) -> std::result::Result<Self, String> {
         let n = file.num_train_timesteps;
         let mut betas: Vec<f64> = match (&file.trained_betas, file.beta_schedule.as_str()) {
-            (Some(betas), _) => betas.clone(),
+            (Some(betas), _) => betas.iter().copied().map(single).collect(),
             (None, "linear") => linspace(file.beta_start, file.beta_end, n),
             (None, "scaled_linear") => {
                 let roots = linspace(file.beta_start.sqrt(), file.beta_end.sqrt(), n);
                 roots.into_iter().map(|b| single(b * b)).collect()
             }
-            (None, "squaredcos_cap_v2") => {
-                let bar = |t: f64| {
-                    ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
-                        .cos()
-                        .powi(2)
-                };
-                let beta = |i| 1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64);
-                (0..n).map(|i| single(beta(i).min(0.999))).collect()
+            (None, "squaredcos_cap_v2") => from_alpha_bar(n, |t| {
+                ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
+                    .cos()
+                    .powi(2)
+            }),
+            (None, "laplace") => from_alpha_bar(n, |t| {
+                let log = (1.0 - 2.0 * (0.5 - t).abs() + 1e-6).ln();
+                let snr = (-0.5 * 1f64.copysign(0.5 - t) * log).exp();
+                (snr / (1.0 + snr)).sqrt()
+            }),
+            (None, "sigmoid") => {
+                let sigmoid = |x: f64| single(1.0 / (1.0 + (-x).exp()));
+                let range = file.beta_end - file.beta_start;
+                let beta = |x| single(single(sigmoid(x) * range) + file.beta_start);
+                linspace(-6.0, 6.0, n).into_iter().map(beta).collect()
             }
             (None, other) => {
                 return Err(format!(
-                    "\"beta_schedule\": \"{other}\" is not supported; supported: linear, scaled_linear, squaredcos_cap_v2"
+                    "\"beta_schedule\": \"{other}\" is not supported; supported: linear, scaled_linear, squaredcos_cap_v2, laplace, sigmoid"
                 ));
             }
         };
@@ -121,6 +193,13 @@ impl NoiseSchedule {
                 "the schedule needs {n} betas between 0 and 1, at least two; it has {}",
                 betas.len()
             ));
+        }
+        if file.rescale_betas_zero_snr && file.prediction_type == Prediction::Epsilon {
+            return Err(
+                "\"rescale_betas_zero_snr\": true with \"prediction_type\": \"epsilon\": at the last timestep nothing is left of \
+                 the latents that predicted noise could give back; \"v_prediction\" and \"sample\" can"
+                    .to_owned(),
+            );
         }
         if file.rescale_betas_zero_snr {
             betas = rescale_zero_terminal_snr(&betas);
@@ -228,9 +307,16 @@ fn single(x: f64) -> f64 {
     f64::from(x as f32)
 }
 
+/// `torch.linspace` in f32, bit for bit: a rounded step, counted from the nearer end.
 fn linspace(from: f64, to: f64, n: usize) -> Vec<f64> {
-    let step = (to - from) / (n.max(2) - 1) as f64;
-    (0..n).map(|i| single(from + step * i as f64)).collect()
+    let (from, to) = (single(from), single(to));
+    let last = n.max(2) - 1;
+    let step = single(single(to - from) / last as f64);
+    let at = |i: usize| match i < n / 2 {
+        true => from + step * i as f64,
+        false => to - step * (last - i) as f64,
+    };
+    (0..n).map(|i| single(at(i))).collect()
 }
 
 /// Cumulative products of `1 - β`.
@@ -241,16 +327,32 @@ fn cumulative(betas: &[f64]) -> impl Iterator<Item = f64> + '_ {
     })
 }
 
-/// Moves the last timestep to pure noise (Lin et al. 2023, algorithm 1). As diffusers' `rescale_zero_terminal_snr`.
+/// Betas of `n` timesteps whose cumulative `1 - β` follow `bar` over time from 0 to 1. As diffusers' `betas_for_alpha_bar`.
+fn from_alpha_bar(n: usize, bar: impl Fn(f64) -> f64) -> Vec<f64> {
+    let at = |i: usize| bar(i as f64 / n as f64);
+    (0..n)
+        .map(|i| single((1.0 - at(i + 1) / at(i)).min(0.999)))
+        .collect()
+}
+
+/// Moves the last timestep to pure noise (Lin et al. 2023, algorithm 1). As diffusers' `rescale_zero_terminal_snr`, whose
+/// roundings matter where little of the latents is left.
 fn rescale_zero_terminal_snr(betas: &[f64]) -> Vec<f64> {
-    let roots: Vec<f64> = cumulative(betas).map(f64::sqrt).collect();
+    let roots: Vec<f64> = cumulative(betas)
+        .map(|bar| single(single(bar).sqrt()))
+        .collect();
     let (first, last) = (roots[0], roots[roots.len() - 1]);
-    let rescaled = roots.iter().map(|r| (r - last) * first / (first - last));
-    let bars: Vec<f64> = rescaled.map(|r| r * r).collect();
+    let scale = single(first / single(first - last));
+    let bar = |root: &f64| {
+        let root = single(single(root - last) * scale);
+        single(root * root)
+    };
     let mut previous = 1.0;
-    bars.into_iter()
-        .map(|bar| {
-            let beta = 1.0 - bar / previous;
+    roots
+        .iter()
+        .map(|root| {
+            let bar = bar(root);
+            let beta = single(1.0 - single(bar / previous));
             previous = bar;
             beta
         })
@@ -291,28 +393,84 @@ pub(super) mod tests {
     #[test]
     fn schedules_equal_diffusers() {
         let golden = golden::load();
-        let squared = File {
-            beta_schedule: "squaredcos_cap_v2".into(),
+        let named = |beta_schedule: &str| File {
+            beta_schedule: beta_schedule.into(),
             ..File::default()
         };
-        let rescaled = File {
+        let rescaled = |file: File| File {
             rescale_betas_zero_snr: true,
-            ..scaled_linear()
+            prediction_type: Prediction::VPrediction,
+            ..file
         };
-        for (key, file, tolerance) in [
-            ("alphas_cumprod", scaled_linear(), 1e-6),
-            ("alphas_cumprod.linear", File::default(), 1e-6),
-            ("alphas_cumprod.squaredcos_cap_v2", squared, 1e-6),
-            ("alphas_cumprod.rescaled_zero_snr", rescaled, 1e-5),
+        let sigmoid = File {
+            beta_start: 0.0002,
+            beta_end: 0.03,
+            ..named("sigmoid")
+        };
+        let trained = File {
+            trained_betas: Some((1..=1000).map(|i| f64::from(i * i) * 2e-8).collect()),
+            ..named("linear")
+        };
+        for (key, file) in [
+            ("alphas_cumprod", scaled_linear()),
+            ("alphas_cumprod.linear", File::default()),
+            (
+                "alphas_cumprod.squaredcos_cap_v2",
+                named("squaredcos_cap_v2"),
+            ),
+            ("alphas_cumprod.laplace", named("laplace")),
+            ("alphas_cumprod.sigmoid", sigmoid),
+            ("alphas_cumprod.trained_betas", trained),
+            (
+                "alphas_cumprod.rescaled_zero_snr",
+                rescaled(scaled_linear()),
+            ),
+            ("alphas_cumprod.rescaled_linear", rescaled(File::default())),
         ] {
             let schedule = NoiseSchedule::new(&file).unwrap();
-            let map = golden[key].as_object().unwrap();
-            let got: Vec<f64> = map
-                .keys()
-                .map(|t| schedule.alpha_cumprod(t.parse().unwrap()))
-                .collect();
-            golden::assert_close(&got, &golden[key], tolerance);
+            for (t, want) in golden[key].as_object().unwrap() {
+                let (t, want) = (t.parse().unwrap(), want.as_f64().unwrap());
+                let got = schedule.alpha_cumprod(t);
+                // Relative to each number: what is left of the latents near the end is small, and divided by.
+                assert!(
+                    (got - want).abs() <= 2e-5 * want.abs(),
+                    "{key} at {t}: got {got}, diffusers has {want}"
+                );
+            }
         }
+    }
+
+    #[test]
+    fn configurations_that_make_no_schedule_are_refused() {
+        for (text, words) in [
+            (
+                r#"{"beta_schedule": "cosine"}"#,
+                &["cosine", "squaredcos_cap_v2"][..],
+            ),
+            (
+                r#"{"predicton_type": "epsilon"}"#,
+                &["did you mean \"prediction_type\""],
+            ),
+            (
+                r#"{"prediction_type": "flow_prediction"}"#,
+                &["flow_prediction", "v_prediction"],
+            ),
+            (r#"{"trained_betas": [0.1, 0.2]}"#, &["1000", "2"]),
+            (r#"{"beta_end": 1.5}"#, &["between 0 and 1"]),
+            (
+                r#"{"rescale_betas_zero_snr": true}"#,
+                &["rescale_betas_zero_snr", "v_prediction"],
+            ),
+            ("[]", &["map"]),
+        ] {
+            let message = NoiseSchedule::parse(text).unwrap_err();
+            for word in words {
+                assert!(message.contains(word), "{text}: {word:?}? {message}");
+            }
+        }
+        let pndm = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": true,
+            "set_alpha_to_one": false, "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
+        assert_eq!(NoiseSchedule::parse(pndm).unwrap().len(), 1000);
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl ClipTextModel {
             root
         };
         let embeddings = scope.sub("embeddings");
-        let vocab = file.required("vocab_size")?;
+        let vocab = file.get("vocab_size", 49408)?;
         let positions = file.get("max_position_embeddings", 77)?;
         let model = Self {
             token_embedding: embeddings.get("token_embedding.weight", &[vocab, width])?,
@@ -130,7 +130,8 @@ impl ClipTextModel {
             heads,
             activation,
         };
-        weights.expect_all_taken(&["embeddings.position_ids"])?;
+        // A table of 0, 1, 2 … of older versions, and what CLIPTextModelWithProjection has besides.
+        weights.expect_all_taken(&["embeddings.position_ids", "text_projection.weight"])?;
         Ok(model)
     }
 

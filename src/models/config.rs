@@ -5,7 +5,15 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::ModelError;
+use super::activation::Activation;
 use super::weights::read_json;
+
+/// A class of diffusers and the keys its `config.json` may have.
+#[derive(Debug)]
+pub(super) struct Class {
+    pub(super) name: &'static str,
+    pub(super) keys: &'static [&'static str],
+}
 
 /// A model's `config.json`, kept whole so that it can be written back.
 #[derive(Clone, Debug)]
@@ -21,18 +29,43 @@ impl ConfigFile {
         Ok(Self { path, map })
     }
 
+    /// Reads the configuration of a model of `class`: another class and keys the class does not have are refused.
+    pub(super) fn read_class(folder: &Path, class: &Class) -> Result<Self, ModelError> {
+        let file = Self::read(folder)?;
+        file.only("_class_name", &[Value::from(class.name)])?;
+        // Keys that begin with an underscore are notes of the library that wrote the file.
+        let unknown = |key: &&String| !key.starts_with('_') && !class.keys.contains(&key.as_str());
+        match file.map.keys().find(unknown) {
+            None => Ok(file),
+            Some(key) => Err(ModelError::UnknownKey {
+                path: file.path,
+                key: key.clone(),
+                class: class.name,
+                nearest: nearest_key(key, class.keys),
+            }),
+        }
+    }
+
     /// The value of a key; JSON null counts as absent.
     fn value(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    /// A key with its default.
+    /// A key with its default. Null is refused: in diffusers it would not stand for the default.
     pub(super) fn get<T: serde::de::DeserializeOwned>(
         &self,
         key: &str,
         default: T,
     ) -> Result<T, ModelError> {
+        if self.is_null(key) {
+            return Err(self.invalid(format!("\"{key}\" must not be null")));
+        }
         self.optional(key).map(|v| v.unwrap_or(default))
+    }
+
+    /// Whether a key is there and null.
+    pub(super) fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
     }
 
     /// A key that may be absent or null.
@@ -42,23 +75,42 @@ impl ConfigFile {
     ) -> Result<Option<T>, ModelError> {
         self.value(key)
             .map(|value| {
-                serde_json::from_value(value.clone()).map_err(|e| ModelError::Config {
-                    path: self.path.clone(),
-                    message: format!("\"{key}\": {e}"),
-                })
+                serde_json::from_value(value.clone())
+                    .map_err(|e| self.invalid(format!("\"{key}\": {e}, but it is {value}")))
             })
             .transpose()
     }
 
-    /// A key without a default.
-    pub(super) fn required<T: serde::de::DeserializeOwned>(
-        &self,
-        key: &str,
-    ) -> Result<T, ModelError> {
-        self.optional(key)?.ok_or_else(|| ModelError::Config {
-            path: self.path.clone(),
-            message: format!("key \"{key}\" is missing"),
-        })
+    /// The activation that a key names.
+    pub(super) fn activation(&self, key: &str) -> Result<Option<Activation>, ModelError> {
+        let Some(name) = self.optional::<String>(key)? else {
+            return Ok(None);
+        };
+        match Activation::named(&name) {
+            Some(activation) => Ok(Some(activation)),
+            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::NAMES)),
+        }
+    }
+
+    /// A number that must be above 0.
+    pub(super) fn positive(&self, key: &str, default: usize) -> Result<usize, ModelError> {
+        match self.get(key, default)? {
+            0 => Err(self.unsupported(key, 0, "a number above 0")),
+            n => Ok(n),
+        }
+    }
+
+    /// `norm_num_groups`, which must divide `channels`.
+    pub(super) fn groups(&self, channels: &[usize]) -> Result<usize, ModelError> {
+        let groups: usize = self.get("norm_num_groups", 32)?;
+        match groups == 0 || channels.iter().any(|c| c % groups != 0) {
+            true => Err(self.unsupported(
+                "norm_num_groups",
+                groups,
+                format!("a divisor of every one of {channels:?}"),
+            )),
+            false => Ok(groups),
+        }
     }
 
     /// Refuses a key that is there with any but the supported values.
@@ -92,6 +144,13 @@ impl ConfigFile {
         }
     }
 
+    pub(super) fn invalid(&self, message: String) -> ModelError {
+        ModelError::Config {
+            path: self.path.clone(),
+            message,
+        }
+    }
+
     /// An error that names a key, its value and what would be right.
     pub(super) fn unsupported(
         &self,
@@ -106,4 +165,16 @@ impl ConfigFile {
             supported: supported.into(),
         }
     }
+}
+
+/// The known key that an unknown one most likely stands for.
+pub(crate) fn nearest_key(key: &str, known: &[&'static str]) -> Option<&'static str> {
+    /// Jaro-Winkler similarity from which two names count as one misspelled.
+    const NEAR: f64 = 0.8;
+    known
+        .iter()
+        .map(|known| (*known, strsim::jaro_winkler(known, key)))
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .filter(|(_, likeness)| *likeness >= NEAR)
+        .map(|(known, _)| known)
 }

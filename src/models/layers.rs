@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
+use super::activation::Activation;
 use super::{ModelError, Scope};
 use crate::ops;
 
@@ -67,13 +68,23 @@ impl Conv2d {
         })
     }
 
+    /// A convolution with an odd kernel that keeps the size.
+    pub(super) fn same(
+        scope: &Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+    ) -> std::result::Result<Self, ModelError> {
+        Self::new(scope, inputs, outputs, kernel, 1, kernel / 2)
+    }
+
     /// A 3x3 convolution that keeps the size.
     pub(super) fn same3(
         scope: &Scope<'_>,
         inputs: usize,
         outputs: usize,
     ) -> std::result::Result<Self, ModelError> {
-        Self::new(scope, inputs, outputs, 3, 1, 1)
+        Self::same(scope, inputs, outputs, 3)
     }
 
     /// A convolution of single pixels.
@@ -90,7 +101,7 @@ impl Conv2d {
     }
 }
 
-/// Group normalisation, with a SiLU after it on demand.
+/// Group normalisation, with an activation after it on demand.
 #[derive(Clone, Debug)]
 pub(super) struct GroupNorm {
     weight: Tensor,
@@ -118,8 +129,14 @@ impl GroupNorm {
         ops::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, false)
     }
 
-    pub(super) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        ops::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, true)
+    /// A SiLU is fused with the normalisation.
+    pub(super) fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match activation {
+            Activation::Silu => {
+                ops::group_norm(x, &self.weight, &self.bias, self.groups, self.eps, true)
+            }
+            other => other.forward(&self.forward(x)?),
+        }
     }
 }
 

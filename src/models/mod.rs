@@ -3,12 +3,16 @@
 //! Each model is a struct of layers with `new(scope, config)` and `forward`; layers and parameters are named as in the
 //! checkpoints. Models know nothing of training: they are built over any set of named tensors, frozen or variable.
 
+mod activation;
 mod blocks;
 pub mod clip;
 mod config;
 #[cfg(test)]
 mod golden;
 mod layers;
+mod mapped;
+#[cfg(test)]
+mod tests;
 pub mod tokenizer;
 mod transformer;
 pub mod unet;
@@ -16,6 +20,7 @@ pub mod vae;
 mod weights;
 
 pub use clip::ClipTextModel;
+pub(crate) use config::nearest_key;
 pub use tokenizer::ClipTokenizer;
 pub use unet::{Conditioning, UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
@@ -70,6 +75,18 @@ pub enum ModelError {
         /// What coffey builds.
         supported: String,
     },
+    /// A key of `config.json` that its class does not have: misspelled, or of a model that coffey does not know.
+    #[error("{path}: \"{key}\" is not a key of {class}{}", did_you_mean(*nearest))]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// diffusers' class.
+        class: &'static str,
+        /// The key of the class that is spelled nearly so.
+        nearest: Option<&'static str>,
+    },
     /// A tensor that the configuration calls for is not there.
     #[error(
         "{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}"
@@ -113,4 +130,9 @@ pub enum ModelError {
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+/// The end of a message about an unknown key.
+pub(crate) fn did_you_mean(nearest: Option<&str>) -> String {
+    nearest.map_or_else(String::new, |key| format!("; did you mean \"{key}\"?"))
 }

@@ -1,5 +1,6 @@
 //! CLIP's tokenizer: captions to 77 token ids.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use tokenizers::models::bpe::BPE;
@@ -10,6 +11,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use super::ModelError;
+use super::weights::read_json;
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
@@ -27,18 +29,130 @@ pub struct ClipTokenizer {
 /// The keys of `tokenizer_config.json` that decide ids.
 #[derive(Default, serde::Deserialize)]
 struct TokenizerConfig {
-    #[serde(default)]
-    pad_token: Option<TokenName>,
+    #[serde(flatten)]
+    special: SpecialTokens,
     #[serde(default)]
     model_max_length: Option<f64>,
+    /// Tokens by id, as transformers writes them since 4.34.
+    #[serde(default)]
+    added_tokens_decoder: BTreeMap<u32, Token>,
 }
 
-/// A token by name or as an object with its name.
-#[derive(serde::Deserialize)]
+/// The special tokens of `tokenizer_config.json` and, in older folders, of `special_tokens_map.json`.
+#[derive(Default, serde::Deserialize)]
+struct SpecialTokens {
+    #[serde(default)]
+    bos_token: Option<Token>,
+    #[serde(default)]
+    eos_token: Option<Token>,
+    #[serde(default)]
+    unk_token: Option<Token>,
+    #[serde(default)]
+    pad_token: Option<Token>,
+}
+
+/// A token by name, or with how it is found in a text.
+#[derive(Clone, serde::Deserialize)]
 #[serde(untagged)]
-enum TokenName {
+enum Token {
     Plain(String),
-    Full { content: String },
+    Full {
+        content: String,
+        #[serde(default)]
+        single_word: bool,
+        #[serde(default)]
+        lstrip: bool,
+        #[serde(default)]
+        rstrip: bool,
+        #[serde(default)]
+        normalized: bool,
+    },
+}
+
+impl Token {
+    fn content(&self) -> &str {
+        match self {
+            Self::Plain(content) | Self::Full { content, .. } => content,
+        }
+    }
+
+    fn added(&self) -> AddedToken {
+        let token = AddedToken::from(self.content(), true);
+        match *self {
+            Self::Plain(_) => token,
+            Self::Full {
+                single_word,
+                lstrip,
+                rstrip,
+                normalized,
+                ..
+            } => token
+                .single_word(single_word)
+                .lstrip(lstrip)
+                .rstrip(rstrip)
+                .normalized(normalized),
+        }
+    }
+}
+
+impl TokenizerConfig {
+    /// Reads `tokenizer_config.json`, if there is one, and what it leaves to `special_tokens_map.json`.
+    fn read(folder: &Path) -> Result<Self, ModelError> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            path.is_file().then_some(path)
+        };
+        let mut config: Self = match read("tokenizer_config.json") {
+            Some(path) => read_json(&path)?,
+            None => Self::default(),
+        };
+        if let (Some(path), true) = (
+            read("special_tokens_map.json"),
+            config.added_tokens_decoder.is_empty(),
+        ) {
+            let map: SpecialTokens = read_json(&path)?;
+            let special = &mut config.special;
+            for (token, mapped) in [
+                (&mut special.bos_token, map.bos_token),
+                (&mut special.eos_token, map.eos_token),
+                (&mut special.unk_token, map.unk_token),
+                (&mut special.pad_token, map.pad_token),
+            ] {
+                *token = mapped.or(token.take());
+            }
+        }
+        Ok(config)
+    }
+
+    /// The tokens that are found in a text before it is split into words, in the order they are added: of two with the same
+    /// content the later counts. As transformers', which drops repetitions first.
+    fn added_tokens(&self) -> Vec<AddedToken> {
+        let plain = |token: &Option<Token>, default: &str| {
+            token
+                .clone()
+                .unwrap_or_else(|| Token::Plain(default.to_owned()))
+        };
+        let special = &self.special;
+        let mut tokens: Vec<Token> = self.added_tokens_decoder.values().cloned().collect();
+        for token in [
+            plain(&special.bos_token, START),
+            plain(&special.eos_token, END),
+            plain(&special.unk_token, END),
+            plain(&special.pad_token, END),
+        ] {
+            let listed = self.added_tokens_decoder.values();
+            if !listed.into_iter().any(|t| t.content() == token.content()) {
+                tokens.push(token);
+            }
+        }
+        let mut added: Vec<AddedToken> = Vec::new();
+        for token in tokens.iter().map(Token::added) {
+            if !added.contains(&token) {
+                added.push(token);
+            }
+        }
+        added
+    }
 }
 
 impl ClipTokenizer {
@@ -81,23 +195,16 @@ impl ClipTokenizer {
             .map_err(|e| error(e.to_string()))?;
         let bytes = ByteLevel::new(false, true, true);
         tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![split.into(), bytes.into()])));
-        let config_path = folder.join("tokenizer_config.json");
-        let config: TokenizerConfig = match config_path.is_file() {
-            true => super::weights::read_json(&config_path)?,
-            false => TokenizerConfig::default(),
-        };
+        let config = TokenizerConfig::read(folder)?;
         if config.model_max_length.is_some_and(|length| length < 2.0) {
             return Err(error(
                 "tokenizer_config.json: \"model_max_length\" must be 2 or more".to_owned(),
             ));
         }
-        let pad = match config.pad_token {
-            Some(TokenName::Plain(name) | TokenName::Full { content: name }) => name,
-            None => END.to_owned(),
-        };
-        let specials: Vec<AddedToken> = [START, END].map(|t| AddedToken::from(t, true)).to_vec();
+        let pad = config.special.pad_token.as_ref();
+        let pad = pad.map_or(END, Token::content).to_owned();
         tokenizer
-            .add_special_tokens(specials)
+            .add_special_tokens(config.added_tokens())
             .map_err(|e| error(e.to_string()))?;
         let id = |token: &str| {
             tokenizer

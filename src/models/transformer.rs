@@ -10,9 +10,13 @@ use crate::ops::{self, Attention};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TransformerConfig {
     pub(super) channels: usize,
+    /// Width of the tokens: heads times channels per head, which is less than `channels` where those do not divide.
+    pub(super) width: usize,
     pub(super) heads: usize,
     pub(super) layers: usize,
     pub(super) cross_attention_dim: usize,
+    /// Whether the first attention looks at the text, too.
+    pub(super) only_cross_attention: bool,
     pub(super) groups: usize,
     pub(super) linear_projection: bool,
     pub(super) attention: Attention,
@@ -34,7 +38,7 @@ impl AttentionLayer {
         config: &TransformerConfig,
         context: usize,
     ) -> std::result::Result<Self, ModelError> {
-        let c = config.channels;
+        let c = config.width;
         Ok(Self {
             to_q: Linear::without_bias(&scope.sub("to_q"), c, c)?,
             to_k: Linear::without_bias(&scope.sub("to_k"), context, c)?,
@@ -65,26 +69,33 @@ struct TransformerBlock {
     norm3: LayerNorm,
     ff_in: Linear,
     ff_out: Linear,
+    only_cross_attention: bool,
 }
 
 impl TransformerBlock {
     fn new(scope: &Scope<'_>, config: &TransformerConfig) -> std::result::Result<Self, ModelError> {
         const EPS: f64 = 1e-5;
-        let c = config.channels;
+        let (c, text) = (config.width, config.cross_attention_dim);
+        let first = if config.only_cross_attention { text } else { c };
         Ok(Self {
             norm1: LayerNorm::new(&scope.sub("norm1"), c, EPS)?,
-            attn1: AttentionLayer::new(&scope.sub("attn1"), config, c)?,
+            attn1: AttentionLayer::new(&scope.sub("attn1"), config, first)?,
             norm2: LayerNorm::new(&scope.sub("norm2"), c, EPS)?,
-            attn2: AttentionLayer::new(&scope.sub("attn2"), config, config.cross_attention_dim)?,
+            attn2: AttentionLayer::new(&scope.sub("attn2"), config, text)?,
             norm3: LayerNorm::new(&scope.sub("norm3"), c, EPS)?,
             ff_in: Linear::new(&scope.sub("ff.net.0.proj"), c, 8 * c)?,
             ff_out: Linear::new(&scope.sub("ff.net.2"), 4 * c, c)?,
+            only_cross_attention: config.only_cross_attention,
         })
     }
 
     fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let normed = self.norm1.forward(x)?;
-        let x = self.attn1.forward(&normed, &normed)?.add(x)?;
+        let first = match self.only_cross_attention {
+            true => context,
+            false => &normed,
+        };
+        let x = self.attn1.forward(&normed, first)?.add(x)?;
         let x = self
             .attn2
             .forward(&self.norm2.forward(&x)?, context)?
@@ -101,11 +112,15 @@ enum Projection {
 }
 
 impl Projection {
-    fn new(scope: &Scope<'_>, config: &TransformerConfig) -> std::result::Result<Self, ModelError> {
-        let c = config.channels;
-        Ok(match config.linear_projection {
-            true => Self::Linear(Linear::new(scope, c, c)?),
-            false => Self::Conv(Conv2d::pointwise(scope, c, c)?),
+    fn new(
+        scope: &Scope<'_>,
+        inputs: usize,
+        outputs: usize,
+        linear: bool,
+    ) -> std::result::Result<Self, ModelError> {
+        Ok(match linear {
+            true => Self::Linear(Linear::new(scope, inputs, outputs)?),
+            false => Self::Conv(Conv2d::pointwise(scope, inputs, outputs)?),
         })
     }
 }
@@ -124,21 +139,22 @@ impl Transformer2d {
         scope: &Scope<'_>,
         config: &TransformerConfig,
     ) -> std::result::Result<Self, ModelError> {
+        let (channels, width, linear) = (config.channels, config.width, config.linear_projection);
         Ok(Self {
-            norm: GroupNorm::new(&scope.sub("norm"), config.channels, config.groups, 1e-6)?,
-            proj_in: Projection::new(&scope.sub("proj_in"), config)?,
+            norm: GroupNorm::new(&scope.sub("norm"), channels, config.groups, 1e-6)?,
+            proj_in: Projection::new(&scope.sub("proj_in"), channels, width, linear)?,
             blocks: (0..config.layers)
                 .map(|i| TransformerBlock::new(&scope.sub("transformer_blocks").sub(i), config))
                 .collect::<std::result::Result<_, _>>()?,
-            proj_out: Projection::new(&scope.sub("proj_out"), config)?,
+            proj_out: Projection::new(&scope.sub("proj_out"), width, channels, linear)?,
         })
     }
 
     /// `x`: `[B, C, H, W]`, `context`: `[B, T, cross_attention_dim]` → `[B, C, H, W]`.
     pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (b, c, h, w) = x.dims4()?;
-        let to_tokens = |t: &Tensor| t.reshape((b, c, h * w))?.transpose(1, 2)?.contiguous();
-        let to_map = |t: &Tensor| t.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w));
+        let (b, _, h, w) = x.dims4()?;
+        let to_tokens = |t: &Tensor| t.flatten_from(2)?.transpose(1, 2)?.contiguous();
+        let to_map = |t: &Tensor| t.transpose(1, 2)?.contiguous()?.reshape((b, (), h, w));
         let normed = self.norm.forward(x)?;
         let mut tokens = match &self.proj_in {
             Projection::Conv(conv) => to_tokens(&conv.forward(&normed)?)?,

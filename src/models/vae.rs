@@ -5,12 +5,37 @@ use std::path::Path;
 use candle_core::{D, DType, Device, Result, Tensor};
 use serde_json::json;
 
-use super::blocks::{NormConfig, ResnetBlock, Upsample};
-use super::config::ConfigFile;
+use super::activation::Activation;
+use super::blocks::{Downsample, NormConfig, ResnetBlock, ResnetConfig, Upsample};
+use super::config::{Class, ConfigFile};
 use super::layers::{Conv2d, GroupNorm, Linear};
 use super::unet::WEIGHTS_STEM;
 use super::{ModelError, Scope, Weights};
 use crate::ops::{self, Attention};
+
+const CLASS: Class = Class {
+    name: "AutoencoderKL",
+    keys: &[
+        "act_fn",
+        "block_out_channels",
+        "down_block_types",
+        "force_upcast", // to f32, in which coffey computes
+        "in_channels",
+        "latent_channels",
+        "latents_mean",
+        "latents_std",
+        "layers_per_block",
+        "mid_block_add_attention",
+        "norm_num_groups",
+        "out_channels",
+        "sample_size",
+        "scaling_factor",
+        "shift_factor",
+        "up_block_types",
+        "use_post_quant_conv",
+        "use_quant_conv",
+    ],
+};
 
 /// An autoencoder's `config.json`, as far as it decides the network.
 #[derive(Clone, Debug)]
@@ -21,7 +46,7 @@ pub struct VaeConfig {
     pub scaling_factor: f64,
     block_out_channels: Vec<usize>,
     layers_per_block: usize,
-    norm: NormConfig,
+    resnet: ResnetConfig,
     quant_conv: bool,
     post_quant_conv: bool,
     mid_attention: bool,
@@ -33,12 +58,11 @@ impl VaeConfig {
     /// # Errors
     /// When it can't be read or asks for something that coffey does not build; the key is named.
     pub fn read(folder: &Path) -> std::result::Result<Self, ModelError> {
-        let file = ConfigFile::read(folder)?;
+        let file = ConfigFile::read_class(folder, &CLASS)?;
         for key in ["in_channels", "out_channels"] {
             file.only(key, &[json!(3)])?;
         }
-        file.only("act_fn", &[json!("silu")])?;
-        file.only("shift_factor", &[])?;
+        file.only("shift_factor", &[json!(0.0), json!(0)])?;
         file.only("latents_mean", &[])?;
         file.only("latents_std", &[])?;
         let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![64])?;
@@ -53,19 +77,19 @@ impl VaeConfig {
                 return Err(file.unsupported(key, format!("{types:?}"), wanted));
             }
         }
-        let groups: usize = file.get("norm_num_groups", 32)?;
-        if groups == 0 || block_out_channels.iter().any(|c| c % groups != 0) {
-            return Err(file.unsupported(
-                "norm_num_groups",
-                groups,
-                format!("a divisor of every one of {block_out_channels:?}"),
-            ));
-        }
         Ok(Self {
-            latent_channels: file.get("latent_channels", 4)?,
+            latent_channels: file.positive("latent_channels", 4)?,
             scaling_factor: file.get("scaling_factor", 0.18215)?,
-            layers_per_block: file.get("layers_per_block", 1)?,
-            norm: NormConfig { groups, eps: 1e-6 },
+            layers_per_block: file.positive("layers_per_block", 1)?,
+            resnet: ResnetConfig {
+                norm: NormConfig {
+                    groups: file.groups(&block_out_channels)?,
+                    eps: 1e-6,
+                },
+                activation: file.activation("act_fn")?.unwrap_or(Activation::Silu),
+                time: None,
+                output_scale: 1.0,
+            },
             quant_conv: file.get("use_quant_conv", true)?,
             post_quant_conv: file.get("use_post_quant_conv", true)?,
             mid_attention: file.get("mid_block_add_attention", true)?,
@@ -141,19 +165,16 @@ impl Mid {
         config: &VaeConfig,
     ) -> std::result::Result<Self, ModelError> {
         let resnet = |i| {
-            ResnetBlock::new(
-                &scope.sub("resnets").sub(i),
-                channels,
-                channels,
-                None,
-                config.norm,
-            )
+            let scope = scope.sub("resnets").sub(i);
+            ResnetBlock::new(&scope, channels, channels, &config.resnet)
         };
         Ok(Self {
             resnets: [resnet(0)?, resnet(1)?],
             attention: config
                 .mid_attention
-                .then(|| MidAttention::new(&scope.sub("attentions.0"), channels, config.norm))
+                .then(|| {
+                    MidAttention::new(&scope.sub("attentions.0"), channels, config.resnet.norm)
+                })
                 .transpose()?,
         })
     }
@@ -170,7 +191,7 @@ impl Mid {
 #[derive(Clone, Debug)]
 struct Encoder {
     conv_in: Conv2d,
-    down: Vec<(Vec<ResnetBlock>, Option<Conv2d>)>,
+    down: Vec<(Vec<ResnetBlock>, Option<Downsample>)>,
     mid: Mid,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -235,15 +256,16 @@ impl AutoencoderKl {
                 x = resnet.forward(&x, None)?;
             }
             if let Some(downsample) = downsample {
-                // The encoder pads right and bottom only.
-                let padded = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
-                x = downsample.forward(&padded)?;
+                x = downsample.forward(&x)?;
             }
         }
         x = encoder.mid.forward(&x)?;
-        x = encoder
-            .conv_out
-            .forward(&encoder.conv_norm_out.forward_silu(&x)?)?;
+        // Here diffusers takes SiLU whatever act_fn says.
+        x = encoder.conv_out.forward(
+            &encoder
+                .conv_norm_out
+                .forward_activated(&x, Activation::Silu)?,
+        )?;
         match &encoder.quant_conv {
             Some(conv) => conv.forward(&x),
             None => Ok(x),
@@ -269,9 +291,11 @@ impl AutoencoderKl {
                 x = upsample.forward(&x)?;
             }
         }
-        decoder
-            .conv_out
-            .forward(&decoder.conv_norm_out.forward_silu(&x)?)
+        decoder.conv_out.forward(
+            &decoder
+                .conv_norm_out
+                .forward_activated(&x, Activation::Silu)?,
+        )
     }
 }
 
@@ -288,17 +312,12 @@ impl Encoder {
             let resnets = (0..config.layers_per_block)
                 .map(|i| {
                     let inputs = if i == 0 { inputs } else { outputs };
-                    ResnetBlock::new(
-                        &scope.sub("resnets").sub(i),
-                        inputs,
-                        outputs,
-                        None,
-                        config.norm,
-                    )
+                    let scope = scope.sub("resnets").sub(i);
+                    ResnetBlock::new(&scope, inputs, outputs, &config.resnet)
                 })
                 .collect::<std::result::Result<_, _>>()?;
             let downsample = (level + 1 < channels.len())
-                .then(|| Conv2d::new(&scope.sub("downsamplers.0.conv"), outputs, outputs, 3, 2, 0))
+                .then(|| Downsample::new(&scope.sub("downsamplers.0"), outputs, 0))
                 .transpose()?;
             down.push((resnets, downsample));
         }
@@ -309,8 +328,8 @@ impl Encoder {
             conv_norm_out: GroupNorm::new(
                 &scope.sub("conv_norm_out"),
                 last,
-                config.norm.groups,
-                config.norm.eps,
+                config.resnet.norm.groups,
+                config.resnet.norm.eps,
             )?,
             conv_out: Conv2d::same3(&scope.sub("conv_out"), last, moments)?,
             quant_conv: config
@@ -334,13 +353,8 @@ impl Decoder {
             let resnets = (0..=config.layers_per_block)
                 .map(|j| {
                     let inputs = if j == 0 { inputs } else { outputs };
-                    ResnetBlock::new(
-                        &scope.sub("resnets").sub(j),
-                        inputs,
-                        outputs,
-                        None,
-                        config.norm,
-                    )
+                    let scope = scope.sub("resnets").sub(j);
+                    ResnetBlock::new(&scope, inputs, outputs, &config.resnet)
                 })
                 .collect::<std::result::Result<_, _>>()?;
             let upsample = (i + 1 < channels.len())
@@ -360,8 +374,8 @@ impl Decoder {
             conv_norm_out: GroupNorm::new(
                 &scope.sub("conv_norm_out"),
                 first,
-                config.norm.groups,
-                config.norm.eps,
+                config.resnet.norm.groups,
+                config.resnet.norm.eps,
             )?,
             conv_out: Conv2d::same3(&scope.sub("conv_out"), first, 3)?,
         })

@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::ModelError;
+use super::{ModelError, mapped};
 
 /// A model's tensors by name, in name order.
 #[derive(Debug)]
 pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
+    /// The file, its index or the folder.
     origin: PathBuf,
+    /// Which shard a tensor is in, where there are shards.
+    shards: BTreeMap<String, PathBuf>,
     taken: RefCell<BTreeSet<String>>,
 }
 
@@ -22,11 +25,14 @@ impl Weights {
         Self {
             tensors,
             origin: origin.into(),
+            shards: BTreeMap::new(),
             taken: RefCell::default(),
         }
     }
 
-    /// Reads `{stem}.safetensors`, its `.fp16` variant or the shards of its index from a folder, as `dtype` on `device`.
+    /// Reads `{stem}.safetensors` or the shards of its index, else their `fp16` variant, as `dtype` on `device`.
+    ///
+    /// Files are memory-mapped: at no time is more held than the tensors and, for one of them, its stored form.
     ///
     /// # Errors
     /// When there are no such files or they are damaged.
@@ -36,23 +42,37 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Self, ModelError> {
+        let (origin, mut shards) = weight_files(folder, stem)?;
+        let files: BTreeSet<PathBuf> = match shards.is_empty() {
+            true => [origin.clone()].into(),
+            false => shards.values().cloned().collect(),
+        };
+        let sharded = !shards.is_empty();
         let mut tensors = BTreeMap::new();
-        for path in weight_files(folder, stem)? {
-            let loaded = candle_core::safetensors::load(&path, &Device::Cpu).map_err(|e| {
-                ModelError::Damaged {
-                    path: path.clone(),
-                    message: first_line(&e.to_string()),
-                }
-            })?;
-            for (name, tensor) in loaded {
+        for path in files {
+            mapped::for_each_tensor(&path, |name, tensor| {
                 let tensor = match tensor.dtype().is_float() {
                     true => tensor.to_dtype(dtype)?,
                     false => tensor,
                 };
-                tensors.insert(name, tensor.to_device(device)?);
-            }
+                if sharded {
+                    shards.insert(name.to_owned(), path.clone());
+                }
+                tensors.insert(name.to_owned(), tensor.to_device(device)?);
+                Ok(())
+            })?;
         }
-        Ok(Self::new(tensors, folder))
+        Ok(Self {
+            tensors,
+            origin,
+            shards,
+            taken: RefCell::default(),
+        })
+    }
+
+    /// The file that holds a tensor, or should.
+    fn origin_of(&self, name: &str) -> PathBuf {
+        self.shards.get(name).unwrap_or(&self.origin).clone()
     }
 
     /// The root scope.
@@ -90,43 +110,61 @@ impl Weights {
         match names.is_empty() {
             true => Ok(()),
             false => Err(ModelError::UnexpectedTensors {
-                origin: self.origin.clone(),
+                origin: self.origin_of(&names[0]),
                 names,
             }),
         }
     }
 }
 
-fn first_line(message: &str) -> String {
-    message.lines().next().unwrap_or_default().to_owned()
-}
-
-fn weight_files(folder: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
-    for name in [
+/// The weights file of a folder, or its index and the shard of each tensor.
+fn weight_files(
+    folder: &Path,
+    stem: &str,
+) -> Result<(PathBuf, BTreeMap<String, PathBuf>), ModelError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    // diffusers and transformers put the variant before the last suffix, also of an index.
+    let candidates = [
         format!("{stem}.safetensors"),
+        format!("{stem}.safetensors.index.json"),
         format!("{stem}.fp16.safetensors"),
-    ] {
-        let path = folder.join(name);
-        if path.is_file() {
-            return Ok(vec![path]);
-        }
+        format!("{stem}.safetensors.index.fp16.json"),
+    ];
+    let found = candidates.iter().map(|name| folder.join(name));
+    let Some(path) = found.into_iter().find(|path| path.is_file()) else {
+        return Err(ModelError::NoWeights {
+            folder: folder.to_owned(),
+            expected: candidates.join(", "),
+        });
+    };
+    if path
+        .extension()
+        .is_some_and(|extension| extension != "json")
+    {
+        return Ok((path, BTreeMap::new()));
     }
-    let index = folder.join(format!("{stem}.safetensors.index.json"));
-    if index.is_file() {
-        #[derive(serde::Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let parsed: Index = read_json(&index)?;
-        let files: BTreeSet<String> = parsed.weight_map.into_values().collect();
-        return Ok(files.into_iter().map(|f| folder.join(f)).collect());
+    let Index { weight_map } = read_json(&path)?;
+    let invalid = |message: String| ModelError::Config {
+        path: path.clone(),
+        message,
+    };
+    if weight_map.is_empty() {
+        return Err(invalid("\"weight_map\" names no tensor".to_owned()));
     }
-    Err(ModelError::NoWeights {
-        folder: folder.to_owned(),
-        expected: format!(
-            "{stem}.safetensors, {stem}.fp16.safetensors or {stem}.safetensors.index.json"
-        ),
-    })
+    let shards = weight_map.into_iter().map(|(name, file)| {
+        // A name and nothing else: an index must not lead out of its folder.
+        match Path::new(&file).file_name() {
+            Some(only) if only == file.as_str() => Ok((name, folder.join(file))),
+            _ => Err(invalid(format!(
+                "\"{file}\" is not the name of a file in this folder"
+            ))),
+        }
+    });
+    let shards = shards.collect::<Result<_, _>>()?;
+    Ok((path, shards))
 }
 
 /// Reads and parses a JSON file.
@@ -215,14 +253,14 @@ impl Scope<'_> {
         let name = self.full(name);
         let Some(tensor) = self.weights.tensors.get(&name) else {
             return Err(ModelError::MissingTensor {
-                origin: self.weights.origin.clone(),
+                origin: self.weights.origin_of(&name),
                 name,
                 needed: shape.to_vec(),
             });
         };
         if tensor.dims() != shape {
             return Err(ModelError::WrongShape {
-                origin: self.weights.origin.clone(),
+                origin: self.weights.origin_of(&name),
                 name,
                 found: tensor.dims().to_vec(),
                 needed: shape.to_vec(),

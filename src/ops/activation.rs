@@ -1,11 +1,11 @@
 //! Gated activations.
 
-use candle_core::{
-    CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, backend::BackendStorage,
-};
+use candle_core::{D, Result, Shape, Tensor};
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{Real, View, by_dtype, has_kernel, real, slice, vectorised};
+use super::cpu::{Real, real};
+use super::kernel::{Kernel, apply1, has_kernel};
 
 /// Gated GELU: the first half of the last dimension times the exact GELU of the second, as diffusers' `GEGLU`.
 ///
@@ -19,11 +19,17 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         candle_core::bail!("geglu: the last dimension of {:?} is odd", x.dims());
     }
     if has_kernel(x) {
-        return x.contiguous()?.apply_op1(Geglu);
+        let mut dims = x.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = width / 2;
+        }
+        let kernel = Geglu {
+            width: width / 2,
+            shape: Shape::from(dims),
+        };
+        return apply1(kernel, x);
     }
-    let value = x.narrow(D::Minus1, 0, width / 2)?;
-    let gate = x.narrow(D::Minus1, width / 2, width / 2)?;
-    value.mul(&gate.gelu_erf()?)
+    super::tensor::geglu(x)
 }
 
 /// `Φ(x)`, the normal distribution function.
@@ -36,66 +42,61 @@ fn normal_cdf<T: Real>(x: T) -> T {
 /// Rows a task works on.
 const ROWS: usize = 64;
 
-struct Geglu;
+struct Geglu {
+    width: usize,
+    shape: Shape,
+}
 
-impl CustomOp1 for Geglu {
-    fn name(&self) -> &'static str {
-        "geglu"
+impl Kernel<1> for Geglu {
+    const NAME: &'static str = "geglu";
+
+    fn shape(&self) -> Shape {
+        self.shape.clone()
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(x: &CpuStorage, layout: &Layout, c: usize) -> Result<CpuStorage> {
-            let x = slice::<T>(x, layout)?;
-            let mut out = vec![T::zero(); x.len() / 2];
-            out.par_chunks_mut(ROWS * c)
-                .zip(x.par_chunks(ROWS * 2 * c))
-                .for_each(|(out, x)| {
-                    vectorised(|| {
-                        for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(2 * c)) {
-                            let (value, gate) = x.split_at(c);
-                            for ((o, &v), &g) in out.iter_mut().zip(value).zip(gate) {
-                                *o = v * g * normal_cdf(g);
-                            }
-                        }
-                    });
-                });
-            Ok(T::to_cpu_storage_owned(out))
-        }
-        let mut dims = layout.dims().to_vec();
-        let c = dims.last().map_or(0, |d| d / 2);
-        if let Some(last) = dims.last_mut() {
-            *last = c;
-        }
-        let out = by_dtype!(x.dtype(), self.name(), run(x, layout, c))?;
-        Ok((out, Shape::from(dims)))
+    fn forward<T: Real>(&self, [x]: [&[T]; 1]) -> Vec<T> {
+        let c = self.width;
+        let mut out = vec![T::zero(); x.len() / 2];
+        out.par_chunks_mut(ROWS * c)
+            .zip(x.par_chunks(ROWS * 2 * c))
+            .for_each(|(out, x)| gate_rows(out, x, c));
+        out
     }
 
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        fn run<T: Real>(x: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-            let c = x.dim(D::Minus1)? / 2;
-            let (xv, gv) = (View::of(x), View::of(grad));
-            let (xs, gs) = (xv.slice::<T>()?, gv.slice::<T>()?);
-            let mut out = vec![T::zero(); xs.len()];
-            out.par_chunks_mut(ROWS * 2 * c)
-                .zip(xs.par_chunks(ROWS * 2 * c).zip(gs.par_chunks(ROWS * c)))
-                .for_each(|(out, (x, grad))| {
-                    vectorised(|| {
-                        let density: T = real(1.0 / (2.0 * std::f64::consts::PI).sqrt());
-                        let rows = out.chunks_exact_mut(2 * c).zip(x.chunks_exact(2 * c));
-                        for ((out, x), grad) in rows.zip(grad.chunks_exact(c)) {
-                            let ((dv, dg), (value, gate)) = (out.split_at_mut(c), x.split_at(c));
-                            for i in 0..c {
-                                let (v, g, grad) = (value[i], gate[i], grad[i]);
-                                let cdf = normal_cdf(g);
-                                let pdf = density * (g * g * real(-0.5)).fast_exp();
-                                dv[i] = grad * g * cdf;
-                                dg[i] = grad * v * (cdf + g * pdf);
-                            }
-                        }
-                    });
-                });
-            Ok(Some(Tensor::from_vec(out, x.dims(), x.device())?))
+    fn backward<T: Real>(&self, [x]: [&[T]; 1], grad: &[T], _: [bool; 1]) -> [Option<Vec<T>>; 1] {
+        let c = self.width;
+        let mut out = vec![T::zero(); x.len()];
+        out.par_chunks_mut(ROWS * 2 * c)
+            .zip(x.par_chunks(ROWS * 2 * c).zip(grad.par_chunks(ROWS * c)))
+            .for_each(|(out, (x, grad))| gate_rows_backward(out, x, grad, c));
+        [Some(out)]
+    }
+}
+
+#[pulp::with_simd(gate_rows = Arch::new())]
+#[inline(always)]
+fn gate_rows_on<S: Simd, T: Real>(_: S, out: &mut [T], x: &[T], c: usize) {
+    for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(2 * c)) {
+        let (value, gate) = x.split_at(c);
+        for ((o, &v), &g) in out.iter_mut().zip(value).zip(gate) {
+            *o = v * g * normal_cdf(g);
         }
-        by_dtype!(x.dtype(), self.name(), run(x, &grad.contiguous()?))
+    }
+}
+
+#[pulp::with_simd(gate_rows_backward = Arch::new())]
+#[inline(always)]
+fn gate_rows_backward_on<S: Simd, T: Real>(_: S, out: &mut [T], x: &[T], grad: &[T], c: usize) {
+    let density: T = real(1.0 / (2.0 * std::f64::consts::PI).sqrt());
+    let rows = out.chunks_exact_mut(2 * c).zip(x.chunks_exact(2 * c));
+    for ((out, x), grad) in rows.zip(grad.chunks_exact(c)) {
+        let ((dv, dg), (value, gate)) = (out.split_at_mut(c), x.split_at(c));
+        let gradients = dv.iter_mut().zip(dg);
+        for ((dv, dg), ((&v, &g), &grad)) in gradients.zip(value.iter().zip(gate).zip(grad)) {
+            let cdf = normal_cdf(g);
+            let pdf = density * (g * g * real(-0.5)).fast_exp();
+            *dv = grad * g * cdf;
+            *dg = grad * v * (cdf + g * pdf);
+        }
     }
 }

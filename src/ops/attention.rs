@@ -1,10 +1,12 @@
 //! Multi-head scaled dot-product attention.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
+use candle_core::{Result, Shape, Tensor};
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{Grads3, Real, View, by_dtype, has_kernel, real, slice, vectorised};
+use super::cpu::{Real, dot, map_and_sum, max, real};
 use super::gemm::{Mat, MatMut, Threads, gemm};
+use super::kernel::{Kernel, apply3, has_kernel};
 
 /// How attention is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,40 +49,30 @@ pub fn attention(
         );
     }
     if kind == Attention::MemoryEfficient && has_kernel(q) {
-        let op = Blockwise { heads, causal };
-        return q
-            .contiguous()?
-            .apply_op3(&k.contiguous()?, &v.contiguous()?, op);
+        let kernel = Blockwise {
+            b,
+            n,
+            m,
+            c,
+            heads,
+            causal,
+        };
+        return apply3(kernel, [q, k, v]);
     }
-    let d = c / heads;
-    let split = |t: &Tensor, n: usize| t.reshape((b, n, heads, d))?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (split(q, n)?, split(k, m)?, split(v, m)?);
-    let mut scores = (q.matmul(&k.t()?)? * (1.0 / (d as f64).sqrt()))?;
-    if causal {
-        let mask: Vec<f32> = (0..n * n)
-            .map(|i| {
-                if i % n > i / n {
-                    f32::NEG_INFINITY
-                } else {
-                    0.0
-                }
-            })
-            .collect();
-        let mask = Tensor::from_vec(mask, (n, n), q.device())?.to_dtype(q.dtype())?;
-        scores = scores.broadcast_add(&mask)?;
+    match kind {
+        Attention::MemoryEfficient => super::tensor::attention(q, k, v, heads, causal),
+        Attention::Plain => super::tensor::plain_attention(q, k, v, heads, causal),
     }
-    // candle_nn's softmax over any dimension keeps gradients, its fast one for the last dimension does not: write it out.
-    let exp = scores
-        .broadcast_sub(&scores.max_keepdim(3)?.detach())?
-        .exp()?;
-    let weights = exp.broadcast_div(&exp.sum_keepdim(3)?)?;
-    weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, c))
 }
 
 /// Queries whose weights are held at once.
 const QUERY_BLOCK: usize = 256;
 
 struct Blockwise {
+    b: usize,
+    n: usize,
+    m: usize,
+    c: usize,
     heads: usize,
     causal: bool,
 }
@@ -114,8 +106,9 @@ impl<'a, T: Real> Head<'a, T> {
         real(1.0 / (self.d as f64).sqrt())
     }
 
-    /// The attention weights `[rows, M]` of queries `from..from + rows`.
-    fn weights(&self, from: usize, rows: usize, out: &mut [T]) {
+    /// The unnormalised attention weights `[rows, M]` of queries `from..from + rows`, and the factor for each row that makes
+    /// it sum to one.
+    fn weights(&self, from: usize, rows: usize, out: &mut [T], factors: &mut [T]) {
         let dst = MatMut::new(out, rows, self.m, self.m);
         gemm(
             dst,
@@ -125,38 +118,21 @@ impl<'a, T: Real> Head<'a, T> {
             self.keys().t(),
             Threads::One,
         );
-        vectorised(|| {
-            for (i, row) in out.chunks_exact_mut(self.m).enumerate() {
-                let seen = if self.causal { from + i + 1 } else { self.m };
-                let (row, unseen) = row.split_at_mut(seen);
-                unseen.fill(T::zero());
-                let max = row
-                    .iter()
-                    .fold(T::neg_infinity(), |a, &b| if b > a { b } else { a });
-                let mut sum = T::zero();
-                for x in row.iter_mut() {
-                    *x = (*x - max).fast_exp();
-                }
-                for &x in row.iter() {
-                    sum += x;
-                }
-                let scale = T::one() / sum;
-                for x in row.iter_mut() {
-                    *x *= scale;
-                }
-            }
-        });
+        exponentials(out, factors, self.causal.then_some(from));
     }
 
     fn forward(&self, out: &mut [T]) {
-        T::with_scratch(QUERY_BLOCK.min(self.n) * self.m, |weights| {
-            for from in (0..self.n).step_by(QUERY_BLOCK) {
-                let rows = QUERY_BLOCK.min(self.n - from);
-                let weights = &mut weights[..rows * self.m];
-                self.weights(from, rows, weights);
-                let dst = MatMut::new(&mut out[from * self.d..], rows, self.d, self.d);
+        let rows = QUERY_BLOCK.min(self.n);
+        T::with_scratch(rows * (self.m + 1), |buffer| {
+            let (weights, factors) = buffer.split_at_mut(rows * self.m);
+            for (index, out) in out.chunks_mut(QUERY_BLOCK * self.d).enumerate() {
+                let (from, rows) = (index * QUERY_BLOCK, out.len() / self.d);
+                let (weights, factors) = (&mut weights[..rows * self.m], &mut factors[..rows]);
+                self.weights(from, rows, weights, factors);
                 let weights = Mat::new(&*weights, rows, self.m, self.m);
+                let dst = MatMut::new(out, rows, self.d, self.d);
                 gemm(dst, false, T::one(), weights, self.values(), Threads::One);
+                scale_rows(out, self.d, factors);
             }
         });
     }
@@ -164,44 +140,39 @@ impl<'a, T: Real> Head<'a, T> {
     /// Gradients of this head's q `[N, d]`, k and v `[M, d]`, given the output's gradient (strided as q).
     fn backward(&self, grad: &[T], [gq, gk, gv]: [&mut [T]; 3]) {
         let (m, d) = (self.m, self.d);
-        let block = QUERY_BLOCK.min(self.n) * m;
-        T::with_scratch(2 * block, |buffer| {
-            let (weights, scores) = buffer.split_at_mut(block);
-            for from in (0..self.n).step_by(QUERY_BLOCK) {
-                let rows = QUERY_BLOCK.min(self.n - from);
-                let more = from > 0;
+        let rows = QUERY_BLOCK.min(self.n);
+        T::with_scratch(rows * (2 * m + d + 1), |buffer| {
+            let (weights, buffer) = buffer.split_at_mut(rows * m);
+            let (scores, buffer) = buffer.split_at_mut(rows * m);
+            let (scaled, factors) = buffer.split_at_mut(rows * d);
+            for (index, gq) in gq.chunks_mut(QUERY_BLOCK * d).enumerate() {
+                let (from, rows) = (index * QUERY_BLOCK, gq.len() / d);
                 let (weights, scores) = (&mut weights[..rows * m], &mut scores[..rows * m]);
-                self.weights(from, rows, weights);
-                let grad = Mat::new(&grad[from * self.c..], rows, d, self.c);
-                let p = Mat::new(&*weights, rows, m, m);
-                gemm(
-                    MatMut::new(gv, m, d, d),
-                    more,
-                    T::one(),
-                    p.t(),
-                    grad,
-                    Threads::One,
-                );
+                let (scaled, factors) = (&mut scaled[..rows * d], &mut factors[..rows]);
+                self.weights(from, rows, weights, factors);
+                let grad = &grad[from * self.c..];
+                for (scaled, grad) in scaled.chunks_exact_mut(d).zip(grad.chunks(self.c)) {
+                    scaled.copy_from_slice(&grad[..d]);
+                }
+                scale_rows(scaled, d, factors);
+                let grad = Mat::new(grad, rows, d, self.c);
                 let dp = MatMut::new(scores, rows, m, m);
                 gemm(dp, false, T::one(), grad, self.values().t(), Threads::One);
-                vectorised(|| {
-                    for (ds, p) in scores.chunks_exact_mut(m).zip(weights.chunks_exact(m)) {
-                        let mut dot = T::zero();
-                        for (&ds, &p) in ds.iter().zip(p) {
-                            dot += ds * p;
-                        }
-                        for (ds, &p) in ds.iter_mut().zip(p) {
-                            *ds = p * (*ds - dot);
-                        }
-                    }
-                });
-                let ds = Mat::new(&*scores, rows, m, m);
-                let dst = MatMut::new(&mut gq[from * d..], rows, d, d);
-                gemm(dst, false, self.scale(), ds, self.keys(), Threads::One);
-                let dst = MatMut::new(gk, m, d, d);
                 gemm(
-                    dst,
-                    more,
+                    MatMut::new(gv, m, d, d),
+                    from > 0,
+                    T::one(),
+                    Mat::new(&*weights, rows, m, m).t(),
+                    Mat::new(&*scaled, rows, d, d),
+                    Threads::One,
+                );
+                softmax_backward(scores, weights, factors);
+                let ds = Mat::new(&*scores, rows, m, m);
+                let dst = MatMut::new(gq, rows, d, d);
+                gemm(dst, false, self.scale(), ds, self.keys(), Threads::One);
+                gemm(
+                    MatMut::new(gk, m, d, d),
+                    from > 0,
                     self.scale(),
                     ds.t(),
                     self.queries(from, rows),
@@ -209,6 +180,52 @@ impl<'a, T: Real> Head<'a, T> {
                 );
             }
         });
+    }
+}
+
+/// Turns rows of scores into unnormalised softmax weights and finds the factor for each row that makes it sum to one. With a
+/// causal mask, the first row is that of query `causal`.
+#[pulp::with_simd(exponentials = Arch::new())]
+#[inline(always)]
+fn exponentials_on<S: Simd, T: Real>(
+    _: S,
+    scores: &mut [T],
+    factors: &mut [T],
+    causal: Option<usize>,
+) {
+    let m = scores.len() / factors.len();
+    let rows = scores.chunks_exact_mut(m).zip(factors).enumerate();
+    for (i, (row, factor)) in rows {
+        let seen = causal.map_or(m, |from| from + i + 1);
+        let (row, unseen) = row.split_at_mut(seen);
+        unseen.fill(T::zero());
+        let max = max(row);
+        *factor = T::one() / map_and_sum(row, |x| (x - max).fast_exp());
+    }
+}
+
+/// From the gradient of normalised weights to that of the scores, in place: `p·(dp - Σ dp·p)` where `p = weights·factor`.
+#[pulp::with_simd(softmax_backward = Arch::new())]
+#[inline(always)]
+fn softmax_backward_on<S: Simd, T: Real>(_: S, grad: &mut [T], weights: &[T], factors: &[T]) {
+    let m = weights.len() / factors.len();
+    let rows = grad.chunks_exact_mut(m).zip(weights.chunks_exact(m));
+    for ((grad, weights), &factor) in rows.zip(factors) {
+        let along = factor * dot(grad, weights);
+        for (g, &w) in grad.iter_mut().zip(weights) {
+            *g = w * factor * (*g - along);
+        }
+    }
+}
+
+/// Multiplies each row of `[rows, width]` by its factor.
+#[pulp::with_simd(scale_rows = Arch::new())]
+#[inline(always)]
+fn scale_rows_on<S: Simd, T: Real>(_: S, x: &mut [T], width: usize, factors: &[T]) {
+    for (row, &factor) in x.chunks_exact_mut(width).zip(factors) {
+        for x in row {
+            *x *= factor;
+        }
     }
 }
 
@@ -229,17 +246,15 @@ fn merge_heads<T: Real>(x: &[T], heads: usize, n: usize, d: usize) -> Vec<T> {
 }
 
 impl Blockwise {
+    /// Width of a head.
+    fn d(&self) -> usize {
+        self.c / self.heads
+    }
+
     /// The operands of the `index`th (image, head) pair.
-    fn head<'a, T>(
-        &self,
-        [q, k, v]: [&'a [T]; 3],
-        index: usize,
-        n: usize,
-        m: usize,
-        c: usize,
-    ) -> Head<'a, T> {
-        let d = c / self.heads;
-        let (b, offset) = (index / self.heads, index % self.heads * d);
+    fn head<'a, T>(&self, [q, k, v]: [&'a [T]; 3], index: usize) -> Head<'a, T> {
+        let Self { n, m, c, .. } = *self;
+        let (b, offset) = (index / self.heads, index % self.heads * self.d());
         Head {
             q: &q[b * n * c + offset..],
             k: &k[b * m * c + offset..],
@@ -247,97 +262,44 @@ impl Blockwise {
             n,
             m,
             c,
-            d,
+            d: self.d(),
             causal: self.causal,
         }
     }
-
-    fn backward<T: Real>(&self, [q, k, v]: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
-        let (_, n, c) = q.dims3()?;
-        let m = k.dim(1)?;
-        let d = c / self.heads;
-        let views = [q, k, v].map(View::of);
-        let operands = [
-            views[0].slice::<T>()?,
-            views[1].slice::<T>()?,
-            views[2].slice::<T>()?,
-        ];
-        let grad_view = View::of(grad);
-        let grads = grad_view.slice::<T>()?;
-        let [mut gq, mut gk, mut gv] = operands.map(|s| vec![T::zero(); s.len()]);
-        gq.par_chunks_exact_mut(n * d)
-            .zip(
-                gk.par_chunks_exact_mut(m * d)
-                    .zip(gv.par_chunks_exact_mut(m * d)),
-            )
-            .enumerate()
-            .for_each(|(index, (gq, (gk, gv)))| {
-                let grad = &grads[index / self.heads * n * c + index % self.heads * d..];
-                self.head(operands, index, n, m, c)
-                    .backward(grad, [gq, gk, gv]);
-            });
-        let merged = |x: &[T], like: &Tensor, n: usize| {
-            Tensor::from_vec(
-                merge_heads(x, self.heads, n, d),
-                like.shape(),
-                like.device(),
-            )
-            .map(Some)
-        };
-        Ok((merged(&gq, q, n)?, merged(&gk, k, m)?, merged(&gv, v, m)?))
-    }
 }
 
-impl CustomOp3 for Blockwise {
-    fn name(&self) -> &'static str {
-        "attention"
+impl Kernel<3> for Blockwise {
+    const NAME: &'static str = "attention";
+
+    fn shape(&self) -> Shape {
+        Shape::from((self.b, self.n, self.c))
     }
 
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        ql: &Layout,
-        k: &CpuStorage,
-        kl: &Layout,
-        v: &CpuStorage,
-        vl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(op: &Blockwise, s: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
-            let (_, n, c) = s[0].1.shape().dims3()?;
-            let m = s[1].1.shape().dims3()?.1;
-            let operands = [
-                slice::<T>(s[0].0, s[0].1)?,
-                slice(s[1].0, s[1].1)?,
-                slice(s[2].0, s[2].1)?,
-            ];
-            let d = c / op.heads;
-            let mut out = vec![T::zero(); operands[0].len()];
-            out.par_chunks_exact_mut(n * d)
-                .enumerate()
-                .for_each(|(index, out)| op.head(operands, index, n, m, c).forward(out));
-            Ok(T::to_cpu_storage_owned(merge_heads(&out, op.heads, n, d)))
-        }
-        let operands = [(q, ql), (k, kl), (v, vl)];
-        let out = by_dtype!(q.dtype(), self.name(), run(self, operands))?;
-        Ok((out, ql.shape().clone()))
+    fn forward<T: Real>(&self, operands: [&[T]; 3]) -> Vec<T> {
+        let mut out = vec![T::zero(); operands[0].len()];
+        out.par_chunks_exact_mut(self.n * self.d())
+            .enumerate()
+            .for_each(|(index, out)| self.head(operands, index).forward(out));
+        merge_heads(&out, self.heads, self.n, self.d())
     }
 
-    fn bwd(
+    fn backward<T: Real>(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Grads3> {
-        fn run<T: Real>(op: &Blockwise, args: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
-            op.backward::<T>(args, grad)
-        }
-        by_dtype!(
-            q.dtype(),
-            self.name(),
-            run(self, [q, k, v], &grad.contiguous()?)
-        )
+        operands: [&[T]; 3],
+        grad: &[T],
+        _: [bool; 3],
+    ) -> [Option<Vec<T>>; 3] {
+        let (n, m, d) = (self.n, self.m, self.d());
+        let [mut gq, mut gk, mut gv] = operands.map(|s| vec![T::zero(); s.len()]);
+        gq.par_chunks_exact_mut(n * d)
+            .zip(gk.par_chunks_exact_mut(m * d))
+            .zip(gv.par_chunks_exact_mut(m * d))
+            .enumerate()
+            .for_each(|(index, ((gq, gk), gv))| {
+                let grad = &grad[index / self.heads * n * self.c + index % self.heads * d..];
+                self.head(operands, index).backward(grad, [gq, gk, gv]);
+            });
+        [(gq, n), (gk, m), (gv, m)].map(|(x, rows)| Some(merge_heads(&x, self.heads, rows, d)))
     }
 }
 

@@ -1,8 +1,11 @@
-//! What the CPU kernels share: the element trait, views of tensors, scratch memory, vectorised functions.
+//! What the CPU kernels share: the element trait, scratch memory, sums.
+//!
+//! Loops over elements are functions marked `pulp::with_simd`: compiled once for each vector unit, with everything
+//! `#[inline(always)]` below them, and chosen by the machine. A closure would be compiled for the baseline alone.
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::WithDType;
 
 /// An element type the CPU kernels are written for: `f32`, and `f64` for checking them.
 pub(super) trait Real:
@@ -102,14 +105,6 @@ pub(super) fn sigmoid<T: Real>(x: T) -> T {
     T::one() / (T::one() + (-x).fast_exp())
 }
 
-/// Runs a loop compiled for the widest vector unit of this machine.
-///
-/// The loop must be in the closure or in `#[inline(always)]` functions called from it.
-#[inline(always)]
-pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
-}
-
 /// Independent partial sums a vector unit can hold; fixed, so that sums do not depend on the machine's width.
 const LANES: usize = 16;
 /// Elements summed in `T` before the partial sum is moved to `f64`.
@@ -143,61 +138,61 @@ pub(super) fn sum1<T: Real>(x: &[T], f: impl Fn(T) -> T) -> f64 {
     sum2(x, x, |x, _| f(x))
 }
 
-/// The elements of a contiguous operand of a custom op.
-pub(super) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => bail!("an operand of a coffey operation must be contiguous"),
-    }
-}
-
-/// A contiguous CPU tensor, readable as a slice while this lives.
-pub(super) struct View<'a> {
-    storage: StorageRef<'a>,
-    layout: &'a Layout,
-}
-
-impl<'a> View<'a> {
-    pub(super) fn of(tensor: &'a Tensor) -> Self {
-        let (storage, layout) = tensor.storage_and_layout();
-        Self { storage, layout }
-    }
-
-    pub(super) fn slice<T: Real>(&self) -> Result<&[T]> {
-        match &*self.storage {
-            Storage::Cpu(storage) => slice(storage, self.layout),
-            _ => bail!("expected a CPU tensor"),
+/// The largest element; a NaN may or may not be passed over.
+#[inline(always)]
+pub(super) fn max<T: Real>(x: &[T]) -> T {
+    let larger = |a: T, b: T| if b > a { b } else { a };
+    let mut lanes = [T::neg_infinity(); LANES];
+    let chunks = x.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for x in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(x) {
+            *lane = larger(*lane, x);
         }
     }
+    lanes.iter().chain(rest).copied().fold(lanes[0], larger)
 }
 
-/// What the backward of an operation on three tensors gives: a gradient for each that needs one.
-pub(super) type Grads3 = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
-
-/// Whether a gradient for `tensor` would reach a variable.
-pub(super) fn needs_grad(tensor: &Tensor) -> bool {
-    tensor.track_op()
-}
-
-/// Calls `$f::<f32>` or `$f::<f64>` by a dtype; other dtypes are an error naming the operation.
-macro_rules! by_dtype {
-    ($dtype:expr, $name:expr, $f:ident ( $($arg:expr),* $(,)? )) => {
-        match $dtype {
-            candle_core::DType::F32 => $f::<f32>($($arg),*),
-            candle_core::DType::F64 => $f::<f64>($($arg),*),
-            other => candle_core::bail!("{} on the CPU takes f32 or f64, not {other:?}", $name),
+/// Replaces each `x` by `f(x)`; the sum of the results, in lanes of `T`.
+#[inline(always)]
+pub(super) fn map_and_sum<T: Real>(x: &mut [T], f: impl Fn(T) -> T) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let mut chunks = x.chunks_exact_mut(LANES);
+    for x in &mut chunks {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *x = f(*x);
+            *lane += *x;
         }
-    };
+    }
+    // The rest through a whole vector: `f` is dear and would run one element at a time.
+    let rest = chunks.into_remainder();
+    let mut padded = [T::zero(); LANES];
+    padded[..rest.len()].copy_from_slice(rest);
+    for x in &mut padded {
+        *x = f(*x);
+    }
+    rest.copy_from_slice(&padded[..rest.len()]);
+    for (lane, &x) in lanes.iter_mut().zip(&*rest) {
+        *lane += x;
+    }
+    lanes.iter().copied().sum()
 }
-pub(super) use by_dtype;
 
-/// Whether the CPU kernels take this tensor; others go through candle's tensor operations.
-pub(super) fn has_kernel(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu()
-        && matches!(
-            tensor.dtype(),
-            candle_core::DType::F32 | candle_core::DType::F64
-        )
+/// `Σ x·y`, in lanes of `T`.
+#[inline(always)]
+pub(super) fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    let mut lanes = [T::zero(); LANES];
+    let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let rest = xs.remainder().iter().zip(ys.remainder());
+    for (lane, (&x, &y)) in lanes.iter_mut().zip(rest) {
+        *lane += x * y;
+    }
+    for (x, y) in xs.zip(ys) {
+        for ((lane, &x), &y) in lanes.iter_mut().zip(x).zip(y) {
+            *lane += x * y;
+        }
+    }
+    lanes.iter().copied().sum()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A bounds-checked face to the `gemm` crate: strided views over slices in, one matrix product out.
 //!
-//! This is the only place in coffey with `unsafe` code: `gemm::gemm` takes raw pointers, and every view is checked
+//! This is the only module of `ops` with `unsafe` code: `gemm::gemm` takes raw pointers, and every view is checked
 //! against its slice before a pointer is made of it.
 #![allow(unsafe_code)]
 

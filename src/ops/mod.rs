@@ -3,18 +3,24 @@
 //! Candle's stock group norm, layer norm, softmax and attention drop their gradients without an error, and its
 //! convolution's backward is several times slower than its forward. The functions here are differentiable through
 //! [`candle_core::Tensor::backward`], run on rayon's pool, compute no gradient for inputs that are not tracked, and give the same
-//! numbers for any number of threads. On the CPU they take `f32` and `f64` (`f64` is there for checks against finite
-//! differences). On other devices they are composed of candle's differentiable tensor operations.
+//! numbers for any number of threads. The kernels are the CPU's and take `f32` and `f64` (`f64` is there for checks
+//! against finite differences). On other devices, and for `f16` and `bf16`, the same functions are made of candle's tensor
+//! operations, with a backward as fast and as sparing of memory as those allow.
 //!
 //! This module knows tensors and nothing of diffusion.
 
 mod activation;
 mod attention;
+mod backward;
+mod computed;
 mod conv;
 mod cpu;
 mod gemm;
+mod kernel;
 mod linear;
 mod norm;
+mod segment;
+mod tensor;
 mod update;
 mod upsample;
 
@@ -23,8 +29,10 @@ mod gradcheck;
 
 pub use activation::geglu;
 pub use attention::{Attention, attention};
+pub use backward::{Gradients, backward};
 pub use conv::conv2d;
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
+pub use segment::{Keep, segment};
 pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;

@@ -1,13 +1,11 @@
 //! Group and layer normalisation.
 
-use candle_core::{
-    CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, backend::BackendStorage,
-};
+use candle_core::{D, Result, Shape, Tensor};
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{
-    Grads3, Real, View, by_dtype, has_kernel, real, sigmoid, slice, sum1, sum2, vectorised,
-};
+use super::cpu::{Real, real, sigmoid, sum1, sum2};
+use super::kernel::{Kernel, apply3, has_kernel};
 
 /// Group normalisation over channels and space, with the SiLU that follows it in every residual block fused on demand.
 ///
@@ -32,22 +30,17 @@ pub fn group_norm(
         );
     }
     if has_kernel(x) {
-        let op = GroupNorm { groups, eps, silu };
-        return x
-            .contiguous()?
-            .apply_op3(&weight.contiguous()?, &bias.contiguous()?, op);
+        let kernel = GroupNorm {
+            groups,
+            per_group: c / groups,
+            pixels: x.dims()[2..].iter().product(),
+            eps,
+            silu,
+            shape: x.shape().clone(),
+        };
+        return apply3(kernel, [x, weight, bias]);
     }
-    let grouped = x.reshape((x.dim(0)?, groups, ()))?;
-    let centred = grouped.broadcast_sub(&grouped.mean_keepdim(D::Minus1)?)?;
-    let std = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    let mut per_channel = vec![1; x.rank()];
-    per_channel[1] = c;
-    let y = centred
-        .broadcast_div(&std)?
-        .reshape(x.shape())?
-        .broadcast_mul(&weight.reshape(per_channel.as_slice())?)?
-        .broadcast_add(&bias.reshape(per_channel.as_slice())?)?;
-    if silu { y.silu() } else { Ok(y) }
+    super::tensor::group_norm(x, weight, bias, groups, eps, silu)
 }
 
 /// Layer normalisation over the last dimension, as `torch.nn.functional.layer_norm`.
@@ -66,18 +59,14 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
         );
     }
     if has_kernel(x) {
-        return x.contiguous()?.apply_op3(
-            &weight.contiguous()?,
-            &bias.contiguous()?,
-            LayerNorm { eps },
-        );
+        let kernel = LayerNorm {
+            width: c,
+            eps,
+            shape: x.shape().clone(),
+        };
+        return apply3(kernel, [x, weight, bias]);
     }
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let std = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-    centred
-        .broadcast_div(&std)?
-        .broadcast_mul(weight)?
-        .broadcast_add(bias)
+    super::tensor::layer_norm(x, weight, bias, eps)
 }
 
 /// Mean and reciprocal standard deviation (biased) of a slice.
@@ -102,153 +91,144 @@ fn sum_rows<T: Real>(parts: &[T], width: usize) -> Vec<T> {
 
 struct GroupNorm {
     groups: usize,
+    /// Channels of a group.
+    per_group: usize,
+    /// Pixels of a channel.
+    pixels: usize,
     eps: f64,
     silu: bool,
+    shape: Shape,
 }
 
 impl GroupNorm {
-    /// Channels of a group and pixels of a channel.
-    fn sizes(&self, shape: &Shape) -> (usize, usize) {
-        let channels = shape.dims()[1];
-        let pixels = shape.dims()[2..].iter().product();
-        (channels / self.groups, pixels)
+    /// Elements of one group of one image.
+    fn group(&self) -> usize {
+        self.per_group * self.pixels
     }
 
-    fn backward<T: Real>(&self, [x, w, b]: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
-        let (per_group, pixels) = self.sizes(x.shape());
-        let channels = per_group * self.groups;
-        let (xv, wv, bv, gv) = (View::of(x), View::of(w), View::of(b), View::of(grad));
-        let (xs, ws, bs, gs) = (
-            xv.slice::<T>()?,
-            wv.slice::<T>()?,
-            bv.slice::<T>()?,
-            gv.slice::<T>()?,
-        );
-        let group = per_group * pixels;
-        let mut gx = vec![T::zero(); xs.len()];
-        // Each image's share of the gradients of weight and bias, [B, C].
-        let mut gw = vec![T::zero(); xs.len() / pixels];
-        let mut gb = gw.clone();
-        gx.par_chunks_exact_mut(group)
-            .zip(
-                gw.par_chunks_exact_mut(per_group)
-                    .zip(gb.par_chunks_exact_mut(per_group)),
-            )
-            .enumerate()
-            .for_each(|(index, (gx, (gw, gb)))| {
-                let first = index % self.groups * per_group;
-                let (x, g) = (&xs[index * group..][..group], &gs[index * group..][..group]);
-                let (ws, bs) = (&ws[first..][..per_group], &bs[first..][..per_group]);
-                vectorised(|| {
-                    let (mean, rstd) = statistics(x, self.eps);
-                    let (mut sum_g, mut sum_gx) = (0.0, 0.0); // of the gradient at x̂, and of it times x̂
-                    for c in 0..per_group {
-                        let (w, b) = (ws[c], bs[c]);
-                        let span = c * pixels..(c + 1) * pixels;
-                        let (x, g, gx) = (&x[span.clone()], &g[span.clone()], &mut gx[span]);
-                        // gx holds the gradient before the activation until the second pass.
-                        if self.silu {
-                            for ((d, &x), &g) in gx.iter_mut().zip(x).zip(g) {
-                                let y = (x - mean) * rstd * w + b;
-                                let s = sigmoid(y);
-                                *d = g * s * (T::one() + y * (T::one() - s));
-                            }
-                        } else {
-                            gx.copy_from_slice(g);
-                        }
-                        let total = sum1(gx, |g| g);
-                        let against = sum2(gx, x, |g, x| g * (x - mean) * rstd);
-                        gw[c] = real(against);
-                        gb[c] = real(total);
-                        sum_g += total * w.to_f64();
-                        sum_gx += against * w.to_f64();
-                    }
-                    let n = group as f64;
-                    let (mean_g, mean_gx): (T, T) = (real(sum_g / n), real(sum_gx / n));
-                    for (c, &w) in ws.iter().enumerate() {
-                        let span = c * pixels..(c + 1) * pixels;
-                        for (d, &x) in gx[span.clone()].iter_mut().zip(&x[span]) {
-                            *d = rstd * (*d * w - mean_g - (x - mean) * rstd * mean_gx);
-                        }
-                    }
-                });
-            });
-        let device = x.device();
-        Ok((
-            Some(Tensor::from_vec(gx, x.dims(), device)?),
-            Some(Tensor::from_vec(sum_rows(&gw, channels), channels, device)?),
-            Some(Tensor::from_vec(sum_rows(&gb, channels), channels, device)?),
-        ))
+    /// The channels of the `index`th group, counted over images.
+    fn channels<'a, T>(&self, index: usize, all: &'a [T]) -> &'a [T] {
+        &all[index % self.groups * self.per_group..][..self.per_group]
     }
 }
 
-impl CustomOp3 for GroupNorm {
-    fn name(&self) -> &'static str {
-        "group_norm"
+impl Kernel<3> for GroupNorm {
+    const NAME: &'static str = "group_norm";
+
+    fn shape(&self) -> Shape {
+        self.shape.clone()
     }
 
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(op: &GroupNorm, s: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
-            let (per_group, pixels) = op.sizes(s[0].1.shape());
-            let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
-            let (x, w, b) = (x?, w?, b?);
-            let group = per_group * pixels;
-            let mut out = vec![T::zero(); x.len()];
-            out.par_chunks_exact_mut(group)
-                .zip(x.par_chunks_exact(group))
-                .enumerate()
-                .for_each(|(index, (out, x))| {
-                    let first = index % op.groups * per_group;
-                    vectorised(|| {
-                        let (mean, rstd) = statistics(x, op.eps);
-                        let planes = out.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels));
-                        for (c, (out, x)) in planes.enumerate() {
-                            let scale = rstd * w[first + c];
-                            let shift = b[first + c] - mean * scale;
-                            if op.silu {
-                                for (o, &x) in out.iter_mut().zip(x) {
-                                    let y = x * scale + shift;
-                                    *o = y * sigmoid(y);
-                                }
-                            } else {
-                                for (o, &x) in out.iter_mut().zip(x) {
-                                    *o = x * scale + shift;
-                                }
-                            }
-                        }
-                    });
-                });
-            Ok(T::to_cpu_storage_owned(out))
-        }
-        let operands = [(x, xl), (w, wl), (b, bl)];
-        let out = by_dtype!(x.dtype(), self.name(), run(self, operands))?;
-        Ok((out, xl.shape().clone()))
+    fn forward<T: Real>(&self, [x, w, b]: [&[T]; 3]) -> Vec<T> {
+        let mut out = vec![T::zero(); x.len()];
+        out.par_chunks_exact_mut(self.group())
+            .zip(x.par_chunks_exact(self.group()))
+            .enumerate()
+            .for_each(|(index, (out, x))| {
+                let (w, b) = (self.channels(index, w), self.channels(index, b));
+                normalise_group(out, x, w, b, self.eps, self.silu);
+            });
+        out
     }
 
-    fn bwd(
+    fn backward<T: Real>(
         &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Grads3> {
-        fn run<T: Real>(op: &GroupNorm, args: [&Tensor; 3], grad: &Tensor) -> Result<Grads3> {
-            op.backward::<T>(args, grad)
+        [x, w, b]: [&[T]; 3],
+        grad: &[T],
+        _: [bool; 3],
+    ) -> [Option<Vec<T>>; 3] {
+        let mut gx = vec![T::zero(); x.len()];
+        // Each image's share of the gradients of weight and bias, [B, C].
+        let mut gw = vec![T::zero(); x.len() / self.pixels];
+        let mut gb = gw.clone();
+        gx.par_chunks_exact_mut(self.group())
+            .zip(gw.par_chunks_exact_mut(self.per_group))
+            .zip(gb.par_chunks_exact_mut(self.per_group))
+            .zip(x.par_chunks_exact(self.group()))
+            .zip(grad.par_chunks_exact(self.group()))
+            .enumerate()
+            .for_each(|(index, ((((gx, gw), gb), x), grad))| {
+                let (w, b) = (self.channels(index, w), self.channels(index, b));
+                group_backward([gx, gw, gb], [x, w, b], grad, self.eps, self.silu);
+            });
+        let channels = self.groups * self.per_group;
+        let [gw, gb] = [gw, gb].map(|parts| sum_rows(&parts, channels));
+        [Some(gx), Some(gw), Some(gb)]
+    }
+}
+
+/// Normalises one group `[channels, pixels]` of one image.
+#[pulp::with_simd(normalise_group = Arch::new())]
+#[inline(always)]
+fn normalise_group_on<S: Simd, T: Real>(
+    _: S,
+    out: &mut [T],
+    x: &[T],
+    weight: &[T],
+    bias: &[T],
+    eps: f64,
+    silu: bool,
+) {
+    let pixels = x.len() / weight.len();
+    let (mean, rstd) = statistics(x, eps);
+    let planes = out.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels));
+    for ((out, x), (&w, &b)) in planes.zip(weight.iter().zip(bias)) {
+        let scale = rstd * w;
+        let shift = b - mean * scale;
+        if silu {
+            for (o, &x) in out.iter_mut().zip(x) {
+                let y = x * scale + shift;
+                *o = y * sigmoid(y);
+            }
+        } else {
+            for (o, &x) in out.iter_mut().zip(x) {
+                *o = x * scale + shift;
+            }
         }
-        by_dtype!(
-            x.dtype(),
-            self.name(),
-            run(self, [x, w, b], &grad.contiguous()?)
-        )
+    }
+}
+
+/// The gradients of one group of one image: of its input and of its channels' weights and biases.
+#[pulp::with_simd(group_backward = Arch::new())]
+#[inline(always)]
+fn group_backward_on<S: Simd, T: Real>(
+    _: S,
+    [gx, gw, gb]: [&mut [T]; 3],
+    [x, weight, bias]: [&[T]; 3],
+    grad: &[T],
+    eps: f64,
+    silu: bool,
+) {
+    let pixels = x.len() / weight.len();
+    let (mean, rstd) = statistics(x, eps);
+    let (mut sum_g, mut sum_gx) = (0.0, 0.0); // of the gradient at x̂, and of it times x̂
+    for (c, (&w, &b)) in weight.iter().zip(bias).enumerate() {
+        let span = c * pixels..(c + 1) * pixels;
+        let (x, g, gx) = (&x[span.clone()], &grad[span.clone()], &mut gx[span]);
+        // gx holds the gradient before the activation until the second pass.
+        if silu {
+            for ((d, &x), &g) in gx.iter_mut().zip(x).zip(g) {
+                let y = (x - mean) * rstd * w + b;
+                let s = sigmoid(y);
+                *d = g * s * (T::one() + y * (T::one() - s));
+            }
+        } else {
+            gx.copy_from_slice(g);
+        }
+        let total = sum1(gx, |g| g);
+        let against = sum2(gx, x, |g, x| g * (x - mean) * rstd);
+        gw[c] = real(against);
+        gb[c] = real(total);
+        sum_g += total * w.to_f64();
+        sum_gx += against * w.to_f64();
+    }
+    let n = x.len() as f64;
+    let (mean_g, mean_gx): (T, T) = (real(sum_g / n), real(sum_gx / n));
+    let planes = gx.chunks_exact_mut(pixels).zip(x.chunks_exact(pixels));
+    for ((gx, x), &w) in planes.zip(weight) {
+        for (d, &x) in gx.iter_mut().zip(x) {
+            *d = rstd * (*d * w - mean_g - (x - mean) * rstd * mean_gx);
+        }
     }
 }
 
@@ -256,105 +236,96 @@ impl CustomOp3 for GroupNorm {
 const ROWS: usize = 64;
 
 struct LayerNorm {
+    width: usize,
     eps: f64,
+    shape: Shape,
 }
 
-impl LayerNorm {
-    fn backward<T: Real>(&self, [x, w]: [&Tensor; 2], grad: &Tensor) -> Result<Grads3> {
-        let c = w.dim(0)?;
-        let (xv, wv, gv) = (View::of(x), View::of(w), View::of(grad));
-        let (xs, ws, gs) = (xv.slice::<T>()?, wv.slice::<T>()?, gv.slice::<T>()?);
-        let parts = xs.len().div_ceil(ROWS * c);
-        let mut gx = vec![T::zero(); xs.len()];
+impl Kernel<3> for LayerNorm {
+    const NAME: &'static str = "layer_norm";
+
+    fn shape(&self) -> Shape {
+        self.shape.clone()
+    }
+
+    fn forward<T: Real>(&self, [x, w, b]: [&[T]; 3]) -> Vec<T> {
+        let mut out = vec![T::zero(); x.len()];
+        out.par_chunks_mut(ROWS * self.width)
+            .zip(x.par_chunks(ROWS * self.width))
+            .for_each(|(out, x)| normalise_rows(out, x, w, b, self.eps));
+        out
+    }
+
+    fn backward<T: Real>(
+        &self,
+        [x, w, _]: [&[T]; 3],
+        grad: &[T],
+        _: [bool; 3],
+    ) -> [Option<Vec<T>>; 3] {
+        let (c, rows) = (self.width, ROWS * self.width);
+        let parts = x.len().div_ceil(rows);
+        let mut gx = vec![T::zero(); x.len()];
         let (mut gw, mut gb) = (vec![T::zero(); parts * c], vec![T::zero(); parts * c]);
-        gx.par_chunks_mut(ROWS * c)
-            .zip(xs.par_chunks(ROWS * c).zip(gs.par_chunks(ROWS * c)))
-            .zip(gw.par_chunks_exact_mut(c).zip(gb.par_chunks_exact_mut(c)))
-            .for_each(|((gx, (x, g)), (gw, gb))| {
-                vectorised(|| {
-                    let rows = gx
-                        .chunks_exact_mut(c)
-                        .zip(x.chunks_exact(c))
-                        .zip(g.chunks_exact(c));
-                    for ((gx, x), g) in rows {
-                        let (mean, rstd) = statistics(x, self.eps);
-                        for i in 0..c {
-                            let xhat = (x[i] - mean) * rstd;
-                            gw[i] += g[i] * xhat;
-                            gb[i] += g[i];
-                            gx[i] = g[i] * ws[i];
-                        }
-                        let mean_g: T = real(sum1(gx, |g| g) / c as f64);
-                        let mean_gx: T = real(sum2(gx, x, |g, x| g * (x - mean) * rstd) / c as f64);
-                        for (d, &x) in gx.iter_mut().zip(x) {
-                            *d = rstd * (*d - mean_g - (x - mean) * rstd * mean_gx);
-                        }
-                    }
-                });
+        gx.par_chunks_mut(rows)
+            .zip(gw.par_chunks_exact_mut(c))
+            .zip(gb.par_chunks_exact_mut(c))
+            .zip(x.par_chunks(rows))
+            .zip(grad.par_chunks(rows))
+            .for_each(|((((gx, gw), gb), x), grad)| {
+                rows_backward([gx, gw, gb], [x, w], grad, self.eps);
             });
-        let device = x.device();
-        Ok((
-            Some(Tensor::from_vec(gx, x.dims(), device)?),
-            Some(Tensor::from_vec(sum_rows(&gw, c), c, device)?),
-            Some(Tensor::from_vec(sum_rows(&gb, c), c, device)?),
-        ))
+        let [gw, gb] = [gw, gb].map(|parts| sum_rows(&parts, c));
+        [Some(gx), Some(gw), Some(gb)]
     }
 }
 
-impl CustomOp3 for LayerNorm {
-    fn name(&self) -> &'static str {
-        "layer_norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(eps: f64, s: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
-            let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
-            let (x, w, b) = (x?, w?, b?);
-            let c = w.len();
-            let mut out = vec![T::zero(); x.len()];
-            out.par_chunks_mut(ROWS * c)
-                .zip(x.par_chunks(ROWS * c))
-                .for_each(|(out, x)| {
-                    vectorised(|| {
-                        for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                            let (mean, rstd) = statistics(x, eps);
-                            for i in 0..c {
-                                out[i] = (x[i] - mean) * rstd * w[i] + b[i];
-                            }
-                        }
-                    });
-                });
-            Ok(T::to_cpu_storage_owned(out))
+#[pulp::with_simd(normalise_rows = Arch::new())]
+#[inline(always)]
+fn normalise_rows_on<S: Simd, T: Real>(
+    _: S,
+    out: &mut [T],
+    x: &[T],
+    weight: &[T],
+    bias: &[T],
+    eps: f64,
+) {
+    let c = weight.len();
+    for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+        let (mean, rstd) = statistics(x, eps);
+        let affine = weight.iter().zip(bias);
+        for ((o, &x), (&w, &b)) in out.iter_mut().zip(x).zip(affine) {
+            *o = (x - mean) * rstd * w + b;
         }
-        let operands = [(x, xl), (w, wl), (b, bl)];
-        let out = by_dtype!(x.dtype(), self.name(), run(self.eps, operands))?;
-        Ok((out, xl.shape().clone()))
     }
+}
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _b: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Grads3> {
-        fn run<T: Real>(op: &LayerNorm, args: [&Tensor; 2], grad: &Tensor) -> Result<Grads3> {
-            op.backward::<T>(args, grad)
+/// The gradients of some rows: of the rows themselves, and added up over them those of weight and bias.
+#[pulp::with_simd(rows_backward = Arch::new())]
+#[inline(always)]
+fn rows_backward_on<S: Simd, T: Real>(
+    _: S,
+    [gx, gw, gb]: [&mut [T]; 3],
+    [x, weight]: [&[T]; 2],
+    grad: &[T],
+    eps: f64,
+) {
+    let c = weight.len();
+    let rows = gx.chunks_exact_mut(c).zip(x.chunks_exact(c));
+    for ((gx, x), g) in rows.zip(grad.chunks_exact(c)) {
+        let (mean, rstd) = statistics(x, eps);
+        let sums = gw.iter_mut().zip(gb.iter_mut());
+        for ((gw, gb), (&x, &g)) in sums.zip(x.iter().zip(g)) {
+            *gw += g * ((x - mean) * rstd);
+            *gb += g;
         }
-        by_dtype!(
-            x.dtype(),
-            self.name(),
-            run(self, [x, w], &grad.contiguous()?)
-        )
+        for ((d, &g), &w) in gx.iter_mut().zip(g).zip(weight) {
+            *d = g * w;
+        }
+        let mean_g: T = real(sum1(gx, |g| g) / c as f64);
+        let mean_gx: T = real(sum2(gx, x, |g, x| g * (x - mean) * rstd) / c as f64);
+        for (d, &x) in gx.iter_mut().zip(x) {
+            *d = rstd * (*d - mean_g - (x - mean) * rstd * mean_gx);
+        }
     }
 }
 

@@ -5,9 +5,11 @@ use candle_core::{
     CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var,
     backend::BackendStorage, bail,
 };
+use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{View, has_kernel, sum1, vectorised};
+use super::cpu::sum1;
+use super::kernel::{View, has_kernel, slice};
 
 /// Elements a task updates.
 const CHUNK: usize = 1 << 14;
@@ -19,11 +21,11 @@ const CHUNK: usize = 1 << 14;
 /// When shapes or dtypes differ.
 pub fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
     let weight = 1.0 - decay;
-    if has_kernel(target) {
+    if has_kernel(target) && target.dtype() == DType::F32 {
         let (decay, weight) = (decay as f32, weight as f32);
         return target.inplace_op2(&source.detach().contiguous()?, &Ema { decay, weight });
     }
-    target.set(&((target.as_detached_tensor() * decay)? + (source.detach() * weight)?)?)
+    super::tensor::ema_update(target, source, decay)
 }
 
 /// The sum of the squares of a tensor's elements, accumulated in `f64`.
@@ -34,19 +36,11 @@ pub fn squared_norm(x: &Tensor) -> Result<f64> {
     if has_kernel(x) && x.dtype() == DType::F32 {
         let x = x.contiguous()?;
         let view = View::of(&x);
-        let parts = view
-            .slice::<f32>()?
-            .par_chunks(CHUNK)
-            .map(|part| vectorised(|| sum1(part, |x| x * x)));
+        let parts = view.slice::<f32>()?.par_chunks(CHUNK).map(sum_of_squares);
         // Collected before it is summed: the order of the sum must not depend on the threads.
         return Ok(parts.collect::<Vec<f64>>().into_iter().sum());
     }
-    Ok(f64::from(
-        x.to_dtype(DType::F32)?
-            .sqr()?
-            .sum_all()?
-            .to_scalar::<f32>()?,
-    ))
+    super::tensor::squared_norm(x)
 }
 
 /// The numbers of one AdamW step, shared by all parameters.
@@ -85,7 +79,7 @@ pub fn adamw_step(
     let step_size = step.learning_rate / correction1;
     let keep = 1.0 - step.learning_rate * step.weight_decay;
     let grad = grad.detach().contiguous()?;
-    if has_kernel(param) {
+    if has_kernel(param) && param.dtype() == DType::F32 {
         let scale = grad_scale as f32;
         let (weight1, weight2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
         moment1.inplace_op2(
@@ -113,15 +107,7 @@ pub fn adamw_step(
             &update,
         );
     }
-    let grad = (grad * grad_scale)?;
-    let (m, v) = (moment1.as_detached_tensor(), moment2.as_detached_tensor());
-    let m = ((&grad - &m)? * (1.0 - step.beta1))?.add(&m)?;
-    let v = ((v * step.beta2)? + (grad.sqr()? * (1.0 - step.beta2))?)?;
-    let denominator = ((v.sqrt()? * (1.0 / correction2.sqrt()))? + step.epsilon)?;
-    let new = ((param.as_detached_tensor() * keep)? - (m.div(&denominator)? * step_size)?)?;
-    moment1.set(&m)?;
-    moment2.set(&v)?;
-    param.set(&new)
+    super::tensor::adamw_step(param, moment1, moment2, &grad, grad_scale, step)
 }
 
 /// The elements of a contiguous `f32` storage, to write.
@@ -141,7 +127,7 @@ fn zip2(
     f: impl Fn(&mut f32, f32) + Sync,
 ) -> Result<()> {
     let dst = slice_mut(dst.0, dst.1)?;
-    let src = super::cpu::slice::<f32>(src.0, src.1)?;
+    let src = slice::<f32>(src.0, src.1)?;
     if dst.len() != src.len() {
         bail!(
             "an in-place update of {} elements with {}",
@@ -151,14 +137,22 @@ fn zip2(
     }
     dst.par_chunks_mut(CHUNK)
         .zip(src.par_chunks(CHUNK))
-        .for_each(|(dst, src)| {
-            vectorised(|| {
-                for (d, &s) in dst.iter_mut().zip(src) {
-                    f(d, s);
-                }
-            });
-        });
+        .for_each(|(dst, src)| zip_chunk(dst, src, &f));
     Ok(())
+}
+
+#[pulp::with_simd(zip_chunk = Arch::new())]
+#[inline(always)]
+fn zip_chunk_on<S: Simd, F: Fn(&mut f32, f32)>(_: S, dst: &mut [f32], src: &[f32], f: &F) {
+    for (d, &s) in dst.iter_mut().zip(src) {
+        f(d, s);
+    }
+}
+
+#[pulp::with_simd(sum_of_squares = Arch::new())]
+#[inline(always)]
+fn sum_of_squares_on<S: Simd>(_: S, x: &[f32]) -> f64 {
+    sum1(x, |x| x * x)
 }
 
 struct Ema {
@@ -242,8 +236,8 @@ impl InplaceOp3 for AdamWUpdate {
         vl: &Layout,
     ) -> Result<()> {
         let p = slice_mut(p, pl)?;
-        let m = super::cpu::slice::<f32>(m, ml)?;
-        let v = super::cpu::slice::<f32>(v, vl)?;
+        let m = slice::<f32>(m, ml)?;
+        let v = slice::<f32>(v, vl)?;
         if p.len() != m.len() || p.len() != v.len() {
             bail!(
                 "AdamW: {} parameters, moments of {} and {}",
@@ -254,15 +248,17 @@ impl InplaceOp3 for AdamWUpdate {
         }
         p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK)))
-            .for_each(|(p, (m, v))| {
-                vectorised(|| {
-                    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
-                        let denominator = v.sqrt() / self.root_correction2 + self.epsilon;
-                        *p = *p * self.keep - self.step_size * m / denominator;
-                    }
-                });
-            });
+            .for_each(|(p, (m, v))| update_chunk(p, m, v, self));
         Ok(())
+    }
+}
+
+#[pulp::with_simd(update_chunk = Arch::new())]
+#[inline(always)]
+fn update_chunk_on<S: Simd>(_: S, p: &mut [f32], m: &[f32], v: &[f32], by: &AdamWUpdate) {
+    for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
+        let denominator = v.sqrt() / by.root_correction2 + by.epsilon;
+        *p = *p * by.keep - by.step_size * m / denominator;
     }
 }
 

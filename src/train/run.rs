@@ -26,7 +26,7 @@ use crate::config::{self, Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
-use crate::ops::Attention;
+use crate::ops::{self, Attention};
 use crate::random::{generator, normal, uniform};
 use crate::stop::Stop;
 
@@ -437,9 +437,9 @@ impl<'a> Run<'a> {
 
     /// Adds the gradients of a loss to those of earlier micro-batches.
     fn accumulate(&self, gradients: &mut Gradients, loss: &Tensor) -> candle_core::Result<()> {
-        let mut store = loss.backward()?;
+        let mut found = ops::backward(loss)?;
         for (name, var) in self.student.variables() {
-            let Some(gradient) = store.remove(var) else {
+            let Some(gradient) = found.remove(var) else {
                 continue;
             };
             let sum = match gradients.remove(name) {

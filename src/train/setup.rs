@@ -63,10 +63,10 @@ pub(crate) fn check_fit(
             vae.latent_channels, unet.in_channels, unet.out_channels
         ));
     }
-    let (side, needed) = (config.image.resolution, vae.downscale() * unet.downscale());
+    let (side, needed) = (config.image.resolution, vae.downscale());
     if !side.is_multiple_of(needed) {
         return mismatch(format!(
-            "image.resolution = {side} must be a multiple of {needed} for these models"
+            "image.resolution = {side} must be a multiple of {needed} for this autoencoder"
         ));
     }
     Ok(())

@@ -4,13 +4,19 @@
 
     OUT_DIR/unet-two-levels/    cross-attention at both levels, time_cond_proj_dim, heads as one number
     OUT_DIR/unet-three-levels/  the last level without attention, linear projections, heads as a list
+    OUT_DIR/unet-odd-latents/   lists wherever a list may stand, scale and shift, asymmetric padding, latents of 7 x 10
+    OUT_DIR/unet-no-middle/     three layers a block, heads that do not divide the channels, all of the time embedding
+    OUT_DIR/unet-one-level/     text in both attentions, a scaled middle block, not square, batch 1
         config.json, diffusion_pytorch_model.safetensors
         forward.safetensors     sample, timestep, encoder_hidden_states, (timestep_cond), output, output_grad, and
                                 grad.NAME: the gradient of sum(output * output_grad) by the parameter NAME
     OUT_DIR/vae/                forward.safetensors: pixels, moments; latents, decoded
+    OUT_DIR/vae-bare/           the same without the convolutions around the latents, without attention, with mish
     OUT_DIR/text_encoder/       forward.safetensors: input_ids, last_hidden_state (quick_gelu),
                                 last_hidden_state.gelu (the same weights with hidden_act = "gelu")
     OUT_DIR/tokenizer.json      [[caption, [77 ids]], ...] with the vocabulary of --tokenizer
+    OUT_DIR/special_tokens.json [{"tokenizer_config": ..., "special_tokens_map": ... or null,
+                                "ids": [[caption, [77 ids]], ...]}, ...] with the same vocabulary
     OUT_DIR/diffusion.json      schedules, solver, embeddings, scalings, samplers, learning rates
 
 Weights are stored in f16 and rounded to f16 before they are used; all arithmetic is f32. Seeded: the same versions
@@ -20,6 +26,7 @@ make the same files, up to the last bits of a sum.
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -120,6 +127,84 @@ CAPTIONS = [
     "face " * 75,
     "face " * 76,
     "supercalifragilisticexpialidocious" * 8,
+    " \t\n\r\x0b\x0c \u00a0\u2003\u3000 ",
+    "\x00",
+    "nul\x00inside and \x1b[31mescape\x1b[0m \x85 \x9f",
+    "\u0651\u064b\u0651 leading marks",
+    "z\u0351\u036b\u0343\u036a\u0302\u036ba\u0328\u0301lgo e\u0301\u0323 \u0041\u030a",
+    "\u1100\u1161\u11a8 \uac01",
+    "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd \u202eright to left\u202c \u200f\u200e",
+    "\u0645\u0631\u062d\u0628\u0627\u060c \u0639\u0627\u0644\u0645",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f \U0001f9d1\U0001f3ff\u200d\U0001f680",
+    "\U0001f468\u200d\u2764\ufe0f\u200d\U0001f48b\u200d\U0001f468" * 6,
+    "1\ufe0f\u20e3 \u00a9\ufe0f",
+    "\u4e2d\u6587\uff1a\u300c\u5f15\u53f7\u300d\u3002" * 30,
+    "\U00020000\U0002a6d6 \U0001d54f",
+    "\ufffd \ufffe \uffff \U0010ffff",
+    "\u01c5 \u1e9e \u0130 \u03f4 \ua64a",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u0f0b\u0f56\u0f7c\u0f51",
+    "<|endoftext|>" * 80,
+    "<|END" + "OFTEXT|> <|endoftext |> <| endoftext|>",
+    "a<|startoftext|>b <|endoftext|>! c!!",
+    "'S 'LL ' s can''t",
+    "\u0663\u0969\uff13 \u2163 \u00b3",
+    "x" * 5000,
+    "red apple " * 2000,
+    "a\u0301" * 100,
+]
+
+
+def token(content, **how):
+    return {"content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, **how}
+
+
+SPECIAL_TOKENS = [  # tokenizer_config.json, special_tokens_map.json
+    (  # as Stable Diffusion 1.5 has them
+        {
+            "bos_token": {"__type": "AddedToken", **token("<|startoftext|>")},
+            "eos_token": {"__type": "AddedToken", **token("<|endoftext|>")},
+            "unk_token": {"__type": "AddedToken", **token("<|endoftext|>")},
+            "pad_token": "<|endoftext|>",
+        },
+        {
+            "bos_token": token("<|startoftext|>"),
+            "eos_token": token("<|endoftext|>"),
+            "unk_token": token("<|endoftext|>"),
+            "pad_token": "<|endoftext|>",
+        },
+    ),
+    (  # as 2.1: padded with 0, and so is every exclamation mark
+        {"pad_token": "<|endoftext|>"},
+        {
+            "bos_token": token("<|startoftext|>"),
+            "eos_token": token("<|endoftext|>"),
+            "unk_token": token("<|endoftext|>"),
+            "pad_token": "!",
+        },
+    ),
+    (
+        {
+            "pad_token": "!",
+            "eos_token": "<|endoftext|>",
+            "added_tokens_decoder": {
+                "0": token("!", normalized=False, lstrip=True, rstrip=True, special=True),
+                "1769": token("<|endoftext|>", special=True),
+            },
+        },
+        {"pad_token": "<|endoftext|>"},
+    ),
+    ({"eos_token": "<|endoftext|>", "unk_token": {"__type": "AddedToken", **token("<|endoftext|>")}}, None),
+    ({"pad_token": {"__type": "AddedToken", **token("<|endoftext|>", single_word=True)}}, None),
+]
+SPECIAL_CAPTIONS = [
+    "",
+    "red apple",
+    "red! apple !! 8!9",
+    "  spaces  !  around ! ",
+    "x <|STARTOFTEXT|> y<|EndOfText|>z",
+    "x <|startoftext|> y<|endoftext|>z <|endoftext|> w",
+    "\u0130<|endoftext|>!",
+    "apple " * 80,
 ]
 
 
@@ -144,12 +229,12 @@ def save(model, folder, tensors):
 
 def unet(folder, sample_shape, tokens, timesteps, **config):
     torch.manual_seed(1)
-    model = f16_values(UNet2DConditionModel(in_channels=4, out_channels=4, sample_size=8, **config))
-    batch = len(timesteps)
+    model = f16_values(UNet2DConditionModel(in_channels=4, out_channels=4, **{"sample_size": 8, **config}))
+    batch, width = len(timesteps), config["cross_attention_dim"]
     inputs = {
         "sample": torch.randn(batch, 4, *sample_shape),
         "timestep": torch.tensor(timesteps),
-        "encoder_hidden_states": torch.randn(batch, tokens, config["cross_attention_dim"]),
+        "encoder_hidden_states": torch.randn(batch, tokens, width if isinstance(width, int) else width[0]),
     }
     if config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = guidance_scale_embedding(torch.linspace(2, 9, batch), config["time_cond_proj_dim"])
@@ -165,22 +250,22 @@ def unet(folder, sample_shape, tokens, timesteps, **config):
     parameters = dict(model.named_parameters())
     names = [name.replace("up_blocks.LAST.resnets.LAST.", last) for name in GRADIENTS]
     gradients = {f"grad.{name}": parameters[name].grad for name in names if name in parameters}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     save(model, folder, {**inputs, "output": output, "output_grad": output_grad, **gradients})
 
 
 @torch.no_grad()
-def vae(folder):
+def vae(folder, levels, **config):
     torch.manual_seed(2)
     model = f16_values(
         AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 16, 16),
-            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             latent_channels=4,
             norm_num_groups=4,
             sample_size=32,
             scaling_factor=0.7,
+            **config,
         )
     )
     pixels, latents = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6)
@@ -219,14 +304,31 @@ def text_encoder(folder):
     save(model, folder, {"input_ids": ids, **states})
 
 
-def tokenizer(path, folder):
+def token_ids(folder, captions):
     clip = CLIPTokenizer.from_pretrained(folder)
     assert clip.model_max_length == 77
-    pairs = []
-    for caption in CAPTIONS:
-        ids = clip(caption, padding="max_length", max_length=77, truncation=True).input_ids
-        pairs.append(json.dumps([caption, ids]))
-    path.write_text("[\n" + ",\n".join(pairs) + "\n]\n", encoding="ascii")
+    arguments = {"padding": "max_length", "max_length": 77, "truncation": True}
+    return [[caption, clip(caption, **arguments).input_ids] for caption in captions]
+
+
+def tokenizer(path, folder):
+    lines = [json.dumps(pair) for pair in token_ids(folder, CAPTIONS)]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="ascii")
+
+
+def special_tokens(path, vocabulary):
+    lines = []
+    for config, special in SPECIAL_TOKENS:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("vocab.json", "merges.txt"):
+                shutil.copy(vocabulary / name, folder)
+            config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **config}
+            (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config))
+            if special:
+                (Path(folder) / "special_tokens_map.json").write_text(json.dumps(special))
+            ids = token_ids(folder, SPECIAL_CAPTIONS)
+        lines.append(json.dumps({"tokenizer_config": config, "special_tokens_map": special, "ids": ids}))
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="ascii")
 
 
 def diffusion():
@@ -239,7 +341,11 @@ def diffusion():
     for name, config in (
         ("linear", dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)),
         ("squaredcos_cap_v2", dict(beta_schedule="squaredcos_cap_v2")),
+        ("laplace", dict(beta_schedule="laplace")),
+        ("sigmoid", dict(beta_schedule="sigmoid", beta_start=0.0002, beta_end=0.03)),
+        ("trained_betas", dict(trained_betas=[i * i * 2e-8 for i in range(1, 1001)])),
         ("rescaled_zero_snr", dict(noise.config, rescale_betas_zero_snr=True)),
+        ("rescaled_linear", dict(beta_schedule="linear", beta_start=0.0001, rescale_betas_zero_snr=True)),
     ):
         other = DDPMScheduler(**{k: v for k, v in config.items() if not k.startswith("_")}).alphas_cumprod
         made[f"alphas_cumprod.{name}"] = {str(t): other[t].item() for t in (0, 1, 499, 998, 999)}
@@ -374,9 +480,80 @@ def main():
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
-    vae(args.out / "vae")
+    unet(
+        args.out / "unet-odd-latents",
+        sample_shape=(7, 10),
+        tokens=5,
+        timesteps=[20, 700],
+        block_out_channels=(8, 4, 8),
+        layers_per_block=[1, 3, 2],
+        norm_num_groups=4,
+        norm_eps=1e-4,
+        cross_attention_dim=[6, 6, 7],
+        attention_head_dim=[4, 2, 1],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        mid_block_scale_factor=1.5,
+        transformer_layers_per_block=[1, [2, 1, 1], 1],
+        reverse_transformer_layers_per_block=[1, [1, 1, 2, 1], [1, 2]],
+        only_cross_attention=[False, True, False],
+        use_linear_projection=True,
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+        downsample_padding=0,
+        conv_in_kernel=5,
+        conv_out_kernel=1,
+        time_embedding_dim=20,
+        resnet_skip_time_act=True,
+    )
+    unet(
+        args.out / "unet-no-middle",
+        sample_shape=(5, 9),
+        tokens=4,
+        timesteps=[999, 3],
+        block_out_channels=(8, 12),
+        layers_per_block=3,
+        norm_num_groups=4,
+        cross_attention_dim=6,
+        attention_head_dim=[3, 5],
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        act_fn="mish",
+        center_input_sample=True,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        time_embedding_act_fn="gelu",
+        timestep_post_act="SiLU",
+        time_cond_proj_dim=10,
+        resnet_out_scale_factor=2.0,
+        upcast_attention=True,
+    )
+    unet(
+        args.out / "unet-one-level",
+        sample_shape=(6, 3),
+        tokens=3,
+        timesteps=[501],
+        sample_size=(6, 3),
+        block_out_channels=(9,),
+        layers_per_block=1,
+        norm_num_groups=3,
+        cross_attention_dim=5,
+        attention_head_dim=3,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_scale_factor=2,
+        only_cross_attention=True,
+        transformer_layers_per_block=2,
+        act_fn="relu",
+    )
+    vae(args.out / "vae", levels=3, block_out_channels=(8, 16, 16), layers_per_block=1)
+    bare = {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False, "act_fn": "mish"}
+    vae(args.out / "vae-bare", levels=2, block_out_channels=(8, 4), layers_per_block=2, **bare)
     text_encoder(args.out / "text_encoder")
     tokenizer(args.out / "tokenizer.json", args.tokenizer)
+    special_tokens(args.out / "special_tokens.json", args.tokenizer)
     (args.out / "diffusion.json").write_text(json.dumps(diffusion(), indent=1) + "\n")
 
 

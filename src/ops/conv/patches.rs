@@ -1,54 +1,14 @@
-//! 2-d convolution as matrix products over patches, forward and backward.
+//! Convolution as matrix products over unrolled patches, for any kernel and stride.
 //!
-//! A 3x3 stride-1 input gradient is itself a convolution of the output gradient with flipped kernels; a weight gradient is a
-//! product of the output gradient with the patches of the input. Both run at the forward's speed. Patches are unrolled a few
-//! output rows at a time, so that they stay in cache and memory stays small at full resolution.
+//! A stride-1 input gradient is itself a convolution of the output gradient with flipped kernels; a weight gradient is a product
+//! of the output gradient with the patches of the input. Both run at the forward's speed. Patches are unrolled a few output
+//! rows at a time, so that they stay in cache and memory stays small at full resolution.
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
 use rayon::prelude::*;
 
-use super::cpu::{
-    Grads3, Real, View, by_dtype, has_kernel, needs_grad, real, slice, sum1, vectorised,
-};
-use super::gemm::{Mat, MatMut, Threads, gemm};
-
-/// 2-d cross-correlation with zero padding, as `torch.nn.functional.conv2d` with one group and no dilation.
-///
-/// `x`: `[B, C, H, W]`, `weight`: `[O, C, kh, kw]`, `bias`: `[O]` or none → `[B, O, H', W']`.
-///
-/// # Errors
-/// When the shapes or dtypes do not fit together.
-pub fn conv2d(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    stride: usize,
-    padding: usize,
-) -> Result<Tensor> {
-    let (_, c, h, w) = x.dims4()?;
-    let (o, wc, kh, kw) = weight.dims4()?;
-    if c != wc || h + 2 * padding < kh || w + 2 * padding < kw || stride == 0 {
-        candle_core::bail!(
-            "conv2d: x is {:?} but weight is {:?}",
-            x.dims(),
-            weight.dims()
-        );
-    }
-    if has_kernel(x) {
-        let bias = match bias {
-            Some(bias) => bias.contiguous()?,
-            None => Tensor::zeros(o, x.dtype(), x.device())?,
-        };
-        return x
-            .contiguous()?
-            .apply_op3(&weight.contiguous()?, &bias, Conv2d { stride, padding });
-    }
-    let y = x.conv2d(weight, padding, stride, 1, 1)?;
-    match bias {
-        Some(bias) => y.broadcast_add(&bias.reshape((1, o, 1, 1))?),
-        None => Ok(y),
-    }
-}
+use super::super::cpu::Real;
+use super::super::gemm::{Mat, MatMut, Threads, gemm};
+use super::Geometry;
 
 /// Bytes of unrolled patches at a time: about half of a core's second-level cache when each core has an image of its own, more
 /// when all cores work on one. It goes by the batch and not by the number of threads, on which no sum may depend.
@@ -65,33 +25,7 @@ const WEIGHT_PATCH_BYTES: usize = 1 << 20;
 /// Input channels whose weight gradient one task computes.
 const CHANNEL_BLOCK: usize = 16;
 
-/// The shape of one image's convolution.
-#[derive(Clone, Copy, Debug)]
-struct Geometry {
-    c: usize,
-    h: usize,
-    w: usize,
-    o: usize,
-    kh: usize,
-    kw: usize,
-    stride: usize,
-    pad_h: usize,
-    pad_w: usize,
-}
-
 impl Geometry {
-    fn out_h(&self) -> usize {
-        (self.h + 2 * self.pad_h - self.kh) / self.stride + 1
-    }
-
-    fn out_w(&self) -> usize {
-        (self.w + 2 * self.pad_w - self.kw) / self.stride + 1
-    }
-
-    fn out_pixels(&self) -> usize {
-        self.out_h() * self.out_w()
-    }
-
     /// Length of one patch: what one output pixel sees.
     fn patch(&self) -> usize {
         self.c * self.kh * self.kw
@@ -236,7 +170,7 @@ fn forward_image<T: Real>(
 }
 
 /// A batch's convolution: images in parallel when there are enough of them, else each image by all threads.
-fn forward<T: Real>(
+pub(super) fn forward<T: Real>(
     x: &[T],
     weight: &[T],
     bias: Option<&[T]>,
@@ -259,7 +193,7 @@ fn forward<T: Real>(
 }
 
 /// The input's gradient at stride 1: the output gradient convolved with the kernels turned by 180 degrees.
-fn input_grad_by_convolution<T: Real>(
+pub(super) fn input_grad_by_convolution<T: Real>(
     grad: &[T],
     weight: &[T],
     batch: usize,
@@ -275,21 +209,16 @@ fn input_grad_by_convolution<T: Real>(
             }
         }
     }
-    let turned_geometry = Geometry {
-        c: g.o,
-        h: g.out_h(),
-        w: g.out_w(),
-        o: g.c,
-        stride: 1,
-        pad_h: g.kh - 1 - g.pad_h,
-        pad_w: g.kw - 1 - g.pad_w,
-        ..*g
-    };
-    forward(grad, &turned, None, batch, &turned_geometry)
+    forward(grad, &turned, None, batch, &g.turned())
 }
 
 /// The input's gradient in general: patch gradients (weightᵀ · output gradient) added back into the image.
-fn input_grad_by_patches<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+pub(super) fn input_grad_by_patches<T: Real>(
+    grad: &[T],
+    weight: &[T],
+    batch: usize,
+    g: &Geometry,
+) -> Vec<T> {
     let (patch, pixels, ow) = (g.patch(), g.out_pixels(), g.out_w());
     let weight = Mat::new(weight, g.o, patch, patch).t();
     let one_image = |(x, grad): (&mut [T], &[T]), threads: Threads| {
@@ -339,7 +268,7 @@ fn input_grad_by_patches<T: Real>(grad: &[T], weight: &[T], batch: usize, g: &Ge
 }
 
 /// The weight's gradient `[O, patch]`: a task for each block of input channels, which sums over images in order.
-fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+pub(super) fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
     let (patch, pixels, ow, taps) = (g.patch(), g.out_pixels(), g.out_w(), g.kh * g.kw);
     let block = CHANNEL_BLOCK * if taps == 1 { 4 } else { 1 };
     let step = g.rows_within::<T>(block.min(g.c), WEIGHT_PATCH_BYTES);
@@ -392,155 +321,4 @@ fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<
             }
         });
     out
-}
-
-/// The bias's gradient: the output gradient summed over images and pixels.
-fn bias_grad<T: Real>(grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
-    let pixels = g.out_pixels();
-    let sum = |o: usize| -> f64 {
-        let planes = (0..batch).map(|b| &grad[(b * g.o + o) * pixels..][..pixels]);
-        planes.map(|plane| vectorised(|| sum1(plane, |v| v))).sum()
-    };
-    (0..g.o).into_par_iter().map(|o| real(sum(o))).collect()
-}
-
-struct Conv2d {
-    stride: usize,
-    padding: usize,
-}
-
-impl Conv2d {
-    fn geometry(&self, x: &Shape, weight: &Shape) -> Result<(usize, Geometry)> {
-        let (batch, c, h, w) = x.dims4()?;
-        let (o, _, kh, kw) = weight.dims4()?;
-        let (stride, pad_h, pad_w) = (self.stride, self.padding, self.padding);
-        let geometry = Geometry {
-            c,
-            h,
-            w,
-            o,
-            kh,
-            kw,
-            stride,
-            pad_h,
-            pad_w,
-        };
-        Ok((batch, geometry))
-    }
-}
-
-impl CustomOp3 for Conv2d {
-    fn name(&self) -> &'static str {
-        "conv2d"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        xl: &Layout,
-        w: &CpuStorage,
-        wl: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        fn run<T: Real>(
-            s: [(&CpuStorage, &Layout); 3],
-            batch: usize,
-            g: &Geometry,
-        ) -> Result<CpuStorage> {
-            let [x, w, b] = s.map(|(s, l)| slice::<T>(s, l));
-            Ok(T::to_cpu_storage_owned(forward(x?, w?, Some(b?), batch, g)))
-        }
-        let (batch, g) = self.geometry(xl.shape(), wl.shape())?;
-        let operands = [(x, xl), (w, wl), (b, bl)];
-        let out = by_dtype!(x.dtype(), self.name(), run(operands, batch, &g))?;
-        Ok((out, Shape::from((batch, g.o, g.out_h(), g.out_w()))))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Grads3> {
-        let (batch, g) = self.geometry(x.shape(), w.shape())?;
-        by_dtype!(
-            x.dtype(),
-            self.name(),
-            backward([x, w, b], &grad.contiguous()?, batch, &g)
-        )
-    }
-}
-
-fn backward<T: Real>(
-    [x, w, b]: [&Tensor; 3],
-    grad: &Tensor,
-    batch: usize,
-    g: &Geometry,
-) -> Result<Grads3> {
-    let (xv, wv, gv) = (View::of(x), View::of(w), View::of(grad));
-    let (xs, ws, gs) = (xv.slice::<T>()?, wv.slice::<T>()?, gv.slice::<T>()?);
-    let device = x.device();
-    let gx = needs_grad(x)
-        .then(|| {
-            let by_convolution = g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw;
-            let gx = match by_convolution {
-                true => input_grad_by_convolution(gs, ws, batch, g),
-                false => input_grad_by_patches(gs, ws, batch, g),
-            };
-            Tensor::from_vec(gx, x.dims(), device)
-        })
-        .transpose()?;
-    let gw = needs_grad(w)
-        .then(|| Tensor::from_vec(weight_grad(xs, gs, batch, g), w.dims(), device))
-        .transpose()?;
-    let gb = needs_grad(b)
-        .then(|| Tensor::from_vec(bias_grad(gs, batch, g), g.o, device))
-        .transpose()?;
-    Ok((gx, gw, gb))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::gradcheck::{assert_close, check_gradients, random};
-    use super::*;
-
-    #[test]
-    fn forward_equals_candle() -> Result<()> {
-        for (b, c, o, h, w, k, stride, pad) in [
-            (2, 3, 5, 7, 6, 3, 1, 1),
-            (1, 4, 2, 8, 8, 3, 2, 1),
-            (3, 2, 4, 5, 9, 1, 1, 0),
-            (1, 2, 3, 9, 7, 3, 2, 0),
-            (2, 2, 2, 6, 6, 5, 1, 2),
-        ] {
-            let x = random(&[b, c, h, w], 1)?;
-            let weight = random(&[o, c, k, k], 2)?;
-            let bias = random(&[o], 3)?;
-            let want = x
-                .conv2d(&weight, pad, stride, 1, 1)?
-                .broadcast_add(&bias.reshape((1, o, 1, 1))?)?;
-            assert_close(
-                &conv2d(&x, &weight, Some(&bias), stride, pad)?,
-                &want,
-                1e-12,
-            )?;
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn gradients_match_finite_differences() -> Result<()> {
-        for (stride, pad, k) in [(1, 1, 3), (2, 1, 3), (1, 0, 1), (1, 0, 3), (2, 0, 3)] {
-            let inputs = [
-                random(&[2, 3, 5, 6], 1)?,
-                random(&[4, 3, k, k], 2)?,
-                random(&[4], 3)?,
-            ];
-            check_gradients(&inputs, |t| conv2d(&t[0], &t[1], Some(&t[2]), stride, pad))?;
-        }
-        Ok(())
-    }
 }

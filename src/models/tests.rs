@@ -1,0 +1,301 @@
+//! Weights in all their files, and folders that are refused.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Map, Value, json};
+use tempfile::{TempDir, tempdir};
+
+use super::*;
+use crate::ops::Attention;
+
+const STEM: &str = unet::WEIGHTS_STEM;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+fn tensors(dtype: DType) -> BTreeMap<String, Tensor> {
+    let weights = Weights::load(&golden("unet-one-level"), STEM, dtype, &Device::Cpu).unwrap();
+    weights.into_tensors()
+}
+
+/// A folder with the configuration of a golden model, changed, and no weights.
+fn with_config(name: &str, change: impl Fn(&mut Map<String, Value>)) -> TempDir {
+    let folder = tempdir().unwrap();
+    let mut config = super::weights::read_json(&golden(name).join("config.json")).unwrap();
+    change(&mut config);
+    let text = Value::Object(config).to_string();
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    folder
+}
+
+fn save(path: PathBuf, tensors: &BTreeMap<String, Tensor>) {
+    let tensors = tensors.iter().map(|(n, t)| (n.as_str(), t));
+    safetensors::serialize_to_file(tensors, None, &path).unwrap();
+}
+
+/// Writes two shards and their index.
+fn save_shards(folder: &Path, index: &str, tensors: &BTreeMap<String, Tensor>) {
+    let mut shards = [BTreeMap::new(), BTreeMap::new()];
+    let mut weight_map = Map::new();
+    for (i, (name, tensor)) in tensors.iter().enumerate() {
+        shards[i % 2].insert(name.clone(), tensor.clone());
+        weight_map.insert(name.clone(), json!(format!("part-{}.safetensors", i % 2)));
+    }
+    for (i, shard) in shards.iter().enumerate() {
+        save(folder.join(format!("part-{i}.safetensors")), shard);
+    }
+    let text = json!({"metadata": {"total_size": 1}, "weight_map": weight_map}).to_string();
+    std::fs::write(folder.join(index), text).unwrap();
+}
+
+fn load_unet(folder: &Path) -> Result<UNet, String> {
+    UNet::load(folder, DType::F32, &Device::Cpu, Attention::Plain).map_err(|e| e.to_string())
+}
+
+#[track_caller]
+fn refused(folder: &Path, words: &[&str]) {
+    let message = load_unet(folder).unwrap_err();
+    for word in words {
+        assert!(message.contains(word), "should say {word:?}: {message}");
+    }
+}
+
+#[test]
+fn weights_are_read_from_every_layout_and_dtype() {
+    let want = tensors(DType::F32);
+    for (name, sharded) in [
+        ("diffusion_pytorch_model.safetensors", false),
+        ("diffusion_pytorch_model.fp16.safetensors", false),
+        ("diffusion_pytorch_model.safetensors.index.json", true),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", true),
+    ] {
+        for dtype in [DType::F16, DType::BF16, DType::F32] {
+            let folder = with_config("unet-one-level", |_| {});
+            match sharded {
+                true => save_shards(folder.path(), name, &tensors(dtype)),
+                false => save(folder.path().join(name), &tensors(dtype)),
+            }
+            load_unet(folder.path()).unwrap();
+            let got = Weights::load(folder.path(), STEM, DType::F32, &Device::Cpu).unwrap();
+            assert_eq!(got.tensors().len(), want.len(), "{name}");
+            for (key, want) in &want {
+                let got = &got.tensors()[key];
+                assert_eq!(got.dtype(), DType::F32);
+                let off = (got - want).unwrap().abs().unwrap().max_all().unwrap();
+                let most = want.abs().unwrap().max_all().unwrap();
+                let (off, most): (f32, f32) = (off.to_scalar().unwrap(), most.to_scalar().unwrap());
+                let least = if dtype == DType::BF16 { 0.01 } else { 0.0 };
+                assert!(off <= least * most, "{name}, {dtype:?}, {key}: {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let folder = with_config("unet-one-level", |_| {});
+    refused(
+        folder.path(),
+        &["no weights", "diffusion_pytorch_model.safetensors"],
+    );
+    let file = folder.path().join(format!("{STEM}.safetensors"));
+    save(file.clone(), &tensors(DType::F16));
+    let whole = std::fs::read(&file).unwrap();
+    let name = file.to_str().unwrap();
+    for length in [whole.len() - 1, whole.len() / 2, 100, 5] {
+        std::fs::write(&file, &whole[..length]).unwrap();
+        refused(
+            folder.path(),
+            &[name, "cut short", &format!("{length} bytes")],
+        );
+    }
+    std::fs::write(&file, "").unwrap();
+    refused(folder.path(), &[name, "empty"]);
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+    std::fs::write(&file, pointer).unwrap();
+    refused(folder.path(), &[name, "git lfs pull"]);
+    std::fs::remove_file(&file).unwrap();
+    save_shards(
+        folder.path(),
+        &format!("{STEM}.safetensors.index.json"),
+        &tensors(DType::F16),
+    );
+    std::fs::remove_file(folder.path().join("part-1.safetensors")).unwrap();
+    refused(folder.path(), &["part-1.safetensors"]);
+    let index = folder.path().join(format!("{STEM}.safetensors.index.json"));
+    std::fs::write(&index, r#"{"weight_map": {"a": "../a.safetensors"}}"#).unwrap();
+    refused(folder.path(), &["index.json", "../a.safetensors"]);
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_named_with_their_shard() {
+    let change = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
+        let folder = with_config("unet-one-level", |_| {});
+        let mut tensors = tensors(DType::F16);
+        change(&mut tensors);
+        let index = format!("{STEM}.safetensors.index.json");
+        save_shards(folder.path(), &index, &tensors);
+        folder
+    };
+    let zeros = || Tensor::zeros(3, DType::F16, &Device::Cpu).unwrap();
+    let wrong = change(&|t| drop(t.insert("conv_in.bias".to_owned(), zeros())));
+    refused(
+        wrong.path(),
+        &["part-0.safetensors", "conv_in.bias", "[3]", "[9]"],
+    );
+    let extra = change(&|t| drop(t.insert("zz.nobody".to_owned(), zeros())));
+    refused(extra.path(), &["part-", "zz.nobody", "no place"]);
+    let missing = change(&|t| drop(t.remove("conv_out.bias")));
+    refused(
+        missing.path(),
+        &["index.json", "conv_out.bias", "missing", "[4]"],
+    );
+}
+
+#[test]
+fn keys_that_are_not_built_are_refused_by_name() {
+    for (key, value, words) in [
+        ("act_fn", json!("elu"), &["elu", "mish"][..]),
+        ("activation_fn", json!("silu"), &["did you mean \"act_fn\""]),
+        (
+            "layer_per_block",
+            json!(2),
+            &["did you mean \"layers_per_block\""],
+        ),
+        (
+            "colour",
+            json!("green"),
+            &["not a key of UNet2DConditionModel"],
+        ),
+        (
+            "_class_name",
+            json!("UNet3DConditionModel"),
+            &["UNet2DConditionModel"],
+        ),
+        ("block_out_channels", json!([]), &["above 0"]),
+        (
+            "block_out_channels",
+            json!([9, 9]),
+            &["down_block_types", "2"],
+        ),
+        (
+            "down_block_types",
+            json!(["AttnDownBlock2D"]),
+            &["AttnDownBlock2D", "DownBlock2D"],
+        ),
+        (
+            "up_block_types",
+            json!(["UpBlock2D", "UpBlock2D"]),
+            &["up_block_types", "1"],
+        ),
+        (
+            "mid_block_type",
+            json!("UNetMidBlock2DSimpleCrossAttn"),
+            &["UNetMidBlock2D"],
+        ),
+        ("layers_per_block", json!([1, 2]), &["one value or 1"]),
+        ("layers_per_block", json!(0), &["above 0"]),
+        ("layers_per_block", json!("two"), &["two", "one value"]),
+        ("norm_num_groups", json!(null), &["null"]),
+        ("norm_num_groups", json!(2), &["divisor"]),
+        ("attention_head_dim", json!(0), &["attention_head_dim"]),
+        ("attention_head_dim", json!(10), &["from 1 to 9"]),
+        ("num_attention_heads", json!(3), &["num_attention_heads"]),
+        (
+            "transformer_layers_per_block",
+            json!([[1]]),
+            &["reverse_transformer"],
+        ),
+        (
+            "reverse_transformer_layers_per_block",
+            json!([[1]]),
+            &["2 of them"],
+        ),
+        (
+            "class_embed_type",
+            json!("timestep"),
+            &["class_embed_type", "null"],
+        ),
+        ("encoder_hid_dim", json!(8), &["encoder_hid_dim"]),
+        (
+            "addition_embed_type",
+            json!("text_time"),
+            &["addition_embed_type"],
+        ),
+        ("attention_type", json!("gated"), &["attention_type"]),
+        (
+            "dual_cross_attention",
+            json!(true),
+            &["dual_cross_attention"],
+        ),
+        ("dropout", json!(0.1), &["dropout"]),
+        (
+            "downsample_padding",
+            json!(2),
+            &["downsample_padding", "0, 1"],
+        ),
+        ("conv_in_kernel", json!(4), &["odd"]),
+        (
+            "resnet_time_scale_shift",
+            json!("ada_group"),
+            &["scale_shift"],
+        ),
+        ("time_embedding_type", json!("fourier"), &["positional"]),
+    ] {
+        let folder = with_config("unet-one-level", |config| {
+            config.insert(key.to_owned(), value.clone());
+        });
+        let message = UNetConfig::read(folder.path()).unwrap_err().to_string();
+        for word in words.iter().chain(&["config.json"]) {
+            assert!(message.contains(word), "{key} {value}: {word:?}? {message}");
+        }
+    }
+    let mixed = with_config("unet-odd-latents", |config| {
+        config.insert("cross_attention_dim".to_owned(), json!([6, 6, 5]));
+        config.insert(
+            "mid_block_type".to_owned(),
+            json!("UNetMidBlock2DCrossAttn"),
+        );
+    });
+    let message = UNetConfig::read(mixed.path()).unwrap_err().to_string();
+    assert!(message.contains("cross_attention_dim"), "{message}");
+    for (key, value) in [
+        ("act_fn", json!("elu")),
+        ("scaling_facto", json!(1.0)),
+        ("latents_mean", json!([0.0])),
+        ("shift_factor", json!(0.1)),
+        ("norm_num_groups", json!(3)),
+        ("in_channels", json!(4)),
+    ] {
+        let folder = with_config("vae", |config| {
+            config.insert(key.to_owned(), value.clone());
+        });
+        let message = VaeConfig::read(folder.path()).unwrap_err().to_string();
+        assert!(message.contains(key), "{key}: {message}");
+    }
+}
+
+#[test]
+fn keys_without_effect_and_defaults_are_read() {
+    let folder = tempdir().unwrap();
+    std::fs::write(
+        folder.path().join("config.json"),
+        r#"{"_diffusers_version": "0.2.2"}"#,
+    )
+    .unwrap();
+    let config = UNetConfig::read(folder.path()).unwrap();
+    assert_eq!(config.cross_attention_dim, 1280);
+    assert_eq!(config.base_channels(), 320);
+    assert_eq!(config.sample_size, [64, 64]);
+    assert_eq!(
+        UNetConfig::read(&golden("unet-one-level"))
+            .unwrap()
+            .sample_size,
+        [6, 3]
+    );
+}

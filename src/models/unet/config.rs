@@ -1,0 +1,500 @@
+//! A UNet's `config.json`: which network it describes, with diffusers' meaning and defaults.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::models::ModelError;
+use crate::models::activation::Activation;
+use crate::models::blocks::{NormConfig, ResnetConfig, TimeConfig};
+use crate::models::config::{Class, ConfigFile};
+use crate::models::transformer::TransformerConfig;
+use crate::ops::Attention;
+
+const CLASS: Class = Class {
+    name: "UNet2DConditionModel",
+    keys: &[
+        "act_fn",
+        "addition_embed_type",
+        "addition_embed_type_num_heads",
+        "addition_time_embed_dim",
+        "attention_head_dim",
+        "attention_type",
+        "block_out_channels",
+        "center_input_sample",
+        "class_embed_type",
+        "class_embeddings_concat",
+        "conv_in_kernel",
+        "conv_out_kernel",
+        "cross_attention_dim",
+        "cross_attention_norm",
+        "down_block_types",
+        "downsample_padding",
+        "dropout",
+        "dual_cross_attention",
+        "encoder_hid_dim",
+        "encoder_hid_dim_type",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "in_channels",
+        "layers_per_block",
+        "mid_block_only_cross_attention",
+        "mid_block_scale_factor",
+        "mid_block_type",
+        "norm_eps",
+        "norm_num_groups",
+        "num_attention_heads",
+        "num_class_embeds",
+        "only_cross_attention",
+        "out_channels",
+        "projection_class_embeddings_input_dim",
+        "resnet_out_scale_factor",
+        "resnet_skip_time_act",
+        "resnet_time_scale_shift",
+        "reverse_transformer_layers_per_block",
+        "sample_size",
+        "time_cond_proj_dim",
+        "time_embedding_act_fn",
+        "time_embedding_dim",
+        "time_embedding_type",
+        "timestep_post_act",
+        "transformer_layers_per_block",
+        "up_block_types",
+        "upcast_attention",
+        "use_linear_projection",
+    ],
+};
+
+/// A UNet's `config.json`, as far as it decides the network.
+#[derive(Clone, Debug)]
+pub struct UNetConfig {
+    /// Channels of the latents.
+    pub in_channels: usize,
+    /// Channels of the prediction.
+    pub out_channels: usize,
+    /// Height and width of the latents it was trained on.
+    pub sample_size: [usize; 2],
+    /// Width of the text embeddings.
+    pub cross_attention_dim: usize,
+    /// Width of the guidance embedding, for students.
+    pub time_cond_proj_dim: Option<usize>,
+    /// The levels on the way down, from the finest.
+    pub(super) down: Vec<LevelConfig>,
+    pub(super) mid: Option<LevelConfig>,
+    /// The levels on the way up, from the coarsest.
+    pub(super) up: Vec<LevelConfig>,
+    /// What the residual blocks have in common.
+    pub(super) resnet: ResnetConfig,
+    /// What the sum of a middle block's branches is divided by.
+    pub(super) mid_scale: f64,
+    pub(super) time: TimeEmbeddingConfig,
+    pub(super) center_input: bool,
+    pub(super) conv_in_kernel: usize,
+    pub(super) conv_out_kernel: usize,
+    pub(super) downsample_padding: usize,
+    linear_projection: bool,
+    map: Map<String, Value>,
+}
+
+/// The blocks at one resolution, on the way down, in the middle or on the way up.
+#[derive(Clone, Debug)]
+pub(super) struct LevelConfig {
+    pub(super) channels: usize,
+    pub(super) resnets: usize,
+    attention: Option<AttentionConfig>,
+}
+
+/// The transformers of a level.
+#[derive(Clone, Debug)]
+struct AttentionConfig {
+    heads: usize,
+    /// Layers of each transformer, in order.
+    depths: Vec<usize>,
+    only_cross: bool,
+}
+
+/// How timesteps are embedded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TimeEmbeddingConfig {
+    pub(super) flip_sin_to_cos: bool,
+    pub(super) freq_shift: f64,
+    /// Width of the embedding.
+    pub(super) width: usize,
+    /// Between the two linear maps.
+    pub(super) activation: Activation,
+    /// After the second: `timestep_post_act`.
+    pub(super) post: Option<Activation>,
+    /// After that: `time_embedding_act_fn`.
+    pub(super) last: Option<Activation>,
+}
+
+/// One value for all levels or a list with one for each.
+#[derive(serde::Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected one value or a list with one for each level"
+)]
+enum PerLevel<T> {
+    Each(Vec<T>), // first: a depth is a list, too
+    One(T),
+}
+
+/// Layers of a level's transformers: of all of them, or of each.
+#[derive(Clone, Debug, serde::Deserialize)]
+#[serde(untagged, expecting = "expected an integer or a list of them")]
+enum Depth {
+    Same(usize),
+    Each(Vec<usize>),
+}
+
+impl Depth {
+    /// The layers of the first `count` transformers, if they are known.
+    fn of(&self, count: usize) -> Option<Vec<usize>> {
+        match self {
+            Self::Same(n) => Some(vec![*n; count]),
+            Self::Each(each) => each.get(..count).map(<[usize]>::to_vec),
+        }
+    }
+}
+
+/// Height and width of latents: one number for both, or two.
+#[derive(serde::Deserialize)]
+#[serde(untagged, expecting = "expected an integer or two")]
+enum SampleSize {
+    Square(usize),
+    Sides([usize; 2]),
+}
+
+impl UNetConfig {
+    /// Reads `config.json` from a UNet's folder.
+    ///
+    /// # Errors
+    /// When it can't be read or asks for something that coffey does not build; the key is named.
+    pub fn read(folder: &Path) -> Result<Self, ModelError> {
+        let file = ConfigFile::read_class(folder, &CLASS)?;
+        refuse_unsupported(&file)?;
+        let channels: Vec<usize> = file.get("block_out_channels", vec![320, 640, 1280, 1280])?;
+        file.refuse_levels(&channels)?;
+        let base = channels[0];
+        let activation = file.activation("act_fn")?.unwrap_or(Activation::Silu);
+        let width = match file.optional("time_embedding_dim")? {
+            None | Some(0) => 4 * base,
+            Some(width) => width,
+        };
+        let scale_shift = match file.get("resnet_time_scale_shift", "default".to_owned())? {
+            name if name == "default" => false,
+            name if name == "scale_shift" => true,
+            other => {
+                let (found, known) = (format!("\"{other}\""), "\"default\", \"scale_shift\"");
+                return Err(file.unsupported("resnet_time_scale_shift", found, known));
+            }
+        };
+        let Levels {
+            down,
+            mid,
+            up,
+            cross_attention_dim,
+        } = Levels::read(&file, &channels)?;
+        Ok(Self {
+            in_channels: file.positive("in_channels", 4)?,
+            out_channels: file.positive("out_channels", 4)?,
+            sample_size: match file.optional("sample_size")? {
+                None => [64; 2],
+                Some(SampleSize::Square(side)) => [side; 2],
+                Some(SampleSize::Sides(sides)) => sides,
+            },
+            cross_attention_dim,
+            time_cond_proj_dim: file.optional("time_cond_proj_dim")?,
+            down,
+            mid,
+            up,
+            resnet: ResnetConfig {
+                norm: NormConfig {
+                    groups: file.groups(&channels)?,
+                    eps: file.get("norm_eps", 1e-5)?,
+                },
+                activation,
+                time: Some(TimeConfig { width, scale_shift }),
+                output_scale: 1.0,
+            },
+            mid_scale: file.get("mid_block_scale_factor", 1.0)?,
+            time: TimeEmbeddingConfig {
+                flip_sin_to_cos: file.get("flip_sin_to_cos", true)?,
+                freq_shift: file.get("freq_shift", 0.0)?,
+                width,
+                activation,
+                post: file.activation("timestep_post_act")?,
+                last: file.activation("time_embedding_act_fn")?,
+            },
+            center_input: file.get("center_input_sample", false)?,
+            conv_in_kernel: odd(&file, "conv_in_kernel")?,
+            conv_out_kernel: odd(&file, "conv_out_kernel")?,
+            downsample_padding: file.get("downsample_padding", 1)?,
+            linear_projection: file.get("use_linear_projection", false)?,
+            map: file.map,
+        })
+    }
+
+    /// The same network with a guidance embedding of `width`, unless it has one: the student of a teacher.
+    pub fn with_guidance_embedding(&self, width: usize) -> Self {
+        let mut student = self.clone();
+        let width = *student.time_cond_proj_dim.get_or_insert(width);
+        student
+            .map
+            .insert("time_cond_proj_dim".into(), json!(width));
+        student.map.shift_remove("_name_or_path");
+        student
+    }
+
+    /// `config.json` as it is written.
+    pub fn to_json(&self) -> &Map<String, Value> {
+        &self.map
+    }
+
+    /// Channels of the first level: the width of the sinusoidal time embedding.
+    pub fn base_channels(&self) -> usize {
+        self.down.first().map_or(0, |level| level.channels)
+    }
+
+    /// The transformers of a level, one after each of its first residual blocks; none in a plain level.
+    pub(super) fn transformers(
+        &self,
+        level: &LevelConfig,
+        attention: Attention,
+    ) -> Vec<TransformerConfig> {
+        let Some(AttentionConfig {
+            heads,
+            depths,
+            only_cross,
+        }) = &level.attention
+        else {
+            return Vec::new();
+        };
+        let transformer = |&layers: &usize| TransformerConfig {
+            channels: level.channels,
+            width: heads * (level.channels / heads),
+            heads: *heads,
+            layers,
+            cross_attention_dim: self.cross_attention_dim,
+            only_cross_attention: *only_cross,
+            groups: self.resnet.norm.groups,
+            linear_projection: self.linear_projection,
+            attention,
+        };
+        depths.iter().map(transformer).collect()
+    }
+}
+
+/// The levels that a `config.json` describes.
+struct Levels {
+    down: Vec<LevelConfig>,
+    mid: Option<LevelConfig>,
+    up: Vec<LevelConfig>,
+    cross_attention_dim: usize,
+}
+
+impl Levels {
+    fn read(file: &ConfigFile, channels: &[usize]) -> Result<Self, ModelError> {
+        let levels = channels.len();
+        let last = levels - 1;
+        let layers = per_level(file, "layers_per_block", 2usize, levels)?;
+        if layers.contains(&0) {
+            return Err(file.unsupported(
+                "layers_per_block",
+                format!("{layers:?}"),
+                "numbers above 0",
+            ));
+        }
+        // In diffusers the key attention_head_dim holds the number of heads.
+        let heads = per_level(file, "attention_head_dim", 8usize, levels)?;
+        let only_cross = per_level(file, "only_cross_attention", false, levels)?;
+        let widths = per_level(file, "cross_attention_dim", 1280usize, levels)?;
+        let depths = per_level(file, "transformer_layers_per_block", Depth::Same(1), levels)?;
+        let up_depths = match file.optional::<Vec<Depth>>("reverse_transformer_layers_per_block")? {
+            Some(depths) if depths.len() == levels => depths,
+            Some(depths) => {
+                let (found, needed) = (format!("{} entries", depths.len()), format!("{levels}"));
+                let key = "reverse_transformer_layers_per_block";
+                return Err(file.unsupported(key, found, needed));
+            }
+            None if depths.iter().any(|d| matches!(d, Depth::Each(_))) => {
+                return Err(file.invalid(
+                    "\"transformer_layers_per_block\" with lists in it needs \"reverse_transformer_layers_per_block\""
+                        .to_owned(),
+                ));
+            }
+            None => depths.iter().rev().cloned().collect(),
+        };
+        let attention = |level: usize, count: usize, depth: &Depth, key: &str, only_cross| {
+            if heads[level] == 0 || heads[level] > channels[level] {
+                let known = format!("a number of heads from 1 to {} channels", channels[level]);
+                return Err(file.unsupported("attention_head_dim", heads[level], known));
+            }
+            let Some(depths) = depth.of(count) else {
+                let known = format!("an integer or {count} of them for the level's {count} blocks");
+                return Err(file.unsupported(key, format!("{depth:?}"), known));
+            };
+            Ok(AttentionConfig {
+                heads: heads[level],
+                depths,
+                only_cross,
+            })
+        };
+
+        let (cross, plain) = ("CrossAttnDownBlock2D", "DownBlock2D");
+        let default = [cross, cross, cross, plain];
+        let down_types = block_types(file, "down_block_types", cross, plain, &default, levels)?;
+        let (cross, plain) = ("CrossAttnUpBlock2D", "UpBlock2D");
+        let default = [plain, cross, cross, cross];
+        let up_types = block_types(file, "up_block_types", cross, plain, &default, levels)?;
+
+        const DEPTHS: &str = "transformer_layers_per_block";
+        let mut attended = Vec::new();
+        let mut down = Vec::with_capacity(levels);
+        for level in 0..levels {
+            let resnets = layers[level];
+            let attention = down_types[level]
+                .then(|| attention(level, resnets, &depths[level], DEPTHS, only_cross[level]))
+                .transpose()?;
+            attended.extend(attention.is_some().then_some(widths[level]));
+            down.push(LevelConfig {
+                channels: channels[level],
+                resnets,
+                attention,
+            });
+        }
+        let mid_type = match file.is_null("mid_block_type") {
+            true => None,
+            false => Some(file.get("mid_block_type", "UNetMidBlock2DCrossAttn".to_owned())?),
+        };
+        let mid = match mid_type.as_deref() {
+            None => None,
+            Some("UNetMidBlock2DCrossAttn") => {
+                attended.push(widths[last]);
+                // The middle never looks at the text alone: diffusers' class does not take only_cross_attention.
+                Some((2, Some(attention(last, 1, &depths[last], DEPTHS, false)?)))
+            }
+            Some("UNetMidBlock2D") => Some((1, None)),
+            Some(other) => {
+                return Err(file.unsupported(
+                    "mid_block_type",
+                    format!("\"{other}\""),
+                    "\"UNetMidBlock2DCrossAttn\", \"UNetMidBlock2D\", null",
+                ));
+            }
+        };
+        let mid = mid.map(|(resnets, attention)| LevelConfig {
+            channels: channels[last],
+            resnets,
+            attention,
+        });
+        let mut up = Vec::with_capacity(levels);
+        for i in 0..levels {
+            let level = last - i;
+            let resnets = layers[level] + 1;
+            let key = "reverse_transformer_layers_per_block";
+            let attention = up_types[i]
+                .then(|| attention(level, resnets, &up_depths[i], key, only_cross[level]))
+                .transpose()?;
+            attended.extend(attention.is_some().then_some(widths[level]));
+            up.push(LevelConfig {
+                channels: channels[level],
+                resnets,
+                attention,
+            });
+        }
+        let cross_attention_dim = attended.first().copied().unwrap_or(widths[0]);
+        if attended.iter().any(|&width| width != cross_attention_dim) {
+            return Err(file.unsupported(
+                "cross_attention_dim",
+                format!("{widths:?}"),
+                "one width for all levels with attention: they all look at the same text embeddings",
+            ));
+        }
+        Ok(Self {
+            down,
+            mid,
+            up,
+            cross_attention_dim,
+        })
+    }
+}
+
+fn per_level<T: Clone + serde::de::DeserializeOwned>(
+    file: &ConfigFile,
+    key: &str,
+    default: T,
+    levels: usize,
+) -> Result<Vec<T>, ModelError> {
+    match file.get(key, PerLevel::One(default))? {
+        PerLevel::One(value) => Ok(vec![value; levels]),
+        PerLevel::Each(each) if each.len() == levels => Ok(each),
+        PerLevel::Each(each) => Err(file.unsupported(
+            key,
+            format!("a list of {}", each.len()),
+            format!("one value or {levels} of them, as many as block_out_channels"),
+        )),
+    }
+}
+
+/// For each level, whether its block type is `cross` and not `plain`.
+fn block_types(
+    file: &ConfigFile,
+    key: &str,
+    cross: &str,
+    plain: &str,
+    default: &[&str],
+    levels: usize,
+) -> Result<Vec<bool>, ModelError> {
+    let types: Vec<String> = file.get(key, default.iter().map(|&t| t.to_owned()).collect())?;
+    if types.len() != levels {
+        let wanted = format!("{levels} block types, as many as block_out_channels");
+        return Err(file.unsupported(key, format!("{types:?}"), wanted));
+    }
+    let known = |block: String| match block {
+        block if block == cross => Ok(true),
+        block if block == plain => Ok(false),
+        block => Err(file.unsupported(
+            key,
+            format!("\"{block}\""),
+            format!("\"{cross}\", \"{plain}\""),
+        )),
+    };
+    types.into_iter().map(known).collect()
+}
+
+fn odd(file: &ConfigFile, key: &str) -> Result<usize, ModelError> {
+    match file.get(key, 3)? {
+        kernel if kernel % 2 == 1 => Ok(kernel),
+        even => Err(file.unsupported(key, even, "an odd number")),
+    }
+}
+
+/// Keys that would change the numbers and for which only diffusers' usual value is built.
+///
+/// `resnet_out_scale_factor`, `resnet_skip_time_act`, `cross_attention_norm`, `mid_block_only_cross_attention` and
+/// `addition_embed_type_num_heads` are not among them: in diffusers the blocks that coffey builds never see them.
+/// `upcast_attention` asks for the f32 that attention is computed in anyway.
+fn refuse_unsupported(file: &ConfigFile) -> Result<(), ModelError> {
+    for key in [
+        "addition_embed_type",
+        "class_embed_type",
+        "encoder_hid_dim",
+        "encoder_hid_dim_type",
+        "num_attention_heads", // diffusers refuses it, too
+        "num_class_embeds",
+    ] {
+        file.only(key, &[])?;
+    }
+    for (key, values) in [
+        ("attention_type", &[json!("default")][..]),
+        ("class_embeddings_concat", &[json!(false)]),
+        ("downsample_padding", &[json!(0), json!(1)]),
+        ("dropout", &[json!(0.0), json!(0)]),
+        ("dual_cross_attention", &[json!(false)]),
+        ("time_embedding_type", &[json!("positional")]),
+    ] {
+        file.only(key, values)?;
+    }
+    Ok(())
+}

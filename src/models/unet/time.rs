@@ -1,0 +1,90 @@
+//! The time embedding of a UNet.
+
+use candle_core::{Device, Result, Tensor};
+
+use super::UNetConfig;
+use super::config::TimeEmbeddingConfig;
+use crate::models::layers::Linear;
+use crate::models::{ModelError, Scope};
+
+/// diffusers' `Timesteps` and `TimestepEmbedding`.
+#[derive(Clone, Debug)]
+pub(super) struct TimeEmbedding {
+    linear_1: Linear,
+    cond_proj: Option<Linear>,
+    linear_2: Linear,
+    base: usize,
+    config: TimeEmbeddingConfig,
+}
+
+impl TimeEmbedding {
+    pub(super) fn new(
+        scope: &Scope<'_>,
+        config: &UNetConfig,
+    ) -> std::result::Result<Self, ModelError> {
+        let (base, width) = (config.base_channels(), config.time.width);
+        Ok(Self {
+            linear_1: Linear::new(&scope.sub("linear_1"), base, width)?,
+            cond_proj: config
+                .time_cond_proj_dim
+                .map(|guidance| Linear::without_bias(&scope.sub("cond_proj"), guidance, base))
+                .transpose()?,
+            linear_2: Linear::new(&scope.sub("linear_2"), width, width)?,
+            base,
+            config: config.time,
+        })
+    }
+
+    /// The embedding as residual blocks use it, `[B, width]`: every one of them starts with the network's activation, which
+    /// is applied once here.
+    ///
+    /// `guidance`: `[B, time_cond_proj_dim]`, for students; `like` has the dtype and the device to compute in.
+    pub(super) fn forward(
+        &self,
+        timesteps: &[i64],
+        guidance: Option<&Tensor>,
+        like: &Tensor,
+    ) -> Result<Tensor> {
+        let mut x = sinusoidal(timesteps, self.base, &self.config)?
+            .to_device(like.device())?
+            .to_dtype(like.dtype())?;
+        match (&self.cond_proj, guidance) {
+            (Some(proj), Some(guidance)) => x = x.add(&proj.forward(guidance)?)?,
+            (None, Some(_)) => {
+                candle_core::bail!("this UNet takes no guidance embedding (no time_cond_proj_dim)")
+            }
+            _ => {}
+        }
+        let activation = self.config.activation;
+        x = activation.forward(&self.linear_1.forward(&x)?)?;
+        x = self.linear_2.forward(&x)?;
+        for activation in [self.config.post, self.config.last, Some(activation)]
+            .into_iter()
+            .flatten()
+        {
+            x = activation.forward(&x)?;
+        }
+        Ok(x)
+    }
+}
+
+/// diffusers' `get_timestep_embedding`: `[B, width]` f32; the last column of an odd width stays 0.
+fn sinusoidal(timesteps: &[i64], width: usize, config: &TimeEmbeddingConfig) -> Result<Tensor> {
+    let half = width / 2;
+    let mut data = vec![0f32; timesteps.len() * width];
+    for (row, &t) in data.chunks_exact_mut(width).zip(timesteps) {
+        for i in 0..half {
+            let exponent = -(10000f32.ln()) * i as f32 / (half as f64 - config.freq_shift) as f32;
+            let angle = t as f32 * exponent.exp();
+            let (sin, cos) = (angle.sin(), angle.cos());
+            let (first, second) = if config.flip_sin_to_cos {
+                (cos, sin)
+            } else {
+                (sin, cos)
+            };
+            row[i] = first;
+            row[half + i] = second;
+        }
+    }
+    Tensor::from_vec(data, (timesteps.len(), width), &Device::Cpu)
+}

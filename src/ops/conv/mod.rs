@@ -1,0 +1,200 @@
+//! 2-d convolution, forward and backward.
+
+mod patches;
+mod winograd;
+
+use candle_core::{Result, Shape, Tensor};
+use pulp::{Arch, Simd};
+use rayon::prelude::*;
+
+use super::cpu::{Real, real, sum1};
+use super::kernel::{Kernel, apply3, has_kernel};
+
+/// 2-d cross-correlation with zero padding, as `torch.nn.functional.conv2d` with one group and no dilation.
+///
+/// `x`: `[B, C, H, W]`, `weight`: `[O, C, kh, kw]`, `bias`: `[O]` or none → `[B, O, H', W']`.
+///
+/// # Errors
+/// When the shapes or dtypes do not fit together.
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
+    let (batch, c, h, w) = x.dims4()?;
+    let (o, wc, kh, kw) = weight.dims4()?;
+    if c != wc || h + 2 * padding < kh || w + 2 * padding < kw || stride == 0 {
+        candle_core::bail!(
+            "conv2d: x is {:?} but weight is {:?}",
+            x.dims(),
+            weight.dims()
+        );
+    }
+    if has_kernel(x) {
+        let bias = match bias {
+            Some(bias) => bias.clone(),
+            None => Tensor::zeros(o, x.dtype(), x.device())?,
+        };
+        let geometry = Geometry {
+            c,
+            h,
+            w,
+            o,
+            kh,
+            kw,
+            stride,
+            pad_h: padding,
+            pad_w: padding,
+        };
+        return apply3(Conv2d { batch, geometry }, [x, weight, &bias]);
+    }
+    super::tensor::conv2d(x, weight, bias, stride, padding)
+}
+
+/// The shape of one image's convolution.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Geometry {
+    pub(super) c: usize,
+    pub(super) h: usize,
+    pub(super) w: usize,
+    pub(super) o: usize,
+    pub(super) kh: usize,
+    pub(super) kw: usize,
+    pub(super) stride: usize,
+    pub(super) pad_h: usize,
+    pub(super) pad_w: usize,
+}
+
+impl Geometry {
+    pub(super) fn out_h(&self) -> usize {
+        (self.h + 2 * self.pad_h - self.kh) / self.stride + 1
+    }
+
+    pub(super) fn out_w(&self) -> usize {
+        (self.w + 2 * self.pad_w - self.kw) / self.stride + 1
+    }
+
+    pub(super) fn out_pixels(&self) -> usize {
+        self.out_h() * self.out_w()
+    }
+
+    /// The convolution of the output's gradient, with turned kernels, that gives the input's gradient at stride 1.
+    fn turned(&self) -> Self {
+        Self {
+            c: self.o,
+            h: self.out_h(),
+            w: self.out_w(),
+            o: self.c,
+            pad_h: self.kh - 1 - self.pad_h,
+            pad_w: self.kw - 1 - self.pad_w,
+            ..*self
+        }
+    }
+}
+
+struct Conv2d {
+    batch: usize,
+    geometry: Geometry,
+}
+
+impl Kernel<3> for Conv2d {
+    const NAME: &'static str = "conv2d";
+
+    fn shape(&self) -> Shape {
+        let g = &self.geometry;
+        Shape::from((self.batch, g.o, g.out_h(), g.out_w()))
+    }
+
+    fn forward<T: Real>(&self, [x, weight, bias]: [&[T]; 3]) -> Vec<T> {
+        let (batch, g) = (self.batch, &self.geometry);
+        match winograd::pays(batch, g) {
+            true => winograd::forward(x, weight, bias, batch, g),
+            false => patches::forward(x, weight, Some(bias), batch, g),
+        }
+    }
+
+    fn backward<T: Real>(
+        &self,
+        [x, weight, _]: [&[T]; 3],
+        grad: &[T],
+        [want_x, want_weight, want_bias]: [bool; 3],
+    ) -> [Option<Vec<T>>; 3] {
+        let (batch, g) = (self.batch, &self.geometry);
+        let pays = winograd::pays(batch, g);
+        let gx = want_x.then(|| {
+            if pays {
+                winograd::input_grad(grad, weight, batch, g)
+            } else if g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw {
+                patches::input_grad_by_convolution(grad, weight, batch, g)
+            } else {
+                patches::input_grad_by_patches(grad, weight, batch, g)
+            }
+        });
+        let gw = want_weight.then(|| match pays {
+            true => winograd::weight_grad(x, grad, batch, g),
+            false => patches::weight_grad(x, grad, batch, g),
+        });
+        [gx, gw, want_bias.then(|| bias_grad(grad, batch, g))]
+    }
+}
+
+/// The bias's gradient: the output gradient summed over images and pixels.
+fn bias_grad<T: Real>(grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
+    let pixels = g.out_pixels();
+    let channel = |o: usize| -> f64 {
+        let planes = (0..batch).map(|b| &grad[(b * g.o + o) * pixels..][..pixels]);
+        planes.map(sum).sum()
+    };
+    (0..g.o).into_par_iter().map(|o| real(channel(o))).collect()
+}
+
+#[pulp::with_simd(sum = Arch::new())]
+#[inline(always)]
+fn sum_on<S: Simd, T: Real>(_: S, x: &[T]) -> f64 {
+    sum1(x, |x| x)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradcheck::{assert_close, check_gradients, random};
+    use super::*;
+
+    #[test]
+    fn forward_equals_candle() -> Result<()> {
+        for (b, c, o, h, w, k, stride, pad) in [
+            (2, 3, 5, 7, 6, 3, 1, 1),
+            (1, 4, 2, 8, 8, 3, 2, 1),
+            (3, 2, 4, 5, 9, 1, 1, 0),
+            (1, 2, 3, 9, 7, 3, 2, 0),
+            (2, 2, 2, 6, 6, 5, 1, 2),
+        ] {
+            let x = random(&[b, c, h, w], 1)?;
+            let weight = random(&[o, c, k, k], 2)?;
+            let bias = random(&[o], 3)?;
+            let want = x
+                .conv2d(&weight, pad, stride, 1, 1)?
+                .broadcast_add(&bias.reshape((1, o, 1, 1))?)?;
+            assert_close(
+                &conv2d(&x, &weight, Some(&bias), stride, pad)?,
+                &want,
+                1e-12,
+            )?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() -> Result<()> {
+        for (stride, pad, k) in [(1, 1, 3), (2, 1, 3), (1, 0, 1), (1, 0, 3), (2, 0, 3)] {
+            let inputs = [
+                random(&[2, 3, 5, 6], 1)?,
+                random(&[4, 3, k, k], 2)?,
+                random(&[4], 3)?,
+            ];
+            check_gradients(&inputs, |t| conv2d(&t[0], &t[1], Some(&t[2]), stride, pad))?;
+        }
+        Ok(())
+    }
+}

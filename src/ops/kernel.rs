@@ -1,0 +1,190 @@
+//! CPU kernels as candle operations: the one place where slices of floats meet tensors and their graph.
+
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef, Tensor,
+    bail,
+};
+
+use super::backward::deliver;
+use super::cpu::Real;
+
+/// A differentiable operation on `N` contiguous CPU tensors, written over slices.
+pub(super) trait Kernel<const N: usize>: Send + Sync {
+    /// Named in errors.
+    const NAME: &'static str;
+
+    /// The shape of the result.
+    fn shape(&self) -> Shape;
+
+    /// The result, row-major.
+    fn forward<T: Real>(&self, operands: [&[T]; N]) -> Vec<T>;
+
+    /// The gradients of the operands that are `wanted`, given the result's.
+    fn backward<T: Real>(
+        &self,
+        operands: [&[T]; N],
+        grad: &[T],
+        wanted: [bool; N],
+    ) -> [Option<Vec<T>>; N];
+}
+
+/// Whether the CPU kernels take this tensor; others go through candle's tensor operations.
+pub(super) fn has_kernel(tensor: &Tensor) -> bool {
+    tensor.device().is_cpu() && matches!(tensor.dtype(), DType::F32 | DType::F64)
+}
+
+/// Applies a kernel to one tensor.
+pub(super) fn apply1<K: Kernel<1> + 'static>(kernel: K, x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(Adapter(kernel))
+}
+
+/// Applies a kernel to three tensors.
+pub(super) fn apply3<K: Kernel<3> + 'static>(kernel: K, x: [&Tensor; 3]) -> Result<Tensor> {
+    x[0].contiguous()?
+        .apply_op3(&x[1].contiguous()?, &x[2].contiguous()?, Adapter(kernel))
+}
+
+struct Adapter<K>(K);
+
+/// Calls `$f::<f32, …>` or `$f::<f64, …>` by a dtype.
+macro_rules! by_dtype {
+    ($dtype:expr, $name:expr, $f:ident ( $($arg:expr),* $(,)? )) => {
+        match $dtype {
+            DType::F32 => $f::<f32, _, _>($($arg),*),
+            DType::F64 => $f::<f64, _, _>($($arg),*),
+            other => bail!("{} on the CPU takes f32 or f64, not {other:?}", $name),
+        }
+    };
+}
+
+impl<K: Kernel<1>> CustomOp1 for Adapter<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        run(&self.0, [(x, layout)])
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [x] = run_backward(&self.0, [x], grad)?;
+        Ok(x)
+    }
+}
+
+impl<K: Kernel<3>> CustomOp3 for Adapter<K> {
+    fn name(&self) -> &'static str {
+        K::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+        c: &CpuStorage,
+        cl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        run(&self.0, [(a, al), (b, bl), (c, cl)])
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        run_backward(&self.0, [a, b, c], grad).map(|[a, b, c]| (a, b, c))
+    }
+}
+
+fn run<K: Kernel<N>, const N: usize>(
+    kernel: &K,
+    operands: [(&CpuStorage, &Layout); N],
+) -> Result<(CpuStorage, Shape)> {
+    fn typed<T: Real, K: Kernel<N>, const N: usize>(
+        kernel: &K,
+        operands: [(&CpuStorage, &Layout); N],
+    ) -> Result<CpuStorage> {
+        let slices = each(operands, |(storage, layout)| slice::<T>(storage, layout))?;
+        Ok(T::to_cpu_storage_owned(kernel.forward(slices)))
+    }
+    let dtype = candle_core::backend::BackendStorage::dtype(operands[0].0);
+    let result = by_dtype!(dtype, K::NAME, typed(kernel, operands))?;
+    Ok((result, kernel.shape()))
+}
+
+fn run_backward<K: Kernel<N>, const N: usize>(
+    kernel: &K,
+    operands: [&Tensor; N],
+    grad: &Tensor,
+) -> Result<[Option<Tensor>; N]> {
+    fn typed<T: Real, K: Kernel<N>, const N: usize>(
+        kernel: &K,
+        operands: [&Tensor; N],
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        let views = operands.map(View::of);
+        let slices = each(views.each_ref(), View::slice::<T>)?;
+        let grad_view = View::of(grad);
+        let wanted = operands.map(Tensor::track_op);
+        let grads = kernel.backward(slices, grad_view.slice::<T>()?, wanted);
+        let mut grads = grads.into_iter();
+        each(operands, |operand| {
+            let grad = grads.next().flatten();
+            let grad = grad.map(|g| Tensor::from_vec(g, operand.dims(), operand.device()));
+            deliver(operand, grad.transpose()?)
+        })
+    }
+    by_dtype!(
+        grad.dtype(),
+        K::NAME,
+        typed(kernel, operands, &grad.contiguous()?)
+    )
+}
+
+/// `array.map` for functions that can fail: the first error, if there is one.
+fn each<A, B: Default, const N: usize>(
+    array: [A; N],
+    mut f: impl FnMut(A) -> Result<B>,
+) -> Result<[B; N]> {
+    let mut failure = None;
+    let mapped = array.map(|a| {
+        f(a).unwrap_or_else(|error| {
+            failure.get_or_insert(error);
+            B::default()
+        })
+    });
+    failure.map_or(Ok(mapped), Err)
+}
+
+/// The elements of a contiguous operand of a custom op.
+pub(super) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
+        None => bail!("an operand of a coffey operation must be contiguous"),
+    }
+}
+
+/// A contiguous CPU tensor, readable as a slice while this lives.
+pub(super) struct View<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn of(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    pub(super) fn slice<T: Real>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => slice(storage, self.layout),
+            _ => bail!("expected a CPU tensor"),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! The operations on tensors that have no kernel of ours: every device but the CPU, and 16-bit tensors everywhere.
+//!
+//! They are made of candle's tensor operations, so they run wherever candle does (with cuDNN's convolution where that is
+//! compiled in), but not differentiated by candle: each has its backward written out, which keeps the inputs and nothing
+//! else, computes no gradient for an input that is not tracked, and sums 16-bit numbers in `f32`.
+
+mod activation;
+mod attention;
+mod conv;
+mod linear;
+mod norm;
+mod update;
+mod upsample;
+
+use candle_core::{DType, Result, Tensor};
+
+pub(super) use activation::geglu;
+pub(super) use attention::{attention, plain_attention};
+pub(super) use conv::conv2d;
+pub(super) use linear::linear;
+pub(super) use norm::{group_norm, layer_norm};
+pub(super) use update::{adamw_step, ema_update, squared_norm};
+pub(super) use upsample::upsample_nearest_2x;
+
+/// 16-bit numbers as `f32`, in which sums and statistics are computed; others as they are.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
+        _ => Ok(x.clone()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+
+    use super::super::computed::apply3;
+    use super::super::gradcheck::{assert_close, check_gradients, random};
+    use super::*;
+
+    type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+
+    /// The result for `inputs` as `dtype`, and its gradients against a fixed random direction.
+    fn run(inputs: &[Tensor], dtype: DType, f: Op<'_>) -> Result<Vec<Tensor>> {
+        let vars = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(dtype)?));
+        let vars: Vec<Var> = vars.collect::<Result<_>>()?;
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let out = f(&tensors)?;
+        let direction = random(out.dims(), 99)?.to_dtype(dtype)?;
+        let grads = out.mul(&direction)?.backward()?;
+        let mut all = vec![out.detach()];
+        for var in &vars {
+            all.push(grads.get(var).expect("no gradient").clone());
+        }
+        Ok(all)
+    }
+
+    /// Checks an operation of this module in `f64` against finite differences and our CPU kernel, and its other dtypes
+    /// against `f64`.
+    fn check(inputs: &[Tensor], f: Op<'_>, kernel: Op<'_>) -> Result<()> {
+        check_gradients(inputs, f)?;
+        let exact = run(inputs, DType::F64, f)?;
+        for (got, want) in exact.iter().zip(run(inputs, DType::F64, kernel)?) {
+            assert_close(got, &want, 1e-11)?;
+        }
+        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+            for (got, want) in run(inputs, dtype, f)?.iter().zip(&exact) {
+                assert_eq!(got.dtype(), dtype);
+                let scale = want.abs()?.max_all()?.to_scalar::<f64>()?;
+                assert_close(&got.to_dtype(DType::F64)?, want, tolerance * scale)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn convolution() -> Result<()> {
+        for (shape, kernel, stride, padding) in [
+            ([2, 3, 5, 6], [3, 3], 1, 1),
+            ([2, 3, 6, 6], [3, 3], 2, 1),
+            ([1, 3, 7, 5], [3, 3], 2, 0),
+            ([2, 3, 4, 5], [1, 1], 1, 0),
+            ([1, 3, 4, 4], [1, 1], 1, 1),
+            ([1, 3, 5, 6], [3, 1], 1, 0),
+            ([1, 3, 8, 7], [2, 3], 3, 1),
+        ] {
+            let inputs = [
+                random(&shape, 1)?,
+                random(&[4, 3, kernel[0], kernel[1]], 2)?,
+                random(&[4], 3)?,
+            ];
+            check(
+                &inputs,
+                &|t| conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
+                &|t| super::super::conv2d(&t[0], &t[1], Some(&t[2]), stride, padding),
+            )?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn attention_in_blocks() -> Result<()> {
+        for (n, m, causal) in [(5, 3, false), (5, 5, true)] {
+            let inputs = [
+                random(&[2, n, 4], 1)?,
+                random(&[2, m, 4], 2)?,
+                random(&[2, m, 4], 3)?,
+            ];
+            let kernel = |t: &[Tensor]| {
+                let kind = super::super::Attention::MemoryEfficient;
+                super::super::attention(&t[0], &t[1], &t[2], 2, causal, kind)
+            };
+            // Two queries a block, so that blocks meet; then as many as the function itself takes.
+            let blocks = |t: &[Tensor]| {
+                apply3(
+                    attention::Blockwise {
+                        heads: 2,
+                        causal,
+                        rows: 2,
+                    },
+                    &t[0],
+                    &t[1],
+                    &t[2],
+                )
+            };
+            check(&inputs, &blocks, &kernel)?;
+            check(
+                &inputs,
+                &|t| attention(&t[0], &t[1], &t[2], 2, causal),
+                &kernel,
+            )?;
+            check(
+                &inputs,
+                &|t| plain_attention(&t[0], &t[1], &t[2], 2, causal),
+                &kernel,
+            )?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn normalisation() -> Result<()> {
+        for silu in [false, true] {
+            let inputs = [
+                random(&[2, 6, 3, 4], 1)?,
+                random(&[6], 2)?,
+                random(&[6], 3)?,
+            ];
+            check(
+                &inputs,
+                &|t| group_norm(&t[0], &t[1], &t[2], 3, 1e-5, silu),
+                &|t| super::super::group_norm(&t[0], &t[1], &t[2], 3, 1e-5, silu),
+            )?;
+        }
+        let inputs = [random(&[2, 7, 5], 1)?, random(&[5], 2)?, random(&[5], 3)?];
+        check(&inputs, &|t| layer_norm(&t[0], &t[1], &t[2], 1e-5), &|t| {
+            super::super::layer_norm(&t[0], &t[1], &t[2], 1e-5)
+        })
+    }
+
+    #[test]
+    fn small_layers() -> Result<()> {
+        let inputs = [random(&[6, 4], 1)?, random(&[5, 4], 2)?, random(&[5], 3)?];
+        check(&inputs, &|t| linear(&t[0], &t[1], Some(&t[2])), &|t| {
+            super::super::linear(&t[0], &t[1], Some(&t[2]))
+        })?;
+        check(&[random(&[2, 3, 6], 1)?], &|t| geglu(&t[0]), &|t| {
+            super::super::geglu(&t[0])
+        })?;
+        check(
+            &[random(&[2, 3, 2, 3], 1)?],
+            &|t| upsample_nearest_2x(&t[0]),
+            &|t| super::super::upsample_nearest_2x(&t[0]),
+        )
+    }
+
+    #[test]
+    fn frozen_inputs_get_no_gradient_and_no_graph() -> Result<()> {
+        let x = random(&[1, 4, 3, 3], 1)?;
+        let (w3, w1) = (random(&[4, 4, 3, 3], 2)?, random(&[4, 4], 3)?);
+        let b = random(&[4], 4)?;
+        let rows = x.flatten_from(2)?;
+        let tokens = rows.t()?.contiguous()?;
+        let ops: [(&str, [&Tensor; 3], Op<'_>); 5] = [
+            ("conv2d", [&x, &w3, &b], &|t| {
+                conv2d(&t[0], &t[1], Some(&t[2]), 1, 1)
+            }),
+            ("linear", [&tokens.squeeze(0)?, &w1, &b], &|t| {
+                linear(&t[0], &t[1], Some(&t[2]))
+            }),
+            ("group_norm", [&x, &b, &b.copy()?], &|t| {
+                group_norm(&t[0], &t[1], &t[2], 2, 1e-5, true)
+            }),
+            ("layer_norm", [&tokens, &b, &b.copy()?], &|t| {
+                layer_norm(&t[0], &t[1], &t[2], 1e-5)
+            }),
+            (
+                "attention",
+                [&tokens, &tokens.copy()?, &tokens.copy()?],
+                &|t| attention(&t[0], &t[1], &t[2], 2, false),
+            ),
+        ];
+        for (name, inputs, f) in ops {
+            assert!(!f(&inputs.map(Tensor::clone))?.track_op(), "{name}");
+            for tracked in 0..3 {
+                let var = Var::from_tensor(inputs[tracked])?;
+                let mut inputs = inputs.map(Tensor::clone);
+                inputs[tracked] = var.as_tensor().clone();
+                let grads = f(&inputs)?.sqr()?.backward()?;
+                for (i, input) in inputs.iter().enumerate() {
+                    assert_eq!(grads.get(input).is_some(), i == tracked, "{name} {i}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
