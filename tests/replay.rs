@@ -36,7 +36,7 @@ fn replay(shape: &str, steps: u64, settings: &[&str]) {
         "model.time_cond_proj_dim=32",
         "image.resolution=32",
         "train.batch_size=2",
-        "optimizer.learning_rate=1e-5",
+        "optimizer.learning_rate=1e-6", // what rounding alone does grows with it: see tests/reference/README.md
         "checkpoint.every=1000",
         "report.endpoint_captions=0",
         "report.grid=false",
@@ -63,8 +63,10 @@ macro_rules! replays {
 }
 
 replays! {
-    levels_layers_heads_and_projections_at_once: "everything", 4, ["distill.loss=l2"];
-    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, ["optimizer.learning_rate=1e-6"];
+    levels_layers_heads_and_projections_at_once: "everything", 4, [
+        "distill.loss=l2", "optimizer.learning_rate=1e-5",
+    ];
+    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, [];
     one_layer_one_sample_and_accumulation: "one-layer", 3, [
         "train.batch_size=1", "train.gradient_accumulation=3",
     ];
@@ -93,14 +95,14 @@ mod long {
         #[ignore = "slow"] three_layers: "three-layers", 20, ["train.batch_size=1"];
         #[ignore = "slow"] plain_top: "plain-top", 20, [];
         #[ignore = "slow"] plain_middle: "plain-middle", 20, [];
-        #[ignore = "slow"] plain_bottom: "plain-bottom", 20, ["optimizer.learning_rate=1e-6"];
+        #[ignore = "slow"] plain_bottom: "plain-bottom", 20, [];
         #[ignore = "slow"] heads_list: "heads-list", 20, [];
         #[ignore = "slow"] linear_projection: "linear-projection", 20, ["train.attention=plain"];
         #[ignore = "slow"] two_transformers: "two-transformers", 20, [];
         #[ignore = "slow"] transformers_list: "transformers-list", 20, ["optimizer.weight_decay=0.1"];
         #[ignore = "slow"] v_prediction: "v-prediction", 20, ["distill.loss=l2", "optimizer.learning_rate=1e-4"];
         #[ignore = "slow"] sample: "sample", 20, ["optimizer.schedule=linear", "optimizer.warmup_steps=5"];
-        #[ignore = "slow"] linear_betas: "linear-betas", 20, ["distill.num_ddim_timesteps=20"];
+        #[ignore = "slow"] linear_betas: "linear-betas", 20, ["distill.num_ddim_timesteps=20", "optimizer.epsilon=1e-6"];
         #[ignore = "slow"] cosine_betas: "cosine-betas", 20, ["distill.num_ddim_timesteps=13"];
         #[ignore = "slow"] eps: "eps", 20, ["distill.timestep_scaling=1.0"];
         #[ignore = "slow"] guided: "guided", 20, ["optimizer.schedule=polynomial", "optimizer.warmup_steps=1"];
