@@ -110,7 +110,7 @@ mod long {
             "optimizer.schedule=linear", "optimizer.warmup_steps=5", "optimizer.learning_rate=5e-6",
         ];
         #[ignore = "slow"] linear_betas: "linear-betas", 20, ["distill.num_ddim_timesteps=20", "optimizer.epsilon=1e-6"];
-        #[ignore = "slow"] cosine_betas: "cosine-betas", 20, ["distill.num_ddim_timesteps=13"];
+        #[ignore = "slow"] cosine_betas: "cosine-betas", 20, ["distill.num_ddim_timesteps=10"];
         #[ignore = "slow"] eps: "eps", 20, ["distill.timestep_scaling=1.0"];
         #[ignore = "slow"] guided: "guided", 20, ["optimizer.schedule=polynomial", "optimizer.warmup_steps=1"];
         #[ignore = "slow"] everything: "everything", 20, ["distill.ema_decay=0.5", "optimizer.max_grad_norm=0.1"];
