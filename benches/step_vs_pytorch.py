@@ -1,20 +1,29 @@
 """Whole LCM distillation steps: coffey against PyTorch + diffusers, on this machine's CPU, in one run.
 
-    python benches/step_vs_pytorch.py [--coffey target/release/coffey] [--config configs/quickstart.toml]
-        [--steps 12] [--rounds 2] [--threads 2] [--out FILE.json] [-s KEY=VALUE ...]
+    python benches/step_vs_pytorch.py [--case small] [--case sd15] [--coffey target/release/coffey] [--threads 2]
+        [--rounds N] [--steps N] [--out FILE.json] [-s KEY=VALUE ...]
 
-Run it from the repository's root, with the packages of `tests/reference/requirements.txt`.
+Run it from the repository's root, with the packages of `tests/reference/requirements.txt`. The cases:
 
-First `coffey train` makes the steps once with an audit, untimed: the student and the inputs that PyTorch starts
-from. Then the two take turns, each time in a fresh process, which makes the same steps from the same start:
+    small       a UNet of 64 and 128 channels with random weights, 16 x 16 latents, batch 16
+    sd15        a UNet of Stable Diffusion 1.5's shapes with random weights, 32 x 32 latents, batch 1
+    sd15-thin   the same with one layer a block, for a machine on which PyTorch's side of sd15 does not fit
+    quickstart  the quickstart's own teacher, 16 x 16 latents, batch 16
+
+For each case `tests/reference/make_pipeline.py` makes the teacher: its VAE and text encoder are as small as can be,
+so that coffey's encoding costs next to nothing (not so in quickstart). `coffey train` makes the steps once with an
+audit, untimed: the student and the inputs that PyTorch starts from. Then the two take turns, each time in a fresh
+process, which makes the same steps from the same start, in f32:
 
     coffey   `coffey train` without an audit, validation or report; `samples_per_second` of its `metrics.jsonl`.
-             That includes the wait for data, and the threads that fetch, decode and encode the images meanwhile.
-    PyTorch  the step of `tests/reference`: teacher twice, target, student forward and backward, clipping, AdamW,
-             average. The recorded latents and embeddings are loaded before the clock starts.
+             It is ended when the last step is in that file: saving is not part of it.
+    PyTorch  the step of `tests/reference`, from recorded latents and embeddings that are loaded before the clock
+             starts: teacher twice and target without a graph, student forward and backward, clipping, fused AdamW,
+             average.
 
-A rate is the median of all steps after the first two, a peak the largest resident set of the process (`wait4`).
-Where there are several rounds the table has the median of the rates and the largest peak; the file has them all.
+A rate is the median of all steps after the first (sd15) or first two, a peak the largest resident set of the process
+(`wait4`). Where there are several rounds the table has the median of the rates and the largest peak; the file has
+them all. `-s` settings go to coffey; PyTorch follows `train.gradient_checkpointing` and `train.teacher_dtype`.
 """
 
 import argparse
@@ -22,25 +31,56 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
-WARM_UP = 2  # steps left out: first touches of memory, the libraries' own set-up
-REFERENCE = Path(__file__).resolve().parent.parent / "tests" / "reference"
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE.parent / "tests" / "reference"
+CONFIG = HERE.parent / "configs" / "quickstart.toml"
 NEVER = 10**9  # as a number of steps
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
+# shape and options of make_pipeline.py, pixels a side, batch, steps, those of them that warm up, rounds, and GiB that
+# must be free: both sides hold teacher, student, target, gradients and two moments in f32.
+CASES = {
+    "small": {"pipeline": ["small", "--encoders", "tiny"], "pixels": 64, "batch": 16}
+    | {"steps": 12, "warm_up": 2, "rounds": 3, "gib": 2},
+    "sd15": {"pipeline": ["sd15", "--encoders", "tiny", "--dtype", "f16"], "pixels": 256, "batch": 1}
+    | {"steps": 4, "warm_up": 1, "rounds": 2, "gib": 21.5},
+    "sd15-thin": {
+        "pipeline": ["sd15", "--encoders", "tiny", "--dtype", "f16", "--set", "unet.layers_per_block=1"],
+        "pixels": 256,
+        "batch": 1,
+    }
+    | {"steps": 4, "warm_up": 1, "rounds": 2, "gib": 15},
+    "quickstart": {"pipeline": None, "pixels": 64, "batch": 16, "steps": 12, "warm_up": 2, "rounds": 2, "gib": 2},
+}
 
-def pytorch_steps(audit, threads):
+
+class Cast:
+    """A teacher with weights of a smaller type, as `--cast_teacher_unet` and autocast have it."""
+
+    def __init__(self, teacher, dtype):
+        self.teacher, self.dtype = teacher.to(dtype), dtype
+
+    def __call__(self, *args, **kwargs):
+        import torch
+
+        with torch.autocast("cpu", dtype=self.dtype):
+            output = self.teacher(*args, **kwargs)
+        output.sample = output.sample.float()
+        return output
+
+
+def pytorch_steps(args):
     """Makes the audited steps; samples per second of each."""
     import torch
     from diffusers import UNet2DConditionModel
-    from diffusers.optimization import get_scheduler
     from safetensors.torch import load_file
 
     sys.path.insert(0, str(REFERENCE))
@@ -48,50 +88,60 @@ def pytorch_steps(audit, threads):
     from replay_audit import Distillation, load_unet
 
     imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
+    audit, settings = args.pytorch, dict(word.split("=", 1) for word in args.set)
     meta = json.loads((audit / "meta.json").read_text())
+    wanted = ("latents", "noise", "index", "w", "prompt_embeds", "uncond_prompt_embeds")
+    given = []
+    for step in range(1, args.steps + 1):
+        recorded = load_file(audit / f"step-{step:06}.00.safetensors")
+        given.append({name: recorded[name] for name in wanted})
     student, target = load_unet(audit / "unet_init"), load_unet(audit / "unet_init")
     teacher = UNet2DConditionModel.from_pretrained(meta["teacher"], subfolder="unet").float()
     teacher.requires_grad_(False)
     target.requires_grad_(False)
     student.train()
+    if settings.get("train.gradient_checkpointing") == "true":
+        student.enable_gradient_checkpointing()
+    kind = settings.get("train.teacher_dtype", "f32")
+    if kind != "f32":
+        teacher = Cast(teacher, {"f16": torch.float16, "bf16": torch.bfloat16}[kind])
+    if args.channels_last:
+        for model in (student, target, teacher):
+            model.to(memory_format=torch.channels_last)
     distillation = Distillation(meta, teacher, student, target)
     betas, rest = (meta["beta1"], meta["beta2"]), {"weight_decay": meta["weight_decay"], "eps": meta["epsilon"]}
-    optimizer = torch.optim.AdamW(student.parameters(), lr=meta["learning_rate"], betas=betas, **rest)
-    lengths = {"num_warmup_steps": meta["warmup_steps"], "num_training_steps": meta["max_steps"]}
-    schedule = get_scheduler(meta["schedule"], optimizer, **lengths)
-    micro_batches = meta["gradient_accumulation"]
-    wanted = ("latents", "noise", "index", "w", "prompt_embeds", "uncond_prompt_embeds")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=meta["learning_rate"], betas=betas, fused=True, **rest)
     rates, losses = [], []
-    for step in range(1, meta["steps"] + 1):
-        files = (load_file(audit / f"step-{step:06}.{micro:02}.safetensors") for micro in range(micro_batches))
-        given = [{name: file[name] for name in wanted} for file in files]
-        started, total = time.perf_counter(), 0.0
-        for inputs in given:
-            loss = distillation.step(inputs)["loss"] / micro_batches
-            loss.backward()
-            total += loss.item()
+    for inputs in given:
+        started = time.perf_counter()
+        loss = distillation.step(inputs)["loss"]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(target.parameters(), student.parameters(), meta["ema_decay"])
-        samples = sum(len(inputs["latents"]) for inputs in given)
-        rates.append(samples / (time.perf_counter() - started))
-        losses.append(total)
+        losses.append(loss.item())
+        rates.append(len(inputs["latents"]) / (time.perf_counter() - started))
     return {"samples_per_second": rates, "loss": losses, "version": torch.__version__, "imports_bytes": imports}
 
 
-def timed(command, threads, log):
-    """Runs a process to its end; what it used. Linux counts a parent's peak in its child's: this one stays small."""
+def timed(command, threads, log, done=lambda: False):
+    """Runs a process to its end, or until `done`; what it used. Linux counts a parent's peak in its child's: this one
+    stays small."""
     variables = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     with log.open("wb") as output:
         words, env = [str(part) for part in command], os.environ | variables
         process = subprocess.Popen(words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        started = time.perf_counter()
-        _, status, usage = os.wait4(process.pid, 0)
+        started, ended, stopped = time.perf_counter(), 0, False
+        while not ended:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if not ended and not stopped and done():
+                process.kill()
+                stopped = True
+            time.sleep(0.02)
     process.returncode = os.waitstatus_to_exitcode(status)  # it is reaped: Popen need not wait
-    if process.returncode:
+    if process.returncode and not stopped:
         raise SystemExit(f"{' '.join(words)}\nended with {process.returncode}:\n{log.read_text()[-2000:]}")
     return {
         "peak_bytes": usage.ru_maxrss * MAXRSS_UNIT,
@@ -100,98 +150,146 @@ def timed(command, threads, log):
     }
 
 
-def coffey_run(args, folder, audit=None):
-    """One `coffey train` from step 0."""
+def coffey_run(args, case, teacher, folder, audit=None):
+    """The first steps of one `coffey train`."""
     settings = {
         "train.output": folder / "run",
-        "train.max_steps": args.steps,
+        "train.max_steps": NEVER,
+        "train.batch_size": case["batch"],
+        "model.teacher": teacher,
+        "image.resolution": case["pixels"],
+        "optimizer.learning_rate": 1e-5,
         "checkpoint.every": NEVER,
+        "validation.every": NEVER,
         "report.endpoint_captions": 0,
         "report.grid": "false",
     }
-    if "validation" in tomllib.loads(args.config.read_text()):
-        settings["validation.every"] = NEVER
     if audit:
-        settings |= {"audit.dir": audit, "audit.steps": args.steps}
+        settings |= {"audit.dir": audit, "audit.steps": NEVER}
     words = [f"{key}={value}" for key, value in settings.items()] + args.set
-    command = [args.coffey, "train", "-c", args.config, *(part for word in words for part in ("-s", word))]
-    used = timed(command, args.threads, folder / "log")
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {name: [line[name] for line in lines] for name in ("samples_per_second", "loss")} | used
+    command = [args.coffey, "train", "-c", CONFIG, *(part for word in words for part in ("-s", word))]
+    metrics = folder / "run" / "metrics.jsonl"
+
+    def lines():
+        whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""
+        return whole.splitlines()[: case["steps"]]
+
+    used = timed(command, args.threads, folder / "log", lambda: len(lines()) == case["steps"])
+    steps = [json.loads(line) for line in lines()]
+    return {name: [step[name] for step in steps] for name in ("samples_per_second", "loss")} | used
 
 
-def pytorch_run(args, folder, audit):
+def pytorch_run(args, case, folder, audit):
     """The audited steps in a process of their own."""
     result = folder / "result.json"
-    command = [sys.executable, Path(__file__).resolve(), "--pytorch", audit, "--out", result]
-    used = timed([*command, "--threads", args.threads], args.threads, folder / "log")
+    options = ["--threads", args.threads, "--steps", case["steps"], *(part for word in args.set for part in ("-s", word))]
+    if args.channels_last:
+        options.append("--channels-last")
+    command = [sys.executable, Path(__file__).resolve(), "--pytorch", audit, "--out", result, *options]
+    used = timed(command, args.threads, folder / "log")
     return json.loads(result.read_text()) | used
 
 
-def summary(runs):
+def summary(runs, warm_up):
     """Median rate and largest peak of a side's rounds."""
-    rates = [statistics.median(run["samples_per_second"][WARM_UP:]) for run in runs]
-    return statistics.median(rates), max(run["peak_bytes"] for run in runs) / 2**20
+    rates = [statistics.median(run["samples_per_second"][warm_up:]) for run in runs]
+    return {"samples_per_second": statistics.median(rates), "peak_mib": max(run["peak_bytes"] for run in runs) / 2**20}
 
 
-def compare(args):
-    """Both sides, by turns; the report as it is written to `--out`."""
-    sides, load = {"coffey": [], "PyTorch": []}, os.getloadavg()[0]
-    if load > 0.5:
-        print(f"the machine is busy (load {load:.1f}): these figures won't say much", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        audit = scratch / "audit"
+def compare(args, name, case, scratch):
+    """Both sides of a case, by turns; the report as it is written to `--out`."""
+    sides, audit = {"coffey": [], "PyTorch": []}, scratch / "audit"
 
-        def folder(name):
-            (scratch / name).mkdir()
-            return scratch / name
+    def folder(name):
+        (scratch / name).mkdir()
+        return scratch / name
 
-        print("recording the inputs", file=sys.stderr)
-        recorded = coffey_run(args, folder("recording"), audit)
-        for turn in range(1, args.rounds + 1):
-            for name, runs in sides.items():
-                print(f"round {turn} of {args.rounds}: {name}", file=sys.stderr)
-                here = folder(f"{name}-{turn}")
-                runs.append(pytorch_run(args, here, audit) if name == "PyTorch" else coffey_run(args, here))
-    for name, runs in sides.items():
+    teacher = HERE.parent / "assets" / "quickstart" / "teacher"
+    if case["pipeline"]:
+        teacher = scratch / "teacher"
+        script = [sys.executable, REFERENCE / "make_pipeline.py", teacher, *case["pipeline"]]
+        subprocess.run(list(map(str, script)), check=True)
+    print(f"{name}: recording the inputs", file=sys.stderr)
+    recorded = coffey_run(args, case, teacher, folder("recording"), audit)
+    for turn in range(1, case["rounds"] + 1):
+        for side, runs in sides.items():
+            print(f"{name}: round {turn} of {case['rounds']}: {side}", file=sys.stderr)
+            here = folder(f"{side}-{turn}")
+            if side == "PyTorch":
+                runs.append(pytorch_run(args, case, here, audit))
+            else:
+                runs.append(coffey_run(args, case, teacher, here))
+            shutil.rmtree(here)
+    # Half types of a teacher round differently on the two sides.
+    allowed = 0.2 if any("teacher_dtype" in word for word in args.set) else 0.01
+    for side, runs in sides.items():
         apart = max(abs(a / b - 1) for run in runs for a, b in zip(run["loss"], recorded["loss"], strict=True))
-        if apart > 0.01:
-            raise SystemExit(f"{name} made other steps than were recorded: a loss is {apart:.1%} apart")
-    (rate, peak), (rate_pytorch, peak_pytorch) = map(summary, sides.values())
+        if apart > allowed:
+            raise SystemExit(f"{name}: {side} made other steps than were recorded: a loss is {apart:.1%} apart")
+    ours, theirs = (summary(runs, case["warm_up"]) for runs in sides.values())
+    theirs["imports_mib"] = max(run["imports_bytes"] for run in sides["PyTorch"]) / 2**20
     return {
-        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "load_at_start": load},
-        "arguments": {k: str(v) for k, v in vars(args).items() if k in ("config", "steps", "rounds", "threads", "set")},
-        "coffey": {"samples_per_second": rate, "peak_mib": peak, "runs": sides["coffey"]},
-        "PyTorch": {"samples_per_second": rate_pytorch, "peak_mib": peak_pytorch, "runs": sides["PyTorch"]},
-        "coffey_over_pytorch": {"samples_per_second": rate / rate_pytorch, "peak_mib": peak / peak_pytorch},
+        "case": {key: case[key] for key in ("pipeline", "pixels", "batch", "steps", "warm_up", "rounds")},
+        "coffey": ours | {"runs": sides["coffey"]},
+        "PyTorch": theirs | {"runs": sides["PyTorch"]},
+        "coffey_over_pytorch": {key: ours[key] / theirs[key] for key in ours},
     }
+
+
+def available_gib():
+    """Memory that can be had; infinite where the system does not say."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) / 2**20
+    except OSError:
+        return float("inf")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=CASES, help="may be given again; unset: small and sd15")
     parser.add_argument("--coffey", type=Path, default=Path("target/release/coffey"), help="the release binary")
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="handed on to coffey")
-    parser.add_argument("--steps", type=int, default=12, help=f"steps of each run, more than {WARM_UP}")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument("--steps", type=int, help="of each run, instead of the case's")
+    parser.add_argument("--rounds", type=int, help="turns of each side, instead of the case's")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side's arithmetic")
+    parser.add_argument("--channels-last", action="store_true", help="PyTorch's models in that memory format")
+    parser.add_argument("--scratch", type=Path, help="where the models go (sd15: 10 GB), instead of the system's folder")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--pytorch", type=Path, metavar="AUDIT", help=argparse.SUPPRESS)  # the PyTorch process itself
     args = parser.parse_args()
     if args.pytorch:
-        args.out.write_text(json.dumps(pytorch_steps(args.pytorch, args.threads)))
+        args.out.write_text(json.dumps(pytorch_steps(args)))
         return
-    if args.steps <= WARM_UP or args.rounds < 1:
-        parser.error(f"--steps must be more than {WARM_UP}, --rounds at least 1")
-    report = compare(args)
-    print(f"{'':16}{'samples/s':>12}{'peak MiB':>12}")
-    for name in ("coffey", "PyTorch", "coffey_over_pytorch"):
-        row = report[name]
-        label, digits = ("coffey/PyTorch", 2) if "over" in name else (name, 1)
-        print(f"{label:16}{row['samples_per_second']:>12.{digits}f}{row['peak_mib']:>12.{digits}f}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    chosen = {}
+    for name in args.case or ("small", "sd15"):
+        given = {key: value for key in ("steps", "rounds") if (value := getattr(args, key)) is not None}
+        chosen[name] = case = CASES[name] | given
+        if case["steps"] <= case["warm_up"] or case["rounds"] < 1:
+            parser.error(f"{name}: --steps must be more than {case['warm_up']}, --rounds at least 1")
+        if (free := available_gib()) < case["gib"]:
+            parser.error(f"{name} needs about {case['gib']} GiB of free memory, there are {free:.1f}")
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"the machine is busy (load {load:.1f}): these figures won't say much", file=sys.stderr)
+    report = {
+        "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "load_at_start": load},
+        "arguments": {"threads": args.threads, "set": args.set, "channels_last": args.channels_last},
+        "cases": {},
+    }
+    print(f"{'':12}{'':16}{'samples/s':>12}{'peak MiB':>12}")
+    for name, case in chosen.items():
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            made = report["cases"][name] = compare(args, name, case, Path(scratch))
+        for side, digits in (("coffey", 1), ("PyTorch", 1), ("coffey_over_pytorch", 2)):
+            row = made[side]
+            label = side.replace("_over_pytorch", "/PyTorch")
+            rate_digits = max(digits, 3 if row["samples_per_second"] < 1 else digits)
+            print(f"{name:12}{label:16}{row['samples_per_second']:>12.{rate_digits}f}{row['peak_mib']:>12.{digits}f}")
+        print(f"{'':12}{'':16}PyTorch's libraries are {made['PyTorch']['imports_mib']:.1f} MiB of its peak")
+        sys.stdout.flush()
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -263,33 +263,6 @@ fn a_damaged_checkpoint_is_named_and_passed_over() {
 }
 
 #[test]
-fn v_prediction_and_l2_agree_with_pytorch() {
-    let folder = TempDir::new().unwrap();
-    let teacher = folder.path().join("teacher");
-    copy(&support::teacher(), &teacher);
-    let path = teacher.join("scheduler/scheduler_config.json");
-    let text = std::fs::read_to_string(&path).unwrap();
-    assert!(text.contains("\"epsilon\""));
-    std::fs::write(&path, text.replace("\"epsilon\"", "\"v_prediction\"")).unwrap();
-    let (run, audit) = (folder.path().join("run"), folder.path().join("audit"));
-    let teacher = format!("model.teacher={}", teacher.display());
-    let audit_dir = format!("audit.dir={}", audit.display());
-    let more = [
-        &teacher,
-        &audit_dir,
-        "audit.steps=2",
-        "train.max_steps=2",
-        "distill.loss=l2",
-        "optimizer.learning_rate=1e-5",
-        "optimizer.weight_decay=0.01",
-        "optimizer.schedule=constant_with_warmup",
-        "optimizer.warmup_steps=1",
-    ];
-    succeed(&refs(&train_args(&run, &more)));
-    python("replay_audit.py", &[&audit]);
-}
-
-#[test]
 fn what_cannot_be_trained_is_refused_with_one_message() {
     let folder = TempDir::new().unwrap();
     let run = folder.path().join("run");

@@ -1,15 +1,24 @@
 """Replay an audit folder in PyTorch + diffusers and compare every number.
 
-    python replay_audit.py AUDIT_DIR [--teacher DIR] [--tolerance 1e-4] [--weights-tolerance 0.01]
+    python replay_audit.py AUDIT_DIR [--teacher DIR] [--tolerance 1e-4] [--weights-tolerance 0.01] [--drift]
+        [--first-step] [--gradient-checkpointing]
 
 Starts from `unet_init/` and the teacher named in `meta.json`, feeds the recorded inputs (latents, noise, index, w,
 embeddings) through the step of `train_lcm_distill_sd_wds.py` in f32, and keeps its own optimiser, average and
 weights, so that an error in any step shows in the ones after it. Prints the worst relative error of each quantity
-in each step (max |a - b| / max |b|), then how far the final weights are apart relative to how far they moved.
-Exit 1 over a tolerance or when something is not finite; 2 when the folder is incomplete.
+(max |a - b| / max |b|) in each step and over all steps, then how far the final weights are apart relative to how far
+they moved. Exit 1 over a tolerance or when something is not finite; 2 when the folder is incomplete.
+
+`--drift` replays once more with the inputs' last bits changed and prints the same figures for PyTorch against
+itself. Where they are over a tolerance too, the run amplifies rounding (high learning rates, a small `huber_c`), and
+a difference from PyTorch says nothing about the other implementation.
+
+`--first-step` leaves out the update and all that follows, and so the optimiser's memory; `--gradient-checkpointing`
+recomputes the student's activations: both for real model sizes.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -124,8 +133,11 @@ class Distillation:
         return {"x_prev": x_prev, "model_pred": model_pred, "target": target, "loss": loss}
 
 
-def replay(audit, meta):
-    """Yield (step, {quantity: worst relative error}) for each step, then ("weights", {folder: distance})."""
+def replay(audit, meta, args, given=lambda recorded: recorded):
+    """Makes the recorded steps again, from the inputs that `given` makes of the recorded ones.
+
+    Yields (step, recorded, made) for each micro-batch, outputs by name; at last ("weights", None, {folder: weights}).
+    """
     student, target = load_unet(audit / "unet_init"), load_unet(audit / "unet_init")
     if student.config.time_cond_proj_dim != meta["time_cond_proj_dim"]:
         raise SystemExit(f"unet_init has time_cond_proj_dim = {student.config.time_cond_proj_dim}")
@@ -133,6 +145,8 @@ def replay(audit, meta):
     teacher.requires_grad_(False)
     target.requires_grad_(False)
     student.train()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
     distillation = Distillation(meta, teacher, student, target)
     optimizer = torch.optim.AdamW(
         student.parameters(),
@@ -149,36 +163,98 @@ def replay(audit, meta):
     )
     micro_batches = meta["gradient_accumulation"]
     for step in range(1, meta["steps"] + 1):
-        worst = {}
-
-        def note(name, recorded, replayed):
-            worst[name] = max(worst.get(name, 0.0), relative(recorded, replayed))
-
         for micro in range(micro_batches):
             recorded = load_file(audit / f"step-{step:06}.{micro:02}.safetensors")
-            made = distillation.step(recorded)
+            made = distillation.step(given(recorded))
             (made["loss"] / micro_batches).backward()
-            for name, value in made.items():
-                note(name, recorded[name], value.detach())
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
-        note("grad_norm", recorded["grad_norm"], grad_norm)
-        note("lr", recorded["lr"], lr_scheduler.get_last_lr()[0])  # the rate this step is made with
+            made = {name: value.detach() for name, value in made.items()}
+            if micro + 1 == micro_batches:
+                made["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
+                made["lr"] = lr_scheduler.get_last_lr()[0]  # the rate this step is made with
+            yield step, recorded, made
+        if args.first_step:
+            return
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(target.parameters(), student.parameters(), meta["ema_decay"])
-        yield step, worst
-    finals = {"unet_final": student, "unet_target_final": target}
-    yield "weights", {folder: apart(audit, folder, replayed) for folder, replayed in finals.items()}
+    yield "weights", None, {"unet_final": student.state_dict(), "unet_target_final": target.state_dict()}
 
 
-def apart(audit, folder, replayed):
-    """Distance of the recorded final weights from the replayed ones, relative to the way these have come."""
-    start, end = load_unet(audit / "unet_init").state_dict(), load_unet(audit / folder).state_dict()
-    here = replayed.state_dict()
-    distance = sum((end[k] - here[k]).double().square().sum() for k in here).sqrt().item()
-    moved = sum((here[k] - start[k]).double().square().sum() for k in here).sqrt().item()
-    return distance / moved if moved else float("inf")
+def nudged(recorded):
+    """The inputs with other last bits."""
+    rng = torch.Generator().manual_seed(1)
+
+    def nudge(tensor):
+        return tensor * (1 + 1e-7 * torch.randn(tensor.shape, generator=rng))
+
+    return recorded | {name: nudge(recorded[name]) for name in ("latents", "noise", "prompt_embeds")}
+
+
+def larger(a, b):
+    """The maximum; NaN if one is."""
+    return a if a != a or a > b else b
+
+
+def table(steps):
+    """Prints the worst error of each quantity in each step, from (step, recorded, made); returns the worst of all."""
+    print("step    " + "".join(f"{name:>12}" for name in QUANTITIES))
+
+    def row(label, worst):
+        print(f"{label:<8}" + "".join(f"{worst[name]:>12.2e}" for name in QUANTITIES), flush=True)
+
+    overall = dict.fromkeys(QUANTITIES, 0.0)
+    for step, parts in itertools.groupby(steps, key=lambda part: part[0]):
+        worst = dict.fromkeys(QUANTITIES, 0.0)
+        for _, recorded, made in parts:
+            for name, value in made.items():
+                worst[name] = larger(relative(recorded[name], value), worst[name])
+        row(step, worst)
+        overall = {name: larger(worst[name], overall[name]) for name in QUANTITIES}
+    row("worst", overall)
+    return overall
+
+
+def apart(ours, replayed, start):
+    """Distance of two sets of weights, relative to the way the second has come from `start`."""
+
+    def distance(a, b):
+        return sum((a[k] - b[k]).double().square().sum() for k in b).sqrt().item()
+
+    moved = distance(start, replayed)
+    return distance(ours, replayed) / moved if moved else float("inf")
+
+
+def compare(audit, meta, args):
+    """Prints all figures; whether those of the recorded run are within the tolerances."""
+    made, finals = [], {}
+
+    def steps():
+        for step, recorded, outputs in replay(audit, meta, args):
+            if step == "weights":
+                finals.update(outputs)
+            else:
+                made.append(outputs)
+                yield step, recorded, outputs
+
+    good = all(error <= args.tolerance for error in table(steps()).values())
+    start = load_unet(audit / "unet_init").state_dict() if finals else {}
+    for folder, replayed in finals.items():
+        error = apart(load_unet(audit / folder).state_dict(), replayed, start)
+        good &= error <= args.weights_tolerance
+        print(f"{folder}: {error:.2e} of the way apart (allowed {args.weights_tolerance:g})")
+    if args.drift:
+        print("PyTorch against itself, inputs changed by 1e-7:")
+        again, first = [], iter(made)
+        for step, _, outputs in replay(audit, meta, args, nudged):
+            if step == "weights":
+                weights = {folder: apart(finals[folder], replayed, start) for folder, replayed in outputs.items()}
+            else:
+                again.append((step, next(first), outputs))
+        table(again)
+        for folder in finals:
+            print(f"{folder}: {weights[folder]:.2e} of the way apart")
+    return good
 
 
 def main():
@@ -187,22 +263,16 @@ def main():
     parser.add_argument("--teacher", help="the teacher's pipeline folder, instead of the one in meta.json")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="for every quantity of a step")
     parser.add_argument("--weights-tolerance", type=float, default=0.01, help="for the final weights")
+    parser.add_argument("--drift", action="store_true", help="what rounding alone does to this run")
+    parser.add_argument("--first-step", action="store_true", help="only the first step's quantities")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of the student, to save memory")
     args = parser.parse_args()
 
     try:
         meta = json.loads((args.audit / "meta.json").read_text())
         if args.teacher:
             meta["teacher"] = args.teacher
-        good = True
-        print("step    " + "".join(f"{name:>12}" for name in QUANTITIES))
-        for step, worst in replay(args.audit, meta):
-            if step == "weights":
-                for name, error in worst.items():
-                    good &= error <= args.weights_tolerance
-                    print(f"{name}: {error:.2e} of the way apart (allowed {args.weights_tolerance:g})")
-            else:
-                good &= all(error <= args.tolerance for error in worst.values())
-                print(f"{step:<8}" + "".join(f"{worst[name]:>12.2e}" for name in QUANTITIES), flush=True)
+        good = compare(args.audit, meta, args)
         print(f"{'same numbers' if good else 'DIFFERENT'} (allowed {args.tolerance:g})")
         return 0 if good else 1
     except (OSError, KeyError) as fault:

@@ -76,12 +76,13 @@ pub(crate) fn refuse(code: i32, args: &[&str], words: &[&str]) -> String {
     err
 }
 
-/// Runs a script of `tests/reference` with the Python that `COFFEY_PYTHON` names; without one, says that it did not.
+/// Runs a script of `tests/reference` with the Python that `COFFEY_PYTHON` names; without one, says that it did not and
+/// returns false.
 #[track_caller]
-pub(crate) fn python(script: &str, args: &[&Path]) {
+pub(crate) fn python(script: &str, args: &[&Path]) -> bool {
     let Some(python) = std::env::var_os("COFFEY_PYTHON") else {
         eprintln!("COFFEY_PYTHON is not set: {script} was not run");
-        return;
+        return false;
     };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let script = folder.join("tests/reference").join(script);
@@ -97,6 +98,7 @@ pub(crate) fn python(script: &str, args: &[&Path]) {
         "{}:\n{out}\n{err}",
         script.display()
     );
+    true
 }
 
 /// Copies a folder with all that is in it.
