@@ -238,20 +238,24 @@ def unet(folder, sample_shape, tokens, timesteps, **config):
     }
     if config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = guidance_scale_embedding(torch.linspace(2, 9, batch), config["time_cond_proj_dim"])
+    # In f64: where a gradient nearly cancels, PyTorch's own f32 is as far from it as ours may be.
+    model.double()
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     output = model(
-        inputs["sample"],
-        inputs["timestep"],
-        inputs["encoder_hidden_states"],
-        timestep_cond=inputs.get("timestep_cond"),
+        exact["sample"],
+        exact["timestep"],
+        exact["encoder_hidden_states"],
+        timestep_cond=exact.get("timestep_cond"),
     ).sample
-    output_grad = torch.randn_like(output)
+    output_grad = torch.randn(output.shape)
     (output * output_grad).sum().backward()
     last = f"up_blocks.{len(model.up_blocks) - 1}.resnets.{len(model.up_blocks[-1].resnets) - 1}."
     parameters = dict(model.named_parameters())
     names = [name.replace("up_blocks.LAST.resnets.LAST.", last) for name in GRADIENTS]
     gradients = {f"grad.{name}": parameters[name].grad for name in names if name in parameters}
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    save(model, folder, {**inputs, "output": output, "output_grad": output_grad, **gradients})
+    made = {"output": output, "output_grad": output_grad, **gradients}
+    save(model, folder, {**inputs, **{name: x.float() for name, x in made.items()}})
 
 
 @torch.no_grad()
