@@ -165,9 +165,11 @@ impl ClipTextModel {
             .index_select(&ids, 0)?
             .reshape((b, t, self.width()))?;
         let mut x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, t)?)?;
-        for layer in &self.layers {
-            x = layer.forward(&x, self.heads, self.activation)?;
-        }
-        self.final_layer_norm.forward(&x)
+        ops::in_pool(|| {
+            for layer in &self.layers {
+                x = layer.forward(&x, self.heads, self.activation)?;
+            }
+            self.final_layer_norm.forward(&x)
+        })
     }
 }

@@ -19,11 +19,18 @@ fn load(name: &str) -> HashMap<String, Tensor> {
 }
 
 fn assert_close(what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
+    assert_within(1e-4, what, got, want)
+}
+
+/// Golden gradients are made in f64. PyTorch's own in f32 are up to 1e-4 from them, where sums nearly cancel.
+const GRADIENT_TOLERANCE: f32 = 3e-4;
+
+fn assert_within(tolerance: f32, what: &str, got: &Tensor, want: &Tensor) -> Result<()> {
     assert_eq!(got.dims(), want.dims(), "{what}");
     let scale = want.abs()?.max_all()?.to_scalar::<f32>()?;
     let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
     assert!(
-        worst <= 1e-4 * scale,
+        worst <= tolerance * scale,
         "{what}: differs by {worst}, the largest value is {scale}"
     );
     Ok(())
@@ -80,7 +87,7 @@ fn unet_outputs_and_gradients_equal_diffusers() -> Result<()> {
                     .get(var)
                     .unwrap_or_else(|| panic!("{name}: {param} has no gradient"));
                 if let Some(want) = golden.get(&format!("grad.{param}")) {
-                    assert_close(param, grad, want)?;
+                    assert_within(GRADIENT_TOLERANCE, param, grad, want)?;
                     compared += 1;
                 }
             }

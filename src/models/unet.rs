@@ -17,7 +17,7 @@ use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
 use super::{ModelError, Scope, Weights};
-use crate::ops::{Attention, Keep, segment};
+use crate::ops::{self, Attention, Keep, segment};
 
 /// The stem of the weight files of diffusers' models.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
@@ -229,6 +229,15 @@ impl UNet {
     /// # Errors
     /// When the shapes do not fit the network.
     pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[i64],
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        ops::in_pool(|| self.run(latents, timesteps, conditioning))
+    }
+
+    fn run(
         &self,
         latents: &Tensor,
         timesteps: &[i64],

@@ -249,6 +249,10 @@ impl AutoencoderKl {
     /// # Errors
     /// When the shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
+        ops::in_pool(|| self.run_encoder(pixels))
+    }
+
+    fn run_encoder(&self, pixels: &Tensor) -> Result<Tensor> {
         let encoder = &self.encoder;
         let mut x = encoder.conv_in.forward(pixels)?;
         for (resnets, downsample) in &encoder.down {
@@ -277,6 +281,10 @@ impl AutoencoderKl {
     /// # Errors
     /// When the shapes do not fit.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        ops::in_pool(|| self.run_decoder(latents))
+    }
+
+    fn run_decoder(&self, latents: &Tensor) -> Result<Tensor> {
         let decoder = &self.decoder;
         let mut x = match &decoder.post_quant_conv {
             Some(conv) => conv.forward(latents)?,

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 
 use candle_core::{Result, Tensor, TensorId};
 
+use super::pool::in_pool;
+
 type ById = HashMap<TensorId, Tensor>;
 
 thread_local! {
@@ -36,6 +38,10 @@ impl Gradients {
 /// # Errors
 /// When a tensor operation fails.
 pub fn backward(scalar: &Tensor) -> Result<Gradients> {
+    in_pool(|| collect(scalar))
+}
+
+fn collect(scalar: &Tensor) -> Result<Gradients> {
     let outer = DELIVERED.replace(Some(ById::new()));
     let store = scalar.backward();
     let delivered = DELIVERED.replace(outer);

@@ -226,7 +226,7 @@ fn group_backward_on<S: Simd, T: Real>(
     }
 }
 
-/// The gradient before the SiLU of `scale·x + shift`. A function of its own, so that the compiler knows the slices apart.
+/// The gradient before the SiLU of `scale·x + shift`.
 #[inline(always)]
 fn silu_backward<T: Real>(out: &mut [T], x: &[T], grad: &[T], scale: T, shift: T) {
     for ((d, &x), &g) in out.iter_mut().zip(x).zip(grad) {
@@ -296,10 +296,43 @@ fn normalise_rows_on<S: Simd, T: Real>(
     let c = weight.len();
     for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
         let (mean, rstd) = statistics(x, eps);
-        let affine = weight.iter().zip(bias);
-        for ((o, &x), (&w, &b)) in out.iter_mut().zip(x).zip(affine) {
-            *o = (x - mean) * rstd * w + b;
-        }
+        scale_and_shift(out, x, weight, bias, mean, rstd);
+    }
+}
+
+/// One row, normalised. A function of its own, so that the compiler knows the slices apart; so are those below.
+#[inline(always)]
+fn scale_and_shift<T: Real>(out: &mut [T], x: &[T], weight: &[T], bias: &[T], mean: T, rstd: T) {
+    let n = out.len();
+    let (x, weight, bias) = (&x[..n], &weight[..n], &bias[..n]);
+    for i in 0..n {
+        out[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+    }
+}
+
+/// Adds one row to the gradients of weight and bias, and puts the gradient of the normalised row into `gx`.
+#[inline(always)]
+fn add_row<T: Real>(
+    gx: &mut [T],
+    gw: &mut [T],
+    gb: &mut [T],
+    x: &[T],
+    grad: &[T],
+    weight: &[T],
+    (mean, rstd): (T, T),
+) {
+    let n = gx.len();
+    let (gw, gb, x, grad, weight) = (
+        &mut gw[..n],
+        &mut gb[..n],
+        &x[..n],
+        &grad[..n],
+        &weight[..n],
+    );
+    for i in 0..n {
+        gw[i] += grad[i] * ((x[i] - mean) * rstd);
+        gb[i] += grad[i];
+        gx[i] = grad[i] * weight[i];
     }
 }
 
@@ -317,14 +350,7 @@ fn rows_backward_on<S: Simd, T: Real>(
     let rows = gx.chunks_exact_mut(c).zip(x.chunks_exact(c));
     for ((gx, x), g) in rows.zip(grad.chunks_exact(c)) {
         let (mean, rstd) = statistics(x, eps);
-        let sums = gw.iter_mut().zip(gb.iter_mut());
-        for ((gw, gb), (&x, &g)) in sums.zip(x.iter().zip(g)) {
-            *gw += g * ((x - mean) * rstd);
-            *gb += g;
-        }
-        for ((d, &g), &w) in gx.iter_mut().zip(g).zip(weight) {
-            *d = g * w;
-        }
+        add_row(gx, gw, gb, x, g, weight, (mean, rstd));
         let mean_g: T = real(sum1(gx, |g| g) / c as f64);
         let mean_gx: T = real(sum2(gx, x, |g, x| g * (x - mean) * rstd) / c as f64);
         for (d, &x) in gx.iter_mut().zip(x) {

@@ -44,8 +44,10 @@ impl AdamW {
 
     /// The global norm of the gradients.
     pub(super) fn norm(gradients: &Gradients) -> Result<f64> {
-        let squares = gradients.values().map(ops::squared_norm);
-        Ok(squares.sum::<Result<f64>>()?.sqrt())
+        ops::in_pool(|| {
+            let squares = gradients.values().map(ops::squared_norm);
+            Ok(squares.sum::<Result<f64>>()?.sqrt())
+        })
     }
 
     /// One step. `norm` is the gradients' global norm; above `max_grad_norm` they are scaled down to it.
@@ -67,15 +69,16 @@ impl AdamW {
             weight_decay: settings.weight_decay,
             step: self.steps,
         };
-        for ((name, var), (m, v)) in variables
-            .iter()
-            .zip(self.first.values().zip(self.second.values()))
-        {
-            if let Some(gradient) = gradients.get(name) {
-                ops::adamw_step(var, m, v, gradient, scale, &step)?;
+        let moments = self.first.values().zip(self.second.values());
+        let updates = variables.iter().zip(moments);
+        ops::in_pool(|| {
+            for ((name, var), (m, v)) in updates {
+                if let Some(gradient) = gradients.get(name) {
+                    ops::adamw_step(var, m, v, gradient, scale, &step)?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Writes both moments of every variable.

@@ -333,7 +333,7 @@ impl<'a> Run<'a> {
                         &inputs,
                     )?;
                     let scaled = (&outputs.loss / train.gradient_accumulation as f64)?;
-                    self.accumulate(&mut gradients, &scaled)?;
+                    self.accumulate(&mut gradients, ops::backward(&scaled)?)?;
                     let value = f64::from(outputs.loss.to_scalar::<f32>()?);
                     Ok((inputs, outputs, value))
                 })
@@ -449,9 +449,12 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Adds the gradients of a loss to those of earlier micro-batches.
-    fn accumulate(&self, gradients: &mut Gradients, loss: &Tensor) -> candle_core::Result<()> {
-        let mut found = ops::backward(loss)?;
+    /// Adds the gradients of a micro-batch to those of earlier ones.
+    fn accumulate(
+        &self,
+        gradients: &mut Gradients,
+        mut found: ops::Gradients,
+    ) -> candle_core::Result<()> {
         for (name, var) in self.student.variables() {
             let Some(gradient) = found.remove(var) else {
                 continue;

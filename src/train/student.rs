@@ -126,10 +126,12 @@ impl Student {
     /// # Errors
     /// When a tensor operation fails.
     pub fn update_target(&self, decay: f64) -> Result<()> {
-        for (target, online) in self.target.values().zip(self.online.values()) {
-            ops::ema_update(target, online, decay)?;
-        }
-        Ok(())
+        ops::in_pool(|| {
+            for (target, online) in self.target.values().zip(self.online.values()) {
+                ops::ema_update(target, online, decay)?;
+            }
+            Ok(())
+        })
     }
 
     /// Writes the online student in diffusers layout.

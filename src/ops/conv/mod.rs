@@ -139,7 +139,7 @@ impl Kernel<3> for Conv2d {
         let gx = want_x.then(|| {
             if pays {
                 winograd::input_grad(grad, weight, batch, g)
-            } else if g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw {
+            } else if patches::convolving_pays(batch, g) {
                 patches::input_grad_by_convolution(grad, weight, batch, g)
             } else {
                 patches::input_grad_by_patches(grad, weight, batch, g)

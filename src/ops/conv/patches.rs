@@ -13,17 +13,11 @@ use super::Geometry;
 /// Bytes of unrolled patches at a time: about half of a core's second-level cache when each core has an image of its own, more
 /// when all cores work on one. It goes by the batch and not by the number of threads, on which no sum may depend.
 fn patch_bytes(batch: usize) -> usize {
-    if batch < 4 {
-        16 << 20
-    } else {
-        WEIGHT_PATCH_BYTES
-    }
+    if batch < 4 { 16 << 20 } else { 1 << 20 }
 }
 
-/// The same for a weight gradient's tasks.
-const WEIGHT_PATCH_BYTES: usize = 1 << 20;
-/// Input channels whose weight gradient one task computes.
-const CHANNEL_BLOCK: usize = 16;
+/// The same for a weight gradient.
+const WEIGHT_PATCH_BYTES: usize = 4 << 20;
 
 impl Geometry {
     /// Length of one patch: what one output pixel sees.
@@ -43,13 +37,19 @@ impl Geometry {
     }
 }
 
-/// Unrolls output rows `rows` of one channel: `out` is `[kh·kw, rows·out_w]`.
-fn unroll_channel<T: Real>(x: &[T], g: &Geometry, rows: std::ops::Range<usize>, out: &mut [T]) {
+/// Unrolls output rows `rows` of one channel: `out` is `[kh·kw, rows·out_w]`, with lines that are `stride` apart.
+fn unroll_channel<T: Real>(
+    x: &[T],
+    g: &Geometry,
+    rows: std::ops::Range<usize>,
+    out: &mut [T],
+    stride: usize,
+) {
     let ow = g.out_w();
     let width = rows.len() * ow;
     for ky in 0..g.kh {
         for kx in 0..g.kw {
-            let line = &mut out[(ky * g.kw + kx) * width..][..width];
+            let line = &mut out[(ky * g.kw + kx) * stride..][..width];
             for (line, oy) in line.chunks_exact_mut(ow).zip(rows.clone()) {
                 let Some(y) = (oy * g.stride + ky)
                     .checked_sub(g.pad_h)
@@ -139,7 +139,7 @@ fn forward_image<T: Real>(
             let buffer = &mut buffer[..patch * width];
             let taps = g.kh * g.kw * width;
             let unroll =
-                |(patches, x): (&mut [T], &[T])| unroll_channel(x, g, rows.clone(), patches);
+                |(patches, x): (&mut [T], &[T])| unroll_channel(x, g, rows.clone(), patches, width);
             match threads {
                 Threads::One => buffer
                     .chunks_exact_mut(taps)
@@ -191,6 +191,14 @@ pub(super) fn forward<T: Real>(
         }
     }
     out
+}
+
+/// Whether the input's gradient is better computed as a convolution than from patches, going by the numbers that pass
+/// through memory: turned kernels and unrolled output gradients against patch gradients, which are added up again.
+pub(super) fn convolving_pays(batch: usize, g: &Geometry) -> bool {
+    let (taps, pixels) = (g.kh * g.kw, batch * g.out_pixels());
+    let possible = g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw;
+    possible && 2 * g.o * g.patch() + g.o * taps * pixels < 2 * g.patch() * pixels
 }
 
 /// The input's gradient at stride 1: the output gradient convolved with the kernels turned by 180 degrees.
@@ -268,58 +276,81 @@ pub(super) fn input_grad_by_patches<T: Real>(
     out
 }
 
-/// The weight's gradient `[O, patch]`: a task for each block of input channels, which sums over images in order.
+/// The weight's gradient `[O, patch]`, summed over chunks in order: of several images side by side, or of some rows of one.
 pub(super) fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geometry) -> Vec<T> {
-    let (patch, pixels, ow, taps) = (g.patch(), g.out_pixels(), g.out_w(), g.kh * g.kw);
-    let block = CHANNEL_BLOCK * if taps == 1 { 4 } else { 1 };
-    let step = g.rows_within::<T>(block.min(g.c), WEIGHT_PATCH_BYTES);
-    let mut transposed = vec![T::zero(); patch * g.o]; // [patch, O], so that a block of channels is contiguous
-    transposed
-        .par_chunks_mut(block * taps * g.o)
-        .enumerate()
-        .for_each(|(index, out)| {
-            let channels = out.len() / (taps * g.o);
-            let first = index * block;
-            T::with_scratch(channels * taps * step * ow, |buffer| {
-                for b in 0..batch {
-                    let x = &x[(b * g.c + first) * g.h * g.w..][..channels * g.h * g.w];
-                    for from in (0..g.out_h()).step_by(step) {
-                        let rows = from..(from + step).min(g.out_h());
-                        let width = rows.len() * ow;
-                        let grad =
-                            Mat::new(&grad[b * g.o * pixels + from * ow..], g.o, width, pixels);
-                        let patches = if g.is_pointwise() {
-                            Mat::new(&x[from * ow..], channels, width, pixels)
-                        } else {
-                            let buffer = &mut buffer[..channels * taps * width];
-                            for (patches, x) in buffer
-                                .chunks_exact_mut(taps * width)
-                                .zip(x.chunks_exact(g.h * g.w))
-                            {
-                                unroll_channel(x, g, rows.clone(), patches);
-                            }
-                            Mat::new(&*buffer, channels * taps, width, width)
-                        };
-                        let dst = MatMut::new(out, channels * taps, g.o, g.o);
-                        gemm(
-                            dst,
-                            b > 0 || from > 0,
-                            T::one(),
-                            patches,
-                            grad.t(),
-                            Threads::One,
-                        );
-                    }
-                }
-            });
-        });
+    let (patch, pixels, ow) = (g.patch(), g.out_pixels(), g.out_w());
+    let image = g.c * g.h * g.w;
+    let step = g.rows_within::<T>(g.c, WEIGHT_PATCH_BYTES);
+    let images = match step == g.out_h() {
+        true => (WEIGHT_PATCH_BYTES / (patch * pixels * size_of::<T>()).max(1)).clamp(1, batch),
+        false => 1,
+    };
+    let widest = images * step * ow;
     let mut out = vec![T::zero(); patch * g.o];
-    out.par_chunks_exact_mut(patch)
+    T::with_scratch((patch + g.o) * widest, |buffer| {
+        let (patches, grads) = buffer.split_at_mut(patch * widest);
+        let chunks = x
+            .chunks(images * image)
+            .zip(grad.chunks(images * g.o * pixels));
+        for (index, (x, grad)) in chunks.enumerate() {
+            let count = x.len() / image;
+            for from in (0..g.out_h()).step_by(step) {
+                let rows = from..(from + step).min(g.out_h());
+                let width = rows.len() * ow;
+                let all = count * width;
+                let patches = match g.is_pointwise() && count == 1 {
+                    true => Mat::new(&x[from * ow..], patch, width, pixels),
+                    false => {
+                        let patches = &mut patches[..patch * all];
+                        unroll_side_by_side(x, g, rows, patches, count);
+                        Mat::new(&*patches, patch, all, all)
+                    }
+                };
+                let grad = match count {
+                    1 => Mat::new(&grad[from * ow..], g.o, width, pixels),
+                    _ => {
+                        let grads = &mut grads[..g.o * all];
+                        lay_side_by_side(grad, grads, count, pixels);
+                        Mat::new(&*grads, g.o, all, all)
+                    }
+                };
+                let dst = MatMut::new(&mut out, g.o, patch, patch);
+                let more = index > 0 || from > 0;
+                gemm(dst, more, T::one(), grad, patches.t(), Threads::Pool);
+            }
+        }
+    });
+    out
+}
+
+/// Unrolls output rows `rows` of `count` images into `[patch, count·rows·out_w]`.
+fn unroll_side_by_side<T: Real>(
+    x: &[T],
+    g: &Geometry,
+    rows: std::ops::Range<usize>,
+    patches: &mut [T],
+    count: usize,
+) {
+    let (plane, width) = (g.h * g.w, rows.len() * g.out_w());
+    patches
+        .par_chunks_exact_mut(g.kh * g.kw * count * width)
         .enumerate()
-        .for_each(|(o, row)| {
-            for (p, v) in row.iter_mut().enumerate() {
-                *v = transposed[p * g.o + o];
+        .for_each(|(c, patches)| {
+            for (i, x) in x.chunks_exact(g.c * plane).enumerate() {
+                let x = &x[c * plane..][..plane];
+                unroll_channel(x, g, rows.clone(), &mut patches[i * width..], count * width);
             }
         });
-    out
+}
+
+/// From `[count, O, pixels]` to `[O, count·pixels]`.
+fn lay_side_by_side<T: Real>(grad: &[T], out: &mut [T], count: usize, pixels: usize) {
+    let image = grad.len() / count;
+    out.par_chunks_exact_mut(count * pixels)
+        .enumerate()
+        .for_each(|(o, out)| {
+            for (out, grad) in out.chunks_exact_mut(pixels).zip(grad.chunks_exact(image)) {
+                out.copy_from_slice(&grad[o * pixels..][..pixels]);
+            }
+        });
 }
