@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     quiet_candle();
+    share_one_heap();
     coffey::cli::run()
 }
 
@@ -16,5 +17,16 @@ fn quiet_candle() {
     if std::env::var_os(THREADS).is_none() {
         // SAFETY: no other thread runs yet that could read the environment.
         unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
+
+/// Has glibc keep one heap for all threads. Tensors are large, made on one thread and freed on another: a heap a thread would
+/// hold on to up to two thirds more memory, at the same speed.
+#[allow(unsafe_code)]
+fn share_one_heap() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: a number for the allocator, set before there are other threads.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }

@@ -69,7 +69,7 @@ replays! {
     levels_layers_heads_and_projections_at_once: "everything", 4, [
         "distill.loss=l2", "optimizer.learning_rate=1e-5",
     ];
-    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, [];
+    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, ["distill.huber_c=0.1"];
     one_layer_one_sample_and_accumulation: "one-layer", 3, [
         "train.batch_size=1", "train.gradient_accumulation=3",
     ];

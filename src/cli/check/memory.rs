@@ -7,10 +7,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::cli::process::available_memory;
-use crate::config::{Config, DeviceSpec};
+use crate::config::{Attention, Config, DeviceSpec, FloatType};
 use crate::models::UNetConfig;
 
-/// Bytes of an `f32`, which everything is held in.
+/// Bytes of an `f32`, which everything but the teacher is held in.
 const F32: u64 = 4;
 /// AdamW keeps two moments of each parameter.
 const OPTIMIZER: u64 = 2 * F32;
@@ -18,8 +18,10 @@ const OPTIMIZER: u64 = 2 * F32;
 const KEPT_BY_RESNET: u64 = 10;
 /// The same for a transformer block, its four times wider gated feed-forward included.
 const KEPT_BY_TRANSFORMER: u64 = 32;
-/// Scores and their softmax.
+/// Scores and their softmax, without memory-efficient attention.
 const KEPT_SCORES: u64 = 2;
+/// What a block keeps when the rest is made anew: its input and its result.
+const KEPT_TO_RECOMPUTE: u64 = 2;
 /// Tokens of a caption.
 const TEXT_TOKENS: u64 = 77;
 /// Feature maps of full size that a VAE holds at once while it encodes.
@@ -138,7 +140,11 @@ impl MemoryPlan {
         };
         let student = teacher + embedding as u64;
         let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
-        self.add(device, "teacher", teacher * F32, of(teacher));
+        let held = match config.train.teacher_dtype {
+            FloatType::F32 => F32,
+            FloatType::F16 | FloatType::Bf16 => F32 / 2,
+        };
+        self.add(device, "teacher", teacher * held, of(teacher));
         self.add(device, "student", student * F32, of(student));
         self.add(device, "target", student * F32, of(student));
         self.add(device, "gradients", student * F32, of(student));
@@ -149,7 +155,11 @@ impl MemoryPlan {
             "two moments a parameter".to_owned(),
         );
         let batch = config.train.batch_size as u64;
-        let activations = batch * activations(unet.to_json(), latent as u64) * F32;
+        let kept = Kept {
+            scores: config.train.attention == Attention::Plain,
+            insides: !config.train.gradient_checkpointing,
+        };
+        let activations = batch * activations(unet.to_json(), latent as u64, kept) * F32;
         let how = format!("estimate for {batch} latents of {latent}x{latent}, from shapes alone");
         self.add(device, "activations", activations, how);
     }
@@ -212,9 +222,17 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Numbers that one latent's forward pass keeps for the backward pass, without recomputation and with the whole matrix of
-/// attention scores. Only shapes count: a rough figure.
-fn activations(unet: &Map<String, Value>, side: u64) -> u64 {
+/// What is kept for the backward pass.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Whole matrices of attention scores.
+    scores: bool,
+    /// All results inside blocks; without, those of one block at a time.
+    insides: bool,
+}
+
+/// Numbers that one latent's forward pass keeps for the backward pass. Only shapes count: a rough figure.
+fn activations(unet: &Map<String, Value>, side: u64, kept: Kept) -> u64 {
     let number = |key: &str| unet.get(key).and_then(Value::as_u64);
     let list = |key: &str| unet.get(key).and_then(Value::as_array);
     let channels: Vec<u64> = match list("block_out_channels") {
@@ -244,11 +262,30 @@ fn activations(unet: &Map<String, Value>, side: u64) -> u64 {
         let down = u64::from(crosses("down_block_types", level, level != last));
         let up = u64::from(crosses("up_block_types", last - level, level != last));
         let transformers = down * layers + up * (layers + 1) + deepest;
-        let maps = KEPT_BY_RESNET * resnets + KEPT_BY_TRANSFORMER * transformers;
-        let scores = KEPT_SCORES * transformers * heads(level) * (pixels + TEXT_TOKENS);
-        pixels * (channels * maps + scores)
+        let scores = match kept.scores {
+            true => KEPT_SCORES * heads(level) * (pixels + TEXT_TOKENS),
+            false => 0,
+        };
+        let resnet = pixels * channels * KEPT_BY_RESNET;
+        let transformer = pixels * (channels * KEPT_BY_TRANSFORMER + scores);
+        let ends = pixels * channels * KEPT_TO_RECOMPUTE * (resnets + transformers);
+        let largest = if transformers > 0 {
+            transformer
+        } else {
+            resnet
+        };
+        match kept.insides {
+            true => (resnet * resnets + transformer * transformers, 0),
+            false => (ends, largest),
+        }
     };
-    channels.iter().enumerate().map(level_numbers).sum()
+    let levels: Vec<(u64, u64)> = channels.iter().enumerate().map(level_numbers).collect();
+    let kept: u64 = levels.iter().map(|(kept, _)| kept).sum();
+    kept + levels
+        .iter()
+        .map(|&(_, largest)| largest)
+        .max()
+        .unwrap_or(0)
 }
 
 /// Channels of a VAE's first level, from its configuration, which was read before.
@@ -274,12 +311,26 @@ mod tests {
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         });
-        let numbers = activations(config.as_object().unwrap(), 64);
+        let all = Kept {
+            scores: true,
+            insides: true,
+        };
+        let numbers = activations(config.as_object().unwrap(), 64, all);
         // At 512 pixels the scores of the first level alone, 5 blocks of 8 heads over 4096 pixels, are 5.4 GB.
         assert!((6e9..11e9).contains(&(4.0 * numbers as f64)), "{numbers}");
-        let defaults = activations(&Map::new(), 64);
-        assert_eq!(numbers, defaults);
-        assert!(activations(&Map::new(), 32) * 4 < defaults);
+        let defaults = |side, kept| activations(&Map::new(), side, kept);
+        assert_eq!(numbers, defaults(64, all));
+        assert!(defaults(32, all) * 4 < numbers);
+        let efficient = Kept {
+            scores: false,
+            ..all
+        };
+        let recomputed = Kept {
+            insides: false,
+            ..efficient
+        };
+        assert!(defaults(64, efficient) * 2 < numbers);
+        assert!(defaults(64, recomputed) * 5 < defaults(64, efficient));
     }
 
     #[test]
