@@ -70,8 +70,8 @@ replays! {
         "distill.loss=l2", "optimizer.learning_rate=1e-5",
     ];
     plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, ["distill.huber_c=0.1"];
-    one_layer_one_sample_and_accumulation: "one-layer", 3, [
-        "train.batch_size=1", "train.gradient_accumulation=3",
+    one_layer_one_sample_accumulation_and_a_teacher_in_16_bits: "one-layer", 3, [
+        "train.batch_size=1", "train.gradient_accumulation=3", "train.teacher_dtype=bf16",
     ];
     a_teacher_of_samples_with_decay_and_cosine: "sample", 4, [
         "optimizer.weight_decay=0.01", "optimizer.schedule=cosine", "optimizer.warmup_steps=2",

@@ -1,6 +1,7 @@
 //! Affine maps over the last dimension.
 
 use candle_core::{Result, Shape, Tensor};
+use rayon::prelude::*;
 
 use super::cpu::{Real, real};
 use super::gemm::{Mat, MatMut, Threads, gemm};
@@ -27,26 +28,29 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         let flat = x.contiguous()?.reshape(((), inner))?;
         return super::tensor::linear(&flat, weight, bias)?.reshape(shape);
     }
-    let bias = match bias {
-        Some(bias) => bias.clone(),
-        None => Tensor::zeros(out, x.dtype(), x.device())?,
-    };
     let kernel = Linear {
         rows: x.elem_count() / inner.max(1),
         inner,
         out,
+        biased: bias.is_some(),
         shape: Shape::from(shape),
+    };
+    let bias = match bias {
+        Some(bias) => bias.clone(),
+        None => Tensor::zeros(out, x.dtype(), x.device())?,
     };
     apply3(kernel, [x, weight, &bias])
 }
 
-/// Rows of the input summed into one partial bias gradient; fixed, so that the sum does not depend on the threads.
+/// Rows that one task fills, and that are summed into one partial bias gradient; fixed, so that the sum does not depend on the
+/// threads.
 const BIAS_ROWS: usize = 256;
 
 struct Linear {
     rows: usize,
     inner: usize,
     out: usize,
+    biased: bool,
     shape: Shape,
 }
 
@@ -59,13 +63,17 @@ impl Kernel<3> for Linear {
 
     fn forward<T: Real>(&self, [x, weight, bias]: [&[T]; 3]) -> Vec<T> {
         let (m, k, n) = (self.rows, self.inner, self.out);
-        let mut y = Vec::with_capacity(m * n);
-        for _ in 0..m {
-            y.extend_from_slice(bias);
+        let mut y = vec![T::zero(); m * n];
+        if self.biased {
+            y.par_chunks_mut(BIAS_ROWS * n).for_each(|rows| {
+                for row in rows.chunks_exact_mut(n) {
+                    row.copy_from_slice(bias);
+                }
+            });
         }
         let (x, weight) = (Mat::new(x, m, k, k), Mat::new(weight, n, k, k));
         let dst = MatMut::new(&mut y, m, n, n);
-        gemm(dst, true, T::one(), x, weight.t(), Threads::Pool);
+        gemm(dst, self.biased, T::one(), x, weight.t(), Threads::Pool);
         y
     }
 

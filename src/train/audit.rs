@@ -57,6 +57,7 @@ impl Auditor {
             "batch_size": train.batch_size,
             "max_steps": train.max_steps,
             "seed": train.seed,
+            "teacher_dtype": train.teacher_dtype,
         });
         fs::create_dir_all(&audit.dir).map_err(io(&audit.dir))?;
         let path = audit.dir.join("meta.json");

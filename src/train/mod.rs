@@ -1,7 +1,7 @@
 //! Distillation: the step, the loop around it, and what a run leaves behind.
 //!
-//! The step is written over named pieces (teacher estimate, solver, boundary, loss) in [`step`]; what is trained is a set of
-//! named variables ([`student`]). [`run`] is the loop. The reference is diffusers' `train_lcm_distill_sd_wds.py`.
+//! The step is written over named pieces (teacher estimate, solver, boundary, loss) in `step`; what is trained is a set of
+//! named variables (`student`). [`run`] is the loop. The reference is diffusers' `train_lcm_distill_sd_wds.py`.
 
 mod audit;
 mod checkpoint;

@@ -20,6 +20,7 @@ recomputes the student's activations: both for real model sizes.
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def relative(ours, reference):
         raise SystemExit(f"shapes differ: recorded {list(ours.shape)}, replayed {list(reference.shape)}")
     distance = (ours.reshape(-1) - reference.reshape(-1)).abs().max().item()
     return distance / max(reference.abs().max().item(), 1e-30) if distance else 0.0
+
+
+def norm(tensors):
+    """The global norm of tensors, summed in f64."""
+    return math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in tensors))
 
 
 def load_unet(folder):
@@ -142,6 +148,9 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
     if student.config.time_cond_proj_dim != meta["time_cond_proj_dim"]:
         raise SystemExit(f"unet_init has time_cond_proj_dim = {student.config.time_cond_proj_dim}")
     teacher = UNet2DConditionModel.from_pretrained(meta["teacher"], subfolder="unet").float()
+    if meta.get("teacher_dtype", "f32") != "f32":
+        held = {"f16": torch.float16, "bf16": torch.bfloat16}[meta["teacher_dtype"]]
+        teacher = teacher.to(held).float()  # on the CPU coffey holds weights in 16 bits and computes in f32
     teacher.requires_grad_(False)
     target.requires_grad_(False)
     student.train()
@@ -169,7 +178,9 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
             (made["loss"] / micro_batches).backward()
             made = {name: value.detach() for name, value in made.items()}
             if micro + 1 == micro_batches:
-                made["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
+                # Summed in f64: clip_grad_norm_ adds the squares of a tensor in f32, which at SD-1.5's sizes costs 1e-4.
+                made["grad_norm"] = norm(parameter.grad for parameter in student.parameters())
+                torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
                 made["lr"] = lr_scheduler.get_last_lr()[0]  # the rate this step is made with
             yield step, recorded, made
         if args.first_step:
