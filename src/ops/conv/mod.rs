@@ -67,28 +67,28 @@ pub fn conv2d(
 
 /// The shape of one image's convolution.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Geometry {
-    pub(super) c: usize,
-    pub(super) h: usize,
-    pub(super) w: usize,
-    pub(super) o: usize,
-    pub(super) kh: usize,
-    pub(super) kw: usize,
-    pub(super) stride: usize,
-    pub(super) pad_h: usize,
-    pub(super) pad_w: usize,
+struct Geometry {
+    c: usize,
+    h: usize,
+    w: usize,
+    o: usize,
+    kh: usize,
+    kw: usize,
+    stride: usize,
+    pad_h: usize,
+    pad_w: usize,
 }
 
 impl Geometry {
-    pub(super) fn out_h(&self) -> usize {
+    fn out_h(&self) -> usize {
         (self.h + 2 * self.pad_h - self.kh) / self.stride + 1
     }
 
-    pub(super) fn out_w(&self) -> usize {
+    fn out_w(&self) -> usize {
         (self.w + 2 * self.pad_w - self.kw) / self.stride + 1
     }
 
-    pub(super) fn out_pixels(&self) -> usize {
+    fn out_pixels(&self) -> usize {
         self.out_h() * self.out_w()
     }
 
