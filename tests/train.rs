@@ -160,7 +160,7 @@ fn write_forward(unet: &Path, path: &Path) {
 }
 
 #[test]
-fn the_same_numbers_on_any_number_of_threads_and_across_a_stop() {
+fn the_same_numbers_on_any_number_of_threads_with_recomputation_and_across_a_stop() {
     let folder = TempDir::new().unwrap();
     let run = |name: &str, threads: &str, more: &[&str]| -> PathBuf {
         let run = folder.path().join(name);
@@ -181,6 +181,7 @@ fn the_same_numbers_on_any_number_of_threads_and_across_a_stop() {
             "train.max_steps=4",
             "data.decode_threads=1",
             "encode.devices=[\"cpu\", \"cpu\"]",
+            "train.gradient_checkpointing=true",
         ],
     );
     assert_eq!(timeless(&whole), timeless(&other));
