@@ -21,9 +21,10 @@ mod error;
 mod interleave;
 mod prepare;
 mod reader;
+mod restore;
 mod step;
 
-pub use batch::{PixelBatch, ShardSummary};
+pub use batch::{PixelBatch, ShardSummary, SkippedSample};
 pub use config::StreamConfig;
 pub use error::StreamError;
 pub use prepare::SampleMeta;
