@@ -35,6 +35,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -78,13 +79,22 @@ def reference_transform(image):
     return TF.normalize(image, [0.5], [0.5])
 
 
-def batch_of_bytes(images):
-    """u8 [B, H, W, C] as f32 [B, C, H, W] of -1 to 1, in two passes over the memory."""
-    import torch
+class Batches:
+    """u8 [B, H, W, C] as f32 [B, C, H, W] of -1 to 1, in buffers that are used in turn: fresh memory for each batch
+    would double the time this takes."""
 
-    batch = torch.empty((len(images), 3, SIDE, SIDE))
-    batch.copy_(torch.as_tensor(images).permute(0, 3, 1, 2))
-    return batch.mul_(2 / 255).sub_(1)
+    def __init__(self, count):
+        import torch
+
+        self.buffers = itertools.cycle(torch.empty((BATCH, 3, SIDE, SIDE)) for _ in range(count))
+
+    def __call__(self, images):
+        import torch
+
+        batch = next(self.buffers)
+        for pixels, image in zip(batch, torch.as_tensor(images), strict=True):
+            pixels.copy_(image.permute(2, 0, 1)).mul_(2 / 255).sub_(1)
+        return batch
 
 
 def webdataset_batches(job):
@@ -165,12 +175,12 @@ def datago_batches(job):
     }
     client = DatagoClient(json.dumps(config))
     client.start()
-    images = numpy.empty((BATCH, SIDE, SIDE, 3), numpy.uint8)
+    images, batch = numpy.empty((BATCH, SIDE, SIDE, 3), numpy.uint8), Batches(2)
     while True:
         for image in images:
             payload = client.get_sample().image.get_payload()
             image[:] = numpy.frombuffer(payload.data, numpy.uint8).reshape(image.shape)
-        yield batch_of_bytes(images)
+        yield batch(images)
 
 
 def spdl_batches(job):
@@ -193,8 +203,10 @@ def spdl_batches(job):
         )
         return spdl.io.decode_packets(spdl.io.demux_image(jpeg), filter_desc=filters)
 
+    batches = Batches(6)  # one is filled, 2 wait in each of two queues, one is with the consumer
+
     def batch(frames):
-        return batch_of_bytes(spdl.io.to_numpy(spdl.io.convert_frames(frames)))
+        return batches(spdl.io.to_numpy(spdl.io.convert_frames(frames)))
 
     pipeline = (
         PipelineBuilder()
@@ -203,7 +215,7 @@ def spdl_batches(job):
         .pipe(decode, concurrency=job["threads"])
         .aggregate(BATCH, drop_last=True)
         .pipe(batch)
-        .add_sink(4)
+        .add_sink(2)
         .build(num_threads=job["downloads"] + job["threads"] + 1, max_failures=0)
     )
     with pipeline.auto_stop():
