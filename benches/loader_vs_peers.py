@@ -488,6 +488,7 @@ COLUMNS = {
 
 def machine():
     """What it ran on."""
+    name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -500,14 +501,15 @@ def table(report):
     """Medians, and coffey's speed as a multiple of each."""
     names = list(report["loaders"])
     multiples = [name for name in names if name in COFFEY]
-    lines = [f"{'':15}" + "".join(f"{name:>15}" for name in [*COLUMNS, *(f"{name}/it" for name in multiples)])]
+    heads = [*COLUMNS, *(f"{name} / it" for name in multiples)]
+    lines = [f"{'':15}" + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
     for name in names:
         row = report["loaders"][name]["median"]
         cells = [f"{row[key]:.{digits}f}" for key, digits in COLUMNS.values()]
         for ours in multiples:
             fast = report["loaders"][ours]["median"]["images_per_second"]
             cells.append(f"{fast / row['images_per_second']:.2f}")
-        lines.append(f"{name:15}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:15}" + "".join(f"{cell:>{len(head) + 2}}" for head, cell in zip(heads, cells, strict=True)))
     return "\n".join(lines)
 
 
@@ -527,11 +529,12 @@ def compare(args, chosen, shards, scratch):
     if not 2 * BATCH <= samples <= count:
         raise SystemExit(f"--samples must be from {2 * BATCH} to the corpus's {count}: one pass is measured")
     packages = sorted({package for name in chosen for package in PACKAGES.get(name, ())})
+    versions = {package: importlib.metadata.version(package) for package in packages}
     report = {
         "machine": machine() | {"load_at_start": os.getloadavg()[0]},
         "corpus": {"shards": len(shards), "images": count, "mib": sum(shard.stat().st_size for shard in shards) / 2**20},
         "arguments": {"samples": samples, "rounds": args.rounds, "set": args.set},
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": versions | {"python": platform.python_version()},
         "loaders": {},
     }
     for program, binary in (("coffey", args.coffey), ("server", args.server)):
