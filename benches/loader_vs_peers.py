@@ -4,7 +4,8 @@
         [--rounds 3] [--samples N] [--out FILE.json] [-s KEY=VALUE ...] [--lock FILE]
 
 `benches/README.md` says what to install. DIR holds shards of JPEG, text and json as LAION's are. They are uploaded to
-an S3 server on loopback (s3s-fs, no credentials), which shares the machine's cores with the loader. All loaders do the same work with the same shards:
+an S3 server on loopback (s3s-fs, no credentials), which shares the machine's cores with the loader. All loaders do the
+same work with the same shards:
 
     S3 or HTTP -> JPEG decoding -> shorter side 512, antialiased bilinear -> random 512 x 512 crop -> -1..1
     -> batches of 16, [16, 3, 512, 512] in f32
@@ -24,8 +25,8 @@ They take turns (`--rounds` times), each in a fresh process. What is measured of
     first batch    seconds from the making of the loader (modules are imported already) to the first batch
     CPU            milliseconds an image of the loader with its child processes, and of the server, from the making of
                    the loader to the last batch
-    RSS, PSS       MiB: the largest sum over the loader's processes; RSS (each 0.1 s) counts a page once for each process
-                   that has it, PSS (each second) once in all. Imported modules are included
+    RSS, PSS       MiB: the largest sum over the loader's processes; RSS (each 0.1 s) counts a page once for each
+                   process that has it, PSS (each second) once in all. Imported modules are included
 
 The table has the medians of the rounds, the file all rounds.
 """
@@ -509,7 +510,9 @@ def table(report):
         for ours in multiples:
             fast = report["loaders"][ours]["median"]["images_per_second"]
             cells.append(f"{fast / row['images_per_second']:.2f}")
-        lines.append(f"{name:15}" + "".join(f"{cell:>{len(head) + 2}}" for head, cell in zip(heads, cells, strict=True)))
+        lines.append(
+            f"{name:15}" + "".join(f"{cell:>{len(head) + 2}}" for head, cell in zip(heads, cells, strict=True))
+        )
     return "\n".join(lines)
 
 
@@ -532,7 +535,11 @@ def compare(args, chosen, shards, scratch):
     versions = {package: importlib.metadata.version(package) for package in packages}
     report = {
         "machine": machine() | {"load_at_start": os.getloadavg()[0]},
-        "corpus": {"shards": len(shards), "images": count, "mib": sum(shard.stat().st_size for shard in shards) / 2**20},
+        "corpus": {
+            "shards": len(shards),
+            "images": count,
+            "mib": sum(shard.stat().st_size for shard in shards) / 2**20,
+        },
         "arguments": {"samples": samples, "rounds": args.rounds, "set": args.set},
         "versions": versions | {"python": platform.python_version()},
         "loaders": {},
@@ -583,7 +590,9 @@ def main():
     parser.add_argument("--samples", type=int, help="of each turn, at most one pass; unset: one pass")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="handed on to coffey")
     parser.add_argument("--lock", type=Path, help="a file locked (flock) during each turn, on a machine that is shared")
-    parser.add_argument("--scratch", type=Path, help="where the server's files and caches go, three times the corpus's size")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the server's files and caches go, three times the corpus's size"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for all figures, written after each turn")
     parser.add_argument("--peer", help=argparse.SUPPRESS)  # a peer's process itself
     args = parser.parse_args()
@@ -603,7 +612,9 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         report = compare(args, chosen, shards, Path(scratch))
     where = report["machine"]
-    print(f"{where['cpu']}, {where['cores']} cores; {report['arguments']['samples']} images, {args.rounds} rounds, medians")
+    print(
+        f"{where['cpu']}, {where['cores']} cores; {report['arguments']['samples']} images, {args.rounds} rounds, medians"
+    )
     print(table(report))
 
 
