@@ -56,5 +56,7 @@ pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use flow::FlowMetrics;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
-pub use source::{ObjectInfo, S3Options, SourceError, Sources};
+pub use source::{
+    CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
+};
 pub use stream::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError};
