@@ -56,7 +56,9 @@ pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use flow::FlowMetrics;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
-pub use source::{ObjectInfo, S3Options, SourceError, Sources};
+pub use source::{
+    CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
+};
 pub use stream::{
     PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamConfig, StreamError,
 };

@@ -49,7 +49,10 @@ fn prefixes_are_listed_past_one_page() {
     assert_eq!(found[0], "s3://data/deep/00000.tar");
     assert_eq!(found[1233], "s3://data/deep/01233.tar");
     let error = listed(&bench, "s3://data/empty/").unwrap_err();
-    assert_eq!(error.to_string(), "s3://data/empty/: no .tar files in it");
+    assert_eq!(
+        error.to_string(),
+        "s3://data/empty/: no .tar, .tar.gz or .tgz files in it"
+    );
     let error = listed(&bench, "s3://absent/").unwrap_err();
     assert!(matches!(error, SourceError::NotFound { .. }), "{error:?}");
     drop(bench);

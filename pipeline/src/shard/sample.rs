@@ -8,7 +8,8 @@ use bytes::Bytes;
 /// The members of a shard that share a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
-    /// The members' common path, up to the first `.` of the file name.
+    /// The members' common path, up to the first `.` of the file name; bytes that are not UTF-8 are
+    /// replaced by `U+FFFD`.
     pub key: Arc<str>,
     /// Extension (lower case, without its first dot: `jpg`, `seg.png`) to content.
     pub members: BTreeMap<String, Bytes>,
@@ -17,9 +18,9 @@ pub struct Sample {
 }
 
 impl Sample {
-    pub(crate) fn new(key: &str) -> Self {
+    pub(crate) fn new(key: &[u8]) -> Self {
         Self {
-            key: Arc::from(key),
+            key: Arc::from(String::from_utf8_lossy(key)),
             members: BTreeMap::new(),
             oversized: BTreeMap::new(),
         }
@@ -47,17 +48,27 @@ impl Sample {
 
 /// Splits a member's path as webdataset's `base_plus_ext`: the key goes up to the first `.` of the
 /// file name, the extension is the rest in lower case. `None` for names without one, for hidden
-/// files and for webdataset's own `__meta__` entries: they belong to no sample.
-pub(crate) fn split_name(path: &str) -> Option<(&str, String)> {
-    let path = path.trim_start_matches("./");
-    let name_at = path.rfind('/').map_or(0, |slash| slash + 1);
-    let name = &path[name_at..];
-    let dot = name.find('.')?;
-    let is_meta = name.starts_with("__") && name.ends_with("__");
-    if dot == 0 || dot + 1 == name.len() || is_meta {
+/// files, and for webdataset's own `__meta__` entries and folders: they belong to no sample.
+pub(crate) fn split_name(path: &[u8]) -> Option<(&[u8], String)> {
+    let mut path = path;
+    while let Some(rest) = path.strip_prefix(b"./") {
+        path = rest;
+    }
+    let first = path.split(|&byte| byte == b'/').next()?;
+    if first.len() >= 4 && first.starts_with(b"__") && first.ends_with(b"__") {
         return None;
     }
-    Some((&path[..name_at + dot], name[dot + 1..].to_lowercase()))
+    let name_at = path
+        .iter()
+        .rposition(|&byte| byte == b'/')
+        .map_or(0, |slash| slash + 1);
+    let name = &path[name_at..];
+    let dot = name.iter().position(|&byte| byte == b'.')?;
+    if dot == 0 || dot + 1 == name.len() {
+        return None;
+    }
+    let extension = String::from_utf8_lossy(&name[dot + 1..]).to_lowercase();
+    Some((&path[..name_at + dot], extension))
 }
 
 #[cfg(test)]
@@ -66,7 +77,10 @@ mod tests {
 
     #[test]
     fn names_split_as_base_plus_ext() {
-        let split = |path| split_name(path).map(|(key, extension)| (key.to_owned(), extension));
+        let split = |path: &str| {
+            split_name(path.as_bytes())
+                .map(|(key, extension)| (String::from_utf8(key.to_vec()).unwrap(), extension))
+        };
         let pair = |key: &str, extension: &str| Some((key.to_owned(), extension.to_owned()));
         assert_eq!(split("00012.jpg"), pair("00012", "jpg"));
         assert_eq!(split("a.b/c.d/e.seg.PNG"), pair("a.b/c.d/e", "seg.png"));
@@ -76,12 +90,16 @@ mod tests {
         assert_eq!(split("a/._x.jpg"), None);
         assert_eq!(split("a."), None);
         assert_eq!(split("__meta.x__"), None);
+        assert_eq!(split("__meta__/x.json"), None);
+        assert_eq!(split("__x.jpg"), pair("__x", "jpg"));
+        assert_eq!(split("a/__x.y__"), pair("a/__x", "y__"));
+        assert_eq!(split("a..jpg"), pair("a", ".jpg"));
         assert_eq!(split(""), None);
     }
 
     #[test]
     fn picks_follow_the_order_of_preference() {
-        let mut sample = Sample::new("k");
+        let mut sample = Sample::new(b"k");
         sample
             .members
             .insert("png".into(), Bytes::from_static(b"p"));

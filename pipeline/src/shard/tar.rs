@@ -1,10 +1,17 @@
 //! Tar members to samples, one after another, from any reader.
 
-use std::io::Read;
+use std::io::{self, BufReader, Cursor, Read};
 
 use bytes::Bytes;
 
+use super::gzip::{Compression, GzipFault, Inflate, MAGIC_BYTES};
 use super::sample::{Sample, split_name};
+
+/// Compressed bytes handed to the decompressor at once.
+const COMPRESSED_BYTES: usize = 64 << 10;
+
+/// What follows a tar's end blocks is read up to here: the padding, and a gzip's checksum.
+const TAIL_BYTES: u64 = 1 << 20;
 
 /// How a shard is taken apart.
 #[derive(Debug, Clone, Copy)]
@@ -40,12 +47,45 @@ fn printable(error: &std::io::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads `reader` as a tar and gives each sample to `deliver`, in order.
+/// Reads `reader` as a tar, or a tar in gzip, and gives each sample to `deliver`, in order.
 ///
 /// Members with one key that follow each other are one sample; a repeated extension begins a new
 /// one, as in the reference's loader. Folders and links are passed over. After a fault the sample
 /// it fell into is dropped, since part of it may be missing.
 pub(crate) fn read_samples(
+    mut reader: impl Read,
+    options: TarOptions,
+    deliver: impl FnMut(Sample) -> Grouped,
+) -> Result<(), TarError> {
+    let mut magic = [0; MAGIC_BYTES];
+    let mut filled = 0;
+    while filled < magic.len() {
+        match reader.read(&mut magic[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(TarError::Broken(printable(&error))),
+        }
+    }
+    let start = &magic[..filled];
+    if start.is_empty() {
+        return Err(TarError::Broken("is empty: 0 bytes".to_owned()));
+    }
+    let compression = Compression::of(start);
+    let reader = Cursor::new(start).chain(reader);
+    match compression {
+        Compression::None => read_tar(reader, options, deliver),
+        Compression::Gzip => {
+            let reader = BufReader::with_capacity(COMPRESSED_BYTES, reader);
+            read_tar(Inflate::new(reader), options, deliver)
+        }
+        Compression::Other(name) => Err(TarError::NotATar(format!(
+            "it is {name}, and shards are read as plain tars or in gzip"
+        ))),
+    }
+}
+
+fn read_tar(
     reader: impl Read,
     options: TarOptions,
     mut deliver: impl FnMut(Sample) -> Grouped,
@@ -55,38 +95,43 @@ pub(crate) fn read_samples(
         .entries()
         .map_err(|error| TarError::NotATar(printable(&error)))?;
     let mut current: Option<Sample> = None;
+    // Apart from the sample's key, which replaces what isn't UTF-8.
+    let mut current_key = Vec::new();
     let mut last_path = String::new();
     for (index, entry) in entries.enumerate() {
         let mut entry = match entry {
             Ok(entry) => entry,
+            Err(error) if index == 0 && GzipFault::is_behind(&error) => {
+                return Err(TarError::Broken(printable(&error)));
+            }
             Err(error) if index == 0 => return Err(TarError::NotATar(printable(&error))),
             Err(error) => {
                 return Err(TarError::Broken(format!(
-                    "{error} after member {last_path:?}"
+                    "{} after member {last_path:?}",
+                    printable(&error)
                 )));
             }
         };
-        last_path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        // tar's GNU sparse members and links hold no plain content.
-        if !matches!(
-            entry.header().entry_type(),
-            tar::EntryType::Regular | tar::EntryType::Continuous
-        ) {
+        let path = entry.path_bytes().into_owned();
+        last_path = String::from_utf8_lossy(&path).into_owned();
+        if !has_content(&mut entry) {
             continue;
         }
-        let Some((key, extension)) = split_name(&last_path) else {
+        let Some((key, extension)) = split_name(&path) else {
             continue;
         };
         let begins_another = current.as_ref().is_none_or(|sample| {
-            *sample.key != *key
+            current_key != key
                 || sample.members.contains_key(&extension)
                 || sample.oversized.contains_key(&extension)
         });
-        if begins_another
-            && let Some(done) = current.replace(Sample::new(key))
-            && let Grouped::Stop = deliver(done)
-        {
-            return Ok(());
+        if begins_another {
+            key.clone_into(&mut current_key);
+            if let Some(done) = current.replace(Sample::new(key))
+                && let Grouped::Stop = deliver(done)
+            {
+                return Ok(());
+            }
         }
         let size = entry.size();
         let mut content = Vec::new();
@@ -112,10 +157,33 @@ pub(crate) fn read_samples(
             }
         }
     }
-    if let Some(sample) = current.filter(|sample| !sample.is_empty()) {
-        deliver(sample);
+    if let Some(sample) = current.filter(|sample| !sample.is_empty())
+        && let Grouped::Stop = deliver(sample)
+    {
+        return Ok(());
     }
+    // So that a damaged gzip is found, and a cache gets the whole shard.
+    io::copy(&mut archive.into_inner().take(TAIL_BYTES), &mut io::sink())
+        .map_err(|error| TarError::Broken(format!("{error} after member {last_path:?}")))?;
     Ok(())
+}
+
+/// Whether an entry is a file whose bytes can be read. Folders and links have none; nor, for the tar
+/// reader, has a sparse file of the PAX format.
+fn has_content(entry: &mut tar::Entry<'_, impl Read>) -> bool {
+    use tar::EntryType::{Continuous, GNUSparse, Regular};
+    if !matches!(
+        entry.header().entry_type(),
+        Regular | Continuous | GNUSparse
+    ) {
+        return false;
+    }
+    match entry.pax_extensions() {
+        Ok(Some(extensions)) => !extensions
+            .flatten()
+            .any(|pair| pair.key_bytes().starts_with(b"GNU.sparse.")),
+        Ok(None) | Err(_) => true,
+    }
 }
 
 #[cfg(test)]
@@ -244,7 +312,7 @@ mod tests {
             &[b' '; 600],
         ]
         .concat();
-        for content in [page.as_slice(), b"short", &[7; 5000]] {
+        for content in [page.as_slice(), b"short", &[7; 5000], b"BZh91AY&SY"] {
             let (_, result) = read(content);
             assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
         }
@@ -258,6 +326,62 @@ mod tests {
         assert_eq!(samples[0].oversized["jpg"], 2000);
     }
 
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        std::io::Write::write_all(&mut encoder, content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn a_tar_in_gzip_is_read_as_the_tar() {
+        let tar = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
+        let (samples, result) = read(&gzip(&tar));
+        result.unwrap();
+        assert_eq!(samples, read(&tar).0);
+        // In two members, cut anywhere.
+        let (samples, result) = read(&[gzip(&tar[..700]), gzip(&tar[700..])].concat());
+        result.unwrap();
+        assert_eq!(samples, read(&tar).0);
+    }
+
+    #[test]
+    fn a_faulty_gzip_is_a_broken_shard() {
+        let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
+            .take(600)
+            .collect();
+        let tar = tar_of(&[
+            ("a.jpg", &noise),
+            ("b.jpg", &noise[..500]),
+            ("c.jpg", &noise[..90]),
+        ]);
+        let whole = gzip(&tar);
+        let broken = |gzip: &[u8]| {
+            let (samples, result) = read(gzip);
+            match result.unwrap_err() {
+                TarError::Broken(cause) => (samples.len(), cause),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(broken(&whole[..20]), (0, "the gzip is cut off".to_owned()));
+        let (samples, cause) = broken(&whole[..whole.len() - 4]);
+        assert_eq!(
+            (samples, cause.as_str()),
+            (3, "the gzip is cut off after member \"c.jpg\"")
+        );
+        // The checksum at the very end, after the tar's own end.
+        let mut damaged = whole.clone();
+        damaged[whole.len() - 8] ^= 1;
+        let (samples, cause) = broken(&damaged);
+        assert!(
+            samples == 3 && cause.starts_with("the gzip is damaged"),
+            "{cause}"
+        );
+        // What is not a tar inside is not a shard.
+        let (_, result) = read(&gzip(&[7; 5000]));
+        assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
+        assert_eq!(broken(b""), (0, "is empty: 0 bytes".to_owned()));
+    }
+
     #[test]
     fn any_bytes_are_survived() {
         let whole = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
@@ -268,6 +392,11 @@ mod tests {
                 let at = generator.usize(0..damaged.len());
                 damaged[at] = generator.u8(..);
             }
+            damaged.truncate(generator.usize(0..=damaged.len()));
+            let _either = read(&damaged);
+            let mut damaged = gzip(&whole);
+            let at = generator.usize(0..damaged.len());
+            damaged[at] = generator.u8(..);
             damaged.truncate(generator.usize(0..=damaged.len()));
             let _either = read(&damaged);
         }

@@ -1,4 +1,4 @@
-//! Where shards are: URL syntax and brace expansion. Purely text; nothing is looked up here.
+//! Where shards are: URL syntax. Purely text; nothing is looked up here.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,8 +6,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// More shards than any data set has: a pattern beyond this is a slip, not a wish.
-const MAX_EXPANSION: usize = 10_000_000;
+use super::expand::unwrap_pipe;
+
+/// Endings of shards in folders and prefixes; other files there are passed over.
+const SHARD_ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
 
 /// What is wrong with a shard URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,7 +27,7 @@ pub enum UrlError {
     Empty,
 }
 
-fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
+pub(super) fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
     UrlError::Invalid {
         url: url.to_owned(),
         reason: reason.into(),
@@ -37,13 +39,14 @@ pub(crate) enum Location {
     S3 { bucket: String, key: String },
     Http(String),
     File(PathBuf),
+    Stdin,
 }
 
 /// The place of one shard, or, ending in `/`, of a folder of shards.
 ///
-/// `s3://bucket/key.tar`, `http://…`, `https://…`, `file:///path` and plain paths; also the form
-/// older webdataset scripts use, `pipe:aws s3 cp s3://bucket/key.tar -`, whose URL is read out of
-/// the command. The command itself is never run.
+/// `s3://bucket/key.tar`, `http://…`, `https://…`, `file:///path`, plain paths, and `-` for standard
+/// input; also the form older webdataset scripts use, `pipe:aws s3 cp s3://bucket/key.tar -`, whose
+/// URL is read out of the command. The command itself is never run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ShardUrl(Location);
@@ -74,6 +77,7 @@ impl ShardUrl {
             Location::S3 { key, .. } => key.is_empty() || key.ends_with('/'),
             Location::Http(url) => url.ends_with('/'),
             Location::File(path) => path.as_os_str().to_string_lossy().ends_with('/'),
+            Location::Stdin => false,
         }
     }
 
@@ -85,17 +89,36 @@ impl ShardUrl {
                 Some((plain, _)) => format!("{plain}?REDACTED"),
                 None => url.clone(),
             },
-            Location::S3 { .. } | Location::File(_) => self.to_string(),
+            Location::S3 { .. } | Location::File(_) | Location::Stdin => self.to_string(),
         }
     }
 
-    /// The shard's file name, as `00000.tar`.
+    /// The name of the shard's tar, as `00000.tar`; of one in gzip (`.tar.gz`, `.tgz`) as well, and
+    /// `stdin.tar` of standard input.
     #[must_use]
     pub fn name(&self) -> String {
+        let file = self.file_name();
+        let stem = [".tar.gz", ".tgz"]
+            .iter()
+            .find_map(|ending| file.strip_suffix(ending));
+        match stem {
+            Some(stem) if !stem.is_empty() => format!("{stem}.tar"),
+            _ => file,
+        }
+    }
+
+    /// Whether a folder's listing takes this file for a shard.
+    pub(crate) fn is_shard(&self) -> bool {
+        let file = self.file_name();
+        SHARD_ENDINGS.iter().any(|ending| file.ends_with(ending))
+    }
+
+    fn file_name(&self) -> String {
         let whole = match &self.0 {
             Location::S3 { key, .. } => key.as_str().into(),
             Location::Http(url) => url.split(['?', '#']).next().unwrap_or_default().into(),
             Location::File(path) => path.to_string_lossy(),
+            Location::Stdin => "stdin.tar".into(),
         };
         let trimmed = whole.trim_end_matches('/');
         trimmed.rsplit('/').next().unwrap_or_default().to_owned()
@@ -108,6 +131,7 @@ impl fmt::Display for ShardUrl {
             Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
             Location::Http(url) => f.write_str(url),
             Location::File(path) => write!(f, "{}", path.display()),
+            Location::Stdin => f.write_str("-"),
         }
     }
 }
@@ -129,11 +153,21 @@ impl TryFrom<String> for ShardUrl {
 impl FromStr for ShardUrl {
     type Err = UrlError;
 
-    /// Reads one URL. Braces are taken as they are: see [`expand`].
+    /// Reads one URL. Braces are taken as they are: see [`expand`](super::expand()).
     fn from_str(text: &str) -> Result<Self, UrlError> {
         let url = unwrap_pipe(text.trim())?;
         if url.is_empty() {
             return Err(UrlError::Empty);
+        }
+        if url == "-" {
+            return Ok(Self(Location::Stdin));
+        }
+        if url.starts_with('@') {
+            return Err(invalid(
+                url,
+                "names a list of shards where a shard is needed; a list may stand in data.shards, and not in another \
+                 list (a file whose name begins with '@' is written ./@…)",
+            ));
         }
         if let Some(rest) = url.strip_prefix("s3://") {
             let Some((bucket, key)) = rest.split_once('/') else {
@@ -170,10 +204,20 @@ impl FromStr for ShardUrl {
             return Ok(Self::file(Path::new(path)));
         }
         if let Some((scheme, _)) = url.split_once("://") {
+            let hint = match scheme {
+                "gs" => {
+                    "; a bucket of Google's is reached as s3:// with [s3] endpoint_url = \"https://storage.googleapis.com\""
+                }
+                "hf" => {
+                    "; a file on the Hub is https://huggingface.co/datasets/USER/NAME/resolve/main/FILE"
+                }
+                _ => "",
+            };
             return Err(invalid(
                 url,
                 format!(
-                    "unknown scheme {scheme:?}; known are s3://, http://, https://, file:// and plain paths"
+                    "unknown scheme {scheme:?}; known are s3://, http://, https://, file://, plain paths and - for \
+                     standard input{hint}"
                 ),
             ));
         }
@@ -181,205 +225,12 @@ impl FromStr for ShardUrl {
     }
 }
 
-/// Reads the URL out of `pipe:aws s3 cp URL -` and its like.
-fn unwrap_pipe(url: &str) -> Result<&str, UrlError> {
-    let Some(command) = url.strip_prefix("pipe:") else {
-        return Ok(url);
-    };
-    command
-        .split_whitespace()
-        .map(|word| word.trim_matches(['\'', '"']))
-        .find(|word| ["s3://", "http://", "https://"].iter().any(|scheme| word.starts_with(scheme)))
-        .ok_or_else(|| {
-            invalid(
-                url,
-                "commands are not run; a s3:// or http(s):// URL is read out of them, and this one has none",
-            )
-        })
-}
-
-/// Expands braces in every pattern and reads the URLs, in order.
-///
-/// `{00000..01210}` counts (keeping the zeros), `{a,b}` lists; both nest and repeat, as in a shell.
-///
-/// # Errors
-/// [`UrlError`] for braces that don't match, for what isn't a URL, and when nothing is given.
-pub fn expand(patterns: &[String]) -> Result<Vec<ShardUrl>, UrlError> {
-    let mut urls = Vec::new();
-    for pattern in patterns {
-        let pattern = unwrap_pipe(pattern.trim())?;
-        for url in expand_braces(pattern)? {
-            urls.push(url.parse()?);
-        }
-    }
-    if urls.is_empty() {
-        return Err(UrlError::Empty);
-    }
-    Ok(urls)
-}
-
-fn expand_braces(pattern: &str) -> Result<Vec<String>, UrlError> {
-    let Some(open) = pattern.find('{') else {
-        if pattern.contains('}') {
-            return Err(invalid(pattern, "has a '}' without a '{'"));
-        }
-        return Ok(vec![pattern.to_owned()]);
-    };
-    let (before, rest) = (&pattern[..open], &pattern[open + 1..]);
-    if before.contains('}') {
-        return Err(invalid(pattern, "has a '}' without a '{'"));
-    }
-    let mut depth = 1_usize;
-    let mut commas = Vec::new();
-    let close = rest
-        .bytes()
-        .position(|byte| {
-            match byte {
-                b'{' => depth += 1,
-                b'}' => depth -= 1,
-                _ => {}
-            }
-            depth == 0
-        })
-        .ok_or_else(|| invalid(pattern, "has a '{' without a '}'"))?;
-    let (inside, after) = (&rest[..close], &rest[close + 1..]);
-    let mut depth = 0_usize;
-    for (at, byte) in inside.bytes().enumerate() {
-        match byte {
-            b'{' => depth += 1,
-            b'}' => depth -= 1,
-            b',' if depth == 0 => commas.push(at),
-            _ => {}
-        }
-    }
-    let middles = if commas.is_empty() {
-        match sequence(pattern, inside)? {
-            Some(sequence) => sequence,
-            // As a shell does: braces that list nothing stand for themselves.
-            None => expand_braces(inside)?
-                .into_iter()
-                .map(|text| format!("{{{text}}}"))
-                .collect(),
-        }
-    } else {
-        let mut parts = Vec::new();
-        let mut start = 0;
-        for end in commas.into_iter().chain([inside.len()]) {
-            parts.extend(expand_braces(&inside[start..end])?);
-            start = end + 1;
-        }
-        parts
-    };
-    let tails = expand_braces(after)?;
-    if middles.len().saturating_mul(tails.len()) > MAX_EXPANSION {
-        return Err(invalid(
-            pattern,
-            format!("stands for more than {MAX_EXPANSION} shards"),
-        ));
-    }
-    let mut expanded = Vec::with_capacity(middles.len() * tails.len());
-    for middle in &middles {
-        for tail in &tails {
-            expanded.push(format!("{before}{middle}{tail}"));
-        }
-    }
-    Ok(expanded)
-}
-
-/// `00..12` or `0..10..2`; `None` if it isn't a sequence of numbers.
-fn sequence(pattern: &str, inside: &str) -> Result<Option<Vec<String>>, UrlError> {
-    let mut parts = inside.split("..");
-    let (Some(first), Some(last), step, None) =
-        (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return Ok(None);
-    };
-    let number = |text: &str| -> Option<u64> {
-        text.bytes()
-            .all(|b| b.is_ascii_digit())
-            .then(|| text.parse().ok())?
-    };
-    let (Some(from), Some(to)) = (number(first), number(last)) else {
-        return Ok(None);
-    };
-    let step = match step.map(number) {
-        None => 1,
-        Some(Some(step)) if step > 0 => step,
-        Some(_) => {
-            return Err(invalid(
-                pattern,
-                format!("the step of {{{inside}}} must be a number above 0"),
-            ));
-        }
-    };
-    let padded = |text: &str| text.len() > 1 && text.starts_with('0');
-    let width = if padded(first) || padded(last) {
-        first.len().max(last.len())
-    } else {
-        0
-    };
-    if from.abs_diff(to) / step >= MAX_EXPANSION as u64 {
-        return Err(invalid(
-            pattern,
-            format!("stands for more than {MAX_EXPANSION} shards"),
-        ));
-    }
-    let text = |n: u64| format!("{n:0width$}");
-    let step_size = usize::try_from(step).unwrap_or(usize::MAX);
-    Ok(Some(if from <= to {
-        (from..=to).step_by(step_size).map(text).collect()
-    } else {
-        (to..=from).rev().step_by(step_size).map(text).collect()
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn expanded(pattern: &str) -> Vec<String> {
-        let urls = expand(&[pattern.to_owned()]).unwrap();
-        urls.iter().map(ToString::to_string).collect()
-    }
-
-    fn refused(pattern: &str) -> String {
-        expand(&[pattern.to_owned()]).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn sequences_keep_their_zeros() {
-        let urls = expanded("s3://bucket/data/{00000..01210}.tar");
-        assert_eq!(urls.len(), 1211);
-        assert_eq!(urls[0], "s3://bucket/data/00000.tar");
-        assert_eq!(urls[1210], "s3://bucket/data/01210.tar");
-        assert_eq!(expanded("{8..11}"), ["8", "9", "10", "11"]);
-        assert_eq!(expanded("{08..11..2}"), ["08", "10"]);
-        assert_eq!(expanded("{2..0}"), ["2", "1", "0"]);
-        assert_eq!(expanded("{7..7}"), ["7"]);
-    }
-
-    #[test]
-    fn lists_nest_and_repeat() {
-        assert_eq!(expanded("x{a,b{1..2}}y"), ["xay", "xb1y", "xb2y"]);
-        assert_eq!(expanded("{a,b}/{0..1}"), ["a/0", "a/1", "b/0", "b/1"]);
-        assert_eq!(expanded("a{,-b}.tar"), ["a.tar", "a-b.tar"]);
-        assert_eq!(expanded("{name}.tar"), ["{name}.tar"]);
-    }
-
-    #[test]
-    fn the_old_pipe_form_is_understood() {
-        assert_eq!(
-            expanded("pipe:aws s3 cp s3://muse-datasets/laion/{0..1}.tar -"),
-            [
-                "s3://muse-datasets/laion/0.tar",
-                "s3://muse-datasets/laion/1.tar"
-            ]
-        );
-        assert_eq!(
-            expanded("pipe:curl -s -L 'https://host/0.tar'"),
-            ["https://host/0.tar"]
-        );
-        assert!(refused("pipe:cat /data/0.tar").contains("commands are not run"));
+    fn refused(url: &str) -> String {
+        url.parse::<ShardUrl>().unwrap_err().to_string()
     }
 
     #[test]
@@ -405,6 +256,31 @@ mod tests {
             "https://h/a/b.tar?x=/1".parse::<ShardUrl>().unwrap().name(),
             "b.tar"
         );
+        let stdin: ShardUrl = " - ".parse().unwrap();
+        assert_eq!(stdin.location(), &Location::Stdin);
+        assert_eq!(
+            (stdin.to_string(), stdin.name()),
+            ("-".into(), "stdin.tar".into())
+        );
+        assert!(!stdin.is_folder());
+        assert_eq!("./-".parse::<ShardUrl>().unwrap(), ShardUrl::file("./-"));
+    }
+
+    #[test]
+    fn shards_are_told_by_their_ending_and_named_as_tars() {
+        let url = |text: &str| text.parse::<ShardUrl>().unwrap();
+        for (text, name) in [
+            ("s3://b/x/0.tar", "0.tar"),
+            ("s3://b/x/0.tar.gz", "0.tar"),
+            ("https://h/0.tgz?sig=1", "0.tar"),
+            ("a/.tgz", ".tgz"),
+        ] {
+            assert!(url(text).is_shard(), "{text}");
+            assert_eq!(url(text).name(), name);
+        }
+        for text in ["s3://b/0.json", "a/0.tar.bz2", "a/0.gz", "a/tar"] {
+            assert!(!url(text).is_shard(), "{text}");
+        }
     }
 
     #[test]
@@ -421,32 +297,11 @@ mod tests {
     fn errors_say_what_would_be_right() {
         assert!(refused("s3://bucket").contains("s3://bucket/key.tar"));
         assert!(refused("s3:///key").contains("no bucket"));
-        assert!(refused("gs://bucket/key").contains("known are s3://"));
-        assert!(refused("a{0..1").contains("'{' without a '}'"));
-        assert!(refused("a0..1}").contains("'}' without a '{'"));
-        assert!(refused("{0..99999999999}").contains("more than"));
-        assert!(refused("{0..9..0}").contains("step"));
-        assert_eq!(expand(&[]).unwrap_err(), UrlError::Empty);
-        assert_eq!(expand(&[" ".to_owned()]).unwrap_err(), UrlError::Empty);
-    }
-
-    #[test]
-    fn parsing_never_panics() {
-        let alphabet = [
-            "{", "}", ",", "..", "0", "9", "é", "s3://", "/", "pipe:", " ", "a",
-        ];
-        let mut generator = fastrand::Rng::with_seed(7);
-        for _ in 0..20_000 {
-            let length = generator.usize(0..9);
-            let text: String = (0..length)
-                .map(|_| alphabet[generator.usize(0..alphabet.len())])
-                .collect();
-            if let Ok(urls) = expand(std::slice::from_ref(&text)) {
-                for url in urls {
-                    let again: ShardUrl = url.to_string().parse().unwrap();
-                    assert_eq!(again.is_folder(), url.is_folder(), "{text}");
-                }
-            }
-        }
+        assert!(refused("ftp://host/key").contains("known are s3://"));
+        assert!(refused("gs://bucket/key").contains("https://storage.googleapis.com"));
+        assert!(refused("hf://datasets/a/b").contains("resolve/main"));
+        assert!(refused("@list.txt").contains("names a list"));
+        assert!(refused("http:///x").contains("has no host"));
+        assert_eq!(" ".parse::<ShardUrl>(), Err(UrlError::Empty));
     }
 }

@@ -4,6 +4,8 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::shard::UrlError;
+
 /// Why bytes could not be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
@@ -37,6 +39,58 @@ pub enum SourceError {
         url: String,
         /// Where the chain of providers ended.
         cause: String,
+    },
+    /// The credentials were good once, and there are no newer ones.
+    #[error(
+        "{url}: the AWS credentials have expired ({cause}); get new ones (as with `aws sso login`, or a new AWS_SESSION_TOKEN) \
+         and start again, or use a role or profile that renews them by itself"
+    )]
+    Expired {
+        /// What was asked for.
+        url: String,
+        /// What the server said.
+        cause: String,
+    },
+    /// The server's certificate was not accepted.
+    #[error("{url}: the certificate of {endpoint} is not accepted ({cause}){hint}")]
+    Certificate {
+        /// What was asked for.
+        url: String,
+        /// Who was called.
+        endpoint: String,
+        /// What is wrong with it.
+        cause: String,
+        /// What to set.
+        hint: &'static str,
+    },
+    /// The file of certificates can't be used.
+    #[error("{setting} = {path:?}: {cause}")]
+    CaBundle {
+        /// Where it was named.
+        setting: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// Standard input was wanted a second time.
+    #[error(
+        "-: standard input can be read once, and this is the second time: a second epoch, data.resample_shards = true, or a \
+         shard that is named twice; save it to a file and name that, or stop within the first epoch"
+    )]
+    StdinAgain,
+    /// A shard's URL is wrong.
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    /// A line in a list of shards is wrong.
+    #[error("{list}:{line}: {error}")]
+    List {
+        /// The list.
+        list: String,
+        /// Which line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        error: UrlError,
     },
     /// The bucket lives elsewhere.
     #[error("{url}: the bucket is in another region ({cause}); set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
@@ -105,7 +159,7 @@ pub enum SourceError {
         cause: String,
     },
     /// A folder without shards.
-    #[error("{url}: no .tar files in it")]
+    #[error("{url}: no .tar, .tar.gz or .tgz files in it")]
     EmptyFolder {
         /// Which folder.
         url: String,
@@ -134,10 +188,17 @@ impl SourceError {
     #[must_use]
     pub fn is_config(&self) -> bool {
         match self {
-            Self::Unsupported { .. } | Self::Embedded { .. } => true,
+            Self::Unsupported { .. }
+            | Self::Embedded { .. }
+            | Self::CaBundle { .. }
+            | Self::Url(_)
+            | Self::List { .. } => true,
             Self::NotFound { .. }
             | Self::Forbidden { .. }
             | Self::Credentials { .. }
+            | Self::Expired { .. }
+            | Self::Certificate { .. }
+            | Self::StdinAgain
             | Self::WrongRegion { .. }
             | Self::EmptyFolder { .. }
             | Self::Changed { .. }

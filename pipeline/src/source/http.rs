@@ -3,29 +3,34 @@
 use std::time::Duration;
 
 use reqwest::header::{
-    CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, IF_UNMODIFIED_SINCE,
-    LAST_MODIFIED, RANGE,
+    CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, IF_MODIFIED_SINCE,
+    IF_NONE_MATCH, IF_UNMODIFIED_SINCE, LAST_MODIFIED, RANGE,
 };
-use reqwest::{Client, Response};
+use reqwest::{Client, Response, StatusCode};
 
 use super::error::{SourceError, causes};
-use super::remote::{Body, Part};
+use super::remote::{Body, Condition, Part};
 use super::retry::Failure;
+use super::tls::{self, CaBundle};
 use crate::shard::ShardUrl;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A client for all HTTP shards.
-pub(crate) fn client() -> Result<Client, SourceError> {
+/// A client for all HTTP shards, which trusts `ca_bundle` besides the system's authorities.
+pub(crate) fn client(ca_bundle: Option<&CaBundle>) -> Result<Client, SourceError> {
     // Fails only when the process has chosen a provider already, which then serves as well.
     let _already = rustls::crypto::ring::default_provider().install_default();
     Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
         .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
+        .tls_certs_merge(ca_bundle.map(CaBundle::certificates).unwrap_or_default())
         .build()
         .map_err(|error| SourceError::Unsupported {
             url: "http(s)://".to_owned(),
-            cause: format!("no HTTP client: {}", causes(&error)),
+            cause: format!(
+                "no HTTP client: {}; where the system has no certificates, set [s3] ca_bundle or SSL_CERT_FILE",
+                causes(&error)
+            ),
         })
 }
 
@@ -40,22 +45,26 @@ pub(crate) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     Some((start.trim().parse().ok()?, total.trim().parse().ok()))
 }
 
-/// Requests `address` from `offset` on; with a `version`, only that one.
+/// Requests `address` from `offset` on; `None` if the condition does not hold.
 pub(crate) async fn get(
     client: &Client,
     url: &ShardUrl,
     address: &str,
     offset: u64,
-    version: Option<&str>,
-) -> Result<Part, Failure> {
+    condition: Condition<'_>,
+) -> Result<Option<Part>, Failure> {
     let mut request = client.get(address);
     if offset > 0 {
         request = request.header(RANGE, format!("bytes={offset}-"));
     }
-    request = match version {
-        Some(tag) if tag.starts_with('"') => request.header(IF_MATCH, tag),
-        Some(date) => request.header(IF_UNMODIFIED_SINCE, date),
-        None => request,
+    // What is no tag is a date.
+    let is_tag = |version: &str| version.starts_with('"');
+    request = match condition {
+        Condition::None => request,
+        Condition::Is(version) if is_tag(version) => request.header(IF_MATCH, version),
+        Condition::Is(date) => request.header(IF_UNMODIFIED_SINCE, date),
+        Condition::IsNot(version) if is_tag(version) => request.header(IF_NONE_MATCH, version),
+        Condition::IsNot(date) => request.header(IF_MODIFIED_SINCE, date),
     };
     let response = request.send().await.map_err(|error| {
         let (wrong_url, redirected) = (error.is_builder(), error.is_redirect());
@@ -68,12 +77,19 @@ pub(crate) async fn get(
                 SourceError::Refused { url, cause }
             });
         }
+        let endpoint = url.redacted();
+        if let Some(error) = tls::refusal(url, &endpoint, &cause) {
+            return Failure::Fatal(error);
+        }
         Failure::Connect {
             cause,
-            endpoint: url.redacted(),
+            endpoint,
             hint: " and the URL",
         }
     })?;
+    if response.status() == StatusCode::NOT_MODIFIED {
+        return Ok(None);
+    }
     if !response.status().is_success() {
         return Err(refusal(url, &response, offset));
     }
@@ -84,12 +100,12 @@ pub(crate) async fn get(
         .unwrap_or((0, length));
     // A weak tag says "much the same", which isn't enough to splice by.
     let tag = header(headers, ETAG).filter(|tag| tag.starts_with('"'));
-    Ok(Part {
+    Ok(Some(Part {
         start,
         total,
         version: tag.or_else(|| header(headers, LAST_MODIFIED)),
         body: Body::Http(response),
-    })
+    }))
 }
 
 fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> Failure {

@@ -50,7 +50,7 @@ impl LocalReader {
         if metadata.is_dir() {
             return Err(SourceError::Unsupported {
                 url: url.redacted(),
-                cause: "is a folder; end it with '/' to take every .tar in it".to_owned(),
+                cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
             });
         }
         Ok(Self {
@@ -80,7 +80,7 @@ impl LocalReader {
     }
 }
 
-/// The `.tar` files directly in a folder.
+/// The shards directly in a folder.
 pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>, SourceError> {
     let mut entries = tokio::fs::read_dir(folder)
         .await
@@ -91,9 +91,9 @@ pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>,
         .await
         .map_err(|error| failed(url, &error))?
     {
-        let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "tar") {
-            found.push(ShardUrl::file(path));
+        let shard = ShardUrl::file(entry.path());
+        if shard.is_shard() {
+            found.push(shard);
         }
     }
     Ok(found)

@@ -1,24 +1,30 @@
-//! Where bytes come from: S3, HTTP, local files, and an S3 server inside the process.
+//! Where bytes come from: S3, HTTP, local files, standard input, and an S3 server inside the process.
 //!
-//! Owns clients, credentials, retries and listing. A shard is read as a stream of chunks, from its
+//! Owns clients, credentials, retries, listing and the cache of shards. A shard is read as a stream of chunks, from its
 //! first byte to its last; whatever happens on the way, what is delivered is one version of the
 //! object, whole and in order. Nothing here knows what the bytes mean.
 
+mod cache;
 #[cfg(feature = "embedded-s3")]
 mod embedded;
 mod error;
 mod http;
+mod lists;
 mod local;
+mod options;
 mod remote;
 mod retry;
 mod s3;
+mod stdin;
+mod tls;
 
+pub use cache::CacheCounts;
 pub use error::SourceError;
+pub use options::{CacheOptions, S3Options, SourceOptions};
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::OnceCell;
@@ -27,45 +33,11 @@ use crate::flow::FlowMetrics;
 use crate::shard::Location;
 use crate::shard::ShardUrl;
 
+use cache::{Cache, CachedReader, CachingReader};
 use remote::{Remote, RemoteReader};
 use retry::RetryOptions;
-
-/// How to reach S3. What is left unset the AWS default chain decides (environment, profile, web
-/// identity, instance metadata).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct S3Options {
-    /// Another server than AWS: `https://host:port`.
-    pub endpoint_url: Option<String>,
-    /// Region of the buckets.
-    pub region: Option<String>,
-    /// Put the bucket into the path and not into the host name, as many S3-compatible servers need.
-    pub path_style: bool,
-    /// Send requests unsigned: for public buckets.
-    pub anonymous: bool,
-    /// Agree to pay for requests, where a bucket asks for that.
-    pub requester_pays: bool,
-    /// Most requests spent on one shard, the first included; at least 1.
-    pub max_attempts: u32,
-    /// How long a server may stay silent before a request is given up and repeated.
-    pub stall_timeout: Duration,
-    /// Serve this folder's subfolders as buckets from a server inside the process, and use that.
-    pub embedded_root: Option<PathBuf>,
-}
-
-impl Default for S3Options {
-    fn default() -> Self {
-        Self {
-            endpoint_url: None,
-            region: None,
-            path_style: false,
-            anonymous: false,
-            requester_pays: false,
-            max_attempts: 10,
-            stall_timeout: Duration::from_secs(30),
-            embedded_root: None,
-        }
-    }
-}
+use stdin::StdinReader;
+use tls::CaBundle;
 
 /// An object as a listing of its bucket shows it.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,6 +64,8 @@ struct Inner {
     // Made on first use: finding credentials takes time that a run on local files needn't spend.
     s3: OnceCell<Arc<s3::S3>>,
     http: OnceCell<reqwest::Client>,
+    cache: Option<Arc<Cache>>,
+    stdin_taken: AtomicBool,
     #[cfg(feature = "embedded-s3")]
     embedded: Option<embedded::EmbeddedS3>,
 }
@@ -105,11 +79,16 @@ impl fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// Sets the sources up; starts the embedded server if one is asked for. Touches no network.
+    /// Sets the sources up; starts the embedded server and makes the cache's folder if they are asked
+    /// for. Touches no network.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] if the embedded server can't start.
-    pub async fn new(options: S3Options, metrics: FlowMetrics) -> Result<Self, SourceError> {
+    pub async fn new(
+        options: impl Into<SourceOptions>,
+        metrics: FlowMetrics,
+    ) -> Result<Self, SourceError> {
+        let SourceOptions { s3: options, cache } = options.into();
         #[cfg(feature = "embedded-s3")]
         let embedded = match &options.embedded_root {
             Some(root) => Some(embedded::EmbeddedS3::start(root).await?),
@@ -127,6 +106,8 @@ impl Sources {
             metrics,
             s3: OnceCell::new(),
             http: OnceCell::new(),
+            cache: cache.map(|options| Arc::new(Cache::open(options))),
+            stdin_taken: AtomicBool::new(false),
             #[cfg(feature = "embedded-s3")]
             embedded,
         })))
@@ -139,7 +120,9 @@ impl Sources {
         #[cfg(not(feature = "embedded-s3"))]
         let embedded: Option<&str> = None;
         let connect = || async {
-            let s3 = s3::S3::connect(&inner.options, embedded, inner.metrics.clone()).await;
+            let ca_bundle = CaBundle::load(inner.options.ca_bundle.as_deref())?;
+            let metrics = inner.metrics.clone();
+            let s3 = s3::S3::connect(&inner.options, embedded, ca_bundle, metrics).await;
             Ok::<_, SourceError>(Arc::new(s3))
         };
         inner.s3.get_or_try_init(connect).await.cloned()
@@ -148,7 +131,10 @@ impl Sources {
     async fn http(&self) -> Result<reqwest::Client, SourceError> {
         self.0
             .http
-            .get_or_try_init(|| async { http::client() })
+            .get_or_try_init(|| async {
+                let ca_bundle = CaBundle::load(self.0.options.ca_bundle.as_deref())?;
+                http::client(ca_bundle.as_ref())
+            })
             .await
             .cloned()
     }
@@ -161,7 +147,8 @@ impl Sources {
         }
     }
 
-    /// Replaces every folder by the `.tar` files in it, sorted; other URLs stay as they are.
+    /// Replaces every folder by the shards in it (`.tar`, `.tar.gz`, `.tgz`), sorted; other URLs stay as
+    /// they are.
     ///
     /// # Errors
     /// [`SourceError::EmptyFolder`] for a folder without shards, else what kept it from being listed.
@@ -179,11 +166,11 @@ impl Sources {
                     objects
                         .into_iter()
                         .map(|object| object.url)
-                        .filter(|url| url.name().ends_with(".tar"))
+                        .filter(ShardUrl::is_shard)
                         .collect()
                 }
                 Location::File(path) => local::list(url, path).await?,
-                Location::Http(_) => {
+                Location::Http(_) | Location::Stdin => {
                     return Err(SourceError::Unsupported {
                         url: url.redacted(),
                         cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
@@ -229,26 +216,62 @@ impl Sources {
     /// # Errors
     /// [`SourceError`] if it can't be read; faults that may pass have been retried.
     pub async fn open(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
-        let remote = match url.location() {
+        let remote = match self.place(url).await? {
+            Place::Here(reader) => return Ok(ObjectReader(reader)),
+            Place::Remote(remote) => remote,
+        };
+        let (options, metrics) = (self.retry_options(), self.0.metrics.clone());
+        let reader = RemoteReader::open(url, remote, options, metrics).await?;
+        Ok(ObjectReader(Reader::Remote(Box::new(reader))))
+    }
+
+    /// Opens a shard as [`Sources::open`] does, out of the cache or into it if there is one.
+    pub(crate) async fn open_shard(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
+        let Some(cache) = &self.0.cache else {
+            return self.open(url).await;
+        };
+        let remote = match self.place(url).await? {
+            Place::Here(reader) => return Ok(ObjectReader(reader)),
+            Place::Remote(remote) => remote,
+        };
+        let (options, metrics) = (self.retry_options(), self.0.metrics.clone());
+        cache::open_shard(cache, url, remote, options, metrics)
+            .await
+            .map(ObjectReader)
+    }
+
+    /// What was read out of the cache; `None` without one.
+    #[must_use]
+    pub fn cache_counts(&self) -> Option<CacheCounts> {
+        self.0.cache.as_ref().map(|cache| cache.counts())
+    }
+
+    async fn place(&self, url: &ShardUrl) -> Result<Place, SourceError> {
+        Ok(match url.location() {
             Location::File(path) => {
-                return Ok(ObjectReader(Reader::Local(
-                    local::LocalReader::open(url, path).await?,
-                )));
+                Place::Here(Reader::Local(local::LocalReader::open(url, path).await?))
             }
-            Location::S3 { bucket, key } => Remote::S3 {
+            Location::Stdin if self.0.stdin_taken.swap(true, Ordering::SeqCst) => {
+                return Err(SourceError::StdinAgain);
+            }
+            Location::Stdin => Place::Here(Reader::Stdin(StdinReader::start(std::io::stdin())?)),
+            Location::S3 { bucket, key } => Place::Remote(Remote::S3 {
                 s3: self.s3().await?,
                 bucket: bucket.clone(),
                 key: key.clone(),
-            },
-            Location::Http(address) => Remote::Http {
+            }),
+            Location::Http(address) => Place::Remote(Remote::Http {
                 client: self.http().await?,
                 address: address.clone(),
-            },
-        };
-        let reader =
-            RemoteReader::open(url, remote, self.retry_options(), self.0.metrics.clone()).await?;
-        Ok(ObjectReader(Reader::Remote(Box::new(reader))))
+            }),
+        })
     }
+}
+
+/// A reader of what is on this machine, or whom to ask.
+enum Place {
+    Here(Reader),
+    Remote(Remote),
 }
 
 /// An object being read.
@@ -258,7 +281,10 @@ pub struct ObjectReader(Reader);
 #[derive(Debug)]
 enum Reader {
     Local(local::LocalReader),
+    Stdin(StdinReader),
     Remote(Box<RemoteReader>),
+    Cached(Box<CachedReader>),
+    Caching(Box<CachingReader>),
 }
 
 impl ObjectReader {
@@ -267,7 +293,10 @@ impl ObjectReader {
     pub fn size(&self) -> Option<u64> {
         match &self.0 {
             Reader::Local(reader) => Some(reader.size()),
+            Reader::Stdin(_) => None,
             Reader::Remote(reader) => reader.size(),
+            Reader::Cached(reader) => Some(reader.size()),
+            Reader::Caching(reader) => reader.size(),
         }
     }
 
@@ -275,8 +304,10 @@ impl ObjectReader {
     #[must_use]
     pub fn etag(&self) -> Option<&str> {
         match &self.0 {
-            Reader::Local(_) => None,
+            Reader::Local(_) | Reader::Stdin(_) => None,
             Reader::Remote(reader) => reader.version(),
+            Reader::Cached(reader) => reader.version(),
+            Reader::Caching(reader) => reader.version(),
         }
     }
 
@@ -287,7 +318,10 @@ impl ObjectReader {
     pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         match &mut self.0 {
             Reader::Local(reader) => reader.next().await,
+            Reader::Stdin(reader) => reader.next().await,
             Reader::Remote(reader) => reader.next().await,
+            Reader::Cached(reader) => reader.next().await,
+            Reader::Caching(reader) => reader.next().await,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::flow::FlowMetrics;
 use crate::shard::ShardUrl;
 
 /// Where an object is, and who to ask.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Remote {
     S3 {
         s3: Arc<s3::S3>,
@@ -36,6 +36,31 @@ pub(crate) struct Part {
     pub(crate) total: Option<u64>,
     /// What names this version of the object.
     pub(crate) version: Option<String>,
+}
+
+/// Which version of an object is wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Condition<'a> {
+    None,
+    Is(&'a str),
+    IsNot(&'a str),
+}
+
+/// What is known of an object that was read before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) version: Option<String>,
+    pub(crate) size: u64,
+}
+
+impl Known {
+    /// Whether this is the object of the response; by its size, where it has no version.
+    fn is(&self, part: &Part) -> bool {
+        match (&self.version, &part.version) {
+            (None, None) => part.total == Some(self.size),
+            (one, other) => one == other,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -64,13 +89,21 @@ impl Remote {
         &self,
         url: &ShardUrl,
         offset: u64,
-        version: Option<&str>,
-    ) -> Result<Part, Failure> {
+        condition: Condition<'_>,
+    ) -> Result<Option<Part>, Failure> {
         match self {
-            Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, version).await,
+            Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, condition).await,
             Self::Http { client, address } => {
-                http::get(client, url, address, offset, version).await
+                http::get(client, url, address, offset, condition).await
             }
+        }
+    }
+
+    /// Who is asked, where the URL does not say it.
+    pub(crate) fn server(&self) -> &str {
+        match self {
+            Self::S3 { s3, .. } => s3.endpoint(),
+            Self::Http { .. } => "",
         }
     }
 }
@@ -91,14 +124,9 @@ pub(crate) struct RemoteReader {
 }
 
 impl RemoteReader {
-    pub(crate) async fn open(
-        url: &ShardUrl,
-        remote: Remote,
-        options: RetryOptions,
-        metrics: FlowMetrics,
-    ) -> Result<Self, SourceError> {
+    fn new(url: &ShardUrl, remote: Remote, options: RetryOptions, metrics: FlowMetrics) -> Self {
         let is_s3 = matches!(remote, Remote::S3 { .. });
-        let mut reader = Self {
+        Self {
             url: url.clone(),
             remote,
             options,
@@ -108,8 +136,48 @@ impl RemoteReader {
             skip: 0,
             total: None,
             version: None,
-        };
-        reader.connect().await?;
+        }
+    }
+
+    /// Opens an object at its first byte.
+    pub(crate) async fn open(
+        url: &ShardUrl,
+        remote: Remote,
+        options: RetryOptions,
+        metrics: FlowMetrics,
+    ) -> Result<Self, SourceError> {
+        let mut reader = Self::new(url, remote, options, metrics);
+        reader.connect(None).await?;
+        Ok(reader)
+    }
+
+    /// Opens an object at its first byte; `None` if it still is the one that is `known`.
+    pub(crate) async fn open_unless(
+        url: &ShardUrl,
+        remote: Remote,
+        options: RetryOptions,
+        metrics: FlowMetrics,
+        known: Option<&Known>,
+    ) -> Result<Option<Self>, SourceError> {
+        let mut reader = Self::new(url, remote, options, metrics);
+        let sent = reader.connect(known).await?;
+        Ok(sent.then_some(reader))
+    }
+
+    /// Goes on from `offset` with the version that is `known`.
+    pub(crate) async fn resume(
+        url: &ShardUrl,
+        remote: Remote,
+        options: RetryOptions,
+        metrics: FlowMetrics,
+        known: &Known,
+        offset: u64,
+    ) -> Result<Self, SourceError> {
+        let mut reader = Self::new(url, remote, options, metrics);
+        reader.total = Some(known.size);
+        reader.version.clone_from(&known.version);
+        reader.offset = offset;
+        reader.connect(None).await?;
         Ok(reader)
     }
 
@@ -121,14 +189,31 @@ impl RemoteReader {
         self.version.as_deref()
     }
 
-    /// Requests the object from where reading has come to, until that works.
-    async fn connect(&mut self) -> Result<(), SourceError> {
+    /// Requests the object from where reading has come to, until that works; whether it is sent, and
+    /// not still the one that is `known`.
+    async fn connect(&mut self, known: Option<&Known>) -> Result<bool, SourceError> {
         loop {
-            let request = self
-                .remote
-                .get(&self.url, self.offset, self.version.as_deref());
+            let known_version = known.and_then(|known| known.version.as_deref());
+            let condition = match (self.version.as_deref(), known_version) {
+                (Some(version), _) => Condition::Is(version),
+                (None, Some(version)) => Condition::IsNot(version),
+                (None, None) => Condition::None,
+            };
+            let request = self.remote.get(&self.url, self.offset, condition);
             let failure = match timeout(self.options.stall_timeout, request).await {
-                Ok(Ok(part)) => return self.accept(part),
+                Ok(Ok(None)) if known_version.is_some() => return Ok(false),
+                Ok(Ok(None)) => Failure::Fatal(SourceError::Refused {
+                    url: self.url.redacted(),
+                    cause: "the server says \"not modified\" (HTTP 304) of what was never read"
+                        .to_owned(),
+                }),
+                Ok(Ok(Some(part))) => {
+                    // Not every server looks at the condition.
+                    if known.is_some_and(|known| known.is(&part)) {
+                        return Ok(false);
+                    }
+                    return self.accept(part).map(|()| true);
+                }
                 Ok(Err(failure)) => failure,
                 Err(_) => self.stalled(),
             };
@@ -176,7 +261,7 @@ impl RemoteReader {
                 if self.total == Some(self.offset) {
                     return Ok(None);
                 }
-                self.connect().await?;
+                self.connect(None).await?;
                 continue;
             };
             // Only waiting for the server counts: a slow consumer isn't in here.

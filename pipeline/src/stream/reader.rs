@@ -166,7 +166,7 @@ async fn fetch_all(
     size: &AtomicU64,
 ) -> Result<Result<(), SourceError>, Closed> {
     let start = Instant::now();
-    let opened = sources.open(url).await;
+    let opened = sources.open_shard(url).await;
     stage.add_busy(start.elapsed());
     let mut reader = match opened {
         Ok(reader) => reader,

@@ -1,0 +1,155 @@
+//! Compression around a tar: told by content, and gzip undone as it is read.
+
+use std::fmt;
+use std::io::{self, BufRead, Read};
+
+use flate2::bufread::GzDecoder;
+
+/// Bytes that tell every kind apart.
+pub(super) const MAGIC_BYTES: usize = 6;
+
+const GZIP: &[u8] = &[0x1f, 0x8b];
+/// Kinds that are told, but not undone.
+const OTHERS: [(&[u8], &str); 4] = [
+    (b"BZh", "bzip2"),
+    (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
+    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+    (b"PK\x03\x04", "zip"),
+];
+
+/// What a file's first bytes say of it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    None,
+    Gzip,
+    /// One that coffey does not read.
+    Other(&'static str),
+}
+
+impl Compression {
+    pub(super) fn of(start: &[u8]) -> Self {
+        if start.starts_with(GZIP) {
+            return Self::Gzip;
+        }
+        OTHERS
+            .iter()
+            .find(|(magic, _)| start.starts_with(magic))
+            .map_or(Self::None, |(_, name)| Self::Other(name))
+    }
+}
+
+/// What is wrong with the gzip, so that it isn't taken for a fault of the tar within.
+#[derive(Debug)]
+pub(super) struct GzipFault(String);
+
+impl fmt::Display for GzipFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for GzipFault {}
+
+impl GzipFault {
+    fn wrap(error: &io::Error) -> io::Error {
+        io::Error::other(Self(match error.kind() {
+            io::ErrorKind::UnexpectedEof => "the gzip is cut off".to_owned(),
+            _ => format!("the gzip is damaged: {error}"),
+        }))
+    }
+
+    pub(super) fn is_behind(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+/// The content of a gzip of any number of members, one after another. As the gzip tool does, it
+/// passes over what follows them and is no gzip.
+pub(super) struct Inflate<R> {
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Inflate<R> {
+    pub(super) fn new(reader: R) -> Self {
+        Self {
+            member: Some(GzDecoder::new(reader)),
+        }
+    }
+}
+
+impl<R: BufRead> Read for Inflate<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        while let Some(member) = &mut self.member {
+            let read = member
+                .read(buffer)
+                .map_err(|error| GzipFault::wrap(&error))?;
+            if read > 0 {
+                return Ok(read);
+            }
+            if let Some(member) = self.member.take() {
+                let mut rest = member.into_inner();
+                if rest.fill_buf()?.first() == GZIP.first() {
+                    self.member = Some(GzDecoder::new(rest));
+                }
+            }
+        }
+        Ok(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use flate2::write::GzEncoder;
+
+    use super::*;
+
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn inflate(gzip: &[u8]) -> io::Result<Vec<u8>> {
+        let mut content = Vec::new();
+        // A small buffer, so that members end at every place in it.
+        let reader = io::BufReader::with_capacity(7, gzip);
+        Inflate::new(reader).read_to_end(&mut content)?;
+        Ok(content)
+    }
+
+    #[test]
+    fn members_are_read_one_after_another() {
+        let two = [gzip(b"one, "), gzip(b""), gzip(b"two")].concat();
+        assert_eq!(inflate(&two).unwrap(), b"one, two");
+        let padded = [two.as_slice(), &[0; 30]].concat();
+        assert_eq!(inflate(&padded).unwrap(), b"one, two");
+    }
+
+    #[test]
+    fn a_fault_is_named() {
+        let whole = gzip(&[7; 5000]);
+        for end in [1, 12, whole.len() - 9, whole.len() - 1] {
+            let error = inflate(&whole[..end]).unwrap_err();
+            assert!(GzipFault::is_behind(&error));
+            assert_eq!(error.to_string(), "the gzip is cut off", "at {end}");
+        }
+        let mut damaged = whole.clone();
+        let crc = damaged.len() - 8;
+        damaged[crc] ^= 1;
+        let text = inflate(&damaged).unwrap_err().to_string();
+        assert!(text.starts_with("the gzip is damaged: "), "{text}");
+    }
+
+    #[test]
+    fn kinds_are_told_by_content() {
+        assert_eq!(Compression::of(&gzip(b"x")), Compression::Gzip);
+        assert_eq!(Compression::of(b"BZh91AY&SY"), Compression::Other("bzip2"));
+        assert_eq!(Compression::of(b"00000.jpg"), Compression::None);
+        assert_eq!(Compression::of(b""), Compression::None);
+    }
+}

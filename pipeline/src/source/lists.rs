@@ -1,0 +1,81 @@
+//! From what a user writes down to shards: lists of shards read, patterns expanded, folders listed.
+
+use super::error::SourceError;
+use super::{ObjectReader, Sources};
+use crate::shard::{ShardUrl, UrlError, expand_one, split};
+
+/// A list of ten million URLs is smaller than this: what is larger is something else.
+const MOST_LIST_BYTES: usize = 1 << 30;
+
+impl Sources {
+    /// The shards that `patterns` stand for, in order: braces expanded, `@file` replaced by the URLs and
+    /// patterns in that file (one a line; empty lines and those that begin with `#` are passed over),
+    /// folders and prefixes by the shards in them.
+    ///
+    /// A list may be anywhere that a shard may be. Relative paths in it are relative to the current
+    /// folder, and it can't name other lists.
+    ///
+    /// # Errors
+    /// [`SourceError::Url`] and [`SourceError::List`] for what isn't a URL, else what kept a list from
+    /// being read or a folder from being listed.
+    pub async fn shards(&self, patterns: &[String]) -> Result<Vec<ShardUrl>, SourceError> {
+        let mut urls = Vec::new();
+        for pattern in patterns.iter().flat_map(|pattern| split(pattern)) {
+            match pattern.trim().strip_prefix('@') {
+                Some(lists) => {
+                    for list in expand_one(lists)? {
+                        urls.append(&mut self.in_list(&list).await?);
+                    }
+                }
+                None => urls.append(&mut expand_one(pattern)?),
+            }
+        }
+        if urls.is_empty() {
+            return Err(UrlError::Empty.into());
+        }
+        self.list(&urls).await
+    }
+
+    async fn in_list(&self, list: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
+        let unsupported = |cause: &str| SourceError::Unsupported {
+            url: format!("@{}", list.redacted()),
+            cause: cause.to_owned(),
+        };
+        let mut reader = self.open(list).await?;
+        let text = read_text(&mut reader).await?;
+        let text = text.ok_or_else(|| {
+            unsupported("is no list of shards: it must be text (UTF-8) with one URL a line")
+        })?;
+        let mut urls = Vec::new();
+        for (index, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            for pattern in split(line) {
+                let expanded = expand_one(pattern).map_err(|error| SourceError::List {
+                    list: list.redacted(),
+                    line: index + 1,
+                    error,
+                })?;
+                urls.extend(expanded);
+            }
+        }
+        if urls.is_empty() {
+            return Err(unsupported("names no shard"));
+        }
+        Ok(urls)
+    }
+}
+
+async fn read_text(reader: &mut ObjectReader) -> Result<Option<String>, SourceError> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = reader.next().await? {
+        bytes.extend_from_slice(&chunk);
+        // A shard named by mistake shows at once.
+        if bytes.len() > MOST_LIST_BYTES || chunk.contains(&0) {
+            return Ok(None);
+        }
+    }
+    Ok(String::from_utf8(bytes).ok())
+}

@@ -1,0 +1,140 @@
+//! Whose certificates are trusted besides the system's, and what to say when one is not.
+
+use std::path::{Path, PathBuf};
+
+use aws_smithy_http_client::tls::{TlsContext, TrustStore};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::error::SourceError;
+use crate::shard::ShardUrl;
+
+/// The variable that the AWS tools read as well.
+const VARIABLE: &str = "AWS_CA_BUNDLE";
+
+/// Certificates of authorities, read and found usable.
+#[derive(Debug, Clone)]
+pub(crate) struct CaBundle {
+    pem: Vec<u8>,
+    certificates: Vec<CertificateDer<'static>>,
+}
+
+impl CaBundle {
+    /// Reads `[s3] ca_bundle`, else the file that `AWS_CA_BUNDLE` names; `None` where neither is set.
+    pub(crate) fn load(configured: Option<&Path>) -> Result<Option<Self>, SourceError> {
+        let variable = || {
+            let path = std::env::var_os(VARIABLE).filter(|path| !path.is_empty())?;
+            Some((VARIABLE, PathBuf::from(path)))
+        };
+        match configured
+            .map(|path| ("[s3] ca_bundle", path.to_owned()))
+            .or_else(variable)
+        {
+            Some((setting, path)) => Self::read(setting, &path).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn read(setting: &'static str, path: &Path) -> Result<Self, SourceError> {
+        let failed = |cause: String| SourceError::CaBundle {
+            setting,
+            path: path.to_owned(),
+            cause,
+        };
+        let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let certificates = CertificateDer::pem_slice_iter(&pem)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| failed(format!("is not PEM: {error}")))?;
+        if certificates.is_empty() {
+            return Err(failed(
+                "has no certificate in it; it must be PEM, with BEGIN CERTIFICATE".to_owned(),
+            ));
+        }
+        // The clients take what they are given: a certificate they can't read would be a panic there.
+        let mut roots = RootCertStore::empty();
+        for certificate in &certificates {
+            roots.add(certificate.clone()).map_err(|error| {
+                failed(format!("has a certificate that can't be used: {error}"))
+            })?;
+        }
+        Ok(Self { pem, certificates })
+    }
+
+    /// For the AWS SDK.
+    pub(crate) fn context(&self) -> Option<TlsContext> {
+        let store = TrustStore::default().with_pem_certificate(self.pem.as_slice());
+        TlsContext::builder().with_trust_store(store).build().ok()
+    }
+
+    /// For reqwest.
+    pub(crate) fn certificates(&self) -> Vec<reqwest::Certificate> {
+        self.certificates
+            .iter()
+            .filter_map(|certificate| reqwest::Certificate::from_der(certificate).ok())
+            .collect()
+    }
+}
+
+/// The error for a server whose certificate was not accepted; `None` if `cause` is something else.
+pub(crate) fn refusal(url: &ShardUrl, endpoint: &str, cause: &str) -> Option<SourceError> {
+    if !cause.contains("invalid peer certificate") {
+        return None;
+    }
+    let hint = if cause.contains("UnknownIssuer") || cause.contains("CaUsedAsEndEntity") {
+        "; if it is signed by an authority of your own, set [s3] ca_bundle (or AWS_CA_BUNDLE) to a PEM file with that \
+         authority's certificate"
+    } else {
+        ""
+    };
+    Some(SourceError::Certificate {
+        url: url.redacted(),
+        endpoint: endpoint.to_owned(),
+        cause: cause.to_owned(),
+        hint,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_that_is_none_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        let error = || CaBundle::load(Some(&path)).unwrap_err();
+        assert!(error().is_config());
+        assert!(
+            error().to_string().starts_with("[s3] ca_bundle = "),
+            "{}",
+            error()
+        );
+        for (content, cause) in [
+            ("no certificate", "has no certificate in it"),
+            (
+                "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+                "can't be used",
+            ),
+            ("-----BEGIN CERTIFICATE-----\nAAAA\n", "is not PEM"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            assert!(error().to_string().contains(cause), "{}", error());
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_certificate_decides_the_advice() {
+        let url = "s3://b/k.tar".parse().unwrap();
+        let error = |cause: &str| refusal(&url, "https://minio", cause);
+        let text = error("invalid peer certificate: UnknownIssuer")
+            .unwrap()
+            .to_string();
+        assert!(text.contains("[s3] ca_bundle"), "{text}");
+        let text = error("invalid peer certificate: Expired")
+            .unwrap()
+            .to_string();
+        assert!(!text.contains("ca_bundle"), "{text}");
+        assert_eq!(error("connection refused"), None);
+    }
+}
