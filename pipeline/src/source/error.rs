@@ -38,6 +38,17 @@ pub enum SourceError {
         /// Where the chain of providers ended.
         cause: String,
     },
+    /// The credentials were good once, and looking them up again gave no newer ones.
+    #[error(
+        "{url}: the AWS credentials have expired ({cause}), and looking them up again gave no newer ones; renew them and start \
+         again, or let them renew themselves: a role, or a profile with sso or credential_process instead of a session token"
+    )]
+    Expired {
+        /// What was asked for.
+        url: String,
+        /// What the server said.
+        cause: String,
+    },
     /// The bucket lives elsewhere.
     #[error("{url}: the bucket is in another region ({cause}); set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
     WrongRegion {
@@ -50,13 +61,15 @@ pub enum SourceError {
     },
     /// The object was replaced while it was read. Two versions are never spliced.
     #[error(
-        "{url}: the object changed while it was read (after {offset} bytes); start again when it no longer changes"
+        "{url}: the object changed while it was read (after {offset} bytes: {cause}); start again when it no longer changes"
     )]
     Changed {
         /// Which object.
         url: String,
         /// Bytes read of the old version.
         offset: u64,
+        /// How that was noticed.
+        cause: String,
     },
     /// Nobody answers there.
     #[error(
@@ -74,14 +87,14 @@ pub enum SourceError {
         /// What else to look at.
         hint: &'static str,
     },
-    /// Faults that may pass did not, within the allowed attempts.
+    /// Faults that may pass did not, within the attempts allowed for a stretch of the object.
     #[error("{url}: gave up after {attempts} attempts in {:.1} s, with {offset} bytes read: {cause}", elapsed.as_secs_f64())]
     Exhausted {
         /// Which object.
         url: String,
-        /// Requests made.
+        /// Requests that failed since the last progress.
         attempts: u32,
-        /// Time since the first.
+        /// Time since the first of them.
         elapsed: Duration,
         /// Bytes read before the last failure.
         offset: u64,
@@ -138,6 +151,7 @@ impl SourceError {
             Self::NotFound { .. }
             | Self::Forbidden { .. }
             | Self::Credentials { .. }
+            | Self::Expired { .. }
             | Self::WrongRegion { .. }
             | Self::EmptyFolder { .. }
             | Self::Changed { .. }

@@ -14,6 +14,8 @@ mod retry;
 mod s3;
 
 pub use error::SourceError;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use http::content_range;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -28,7 +30,7 @@ use crate::shard::Location;
 use crate::shard::ShardUrl;
 
 use remote::{Remote, RemoteReader};
-use retry::RetryOptions;
+use retry::{Met, RetryOptions};
 
 /// How to reach S3. What is left unset the AWS default chain decides (environment, profile, web
 /// identity, instance metadata).
@@ -44,9 +46,12 @@ pub struct S3Options {
     pub anonymous: bool,
     /// Agree to pay for requests, where a bucket asks for that.
     pub requester_pays: bool,
-    /// Most requests spent on one shard, the first included; at least 1.
+    /// Most requests that may fail at one place of a shard; at least 1. Reading another MiB gives
+    /// them back, so that a long shard is not ended by faults that each passed.
     pub max_attempts: u32,
-    /// How long a server may stay silent before a request is given up and repeated.
+    /// How long a server may stay silent before a request is given up and repeated. One that sends
+    /// less than 1 KiB/s over twice this time counts as silent. Only waiting for the server counts,
+    /// never a slow consumer.
     pub stall_timeout: Duration,
     /// Serve this folder's subfolders as buckets from a server inside the process, and use that.
     pub embedded_root: Option<PathBuf>,
@@ -92,6 +97,7 @@ struct Inner {
     // Made on first use: finding credentials takes time that a run on local files needn't spend.
     s3: OnceCell<Arc<s3::S3>>,
     http: OnceCell<reqwest::Client>,
+    http_met: Met,
     #[cfg(feature = "embedded-s3")]
     embedded: Option<embedded::EmbeddedS3>,
 }
@@ -127,6 +133,7 @@ impl Sources {
             metrics,
             s3: OnceCell::new(),
             http: OnceCell::new(),
+            http_met: Met::default(),
             #[cfg(feature = "embedded-s3")]
             embedded,
         })))
@@ -243,6 +250,7 @@ impl Sources {
             Location::Http(address) => Remote::Http {
                 client: self.http().await?,
                 address: address.clone(),
+                met: self.0.http_met.clone(),
             },
         };
         let reader =

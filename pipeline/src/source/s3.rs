@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use aws_config::{BehaviorVersion, Region};
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::SharedHttpClient;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -12,10 +13,11 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::DateTime;
 use aws_sdk_s3::types::RequestPayer;
 use aws_smithy_http_client::tls;
+use tokio::sync::RwLock;
 
 use super::error::{SourceError, causes};
 use super::remote::{Body, Part};
-use super::retry::{Budget, Failure, RetryOptions};
+use super::retry::{Budget, Failure, Met, RetryOptions};
 use super::{ObjectInfo, S3Options};
 use crate::flow::FlowMetrics;
 use crate::shard::ShardUrl;
@@ -26,10 +28,12 @@ const DEFAULT_REGION: &str = "us-east-1";
 /// A client and what it was made from.
 #[derive(Debug)]
 pub(crate) struct S3 {
-    client: Client,
-    endpoint: String,
-    requester_pays: bool,
-    stall_timeout: Duration,
+    /// With the number of times it was made.
+    client: RwLock<(u64, Client)>,
+    options: S3Options,
+    embedded: Option<String>,
+    https: SharedHttpClient,
+    met: Met,
     metrics: FlowMetrics,
 }
 
@@ -45,7 +49,23 @@ impl S3 {
                 tls::rustls_provider::CryptoMode::Ring,
             ))
             .build_https();
-        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(https);
+        let client = Self::client(options, embedded, &https).await;
+        Self {
+            client: RwLock::new((0, client)),
+            options: options.clone(),
+            embedded: embedded.map(str::to_owned),
+            https,
+            met: Met::default(),
+            metrics,
+        }
+    }
+
+    async fn client(
+        options: &S3Options,
+        embedded: Option<&str>,
+        https: &SharedHttpClient,
+    ) -> Client {
+        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(https.clone());
         let endpoint = embedded.or(options.endpoint_url.as_deref());
         if let Some(endpoint) = endpoint {
             loader = loader.endpoint_url(endpoint);
@@ -90,17 +110,31 @@ impl S3 {
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
-        Self {
-            client: Client::from_conf(config.build()),
-            endpoint: endpoint.unwrap_or("AWS S3").to_owned(),
-            requester_pays: options.requester_pays,
-            stall_timeout: options.stall_timeout,
-            metrics,
+        Client::from_conf(config.build())
+    }
+
+    /// Whether the server has answered yet.
+    pub(crate) fn met(&self) -> Met {
+        self.met.clone()
+    }
+
+    /// Looks the credentials up anew if those of the client made as `number` are too old: files and
+    /// processes they come from are read only once by each client.
+    async fn renew(&self, number: u64, failure: &Failure) {
+        if !matches!(failure, Failure::Expired { .. }) {
+            return;
+        }
+        let mut client = self.client.write().await;
+        if client.0 == number {
+            let new = Self::client(&self.options, self.embedded.as_deref(), &self.https).await;
+            *client = (number + 1, new);
         }
     }
 
     fn payer(&self) -> Option<RequestPayer> {
-        self.requester_pays.then_some(RequestPayer::Requester)
+        self.options
+            .requester_pays
+            .then_some(RequestPayer::Requester)
     }
 
     /// Requests an object from `offset` on; with a `version`, only that one.
@@ -112,8 +146,8 @@ impl S3 {
         offset: u64,
         version: Option<&str>,
     ) -> Result<Part, Failure> {
-        let mut request = self
-            .client
+        let (number, client) = self.client.read().await.clone();
+        let mut request = client
             .get_object()
             .bucket(bucket)
             .key(key)
@@ -122,10 +156,14 @@ impl S3 {
         if offset > 0 {
             request = request.range(format!("bytes={offset}-"));
         }
-        let output = request
-            .send()
-            .await
-            .map_err(|error| self.failure(url, &error, offset))?;
+        let output = match request.send().await {
+            Ok(output) => output,
+            Err(error) => {
+                let failure = self.failure(url, &error, offset);
+                self.renew(number, &failure).await;
+                return Err(failure);
+            }
+        };
         self.metrics.s3_request("ok");
         let length = output
             .content_length()
@@ -150,18 +188,24 @@ impl S3 {
         prefix: &str,
         options: RetryOptions,
     ) -> Result<Vec<ObjectInfo>, SourceError> {
-        let mut budget = Budget::new(url.redacted(), options, self.metrics.clone(), true);
+        let mut budget = Budget::new(
+            url.redacted(),
+            options,
+            self.metrics.clone(),
+            self.met(),
+            true,
+        );
         let mut found = Vec::new();
         let mut token: Option<String> = None;
         loop {
-            let request = self
-                .client
+            let (number, client) = self.client.read().await.clone();
+            let request = client
                 .list_objects_v2()
                 .bucket(bucket)
                 .prefix(prefix)
                 .set_request_payer(self.payer())
                 .set_continuation_token(token.clone());
-            let failure = match tokio::time::timeout(self.stall_timeout, request.send()).await {
+            let failure = match tokio::time::timeout(options.stall_timeout, request.send()).await {
                 Ok(Ok(page)) => {
                     self.metrics.s3_request("ok");
                     budget.contact();
@@ -186,9 +230,10 @@ impl S3 {
                 Ok(Err(error)) => self.failure(url, &error, 0),
                 Err(_) => Failure::Passing {
                     reason: "stalled",
-                    cause: format!("no answer for {:.1} s", self.stall_timeout.as_secs_f64()),
+                    cause: format!("no answer for {:.1} s", options.stall_timeout.as_secs_f64()),
                 },
             };
+            self.renew(number, &failure).await;
             budget.failed(failure, 0).await?;
         }
     }
@@ -211,12 +256,24 @@ impl S3 {
             SdkError::TimeoutError(_) => ("timeout", passing("timeout", causes(error))),
             SdkError::ResponseError(_) => ("bad_response", passing("bad_response", causes(error))),
             SdkError::DispatchFailure(dispatch) if dispatch.is_timeout() || dispatch.is_io() => {
+                let endpoint = self
+                    .embedded
+                    .as_ref()
+                    .or(self.options.endpoint_url.as_ref());
                 let failure = Failure::Connect {
                     cause: causes(error),
-                    endpoint: self.endpoint.clone(),
+                    endpoint: endpoint.map_or("AWS S3", String::as_str).to_owned(),
                     hint: " and [s3] endpoint_url",
                 };
                 ("connect", failure)
+            }
+            // As when the server closes a connection kept alive just as it is used again.
+            SdkError::DispatchFailure(dispatch)
+                if dispatch
+                    .as_connector_error()
+                    .is_some_and(|error| error.as_other().is_some()) =>
+            {
+                ("bad_response", passing("bad_response", causes(error)))
             }
             other => {
                 let cause = causes(other);
@@ -273,8 +330,10 @@ impl Answer<'_> {
             (_, "RequestTimeout" | "InternalError") | (500.., _) => {
                 ("server_error", passing("server_error", cause))
             }
-            // Providers that refresh may have new ones by the next attempt.
-            (_, "ExpiredToken") => ("expired", passing("expired_credentials", cause)),
+            // By the next attempt there may be new ones.
+            (_, "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired") => {
+                ("expired", Failure::Expired { cause })
+            }
             (
                 _,
                 "PermanentRedirect"
@@ -302,7 +361,7 @@ impl Answer<'_> {
             }
             (412 | 416, _) if offset > 0 => (
                 "changed",
-                Failure::Fatal(SourceError::Changed { url, offset }),
+                Failure::Fatal(SourceError::Changed { url, offset, cause }),
             ),
             (401 | 403, _) => {
                 let hint = "check the credentials and the bucket's policy, or set [s3] anonymous = true for a public bucket, \
@@ -388,6 +447,5 @@ mod tests {
         assert_eq!(reason(500, "InternalError"), "server_error");
         assert_eq!(reason(502, ""), "server_error");
         assert_eq!(reason(400, "RequestTimeout"), "server_error");
-        assert_eq!(reason(403, "ExpiredToken"), "expired_credentials");
     }
 }
