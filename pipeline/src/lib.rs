@@ -45,6 +45,8 @@
 #![forbid(unsafe_code)]
 
 pub mod flow;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod image;
 pub mod inspect;
 pub mod order;

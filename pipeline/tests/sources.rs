@@ -119,12 +119,12 @@ fn every_kind_of_place_gives_the_same_bytes() {
     let expected = shard(0, 40);
     let bench = Bench::embedded(root.path());
     let path = root.path().join("data/00000.tar").display().to_string();
-    let server = support::faulty::Faulty::start(bench.runtime.handle(), expected.clone(), []);
+    let server = support::server::serve(bench.runtime.handle(), root.path(), &[]);
     for url in [
         "s3://data/00000.tar".to_owned(),
         path.clone(),
         format!("file://{path}"),
-        format!("{}/00000.tar", server.endpoint),
+        format!("http://{server}/data/00000.tar"),
     ] {
         let read = bench.runtime.block_on(async {
             let mut reader = bench.sources.open(&urls(&url)[0]).await?;

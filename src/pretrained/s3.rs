@@ -169,6 +169,11 @@ impl Blobs {
             return Err(SourceError::Changed {
                 url: object.url.redacted(),
                 offset: length,
+                cause: format!(
+                    "{} bytes of version {} were listed",
+                    object.size,
+                    object.etag.as_deref().unwrap_or("unknown")
+                ),
             }
             .into());
         }

@@ -40,10 +40,10 @@ pub enum SourceError {
         /// Where the chain of providers ended.
         cause: String,
     },
-    /// The credentials were good once, and there are no newer ones.
+    /// The credentials were good once, and looking them up again gave no newer ones.
     #[error(
-        "{url}: the AWS credentials have expired ({cause}); get new ones (as with `aws sso login`, or a new AWS_SESSION_TOKEN) \
-         and start again, or use a role or profile that renews them by itself"
+        "{url}: the AWS credentials have expired ({cause}), and looking them up again gave no newer ones; get new ones (as with \
+         `aws sso login`, or a new AWS_SESSION_TOKEN) and start again, or use a role or profile that renews them by itself"
     )]
     Expired {
         /// What was asked for.
@@ -104,13 +104,15 @@ pub enum SourceError {
     },
     /// The object was replaced while it was read. Two versions are never spliced.
     #[error(
-        "{url}: the object changed while it was read (after {offset} bytes); start again when it no longer changes"
+        "{url}: the object changed while it was read (after {offset} bytes: {cause}); start again when it no longer changes"
     )]
     Changed {
         /// Which object.
         url: String,
         /// Bytes read of the old version.
         offset: u64,
+        /// How that was noticed.
+        cause: String,
     },
     /// Nobody answers there.
     #[error(
@@ -128,14 +130,14 @@ pub enum SourceError {
         /// What else to look at.
         hint: &'static str,
     },
-    /// Faults that may pass did not, within the allowed attempts.
+    /// Faults that may pass did not, within the attempts allowed for a stretch of the object.
     #[error("{url}: gave up after {attempts} attempts in {:.1} s, with {offset} bytes read: {cause}", elapsed.as_secs_f64())]
     Exhausted {
         /// Which object.
         url: String,
-        /// Requests made.
+        /// Requests that failed since the last progress.
         attempts: u32,
-        /// Time since the first.
+        /// Time since the first of them.
         elapsed: Duration,
         /// Bytes read before the last failure.
         offset: u64,

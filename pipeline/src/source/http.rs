@@ -68,6 +68,7 @@ pub(crate) async fn get(
     };
     let response = request.send().await.map_err(|error| {
         let (wrong_url, redirected) = (error.is_builder(), error.is_redirect());
+        let connecting = error.is_connect();
         let cause = causes(&error.without_url());
         if wrong_url || redirected {
             let url = url.redacted();
@@ -80,6 +81,12 @@ pub(crate) async fn get(
         let endpoint = url.redacted();
         if let Some(error) = tls::refusal(url, &endpoint, &cause) {
             return Failure::Fatal(error);
+        }
+        if !connecting {
+            return Failure::Passing {
+                reason: "bad_response",
+                cause,
+            };
         }
         Failure::Connect {
             cause,
@@ -131,7 +138,7 @@ fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> Failure {
             cause,
             hint: "the server wants a login or a signed URL",
         }),
-        412 | 416 if offset > 0 => Failure::Fatal(SourceError::Changed { url, offset }),
+        412 | 416 if offset > 0 => Failure::Fatal(SourceError::Changed { url, offset, cause }),
         _ => Failure::Fatal(SourceError::Refused { url, cause }),
     }
 }

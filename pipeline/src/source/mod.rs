@@ -20,6 +20,8 @@ mod tls;
 
 pub use cache::CacheCounts;
 pub use error::SourceError;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use http::content_range;
 pub use options::{CacheOptions, S3Options, SourceOptions};
 
 use std::fmt;
@@ -35,7 +37,7 @@ use crate::shard::ShardUrl;
 
 use cache::{Cache, CachedReader, CachingReader};
 use remote::{Remote, RemoteReader};
-use retry::RetryOptions;
+use retry::{Met, RetryOptions};
 use stdin::StdinReader;
 use tls::CaBundle;
 
@@ -66,6 +68,7 @@ struct Inner {
     http: OnceCell<reqwest::Client>,
     cache: Option<Arc<Cache>>,
     stdin_taken: AtomicBool,
+    http_met: Met,
     #[cfg(feature = "embedded-s3")]
     embedded: Option<embedded::EmbeddedS3>,
 }
@@ -108,6 +111,7 @@ impl Sources {
             http: OnceCell::new(),
             cache: cache.map(|options| Arc::new(Cache::open(options))),
             stdin_taken: AtomicBool::new(false),
+            http_met: Met::default(),
             #[cfg(feature = "embedded-s3")]
             embedded,
         })))
@@ -263,6 +267,7 @@ impl Sources {
             Location::Http(address) => Place::Remote(Remote::Http {
                 client: self.http().await?,
                 address: address.clone(),
+                met: self.0.http_met.clone(),
             }),
         })
     }

@@ -42,12 +42,15 @@ pub struct S3Options {
     pub anonymous: bool,
     /// Agree to pay for requests, where a bucket asks for that.
     pub requester_pays: bool,
-    /// Most requests spent on one shard, the first included; at least 1.
+    /// Most requests that may fail at one place of a shard; at least 1. Reading another MiB gives
+    /// them back, so that a long shard is not ended by faults that each passed.
     pub max_attempts: u32,
     /// A PEM file of authorities to trust besides the system's, for S3 and for `https://` shards; unset:
     /// the file that `AWS_CA_BUNDLE` names, if any.
     pub ca_bundle: Option<PathBuf>,
-    /// How long a server may stay silent before a request is given up and repeated.
+    /// How long a server may stay silent before a request is given up and repeated. One that sends
+    /// less than 1 KiB/s over twice this time counts as silent. Only waiting for the server counts,
+    /// never a slow consumer.
     pub stall_timeout: Duration,
     /// Serve this folder's subfolders as buckets from a server inside the process, and use that.
     pub embedded_root: Option<PathBuf>,

@@ -1,16 +1,26 @@
 //! Reading an object over the network so that faults on the way don't show: a body that breaks off
 //! goes on from the byte it had, of the same version of the object.
+//!
+//! Only the time spent waiting for the server is held against it. A consumer may leave a body alone
+//! for as long as it likes: a connection that the server closes meanwhile is opened again, and that
+//! costs no attempt.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::time::timeout;
 
 use super::error::SourceError;
-use super::retry::{Budget, Failure, RetryOptions};
+use super::retry::{Budget, Failure, Met, RetryOptions};
 use super::{http, s3};
 use crate::flow::FlowMetrics;
 use crate::shard::ShardUrl;
+
+/// A server that sends less than this, in bytes a second, might as well send nothing.
+const LEAST_PACE: f64 = 1024.0;
+/// The pace is judged whenever so many stall timeouts were spent waiting.
+const PACE_WINDOW: u32 = 2;
 
 /// Where an object is, and who to ask.
 #[derive(Debug, Clone)]
@@ -23,6 +33,7 @@ pub(crate) enum Remote {
     Http {
         client: reqwest::Client,
         address: String,
+        met: Met,
     },
 }
 
@@ -93,9 +104,9 @@ impl Remote {
     ) -> Result<Option<Part>, Failure> {
         match self {
             Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, condition).await,
-            Self::Http { client, address } => {
-                http::get(client, url, address, offset, condition).await
-            }
+            Self::Http {
+                client, address, ..
+            } => http::get(client, url, address, offset, condition).await,
         }
     }
 
@@ -105,6 +116,30 @@ impl Remote {
             Self::S3 { s3, .. } => s3.endpoint(),
             Self::Http { .. } => "",
         }
+    }
+}
+
+/// How fast a body comes, over the time that was spent waiting for it.
+#[derive(Debug, Default)]
+struct Pace {
+    waited: Duration,
+    bytes: usize,
+}
+
+impl Pace {
+    /// Counts a chunk; what is wrong, if over a whole window too little came.
+    fn count(&mut self, waited: Duration, bytes: usize, window: Duration) -> Option<Failure> {
+        self.waited += waited;
+        self.bytes += bytes;
+        if self.waited < window {
+            return None;
+        }
+        let seen = std::mem::take(self);
+        let seconds = seen.waited.as_secs_f64();
+        ((seen.bytes as f64) < LEAST_PACE * seconds).then(|| Failure::Passing {
+            reason: "too_slow",
+            cause: format!("only {} bytes in {seconds:.1} s", seen.bytes),
+        })
     }
 }
 
@@ -121,21 +156,29 @@ pub(crate) struct RemoteReader {
     skip: u64,
     total: Option<u64>,
     version: Option<String>,
+    pace: Pace,
+    /// When the last bytes were handed out.
+    left: Instant,
 }
 
 impl RemoteReader {
     fn new(url: &ShardUrl, remote: Remote, options: RetryOptions, metrics: FlowMetrics) -> Self {
-        let is_s3 = matches!(remote, Remote::S3 { .. });
+        let (met, is_s3) = match &remote {
+            Remote::S3 { s3, .. } => (s3.met(), true),
+            Remote::Http { met, .. } => (met.clone(), false),
+        };
         Self {
             url: url.clone(),
             remote,
             options,
-            budget: Budget::new(url.redacted(), options, metrics, is_s3),
+            budget: Budget::new(url.redacted(), options, metrics, met, is_s3),
             body: None,
             offset: 0,
             skip: 0,
             total: None,
             version: None,
+            pace: Pace::default(),
+            left: Instant::now(),
         }
     }
 
@@ -229,20 +272,32 @@ impl RemoteReader {
             self.version = part.version;
         } else {
             // Not every server honours If-Match, so what it sends is compared as well.
-            let other_version =
-                self.version.is_some() && part.version.is_some() && self.version != part.version;
-            let other_size =
-                self.total.is_some() && part.total.is_some() && self.total != part.total;
-            if other_version || other_size || part.start > self.offset {
-                return Err(SourceError::Changed {
-                    url: self.url.redacted(),
-                    offset: self.offset,
-                });
+            if let (Some(old), Some(new)) = (&self.version, &part.version)
+                && old != new
+            {
+                return Err(self.changed(format!("version {old} became {new}")));
+            }
+            if let (Some(old), Some(new)) = (self.total, part.total)
+                && old != new
+            {
+                return Err(self.changed(format!("{old} bytes became {new}")));
+            }
+            if part.start > self.offset {
+                return Err(self.changed(format!("the rest begins at {}", part.start)));
             }
         }
         self.skip = self.offset - part.start;
         self.body = Some(part.body);
+        self.pace = Pace::default();
         Ok(())
+    }
+
+    fn changed(&self, cause: String) -> SourceError {
+        SourceError::Changed {
+            url: self.url.redacted(),
+            offset: self.offset,
+            cause,
+        }
     }
 
     fn stalled(&self) -> Failure {
@@ -256,31 +311,38 @@ impl RemoteReader {
     }
 
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
+        let next = self.advance().await;
+        self.left = Instant::now();
+        next
+    }
+
+    async fn advance(&mut self) -> Result<Option<Bytes>, SourceError> {
+        // A server may close a connection that nobody reads from.
+        let mut left_alone = self.left.elapsed() >= self.options.stall_timeout;
         loop {
             let Some(body) = &mut self.body else {
                 if self.total == Some(self.offset) {
                     return Ok(None);
                 }
                 self.connect(None).await?;
+                left_alone = false;
                 continue;
             };
-            // Only waiting for the server counts: a slow consumer isn't in here.
+            let waiting = Instant::now();
             let failure = match timeout(self.options.stall_timeout, body.next()).await {
-                Ok(Ok(Some(mut chunk))) => {
-                    let skipped = usize::try_from(self.skip)
-                        .unwrap_or(usize::MAX)
-                        .min(chunk.len());
-                    self.skip -= skipped as u64;
-                    let chunk = chunk.split_off(skipped);
+                Ok(Ok(Some(chunk))) => {
+                    let slow = self.pace.count(
+                        waiting.elapsed(),
+                        chunk.len(),
+                        self.options.stall_timeout * PACE_WINDOW,
+                    );
+                    let chunk = self.take(chunk)?;
+                    if let Some(failure) = slow {
+                        self.body = None;
+                        self.budget.failed(failure, self.offset).await?;
+                    }
                     if chunk.is_empty() {
                         continue;
-                    }
-                    self.offset += chunk.len() as u64;
-                    if self.total.is_some_and(|total| self.offset > total) {
-                        return Err(SourceError::Changed {
-                            url: self.url.redacted(),
-                            offset: self.offset,
-                        });
                     }
                     return Ok(Some(chunk));
                 }
@@ -302,7 +364,26 @@ impl RemoteReader {
                 Err(_) => self.stalled(),
             };
             self.body = None;
-            self.budget.failed(failure, self.offset).await?;
+            if std::mem::take(&mut left_alone) {
+                self.budget.excused("idle");
+            } else {
+                self.budget.failed(failure, self.offset).await?;
+            }
         }
+    }
+
+    /// The part of a chunk that wasn't had before.
+    fn take(&mut self, mut chunk: Bytes) -> Result<Bytes, SourceError> {
+        let skipped = usize::try_from(self.skip)
+            .unwrap_or(usize::MAX)
+            .min(chunk.len());
+        self.skip -= skipped as u64;
+        let chunk = chunk.split_off(skipped);
+        self.offset += chunk.len() as u64;
+        if let Some(total) = self.total.filter(|total| self.offset > *total) {
+            return Err(self.changed(format!("more than its {total} bytes came")));
+        }
+        self.budget.progress(chunk.len());
+        Ok(chunk)
     }
 }

@@ -11,18 +11,22 @@
     reason = "a module of every test file, a library to none"
 )]
 
-pub mod faulty;
+pub mod proxy;
+pub mod server;
 
 use std::io::Cursor;
 use std::path::Path;
+use std::time::Duration;
 
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::{
-    ImageOptions, PixelBatch, S3Options, ShardUrl, Sources, Stream, StreamConfig, StreamError,
-    expand,
+    ImageOptions, Order, PixelBatch, S3Options, ShardUrl, SourceError, Sources, Stream,
+    StreamConfig, StreamError, expand,
 };
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use tokio::runtime::Runtime;
+
+use proxy::{Proxy, Rule};
 
 /// An image whose pixels tell it from others.
 pub fn picture(seed: u32, width: u32, height: u32) -> Vec<u8> {
@@ -76,6 +80,53 @@ pub fn shard(shard: u32, samples: u32) -> Vec<u8> {
     tar_of(&members)
 }
 
+/// A bucket `data` on an S3 server behind a proxy that makes faults.
+pub struct Faulty {
+    pub proxy: Proxy,
+    pub root: tempfile::TempDir,
+    _runtime: Runtime,
+}
+
+impl Faulty {
+    /// Open to everybody; `rule` says which requests go wrong.
+    pub fn start(rule: Rule) -> Self {
+        Self::with_keys(&[], rule)
+    }
+
+    /// For requests signed with one of `keys`.
+    pub fn with_keys(keys: &[&str], rule: Rule) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("data")).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let upstream = server::serve(runtime.handle(), root.path(), keys);
+        Self {
+            proxy: Proxy::start(runtime.handle(), upstream, rule),
+            root,
+            _runtime: runtime,
+        }
+    }
+
+    pub fn write(&self, name: &str, content: &[u8]) {
+        std::fs::write(self.root.path().join("data").join(name), content).unwrap();
+    }
+
+    /// `name` as an object in S3, and as a file of a web server.
+    pub fn both(&self, name: &str) -> [String; 2] {
+        [
+            format!("s3://data/{name}"),
+            format!("{}/data/{name}", self.proxy.endpoint),
+        ]
+    }
+
+    pub fn bench(&self, max_attempts: u32) -> Bench {
+        Bench::s3_at(&self.proxy.endpoint, max_attempts)
+    }
+}
+
 /// A runtime, sources and metrics: what a test's streams share.
 pub struct Bench {
     pub runtime: Runtime,
@@ -116,9 +167,14 @@ impl Bench {
             anonymous: true,
             path_style: true,
             max_attempts,
-            stall_timeout: std::time::Duration::from_millis(300),
+            stall_timeout: Duration::from_millis(300),
             ..S3Options::default()
         })
+    }
+
+    /// The whole object, read without a stream.
+    pub fn read(&self, url: &str) -> Result<Vec<u8>, SourceError> {
+        self.runtime.block_on(read_object(&self.sources, url))
     }
 
     pub fn open(&self, config: StreamConfig) -> Result<Stream, StreamError> {
@@ -142,6 +198,15 @@ impl Bench {
             Err(error) => error,
         }
     }
+}
+
+pub async fn read_object(sources: &Sources, url: &str) -> Result<Vec<u8>, SourceError> {
+    let mut reader = sources.open(&url.parse().unwrap()).await?;
+    let mut bytes = Vec::new();
+    while let Some(chunk) = reader.next().await? {
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes)
 }
 
 pub fn take(
@@ -190,6 +255,14 @@ pub fn config(shards: Vec<ShardUrl>) -> StreamConfig {
             ..ImageOptions::default()
         },
         ..StreamConfig::default()
+    }
+}
+
+/// The same, every shard once and in order.
+pub fn sequential(shards: Vec<ShardUrl>) -> StreamConfig {
+    StreamConfig {
+        order: Order::Sequential,
+        ..config(shards)
     }
 }
 

@@ -80,7 +80,7 @@ impl Answer<'_> {
             }
             (412 | 416, _) if offset > 0 => (
                 "changed",
-                Failure::Fatal(SourceError::Changed { url, offset }),
+                Failure::Fatal(SourceError::Changed { url, offset, cause }),
             ),
             (401 | 403, _) => {
                 let hint = "check the credentials and the bucket's policy, or set [s3] anonymous = true for a public bucket, \

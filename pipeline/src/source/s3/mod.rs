@@ -12,7 +12,7 @@ use aws_sdk_s3::types::RequestPayer;
 
 use super::error::{SourceError, causes};
 use super::remote::{Body, Condition, Part};
-use super::retry::{Budget, Failure, RetryOptions};
+use super::retry::{Budget, Failure, Met, RetryOptions};
 use super::tls::{self, CaBundle};
 use super::{ObjectInfo, S3Options};
 use crate::flow::FlowMetrics;
@@ -27,6 +27,7 @@ pub(crate) struct S3 {
     chain: Chain,
     connection: Mutex<Arc<Connection>>,
     renewing: tokio::sync::Mutex<()>,
+    met: Met,
     metrics: FlowMetrics,
 }
 
@@ -46,6 +47,7 @@ impl S3 {
         Self {
             connection: Mutex::new(Arc::new(chain.connect().await)),
             renewing: tokio::sync::Mutex::new(()),
+            met: Met::default(),
             metrics,
             chain,
         }
@@ -54,6 +56,11 @@ impl S3 {
     fn connection(&self) -> Arc<Connection> {
         let connection = self.connection.lock();
         Arc::clone(&connection.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the server has answered yet.
+    pub(crate) fn met(&self) -> Met {
+        self.met.clone()
     }
 
     /// Who is asked, for messages and for telling one server's objects from another's.
@@ -156,7 +163,13 @@ impl S3 {
         prefix: &str,
         options: RetryOptions,
     ) -> Result<Vec<ObjectInfo>, SourceError> {
-        let mut budget = Budget::new(url.redacted(), options, self.metrics.clone(), true);
+        let mut budget = Budget::new(
+            url.redacted(),
+            options,
+            self.metrics.clone(),
+            self.met(),
+            true,
+        );
         let mut found = Vec::new();
         let mut token: Option<String> = None;
         loop {
@@ -252,6 +265,12 @@ impl S3 {
                         hint: " and [s3] endpoint_url",
                     };
                     ("connect", failure)
+                } else if dispatch
+                    .as_connector_error()
+                    .is_some_and(|error| error.as_other().is_some())
+                {
+                    // As when the server closes a connection kept alive just as it is used again.
+                    ("bad_response", passing("bad_response", cause))
                 } else {
                     ("client_error", Failure::Fatal(client_error(url, cause)))
                 }

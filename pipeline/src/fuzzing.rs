@@ -1,0 +1,166 @@
+//! Everything that reads bytes or text from outside, for the fuzzer: each function takes anything
+//! and checks what has to hold of it. The targets in `fuzz/` call these; the tests below run them
+//! over the seeds and over what fuzzing has found so far.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use crate::Cursor;
+use crate::image::{DecodeError, decode, probe};
+use crate::shard::{
+    Filter, FilterState, Grouped, Sample, ShardUrl, TarOptions, expand, read_samples,
+};
+use crate::source::content_range as read_content_range;
+use crate::stream::parse_json;
+
+const MAX_MEMBER_BYTES: u64 = 1 << 14;
+const MAX_PIXELS: u64 = 1 << 16;
+
+/// A reader that gives a few bytes at a time.
+struct Pieces<'a>(&'a [u8]);
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let length = buffer.len().min(7);
+        self.0.read(&mut buffer[..length])
+    }
+}
+
+fn samples(reader: impl Read) -> (Vec<Sample>, Result<(), String>) {
+    let mut samples = Vec::new();
+    let options = TarOptions {
+        max_member_bytes: MAX_MEMBER_BYTES,
+    };
+    let result = read_samples(reader, options, |sample| {
+        samples.push(sample);
+        Grouped::Continue
+    });
+    (samples, result.map_err(|error| error.to_string()))
+}
+
+/// Reads a shard. What comes out doesn't depend on the pieces in which it arrives.
+pub fn tar(bytes: &[u8]) {
+    let whole = samples(bytes);
+    for sample in &whole.0 {
+        assert!(!sample.is_empty(), "a sample without members");
+        let largest = sample.members.values().map(bytes::Bytes::len).max();
+        assert!(largest.unwrap_or(0) as u64 <= MAX_MEMBER_BYTES);
+    }
+    assert_eq!(whole, samples(Pieces(bytes)));
+}
+
+/// Expands each line as a pattern of shard URLs. A URL, written out, is read as itself.
+pub fn urls(bytes: &[u8]) {
+    let patterns: Vec<String> = String::from_utf8_lossy(bytes)
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    let Ok(urls) = expand(&patterns) else { return };
+    assert!(!urls.is_empty());
+    for url in urls.iter().take(100) {
+        assert_eq!(Ok(url), url.to_string().parse::<ShardUrl>().as_ref());
+        assert!(!url.name().contains('/'));
+        let _read = (url.redacted(), url.is_folder());
+    }
+}
+
+/// Filters a sample of which the first line is the caption and the rest the json.
+pub fn filter(bytes: &[u8]) {
+    let mut lines = bytes.splitn(2, |byte| *byte == b'\n');
+    let caption = String::from_utf8_lossy(lines.next().unwrap_or_default());
+    let json = parse_json(lines.next().unwrap_or_default());
+    let mut state = FilterState::new(Filter {
+        min_size: Some(512),
+        max_pwatermark: Some(0.5),
+        max_punsafe: Some(0.5),
+        min_similarity: Some(0.3),
+        min_aesthetic: Some(5.0),
+        min_caption_chars: Some(3),
+        max_caption_chars: Some(100),
+    });
+    let verdict = state.check(json.as_ref(), &caption);
+    if verdict.is_ok() {
+        assert!(json.is_some() && (3..=100).contains(&caption.chars().count()));
+    }
+}
+
+/// Decodes an image. What the header promised is what comes out, and never more than allowed.
+pub fn image(bytes: &[u8]) {
+    let probed = probe(bytes);
+    match decode(bytes, MAX_PIXELS) {
+        Ok(decoded) => {
+            let (width, height) = decoded.pixels.dimensions();
+            assert_eq!(probed, Ok((decoded.format, width, height)));
+            assert!(u64::from(width) * u64::from(height) <= MAX_PIXELS);
+        }
+        Err(DecodeError::TooLarge { .. }) => assert!(probed.is_ok()),
+        Err(_) => {}
+    }
+}
+
+/// Reads a `Content-Range` header.
+pub fn content_range(bytes: &[u8]) {
+    let _read = read_content_range(&String::from_utf8_lossy(bytes));
+}
+
+/// Reads a cursor. One that can be read is written as it is.
+pub fn cursor(bytes: &[u8]) {
+    let Ok(cursor) = serde_json::from_slice::<Cursor>(bytes) else {
+        return;
+    };
+    let written = serde_json::to_vec(&cursor).unwrap_or_default();
+    assert_eq!(serde_json::from_slice(&written).ok(), Some(cursor));
+}
+
+/// Every entry by the name of its target.
+#[must_use]
+pub fn entries() -> BTreeMap<&'static str, fn(&[u8])> {
+    BTreeMap::from([
+        ("content_range", content_range as fn(&[u8])),
+        ("cursor", cursor),
+        ("filter", filter),
+        ("image", image),
+        ("tar", tar),
+        ("urls", urls),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn every_seed_and_everything_found_so_far_is_survived() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
+        for (name, entry) in entries() {
+            let files: Vec<_> = std::fs::read_dir(seeds.join(name)).unwrap().collect();
+            assert!(!files.is_empty(), "{name} has no seeds");
+            for file in files {
+                let path = file.unwrap().path();
+                println!("{}", path.display());
+                entry(&std::fs::read(path).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn the_seeds_are_what_their_names_say() {
+        let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
+        for file in std::fs::read_dir(seeds.join("image")).unwrap() {
+            let path = file.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            if !name.starts_with("found-") {
+                let decoded = decode(&std::fs::read(path).unwrap(), MAX_PIXELS).unwrap();
+                assert!(name.starts_with(decoded.format), "{name}");
+            }
+        }
+        for file in std::fs::read_dir(seeds.join("tar")).unwrap() {
+            let path = file.unwrap().path();
+            if !path.to_string_lossy().contains("found-") {
+                let (read, result) = samples(std::fs::read(&path).unwrap().as_slice());
+                assert!(result.is_ok() && !read.is_empty(), "{}", path.display());
+            }
+        }
+    }
+}
