@@ -132,7 +132,11 @@ fn sparse_members_of_the_pax_form_are_passed_over() {
 #[test]
 fn a_damaged_tar_is_told_and_its_last_sample_dropped() {
     for (name, whole, cause) in [
-        ("cut-member", 1, "ends inside member \"001.jpg\", after 300 of 600 bytes"),
+        (
+            "cut-member",
+            1,
+            "ends inside member \"001.jpg\", after 300 of 600 bytes",
+        ),
         ("cut-header", 1, "after member \"001.jpg\""),
         ("bad-header", 0, "after member \"000.txt\""),
     ] {
