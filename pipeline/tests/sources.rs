@@ -5,8 +5,10 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use coffey_pipeline::{S3Options, SourceError, Sources, StreamError, inspect};
-use support::{Bench, bucket, sample, shard, tar_of, urls};
+use coffey_pipeline::{
+    Order, PixelBatch, S3Options, SourceError, Sources, StreamConfig, StreamError, inspect,
+};
+use support::{Bench, bucket, config, sample, shard, tar_of, urls};
 
 #[allow(
     clippy::unwrap_used,
@@ -41,13 +43,16 @@ fn prefixes_are_listed_past_one_page() {
         std::fs::write(root.path().join(format!("data/deep/{n:05}.tar")), b"").unwrap();
     }
     std::fs::write(root.path().join("data/deep/stats.json"), b"{}").unwrap();
+    std::fs::write(root.path().join("data/deep/x.tar.gz"), b"").unwrap();
+    std::fs::write(root.path().join("data/deep/y.tgz"), b"").unwrap();
     std::fs::create_dir(root.path().join("data/empty")).unwrap();
     let before = tree(root.path());
     let bench = Bench::embedded(root.path());
     let found = listed(&bench, "s3://data/deep/").unwrap();
-    assert_eq!(found.len(), 1234);
+    assert_eq!(found.len(), 1236);
     assert_eq!(found[0], "s3://data/deep/00000.tar");
     assert_eq!(found[1233], "s3://data/deep/01233.tar");
+    assert_eq!(found[1235], "s3://data/deep/y.tgz");
     let error = listed(&bench, "s3://data/empty/").unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -224,4 +229,89 @@ fn a_report_finds_every_problem() {
         inspect("s3://data/1.tar"),
         Err(StreamError::Source(_))
     ));
+}
+
+#[test]
+fn a_list_stands_for_the_shards_in_it() {
+    let root = tempfile::tempdir().unwrap();
+    bucket(root.path(), 2, |_| 1);
+    let list = root.path().join("data/train.txt");
+    let text = "\u{feff}# the training set\r\n\r\ns3://data/{00000..00001}.tar\r\n  # more\npipe:aws s3 cp s3://x/y.tar -\n\
+                relative/a.tar::relative/b.tar\ns3://data/\n";
+    std::fs::write(&list, text).unwrap();
+    let bench = Bench::embedded(root.path());
+    let shards = |pattern: &str| {
+        let found = bench
+            .runtime
+            .block_on(bench.sources.shards(&[pattern.to_owned()]))?;
+        Ok::<Vec<String>, SourceError>(found.iter().map(ToString::to_string).collect())
+    };
+    let expected = [
+        "s3://data/00000.tar",
+        "s3://data/00001.tar",
+        "s3://x/y.tar",
+        "relative/a.tar",
+        "relative/b.tar",
+        "s3://data/00000.tar",
+        "s3://data/00001.tar",
+    ];
+    // Wherever the list is.
+    let here = format!("@{}", list.display());
+    assert_eq!(shards(&here).unwrap(), expected);
+    assert_eq!(shards("@s3://data/train.txt").unwrap(), expected);
+    assert_eq!(
+        shards("first.tar::@s3://data/train.txt").unwrap()[..2],
+        ["first.tar", expected[0]]
+    );
+    let refused = |text: &[u8]| {
+        std::fs::write(&list, text).unwrap();
+        let error = shards(&here).unwrap_err();
+        assert!(error.is_config(), "{error}");
+        error.to_string()
+    };
+    let at = |line: usize| format!("{}:{line}: shard URL ", list.display());
+    let text = refused(b"a.tar\n\n@other.txt\n");
+    assert!(
+        text.starts_with(&at(3)) && text.contains("not in another list"),
+        "{text}"
+    );
+    assert!(refused(b"a.tar\nb{0..1.tar\n").starts_with(&at(2)));
+    assert!(refused(b"# nothing\n").ends_with("names no shard"));
+    assert!(refused(b"\xff\xfe").contains("one URL a line"));
+    assert!(refused(&shard(0, 1)).contains("one URL a line"));
+    let error = shards("@nowhere.txt").unwrap_err();
+    assert!(matches!(error, SourceError::NotFound { .. }), "{error:?}");
+    assert!(matches!(shards("").unwrap_err(), SourceError::Url(_)));
+}
+
+#[test]
+fn a_shard_in_gzip_gives_the_same_batches() {
+    let root = tempfile::tempdir().unwrap();
+    bucket(root.path(), 1, |_| 9);
+    let whole = shard(0, 9);
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, &whole).unwrap();
+    let gzip = encoder.finish().unwrap();
+    std::fs::write(root.path().join("data/cut.tgz"), &gzip[..gzip.len() / 2]).unwrap();
+    let bench = Bench::embedded(root.path());
+    let stream = |url: &str| {
+        bench.all(StreamConfig {
+            order: Order::Sequential,
+            max_bad_fraction: 1.0,
+            ..config(urls(url))
+        })
+    };
+    let pixels = |batches: Vec<PixelBatch>| {
+        let batches = batches.into_iter();
+        batches.flat_map(|batch| batch.pixels).collect::<Vec<_>>()
+    };
+    let plain = pixels(stream("s3://data/00000.tar").unwrap());
+    // By content, whatever it is called.
+    std::fs::write(root.path().join("data/00000.tar"), &gzip).unwrap();
+    assert!(pixels(stream("s3://data/00000.tar").unwrap()) == plain);
+    let cut = stream("s3://data/cut.tgz").unwrap();
+    let end = &cut.last().unwrap().finished_shards[0];
+    assert!(end.samples > 0 && end.samples < 9, "{end:?}");
+    let cause = end.broken.as_deref().unwrap();
+    assert!(cause.starts_with("the gzip is cut off"), "{cause}");
 }

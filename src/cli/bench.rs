@@ -4,12 +4,12 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::Stream;
 use coffey_pipeline::flow::{FlowSnapshot, Stage, StageSnapshot};
 use coffey_pipeline::order::Order;
+use coffey_pipeline::{CacheCounts, Stream};
 use serde::Serialize;
 
-use super::data::{DataAccess, s3_options, stream_config};
+use super::data::{DataAccess, source_options, stream_config};
 use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
 use super::{ConfigArgs, Failure};
@@ -44,6 +44,8 @@ struct Measured {
     cpu_ms_per_image: f64,
     peak_memory_bytes: Option<u64>,
     limiting_stage: Option<Stage>,
+    /// Of the shards' cache, if there is one.
+    cache: Option<CacheCounts>,
     #[serde(flatten)]
     flow: FlowSnapshot,
 }
@@ -53,7 +55,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
-    let data = DataAccess::open(s3_options(&config.s3))?;
+    let data = DataAccess::open(source_options(&config))?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
     let batch_size = config.train.batch_size;
@@ -97,6 +99,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         cpu_ms_per_image: cpu.as_secs_f64() * 1e3 * per_sample,
         peak_memory_bytes: peak_memory(),
         limiting_stage: flow.limiting_stage(),
+        cache: data.sources.cache_counts(),
         flow,
     };
     match args.json {
@@ -173,6 +176,10 @@ fn describe(measured: &Measured, embedded: bool) -> String {
     if let Some(bytes) = measured.peak_memory_bytes {
         fact("peak memory", format!("{:.0} MB", bytes as f64 / 1e6));
     }
+    if let Some(CacheCounts { hits, misses }) = measured.cache {
+        let text = format!("{hits} shards from disk, {misses} fetched");
+        fact("data.cache_dir", text);
+    }
     for (name, counts) in [
         ("left out", &measured.flow.skipped),
         ("repeated requests", &measured.flow.s3_retries),
@@ -219,6 +226,7 @@ mod tests {
             cpu_ms_per_image: 1.0,
             peak_memory_bytes: None,
             limiting_stage: flow.limiting_stage(),
+            cache: Some(CacheCounts { hits: 3, misses: 1 }),
             flow,
         };
         let text = describe(&measured, false);
@@ -236,7 +244,9 @@ mod tests {
         );
         assert!(!text.contains("\nfetch"));
         assert!(
-            text.contains("no image 1") && text.contains("limit                decode"),
+            text.contains("no image 1")
+                && text.contains("3 shards from disk, 1 fetched")
+                && text.contains("limit                decode"),
             "{text}"
         );
     }

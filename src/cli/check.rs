@@ -12,7 +12,7 @@ use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
 
-use super::data::{DataAccess, s3_options, stream_config};
+use super::data::{DataAccess, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, ModelRef};
 use crate::diffusion::Prediction;
@@ -125,7 +125,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     })?;
     let purpose = Purpose::of(&config)?;
     let (data, models) = report.step("models", || {
-        let data = DataAccess::open(s3_options(&config.s3))?;
+        let data = DataAccess::open(source_options(&config))?;
         let wanted = match purpose {
             Purpose::Train { .. } => Wanted::training,
             Purpose::Precompute { .. } => Wanted::encoding,

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use coffey_pipeline::order::Order;
-use coffey_pipeline::shard::expand;
 use coffey_pipeline::{
-    CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl, Sources, StreamConfig,
+    CacheOptions, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
+    SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
 
@@ -26,7 +26,7 @@ pub(super) struct DataAccess {
 
 impl DataAccess {
     /// Starts the runtime and, if the configuration asks for it, the embedded S3 server.
-    pub(super) fn open(options: S3Options) -> Result<Self, Failure> {
+    pub(super) fn open(options: impl Into<SourceOptions>) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -75,10 +75,9 @@ impl DataAccess {
         Ok(pretrained::fetch_vae(model, sources, runtime)?)
     }
 
-    /// The shards that URLs stand for: braces expanded, prefixes and folders listed.
+    /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
     pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
-        let urls = expand(urls)?;
-        Ok(self.runtime.block_on(self.sources.list(&urls))?)
+        Ok(self.runtime.block_on(self.sources.shards(urls))?)
     }
 }
 
@@ -97,6 +96,18 @@ pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// The `[s3]` table, and of `[data]` the cache.
+pub(super) fn source_options(config: &Config) -> SourceOptions {
+    let data = &config.data;
+    SourceOptions {
+        s3: s3_options(&config.s3),
+        cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
+            folder: folder.clone(),
+            limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),
+        }),
+    }
+}
+
 /// The `[s3]` table.
 pub(super) fn s3_options(s3: &config::S3) -> S3Options {
     S3Options {
@@ -105,6 +116,7 @@ pub(super) fn s3_options(s3: &config::S3) -> S3Options {
         path_style: s3.path_style,
         anonymous: s3.anonymous,
         requester_pays: s3.requester_pays,
+        ca_bundle: s3.ca_bundle.clone(),
         max_attempts: s3.max_attempts,
         embedded_root: s3.embedded_root.clone(),
         ..S3Options::default()

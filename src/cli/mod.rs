@@ -115,12 +115,6 @@ impl From<crate::pretrained::PretrainedError> for Failure {
     }
 }
 
-impl From<coffey_pipeline::shard::UrlError> for Failure {
-    fn from(error: coffey_pipeline::shard::UrlError) -> Self {
-        coffey_pipeline::StreamError::from(error).into()
-    }
-}
-
 macro_rules! failed_from {
     ($($error:ty),* $(,)?) => {
         $(impl From<$error> for Failure {

@@ -10,7 +10,7 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::data::{DataAccess, s3_options, stream_config, until_a_signal};
+use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::ranks::RankArgs;
 use super::{ConfigArgs, Failure, device};
 use crate::config::{self, Config};
@@ -50,7 +50,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         errln!("rank {} of {}, from {origin}", part.rank, part.world);
     }
 
-    let data = DataAccess::open(s3_options(&config.s3))?;
+    let data = DataAccess::open(source_options(&config))?;
     let models = until_a_signal(&stop, || {
         data.models(&config, paths.teacher, Wanted::encoding)
     })?;

@@ -3,7 +3,7 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, s3_options, stream_config, until_a_signal};
+use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::{ConfigArgs, Failure, device};
 use crate::pretrained::Wanted;
 use crate::stop::Stop;
@@ -27,7 +27,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         .iter()
         .map(|&d| device::open(d))
         .collect::<Result<Vec<_>, _>>()?;
-    let access = DataAccess::open(s3_options(&config.s3))?;
+    let access = DataAccess::open(source_options(&config))?;
     let models = until_a_signal(&stop, || {
         access.models(&config, paths.teacher, Wanted::training)
     })?;

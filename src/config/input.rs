@@ -13,8 +13,8 @@ use super::values::{Crop, DataKind, Interpolation};
 /// `[data]`: the shards and the way through them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Data {
-    /// Shard URLs before expansion: `s3://`, `http(s)://`, file paths, braces, prefixes ending in `/`, and the
-    /// reference's `pipe:aws s3 cp … -`. A string stands for a list of one. `--train_shards_path_or_url`
+    /// Shard URLs before expansion: `s3://`, `http(s)://`, file paths, `-`, braces, prefixes ending in `/`, `@list.txt`,
+    /// and the reference's `pipe:aws s3 cp … -`. A string stands for a list of one. `--train_shards_path_or_url`
     #[serde(deserialize_with = "one_or_many")]
     pub shards: Vec<String>,
     /// What the shards hold. No flag.
@@ -48,6 +48,12 @@ pub struct Data {
     /// Batches of pixels made ahead. No flag.
     #[serde(default = "prefetch_batches")]
     pub prefetch_batches: usize,
+    /// Folder in which remote shards are kept between epochs. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_dir: Option<PathBuf>,
+    /// Most that `cache_dir` may hold, in units of 10⁹ bytes. No flag.
+    #[serde(default = "cache_limit_gb")]
+    pub cache_limit_gb: u64,
     /// Share of broken samples, 0 to 1, above which the run ends with an error. No flag.
     #[serde(default = "max_bad_fraction")]
     pub max_bad_fraction: f64,
@@ -90,6 +96,10 @@ fn cores() -> usize {
 
 fn prefetch_batches() -> usize {
     4
+}
+
+fn cache_limit_gb() -> u64 {
+    500
 }
 
 fn max_bad_fraction() -> f64 {
@@ -140,6 +150,9 @@ pub struct S3 {
     pub anonymous: bool,
     /// Pay for the transfer in requester-pays buckets.
     pub requester_pays: bool,
+    /// PEM file of authorities to trust besides the system's; the file named by `AWS_CA_BUNDLE` when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_bundle: Option<PathBuf>,
     /// Tries of one object before the run ends with the cause.
     pub max_attempts: u32,
     /// Serve this folder's subfolders as buckets from a server inside this process, and read from that.
@@ -155,6 +168,7 @@ impl Default for S3 {
             path_style: false,
             anonymous: false,
             requester_pays: false,
+            ca_bundle: None,
             max_attempts: 10,
             embedded_root: None,
         }

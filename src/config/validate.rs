@@ -179,6 +179,8 @@ impl Check<'_> {
         self.positive("data.open_shards", data.open_shards as u64)?;
         self.positive("data.decode_threads", data.decode_threads as u64)?;
         self.positive("data.prefetch_batches", data.prefetch_batches as u64)?;
+        self.path("data.cache_dir", data.cache_dir.as_deref())?;
+        self.positive("data.cache_limit_gb", data.cache_limit_gb)?;
         self.fraction("data.max_bad_fraction", data.max_bad_fraction)?;
         data.filter
             .as_ref()
@@ -224,6 +226,7 @@ impl Check<'_> {
             let needs = "must start with http:// or https://";
             self.that("s3.endpoint_url", format!("{url:?}"), ok, needs)?;
         }
+        self.path("s3.ca_bundle", s3.ca_bundle.as_deref())?;
         self.path("s3.embedded_root", s3.embedded_root.as_deref())?;
         if let Some(root) = &s3.embedded_root {
             let value = quoted(root);

@@ -14,11 +14,16 @@ const CHUNK_BYTES: usize = 256 << 10;
 
 fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
     let url = url.redacted();
+    let home = url.starts_with("~/");
     match error.kind() {
         ErrorKind::NotFound => SourceError::NotFound {
             url,
             cause: "no such file or folder".to_owned(),
-            hint: " and the folder this runs in",
+            hint: if home {
+                "; \"~\" is not expanded, write the path in full"
+            } else {
+                " and the folder this runs in"
+            },
         },
         ErrorKind::PermissionDenied => SourceError::Forbidden {
             url,

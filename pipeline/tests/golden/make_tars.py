@@ -111,7 +111,7 @@ TARS = {
     "pax-sparse": tar_of([pax_sparse("s.jpg"), member("s.txt"), *pair("t")], tarfile.PAX_FORMAT),
     "cut-member": body[: 3072 + 300],
     "cut-header": body[:-700],
-    "bad-header": body[:2048] + b"\xff" * 512 + body[2560:],
+    "bad-header": body[:2560] + b"\xff" * 512 + body[3072:],
     "gzip": gzip.compress(plain, mtime=0),
     "gzip-two-members": gzip.compress(plain[:1500], mtime=0) + gzip.compress(plain[1500:], mtime=0),
     "gzip-cut": gzip.compress(plain, mtime=0)[:-40],

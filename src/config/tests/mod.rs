@@ -33,6 +33,10 @@ fn defaults_are_the_designs() {
     );
     assert!(config.data.decode_threads >= 1);
     assert!((config.data.max_bad_fraction - 0.05).abs() < 1e-12);
+    assert_eq!(
+        (config.data.cache_dir, config.data.cache_limit_gb),
+        (None, 500)
+    );
     assert_eq!(config.data.filter, None);
     assert_eq!(config.s3, S3::default());
     assert_eq!(config.s3.max_attempts, 10);
@@ -218,6 +222,9 @@ fn what_is_written_out_reads_back_the_same() {
         "latents.output=latents/a",
         "audit.dir=audit",
         "data.filter.min_size=64",
+        "data.cache_dir=cache",
+        "data.cache_limit_gb=20",
+        "s3.ca_bundle=authority.pem",
         "image.interpolation=nearest_exact",
     ]);
     let text = config.to_toml().unwrap();

@@ -109,7 +109,7 @@ pub(crate) struct CachedReader {
 #[derive(Debug)]
 enum Rest {
     Disk(tokio::fs::File),
-    Server(RemoteReader),
+    Server(Box<RemoteReader>),
 }
 
 impl CachedReader {
@@ -165,7 +165,7 @@ impl CachedReader {
             &self.known,
             self.offset,
         );
-        self.rest = Rest::Server(reader.await?);
+        self.rest = Rest::Server(Box::new(reader.await?));
         Ok(())
     }
 }

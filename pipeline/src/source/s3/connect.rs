@@ -22,8 +22,10 @@ const DEFAULT_REGION: &str = "us-east-1";
 #[derive(Debug)]
 pub(super) struct Chain {
     pub(super) options: S3Options,
-    pub(super) embedded: Option<String>,
-    pub(super) ca_bundle: Option<CaBundle>,
+    embedded: Option<String>,
+    ca_bundle: Option<CaBundle>,
+    /// Who is asked, for messages.
+    pub(super) endpoint: String,
 }
 
 /// A client with what it signs with.
@@ -40,12 +42,28 @@ impl Connection {
     }
 }
 
+/// The first of these variables that is set to something.
+fn variable(names: [&str; 2]) -> Option<String> {
+    let value = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    names.into_iter().find_map(value)
+}
+
 impl Chain {
-    pub(super) fn endpoint(&self) -> &str {
-        let endpoint = self.embedded.as_deref();
-        endpoint
-            .or(self.options.endpoint_url.as_deref())
-            .unwrap_or("AWS S3")
+    pub(super) fn new(
+        options: &S3Options,
+        embedded: Option<&str>,
+        ca_bundle: Option<CaBundle>,
+    ) -> Self {
+        let endpoint = embedded.map(str::to_owned);
+        Self {
+            options: options.clone(),
+            embedded: endpoint.clone(),
+            ca_bundle,
+            endpoint: endpoint
+                .or_else(|| options.endpoint_url.clone())
+                .or_else(|| variable(["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]))
+                .unwrap_or_else(|| "AWS S3".to_owned()),
+        }
     }
 
     /// Goes through the chain from its beginning: files are read anew.
@@ -63,11 +81,7 @@ impl Chain {
         if let Some(endpoint) = endpoint {
             loader = loader.endpoint_url(endpoint);
         }
-        let environment = || {
-            ["AWS_REGION", "AWS_DEFAULT_REGION"]
-                .iter()
-                .find_map(|name| std::env::var(name).ok())
-        };
+        let environment = || variable(["AWS_REGION", "AWS_DEFAULT_REGION"]);
         let region = match (&options.region, embedded) {
             (Some(region), _) => Some(region.clone()),
             (None, Some(_)) => Some(DEFAULT_REGION.to_owned()),

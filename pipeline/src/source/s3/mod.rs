@@ -39,11 +39,7 @@ impl S3 {
         ca_bundle: Option<CaBundle>,
         metrics: FlowMetrics,
     ) -> Self {
-        let chain = Chain {
-            options: options.clone(),
-            embedded: embedded.map(str::to_owned),
-            ca_bundle,
-        };
+        let chain = Chain::new(options, embedded, ca_bundle);
         Self {
             connection: Mutex::new(Arc::new(chain.connect().await)),
             renewing: tokio::sync::Mutex::new(()),
@@ -65,7 +61,7 @@ impl S3 {
 
     /// Who is asked, for messages and for telling one server's objects from another's.
     pub(crate) fn endpoint(&self) -> &str {
-        self.chain.endpoint()
+        &self.chain.endpoint
     }
 
     /// What to do after the server called the credentials of `used` expired.
