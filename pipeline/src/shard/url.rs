@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// More shards than any data set has: a pattern beyond this is a slip, not a wish.
-const MAX_EXPANSION: usize = if cfg!(feature = "fuzzing") {
+const MAX_EXPANSION: usize = if cfg!(any(test, feature = "fuzzing")) {
     // A fuzzer would do nothing else than expand.
     10_000
 } else {
@@ -173,10 +173,11 @@ impl FromStr for ShardUrl {
         }
         if let Some(rest) = url.strip_prefix("file://") {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
-            if path.is_empty() {
+            // A host, or something that would be another URL when written without its scheme.
+            if !path.starts_with('/') {
                 return Err(invalid(
                     url,
-                    "has no path; the form is file:///path/to/shard.tar",
+                    "has no absolute path; the form is file:///path/to/shard.tar",
                 ));
             }
             return Ok(Self::file(Path::new(path)));
@@ -434,6 +435,9 @@ mod tests {
         assert!(refused("a{0..1").contains("'{' without a '}'"));
         assert!(refused("a0..1}").contains("'}' without a '{'"));
         assert!(refused("{0..99999999999}").contains("more than"));
+        assert!(refused("{0..999}{0..999}").contains("more than"));
+        assert!(refused("{{0..6000},{0..6000}}").contains("more than"));
+        assert!(refused("file://s3://bucket/0.tar").contains("absolute path"));
         assert!(refused("{0..9..0}").contains("step"));
         assert_eq!(expand(&[]).unwrap_err(), UrlError::Empty);
         assert_eq!(expand(&[" ".to_owned()]).unwrap_err(), UrlError::Empty);
