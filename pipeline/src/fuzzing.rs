@@ -14,7 +14,7 @@ use crate::source::content_range as read_content_range;
 use crate::stream::parse_json;
 
 const MAX_MEMBER_BYTES: u64 = 1 << 14;
-const MAX_PIXELS: u64 = 1 << 16;
+const MAX_PIXELS: u64 = 1 << 12;
 
 /// A reader that gives a few bytes at a time.
 struct Pieces<'a>(&'a [u8]);

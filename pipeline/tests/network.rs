@@ -34,6 +34,10 @@ fn whole() -> Vec<String> {
 }
 
 /// Where each request began to read.
+#[allow(
+    clippy::unwrap_used,
+    reason = "a helper that fails is a test that fails"
+)]
 fn offsets(server: &Faulty) -> Vec<usize> {
     let begin = |head: &String| {
         let range = head.lines().find_map(|l| l.strip_prefix("range: bytes="));

@@ -64,7 +64,7 @@ fn soak(shards: u32, samples: u32, epochs: u32, seeds: std::ops::Range<u64>) {
 
 #[test]
 fn a_fault_on_one_request_in_five_changes_no_bit() {
-    soak(60, 4, 2, 0..2);
+    soak(50, 4, 2, 0..1);
 }
 
 /// Minutes: `cargo nextest run --release -p coffey-pipeline --test soak --run-ignored only`.

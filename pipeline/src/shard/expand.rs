@@ -3,7 +3,7 @@
 use super::url::{ShardUrl, UrlError, invalid};
 
 /// More shards than any data set has: a pattern beyond this is a slip, not a wish.
-const MAX_EXPANSION: usize = if cfg!(feature = "fuzzing") {
+const MAX_EXPANSION: usize = if cfg!(any(test, feature = "fuzzing")) {
     // A fuzzer would do nothing else than expand.
     10_000
 } else {
@@ -305,6 +305,8 @@ mod tests {
         assert!(refused("a{0..1").contains("'{' without a '}'"));
         assert!(refused("a0..1}").contains("'}' without a '{'"));
         assert!(refused("{0..99999999999}").contains("more than"));
+        assert!(refused("{0..999}{0..999}").contains("more than"));
+        assert!(refused("{{0..6000},{0..6000}}").contains("more than"));
         assert!(refused("{0..9..0}").contains("step"));
         assert!(refused("@list.txt").contains("names a list"));
         assert_eq!(expand(&[]).unwrap_err(), UrlError::Empty);

@@ -195,10 +195,11 @@ impl FromStr for ShardUrl {
         }
         if let Some(rest) = url.strip_prefix("file://") {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
-            if path.is_empty() {
+            // A host, or something that would be another URL when written without its scheme.
+            if !path.starts_with('/') {
                 return Err(invalid(
                     url,
-                    "has no path; the form is file:///path/to/shard.tar",
+                    "has no absolute path; the form is file:///path/to/shard.tar",
                 ));
             }
             return Ok(Self::file(Path::new(path)));
@@ -301,6 +302,7 @@ mod tests {
         assert!(refused("gs://bucket/key").contains("https://storage.googleapis.com"));
         assert!(refused("hf://datasets/a/b").contains("resolve/main"));
         assert!(refused("@list.txt").contains("names a list"));
+        assert!(refused("file://s3://bucket/0.tar").contains("absolute path"));
         assert!(refused("http:///x").contains("has no host"));
         assert_eq!(" ".parse::<ShardUrl>(), Err(UrlError::Empty));
     }

@@ -159,6 +159,8 @@ pub(crate) struct RemoteReader {
     pace: Pace,
     /// When the last bytes were handed out.
     left: Instant,
+    /// Whether the consumer has left this connection alone so long that the server may close it.
+    left_alone: bool,
 }
 
 impl RemoteReader {
@@ -179,6 +181,7 @@ impl RemoteReader {
             version: None,
             pace: Pace::default(),
             left: Instant::now(),
+            left_alone: false,
         }
     }
 
@@ -289,6 +292,7 @@ impl RemoteReader {
         self.skip = self.offset - part.start;
         self.body = Some(part.body);
         self.pace = Pace::default();
+        self.left_alone = false;
         Ok(())
     }
 
@@ -317,15 +321,14 @@ impl RemoteReader {
     }
 
     async fn advance(&mut self) -> Result<Option<Bytes>, SourceError> {
-        // A server may close a connection that nobody reads from.
-        let mut left_alone = self.left.elapsed() >= self.options.stall_timeout;
+        // What was on its way still comes, so the end of such a connection shows only later.
+        self.left_alone |= self.left.elapsed() >= self.options.stall_timeout;
         loop {
             let Some(body) = &mut self.body else {
                 if self.total == Some(self.offset) {
                     return Ok(None);
                 }
                 self.connect(None).await?;
-                left_alone = false;
                 continue;
             };
             let waiting = Instant::now();
@@ -364,7 +367,7 @@ impl RemoteReader {
                 Err(_) => self.stalled(),
             };
             self.body = None;
-            if std::mem::take(&mut left_alone) {
+            if std::mem::take(&mut self.left_alone) {
                 self.budget.excused("idle");
             } else {
                 self.budget.failed(failure, self.offset).await?;
