@@ -16,10 +16,16 @@ use super::decode::{DecodeError, room};
 /// Real progressive files have about ten; each one more costs a pass over the whole image.
 const MAX_SCANS: usize = 100;
 
+const END_OF_IMAGE: u8 = 0xD9;
+const START_OF_SCAN: u8 = 0xDA;
+
 /// A JPEG whose header has been read.
 pub(super) struct Jpeg<'a> {
     decoder: Decoder<'a>,
     format: PixelFormat,
+    /// Whether the end of image comes after the last scan. Arithmetic coding alone doesn't notice
+    /// that data is missing.
+    ends: bool,
 }
 
 fn damaged(error: &JpegError) -> DecodeError {
@@ -51,7 +57,13 @@ impl<'a> Jpeg<'a> {
             }
         };
         decoder.set_output_format(format);
-        Ok(Self { decoder, format })
+        let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
+        let ends = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
+        Ok(Self {
+            decoder,
+            format,
+            ends,
+        })
     }
 
     /// Width and height. Pixels.
@@ -67,6 +79,9 @@ impl<'a> Jpeg<'a> {
         reduction: u32,
         pixels: &mut Vec<u8>,
     ) -> Result<(u32, u32), DecodeError> {
+        if !self.ends {
+            return Err(DecodeError::Damaged("ends early".to_owned()));
+        }
         let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
         self.decoder.set_scale(scale);
         let bytes = self

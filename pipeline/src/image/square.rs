@@ -84,3 +84,109 @@ impl SquareMaker {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{CropMode, Square};
+    use crate::order::rng::rng;
+    use image::RgbImage;
+
+    fn golden(name: &str) -> Vec<u8> {
+        let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::read(path).unwrap()
+    }
+
+    fn make(bytes: &[u8], options: &ImageOptions) -> Result<Square, DecodeError> {
+        SquareMaker::default().make(bytes, options, &mut rng(1, "crop", 0, 0))
+    }
+
+    fn small() -> ImageOptions {
+        ImageOptions {
+            resolution: 64,
+            crop: CropMode::Center,
+            ..ImageOptions::default()
+        }
+    }
+
+    /// Mean and greatest difference of a square from a golden image's part.
+    fn apart(square: &Square, whole: &RgbImage) -> (f64, u8) {
+        assert_eq!(square.resized, whole.dimensions());
+        let (window, side) = (square.window, 64);
+        let of = crate::image::crop::planes;
+        let expected = of(whole, whole.width(), (window.top, window.left), side, false);
+        let by: Vec<u8> = expected
+            .iter()
+            .zip(&square.pixels)
+            .map(|(a, b)| a.abs_diff(*b))
+            .collect();
+        let sum: f64 = by.iter().map(|&by| f64::from(by)).sum();
+        (sum / by.len() as f64, by.into_iter().max().unwrap_or(0))
+    }
+
+    #[test]
+    fn a_photo_is_pillows_within_a_level_and_close_when_decoded_at_a_fraction() {
+        let expected = image::load_from_memory(&golden("photo-64.png"))
+            .unwrap()
+            .into_rgb8();
+        let exact = ImageOptions {
+            scaled_decode: false,
+            ..small()
+        };
+        let square = make(&golden("photo.jpg"), &exact).unwrap();
+        assert_eq!((square.original, square.resized), ((400, 300), (85, 64)));
+        let (_, worst) = apart(&square, &expected);
+        assert!(worst <= 1, "{worst}");
+        // A shorter side of 300 is decoded at a quarter, 75.
+        let scaled = make(&golden("photo.jpg"), &small()).unwrap();
+        assert_eq!(scaled.window, square.window);
+        assert_ne!(scaled.pixels, square.pixels);
+        let (mean, worst) = apart(&scaled, &expected);
+        assert!(mean < 2.0 && worst < 30, "mean {mean}, greatest {worst}");
+    }
+
+    #[test]
+    fn a_fraction_never_falls_below_the_target() {
+        let bytes = golden("photo.jpg");
+        let reduction = |resolution| Encoded::open(&bytes).unwrap().reduction(resolution);
+        assert_eq!([37, 38, 75, 76].map(reduction), [8, 4, 4, 2]);
+        assert_eq!([150, 151, 300, 512].map(reduction), [2, 1, 1, 1]);
+        let png = golden("photo-64.png");
+        assert_eq!(Encoded::open(&png).unwrap().reduction(8), 1);
+    }
+
+    #[test]
+    fn work_space_that_was_used_before_leaves_no_trace() {
+        let mut maker = SquareMaker::default();
+        let kinds = [
+            "photo.jpg",
+            "formats/420.jpg",
+            "formats/cmyk.jpg",
+            "source.png",
+        ];
+        for name in kinds.iter().chain(kinds.iter().rev()) {
+            let bytes = golden(name);
+            let again = maker.make(&bytes, &small(), &mut rng(1, "crop", 0, 0));
+            assert_eq!(again, make(&bytes, &small()), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_thread_of_pixels_is_refused_and_not_blown_up() {
+        let thread = golden("formats/1x40.jpg");
+        let options = ImageOptions {
+            max_pixels: 64 * 64 * 39,
+            ..small()
+        };
+        let error = make(&thread, &options).unwrap_err();
+        assert!(matches!(
+            error,
+            DecodeError::TooLarge {
+                width: 1,
+                height: 40,
+                ..
+            }
+        ));
+        assert!(make(&thread, &small()).is_ok());
+    }
+}
