@@ -93,6 +93,16 @@ fn what_ends_early_is_an_error_in_every_format() {
 }
 
 #[test]
+fn only_an_end_mark_may_be_missing() {
+    for name in ["420.jpg", "progressive.jpg"] {
+        let whole = std::fs::read(golden().join("formats").join(name)).unwrap();
+        assert!(whole.ends_with(&[0xFF, 0xD9]));
+        assert_eq!(worst(name, &whole[..whole.len() - 2]), 0);
+        assert!(decode(&whole[..whole.len() - 12], MANY).is_err(), "{name}");
+    }
+}
+
+#[test]
 fn a_header_that_claims_too_much_is_refused_before_anything_is_decoded() {
     // Where each format's header has its width and height, how wide those are, and which end first.
     for (name, at, wide, little) in [
