@@ -1,5 +1,11 @@
 //! Images as they really are, against what Pillow makes of them. `golden/make.py` makes the files.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests, which clippy takes for other code"
+)]
+
 use std::path::{Path, PathBuf};
 
 use coffey_pipeline::image::{DecodeError, decode, probe};

@@ -65,7 +65,7 @@ pub(super) struct Encoded<'a> {
 }
 
 enum Format<'a> {
-    Jpeg(Jpeg<'a>),
+    Jpeg(Box<Jpeg<'a>>),
     Other(Box<dyn ImageDecoder + 'a>),
 }
 
@@ -104,7 +104,7 @@ impl<'a> Encoded<'a> {
             let (decoder, size) = if format == ImageFormat::Jpeg {
                 let jpeg = Jpeg::open(bytes)?;
                 let size = jpeg.size();
-                (Format::Jpeg(jpeg), size)
+                (Format::Jpeg(Box::new(jpeg)), size)
             } else {
                 let decoder = ImageReader::with_format(Cursor::new(bytes), format)
                     .into_decoder()
