@@ -159,6 +159,8 @@ pub(super) fn stream_config(
                 config::Interpolation::Bilinear => Interpolation::Bilinear,
                 config::Interpolation::Bicubic => Interpolation::Bicubic,
                 config::Interpolation::Lanczos => Interpolation::Lanczos,
+                config::Interpolation::Box => Interpolation::Box,
+                config::Interpolation::Hamming => Interpolation::Hamming,
                 config::Interpolation::Nearest => Interpolation::Nearest,
             },
             crop: match image.crop {
@@ -166,6 +168,7 @@ pub(super) fn stream_config(
                 config::Crop::Center => CropMode::Center,
             },
             flip: image.flip,
+            scaled_decode: image.scaled_decode,
             ..ImageOptions::default()
         },
         order,

@@ -187,7 +187,7 @@ pub struct Image {
     pub crop: Crop,
     /// Mirror every second image, drawn at random. `--random_flip`
     pub flip: bool,
-    /// Decode JPEGs much larger than needed at a fraction of their size. No flag.
+    /// Decode JPEGs whose shorter side is twice the resolution or more at 1/2, 1/4 or 1/8. No flag.
     pub scaled_decode: bool,
 }
 
@@ -198,7 +198,7 @@ impl Default for Image {
             interpolation: Interpolation::Bilinear,
             crop: Crop::Random,
             flip: false,
-            scaled_decode: false,
+            scaled_decode: true,
         }
     }
 }

@@ -35,8 +35,6 @@ use Refused::{Above, All, Prefix, True, Words};
 #[rustfmt::skip]
 pub(super) const UNBUILT: &[Unbuilt] = &[
     row("data.kind", Words(&["latents"]), r#"use "images""#),
-    row("image.interpolation", Words(&["box", "hamming"]), r#"use "bilinear", "bicubic", "lanczos" or "nearest""#),
-    row("image.scaled_decode", True, "use false"),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("optimizer.kind", Words(&["adamw8bit"]), r#"use "adamw""#),

@@ -103,6 +103,10 @@ pub enum Interpolation {
     Bicubic,
     /// Windowed sinc of three lobes.
     Lanczos,
+    /// Average of the pixels under the new one.
+    Box,
+    /// Hamming window: sharper than bilinear at its cost.
+    Hamming,
     /// The nearest pixel, not antialiased. torchvision's `nearest_exact` is the same thing for Pillow images.
     #[serde(alias = "nearest_exact")]
     Nearest,

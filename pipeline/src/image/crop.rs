@@ -1,6 +1,5 @@
 //! Where the square is cut, and cutting it.
 
-use image::RgbImage;
 use rand_chacha::rand_core::RngCore;
 
 use crate::order::rng::below;
@@ -52,46 +51,49 @@ fn half_even(n: u32) -> u32 {
     if n % 2 == 1 { half + half % 2 } else { half }
 }
 
-impl CropWindow {
-    /// Cuts the square out: `[3, side, side]`, channel after channel, 8 bit.
-    ///
-    /// Pixels beyond the image's edge, which only a window not made for it has, are black.
-    #[must_use]
-    pub fn cut(self, image: &RgbImage, side: u32) -> Vec<u8> {
-        let side_px = side as usize;
-        let plane = side_px * side_px;
-        let mut out = vec![0; 3 * plane];
-        let stride = 3 * image.width() as usize;
-        let (red, rest) = out.split_at_mut(plane);
-        let (green, blue) = rest.split_at_mut(plane);
-        for row in 0..side_px {
-            let start = (self.top as usize + row) * stride + 3 * self.left as usize;
-            let Some(source) = image.as_raw().get(start..start + 3 * side_px) else {
-                break;
-            };
-            let span = row * side_px..(row + 1) * side_px;
-            let targets = red[span.clone()]
-                .iter_mut()
-                .zip(&mut green[span.clone()])
-                .zip(&mut blue[span.clone()]);
-            for (((r, g), b), pixel) in targets.zip(source.chunks_exact(3)) {
-                (*r, *g, *b) = (pixel[0], pixel[1], pixel[2]);
-            }
-            if self.flipped {
-                for channel in [&mut *red, &mut *green, &mut *blue] {
-                    channel[span.clone()].reverse();
-                }
+/// Cuts a square of `side` out of `[rows, columns, 3]`, from `top` and `left` on: `[3, side, side]`.
+///
+/// Pixels beyond the image's edge, which only a window not made for it has, are black.
+pub(super) fn planes(
+    pixels: &[u8],
+    columns: u32,
+    (top, left): (u32, u32),
+    side: u32,
+    flipped: bool,
+) -> Vec<u8> {
+    let side = side as usize;
+    let plane = side * side;
+    let mut out = vec![0; 3 * plane];
+    let stride = 3 * columns as usize;
+    let (red, rest) = out.split_at_mut(plane);
+    let (green, blue) = rest.split_at_mut(plane);
+    let targets = red
+        .chunks_exact_mut(side)
+        .zip(green.chunks_exact_mut(side))
+        .zip(blue.chunks_exact_mut(side));
+    for (row, ((red, green), blue)) in targets.enumerate() {
+        let start = (top as usize + row) * stride + 3 * left as usize;
+        let Some(source) = pixels.get(start..start + 3 * side) else {
+            break;
+        };
+        let source = source.chunks_exact(3);
+        for (((r, g), b), pixel) in red.iter_mut().zip(&mut *green).zip(&mut *blue).zip(source) {
+            (*r, *g, *b) = (pixel[0], pixel[1], pixel[2]);
+        }
+        if flipped {
+            for channel in [red, green, blue] {
+                channel.reverse();
             }
         }
-        out
     }
+    out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::order::rng::rng;
-    use image::Rgb;
+    use image::{Rgb, RgbImage};
 
     #[test]
     fn centers_round_as_python() {
@@ -122,18 +124,8 @@ mod tests {
     #[test]
     fn cutting_keeps_channels_and_mirrors() {
         let image = RgbImage::from_fn(4, 3, |x, y| Rgb([x as u8, y as u8, 9]));
-        let window = |flipped| CropWindow {
-            top: 1,
-            left: 2,
-            flipped,
-        };
-        assert_eq!(
-            window(false).cut(&image, 2),
-            [2, 3, 2, 3, 1, 1, 2, 2, 9, 9, 9, 9]
-        );
-        assert_eq!(
-            window(true).cut(&image, 2),
-            [3, 2, 3, 2, 1, 1, 2, 2, 9, 9, 9, 9]
-        );
+        let cut = |flipped| planes(image.as_raw(), 4, (1, 2), 2, flipped);
+        assert_eq!(cut(false), [2, 3, 2, 3, 1, 1, 2, 2, 9, 9, 9, 9]);
+        assert_eq!(cut(true), [3, 2, 3, 2, 1, 1, 2, 2, 9, 9, 9, 9]);
     }
 }

@@ -1,16 +1,23 @@
 //! Encoded bytes to RGB.
 //!
 //! The format is told by content, never by name. Limits are checked on the header, before anything
-//! is decoded. Rules where formats differ:
-//! - transparency is composited on white (Pillow's `convert("RGB")`, which the reference's loader
-//!   uses, drops it and shows whatever colour lies beneath);
-//! - EXIF orientation is not applied, as in the reference's loader;
-//! - 16 bit channels are rounded to 8;
-//! - of an animation the first frame is taken.
+//! is decoded. What the reference's loader, Pillow's `convert("RGB")`, makes of an image is the
+//! measure. Rules where formats differ:
+//! - JPEG pixels are Pillow's to the bit ([`super::jpeg`]); CMYK and YCCK are read as Pillow reads
+//!   them, inverted as Adobe's programs store them;
+//! - EXIF orientation is not applied and colour profiles are not used, as in the reference;
+//! - transparency is composited on white (Pillow drops it and shows whatever colour lies beneath);
+//! - 16 bit channels are rounded to 8 (Pillow cuts them off, and turns 16-bit grey white);
+//! - of an animation the first frame is taken;
+//! - data that ends early is an error, in every format.
 
 use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+
+use super::jpeg::Jpeg;
+use crate::flow::panic_message;
 
 /// Why an image can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,20 +57,125 @@ const FORMATS: [(ImageFormat, &str); 5] = [
     (ImageFormat::Bmp, "bmp"),
 ];
 
+/// An image whose header has been read.
+pub(super) struct Encoded<'a> {
+    decoder: Format<'a>,
+    format: &'static str,
+    size: (u32, u32),
+}
+
+enum Format<'a> {
+    Jpeg(Box<Jpeg<'a>>),
+    Other(Box<dyn ImageDecoder + 'a>),
+}
+
 fn damaged(error: &image::ImageError) -> DecodeError {
     DecodeError::Damaged(error.to_string())
 }
 
-fn open(bytes: &[u8]) -> Result<(impl ImageDecoder + '_, &'static str), DecodeError> {
-    let format = image::guess_format(bytes).map_err(|_| DecodeError::UnknownFormat)?;
-    let (format, name) = FORMATS
-        .into_iter()
-        .find(|(known, _)| *known == format)
-        .ok_or(DecodeError::UnknownFormat)?;
-    let decoder = ImageReader::with_format(Cursor::new(bytes), format)
-        .into_decoder()
-        .map_err(|error| damaged(&error))?;
-    Ok((decoder, name))
+/// Calls a decoder, which meets bytes from anywhere: should it panic, only this image is lost.
+fn guarded<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
+        let message = panic_message(payload.as_ref());
+        Err(DecodeError::Damaged(format!(
+            "the decoder gave up: {message}"
+        )))
+    })
+}
+
+/// The first `bytes` bytes of a buffer, which grows if need be. Holds what it held before.
+pub(super) fn room(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    if buffer.len() < bytes {
+        // Not `resize`, which would copy what is of no use any more.
+        *buffer = vec![0; bytes];
+    }
+    &mut buffer[..bytes]
+}
+
+impl<'a> Encoded<'a> {
+    /// Reads the header alone.
+    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        let format = image::guess_format(bytes).map_err(|_| DecodeError::UnknownFormat)?;
+        let (format, name) = FORMATS
+            .into_iter()
+            .find(|(known, _)| *known == format)
+            .ok_or(DecodeError::UnknownFormat)?;
+        guarded(|| {
+            let (decoder, size) = if format == ImageFormat::Jpeg {
+                let jpeg = Jpeg::open(bytes)?;
+                let size = jpeg.size();
+                (Format::Jpeg(Box::new(jpeg)), size)
+            } else {
+                let decoder = ImageReader::with_format(Cursor::new(bytes), format)
+                    .into_decoder()
+                    .map_err(|error| damaged(&error))?;
+                let size = decoder.dimensions();
+                (Format::Other(Box::new(decoder)), size)
+            };
+            Ok(Self {
+                decoder,
+                format: name,
+                size,
+            })
+        })
+    }
+
+    /// Width and height. Pixels.
+    pub(super) fn size(&self) -> (u32, u32) {
+        self.size
+    }
+
+    /// The largest reduction at which [`Self::decode`] still yields a shorter side of `resolution`
+    /// or more. Of JPEGs only; told by the header alone.
+    pub(super) fn reduction(&self, resolution: u32) -> u32 {
+        let shorter = self.size.0.min(self.size.1);
+        let enough = |reduction: &u32| shorter / reduction >= resolution;
+        match self.decoder {
+            Format::Jpeg(_) => [8, 4, 2].into_iter().find(enough).unwrap_or(1),
+            Format::Other(_) => 1,
+        }
+    }
+
+    /// Decodes into the front of `pixels`, 8-bit RGB, a `reduction`th of the size (rounded up), and
+    /// returns that size. A reduction other than 1 is for what [`Self::reduction`] names.
+    pub(super) fn decode(
+        self,
+        max_pixels: u64,
+        reduction: u32,
+        pixels: &mut Vec<u8>,
+    ) -> Result<(u32, u32), DecodeError> {
+        let (width, height) = self.size;
+        if u64::from(width) * u64::from(height) > max_pixels {
+            return Err(DecodeError::TooLarge {
+                width,
+                height,
+                max_pixels,
+            });
+        }
+        if width == 0 || height == 0 {
+            return Err(DecodeError::Damaged("has no pixels".to_owned()));
+        }
+        guarded(|| match self.decoder {
+            Format::Jpeg(mut jpeg) => jpeg.decode(reduction, pixels),
+            Format::Other(mut decoder) => {
+                let mut limits = image::Limits::no_limits();
+                // Room for the widest pixel (16-bit RGBA) twice over: decoders work beside the
+                // result.
+                limits.max_alloc = Some(max_pixels.saturating_mul(16));
+                decoder
+                    .set_limits(limits)
+                    .map_err(|error| damaged(&error))?;
+                let image = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error))?;
+                let rgb = if image.color().has_alpha() {
+                    on_white(&image.into_rgba8())
+                } else {
+                    image.into_rgb8()
+                };
+                *pixels = rgb.into_raw();
+                Ok((width, height))
+            }
+        })
+    }
 }
 
 /// Reads the header alone: format name, width and height in pixels.
@@ -71,9 +183,9 @@ fn open(bytes: &[u8]) -> Result<(impl ImageDecoder + '_, &'static str), DecodeEr
 /// # Errors
 /// [`DecodeError`] if even the header can't be read.
 pub fn probe(bytes: &[u8]) -> Result<(&'static str, u32, u32), DecodeError> {
-    let (decoder, name) = open(bytes)?;
-    let (width, height) = decoder.dimensions();
-    Ok((name, width, height))
+    let image = Encoded::open(bytes)?;
+    let (width, height) = image.size();
+    Ok((image.format, width, height))
 }
 
 /// Decodes to 8-bit RGB.
@@ -81,30 +193,12 @@ pub fn probe(bytes: &[u8]) -> Result<(&'static str, u32, u32), DecodeError> {
 /// # Errors
 /// [`DecodeError`] for what isn't an image, is damaged, or has more than `max_pixels` pixels.
 pub fn decode(bytes: &[u8], max_pixels: u64) -> Result<Decoded, DecodeError> {
-    let (mut decoder, format) = open(bytes)?;
-    let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > max_pixels {
-        return Err(DecodeError::TooLarge {
-            width,
-            height,
-            max_pixels,
-        });
-    }
-    if width == 0 || height == 0 {
-        return Err(DecodeError::Damaged("has no pixels".to_owned()));
-    }
-    let mut limits = image::Limits::no_limits();
-    // Room for the widest pixel (16-bit RGBA) twice over: decoders work beside the result.
-    limits.max_alloc = Some(max_pixels.saturating_mul(16));
-    decoder
-        .set_limits(limits)
-        .map_err(|error| damaged(&error))?;
-    let image = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error))?;
-    let pixels = if image.color().has_alpha() {
-        on_white(&image.into_rgba8())
-    } else {
-        image.into_rgb8()
-    };
+    let image = Encoded::open(bytes)?;
+    let format = image.format;
+    let mut pixels = Vec::new();
+    let (width, height) = image.decode(max_pixels, 1, &mut pixels)?;
+    let pixels = RgbImage::from_raw(width, height, pixels)
+        .ok_or_else(|| DecodeError::Damaged("has fewer pixels than it says".to_owned()))?;
     Ok(Decoded { pixels, format })
 }
 
@@ -125,10 +219,17 @@ fn on_white(image: &image::RgbaImage) -> RgbImage {
 mod tests {
     use super::*;
     use image::{ImageBuffer, Luma, Rgb, Rgba};
+    use libjpeg_turbo_rs::{PixelFormat, Subsampling};
 
     const MANY: u64 = 1 << 20;
 
     fn encoded(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+        if format == ImageFormat::Jpeg {
+            let (width, height) = (image.width() as usize, image.height() as usize);
+            let rgb = image.to_rgb8();
+            let (layout, halved) = (PixelFormat::Rgb, Subsampling::S420);
+            return libjpeg_turbo_rs::compress(&rgb, width, height, layout, 90, halved).unwrap();
+        }
         let mut bytes = Cursor::new(Vec::new());
         image.write_to(&mut bytes, format).unwrap();
         bytes.into_inner()

@@ -1,19 +1,24 @@
 //! Encoded bytes to a square of pixels: decode, resize, crop, flip.
 //!
 //! Pure CPU work on one image at a time; no threads, channels or shards. What Pillow and
-//! torchvision do in the reference's loader is the measure: sizes and crop offsets are theirs, a
-//! pixel resized bilinearly differs by at most one grey level.
+//! torchvision do in the reference's loader is the measure: sizes and crop offsets are theirs, JPEGs
+//! are decoded to the same bits, and a pixel resized bilinearly differs by at most one grey level.
+//! With [`ImageOptions::scaled_decode`] large JPEGs are decoded at a fraction, which is faster and
+//! not the same.
+//!
+//! Where the crop lies is known from the header, so only what it keeps is resized.
 
 mod crop;
 mod decode;
+mod jpeg;
 mod resize;
+mod square;
 
 pub use crop::{CropMode, CropWindow};
 pub use decode::{DecodeError, Decoded, decode, probe};
 pub use resize::{Interpolation, resized_size};
 
-pub(crate) use crop::place;
-pub(crate) use resize::Scaler;
+pub(crate) use square::{Square, SquareMaker};
 
 /// What is made of every image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +31,10 @@ pub struct ImageOptions {
     pub crop: CropMode,
     /// Mirror half of the images.
     pub flip: bool,
+    /// Decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side is then still `resolution`
+    /// or more. Faster, but not the pixels that resizing the whole image gives. Never for
+    /// [`Interpolation::Nearest`], which picks pixels.
+    pub scaled_decode: bool,
     /// Images of more pixels than this are skipped before they are decoded.
     pub max_pixels: u64,
     /// Encoded images of more bytes than this are skipped unread.
@@ -39,6 +48,7 @@ impl Default for ImageOptions {
             interpolation: Interpolation::Bilinear,
             crop: CropMode::Random,
             flip: false,
+            scaled_decode: true,
             // Where Pillow refuses an image as a decompression bomb.
             max_pixels: 178_956_970,
             max_bytes: 256 << 20,

@@ -1,13 +1,18 @@
-//! Resizing as Pillow does it: antialiased, in 8 bit.
+//! Resizing as Pillow does it: antialiased, in 8 bit, and only what the crop keeps.
 //!
-//! Bilinear differs from Pillow by at most one grey level. Bicubic and Lanczos differ by at most two,
-//! where their negative lobes meet hard edges: the weights here have fewer bits than Pillow's.
+//! Bilinear, box and Hamming differ from Pillow by at most one grey level. Bicubic and Lanczos differ
+//! by at most two, where their negative lobes meet hard edges: the weights here have fewer bits than
+//! Pillow's. With box, a pixel whose middle lies on the border of two new ones belongs to one of them,
+//! by the last bit of a fraction, and that may be another one than with Pillow.
+//!
+//! A window is not always to the bit what would be cut out of the whole: how many bits the weights
+//! have depends on the largest of them, and at an image's edge there are larger ones.
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use image::RgbImage;
 
-use super::decode::DecodeError;
+use super::crop::{CropWindow, planes};
+use super::decode::{DecodeError, room};
 
 /// How pixels are interpolated; names as in Pillow and the reference's `--interpolation_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -19,8 +24,26 @@ pub enum Interpolation {
     Bicubic,
     /// Lanczos of three lobes.
     Lanczos,
+    /// Average of the pixels under the new one.
+    Box,
+    /// Hamming window: sharper than bilinear at its cost.
+    Hamming,
     /// The nearest pixel, with no antialiasing.
     Nearest,
+}
+
+impl Interpolation {
+    /// The filter and how far it reaches, in pixels of the smaller image. None for `Nearest`.
+    fn filter(self) -> Option<(FilterType, f64)> {
+        match self {
+            Self::Bilinear => Some((FilterType::Bilinear, 1.0)),
+            Self::Bicubic => Some((FilterType::CatmullRom, 2.0)),
+            Self::Lanczos => Some((FilterType::Lanczos3, 3.0)),
+            Self::Box => Some((FilterType::Box, 0.5)),
+            Self::Hamming => Some((FilterType::Hamming, 1.0)),
+            Self::Nearest => None,
+        }
+    }
 }
 
 /// The size whose shorter side is `resolution`, as torchvision's `Resize`: the longer side is cut
@@ -37,73 +60,188 @@ pub fn resized_size(width: u32, height: u32, resolution: u32) -> (u32, u32) {
     }
 }
 
+/// Pixels to be resized, 8-bit RGB.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pixels<'a> {
+    /// `[height, width, 3]`.
+    pub(super) data: &'a [u8],
+    /// Columns and rows.
+    pub(super) size: (u32, u32),
+    /// How much of that, from the upper left corner, is the image: all, unless it was decoded at a
+    /// fraction of its size that is no whole number of pixels.
+    pub(super) extent: (f64, f64),
+}
+
+/// What is made of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target {
+    /// Columns and rows of the whole image after resizing.
+    pub(super) size: (u32, u32),
+    /// Which part of it is wanted.
+    pub(super) window: CropWindow,
+    /// Side of that part.
+    pub(super) side: u32,
+    /// How.
+    pub(super) interpolation: Interpolation,
+}
+
 /// Resizes images, keeping its work space between them. One a thread.
 #[derive(Debug, Default)]
-pub(crate) struct Scaler {
+pub(super) struct Scaler {
     resizer: Resizer,
+    rows: Vec<u8>,
+    square: Vec<u8>,
 }
 
 impl Scaler {
-    /// Makes the shorter side `resolution`. The result may have at most `max_pixels` pixels, which a
-    /// very long and thin image would exceed.
-    pub(crate) fn resize(
+    /// Resizes to the target's size and cuts its window out: `[3, side, side]`, 8 bit.
+    pub(super) fn square(
         &mut self,
-        image: RgbImage,
-        resolution: u32,
-        interpolation: Interpolation,
-        max_pixels: u64,
-    ) -> Result<RgbImage, DecodeError> {
-        let (width, height) = resized_size(image.width(), image.height(), resolution);
-        if (width, height) == image.dimensions() {
-            return Ok(image);
+        source: Pixels<'_>,
+        target: &Target,
+    ) -> Result<Vec<u8>, DecodeError> {
+        let Target { window, side, .. } = *target;
+        if source.size == target.size {
+            let (columns, at) = (source.size.0, (window.top, window.left));
+            return Ok(planes(source.data, columns, at, side, window.flipped));
         }
-        if u64::from(width) * u64::from(height) > max_pixels {
-            return Err(DecodeError::TooLarge {
-                width: image.width(),
-                height: image.height(),
-                max_pixels,
-            });
+        match target.interpolation.filter() {
+            Some((filter, reach)) => self.convolve(source, target, filter, reach)?,
+            None => nearest(source, target, &mut self.square),
         }
-        let convolution = match interpolation {
-            Interpolation::Bilinear => FilterType::Bilinear,
-            Interpolation::Bicubic => FilterType::CatmullRom,
-            Interpolation::Lanczos => FilterType::Lanczos3,
-            Interpolation::Nearest => return self.pass(&image, width, height, ResizeAlg::Nearest),
-        };
-        // Rows first, then columns, as Pillow: 8 bit in between cuts overshoots off, so the order
-        // shows. Left to itself the library does columns first.
-        let algorithm = ResizeAlg::Convolution(convolution);
-        let rows = self.pass(&image, width, image.height(), algorithm)?;
-        self.pass(&rows, width, height, algorithm)
+        Ok(planes(&self.square, side, (0, 0), side, window.flipped))
     }
 
-    fn pass(
+    /// Makes the window into `self.square`.
+    ///
+    /// Rows first, then columns, as Pillow: 8 bit in between cuts overshoots off, so the order
+    /// shows. Left to itself the library does columns first.
+    fn convolve(
         &mut self,
-        image: &RgbImage,
-        width: u32,
-        height: u32,
-        algorithm: ResizeAlg,
-    ) -> Result<RgbImage, DecodeError> {
-        let failed = |error: &dyn std::fmt::Display| {
-            DecodeError::Damaged(format!("resizing failed: {error}"))
+        source: Pixels<'_>,
+        target: &Target,
+        filter: FilterType,
+        reach: f64,
+    ) -> Result<(), DecodeError> {
+        let Target { window, side, .. } = *target;
+        let step = |extent: f64, size: u32| extent / f64::from(size);
+        let across = step(source.extent.0, target.size.0);
+        let down = step(source.extent.1, target.size.1);
+        // The window's rows in the source, with those that the filter reaches and one to spare.
+        let (top, bottom) = (f64::from(window.top), f64::from(window.top + side));
+        let reach = reach * down.max(1.0) + 1.0;
+        let first = (top * down - reach).floor().max(0.0) as u32;
+        let last = ((bottom * down + reach).ceil() as u32).min(source.size.1);
+
+        let stride = 3 * source.size.0 as usize;
+        let band = Plane {
+            data: &source.data[first as usize * stride..last as usize * stride],
+            size: (source.size.0, last - first),
         };
-        let pixels = image.as_raw();
-        let source = ImageRef::new(image.width(), image.height(), pixels, PixelType::U8x3)
-            .map_err(|error| failed(&error))?;
-        let mut resized = RgbImage::new(width, height);
-        let mut target = Image::from_slice_u8(width, height, resized.as_mut(), PixelType::U8x3)
-            .map_err(|error| failed(&error))?;
-        let options = ResizeOptions::new().resize_alg(algorithm).use_alpha(false);
-        self.resizer
-            .resize(&source, &mut target, &options)
-            .map_err(|error| failed(&error))?;
-        Ok(resized)
+        let keep = Part {
+            left: f64::from(window.left) * across,
+            top: 0.0,
+            width: f64::from(side) * across,
+            height: f64::from(band.size.1),
+        };
+        let rows = (side, band.size.1);
+        pass(&mut self.resizer, filter, band, keep, rows, &mut self.rows)?;
+
+        let narrow = Plane {
+            data: &self.rows,
+            size: rows,
+        };
+        let keep = Part {
+            left: 0.0,
+            top: top * down - f64::from(first),
+            width: f64::from(side),
+            height: f64::from(side) * down,
+        };
+        let (resizer, square) = (&mut self.resizer, &mut self.square);
+        pass(resizer, filter, narrow, keep, (side, side), square)
+    }
+}
+
+/// `[height, width, 3]` and its width and height.
+#[derive(Clone, Copy)]
+struct Plane<'a> {
+    data: &'a [u8],
+    size: (u32, u32),
+}
+
+/// A rectangle in a plane, in pixels and parts of them.
+#[derive(Clone, Copy)]
+struct Part {
+    left: f64,
+    top: f64,
+    width: f64,
+    height: f64,
+}
+
+/// Resizes a part of a plane into the front of `out`.
+fn pass(
+    resizer: &mut Resizer,
+    filter: FilterType,
+    from: Plane<'_>,
+    part: Part,
+    to: (u32, u32),
+    out: &mut Vec<u8>,
+) -> Result<(), DecodeError> {
+    let failed =
+        |error: &dyn std::fmt::Display| DecodeError::Damaged(format!("resizing failed: {error}"));
+    let (width, height) = from.size;
+    let bytes = 3 * width as usize * height as usize;
+    let source = from
+        .data
+        .get(..bytes)
+        .ok_or_else(|| failed(&"too few pixels"))?;
+    let source =
+        ImageRef::new(width, height, source, PixelType::U8x3).map_err(|error| failed(&error))?;
+    let out = room(out, 3 * to.0 as usize * to.1 as usize);
+    let mut target =
+        Image::from_slice_u8(to.0, to.1, out, PixelType::U8x3).map_err(|error| failed(&error))?;
+    let options = ResizeOptions::new()
+        .resize_alg(ResizeAlg::Convolution(filter))
+        .use_alpha(false)
+        // Rounding must not carry the part over the edge.
+        .crop(
+            part.left,
+            part.top,
+            part.width.min(f64::from(width) - part.left),
+            part.height.min(f64::from(height) - part.top),
+        );
+    resizer
+        .resize(&source, &mut target, &options)
+        .map_err(|error| failed(&error))
+}
+
+/// Makes the window out of single pixels, `[side, side, 3]`.
+fn nearest(source: Pixels<'_>, target: &Target, square: &mut Vec<u8>) {
+    let Target { window, side, .. } = *target;
+    let place = |at: u32, extent: f64, size: u32, limit: u32| {
+        let step = extent / f64::from(size);
+        (((f64::from(at) + 0.5) * step) as u32).min(limit - 1) as usize
+    };
+    let ((columns, rows), (wide, high)) = (source.size, target.size);
+    let columns_of: Vec<usize> = (window.left..window.left + side)
+        .map(|x| place(x, source.extent.0, wide, columns))
+        .collect();
+    let out = room(square, 3 * side as usize * side as usize);
+    for (y, line) in (window.top..).zip(out.chunks_exact_mut(3 * side as usize)) {
+        let row = place(y, source.extent.1, high, rows) * columns as usize;
+        for (pixel, column) in line.chunks_exact_mut(3).zip(&columns_of) {
+            let at = 3 * (row + column);
+            pixel.copy_from_slice(&source.data[at..at + 3]);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use image::RgbImage;
+
+    const SIDE: u32 = 24;
 
     #[test]
     fn sizes_are_torchvisions() {
@@ -114,42 +252,152 @@ mod tests {
         assert_eq!(resized_size(1023, 3, 64), (21824, 64));
     }
 
-    #[test]
-    fn a_thread_of_pixels_is_refused_and_not_blown_up() {
-        let image = RgbImage::new(1, 60_000);
-        let error = Scaler::default().resize(image, 512, Interpolation::Bilinear, 178_956_970);
-        assert!(matches!(error, Err(DecodeError::TooLarge { .. })));
-    }
-
     fn golden(name: &str) -> RgbImage {
         let path = format!("{}/tests/golden/{name}.png", env!("CARGO_MANIFEST_DIR"));
         image::open(path).unwrap().into_rgb8()
+    }
+
+    fn square_of(
+        scaler: &mut Scaler,
+        image: &RgbImage,
+        size: (u32, u32),
+        side: u32,
+        (left, top): (u32, u32),
+        interpolation: Interpolation,
+    ) -> Vec<u8> {
+        let source = Pixels {
+            data: image.as_raw(),
+            size: image.dimensions(),
+            extent: (f64::from(image.width()), f64::from(image.height())),
+        };
+        let flipped = false;
+        let window = CropWindow { top, left, flipped };
+        let target = Target {
+            size,
+            window,
+            side,
+            interpolation,
+        };
+        scaler.square(source, &target).unwrap()
+    }
+
+    /// The greatest difference and the share of levels that differ.
+    fn difference(a: &[u8], b: &[u8]) -> (u8, f64) {
+        assert_eq!(a.len(), b.len());
+        let apart = || a.iter().zip(b).map(|(a, b)| a.abs_diff(*b));
+        let unequal = apart().filter(|&by| by > 0).count();
+        let share = unequal as f64 / a.len() as f64;
+        (apart().max().unwrap_or(0), share)
     }
 
     #[test]
     fn pixels_are_pillows_within_a_level_or_two() {
         let source = golden("source");
         let mut scaler = Scaler::default();
-        for (interpolation, name, tolerance) in [
-            (Interpolation::Bilinear, "bilinear", 1),
-            (Interpolation::Bicubic, "bicubic", 2),
-            (Interpolation::Lanczos, "lanczos", 2),
-            (Interpolation::Nearest, "nearest", 0),
+        let mut apart = Vec::new();
+        for (interpolation, name, resolutions, tolerance) in [
+            (Interpolation::Bilinear, "bilinear", [24, 80], 1),
+            (Interpolation::Hamming, "hamming", [24, 80], 1),
+            (Interpolation::Box, "box", [25, 80], 1),
+            (Interpolation::Bicubic, "bicubic", [24, 80], 2),
+            (Interpolation::Lanczos, "lanczos", [24, 80], 2),
+            (Interpolation::Nearest, "nearest", [24, 80], 0),
         ] {
-            for resolution in [24, 80] {
+            for resolution in resolutions {
                 let expected = golden(&format!("{name}-{resolution}"));
-                let resized = scaler
-                    .resize(source.clone(), resolution, interpolation, 1 << 20)
-                    .unwrap();
-                assert_eq!(resized.dimensions(), expected.dimensions());
-                let differences = resized
-                    .as_raw()
-                    .iter()
-                    .zip(expected.as_raw())
-                    .map(|(a, b)| a.abs_diff(*b));
-                let worst = differences.max();
-                assert!(worst <= Some(tolerance), "{name} {resolution}: {worst:?}");
+                let size = expected.dimensions();
+                assert_eq!(size, resized_size(61, 97, resolution));
+                let mut worst = 0;
+                for top in 0..=size.1 - SIDE {
+                    let at = ((size.0 - SIDE) * top / size.1, top);
+                    let square = square_of(&mut scaler, &source, size, SIDE, at, interpolation);
+                    let expected = planes(expected.as_raw(), size.0, (at.1, at.0), SIDE, false);
+                    worst = worst.max(difference(&square, &expected).0);
+                }
+                if worst > tolerance {
+                    apart.push(format!("{name} {resolution} by {worst}"));
+                }
             }
         }
+        assert!(apart.is_empty(), "{apart:?}");
+    }
+
+    #[test]
+    fn a_window_is_what_would_be_cut_out_of_the_whole() {
+        let mut random = fastrand::Rng::with_seed(11);
+        let mut scaler = Scaler::default();
+        let (mut unequal, mut windows) = (0.0, 0.0);
+        for _ in 0..400 {
+            let (width, height) = (random.u32(1..300), random.u32(1..300));
+            let image = RgbImage::from_fn(width, height, |_, _| {
+                image::Rgb([random.u8(..), random.u8(..), random.u8(..)])
+            });
+            let side = random.u32(1..120);
+            let size = resized_size(width, height, side);
+            if u64::from(size.0) * u64::from(size.1) > 1 << 20 {
+                continue;
+            }
+            for (interpolation, tolerance) in [
+                (Interpolation::Bilinear, 1),
+                (Interpolation::Bicubic, 2),
+                (Interpolation::Lanczos, 2),
+                (Interpolation::Nearest, 0),
+            ] {
+                let at = (random.u32(0..=size.0 - side), random.u32(0..=size.1 - side));
+                let whole = whole_of(&image, size, interpolation);
+                let square = square_of(&mut scaler, &image, size, side, at, interpolation);
+                let cut = planes(&whole, size.0, (at.1, at.0), side, false);
+                let (worst, share) = difference(&square, &cut);
+                let of = format!("{interpolation:?} {width}x{height} to {size:?} at {at:?}");
+                assert!(worst <= tolerance, "{of}: {worst}");
+                unequal += share;
+                windows += 1.0;
+            }
+        }
+        assert!(unequal / windows < 5e-2, "{}", unequal / windows);
+    }
+
+    /// All of the image resized, the way a window is.
+    fn whole_of(image: &RgbImage, size: (u32, u32), interpolation: Interpolation) -> Vec<u8> {
+        let (width, height) = image.dimensions();
+        let Some((filter, _)) = interpolation.filter() else {
+            let pixels = |x: u32, y: u32| {
+                let place = |at: u32, from: u32, to: u32| {
+                    ((f64::from(at) + 0.5) * (f64::from(from) / f64::from(to))) as u32
+                };
+                image[(place(x, width, size.0), place(y, height, size.1))]
+            };
+            return RgbImage::from_fn(size.0, size.1, pixels).into_raw();
+        };
+        let mut resizer = Resizer::new();
+        let all = |(width, height): (u32, u32)| Part {
+            left: 0.0,
+            top: 0.0,
+            width: f64::from(width),
+            height: f64::from(height),
+        };
+        let (mut rows, mut out) = (Vec::new(), Vec::new());
+        let data = image.as_raw();
+        let plane = Plane {
+            data,
+            size: (width, height),
+        };
+        let part = all(plane.size);
+        pass(
+            &mut resizer,
+            filter,
+            plane,
+            part,
+            (size.0, height),
+            &mut rows,
+        )
+        .unwrap();
+        let plane = Plane {
+            data: &rows,
+            size: (size.0, height),
+        };
+        let part = all(plane.size);
+        pass(&mut resizer, filter, plane, part, size, &mut out).unwrap();
+        out
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::flow::StageHandle;
-use crate::image::{DecodeError, ImageOptions, Scaler, decode, place};
+use crate::image::{DecodeError, ImageOptions, Square, SquareMaker};
 use crate::order::Order;
 use crate::order::rng::rng;
 
@@ -49,7 +49,7 @@ pub(super) struct Preparer {
     /// For each shard a number made of its URL: it names the shard in the random key, so that a
     /// sample keeps its crop when shards are added to the list or left out.
     shard_names: Arc<[u64]>,
-    scaler: Scaler,
+    squares: SquareMaker,
     stage: StageHandle,
 }
 
@@ -58,7 +58,7 @@ impl Clone for Preparer {
         Self {
             shard_names: Arc::clone(&self.shard_names),
             // Work space isn't shared.
-            scaler: Scaler::default(),
+            squares: SquareMaker::default(),
             stage: self.stage.clone(),
             ..*self
         }
@@ -80,7 +80,7 @@ impl Preparer {
             rank: config.rank as u64,
             world: config.world as u64,
             shard_names: config.shards.iter().map(name).collect(),
-            scaler: Scaler::default(),
+            squares: SquareMaker::default(),
             stage,
         }
     }
@@ -94,18 +94,22 @@ impl Preparer {
         let visit = chosen.visit;
         self.stage.add_items(1);
         self.stage.add_bytes(chosen.image.len() as u64);
-        let options = &self.options;
-        let square = decode(&chosen.image, options.max_pixels).and_then(|decoded| {
-            let original = decoded.pixels.dimensions();
-            let resized = self.scaler.resize(
-                decoded.pixels,
-                options.resolution,
-                options.interpolation,
-                options.max_pixels,
-            )?;
-            Ok((original, resized))
-        });
-        let (original, image) = match square {
+        let occasion = if self.repeats {
+            visit.id * self.world + self.rank
+        } else {
+            visit.epoch
+        };
+        // An odd factor spreads neighbouring samples over all of the key.
+        let name = self.shard_names[visit.shard]
+            .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut rng = rng(self.seed, "crop", occasion, name);
+        let square = self.squares.make(&chosen.image, &self.options, &mut rng);
+        let Square {
+            pixels,
+            original,
+            resized,
+            window,
+        } = match square {
             Ok(square) => square,
             Err(error) => {
                 tracing::debug!(key = %chosen.key, %error, "sample left out");
@@ -121,22 +125,6 @@ impl Preparer {
                 };
             }
         };
-        let occasion = if self.repeats {
-            visit.id * self.world + self.rank
-        } else {
-            visit.epoch
-        };
-        // An odd factor spreads neighbouring samples over all of the key.
-        let name = self.shard_names[visit.shard]
-            .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let mut rng = rng(self.seed, "crop", occasion, name);
-        let window = place(
-            image.dimensions(),
-            options.resolution,
-            options.crop,
-            options.flip,
-            &mut rng,
-        );
         let json = match chosen.json {
             Json::None => None,
             Json::Raw(raw) => parse_json(&raw),
@@ -145,7 +133,7 @@ impl Preparer {
         Step::Ready {
             visit,
             draw,
-            pixels: window.cut(&image, options.resolution),
+            pixels,
             meta: Box::new(SampleMeta {
                 key: chosen.key,
                 shard: visit.shard,
@@ -154,7 +142,7 @@ impl Preparer {
                 caption: chosen.caption,
                 json,
                 original,
-                resized: image.dimensions(),
+                resized,
                 crop: (window.top, window.left),
                 flipped: window.flipped,
             }),

@@ -107,6 +107,7 @@ fn overrides_take_toml_values_and_bare_words() {
         "s3.max_attempts=3",
         "encode.devices=[\"cpu\", \"cpu\"]",
         "image.interpolation=nearest_exact",
+        "image.scaled_decode=false",
         "train.max_steps=11",
     ]);
     assert_eq!(config.train.max_steps, 11);
@@ -127,6 +128,7 @@ fn overrides_take_toml_values_and_bare_words() {
     assert_eq!((config.s3.anonymous, config.s3.max_attempts), (true, 3));
     assert_eq!(config.encode.devices, [DeviceSpec::Cpu; 2]);
     assert_eq!(config.image.interpolation, Interpolation::Nearest);
+    assert!(!config.image.scaled_decode);
 }
 
 #[test]
@@ -199,7 +201,6 @@ fn devices_and_resume_round_trip() {
 fn the_built_value_beside_an_unbuilt_one_is_accepted() {
     with(&[
         "data.kind=images",
-        "image.scaled_decode=false",
         "encode.dtype=f32",
         "encode.vae_dtype=f32",
         "optimizer.kind=adamw",

@@ -1,0 +1,156 @@
+//! JPEG, decoded as libjpeg-turbo does it: to the bit what Pillow gets.
+//!
+//! Baseline, progressive and arithmetic coding; grey, YCbCr, RGB, CMYK and YCCK. Colour channels
+//! sampled at a fraction are interpolated ("fancy upsampling"), as is libjpeg's default.
+//!
+//! A JPEG is made of blocks of 8x8 pixels in the frequency domain, and a block can be turned into
+//! 4x4, 2x2 or 1x1 pixels at less cost than into 8x8: [`Jpeg::decode`] with a reduction of 2, 4 or 8.
+//!
+//! Two things are stricter than in libjpeg, which guesses and warns: data that ends early and codes
+//! that make no sense are errors, so that no picture with grey or torn parts is trained on.
+
+use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
+
+use super::decode::{DecodeError, room};
+
+/// Real progressive files have about ten; each one more costs a pass over the whole image.
+const MAX_SCANS: usize = 100;
+
+const END_OF_IMAGE: u8 = 0xD9;
+const START_OF_SCAN: u8 = 0xDA;
+
+/// A JPEG whose header has been read.
+pub(super) struct Jpeg<'a> {
+    decoder: Decoder<'a>,
+    format: PixelFormat,
+    /// Whether the end of image comes after the last scan. Arithmetic coding alone doesn't notice
+    /// that data is missing.
+    ends: bool,
+}
+
+fn damaged(error: &JpegError) -> DecodeError {
+    DecodeError::Damaged(error.to_string())
+}
+
+impl<'a> Jpeg<'a> {
+    pub(super) fn open(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        let limits = DecodeLimits {
+            max_scans: MAX_SCANS,
+            ..DecodeLimits::default()
+        };
+        let mut decoder =
+            Decoder::new_with_limits(bytes, limits).map_err(|error| damaged(&error))?;
+        let header = decoder.header();
+        if header.precision != 8 {
+            let bits = header.precision;
+            return Err(DecodeError::Damaged(format!(
+                "has {bits} bits a channel, and only JPEGs of 8 are read"
+            )));
+        }
+        let format = match header.components.len() {
+            1 | 3 => PixelFormat::Rgb,
+            4 => PixelFormat::Cmyk,
+            channels => {
+                return Err(DecodeError::Damaged(format!(
+                    "has {channels} channels, and only JPEGs of 1, 3 or 4 are read"
+                )));
+            }
+        };
+        decoder.set_output_format(format);
+        let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
+        let ends = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
+        Ok(Self {
+            decoder,
+            format,
+            ends,
+        })
+    }
+
+    /// Width and height. Pixels.
+    pub(super) fn size(&self) -> (u32, u32) {
+        let header = self.decoder.header();
+        (u32::from(header.width), u32::from(header.height))
+    }
+
+    /// Decodes into the front of `pixels`, 8-bit RGB, at one `reduction`th (1, 2, 4 or 8) of the
+    /// size, rounded up, and returns that size.
+    pub(super) fn decode(
+        &mut self,
+        reduction: u32,
+        pixels: &mut Vec<u8>,
+    ) -> Result<(u32, u32), DecodeError> {
+        if !self.ends {
+            return Err(DecodeError::Damaged("ends early".to_owned()));
+        }
+        let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
+        self.decoder.set_scale(scale);
+        let bytes = self
+            .decoder
+            .output_buffer_size()
+            .map_err(|error| damaged(&error))?;
+        let mut inks = Vec::new();
+        let target = match self.format {
+            PixelFormat::Cmyk => &mut inks,
+            _ => &mut *pixels,
+        };
+        let info = self
+            .decoder
+            .decode_image_into(room(target, bytes))
+            .map_err(|error| damaged(&error))?;
+        if self.format == PixelFormat::Cmyk {
+            let rgb = room(pixels, info.width * info.height * 3);
+            for (to, from) in rgb.chunks_exact_mut(3).zip(inks.chunks_exact(4)) {
+                let paper = [from[0], from[1], from[2]].map(|ink| shade(ink, from[3]));
+                to.copy_from_slice(&paper);
+            }
+        }
+        let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
+        Ok((side(info.width), side(info.height)))
+    }
+}
+
+/// What Pillow makes of an ink over black, both stored inverted as Adobe's programs do: their
+/// product, with Pillow's rounding.
+fn shade(ink: u8, black: u8) -> u8 {
+    let product = (255 - u32::from(ink)) * u32::from(black) + 128;
+    let absorbed = ((product >> 8) + product) >> 8;
+    black.saturating_sub(u8::try_from(absorbed).unwrap_or(u8::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inks_are_stored_inverted() {
+        assert_eq!(shade(255, 255), 255, "no ink, no black");
+        assert_eq!(shade(0, 255), 0, "all ink");
+        assert_eq!(shade(255, 0), 0, "all black");
+        assert_eq!(shade(100, 255), 100);
+        assert_eq!(shade(128, 128), 64);
+    }
+
+    #[test]
+    fn kinds_that_are_not_read_say_so() {
+        // Start of image, a frame header of 12 bits or of two channels, start of scan.
+        let frame = |kind: u8, bits: u8, channels: u8| {
+            let mut bytes = vec![0xFF, 0xD8, 0xFF, kind, 0, 8 + 3 * channels];
+            bytes.extend([bits, 0, 16, 0, 16, channels]);
+            (1..=channels).for_each(|id| bytes.extend([id, 0x11, 0]));
+            bytes.extend([0xFF, 0xDA, 0, 6 + 2 * channels, channels]);
+            (1..=channels).for_each(|id| bytes.extend([id, 0]));
+            bytes.extend([0, 63, 0, 0, 0xFF, 0xD9]);
+            bytes
+        };
+        for (bytes, complaint) in [
+            (frame(0xC1, 12, 1), "12 bits a channel"),
+            (frame(0xC0, 8, 2), "2 channels"),
+        ] {
+            let error = Jpeg::open(&bytes).err().map(|error| error.to_string());
+            assert!(
+                error.as_ref().is_some_and(|text| text.contains(complaint)),
+                "{error:?}"
+            );
+        }
+    }
+}
