@@ -57,4 +57,6 @@ pub use flow::FlowMetrics;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{ObjectInfo, S3Options, SourceError, Sources};
-pub use stream::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError};
+pub use stream::{
+    Ceiling, PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError, ceiling,
+};

@@ -13,5 +13,5 @@ pub use sample::Sample;
 pub use url::{ShardUrl, UrlError, expand};
 
 pub(crate) use filter::FilterState;
-pub(crate) use tar::{Grouped, TarError, TarOptions, read_samples};
+pub(crate) use tar::{Found, Grouped, PassedOver, TarError, TarOptions, Why, read_samples};
 pub(crate) use url::Location;

@@ -24,6 +24,42 @@ pub(crate) enum TarError {
     Broken(String),
 }
 
+/// What is met on the way through a shard.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Sample(Sample),
+    PassedOver(PassedOver),
+}
+
+/// A member that belongs to no sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PassedOver {
+    pub(crate) path: String,
+    pub(crate) why: Why,
+}
+
+/// Why a member belongs to no sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Why {
+    Folder,
+    Link,
+    /// A device, a pipe or a sparse file.
+    Special,
+    /// A file without an extension, a hidden one, or webdataset's own.
+    Name,
+}
+
+impl Why {
+    fn of(kind: tar::EntryType) -> Option<Self> {
+        match kind {
+            tar::EntryType::Regular | tar::EntryType::Continuous => None,
+            tar::EntryType::Directory => Some(Self::Folder),
+            tar::EntryType::Symlink | tar::EntryType::Link => Some(Self::Link),
+            _ => Some(Self::Special),
+        }
+    }
+}
+
 /// What the receiver of samples wants next.
 pub(crate) enum Grouped {
     Continue,
@@ -40,7 +76,8 @@ fn printable(error: &std::io::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads `reader` as a tar and gives each sample to `deliver`, in order.
+/// Reads `reader` as a tar and gives each sample to `deliver`, in order, and each member that belongs
+/// to none when it is met.
 ///
 /// Members with one key that follow each other are one sample; a repeated extension begins a new
 /// one, as in the reference's loader. Folders and links are passed over. After a fault the sample
@@ -48,7 +85,7 @@ fn printable(error: &std::io::Error) -> String {
 pub(crate) fn read_samples(
     reader: impl Read,
     options: TarOptions,
-    mut deliver: impl FnMut(Sample) -> Grouped,
+    mut deliver: impl FnMut(Found) -> Grouped,
 ) -> Result<(), TarError> {
     let mut archive = tar::Archive::new(reader);
     let entries = archive
@@ -68,14 +105,19 @@ pub(crate) fn read_samples(
         };
         last_path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         // tar's GNU sparse members and links hold no plain content.
-        if !matches!(
-            entry.header().entry_type(),
-            tar::EntryType::Regular | tar::EntryType::Continuous
-        ) {
-            continue;
-        }
-        let Some((key, extension)) = split_name(&last_path) else {
-            continue;
+        let split = match Why::of(entry.header().entry_type()) {
+            None => split_name(&last_path).ok_or(Why::Name),
+            Some(why) => Err(why),
+        };
+        let (key, extension) = match split {
+            Ok(split) => split,
+            Err(why) => {
+                let path = last_path.clone();
+                match deliver(Found::PassedOver(PassedOver { path, why })) {
+                    Grouped::Continue => continue,
+                    Grouped::Stop => return Ok(()),
+                }
+            }
         };
         let begins_another = current.as_ref().is_none_or(|sample| {
             *sample.key != *key
@@ -84,7 +126,7 @@ pub(crate) fn read_samples(
         });
         if begins_another
             && let Some(done) = current.replace(Sample::new(key))
-            && let Grouped::Stop = deliver(done)
+            && let Grouped::Stop = deliver(Found::Sample(done))
         {
             return Ok(());
         }
@@ -113,7 +155,7 @@ pub(crate) fn read_samples(
         }
     }
     if let Some(sample) = current.filter(|sample| !sample.is_empty()) {
-        deliver(sample);
+        deliver(Found::Sample(sample));
     }
     Ok(())
 }
@@ -139,8 +181,10 @@ mod tests {
         let options = TarOptions {
             max_member_bytes: 1000,
         };
-        let result = read_samples(tar, options, |sample| {
-            samples.push(sample);
+        let result = read_samples(tar, options, |found| {
+            if let Found::Sample(sample) = found {
+                samples.push(sample);
+            }
             Grouped::Continue
         });
         (samples, result)
@@ -185,17 +229,18 @@ mod tests {
     }
 
     #[test]
-    fn folders_and_links_are_passed_over() {
+    fn folders_links_and_files_without_an_extension_are_passed_over_and_named() {
         let mut builder = tar::Builder::new(Vec::new());
         for (kind, path) in [
             (tar::EntryType::Directory, "a.jpg/"),
             (tar::EntryType::Symlink, "b.jpg"),
             (tar::EntryType::Link, "c.jpg"),
+            (tar::EntryType::Regular, "README"),
         ] {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(kind);
             header.set_size(0);
-            if kind == tar::EntryType::Directory {
+            if !matches!(kind, tar::EntryType::Symlink | tar::EntryType::Link) {
                 header.set_cksum();
                 builder.append_data(&mut header, path, &b""[..]).unwrap();
             } else {
@@ -204,9 +249,28 @@ mod tests {
                     .unwrap();
             }
         }
-        let (samples, result) = read(&builder.into_inner().unwrap());
-        result.unwrap();
-        assert!(samples.is_empty());
+        let mut passed_over = Vec::new();
+        let tar = builder.into_inner().unwrap();
+        let options = TarOptions {
+            max_member_bytes: 1000,
+        };
+        read_samples(tar.as_slice(), options, |found| {
+            match found {
+                Found::Sample(sample) => panic!("{sample:?}"),
+                Found::PassedOver(PassedOver { path, why }) => passed_over.push((path, why)),
+            }
+            Grouped::Continue
+        })
+        .unwrap();
+        assert_eq!(
+            passed_over,
+            [
+                ("a.jpg/".to_owned(), Why::Folder),
+                ("b.jpg".to_owned(), Why::Link),
+                ("c.jpg".to_owned(), Why::Link),
+                ("README".to_owned(), Why::Name),
+            ]
+        );
     }
 
     #[test]

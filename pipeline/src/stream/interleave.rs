@@ -194,6 +194,8 @@ impl Interleaver {
                     self.finish(finished, broken)?;
                 }
                 ShardEvent::Failed(error) => return Err(Stop::Failed(error)),
+                // Nobody asked for notes.
+                ShardEvent::PassedOver(_) | ShardEvent::Trailing(_) => {}
             }
         }
         // What max_samples leaves of the epoch is not read.
@@ -273,10 +275,9 @@ impl Interleaver {
     fn sample(&mut self, slot: &mut Slot, sample: Sample) -> Result<bool, Stop> {
         let index = slot.taken;
         slot.taken += 1;
-        let start = Instant::now();
-        let chosen = self.choose(slot.visit, index, sample);
-        self.filtering.add_busy(start.elapsed());
-        self.filtering.add_items(1);
+        let filtering = self.filtering.clone();
+        let chosen = filtering.work(|| self.choose(slot.visit, index, sample));
+        filtering.add_items(1);
         match chosen {
             Ok(chosen) => {
                 self.read += 1;

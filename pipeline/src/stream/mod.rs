@@ -16,6 +16,7 @@
 //! shard, so that counts and summaries are as independent of timing as the samples are.
 
 mod batch;
+mod ceiling;
 mod config;
 mod error;
 mod interleave;
@@ -24,12 +25,13 @@ mod reader;
 mod step;
 
 pub use batch::{PixelBatch, ShardSummary};
+pub use ceiling::{Ceiling, ceiling};
 pub use config::StreamConfig;
 pub use error::StreamError;
 pub use prepare::SampleMeta;
 
 pub(crate) use reader::{OpenShard, ReaderContext, ShardEvent};
-pub(crate) use step::{Reason, parse_json};
+pub(crate) use step::parse_json;
 
 use std::thread::JoinHandle;
 
@@ -84,6 +86,7 @@ impl Stream {
             metrics: metrics.clone(),
             runtime: runtime.clone(),
             max_member_bytes: config.image.max_bytes,
+            notes: false,
         };
         let shards = config.shards.clone();
         let batcher = Batcher::new(&config, identity, sender, metrics.stage(Stage::Batch));

@@ -13,10 +13,12 @@ use tokio::runtime::Handle;
 
 use super::error::StreamError;
 use crate::flow::{
-    Cancel, Closed, FlowMetrics, Stage, StageHandle, WeightedReceiver, WeightedSender,
+    Cancel, Closed, FlowMetrics, Moment, Stage, StageHandle, WeightedReceiver, WeightedSender,
     panic_message, weighted_channel,
 };
-use crate::shard::{Grouped, Sample, ShardUrl, TarError, TarOptions, read_samples};
+use crate::shard::{
+    Found, Grouped, PassedOver, Sample, ShardUrl, TarError, TarOptions, read_samples,
+};
 use crate::source::{SourceError, Sources};
 
 /// Bytes fetched ahead of the tar reader, for each open shard.
@@ -35,12 +37,19 @@ pub(crate) struct ReaderContext {
     pub(crate) metrics: FlowMetrics,
     pub(crate) runtime: Handle,
     pub(crate) max_member_bytes: u64,
+    /// Whether someone wants to know what else there is, besides samples: [`ShardEvent::PassedOver`]
+    /// and [`ShardEvent::Trailing`].
+    pub(crate) notes: bool,
 }
 
 /// What comes out of an open shard.
 #[derive(Debug)]
 pub(crate) enum ShardEvent {
     Sample(Sample),
+    /// A member that belongs to no sample.
+    PassedOver(PassedOver),
+    /// So many bytes, not all of them zero, come after the end of the archive.
+    Trailing(u64),
     /// The shard's end, and what was wrong with it there.
     End {
         broken: Option<String>,
@@ -87,6 +96,7 @@ impl OpenShard {
             options: TarOptions {
                 max_member_bytes: context.max_member_bytes,
             },
+            notes: context.notes,
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
@@ -251,6 +261,7 @@ struct Untar {
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,
+    notes: bool,
 }
 
 impl Untar {
@@ -270,7 +281,7 @@ impl Untar {
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
         let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
-        let reader = ChunkReader {
+        let mut reader = ChunkReader {
             receiver: &self.chunks,
             cancel: &self.cancel,
             current: Bytes::new(),
@@ -278,23 +289,27 @@ impl Untar {
             failure: &failure,
             starved: &starved,
         };
-        let mut since = Instant::now();
-        let account = |since: Instant| {
+        let mut since = Moment::now();
+        let account = |since: Moment| {
             let waited = starved.take();
             stage.add_starved(waited);
-            stage.add_busy(since.elapsed().saturating_sub(waited));
+            stage.add_work(since, waited);
         };
         let mut closed = false;
-        let result = read_samples(reader, self.options, |sample| {
+        let result = read_samples(&mut reader, self.options, |found| {
+            let (event, bytes) = match found {
+                Found::PassedOver(_) if !self.notes => return Grouped::Continue,
+                Found::PassedOver(member) => (ShardEvent::PassedOver(member), 0),
+                Found::Sample(sample) => {
+                    let bytes = sample.bytes();
+                    stage.add_items(1);
+                    stage.add_bytes(bytes as u64);
+                    (ShardEvent::Sample(sample), bytes)
+                }
+            };
             account(since);
-            let bytes = sample.bytes();
-            stage.add_items(1);
-            stage.add_bytes(bytes as u64);
-            closed = self
-                .events
-                .send_blocking(ShardEvent::Sample(sample), bytes, stage)
-                .is_err();
-            since = Instant::now();
+            closed = self.events.send_blocking(event, bytes, stage).is_err();
+            since = Moment::now();
             if closed {
                 Grouped::Stop
             } else {
@@ -305,8 +320,16 @@ impl Untar {
         if closed || self.cancel.is_cancelled() {
             return None;
         }
+        let trailing = match self.notes && result.is_ok() {
+            true => trailing(&mut reader),
+            false => 0,
+        };
         if let Some(error) = failure.take() {
             return Some(ShardEvent::Failed(StreamError::Source(error)));
+        }
+        if trailing > 0 {
+            let event = ShardEvent::Trailing(trailing);
+            self.events.send_blocking(event, 0, stage).ok()?;
         }
         Some(match result {
             Ok(()) => ShardEvent::End { broken: None },
@@ -319,4 +342,18 @@ impl Untar {
             }),
         })
     }
+}
+
+/// Reads the rest: how many bytes there are up to the last that is not zero. Writers pad with zeros.
+fn trailing(reader: &mut impl Read) -> u64 {
+    let mut piece = vec![0; 64 << 10];
+    let (mut read, mut last) = (0, 0);
+    // What ends it early is the source's failure, or nobody's interest.
+    while let Ok(count @ 1..) = reader.read(&mut piece) {
+        if let Some(at) = piece[..count].iter().rposition(|&byte| byte != 0) {
+            last = read + at as u64 + 1;
+        }
+        read += count as u64;
+    }
+    last
 }
