@@ -58,21 +58,21 @@ impl Watched {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let mut watched = Self {
+            said: BufReader::new(child.stderr.take().unwrap()),
+            child,
+            address: String::new(),
+        };
         let mut all = String::new();
-        loop {
+        while watched.address.is_empty() {
             let begin = all.len();
-            assert_ne!(said.read_line(&mut all).unwrap(), 0, "{all}");
+            assert_ne!(watched.said.read_line(&mut all).unwrap(), 0, "{all}");
             let line = all[begin..].trim_end();
             if let Some(url) = line.strip_prefix("metrics at http://") {
-                let address = url.strip_suffix("/metrics").unwrap().to_owned();
-                return Self {
-                    child,
-                    said,
-                    address,
-                };
+                watched.address = url.strip_suffix("/metrics").unwrap().to_owned();
             }
         }
+        watched
     }
 
     /// What is answered, unless the command has ended.
@@ -320,6 +320,6 @@ fn an_address_that_can_not_be_listened_on_is_a_wrong_configuration() {
         refuse(2, &args, words);
     };
     bench(&address, &["metrics.listen", &address, "in use", "port 0"]);
-    bench("9464", &["metrics.listen", "127.0.0.1:9464"]);
+    bench(":9464", &["metrics.listen", "127.0.0.1:9464"]);
     bench("localhost:1", &["metrics.listen", "127.0.0.1:9464"]);
 }

@@ -58,5 +58,6 @@ pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{ObjectInfo, S3Options, SourceError, Sources};
 pub use stream::{
-    Ceiling, PixelBatch, SampleMeta, ShardSummary, Stream, StreamConfig, StreamError, ceiling,
+    Ceiling, PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamConfig,
+    StreamError, ceiling,
 };

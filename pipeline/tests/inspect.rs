@@ -144,9 +144,9 @@ fn a_report_names_what_is_no_sample() {
     assert_eq!(
         kinds,
         [
+            (ProblemKind::UnreadableName, "data/\u{fffd}"),
             (ProblemKind::Link, "data/b.png"),
             (ProblemKind::Special, "data/pipe.png"),
-            (ProblemKind::UnreadableName, "data/\u{fffd}"),
             (ProblemKind::TrailingData, "")
         ]
     );

@@ -87,6 +87,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(s3_options(&config.s3))?;
     let (monitor, _server) = watch(&config, &data, Stage::Train)?;
+    data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
     let batch_size = config.train.batch_size;

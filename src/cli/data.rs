@@ -127,6 +127,7 @@ pub(super) fn stream_config(
         max_samples: data.max_samples,
         resample: data.resample_shards,
         shuffle_buffer: data.shuffle_buffer,
+        shuffle_buffer_mb: data.shuffle_buffer_mb,
         open_shards: data.open_shards,
         decode_threads: data.decode_threads,
         prefetch_batches: data.prefetch_batches,

@@ -36,6 +36,9 @@ pub struct Data {
     /// Samples in the shuffle buffer. Fixed at 1000 in the reference.
     #[serde(default = "shuffle_buffer")]
     pub shuffle_buffer: usize,
+    /// Most megabytes of compressed samples in it. No flag.
+    #[serde(default = "shuffle_buffer_mb")]
+    pub shuffle_buffer_mb: u64,
     /// Shards read at once. No flag.
     #[serde(default = "open_shards")]
     pub open_shards: usize,
@@ -71,6 +74,10 @@ fn yes() -> bool {
 
 fn shuffle_buffer() -> usize {
     1000
+}
+
+fn shuffle_buffer_mb() -> u64 {
+    256
 }
 
 fn open_shards() -> usize {

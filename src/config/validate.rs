@@ -187,6 +187,7 @@ impl Check<'_> {
             self.positive("data.max_samples", samples)?;
         }
         self.positive("data.shuffle_buffer", data.shuffle_buffer as u64)?;
+        self.positive("data.shuffle_buffer_mb", data.shuffle_buffer_mb)?;
         self.positive("data.open_shards", data.open_shards as u64)?;
         self.positive("data.decode_threads", data.decode_threads as u64)?;
         self.positive("data.prefetch_batches", data.prefetch_batches as u64)?;

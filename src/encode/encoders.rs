@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::image::normalize;
 
 use crate::models::{AutoencoderKl, ClipTextModel, ClipTokenizer, ModelError};
 
@@ -107,23 +108,24 @@ impl Encoders {
             .map_err(|source| self.tensor_error(source))
     }
 
-    /// Moments of the latents of images: `pixels` holds `[batch, 3, side, side]` in [-1, 1] → `[batch, 2C, side/f, side/f]`.
+    /// Moments of the latents of images: `pixels` holds `[batch, 3, side, side]`, 8 bit → `[batch, 2C, side/f, side/f]`.
     ///
     /// # Errors
     /// When a tensor operation fails.
     pub fn encode_pixels(
         &self,
-        pixels: Vec<f32>,
+        pixels: &[u8],
         batch: usize,
         side: usize,
     ) -> Result<Tensor, EncodeError> {
+        let image = 3 * side * side;
         let run = || {
-            let pixels = Tensor::from_vec(pixels, (batch, 3, side, side), &self.device)?;
-            let moments = (0..batch)
-                .step_by(self.vae_batch)
-                .map(|from| {
+            let moments = pixels[..batch * image]
+                .chunks(self.vae_batch * image)
+                .map(|levels| {
+                    let shape = (levels.len() / image, 3, side, side);
                     self.vae
-                        .encode(&pixels.narrow(0, from, self.vae_batch.min(batch - from))?)
+                        .encode(&Tensor::from_vec(normalize(levels), shape, &self.device)?)
                 })
                 .collect::<candle_core::Result<Vec<_>>>()?;
             Tensor::cat(&moments, 0)

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use candle_core::{Device, Tensor};
 use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, Stage, StageHandle, channel};
 use coffey_pipeline::order::Cursor;
-use coffey_pipeline::{PixelBatch, SampleMeta, ShardSummary, Stream, StreamError};
+use coffey_pipeline::{PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
 
 use super::{EncodeError, Encoders};
 
@@ -23,6 +23,8 @@ pub struct EncodedBatch {
     pub prompt_embeds: Tensor,
     /// The place in the stream right after this batch.
     pub cursor: Cursor,
+    /// Samples left out since the batch before, in the order of the stream.
+    pub skipped: Vec<SkippedSample>,
     /// Shards of which nothing more will come.
     pub finished_shards: Vec<ShardSummary>,
 }
@@ -168,14 +170,18 @@ fn encode(encoders: &Encoders, batch: PixelBatch) -> Encoded {
             .map_err(|e| EncodeError::Model(e.into()))
     };
     let prompt_embeds = cpu(encoders.encode_text(&captions)?)?;
-    let moments =
-        encoders.encode_pixels(batch.pixels, batch.samples.len(), batch.resolution as usize)?;
+    let moments = encoders.encode_pixels(
+        &batch.pixels,
+        batch.samples.len(),
+        batch.resolution as usize,
+    )?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,
         moments: cpu(moments)?,
         prompt_embeds,
         cursor: batch.cursor,
+        skipped: batch.skipped,
         finished_shards: batch.finished_shards,
     })
 }

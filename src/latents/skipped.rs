@@ -32,21 +32,23 @@ pub(super) struct SkippedFile {
 }
 
 impl SkippedFile {
-    /// Makes the file at `path` one of `finished` shards (by URL, without secrets) alone: a run that was killed may have left
-    /// lines of one that will be made again.
-    pub(super) fn open(path: PathBuf, finished: &BTreeSet<String>) -> Result<Self, LatentError> {
-        remove_leftover(&path)?;
-        let found = match File::open(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            opened => Some(opened.map_err(LatentError::io(&path))?),
-        };
-        if let Some(file) = found {
-            keep(&path, BufReader::new(file), finished)?;
-        }
-        Ok(Self {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self {
             path,
             waiting: BTreeMap::new(),
-        })
+        }
+    }
+
+    /// Keeps the lines of `finished` shards (by URL, without secrets) alone: a run that was killed may have left some of a
+    /// shard that will be made again.
+    pub(super) fn keep(&self, finished: &BTreeSet<String>) -> Result<(), LatentError> {
+        let path = &self.path;
+        remove_leftover(path)?;
+        match File::open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(LatentError::io(path)(error)),
+            Ok(file) => keep(path, BufReader::new(file), finished),
+        }
     }
 
     /// Takes note of samples that were left out.

@@ -13,6 +13,7 @@ mod progress;
 mod report;
 mod run;
 mod setup;
+mod skipped;
 mod step;
 mod student;
 mod validation;

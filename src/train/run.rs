@@ -18,6 +18,7 @@ use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
 use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
+use super::skipped::SkippedLog;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
 use super::{Distillation, StepInputs, Student, TrainError, io};
@@ -86,6 +87,7 @@ struct Run<'a> {
     checkpoints: Checkpoints,
     configuration: String,
     log: MetricsLog,
+    skipped: SkippedLog,
     monitor: Monitor,
     /// What limits the run.
     recent: Recent,
@@ -155,6 +157,7 @@ impl<'a> Run<'a> {
             (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
         }
         let log = MetricsLog::open(output, step)?;
+        let skipped = SkippedLog::open(output, step)?;
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
@@ -228,6 +231,7 @@ impl<'a> Run<'a> {
             checkpoints,
             configuration,
             log,
+            skipped,
             monitor: data.monitor.clone(),
             recent: Recent::default(),
             endpoint,
@@ -310,12 +314,13 @@ impl<'a> Run<'a> {
         let failed = |source| TrainError::Step { step, source };
         let (mut gradients, mut loss, mut count) = (Gradients::new(), 0.0, 0);
         let mut held = None; // the last micro-batch, until the gradient norm is known
-        let mut reached = None;
+        let (mut reached, mut skipped) = (None, Vec::new());
         for micro in 0..train.gradient_accumulation {
             watchdog.watch();
             let next = pool.next(stage);
             watchdog.rest();
-            let batch = next.ok_or(TrainError::StreamEnded { step })??;
+            let mut batch = next.ok_or(TrainError::StreamEnded { step })??;
+            skipped.append(&mut batch.skipped);
             count += batch.samples.len() as u64;
             let epoch = batch.samples.last().map_or(0, |s| s.epoch);
             reached = Some((batch.cursor.clone(), epoch));
@@ -397,6 +402,7 @@ impl<'a> Run<'a> {
             record.endpoint_error =
                 Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
         }
+        self.skipped.write(step, pool.stream().shards(), &skipped)?;
         self.log.write(record.clone())?;
         self.monitor.step(StepFigures {
             step,
@@ -526,6 +532,9 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         let begun = Instant::now();
+        // The lines of a checkpoint's steps are never lost with it there.
+        self.log.sync()?;
+        self.skipped.sync()?;
         let numbers = (self.step, self.samples);
         let place = self.checkpoints.save(
             numbers,
@@ -546,6 +555,11 @@ impl<'a> Run<'a> {
         let limit = self.recent.overall(self.monitor.flow());
         let mut parts = vec![format!("{} steps in {seconds:.1} s", self.step - first)];
         parts.extend(limit.map(|stage| format!("limit: {stage}")));
+        let counts = self.skipped.counts().iter();
+        let counts: Vec<String> = counts.map(|(reason, n)| format!("{reason} {n}")).collect();
+        if !counts.is_empty() {
+            parts.push(format!("left out since step 1: {}", counts.join(", ")));
+        }
         progress.say(parts.join(" · "));
     }
 

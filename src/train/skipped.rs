@@ -120,11 +120,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let shards = ["https://h/0.tar?signature=secret".parse().unwrap()];
         let mut log = SkippedLog::open(folder.path(), 0).unwrap();
-        log.write(1, &shards, &[skipped("a", "no_image"), skipped("b", "bad_json")])
-            .unwrap();
+        log.write(
+            1,
+            &shards,
+            &[skipped("a", "no_image"), skipped("b", "bad_json")],
+        )
+        .unwrap();
         log.write(2, &shards, &[]).unwrap();
         log.write(3, &shards, &[skipped("c", "no_image")]).unwrap();
-        log.write(4, &shards, &[skipped("\"d\n", "no_image")]).unwrap();
+        log.write(4, &shards, &[skipped("\"d\n", "no_image")])
+            .unwrap();
         log.sync().unwrap();
         let path = folder.path().join("skipped.jsonl");
         let whole = std::fs::read_to_string(&path).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,7 @@ struct Watched {
 struct Inner {
     /// When the first stage came.
     begun: OnceLock<Instant>,
+    counts_cpu: AtomicBool,
     stages: [Counters; Stage::ALL.len()],
     channels: Mutex<Vec<Watched>>,
     skipped: Mutex<BTreeMap<String, u64>>,
@@ -127,6 +128,12 @@ impl FlowMetrics {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Counts the processor time of the stages' threads as well, from now on. Off unless asked for:
+    /// where the system takes a microsecond to say it, small samples would feel it.
+    pub fn count_cpu(&self) {
+        self.0.counts_cpu.store(true, Ordering::Relaxed);
     }
 
     /// The handle under which `stage` reports. Any number of threads may hold one.
@@ -222,22 +229,11 @@ impl FlowMetrics {
     }
 }
 
-/// A moment on the clocks of the thread that takes it.
+/// When a thread began to work, on its clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
     wall: Instant,
-    cpu: Duration,
-}
-
-impl Moment {
-    /// Now.
-    #[must_use]
-    pub fn now() -> Self {
-        Self {
-            wall: Instant::now(),
-            cpu: thread_cpu_time(),
-        }
-    }
+    cpu: Option<Duration>,
 }
 
 /// Processor time this thread has used.
@@ -270,22 +266,33 @@ impl StageHandle {
         &self.metrics
     }
 
-    /// Runs `work` and counts its time as working, and the processor time of this thread in it.
+    /// Runs `work` and counts its time as working.
     pub fn work<T>(&self, work: impl FnOnce() -> T) -> T {
-        let begun = Moment::now();
+        let begun = self.begin();
         let result = work();
         self.add_work(begun, Duration::ZERO);
         result
     }
 
-    /// Counts the time since `begun`, taken on this thread, as working, but for what of it was
-    /// waited; and this thread's processor time since then.
+    /// This thread begins to work.
+    #[must_use]
+    pub fn begin(&self) -> Moment {
+        let counts_cpu = self.metrics.0.counts_cpu.load(Ordering::Relaxed);
+        Moment {
+            wall: Instant::now(),
+            cpu: counts_cpu.then(thread_cpu_time),
+        }
+    }
+
+    /// Counts the time since `begun`, on the same thread, as working, but for what of it was waited.
     pub fn add_work(&self, begun: Moment, waited: Duration) {
         self.add_busy(begun.wall.elapsed().saturating_sub(waited));
-        let cpu = thread_cpu_time().saturating_sub(begun.cpu);
-        self.counters()
-            .cpu_ns
-            .fetch_add(nanos(cpu), Ordering::Relaxed);
+        if let Some(before) = begun.cpu {
+            let cpu = thread_cpu_time().saturating_sub(before);
+            self.counters()
+                .cpu_ns
+                .fetch_add(nanos(cpu), Ordering::Relaxed);
+        }
     }
 
     /// Counts finished items.
@@ -344,6 +351,10 @@ mod tests {
     #[test]
     fn sleeping_is_work_without_processor_time() {
         let metrics = FlowMetrics::new();
+        metrics
+            .stage(Stage::Batch)
+            .work(|| std::hint::black_box([0; 100]));
+        metrics.count_cpu();
         let (asleep, awake) = (metrics.stage(Stage::Write), metrics.stage(Stage::Decode));
         asleep.work(|| std::thread::sleep(Duration::from_millis(60)));
         awake.work(|| {
@@ -352,6 +363,7 @@ mod tests {
         });
         let snapshot = metrics.snapshot();
         let (asleep, awake) = (snapshot.stage(Stage::Write), snapshot.stage(Stage::Decode));
+        assert_eq!(snapshot.stage(Stage::Batch).cpu_seconds, 0.0);
         assert!(asleep.busy_seconds >= 0.06, "{asleep:?}");
         assert!(asleep.cpu_seconds < 0.03, "{asleep:?}");
         assert!(

@@ -39,7 +39,8 @@ pub struct StageSnapshot {
     /// Time waiting for room in the output.
     pub blocked_seconds: f64,
     /// Processor time of the stage's own threads while they worked: less than `busy_seconds` where
-    /// threads share cores. Fetch has none, and what a stage gives to other threads isn't in it.
+    /// threads share cores. Fetch has none, and what a stage gives to other threads isn't in it. 0
+    /// unless it is counted ([`super::FlowMetrics::count_cpu`]).
     pub cpu_seconds: f64,
 }
 

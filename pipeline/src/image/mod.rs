@@ -46,12 +46,15 @@ impl Default for ImageOptions {
     }
 }
 
-/// One grey level to the range of the models: 0 to -1.0, 255 to 1.0.
+/// Grey levels to the range of the models: 0 to -1.0, 255 to 1.0.
 ///
 /// Computed as torchvision's `ToTensor` and `Normalize([0.5], [0.5])`, step by step in `f32`.
 #[must_use]
-pub fn normalize(level: u8) -> f32 {
-    (f32::from(level) / 255.0 - 0.5) / 0.5
+pub fn normalize(levels: &[u8]) -> Vec<f32> {
+    levels
+        .iter()
+        .map(|&level| (f32::from(level) / 255.0 - 0.5) / 0.5)
+        .collect()
 }
 
 #[cfg(test)]
@@ -60,8 +63,8 @@ mod tests {
 
     #[test]
     fn levels_span_minus_one_to_one() {
-        assert_eq!(normalize(0), -1.0);
-        assert_eq!(normalize(255), 1.0);
-        assert!((normalize(128) - 0.003_921_6).abs() < 1e-6);
+        let range = normalize(&[0, 255, 128]);
+        assert_eq!(range[..2], [-1.0, 1.0]);
+        assert!((range[2] - 0.003_921_6).abs() < 1e-6);
     }
 }

@@ -4,7 +4,7 @@ mod across;
 mod picture;
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use serde::Serialize;
 use tokio::runtime::Handle;
@@ -13,7 +13,7 @@ use crate::flow::{Cancel, FlowMetrics, Stage};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::shard::{PassedOver, Sample, ShardUrl, Why};
 use crate::source::Sources;
-use crate::stream::{OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
+use crate::stream::{Note, OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
 
 pub use across::Across;
 
@@ -48,7 +48,8 @@ pub struct ShardReport {
     pub passed_over: BTreeMap<&'static str, u64>,
     /// What is wrong with the tar itself, if it is cut off or damaged.
     pub broken: Option<String>,
-    /// Every problem found, in the shard's order.
+    /// Every problem found: those of samples in the shard's order, then those of other members, then
+    /// those of shards together.
     pub problems: Vec<Problem>,
     /// The samples' keys, in order.
     #[serde(skip)]
@@ -189,12 +190,13 @@ pub async fn shard(
     url: &ShardUrl,
     wanted: &Wanted,
 ) -> Result<ShardReport, StreamError> {
+    let (sender, notes) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: FlowMetrics::new(),
         runtime: Handle::current(),
         max_member_bytes: ImageOptions::default().max_bytes,
-        notes: true,
+        notes: Some(sender),
     };
     let inspector = Inspector {
         wanted: wanted.clone(),
@@ -211,7 +213,8 @@ pub async fn shard(
     let work = move || {
         let open =
             OpenShard::start(&context, &url).map_err(|error| StreamError::threads(&error))?;
-        inspector.read(&open, &cancel)
+        drop(context); // The notes end with the shard.
+        inspector.read(open, &notes, &cancel)
     };
     let report = tokio::task::spawn_blocking(work).await;
     drop(guard);
@@ -238,16 +241,15 @@ struct Inspector {
 }
 
 impl Inspector {
-    fn read(mut self, open: &OpenShard, cancel: &Cancel) -> Result<ShardReport, StreamError> {
+    fn read(
+        mut self,
+        open: OpenShard,
+        notes: &mpsc::Receiver<Note>,
+        cancel: &Cancel,
+    ) -> Result<ShardReport, StreamError> {
         while let Some(event) = open.next(cancel) {
             match event {
                 ShardEvent::Sample(sample) => self.sample(&sample),
-                ShardEvent::PassedOver(member) => self.passed_over(&member),
-                ShardEvent::Trailing(bytes) => self.problem(
-                    ProblemKind::TrailingData,
-                    "",
-                    format!("{bytes} bytes after the end of the archive are not read"),
-                ),
                 ShardEvent::End { broken } => {
                     self.report.broken = broken;
                     break;
@@ -256,6 +258,16 @@ impl Inspector {
             }
         }
         self.report.bytes = open.size();
+        drop(open);
+        for note in notes {
+            match note {
+                Note::PassedOver(member) => self.passed_over(&member),
+                Note::Trailing(bytes) => {
+                    let what = format!("{bytes} bytes after the end of the archive are not read");
+                    self.problem(ProblemKind::TrailingData, "", what);
+                }
+            }
+        }
         Ok(self.report)
     }
 

@@ -1,18 +1,18 @@
 //! The last thread: collects batches, keeps count of every shard, and ends a stream that is too
 //! broken to go on.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use crate::flow::{Closed, OrderedReceiver, Sender, Stage, StageHandle, panic_message};
-use crate::image::normalize;
-use crate::order::{Cursor, Order, OrderIdentity};
+use crate::order::{Cursor, Order, OrderIdentity, Place, SampleRef, Tally, Visit};
 use crate::shard::FilterReport;
 
 use super::config::StreamConfig;
 use super::error::StreamError;
 use super::prepare::SampleMeta;
-use super::step::{Reason, Step, Visit};
+use super::step::{Draw, Reason, Step};
 
 /// The part of broken samples is judged from this many on, and at the end of every epoch.
 const JUDGED_AFTER: u64 = 100;
@@ -24,15 +24,29 @@ pub struct PixelBatch {
     pub index: u64,
     /// What is known of each sample.
     pub samples: Vec<SampleMeta>,
-    /// The images, `[B, 3, R, R]` in this order, -1.0 to 1.0.
-    pub pixels: Vec<f32>,
+    /// The images, `[B, 3, R, R]` in this order, 8 bit: a quarter of what the models read, so that
+    /// waiting batches take little memory. See [`normalize`](crate::image::normalize).
+    pub pixels: Vec<u8>,
     /// `R`: side of the images.
     pub resolution: u32,
     /// The place right after this batch.
     pub cursor: Cursor,
+    /// Samples left out since the batch before, in the order of the stream.
+    pub skipped: Vec<SkippedSample>,
     /// Shards of which nothing more will come. In a [`Order::Sequential`] stream this is exact: a
     /// shard stands with the batch that holds its last sample.
     pub finished_shards: Vec<ShardSummary>,
+}
+
+/// A sample that was left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkippedSample {
+    /// Index of its shard ([`crate::Stream::shards`]).
+    pub shard: usize,
+    /// Its key in the shard.
+    pub key: Arc<str>,
+    /// Why, as the metrics have it: `decode_error`, `filter:min_size` …
+    pub reason: String,
 }
 
 /// What became of a shard's samples.
@@ -48,25 +62,20 @@ pub struct ShardSummary {
     pub broken: Option<String>,
 }
 
-/// A shard of which samples may still come.
-#[derive(Default)]
-struct Tally {
-    /// Samples left out before the shuffle, by reason.
-    left_out: BTreeMap<String, u64>,
-    /// Of the samples chosen from it, those that have come through, and those of them that were
-    /// found broken then.
-    through: u64,
-    undecodable: BTreeMap<String, u64>,
-    done: Option<(u64, Option<String>)>,
-}
-
-impl Tally {
-    fn skipped(&self) -> BTreeMap<String, u64> {
-        let mut skipped = self.left_out.clone();
-        for (reason, count) in &self.undecodable {
-            *skipped.entry(reason.clone()).or_default() += count;
+impl ShardSummary {
+    /// Of a shard that is through.
+    fn new(tally: Tally) -> Self {
+        let mut skipped = tally.left_out;
+        let undecodable: u64 = tally.undecodable.values().sum();
+        for (reason, count) in tally.undecodable {
+            *skipped.entry(reason).or_default() += count;
         }
-        skipped
+        Self {
+            shard: tally.shard,
+            samples: tally.through.saturating_sub(undecodable),
+            skipped,
+            broken: tally.done.and_then(|(_, broken)| broken),
+        }
     }
 }
 
@@ -89,23 +98,23 @@ pub(super) struct Batcher {
     resolution: u32,
     max_bad_fraction: f64,
     sequential: bool,
-    resume_at: u64,
-    /// Whether what comes through lies before the place the stream goes on from.
-    replaying: bool,
+    resumed: bool,
     /// Whether any sample has come, and any batch gone.
     begun: bool,
     delivered: bool,
     next_batch: u64,
     samples: Vec<SampleMeta>,
-    pixels: Vec<f32>,
+    pixels: Vec<u8>,
     /// Sequential order: the last batch, held until it is known which shards end with it.
     held: Option<PixelBatch>,
-    tallies: HashMap<u64, Tally>,
+    tallies: BTreeMap<u64, Tally>,
+    skipped: Vec<SkippedSample>,
     finished: Vec<ShardSummary>,
     /// Broken samples by reason, in all.
     broken: BTreeMap<String, u64>,
-    /// Those of them found when decoding: they belong to the cursor.
-    undecodable: BTreeMap<String, u64>,
+    /// What was in the shuffle buffer after the last sample that came, in its order.
+    buffer: Vec<SampleRef>,
+    place: Place,
 }
 
 impl Batcher {
@@ -115,17 +124,19 @@ impl Batcher {
         out: Sender<Result<PixelBatch, StreamError>>,
         stage: StageHandle,
     ) -> Self {
-        let (mut undecodable, mut tallies) = (BTreeMap::new(), HashMap::new());
-        if let Some(cursor) = &config.resume {
-            undecodable.clone_from(&cursor.skipped);
-            for (&visit, undecodable) in &cursor.open_visits {
-                let tally = Tally {
-                    undecodable: undecodable.clone(),
-                    ..Tally::default()
-                };
-                tallies.insert(visit, tally);
-            }
-        }
+        let resume = config.resume.as_ref();
+        let from = |cursor: &Cursor| {
+            let Cursor {
+                next_batch,
+                broken,
+                place,
+                buffer,
+                visits,
+                ..
+            } = cursor.clone();
+            (next_batch, broken, place, buffer, visits)
+        };
+        let (next_batch, broken, place, buffer, tallies) = resume.map(from).unwrap_or_default();
         Self {
             out,
             stage,
@@ -134,21 +145,19 @@ impl Batcher {
             resolution: config.image.resolution,
             max_bad_fraction: config.max_bad_fraction,
             sequential: config.order == Order::Sequential,
-            resume_at: config.resume.as_ref().map_or(0, |cursor| cursor.position),
-            next_batch: config.resume.as_ref().map_or(0, |cursor| cursor.next_batch),
-            replaying: config
-                .resume
-                .as_ref()
-                .is_some_and(|cursor| cursor.position > 0),
+            resumed: resume.is_some(),
             begun: false,
             delivered: false,
+            next_batch,
             samples: Vec::new(),
             pixels: Vec::new(),
             held: None,
             tallies,
+            skipped: Vec::new(),
             finished: Vec::new(),
-            broken: undecodable.clone(),
-            undecodable,
+            broken,
+            buffer,
+            place,
         }
     }
 
@@ -187,7 +196,7 @@ impl Batcher {
                 self.complete(position, epoch)?;
             }
             self.release_held()?;
-            if !self.delivered && self.resume_at == 0 {
+            if !self.delivered && !self.resumed {
                 return Err(Stop::Failed(StreamError::NothingUsable {
                     report: FilterReport {
                         seen: self.broken.values().sum(),
@@ -206,59 +215,57 @@ impl Batcher {
                 visit,
                 meta,
                 pixels,
+                draw,
             } => {
-                self.came_through(visit);
-                self.add(*meta, &pixels, visit)?;
+                self.came_through(visit, *draw);
+                self.add(*meta, &pixels, visit)
             }
             Step::Undecodable {
                 visit,
+                key,
                 reason,
-                read,
+                draw,
             } => {
-                let name = reason.name().into_owned();
-                self.stage.metrics().skip(&name);
-                *self.undecodable.entry(name.clone()).or_default() += 1;
-                *self.broken.entry(name.clone()).or_default() += 1;
-                *self
-                    .came_through(visit)
-                    .undecodable
-                    .entry(name)
-                    .or_default() += 1;
+                let read = draw.place.read;
+                let reason = reason.name().into_owned();
+                self.stage.metrics().skip(&reason);
+                *self.broken.entry(reason.clone()).or_default() += 1;
+                let tally = self.came_through(visit, *draw);
+                *tally.undecodable.entry(reason.clone()).or_default() += 1;
+                self.skip(visit, key, reason);
                 self.settle(visit);
-                self.judge(read, JUDGED_AFTER)?;
-            }
-            Step::Passed { visit, position } => {
-                self.came_through(visit);
-                self.settle(visit);
-                self.replaying = position + 1 < self.resume_at;
-                if !self.replaying && !self.sequential {
-                    // These were reported with the batches before.
-                    self.finished.clear();
-                }
+                self.judge(read, JUDGED_AFTER)
             }
             Step::LeftOut {
                 visit,
+                key,
                 reason,
                 read,
-            } => self.left_out(visit, &reason, read)?,
+            } => self.left_out(visit, key, &reason, read),
             Step::ShardDone {
                 visit,
                 chosen,
                 broken,
             } => {
-                self.tallies.entry(visit.id).or_default().done = Some((chosen, broken));
+                self.tally(visit).done = Some((chosen, broken));
                 self.settle(visit);
+                Ok(())
             }
-            Step::EpochDone { read } => self.judge(read, 1)?,
-            Step::Failed(error) => return Err(Stop::Failed(error)),
+            Step::EpochDone { read } => self.judge(read, 1),
+            Step::Failed(error) => Err(Stop::Failed(error)),
         }
-        Ok(())
     }
 
-    fn left_out(&mut self, visit: Visit, reason: &Reason, read: u64) -> Result<(), Stop> {
+    fn left_out(
+        &mut self,
+        visit: Visit,
+        key: Arc<str>,
+        reason: &Reason,
+        read: u64,
+    ) -> Result<(), Stop> {
         let name = reason.name().into_owned();
-        let tally = self.tallies.entry(visit.id).or_default();
-        *tally.left_out.entry(name.clone()).or_default() += 1;
+        *self.tally(visit).left_out.entry(name.clone()).or_default() += 1;
+        self.skip(visit, key, name.clone());
         if reason.is_broken() {
             *self.broken.entry(name).or_default() += 1;
             self.judge(read, JUDGED_AFTER)?;
@@ -266,8 +273,28 @@ impl Batcher {
         Ok(())
     }
 
-    fn came_through(&mut self, visit: Visit) -> &mut Tally {
-        let tally = self.tallies.entry(visit.id).or_default();
+    fn skip(&mut self, visit: Visit, key: Arc<str>, reason: String) {
+        self.skipped.push(SkippedSample {
+            shard: visit.shard,
+            key,
+            reason,
+        });
+    }
+
+    fn tally(&mut self, visit: Visit) -> &mut Tally {
+        self.tallies.entry(visit.id).or_insert_with(|| Tally {
+            shard: visit.shard,
+            epoch: visit.epoch,
+            ..Tally::default()
+        })
+    }
+
+    /// Notes that a sample came out of the shuffle buffer.
+    fn came_through(&mut self, visit: Visit, draw: Draw) -> &mut Tally {
+        self.buffer.extend(draw.pushed);
+        self.buffer.swap_remove(draw.slot);
+        self.place = draw.place;
+        let tally = self.tally(visit);
         tally.through += 1;
         tally
     }
@@ -277,27 +304,13 @@ impl Batcher {
         let complete = self.tallies.get(&visit.id).is_some_and(
             |tally| matches!(tally.done, Some((chosen, _)) if tally.through == chosen),
         );
-        if !complete {
-            return;
-        }
-        if let Some(tally) = self.tallies.remove(&visit.id) {
-            self.finished.push(ShardSummary {
-                shard: visit.shard,
-                samples: tally
-                    .through
-                    .saturating_sub(tally.undecodable.values().sum()),
-                skipped: tally.skipped(),
-                broken: tally.done.and_then(|(_, broken)| broken),
-            });
+        if complete && let Some(tally) = self.tallies.remove(&visit.id) {
+            self.finished.push(ShardSummary::new(tally));
         }
     }
 
     /// Ends the stream if too many of the samples read are broken.
     fn judge(&self, read: u64, from: u64) -> Result<(), Stop> {
-        // Of a replay the broken samples are known, but only part of those read.
-        if self.replaying {
-            return Ok(());
-        }
         let broken: u64 = self.broken.values().sum();
         #[expect(
             clippy::cast_precision_loss,
@@ -318,21 +331,20 @@ impl Batcher {
     fn add(&mut self, meta: SampleMeta, pixels: &[u8], visit: Visit) -> Result<(), Stop> {
         if self.held.is_some() {
             self.release_held()?;
-        } else if self.sequential && self.resume_at > 0 && !self.begun {
+        } else if self.sequential && self.resumed && !self.begun {
             // Reported with the batch before.
             self.finished.clear();
+            self.skipped.clear();
         }
         self.begun = true;
-        let side = self.resolution as usize;
         let stage = self.stage.clone();
         stage.work(|| {
             if self.pixels.capacity() == 0 {
-                self.pixels.reserve_exact(self.batch_size * 3 * side * side);
+                self.pixels.reserve_exact(self.batch_size * pixels.len());
             }
-            self.pixels
-                .extend(pixels.iter().map(|&level| normalize(level)));
+            self.pixels.extend_from_slice(pixels);
         });
-        stage.add_bytes(4 * pixels.len() as u64);
+        stage.add_bytes(pixels.len() as u64);
         let (position, epoch) = (meta.position + 1, meta.epoch);
         self.samples.push(meta);
         self.settle(visit);
@@ -347,18 +359,17 @@ impl Batcher {
         let index = self.next_batch;
         self.next_batch += 1;
         let mut cursor = Cursor::new(self.identity.clone(), position, epoch, self.next_batch);
-        cursor.skipped = self.undecodable.clone();
-        for (&visit, tally) in &self.tallies {
-            if !tally.undecodable.is_empty() {
-                cursor.open_visits.insert(visit, tally.undecodable.clone());
-            }
-        }
+        cursor.broken = self.broken.clone();
+        cursor.place = self.place.clone();
+        cursor.buffer = self.buffer.clone();
+        cursor.visits = self.tallies.clone();
         self.held = Some(PixelBatch {
             index,
             samples: std::mem::take(&mut self.samples),
             pixels: std::mem::take(&mut self.pixels),
             resolution: self.resolution,
             cursor,
+            skipped: Vec::new(),
             finished_shards: Vec::new(),
         });
         if self.sequential {
@@ -367,11 +378,12 @@ impl Batcher {
         self.release_held()
     }
 
-    /// Sends the batch that is held, with the shards that ended by now.
+    /// Sends the batch that is held, with what was left out and the shards that ended by now.
     fn release_held(&mut self) -> Result<(), Closed> {
         let Some(mut batch) = self.held.take() else {
             return Ok(());
         };
+        batch.skipped = std::mem::take(&mut self.skipped);
         batch.finished_shards = std::mem::take(&mut self.finished);
         self.stage.add_items(1);
         self.delivered = true;

@@ -1,7 +1,7 @@
 //! How fast this machine could be: the same samples, decoded, resized and cropped from memory by all
 //! cores, with no shards, channels or order around it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -53,7 +53,7 @@ pub fn ceiling(
             .map(|_| {
                 let mut preparer = preparer.clone();
                 let jobs = &jobs;
-                let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let next = || lock(jobs).next();
                 scope.spawn(move || {
                     while let Some(job) = next() {
                         std::hint::black_box(preparer.prepare(job));
@@ -85,15 +85,15 @@ fn collect(
     config.validate()?;
     let metrics = FlowMetrics::new();
     let cancel = Cancel::new();
-    let held = Arc::new(Mutex::new(Vec::new()));
+    let held = Arc::new(Mutex::new(Held::default()));
     let keep = || {
         let held = Arc::clone(&held);
         move |job: Job| {
-            let (visit, position) = (job.chosen.visit, job.position);
-            held.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(job);
-            Step::Passed { visit, position }
+            let mut held = lock(&held);
+            held.bytes += job.chosen.image.len();
+            held.jobs.push(job);
+            // Any step: they only tell how far the thread has come.
+            Step::EpochDone { read: 0 }
         }
     };
     let stage = metrics.stage(Stage::Decode);
@@ -105,51 +105,51 @@ fn collect(
         metrics: metrics.clone(),
         runtime: runtime.clone(),
         max_member_bytes: config.image.max_bytes,
-        notes: false,
+        notes: None,
     };
     let interleaver = Interleaver::new(config.clone(), context, steps, cancel.clone());
     let order = std::thread::Builder::new()
         .name("order".to_owned())
         .spawn(move || interleaver.run());
     threads.push(order.map_err(|error| StreamError::threads(&error))?);
-    let result = wait(&results, &held, samples, &stage);
+    let enough = || {
+        let held = lock(&held);
+        held.jobs.len() as u64 >= samples || held.bytes >= HELD_BYTES
+    };
+    let mut failed = None;
+    while !enough() && failed.is_none() {
+        failed = match results.recv(&stage) {
+            None => break,
+            Some(Ok(Step::Failed(error))) => Some(error),
+            Some(Ok(_)) => None,
+            Some(Err(message)) => Some(StreamError::Panicked {
+                stage: Stage::Decode,
+                message,
+            }),
+        };
+    }
     cancel.cancel();
     drop(results);
     for thread in threads {
-        // Its panic comes out of the steps.
+        // Its panic came out of the steps.
         let _panicked = thread.join();
     }
-    result?;
-    let mut jobs = std::mem::take(&mut *held.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let mut jobs = std::mem::take(&mut lock(&held).jobs);
     jobs.truncate(usize::try_from(samples).unwrap_or(usize::MAX));
     Ok(jobs)
 }
 
-fn wait(
-    results: &crate::flow::OrderedReceiver<Step>,
-    held: &Mutex<Vec<Job>>,
-    samples: u64,
-    stage: &crate::flow::StageHandle,
-) -> Result<(), StreamError> {
-    let (mut count, mut bytes) = (0, 0);
-    while count < samples && bytes < HELD_BYTES {
-        match results.recv(stage) {
-            None => return Ok(()),
-            Some(Ok(Step::Failed(error))) => return Err(error),
-            Some(Ok(Step::Passed { .. })) => {
-                let held = held.lock().unwrap_or_else(PoisonError::into_inner);
-                let job: Option<&Job> = held.get(usize::try_from(count).unwrap_or(usize::MAX));
-                bytes += job.map_or(0, |job| job.chosen.image.len());
-                count += 1;
-            }
-            Some(Ok(_)) => {}
-            Some(Err(message)) => {
-                return Err(StreamError::Panicked {
-                    stage: Stage::Decode,
-                    message,
-                });
-            }
-        }
-    }
-    Ok(())
+/// What was collected.
+#[derive(Default)]
+struct Held {
+    jobs: Vec<Job>,
+    bytes: usize,
+}
+
+// Only pushed to: whole, whatever happened to a thread that held it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

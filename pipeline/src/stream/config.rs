@@ -22,6 +22,9 @@ pub struct StreamConfig {
     pub resample: bool,
     /// Samples held to shuffle from; 0 for none. Has no effect on [`Order::Sequential`].
     pub shuffle_buffer: usize,
+    /// Most of them in compressed megabytes (10^6): of large images fewer samples are held. Part of
+    /// what the order depends on. Has no effect on [`Order::Sequential`].
+    pub shuffle_buffer_mb: u64,
     /// Shards read at once; part of what the order depends on. For [`Order::Sequential`] it is only
     /// how many are opened ahead.
     pub open_shards: usize,
@@ -59,6 +62,7 @@ impl Default for StreamConfig {
             max_samples: None,
             resample: true,
             shuffle_buffer: 1000,
+            shuffle_buffer_mb: 256,
             open_shards: 4,
             decode_threads: std::thread::available_parallelism().map_or(1, Into::into),
             prefetch_batches: 4,
@@ -154,6 +158,7 @@ impl StreamConfig {
             resample: shuffled && self.resample,
             open_shards: if shuffled { self.open_shards } else { 1 },
             shuffle_buffer: if shuffled { self.shuffle_buffer } else { 0 },
+            shuffle_buffer_mb: if shuffled { self.shuffle_buffer_mb } else { 0 },
             max_samples: self.max_samples,
             shards: fingerprint(urls.iter().map(String::as_str)),
             selection: fingerprint(selection.iter().map(String::as_str)),

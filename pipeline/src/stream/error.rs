@@ -30,6 +30,17 @@ pub enum StreamError {
     /// The place to go on from belongs to another stream.
     #[error(transparent)]
     Cursor(#[from] CursorMismatch),
+    /// A shard is no longer what it was when the place to go on from was saved.
+    #[error(
+        "{url}: its sample {sample}, which the saved place in the data is in the middle of, is no longer there or can no longer be used: \
+         the shard changed; put the old one back, or start the data anew without the saved place"
+    )]
+    ShardChanged {
+        /// Which shard.
+        url: String,
+        /// Number of the sample in it, from 0.
+        sample: u64,
+    },
     /// Bytes could not be had.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -94,7 +105,8 @@ impl StreamError {
         match self {
             Self::Config(_) | Self::Url(_) | Self::TooFewShards { .. } | Self::Cursor(_) => true,
             Self::Source(error) => error.is_config(),
-            Self::NotATar { .. }
+            Self::ShardChanged { .. }
+            | Self::NotATar { .. }
             | Self::NothingUsable { .. }
             | Self::TooManyBroken { .. }
             | Self::Panicked { .. }

@@ -8,25 +8,25 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use crate::flow::{Cancel, Closed, OrderedSender, Stage, StageHandle, panic_message};
-use crate::order::{EpochPlan, Order, ShuffleBuffer};
+use crate::order::{
+    Capacity, Drawn, OpenVisit, Order, Place, SampleRef, Schedule, ShuffleBuffer, Turn, Visit,
+};
 use crate::shard::{FilterState, Sample};
 
 use super::config::StreamConfig;
 use super::error::StreamError;
 use super::reader::{OpenShard, ReaderContext, ShardEvent};
-use super::step::{Chosen, Job, Json, Reason, Step, Visit, parse_json};
+use super::step::{Chosen, Draw, Job, Json, Reason, Step, parse_json};
 
 /// After so many samples without one that passes, a filter whose json key never appeared is an
 /// error, and no longer patience.
 const HOPELESS_AFTER: u64 = 10_000;
 
 /// Why the thread ends.
-enum Stop {
+pub(super) enum Stop {
     /// The stream is being dropped.
     Closed,
     Failed(StreamError),
-    /// All was read.
-    Finished,
 }
 
 impl From<Closed> for Stop {
@@ -35,79 +35,41 @@ impl From<Closed> for Stop {
     }
 }
 
-struct Slot {
-    visit: Visit,
+/// A shard in turn.
+pub(super) struct Slot {
+    pub(super) at: OpenVisit,
+    pub(super) shard: OpenShard,
+}
+
+/// A shard that is read already and not yet in turn.
+struct Ahead {
+    turn: Turn,
+    index: usize,
     shard: OpenShard,
-    /// Samples taken from it, and how many of them were chosen.
-    taken: u64,
-    chosen: u64,
-}
-
-/// Shards in the order they are to be opened, epoch after epoch.
-struct Schedule {
-    plan: EpochPlan,
-    epoch: u64,
-    queue: VecDeque<usize>,
-    opened: u64,
-}
-
-impl Schedule {
-    fn new(plan: EpochPlan) -> Self {
-        Self {
-            plan,
-            epoch: 0,
-            queue: plan.shards(0).into(),
-            opened: 0,
-        }
-    }
-
-    fn next(&mut self) -> Option<Visit> {
-        if self.queue.is_empty() {
-            self.next_epoch()?;
-        }
-        let visit = Visit {
-            id: self.opened,
-            shard: self.queue.pop_front()?,
-            epoch: self.epoch,
-        };
-        self.opened += 1;
-        Some(visit)
-    }
-
-    fn next_epoch(&mut self) -> Option<()> {
-        if self.plan.order == Order::Sequential {
-            return None;
-        }
-        self.epoch += 1;
-        self.queue = self.plan.shards(self.epoch).into();
-        Some(())
-    }
-
-    /// Drops what is left of `epoch`.
-    fn skip_rest_of(&mut self, epoch: u64) {
-        if self.epoch == epoch {
-            self.queue.clear();
-        }
-    }
 }
 
 pub(super) struct Interleaver {
-    config: StreamConfig,
-    context: ReaderContext,
+    pub(super) config: StreamConfig,
+    pub(super) context: ReaderContext,
     steps: OrderedSender<Job, Step>,
     cancel: Cancel,
     schedule: Schedule,
-    /// Opened and not yet in turn.
-    ahead: VecDeque<Slot>,
+    ahead: VecDeque<Ahead>,
+    pub(super) slots: Vec<Slot>,
     filter: FilterState,
     needs_json: bool,
-    buffer: ShuffleBuffer<Chosen>,
+    pub(super) buffer: ShuffleBuffer<Chosen>,
+    /// Put into the buffer since the last draw.
+    pushed: Vec<SampleRef>,
     filtering: StageHandle,
     shuffling: StageHandle,
     /// Samples drawn so far; the next one's position.
     position: u64,
-    /// Where the stream goes on: what comes before is passed over.
-    resume_at: u64,
+    /// As in [`Place`].
+    epoch: u64,
+    accepted: u64,
+    turn: usize,
+    visits: u64,
     read: u64,
     passed_any: bool,
 }
@@ -119,22 +81,32 @@ impl Interleaver {
         steps: OrderedSender<Job, Step>,
         cancel: Cancel,
     ) -> Self {
-        let buffer = match config.order {
+        let items = match config.order {
             Order::Shuffled => config.shuffle_buffer,
             Order::Sequential => 0,
         };
+        let bytes = config.shuffle_buffer_mb.saturating_mul(1_000_000);
+        let (position, place) = config.resume.as_ref().map_or_else(
+            || (0, Place::default()),
+            |cursor| (cursor.position, cursor.place.clone()),
+        );
         Self {
-            schedule: Schedule::new(config.plan()),
+            schedule: Schedule::new(config.plan(), place.next),
             ahead: VecDeque::new(),
+            slots: Vec::new(),
             filter: FilterState::new(config.filter.clone()),
             needs_json: config.filter.needs_json(),
-            buffer: ShuffleBuffer::new(config.seed, buffer),
+            buffer: ShuffleBuffer::new(config.seed, Capacity { items, bytes }),
+            pushed: Vec::new(),
             filtering: context.metrics.stage(Stage::Filter),
             shuffling: context.metrics.stage(Stage::Shuffle),
-            position: 0,
-            resume_at: config.resume.as_ref().map_or(0, |cursor| cursor.position),
-            read: 0,
-            passed_any: false,
+            position,
+            epoch: place.epoch,
+            accepted: place.accepted,
+            turn: place.turn,
+            visits: place.visits,
+            read: place.read,
+            passed_any: position > 0,
             config,
             context,
             steps,
@@ -143,75 +115,79 @@ impl Interleaver {
     }
 
     pub(super) fn run(mut self) {
-        let stop = catch_unwind(AssertUnwindSafe(|| self.epochs())).unwrap_or_else(|payload| {
-            Stop::Failed(StreamError::Panicked {
+        let result = catch_unwind(AssertUnwindSafe(|| self.epochs())).unwrap_or_else(|payload| {
+            Err(Stop::Failed(StreamError::Panicked {
                 stage: Stage::Shuffle,
                 message: panic_message(payload.as_ref()),
-            })
+            }))
         });
-        if let Stop::Failed(error) = stop {
+        if let Err(Stop::Failed(error)) = result {
             let _closed = self.pass(Step::Failed(error));
         }
     }
 
-    fn epochs(&mut self) -> Stop {
-        for epoch in 0.. {
-            match self.epoch(epoch) {
-                Ok(()) if self.config.order == Order::Sequential => return Stop::Finished,
-                Ok(()) => {}
-                Err(stop) => return stop,
-            }
+    fn epochs(&mut self) -> Result<(), Stop> {
+        match self.config.resume.take() {
+            Some(cursor) => self.restore(&cursor)?,
+            None => self.begin_epoch()?,
         }
-        Stop::Finished
+        loop {
+            self.finish_epoch()?;
+            if self.config.order == Order::Sequential {
+                return Ok(());
+            }
+            (self.epoch, self.accepted, self.turn) = (self.epoch + 1, 0, 0);
+            self.begin_epoch()?;
+        }
     }
 
-    fn epoch(&mut self, epoch: u64) -> Result<(), Stop> {
+    fn begin_epoch(&mut self) -> Result<(), Stop> {
         let width = match self.config.order {
             Order::Shuffled => self.config.open_shards,
             Order::Sequential => 1,
         };
-        let share = self.config.epoch_share();
-        let mut accepted = 0_u64;
-        let mut slots: Vec<Slot> = Vec::with_capacity(width);
-        while slots.len() < width
-            && let Some(slot) = self.take(epoch)?
+        while self.slots.len() < width
+            && let Some(slot) = self.begin_shard()?
         {
-            slots.push(slot);
+            self.slots.push(slot);
         }
-        let mut turn = 0;
-        while !slots.is_empty() && share.is_none_or(|share| accepted < share) {
-            turn %= slots.len();
-            match self.next_event(&slots[turn])? {
-                ShardEvent::Sample(sample) => {
-                    accepted += u64::from(self.sample(&mut slots[turn], sample)?);
-                    turn += 1;
-                }
+        Ok(())
+    }
+
+    /// Reads the epoch to its end from where it stands.
+    fn finish_epoch(&mut self) -> Result<(), Stop> {
+        let share = self.config.epoch_share();
+        // A place can lie between two draws.
+        self.relieve()?;
+        while !self.slots.is_empty() && share.is_none_or(|share| self.accepted < share) {
+            let turn = self.turn % self.slots.len();
+            match self.next_event(&self.slots[turn].shard)? {
+                ShardEvent::Sample(sample) => self.sample(turn, sample)?,
                 ShardEvent::End { broken } => {
-                    let finished = match self.take(epoch)? {
-                        Some(next) => std::mem::replace(&mut slots[turn], next),
-                        None => slots.remove(turn),
+                    // The one that follows takes its place and its turn.
+                    self.turn = turn;
+                    let ended = match self.begin_shard()? {
+                        Some(next) => std::mem::replace(&mut self.slots[turn], next),
+                        None => self.slots.remove(turn),
                     };
-                    self.finish(finished, broken)?;
+                    self.end_shard(ended, broken)?;
                 }
                 ShardEvent::Failed(error) => return Err(Stop::Failed(error)),
-                // Nobody asked for notes.
-                ShardEvent::PassedOver(_) | ShardEvent::Trailing(_) => {}
             }
         }
         // What max_samples leaves of the epoch is not read.
-        self.schedule.skip_rest_of(epoch);
-        self.ahead.retain(|slot| slot.visit.epoch != epoch);
-        for slot in slots {
-            self.finish(slot, None)?;
+        self.schedule.skip_rest_of(self.epoch);
+        self.ahead.retain(|ahead| ahead.turn.epoch != self.epoch);
+        for slot in std::mem::take(&mut self.slots) {
+            self.end_shard(slot, None)?;
         }
         // With replacement, epochs have no meaning to keep apart.
         let continuous = self.config.order == Order::Shuffled && self.config.resample;
-        while !continuous && self.buffer.len() > 0 {
-            let drawn = self.shuffling.work(|| self.buffer.draw());
-            self.emit(drawn)?;
+        while !continuous && !self.buffer.is_empty() {
+            self.draw()?;
         }
         self.pass(Step::EpochDone { read: self.read })?;
-        if accepted == 0 {
+        if self.accepted == 0 {
             return Err(self.nothing_usable());
         }
         Ok(())
@@ -223,39 +199,49 @@ impl Interleaver {
         })
     }
 
-    /// The next shard of `epoch`, opened; keeps others opening behind it.
-    fn take(&mut self, epoch: u64) -> Result<Option<Slot>, Stop> {
+    /// The next shard of the epoch, opened; keeps others opening behind it.
+    fn begin_shard(&mut self) -> Result<Option<Slot>, Stop> {
         let lookahead = match self.config.order {
             Order::Shuffled => 1,
             Order::Sequential => self.config.open_shards,
         };
         while self.ahead.len() < lookahead + 1 {
-            let Some(visit) = self.schedule.next() else {
+            let Some((turn, index)) = self.schedule.next() else {
                 break;
             };
-            let url = &self.config.shards[visit.shard];
-            let shard = OpenShard::start(&self.context, url)
-                .map_err(|error| Stop::Failed(StreamError::threads(&error)))?;
-            self.ahead.push_back(Slot {
+            let shard = self.open(index)?;
+            self.ahead.push_back(Ahead { turn, index, shard });
+        }
+        let Some(ahead) = self
+            .ahead
+            .pop_front_if(|ahead| ahead.turn.epoch == self.epoch)
+        else {
+            return Ok(None);
+        };
+        let visit = Visit {
+            id: self.visits,
+            shard: ahead.index,
+            epoch: self.epoch,
+        };
+        self.visits += 1;
+        Ok(Some(Slot {
+            at: OpenVisit {
                 visit,
-                shard,
                 taken: 0,
                 chosen: 0,
-            });
-        }
-        if self
-            .ahead
-            .front()
-            .is_some_and(|slot| slot.visit.epoch == epoch)
-        {
-            return Ok(self.ahead.pop_front());
-        }
-        Ok(None)
+            },
+            shard: ahead.shard,
+        }))
     }
 
-    fn next_event(&self, slot: &Slot) -> Result<ShardEvent, Stop> {
+    pub(super) fn open(&self, index: usize) -> Result<OpenShard, Stop> {
+        OpenShard::start(&self.context, &self.config.shards[index])
+            .map_err(|error| Stop::Failed(StreamError::threads(&error)))
+    }
+
+    pub(super) fn next_event(&self, shard: &OpenShard) -> Result<ShardEvent, Stop> {
         let start = Instant::now();
-        let event = slot.shard.next(&self.cancel);
+        let event = shard.next(&self.cancel);
         // One thread is both stages: they wait together.
         let waited = start.elapsed();
         self.filtering.add_starved(waited);
@@ -271,43 +257,53 @@ impl Interleaver {
         })
     }
 
-    /// Filters and shuffles one sample; whether it was chosen.
-    fn sample(&mut self, slot: &mut Slot, sample: Sample) -> Result<bool, Stop> {
-        let index = slot.taken;
-        slot.taken += 1;
+    /// Filters and shuffles one sample of the shard in `turn`.
+    fn sample(&mut self, turn: usize, sample: Sample) -> Result<(), Stop> {
+        let at = &mut self.slots[turn].at;
+        let (visit, index) = (at.visit, at.taken);
+        at.taken += 1;
+        self.turn = turn + 1;
         let filtering = self.filtering.clone();
-        let chosen = filtering.work(|| self.choose(slot.visit, index, sample));
+        let chosen = filtering.work(|| self.choose(visit, index, sample));
         filtering.add_items(1);
         match chosen {
             Ok(chosen) => {
                 self.read += 1;
+                self.accepted += 1;
                 self.passed_any = true;
-                slot.chosen += 1;
-                let drawn = self.shuffling.work(|| self.buffer.push(chosen));
-                self.emit(drawn)?;
-                Ok(true)
+                self.slots[turn].at.chosen += 1;
+                self.pushed.push(SampleRef {
+                    visit: visit.id,
+                    index,
+                });
+                let bytes = chosen.image.len() as u64;
+                if self.shuffling.work(|| self.buffer.push(chosen, bytes)) {
+                    self.draw()?;
+                }
+                self.relieve()
             }
             Err((key, reason)) => {
                 self.read += u64::from(reason.is_broken());
                 let name = reason.name();
                 self.filter.count(&name);
                 self.context.metrics.skip(&name);
-                let url = self.config.shards[slot.visit.shard].redacted();
+                let url = self.config.shards[visit.shard].redacted();
                 tracing::debug!(shard = %url, %key, reason = %name, "sample left out");
                 self.pass(Step::LeftOut {
-                    visit: slot.visit,
+                    visit,
+                    key,
                     reason,
                     read: self.read,
                 })?;
                 if !self.passed_any && self.filter.lacks_a_key_after(HOPELESS_AFTER) {
                     return Err(self.nothing_usable());
                 }
-                Ok(false)
+                Ok(())
             }
         }
     }
 
-    fn choose(
+    pub(super) fn choose(
         &mut self,
         visit: Visit,
         index: u64,
@@ -358,40 +354,64 @@ impl Interleaver {
         })
     }
 
-    /// Sends a drawn sample on its way.
-    fn emit(&mut self, drawn: Option<Chosen>) -> Result<(), Stop> {
-        let Some(chosen) = drawn else {
+    /// Draws until the buffer holds no more bytes than it should.
+    fn relieve(&mut self) -> Result<(), Stop> {
+        while self.buffer.is_overfull() {
+            self.draw()?;
+        }
+        Ok(())
+    }
+
+    /// Draws a sample from the buffer and sends it on its way.
+    fn draw(&mut self) -> Result<(), Stop> {
+        let Some(Drawn { item, slot }) = self.shuffling.work(|| self.buffer.draw()) else {
             return Ok(());
         };
         self.shuffling.add_items(1);
-        let position = self.position;
-        self.position += 1;
-        if position < self.resume_at {
-            return self.pass(Step::Passed {
-                visit: chosen.visit,
-                position,
-            });
-        }
-        let job = Job {
-            chosen,
-            position,
-            read: self.read,
+        let draw = Draw {
+            pushed: std::mem::take(&mut self.pushed),
+            slot,
+            place: self.place(),
         };
+        let job = Job {
+            chosen: item,
+            position: self.position,
+            draw: Box::new(draw),
+        };
+        self.position += 1;
         let start = Instant::now();
         let sent = self.steps.send(job, &self.shuffling);
         self.filtering.add_blocked(start.elapsed());
         Ok(sent?)
     }
 
-    fn finish(&mut self, slot: Slot, broken: Option<String>) -> Result<(), Stop> {
+    /// Where the order stands.
+    fn place(&self) -> Place {
+        Place {
+            epoch: self.epoch,
+            accepted: self.accepted,
+            open: self.slots.iter().map(|slot| slot.at).collect(),
+            turn: self.turn,
+            next: self
+                .ahead
+                .front()
+                .map_or_else(|| self.schedule.turn(), |ahead| ahead.turn),
+            visits: self.visits,
+            read: self.read,
+            shuffle: self.buffer.state(),
+        }
+    }
+
+    fn end_shard(&mut self, slot: Slot, broken: Option<String>) -> Result<(), Stop> {
+        let OpenVisit { visit, chosen, .. } = slot.at;
         if let Some(cause) = &broken {
-            let url = self.config.shards[slot.visit.shard].redacted();
+            let url = self.config.shards[visit.shard].redacted();
             tracing::warn!(shard = %url, cause, "broken shard: what came before the fault is used");
             self.context.metrics.skip("broken_shard");
         }
         self.pass(Step::ShardDone {
-            visit: slot.visit,
-            chosen: slot.chosen,
+            visit,
+            chosen,
             broken,
         })
     }

@@ -22,15 +22,16 @@ mod error;
 mod interleave;
 mod prepare;
 mod reader;
+mod restore;
 mod step;
 
-pub use batch::{PixelBatch, ShardSummary};
+pub use batch::{PixelBatch, ShardSummary, SkippedSample};
 pub use ceiling::{Ceiling, ceiling};
 pub use config::StreamConfig;
 pub use error::StreamError;
 pub use prepare::SampleMeta;
 
-pub(crate) use reader::{OpenShard, ReaderContext, ShardEvent};
+pub(crate) use reader::{Note, OpenShard, ReaderContext, ShardEvent};
 pub(crate) use step::parse_json;
 
 use std::thread::JoinHandle;
@@ -86,7 +87,7 @@ impl Stream {
             metrics: metrics.clone(),
             runtime: runtime.clone(),
             max_member_bytes: config.image.max_bytes,
-            notes: false,
+            notes: None,
         };
         let shards = config.shards.clone();
         let batcher = Batcher::new(&config, identity, sender, metrics.stage(Stage::Batch));

@@ -89,7 +89,7 @@ impl Preparer {
         let Job {
             chosen,
             position,
-            read,
+            draw,
         } = job;
         let visit = chosen.visit;
         self.stage.add_items(1);
@@ -115,8 +115,9 @@ impl Preparer {
                 };
                 return Step::Undecodable {
                     visit,
+                    key: chosen.key,
                     reason,
-                    read,
+                    draw,
                 };
             }
         };
@@ -143,6 +144,7 @@ impl Preparer {
         };
         Step::Ready {
             visit,
+            draw,
             pixels: window.cut(&image, options.resolution),
             meta: Box::new(SampleMeta {
                 key: chosen.key,

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -37,19 +37,22 @@ pub(crate) struct ReaderContext {
     pub(crate) metrics: FlowMetrics,
     pub(crate) runtime: Handle,
     pub(crate) max_member_bytes: u64,
-    /// Whether someone wants to know what else there is, besides samples: [`ShardEvent::PassedOver`]
-    /// and [`ShardEvent::Trailing`].
-    pub(crate) notes: bool,
+    /// Who wants to know what else there is in a shard besides samples.
+    pub(crate) notes: Option<mpsc::Sender<Note>>,
+}
+
+/// What is in a shard and belongs to no sample.
+#[derive(Debug)]
+pub(crate) enum Note {
+    PassedOver(PassedOver),
+    /// So many bytes, not all of them zero, come after the end of the archive.
+    Trailing(u64),
 }
 
 /// What comes out of an open shard.
 #[derive(Debug)]
 pub(crate) enum ShardEvent {
     Sample(Sample),
-    /// A member that belongs to no sample.
-    PassedOver(PassedOver),
-    /// So many bytes, not all of them zero, come after the end of the archive.
-    Trailing(u64),
     /// The shard's end, and what was wrong with it there.
     End {
         broken: Option<String>,
@@ -96,7 +99,7 @@ impl OpenShard {
             options: TarOptions {
                 max_member_bytes: context.max_member_bytes,
             },
-            notes: context.notes,
+            notes: context.notes.clone(),
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
@@ -261,7 +264,7 @@ struct Untar {
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,
-    notes: bool,
+    notes: Option<mpsc::Sender<Note>>,
 }
 
 impl Untar {
@@ -277,6 +280,12 @@ impl Untar {
         let _closed = self.events.send_blocking(last, 0, &self.stage);
     }
 
+    fn note(&self, note: impl FnOnce() -> Note) {
+        if let Some(notes) = &self.notes {
+            let _nobody_listens = notes.send(note());
+        }
+    }
+
     /// Delivers every sample; gives back how the shard ended, `None` if nobody wants to know.
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
@@ -289,7 +298,7 @@ impl Untar {
             failure: &failure,
             starved: &starved,
         };
-        let mut since = Moment::now();
+        let mut since = stage.begin();
         let account = |since: Moment| {
             let waited = starved.take();
             stage.add_starved(waited);
@@ -297,19 +306,22 @@ impl Untar {
         };
         let mut closed = false;
         let result = read_samples(&mut reader, self.options, |found| {
-            let (event, bytes) = match found {
-                Found::PassedOver(_) if !self.notes => return Grouped::Continue,
-                Found::PassedOver(member) => (ShardEvent::PassedOver(member), 0),
-                Found::Sample(sample) => {
-                    let bytes = sample.bytes();
-                    stage.add_items(1);
-                    stage.add_bytes(bytes as u64);
-                    (ShardEvent::Sample(sample), bytes)
+            let sample = match found {
+                Found::Sample(sample) => sample,
+                Found::PassedOver(member) => {
+                    self.note(|| Note::PassedOver(member));
+                    return Grouped::Continue;
                 }
             };
             account(since);
-            closed = self.events.send_blocking(event, bytes, stage).is_err();
-            since = Moment::now();
+            let bytes = sample.bytes();
+            stage.add_items(1);
+            stage.add_bytes(bytes as u64);
+            closed = self
+                .events
+                .send_blocking(ShardEvent::Sample(sample), bytes, stage)
+                .is_err();
+            since = stage.begin();
             if closed {
                 Grouped::Stop
             } else {
@@ -320,7 +332,7 @@ impl Untar {
         if closed || self.cancel.is_cancelled() {
             return None;
         }
-        let trailing = match self.notes && result.is_ok() {
+        let trailing = match self.notes.is_some() && result.is_ok() {
             true => trailing(&mut reader),
             false => 0,
         };
@@ -328,8 +340,7 @@ impl Untar {
             return Some(ShardEvent::Failed(StreamError::Source(error)));
         }
         if trailing > 0 {
-            let event = ShardEvent::Trailing(trailing);
-            self.events.send_blocking(event, 0, stage).ok()?;
+            self.note(|| Note::Trailing(trailing));
         }
         Some(match result {
             Ok(()) => ShardEvent::End { broken: None },

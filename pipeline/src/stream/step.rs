@@ -8,17 +8,8 @@ use serde_json::Value;
 
 use super::error::StreamError;
 use super::prepare::SampleMeta;
+use crate::order::{Place, SampleRef, Visit};
 use crate::shard::Rejection;
-
-/// One reading of one shard.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Visit {
-    /// Counts every shard this rank opens, from 0.
-    pub(crate) id: u64,
-    /// Index of the shard.
-    pub(crate) shard: usize,
-    pub(crate) epoch: u64,
-}
 
 /// Why a sample is left out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +69,18 @@ pub(crate) struct Job {
     pub(crate) chosen: Chosen,
     /// Number in the stream, from 0.
     pub(crate) position: u64,
-    /// Samples read so far that the filter did not leave out.
-    pub(crate) read: u64,
+    pub(crate) draw: Box<Draw>,
+}
+
+/// What drawing a sample did to the order: enough to know it without having been there.
+#[derive(Debug)]
+pub(crate) struct Draw {
+    /// Samples put into the shuffle buffer since the draw before.
+    pub(crate) pushed: Vec<SampleRef>,
+    /// The slot of the buffer that was emptied then.
+    pub(crate) slot: usize,
+    /// Where the order stands after it.
+    pub(crate) place: Place,
 }
 
 /// One thing that happens to the stream, in its place.
@@ -90,18 +91,19 @@ pub(crate) enum Step {
         visit: Visit,
         meta: Box<SampleMeta>,
         pixels: Vec<u8>,
+        draw: Box<Draw>,
     },
     /// A sample turned out broken when it was decoded.
     Undecodable {
         visit: Visit,
+        key: Arc<str>,
         reason: Reason,
-        read: u64,
+        draw: Box<Draw>,
     },
-    /// A sample of before the place the stream goes on from.
-    Passed { visit: Visit, position: u64 },
-    /// A sample was left out before the shuffle.
+    /// A sample was left out before the shuffle, when `read` had been read.
     LeftOut {
         visit: Visit,
+        key: Arc<str>,
         reason: Reason,
         read: u64,
     },

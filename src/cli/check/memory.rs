@@ -91,10 +91,12 @@ impl MemoryPlan {
         if sizes.teacher.is_some() {
             let (samples, each) = (data.shuffle_buffer as u64, sizes.sample_bytes);
             let how = format!(
-                "{samples} samples of {}, the mean of the first ones",
-                size(each)
+                "{samples} samples of {}, the mean of the first ones, at most {} MB",
+                size(each),
+                data.shuffle_buffer_mb
             );
-            self.add(DeviceSpec::Cpu, "shuffle buffer", samples * each, how);
+            let bytes = (samples * each).min(data.shuffle_buffer_mb.saturating_mul(1_000_000));
+            self.add(DeviceSpec::Cpu, "shuffle buffer", bytes, how);
         }
         let batch = match sizes.teacher {
             Some(_) => config.train.batch_size,
@@ -106,7 +108,7 @@ impl MemoryPlan {
         self.add(
             DeviceSpec::Cpu,
             "decoded images",
-            images * 3 * side * side * F32,
+            images * 3 * side * side,
             how,
         );
     }

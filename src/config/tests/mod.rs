@@ -218,7 +218,7 @@ fn what_is_written_out_reads_back_the_same() {
         "validation.prompts=['red apple']",
         "latents.output=latents/a",
         "audit.dir=audit",
-        "metrics.listen=[::1]:0",
+        "metrics.listen=\"[::1]:0\"",
         "data.filter.min_size=64",
         "image.interpolation=nearest_exact",
     ]);

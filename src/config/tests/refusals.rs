@@ -245,6 +245,7 @@ fn values_out_of_range_are_refused() {
         "data.caption_keys=[\"\"]",
         "data.max_samples=0",
         "data.shuffle_buffer=0",
+        "data.shuffle_buffer_mb=0",
         "data.open_shards=0",
         "data.decode_threads=0",
         "data.prefetch_batches=0",
