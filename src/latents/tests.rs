@@ -250,7 +250,7 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
         files(output.path())
     };
     let one = made(3, 1);
-    assert_eq!(one.len(), 4);
+    assert_eq!(one.len(), 5);
     for (batch_size, workers) in [(16, 1), (3, 2), (1, 2)] {
         let other = made(batch_size, workers);
         for (name, content) in &one {
