@@ -1,7 +1,7 @@
 //! coffey distils a latent diffusion model into a Latent Consistency Model from a stream of captioned images.
 //!
 //! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
-//! [`train`] distils from them, or [`latents`] writes them to shards. [`pretrained`] brings models
+//! [`train`] distils from them, or [`latents`] writes them to shards. [`monitor`] lets others look on. [`pretrained`] brings models
 //! here, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
 
 #[macro_use]
@@ -14,6 +14,7 @@ pub mod draw;
 pub mod encode;
 pub mod latents;
 pub mod models;
+pub mod monitor;
 pub mod ops;
 pub mod pretrained;
 pub mod random;

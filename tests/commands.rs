@@ -83,6 +83,39 @@ fn inspect_reports_a_shard_that_is_cut_off() {
 }
 
 #[test]
+fn inspect_looks_at_shards_together_and_groups_what_it_finds() {
+    let folder = TempDir::new().unwrap();
+    let copy = folder.path().join("copy.tar");
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(SHARD), &copy).unwrap();
+    let args = ["inspect", SHARD, text(&copy), "-c", QUICKSTART];
+    let larger = ["-s", "image.resolution=128"];
+    let report = succeed_json(&[&args[..], &larger, &["--json"]].concat());
+    let samples = report["shards"][0]["samples"].as_u64().unwrap();
+    assert_eq!(
+        report["totals"]["problems_by_kind"],
+        json!({"key_in_other_shard": samples, "below_resolution": 2 * samples})
+    );
+    assert_eq!(report["totals"]["problems"], json!(3 * samples));
+    let said = succeed(&args);
+    assert!(
+        said.contains(&format!("problem   key_in_other_shard: {samples}\n    ")),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("and {} more; --json lists them", samples - 3)),
+        "{said}"
+    );
+    assert!(
+        said.contains(&format!("has the key of a sample of {SHARD}")),
+        "{said}"
+    );
+    assert!(
+        said.ends_with(&format!("problems  {samples} key_in_other_shard\n")),
+        "{said}"
+    );
+}
+
+#[test]
 fn inspect_goes_on_after_a_shard_that_can_not_be_read() {
     let folder = TempDir::new().unwrap();
     let not_a_tar = folder.path().join("text.tar");
@@ -158,6 +191,7 @@ fn bench_says_which_stage_is_the_limit() {
     let table = succeed(&args);
     for words in [
         "starved s",
+        "CPU ms/image",
         "\ndecode ",
         "images/s",
         "first batch",
@@ -166,6 +200,27 @@ fn bench_says_which_stage_is_the_limit() {
         assert!(table.contains(words), "{words}: {table}");
     }
     assert!(!table.contains("\ntrain "), "{table}");
+}
+
+#[test]
+fn bench_measures_processor_time_and_the_machines_limit() {
+    let args = ["bench", "-c", QUICKSTART, "--samples", "200", "--limit"];
+    let measured = succeed_json(&[&args[..], &["--json"]].concat());
+    let number = |value: &Value| value.as_f64().unwrap();
+    let stages = measured["stages"].as_array().unwrap();
+    let decode = stages.iter().find(|s| s["stage"] == "decode").unwrap();
+    assert!(number(&decode["cpu_seconds"]) > 0.0, "{decode}");
+    let staged: f64 = stages.iter().map(|s| number(&s["cpu_seconds"])).sum();
+    let whole = number(&measured["cpu_ms_per_image"]) * number(&measured["samples"]) / 1e3;
+    let other = number(&measured["other_cpu_seconds"]);
+    // What is left of the process is the network's and the server's. The two clocks are read one after the other.
+    assert!((staged + other - whole).abs() < 0.1 * whole, "{measured}");
+    let machine = &measured["machine"];
+    assert_eq!(machine["images"], measured["samples"]);
+    let reached = number(&measured["images_per_second"]) / number(&machine["images_per_second"]);
+    assert!((number(&machine["reached"]) - reached).abs() < 1e-9);
+    let table = succeed(&args);
+    assert!(table.contains("the stream reached"), "{table}");
 }
 
 #[test]

@@ -195,6 +195,95 @@ fn the_same_numbers_on_any_number_of_threads_with_recomputation_and_across_a_sto
     }
 }
 
+/// A shard of 40 samples of which one in five has no caption and one in ten no whole picture.
+fn broken_shard(path: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/emoji/00000.tar");
+    let mut from = tar::Archive::new(std::fs::File::open(source).unwrap());
+    let mut to = tar::Builder::new(std::fs::File::create(path).unwrap());
+    for (index, entry) in from.entries().unwrap().take(120).enumerate() {
+        let mut entry = entry.unwrap();
+        let name = entry.path().unwrap().into_owned();
+        let mut content = Vec::new();
+        std::io::Read::read_to_end(&mut entry, &mut content).unwrap();
+        let (sample, extension) = (index / 3, name.extension().unwrap());
+        if sample % 5 == 1 && extension == "txt" {
+            continue;
+        }
+        if sample % 10 == 7 && extension == "png" {
+            content.truncate(50);
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        to.append_data(&mut header, name, content.as_slice())
+            .unwrap();
+    }
+    to.finish().unwrap();
+}
+
+#[test]
+fn what_was_left_out_is_listed_once_across_stops_and_kills() {
+    let folder = TempDir::new().unwrap();
+    let shard = folder.path().join("broken.tar");
+    broken_shard(&shard);
+    let shards = format!("data.shards={}", shard.display());
+    let args = |run: &Path, steps: &str| {
+        train_args(
+            run,
+            &[
+                &shards,
+                steps,
+                "data.shuffle_buffer=6",
+                "data.max_bad_fraction=0.9",
+                "checkpoint.every=4",
+            ],
+        )
+    };
+    let skipped = |run: &Path| std::fs::read_to_string(run.join("skipped.jsonl")).unwrap();
+    let whole = folder.path().join("whole");
+    let output = command(&refs(&args(&whole, "train.max_steps=12")))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(
+        said.contains("left out since step 1: decode_error"),
+        "{said}"
+    );
+    let all = skipped(&whole);
+    let lines: Vec<Value> = all
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let of = |reason: &str| lines.iter().filter(|line| line["reason"] == reason).count();
+    // 48 samples are more than the shard has whole: it was read once and begun again.
+    assert!(of("no_caption") >= 8 && of("decode_error") >= 4, "{all}");
+    assert_eq!(of("no_caption") + of("decode_error"), lines.len());
+    assert!(
+        lines
+            .iter()
+            .all(|line| line["shard"] == shard.to_str().unwrap())
+    );
+    let steps: Vec<u64> = lines.iter().map(|l| l["step"].as_u64().unwrap()).collect();
+    assert!(steps.is_sorted() && steps.iter().all(|step| (1..=12).contains(step)));
+
+    // Stopped at a checkpoint, then as if killed two steps after one, within a line.
+    let parts = folder.path().join("parts");
+    succeed(&refs(&args(&parts, "train.max_steps=4")));
+    let first = skipped(&parts);
+    assert!(
+        all.starts_with(&first) && first.len() < all.len(),
+        "{first}"
+    );
+    succeed(&refs(&args(&parts, "train.max_steps=10")));
+    std::fs::remove_dir_all(parts.join("checkpoint-10")).unwrap();
+    let torn = skipped(&parts) + "{\"step\":11,\"sha";
+    std::fs::write(parts.join("skipped.jsonl"), torn).unwrap();
+    succeed(&refs(&args(&parts, "train.max_steps=12")));
+    assert_eq!(skipped(&parts), all);
+    assert_eq!(timeless(&parts), timeless(&whole));
+}
+
 #[test]
 fn a_signal_saves_and_the_next_run_goes_on() {
     let folder = TempDir::new().unwrap();

@@ -8,7 +8,7 @@ use std::io::Read;
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
 use crate::shard::{
-    Filter, FilterState, Grouped, Sample, ShardUrl, TarOptions, expand, read_samples,
+    Filter, FilterState, Found, Grouped, Sample, ShardUrl, TarOptions, expand, read_samples,
 };
 use crate::source::content_range as read_content_range;
 use crate::stream::parse_json;
@@ -31,8 +31,10 @@ fn samples(reader: impl Read) -> (Vec<Sample>, Result<(), String>) {
     let options = TarOptions {
         max_member_bytes: MAX_MEMBER_BYTES,
     };
-    let result = read_samples(reader, options, |sample| {
-        samples.push(sample);
+    let result = read_samples(reader, options, |found| {
+        if let Found::Sample(sample) = found {
+            samples.push(sample);
+        }
         Grouped::Continue
     });
     (samples, result.map_err(|error| error.to_string()))

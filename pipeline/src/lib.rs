@@ -62,5 +62,6 @@ pub use source::{
     CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
-    PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamConfig, StreamError,
+    Ceiling, PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamConfig,
+    StreamError, ceiling,
 };

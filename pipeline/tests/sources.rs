@@ -1,14 +1,12 @@
-//! Listing, reading and inspecting, from every kind of place.
+//! Listing and reading, from every kind of place.
 
 mod support;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use coffey_pipeline::{
-    Order, PixelBatch, S3Options, SourceError, Sources, StreamConfig, StreamError, inspect,
-};
-use support::{Bench, bucket, config, sample, shard, tar_of, urls};
+use coffey_pipeline::{Order, PixelBatch, S3Options, SourceError, Sources, StreamConfig};
+use support::{Bench, bucket, config, shard, urls};
 
 #[allow(
     clippy::unwrap_used,
@@ -160,77 +158,6 @@ fn a_root_that_is_no_folder_is_refused() {
         "{text}"
     );
 }
-
-#[test]
-fn a_report_finds_every_problem() {
-    let root = tempfile::tempdir().unwrap();
-    bucket(root.path(), 1, |_| 1);
-    let mut members: Vec<_> = (0..4).flat_map(|n| sample(0, n)).collect();
-    members[3].1.truncate(70);
-    members.remove(7);
-    members.extend(sample(0, 0));
-    members.push(("lonely.txt".to_owned(), b"words".to_vec()));
-    members.push(("lonely.json".to_owned(), b"{".to_vec()));
-    std::fs::write(root.path().join("data/00000.tar"), tar_of(&members)).unwrap();
-    let bench = Bench::embedded(root.path());
-    let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
-    let inspect = |url: &str| {
-        let url = urls(url).remove(0);
-        let (images, captions) = (keys(&["jpg", "png"]), keys(&["txt"]));
-        bench
-            .runtime
-            .block_on(inspect::shard(&bench.sources, &url, &images, &captions))
-    };
-    let report = inspect("s3://data/00000.tar").unwrap();
-    assert_eq!(report.bytes, tar_of(&members).len() as u64);
-    assert_eq!(report.samples, 6);
-    assert_eq!(report.members["png"], 5);
-    assert_eq!(report.formats, BTreeMap::from([("png".to_owned(), 4)]));
-    assert_eq!(
-        (report.width.min, report.width.max, report.width.count),
-        (20, 23, 4)
-    );
-    assert_eq!(
-        (
-            report.missing_images,
-            report.missing_captions,
-            report.undecodable,
-            report.duplicate_keys
-        ),
-        (1, 1, 1, 1)
-    );
-    let problems: Vec<String> = report
-        .problems
-        .iter()
-        .map(|p| format!("{}: {}", p.key, p.what))
-        .collect();
-    assert_eq!(problems.len(), 5, "{problems:?}");
-    assert!(
-        problems[0].starts_with("000000001: png can't be decoded"),
-        "{problems:?}"
-    );
-    assert_eq!(problems[1], "000000002: no_caption");
-    assert_eq!(problems[2], "000000000: has the key of an earlier sample");
-    assert_eq!(problems[3..], ["lonely: no_image", "lonely: bad_json"]);
-    assert!(
-        serde_json::to_string(&report)
-            .unwrap()
-            .contains("\"missing_images\":1")
-    );
-
-    let whole = shard(0, 3);
-    std::fs::write(
-        root.path().join("data/00000.tar"),
-        &whole[..whole.len() / 2],
-    )
-    .unwrap();
-    assert!(inspect("s3://data/00000.tar").unwrap().broken.is_some());
-    assert!(matches!(
-        inspect("s3://data/1.tar"),
-        Err(StreamError::Source(_))
-    ));
-}
-
 #[test]
 fn a_list_stands_for_the_shards_in_it() {
     let root = tempfile::tempdir().unwrap();

@@ -4,14 +4,15 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowSnapshot, Stage, StageSnapshot};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage, StageSnapshot};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{CacheCounts, Stream};
+use coffey_pipeline::{CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
 
 use super::data::{DataAccess, source_options, stream_config};
 use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
+use super::watch::watch;
 use super::{ConfigArgs, Failure};
 
 /// Options of `coffey bench`.
@@ -24,6 +25,10 @@ pub(super) struct BenchArgs {
     /// Samples to read, in the order of training.
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
+    /// Then decode, resize and crop the same samples from memory on all cores, with nothing around it, and say how near the stream
+    /// comes to that.
+    #[arg(long)]
+    limit: bool,
     /// Print one JSON object to standard output.
     #[arg(long)]
     json: bool,
@@ -42,12 +47,39 @@ struct Measured {
     megabytes_per_second: f64,
     /// Of the whole process, the embedded S3 server included.
     cpu_ms_per_image: f64,
+    /// Of the process besides the stages: network and TLS, the embedded S3 server.
+    other_cpu_seconds: f64,
     peak_memory_bytes: Option<u64>,
+    /// Since the first batch.
     limiting_stage: Option<Stage>,
     /// Of the shards' cache, if there is one.
     cache: Option<CacheCounts>,
+    /// What the machine could do, if that was asked for.
+    machine: Option<Machine>,
     #[serde(flatten)]
     flow: FlowSnapshot,
+}
+
+/// The machine's own limit.
+#[derive(Serialize)]
+struct Machine {
+    images: u64,
+    threads: usize,
+    images_per_second: f64,
+    /// The stream's speed as a part of it, 0 to 1.
+    reached: f64,
+}
+
+impl Machine {
+    fn new(alone: &Ceiling, stream: f64) -> Self {
+        let images_per_second = alone.images as f64 / alone.elapsed.as_secs_f64();
+        Self {
+            images: alone.images,
+            threads: alone.threads,
+            images_per_second,
+            reached: stream / images_per_second,
+        }
+    }
 }
 
 /// Runs `coffey bench`.
@@ -56,6 +88,8 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(source_options(&config))?;
+    let (monitor, _server) = watch(&config, &data, Stage::Train)?;
+    data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
     let batch_size = config.train.batch_size;
@@ -67,38 +101,57 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
     (stream.rank, stream.world) = (part.rank, part.world);
+    let settings = stream.clone();
 
     let (cpu_before, start) = (cpu_time(), Instant::now());
     let stream = Stream::open(stream, &data.sources, &data.metrics, data.runtime.handle())?;
     // Nobody trains here; the stage only has to be some consumer, and never works.
     let consumer = data.metrics.stage(Stage::Train);
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
+    let mut recent = Recent::default();
+    monitor.beat();
     while samples < args.samples {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
             break;
         };
         samples += batch?.samples.len() as u64;
         batches += 1;
+        monitor.beat();
         if batches == 1 {
             first_batch = start.elapsed();
+            recent.mark(&data.metrics);
         }
     }
     let (elapsed, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu_before);
     let flow = data.metrics.snapshot();
+    let limiting_stage = recent.overall(&data.metrics);
+    monitor.rest();
     drop(stream);
+    let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());
+    let machine = match args.limit {
+        true => {
+            errln!("decoding the same samples from memory");
+            let alone = ceiling(&settings, &data.sources, data.runtime.handle(), samples)?;
+            Some(Machine::new(&alone, images_per_second))
+        }
+        false => None,
+    };
 
     let per_sample = 1.0 / samples.max(1) as f64;
+    let staged: f64 = flow.stages.iter().map(|stage| stage.cpu_seconds).sum();
     let measured = Measured {
         samples,
         batches,
         batch_size: batch_size as u64,
         elapsed_seconds: elapsed,
         first_batch_seconds: first_batch.as_secs_f64(),
-        images_per_second: samples as f64 / elapsed,
+        images_per_second,
         megabytes_per_second: flow.stage(Stage::Fetch).bytes as f64 / 1e6 / elapsed,
         cpu_ms_per_image: cpu.as_secs_f64() * 1e3 * per_sample,
-        peak_memory_bytes: peak_memory(),
-        limiting_stage: flow.limiting_stage(),
+        other_cpu_seconds: (cpu.as_secs_f64() - staged).max(0.0),
+        peak_memory_bytes,
+        limiting_stage,
+        machine,
         cache: data.sources.cache_counts(),
         flow,
     };
@@ -114,12 +167,21 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
 
 fn describe(measured: &Measured, embedded: bool) -> String {
     let mut text = String::new();
+    let per_image = 1e3 / measured.samples.max(1) as f64;
     let mut line = |line: std::fmt::Arguments<'_>| {
         let _infallible = writeln!(text, "{line}");
     };
     line(format_args!(
-        "{:<8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>10} {:>7}",
-        "stage", "items", "MB", "busy s", "starved s", "blocked s", "ms/item", "busy %"
+        "{:<8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>8} {:>12} {:>7}",
+        "stage",
+        "items",
+        "MB",
+        "busy s",
+        "starved s",
+        "blocked s",
+        "CPU s",
+        "CPU ms/image",
+        "busy %"
     ));
     for (stage, busy) in measured
         .flow
@@ -134,17 +196,26 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             busy_seconds,
             starved_seconds,
             blocked_seconds,
+            cpu_seconds,
         } = stage;
+        // Fetching waits on the network's threads, which are not the stage's own.
+        let [cpu, per_image] = match stage {
+            Stage::Fetch => ["-".to_owned(), "-".to_owned()],
+            _ => [
+                format!("{cpu_seconds:.2}"),
+                format!("{:.3}", cpu_seconds * per_image),
+            ],
+        };
         line(format_args!(
-            "{:<8} {items:>9} {:>10.2} {busy_seconds:>9.2} {starved_seconds:>10.2} {blocked_seconds:>10.2} {:>10.3} {:>7.0}",
+            "{:<8} {items:>9} {:>10.2} {busy_seconds:>9.2} {starved_seconds:>10.2} {blocked_seconds:>10.2} {cpu:>8} {per_image:>12} {:>7.0}",
             stage.name(),
             *bytes as f64 / 1e6,
-            busy_seconds * 1e3 / (*items).max(1) as f64,
             busy * 100.0
         ));
     }
     line(format_args!(
-        "times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample"
+        "times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample; fetch is busy while it\n\
+         waits for the network, and its CPU time is in \"besides the stages\""
     ));
     line(format_args!(""));
     let mut fact = |name: &str, value: String| {
@@ -165,13 +236,17 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         format!("after {:.2} s", measured.first_batch_seconds),
     );
     let server = if embedded {
-        ", the embedded S3 server included"
+        ", the embedded S3 server"
     } else {
         ""
     };
     fact(
         "CPU",
-        format!("{:.2} ms an image{server}", measured.cpu_ms_per_image),
+        format!(
+            "{:.2} ms an image, {:.2} ms of it besides the stages (network{server})",
+            measured.cpu_ms_per_image,
+            measured.other_cpu_seconds * per_image
+        ),
     );
     if let Some(bytes) = measured.peak_memory_bytes {
         fact("peak memory", format!("{:.0} MB", bytes as f64 / 1e6));
@@ -196,6 +271,18 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         fact(
             "limit",
             format!("{stage}: its threads wait least for others"),
+        );
+    }
+    if let Some(machine) = &measured.machine {
+        fact(
+            "machine",
+            format!(
+                "{:.1} images/s are decoded, resized and cropped from memory by {} threads ({} images); the stream reached {:.0} %",
+                machine.images_per_second,
+                machine.threads,
+                machine.images,
+                machine.reached * 100.0
+            ),
         );
     }
     text
@@ -224,9 +311,16 @@ mod tests {
             images_per_second: 5.0,
             megabytes_per_second: 0.0,
             cpu_ms_per_image: 1.0,
+            other_cpu_seconds: 0.004,
             peak_memory_bytes: None,
             limiting_stage: flow.limiting_stage(),
             cache: Some(CacheCounts { hits: 3, misses: 1 }),
+            machine: Some(Machine {
+                images: 10,
+                threads: 2,
+                images_per_second: 6.25,
+                reached: 0.8,
+            }),
             flow,
         };
         let text = describe(&measured, false);
@@ -239,14 +333,15 @@ mod tests {
         assert_eq!(
             row,
             [
-                "decode", "10", "0.00", "2.00", "0.00", "2.00", "200.000", "50"
+                "decode", "10", "0.00", "2.00", "0.00", "2.00", "0.00", "0.000", "50"
             ]
         );
         assert!(!text.contains("\nfetch"));
         assert!(
             text.contains("no image 1")
                 && text.contains("3 shards from disk, 1 fetched")
-                && text.contains("limit                decode"),
+                && text.contains("limit                decode")
+                && text.contains("the stream reached 80 %"),
             "{text}"
         );
     }

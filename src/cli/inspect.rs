@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use coffey_pipeline::inspect::{self, ShardReport, Spread};
+use coffey_pipeline::inspect::{self, Across, ProblemKind, ShardReport, Spread, Wanted};
 use coffey_pipeline::{S3Options, StreamConfig};
 use serde::Serialize;
 
@@ -13,8 +13,8 @@ use super::Failure;
 use super::data::{DataAccess, s3_options};
 use crate::config::Config;
 
-/// Problems of one shard that are listed for people; JSON lists all.
-const LISTED_PROBLEMS: usize = 10;
+/// Problems of one kind in one shard that are listed for people; JSON lists all.
+const LISTED_PROBLEMS: usize = 3;
 
 /// Options of `coffey inspect`.
 #[derive(Args, Debug)]
@@ -23,7 +23,7 @@ pub(super) struct InspectArgs {
     /// says, or `[s3]` of --config. Without any: the shards of --config.
     #[arg(value_name = "URL", required_unless_present = "config")]
     urls: Vec<String>,
-    /// Take [s3], and the keys of images and captions in [data], from this configuration file.
+    /// Take [s3], the keys of images and captions in [data], and image.resolution (smaller images are named) from this file.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Override one key of the configuration, as `s3.anonymous=true`.
@@ -71,7 +71,9 @@ struct Totals {
     missing_captions: u64,
     undecodable: u64,
     duplicate_keys: u64,
+    passed_over: BTreeMap<&'static str, u64>,
     problems: u64,
+    problems_by_kind: BTreeMap<ProblemKind, u64>,
 }
 
 impl Totals {
@@ -96,6 +98,12 @@ impl Totals {
         self.undecodable += shard.undecodable;
         self.duplicate_keys += shard.duplicate_keys;
         self.problems += shard.problems.len() as u64;
+        for problem in &shard.problems {
+            *self.problems_by_kind.entry(problem.kind).or_default() += 1;
+        }
+        for (&name, count) in &shard.passed_over {
+            *self.passed_over.entry(name).or_default() += count;
+        }
     }
 }
 
@@ -117,22 +125,28 @@ fn merge(total: &mut Spread, part: &Spread) {
 /// Runs `coffey inspect`.
 pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let defaults = StreamConfig::default();
-    let (options, image_keys, caption_keys, configured) = match &args.config {
+    let (options, wanted, configured) = match &args.config {
         Some(path) => {
             let config = Config::load(path, &args.set)?;
             config.require_bench()?;
             let data = config.data;
             (
                 s3_options(&config.s3),
-                data.image_keys,
-                data.caption_keys,
+                Wanted {
+                    image_keys: data.image_keys,
+                    caption_keys: data.caption_keys,
+                    resolution: Some(config.image.resolution as u32),
+                },
                 data.shards,
             )
         }
         None => (
             S3Options::default(),
-            defaults.image_keys,
-            defaults.caption_keys,
+            Wanted {
+                image_keys: defaults.image_keys,
+                caption_keys: defaults.caption_keys,
+                resolution: None,
+            },
             Vec::new(),
         ),
     };
@@ -144,10 +158,12 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let data = DataAccess::open(options)?;
     let shards = data.shards(&urls)?;
     let mut report = Report::default();
+    let mut across = Across::default();
     for url in &shards {
-        let read = inspect::shard(&data.sources, url, &image_keys, &caption_keys);
+        let read = inspect::shard(&data.sources, url, &wanted);
         match data.runtime.block_on(read) {
-            Ok(shard) => {
+            Ok(mut shard) => {
+                across.add(&mut shard);
                 if !args.json {
                     out!("{}", describe(&shard));
                 }
@@ -188,14 +204,23 @@ fn describe(shard: &ShardReport) -> String {
         (shard.samples, shard.bytes, &shard.members, &shard.formats),
         [&shard.width, &shard.height, &shard.caption_chars],
     );
+    passed_over(&mut text, &shard.passed_over);
     if let Some(broken) = &shard.broken {
         let _infallible = writeln!(text, "  broken    {broken}");
     }
-    for problem in shard.problems.iter().take(LISTED_PROBLEMS) {
-        let _infallible = writeln!(text, "  problem   {}: {}", problem.key, problem.what);
+    let mut kinds = BTreeMap::<ProblemKind, Vec<&inspect::Problem>>::new();
+    for problem in &shard.problems {
+        kinds.entry(problem.kind).or_default().push(problem);
     }
-    if let Some(more) = shard.problems.len().checked_sub(LISTED_PROBLEMS + 1) {
-        let _infallible = writeln!(text, "  problem   and {} more; --json lists them", more + 1);
+    for (kind, problems) in kinds {
+        let _infallible = writeln!(text, "  problem   {}: {}", kind.name(), problems.len());
+        for problem in problems.iter().take(LISTED_PROBLEMS) {
+            let separator = if problem.key.is_empty() { "" } else { " " };
+            let _infallible = writeln!(text, "    {}{separator}{}", problem.key, problem.what);
+        }
+        if let Some(more) = problems.len().checked_sub(LISTED_PROBLEMS + 1) {
+            let _infallible = writeln!(text, "    and {} more; --json lists them", more + 1);
+        }
     }
     text
 }
@@ -212,26 +237,36 @@ fn describe_totals(totals: &Totals) -> String {
         ),
         [&totals.width, &totals.height, &totals.caption_chars],
     );
-    let counts = [
+    passed_over(&mut text, &totals.passed_over);
+    let shards = [
         (totals.unreadable_shards, "unreadable shards"),
         (totals.broken_shards, "broken shards"),
-        (totals.missing_images, "samples without an image"),
-        (totals.missing_captions, "samples without a caption"),
-        (totals.undecodable, "images that don't decode"),
-        (totals.duplicate_keys, "keys that come twice"),
     ];
-    let found: Vec<String> = counts
+    let shards = shards
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{count} {what}"))
+        .map(|(count, what)| format!("{count} {what}"));
+    let kinds = totals.problems_by_kind.iter();
+    let found: Vec<String> = shards
+        .chain(kinds.map(|(kind, count)| format!("{count} {}", kind.name())))
         .collect();
-    let found = match (found.is_empty(), totals.problems) {
-        (true, 0) => "none".to_owned(),
-        (true, problems) => problems.to_string(),
-        (false, _) => found.join(", "),
+    let found = match found.is_empty() {
+        true => "none".to_owned(),
+        false => found.join(", "),
     };
     let _infallible = writeln!(text, "  problems  {found}");
     text
+}
+
+/// The line on members that belong to no sample, if there are any.
+fn passed_over(text: &mut String, counts: &BTreeMap<&'static str, u64>) {
+    let parts: Vec<String> = counts
+        .iter()
+        .map(|(name, count)| format!("{count} x {name}"))
+        .collect();
+    if !parts.is_empty() {
+        let _infallible = writeln!(text, "  passed over  {}", parts.join("; "));
+    }
 }
 
 /// The lines that a shard and the totals have in common.
@@ -295,21 +330,31 @@ mod tests {
     }
 
     #[test]
-    fn long_lists_of_problems_are_cut() {
-        let problem = |key: usize| Problem {
-            key: key.to_string(),
-            what: "no image".to_owned(),
+    fn problems_are_grouped_and_long_lists_of_them_cut() {
+        let problem = |kind, key: usize| Problem {
+            kind,
+            key: format!("key{key}"),
+            what: "has no image".to_owned(),
         };
         let mut shard = ShardReport {
-            problems: (0..LISTED_PROBLEMS).map(problem).collect(),
+            problems: (0..LISTED_PROBLEMS)
+                .map(|key| problem(ProblemKind::NoImage, key))
+                .collect(),
             ..ShardReport::default()
         };
-        assert!(!describe(&shard).contains("more"));
-        shard.problems.push(problem(99));
-        shard.problems.push(problem(100));
+        shard.problems.insert(0, problem(ProblemKind::Animated, 7));
+        let text = describe(&shard);
+        assert!(!text.contains("more"), "{text}");
+        assert!(
+            text.contains("  problem   no_image: 3\n    key0 has no image\n    key1"),
+            "{text}"
+        );
+        assert!(text.ends_with("  problem   animated: 1\n    key7 has no image\n"));
+        shard.problems.push(problem(ProblemKind::NoImage, 99));
+        shard.problems.push(problem(ProblemKind::NoImage, 100));
         let text = describe(&shard);
         assert!(
-            text.contains("and 2 more") && !text.contains("99"),
+            text.contains("no_image: 5") && text.contains("and 2 more") && !text.contains("key99"),
             "{text}"
         );
     }

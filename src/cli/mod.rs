@@ -13,6 +13,7 @@ mod process;
 mod ranks;
 mod sample;
 mod train;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -5,18 +5,20 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowMetrics, Stage};
+use coffey_pipeline::flow::{FlowMetrics, Recent, Stage};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::ranks::RankArgs;
+use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::config::{self, Config};
 use crate::encode::{EncodeError, EncodePool, Encoders};
 use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
 use crate::models::UNetConfig;
+use crate::monitor::Monitor;
 use crate::pretrained::{Models, Wanted};
 use crate::stop::Stop;
 use crate::train::check_fit;
@@ -51,6 +53,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
+    let (monitor, _server) = watch(&config, &data, Stage::Write)?;
     let models = until_a_signal(&stop, || {
         data.models(&config, paths.teacher, Wanted::encoding)
     })?;
@@ -82,6 +85,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let started = Instant::now();
+    let mut limit = None;
     if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
         let encoders = std::iter::once(Ok(first))
             .chain(
@@ -102,9 +106,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             data.runtime.handle(),
         )?;
         let pool = EncodePool::start(stream, encoders, &data.metrics)?;
-        write_all(pool, &mut writer, &data.metrics, &stop)?;
+        limit = write_all(pool, &mut writer, &monitor, &stop)?;
     }
-    summarize(writer.manifest(), there, output, started.elapsed());
+    summarize(writer.manifest(), there, output, started.elapsed(), limit);
     Ok(())
 }
 
@@ -140,16 +144,18 @@ fn recipe(
     ))
 }
 
-/// Writes what the pool makes, to its end or until a stop is asked for.
+/// Writes what the pool makes, to its end or until a stop is asked for; the stage that limited it.
 fn write_all(
     mut pool: EncodePool,
     writer: &mut LatentWriter,
-    metrics: &FlowMetrics,
+    monitor: &Monitor,
     stop: &Stop,
-) -> Result<(), Failure> {
+) -> Result<Option<Stage>, Failure> {
     let interrupter = pool.interrupter();
     stop.on_stop(move || interrupter.interrupt());
+    let metrics = monitor.flow();
     let stage = metrics.stage(Stage::Write);
+    monitor.beat();
     let mut progress = Progress::start(writer.remaining().len());
     while !stop.asked()
         && let Some(batch) = pool.next(&stage)
@@ -172,14 +178,22 @@ fn write_all(
             }
         }
         progress.update(batch.samples.len(), finished.len(), metrics);
+        monitor.beat();
     }
+    monitor.rest();
     match stop.asked() {
         true => Err(Failure::Stopped),
-        false => Ok(()),
+        false => Ok(progress.recent.overall(metrics)),
     }
 }
 
-fn summarize(manifest: &Manifest, there: usize, output: &Path, elapsed: Duration) {
+fn summarize(
+    manifest: &Manifest,
+    there: usize,
+    output: &Path,
+    elapsed: Duration,
+    limit: Option<Stage>,
+) {
     let shards = &manifest.shards;
     let sum = |part: fn(&crate::latents::ShardEntry) -> u64| shards.values().map(part).sum::<u64>();
     let skipped = sum(|entry| entry.skipped.values().sum());
@@ -198,6 +212,9 @@ fn summarize(manifest: &Manifest, there: usize, output: &Path, elapsed: Duration
     for (reason, count) in reasons {
         errln!("  {reason} {count}");
     }
+    if let Some(stage) = limit {
+        errln!("limit: {stage}");
+    }
     outln!("{}", output.display());
 }
 
@@ -213,6 +230,7 @@ struct Progress {
     samples: usize,
     started: Instant,
     last_line: Instant,
+    recent: Recent,
 }
 
 impl Progress {
@@ -235,19 +253,19 @@ impl Progress {
             samples: 0,
             started: Instant::now(),
             last_line: Instant::now(),
+            recent: Recent::default(),
         }
     }
 
     fn update(&mut self, samples: usize, shards: usize, metrics: &FlowMetrics) {
         self.samples += samples;
         self.shards_done += shards;
+        let limit = self.recent.mark(metrics);
         if self.bar.is_none() && self.last_line.elapsed() < LINE_EVERY {
             return;
         }
         let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
-        let limit = metrics
-            .limiting_stage()
-            .map_or(String::new(), |stage| format!("  limit: {stage}"));
+        let limit = limit.map_or(String::new(), |stage| format!("  limit: {stage}"));
         let message = format!(
             "{}  {rate:.1} samples/s{limit}",
             counted(self.samples, "sample")

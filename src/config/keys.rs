@@ -11,8 +11,8 @@ use super::document::{Document, join};
 use super::error::ConfigError;
 use super::unbuilt::{Refused, UNBUILT};
 use super::{
-    Audit, Checkpoint, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3,
-    Track, Train, Validation,
+    Audit, Checkpoint, Data, Distill, Encode, Filter, Image, Latents, Metrics, Model, Optimizer,
+    Report, S3, Track, Train, Validation,
 };
 
 /// A table and the keys in it that are not tables.
@@ -37,6 +37,7 @@ fn known_tables() -> Vec<KnownTable> {
         ("validation", fields::<Validation>()),
         ("report", fields::<Report>()),
         ("track", fields::<Track>()),
+        ("metrics", fields::<Metrics>()),
         ("latents", fields::<Latents>()),
         ("audit", fields::<Audit>()),
     ]

@@ -32,12 +32,12 @@ pub use error::{ConfigError, Entry, Place};
 pub use input::{Data, Filter, Image, S3};
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
 pub use models::{Distill, Encode, Model};
-pub use reports::{Audit, Latents, Report, Track, Validation};
+pub use reports::{Audit, Latents, Metrics, Report, Track, Validation};
 pub use training::{Checkpoint, Optimizer, Train};
 pub use validate::{PrecomputePaths, TrainPaths};
 pub use values::{
-    Attention, Crop, DataKind, DeviceSpec, FloatType, Interpolation, LossKind, MixedPrecision,
-    OptimizerKind, Resume, Schedule, TextKind,
+    Attention, Crop, DataKind, DeviceSpec, FloatType, Interpolation, Listen, LossKind,
+    MixedPrecision, OptimizerKind, Resume, Schedule, TextKind,
 };
 
 /// A whole configuration, valid and with every default filled in.
@@ -81,6 +81,9 @@ pub struct Config {
     /// `[track]`
     #[serde(default)]
     pub track: Track,
+    /// `[metrics]`
+    #[serde(default)]
+    pub metrics: Metrics,
     /// `[latents]`; `precompute` needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latents: Option<Latents>,

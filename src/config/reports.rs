@@ -1,10 +1,11 @@
-//! `[validation]`, `[report]`, `[track]`, `[latents]` and `[audit]`: what a run leaves behind besides the student.
+//! `[validation]`, `[report]`, `[track]`, `[metrics]`, `[latents]` and `[audit]`: what a run leaves behind besides the
+//! student, and who can look on.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::values::TextKind;
+use super::values::{Listen, TextKind};
 
 /// `[validation]`: grids drawn while training. Without the table none are drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -74,6 +75,15 @@ impl Default for Report {
 pub struct Track {
     /// Write TensorBoard events into the run's folder. `--report_to`
     pub tensorboard: bool,
+}
+
+/// `[metrics]`: who can look on while a run goes on. No flags.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Metrics {
+    /// Where Prometheus's `/metrics`, and `/healthz`, are served; absent: nowhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<Listen>,
 }
 
 /// `[latents]`: what `precompute` writes; `train` ignores it. No flags.

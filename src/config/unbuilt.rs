@@ -42,7 +42,6 @@ pub(super) const UNBUILT: &[Unbuilt] = &[
     row("train.mixed_precision", Words(&["fp16", "bf16"]), r#"use "no""#),
     row("checkpoint.resume", Prefix("s3://"), "copy the checkpoint to a folder and name that"),
     row("track.tensorboard", True, "use false; metrics.jsonl in the run's folder has every step"),
-    row("metrics.listen", All, "leave it out; metrics.jsonl in the run's folder has every step"),
     row("hub.push_to", All, "leave it out and upload the run's folder with the Hub's own tool"),
     row("latents.output", Prefix("s3://"), "use a folder"),
     row("latents.crops", Above(1), "use 1"),

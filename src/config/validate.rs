@@ -7,7 +7,7 @@ use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
 use super::model_ref::{ModelPlace, ModelRef};
-use super::values::{DeviceSpec, Resume, Schedule};
+use super::values::{DeviceSpec, Listen, Resume, Schedule};
 use super::{
     Config, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3, Train,
     Validation,
@@ -79,6 +79,18 @@ impl Config {
         match &self.s3.embedded_root {
             Some(root) => self.require_folder("s3.embedded_root", root),
             None => Ok(()),
+        }
+    }
+
+    /// What is wrong with `metrics.listen` when the system does not let this process listen there.
+    pub fn refuse_listen(&self, listen: Listen, cause: &std::io::Error) -> ConfigError {
+        ConfigError::Invalid {
+            entry: self
+                .origin
+                .entry("metrics.listen", format!("{:?}", String::from(listen))),
+            needs: format!(
+                "can't listen there: {cause}; choose another port, or an address of this machine (port 0 is any free one)"
+            ),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The values that are more than a number or a string: devices, where to resume, and the words a key can be.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -50,6 +51,28 @@ impl fmt::Display for DeviceSpec {
 impl From<DeviceSpec> for String {
     fn from(device: DeviceSpec) -> Self {
         device.to_string()
+    }
+}
+
+/// An address and a port to listen on, as `127.0.0.1:9464`. Port 0 is any free one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Listen(pub SocketAddr);
+
+impl TryFrom<String> for Listen {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|_| {
+            r#"not an address with a port; write "127.0.0.1:9464", or "0.0.0.0:9464" to be reached from other machines"#
+                .to_owned()
+        })
+    }
+}
+
+impl From<Listen> for String {
+    fn from(listen: Listen) -> Self {
+        listen.0.to_string()
     }
 }
 

@@ -40,6 +40,7 @@ mod fingerprint;
 mod manifest;
 mod sample;
 mod shard;
+mod skipped;
 #[cfg(test)]
 mod tests;
 mod writer;

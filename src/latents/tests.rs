@@ -250,7 +250,7 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
         files(output.path())
     };
     let one = made(3, 1);
-    assert_eq!(one.len(), 4);
+    assert_eq!(one.len(), 5);
     for (batch_size, workers) in [(16, 1), (3, 2), (1, 2)] {
         let other = made(batch_size, workers);
         for (name, content) in &one {
@@ -307,6 +307,10 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
         // Killed between a shard's rename and the manifest, or while writing.
         fs::write(output.join("c.tar"), "half").unwrap();
         fs::write(output.join(".c.tar.tmp"), "half").unwrap();
+        let skipped = |shard: &ShardUrl| format!("{{\"shard\":\"{shard}\",\"key\":\"k\",\"rea");
+        let mut lines = fs::read_to_string(output.join("skipped.jsonl")).unwrap_or_default();
+        lines += &skipped(&shards[2]);
+        fs::write(output.join("skipped.jsonl"), lines).unwrap();
         fs::write(output.join(".manifest.json.tmp"), "half").unwrap();
         let untouched = fs::metadata(output.join("a.tar"))
             .unwrap()
@@ -432,9 +436,14 @@ fn each_process_has_its_own_shards_and_manifest() {
             "a.tar",
             "c.tar",
             "manifest-0-of-2.json",
-            "manifest-1-of-2.json"
+            "manifest-1-of-2.json",
+            "skipped-0-of-2.jsonl"
         ]
     );
+    let skipped = fs::read_to_string(output.path().join("skipped-0-of-2.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(&skipped).unwrap();
+    assert_eq!(line["shard"], shards[2].to_string());
+    assert_eq!(line["reason"], "no_caption");
     // Another number of processes takes over what is there.
     let alone = open(0, 1);
     assert_eq!(alone.remaining(), [shards[1].clone()]);

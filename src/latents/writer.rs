@@ -1,6 +1,6 @@
 //! Deals encoded batches to the shards their samples belong to, and keeps the manifest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -12,6 +12,7 @@ use super::aside::remove_leftover;
 use super::manifest::{Manifest, Recipe, ShardEntry};
 use super::sample::{NotF16, json_with_crop, npy, to_f16};
 use super::shard::ShardFile;
+use super::skipped::SkippedFile;
 use crate::encode::EncodedBatch;
 
 /// Reasons for which a sample is left out only after it was chosen: it counts towards `max_samples`.
@@ -33,10 +34,11 @@ impl Part {
     /// All of it: there is one process.
     pub const WHOLE: Self = Self { rank: 0, world: 1 };
 
-    fn manifest_name(self) -> String {
+    /// The name of this process's file among those of the same `stem` and `extension`.
+    fn file_name(self, stem: &str, extension: &str) -> String {
         match self.world {
-            1 => "manifest.json".to_owned(),
-            world => format!("manifest-{}-of-{world}.json", self.rank),
+            1 => format!("{stem}.{extension}"),
+            world => format!("{stem}-{}-of-{world}.{extension}", self.rank),
         }
     }
 
@@ -63,6 +65,7 @@ pub struct LatentWriter {
     part: Part,
     remaining: Vec<ShardUrl>,
     open: BTreeMap<usize, ShardFile>,
+    skipped: SkippedFile,
 }
 
 impl LatentWriter {
@@ -86,18 +89,28 @@ impl LatentWriter {
         for (name, manifest) in &present {
             manifest.check(&folder.join(name), &recipe)?;
         }
+        let skipped = folder.join(part.file_name("skipped", "jsonl"));
         let mut writer = Self {
             folder: folder.to_owned(),
-            manifest_path: folder.join(part.manifest_name()),
+            manifest_path: folder.join(part.file_name("manifest", "json")),
             manifest: Manifest::new(recipe),
             part,
             remaining: Vec::new(),
             open: BTreeMap::new(),
+            skipped: SkippedFile::new(skipped),
         };
         remove_leftover(&writer.manifest_path)?;
         for index in part.shards(shards.len()) {
             writer.look_for(&shards[index], &present)?;
         }
+        let finished: BTreeSet<String> = part
+            .shards(shards.len())
+            .into_iter()
+            .map(|index| &shards[index])
+            .filter(|url| writer.manifest.shards.contains_key(&url.name()))
+            .map(ShardUrl::redacted)
+            .collect();
+        writer.skipped.keep(&finished)?;
         // From here on the folder is known to hold latents.
         writer.manifest.write(&writer.manifest_path)?;
         Ok(writer)
@@ -178,6 +191,7 @@ impl LatentWriter {
             self.shard_file(sample.shard)?
                 .append(&sample.key, members)?;
         }
+        self.skipped.add(&batch.skipped);
         batch
             .finished_shards
             .iter()
@@ -239,6 +253,7 @@ impl LatentWriter {
     fn finish(&mut self, summary: &ShardSummary) -> Result<String, LatentError> {
         let url = &self.remaining[summary.shard];
         let (source, name) = (url.to_string(), url.name());
+        let redacted = url.redacted();
         let file = match self.open.remove(&summary.shard) {
             Some(file) => file,
             // Nothing of it could be used.
@@ -260,6 +275,8 @@ impl LatentWriter {
             bytes: written.bytes,
             sha256: written.sha256,
         };
+        // Before the manifest: lines of a shard that it does not list are dropped again.
+        self.skipped.finish(summary.shard, &redacted)?;
         self.manifest.shards.insert(name.clone(), entry);
         self.manifest.write(&self.manifest_path)?;
         Ok(name)

@@ -93,6 +93,11 @@ impl MetricsLog {
         Ok(())
     }
 
+    /// Waits until what was written is on the disk.
+    pub(super) fn sync(&self) -> Result<(), TrainError> {
+        self.file.sync_data().map_err(io(&self.path))
+    }
+
     /// Every step so far.
     pub(super) fn records(&self) -> &[StepRecord] {
         &self.records

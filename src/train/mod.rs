@@ -5,6 +5,7 @@
 
 mod audit;
 mod checkpoint;
+mod data;
 mod learning_rate;
 mod log;
 mod optimizer;
@@ -12,12 +13,14 @@ mod progress;
 mod report;
 mod run;
 mod setup;
+mod skipped;
 mod step;
 mod student;
 mod validation;
 mod watchdog;
 
-pub use run::{Data, Outcome, run};
+pub use data::Data;
+pub use run::{Outcome, run};
 pub(crate) use setup::{check_fit, distillation};
 pub use step::{Distillation, Loss, StepInputs, StepOutputs};
 pub use student::Student;

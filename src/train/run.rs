@@ -1,50 +1,36 @@
 //! The loop: from the stream of batches to a finished student.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use coffey_pipeline::flow::{FlowMetrics, Stage, StageHandle};
+use coffey_pipeline::flow::{Recent, Stage, StageHandle};
 use coffey_pipeline::order::rng::index_below;
 use coffey_pipeline::order::{Cursor, Order};
-use coffey_pipeline::{Stream, StreamError};
 
 use super::audit::Auditor;
 use super::checkpoint::{self, Checkpoints, write_aside};
+use super::data::{Data, first_captions};
 use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
 use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
+use super::skipped::SkippedLog;
 use super::validation::Prompts;
-use super::watchdog::{Watchdog, hanging_stage};
+use super::watchdog::Watchdog;
 use super::{Distillation, StepInputs, Student, TrainError, io};
 use crate::config::{self, Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
+use crate::monitor::{Monitor, StepFigures};
 use crate::ops::{self, Attention, Keep};
 use crate::pretrained::Models;
 use crate::random::{generator, normal, uniform};
 use crate::stop::Stop;
-
-/// Where batches come from.
-pub struct Data<'a> {
-    /// Opens a stream: in training order from a cursor, or every sample once in order. Arguments: order, batch size, cursor.
-    #[allow(clippy::type_complexity)]
-    pub open: Box<dyn Fn(Order, usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
-    /// What the stages report to.
-    pub metrics: FlowMetrics,
-}
-
-impl std::fmt::Debug for Data<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Data").finish_non_exhaustive()
-    }
-}
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +87,10 @@ struct Run<'a> {
     checkpoints: Checkpoints,
     configuration: String,
     log: MetricsLog,
+    skipped: SkippedLog,
+    monitor: Monitor,
+    /// What limits the run.
+    recent: Recent,
     endpoint: Option<Endpoint>,
     validation: Option<(Prompts, &'a Validation)>,
     auditor: Option<Auditor>,
@@ -167,6 +157,7 @@ impl<'a> Run<'a> {
             (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
         }
         let log = MetricsLog::open(output, step)?;
+        let skipped = SkippedLog::open(output, step)?;
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
@@ -240,6 +231,9 @@ impl<'a> Run<'a> {
             checkpoints,
             configuration,
             log,
+            skipped,
+            monitor: data.monitor.clone(),
+            recent: Recent::default(),
             endpoint,
             validation,
             auditor,
@@ -266,7 +260,8 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|device| Encoders::load(pipeline, vae, device, self.config.encode.batch_size))
                 .collect::<Result<Vec<_>, _>>()?;
-            let mut pool = EncodePool::start(stream, encoders, &data.metrics)?;
+            let metrics = self.monitor.flow().clone();
+            let mut pool = EncodePool::start(stream, encoders, &metrics)?;
             let wake = pool.interrupter();
             stop.on_stop(move || wake.interrupt());
             let wake = pool.interrupter();
@@ -276,11 +271,13 @@ impl<'a> Run<'a> {
             .map_err(io(self.output))?;
             progress.start_at(self.step);
             progress.say("waiting for the first batch");
-            let stage = data.metrics.stage(Stage::Train);
-            let begun = Instant::now();
+            let stage = metrics.stage(Stage::Train);
+            let (begun, first) = (Instant::now(), self.step);
+            self.monitor.beat();
             while self.step < train.max_steps {
                 if stop.asked() {
                     self.save(progress)?;
+                    self.summarize(progress, first, begun);
                     return Ok(Outcome::Stopped);
                 }
                 match self.one_step(&mut pool, &watchdog, &stage, device, begun) {
@@ -288,13 +285,16 @@ impl<'a> Run<'a> {
                     Err(TrainError::StreamEnded { .. }) if watchdog.barked() => {
                         return Err(TrainError::Stalled {
                             seconds: train.stall_timeout,
-                            stage: hanging_stage(&data.metrics),
+                            stage: metrics.snapshot().hanging_stage(Stage::Train),
                         });
                     }
                     made => progress.step(&made?),
                 }
                 self.after_step(progress, stop)?;
+                self.monitor.beat();
             }
+            self.monitor.rest();
+            self.summarize(progress, first, begun);
         }
         self.finish(progress, stop)
     }
@@ -314,12 +314,13 @@ impl<'a> Run<'a> {
         let failed = |source| TrainError::Step { step, source };
         let (mut gradients, mut loss, mut count) = (Gradients::new(), 0.0, 0);
         let mut held = None; // the last micro-batch, until the gradient norm is known
-        let mut reached = None;
+        let (mut reached, mut skipped) = (None, Vec::new());
         for micro in 0..train.gradient_accumulation {
             watchdog.watch();
             let next = pool.next(stage);
             watchdog.rest();
-            let batch = next.ok_or(TrainError::StreamEnded { step })??;
+            let mut batch = next.ok_or(TrainError::StreamEnded { step })??;
+            skipped.append(&mut batch.skipped);
             count += batch.samples.len() as u64;
             let epoch = batch.samples.last().map_or(0, |s| s.epoch);
             reached = Some((batch.cursor.clone(), epoch));
@@ -391,7 +392,7 @@ impl<'a> Run<'a> {
             endpoint_error: None,
             samples_per_second: count as f64 / started.elapsed().as_secs_f64(),
             seconds: begun.elapsed().as_secs_f64(),
-            limiting_stage: stage.metrics().limiting_stage(),
+            limiting_stage: self.recent.mark(stage.metrics()),
         };
         let report = &self.config.report;
         if let Some(endpoint) = &self.endpoint
@@ -401,7 +402,14 @@ impl<'a> Run<'a> {
             record.endpoint_error =
                 Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
         }
+        self.skipped.write(step, pool.stream().shards(), &skipped)?;
         self.log.write(record.clone())?;
+        self.monitor.step(StepFigures {
+            step,
+            loss,
+            grad_norm: norm,
+            samples: self.samples,
+        });
         Ok(record)
     }
 
@@ -523,6 +531,10 @@ impl<'a> Run<'a> {
         let Some(cursor) = &self.cursor else {
             return Ok(());
         };
+        let begun = Instant::now();
+        // The lines of a checkpoint's steps are never lost with it there.
+        self.log.sync()?;
+        self.skipped.sync()?;
         let numbers = (self.step, self.samples);
         let place = self.checkpoints.save(
             numbers,
@@ -532,8 +544,23 @@ impl<'a> Run<'a> {
             &self.configuration,
         )?;
         self.saved = Some(self.step);
+        self.monitor.checkpoint(begun.elapsed());
         progress.say(format!("saved {}", place.display()));
         Ok(())
+    }
+
+    /// Says how the steps went.
+    fn summarize(&self, progress: &Progress, first: u64, begun: Instant) {
+        let seconds = begun.elapsed().as_secs_f64();
+        let limit = self.recent.overall(self.monitor.flow());
+        let mut parts = vec![format!("{} steps in {seconds:.1} s", self.step - first)];
+        parts.extend(limit.map(|stage| format!("limit: {stage}")));
+        let counts = self.skipped.counts().iter();
+        let counts: Vec<String> = counts.map(|(reason, n)| format!("{reason} {n}")).collect();
+        if !counts.is_empty() {
+            parts.push(format!("left out since step 1: {}", counts.join(", ")));
+        }
+        progress.say(parts.join(" · "));
     }
 
     /// Writes the finished student and the pictures.
@@ -586,27 +613,5 @@ impl<'a> Run<'a> {
             ));
         }
         Ok(Outcome::Done(self.output.to_owned()))
-    }
-}
-
-/// The first distinct captions of the data, in the order of the shards.
-fn first_captions(data: &Data<'_>, wanted: usize, stop: &Stop) -> Result<Vec<String>, TrainError> {
-    let stream = (data.open)(Order::Sequential, wanted.min(64), None)?;
-    let batches = stream.batches().clone();
-    stop.on_stop(move || batches.close());
-    let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
-    while let Some(batch) = stream.batches().recv_untimed() {
-        for sample in batch?.samples {
-            if captions.len() < wanted && seen.insert(sample.caption.clone()) {
-                captions.push(sample.caption);
-            }
-        }
-        if captions.len() == wanted {
-            break;
-        }
-    }
-    match stop.asked() {
-        true => Err(TrainError::Stopped),
-        false => Ok(captions),
     }
 }

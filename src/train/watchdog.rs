@@ -5,8 +5,6 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use coffey_pipeline::flow::{FlowMetrics, Stage};
-
 /// Watches waits; when one lasts for `timeout`, calls a hook once.
 #[derive(Debug)]
 pub(super) struct Watchdog {
@@ -94,24 +92,6 @@ impl Drop for Watchdog {
             let _panicked = thread.join();
         }
     }
-}
-
-/// The stage that hangs while the trainer waits for a batch: the one behind the last channel that still holds something, or
-/// the first stage if all are empty.
-pub(super) fn hanging_stage(metrics: &FlowMetrics) -> Stage {
-    let channels = metrics.snapshot().channels;
-    let behind = [
-        ("encode", Stage::Encode),
-        ("batches", Stage::Encode),
-        ("decoded", Stage::Decode),
-        ("decode", Stage::Decode),
-        ("samples", Stage::Shuffle),
-        ("chunks", Stage::Untar),
-    ];
-    let holding = behind
-        .iter()
-        .find(|(name, _)| channels.get(*name).is_some_and(|c| c.items > 0));
-    holding.map_or(Stage::Fetch, |&(_, stage)| stage)
 }
 
 #[cfg(test)]

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+
+use super::snapshot::{ChannelSnapshot, FlowSnapshot, StageSnapshot};
 
 /// The stages a sample passes, in that order. The last three belong to the trainer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -76,6 +78,7 @@ struct Counters {
     busy_ns: AtomicU64,
     starved_ns: AtomicU64,
     blocked_ns: AtomicU64,
+    cpu_ns: AtomicU64,
 }
 
 /// A channel's fill, asked for when a snapshot is taken; `None` once the channel is gone.
@@ -89,6 +92,9 @@ struct Watched {
 
 #[derive(Default)]
 struct Inner {
+    /// When the first stage came.
+    begun: OnceLock<Instant>,
+    counts_cpu: AtomicBool,
     stages: [Counters; Stage::ALL.len()],
     channels: Mutex<Vec<Watched>>,
     skipped: Mutex<BTreeMap<String, u64>>,
@@ -124,9 +130,16 @@ impl FlowMetrics {
         Self::default()
     }
 
+    /// Counts the processor time of the stages' threads as well, from now on. Off unless asked for:
+    /// where the system takes a microsecond to say it, small samples would feel it.
+    pub fn count_cpu(&self) {
+        self.0.counts_cpu.store(true, Ordering::Relaxed);
+    }
+
     /// The handle under which `stage` reports. Any number of threads may hold one.
     #[must_use]
     pub fn stage(&self, stage: Stage) -> StageHandle {
+        self.0.begun.get_or_init(Instant::now);
         StageHandle {
             metrics: self.clone(),
             stage,
@@ -186,6 +199,7 @@ impl FlowMetrics {
                 busy_seconds: seconds(&counters.busy_ns),
                 starved_seconds: seconds(&counters.starved_ns),
                 blocked_seconds: seconds(&counters.blocked_ns),
+                cpu_seconds: seconds(&counters.cpu_ns),
             })
             .collect();
         let mut channels = BTreeMap::<&'static str, ChannelSnapshot>::new();
@@ -194,12 +208,15 @@ impl FlowMetrics {
                 let total = channels.entry(channel.name).or_default();
                 total.items += items as u64;
                 total.capacity += channel.capacity as u64;
+                total.empty += u64::from(items == 0);
             }
         }
         let owned = |map: &Mutex<BTreeMap<&'static str, u64>>| {
             lock(map).iter().map(|(&k, &v)| (k.to_owned(), v)).collect()
         };
+        let begun = self.0.begun.get();
         FlowSnapshot {
+            seconds: begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64()),
             stages,
             channels: channels
                 .into_iter()
@@ -210,12 +227,19 @@ impl FlowMetrics {
             s3_retries: owned(&self.0.retries),
         }
     }
+}
 
-    /// The stage that holds the rest back, as [`FlowSnapshot::limiting_stage`] now.
-    #[must_use]
-    pub fn limiting_stage(&self) -> Option<Stage> {
-        self.snapshot().limiting_stage()
-    }
+/// When a thread began to work, on its clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    wall: Instant,
+    cpu: Option<Duration>,
+}
+
+/// Processor time this thread has used.
+fn thread_cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A stage's way into the registry.
@@ -244,10 +268,31 @@ impl StageHandle {
 
     /// Runs `work` and counts its time as working.
     pub fn work<T>(&self, work: impl FnOnce() -> T) -> T {
-        let start = Instant::now();
+        let begun = self.begin();
         let result = work();
-        self.add_busy(start.elapsed());
+        self.add_work(begun, Duration::ZERO);
         result
+    }
+
+    /// This thread begins to work.
+    #[must_use]
+    pub fn begin(&self) -> Moment {
+        let counts_cpu = self.metrics.0.counts_cpu.load(Ordering::Relaxed);
+        Moment {
+            wall: Instant::now(),
+            cpu: counts_cpu.then(thread_cpu_time),
+        }
+    }
+
+    /// Counts the time since `begun`, on the same thread, as working, but for what of it was waited.
+    pub fn add_work(&self, begun: Moment, waited: Duration) {
+        self.add_busy(begun.wall.elapsed().saturating_sub(waited));
+        if let Some(before) = begun.cpu {
+            let cpu = thread_cpu_time().saturating_sub(before);
+            self.counters()
+                .cpu_ns
+                .fetch_add(nanos(cpu), Ordering::Relaxed);
+        }
     }
 
     /// Counts finished items.
@@ -282,102 +327,9 @@ impl StageHandle {
     }
 }
 
-/// The registry's numbers at one moment.
-#[derive(Debug, Clone, Serialize)]
-pub struct FlowSnapshot {
-    /// One entry a stage, in the order of the data, also for stages that never ran.
-    pub stages: Vec<StageSnapshot>,
-    /// Fill and capacity by channel name, summed over channels of one name.
-    pub channels: BTreeMap<String, ChannelSnapshot>,
-    /// Samples left out, by reason.
-    pub skipped: BTreeMap<String, u64>,
-    /// S3 requests by outcome.
-    pub s3_requests: BTreeMap<String, u64>,
-    /// Repeated S3 requests by reason.
-    pub s3_retries: BTreeMap<String, u64>,
-}
-
-/// One stage's numbers; times are summed over its threads.
-#[derive(Debug, Clone, Serialize)]
-pub struct StageSnapshot {
-    /// Which stage.
-    pub stage: Stage,
-    /// Finished items.
-    pub items: u64,
-    /// Bytes that passed.
-    pub bytes: u64,
-    /// Time working.
-    pub busy_seconds: f64,
-    /// Time waiting for input.
-    pub starved_seconds: f64,
-    /// Time waiting for room in the output.
-    pub blocked_seconds: f64,
-}
-
-/// A channel's fill.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct ChannelSnapshot {
-    /// Items waiting.
-    pub items: u64,
-    /// Most items it holds.
-    pub capacity: u64,
-}
-
-impl StageSnapshot {
-    /// The part of its time this stage worked, 0 to 1; `None` if it never ran.
-    #[must_use]
-    pub fn busy_share(&self) -> Option<f64> {
-        (self.busy_seconds > 0.0).then(|| self.busy_seconds / self.total_seconds())
-    }
-
-    /// Working and waiting, together.
-    #[must_use]
-    pub fn total_seconds(&self) -> f64 {
-        self.busy_seconds + self.starved_seconds + self.blocked_seconds
-    }
-}
-
-impl FlowSnapshot {
-    /// The numbers of one stage.
-    #[must_use]
-    pub fn stage(&self, stage: Stage) -> &StageSnapshot {
-        &self.stages[stage as usize]
-    }
-
-    /// The stage that holds the rest back: the one whose threads wait least for others. A stage that
-    /// was hardly there, as fetching a few small shards is, can't be it. `None` before anything ran.
-    #[must_use]
-    pub fn limiting_stage(&self) -> Option<Stage> {
-        let longest = self
-            .stages
-            .iter()
-            .map(StageSnapshot::total_seconds)
-            .fold(0.0, f64::max);
-        self.stages
-            .iter()
-            .filter(|stage| stage.total_seconds() >= longest / 10.0)
-            .filter_map(|stage| Some((stage.stage, stage.busy_share()?)))
-            .max_by(|a, b| a.1.total_cmp(&b.1))
-            .map(|(stage, _)| stage)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_stage_that_never_waits_is_the_limit() {
-        let metrics = FlowMetrics::new();
-        assert_eq!(metrics.limiting_stage(), None);
-        let fetch = metrics.stage(Stage::Fetch);
-        fetch.add_busy(Duration::from_secs(1));
-        fetch.add_blocked(Duration::from_secs(3));
-        let decode = metrics.stage(Stage::Decode);
-        decode.add_busy(Duration::from_secs(30));
-        decode.add_starved(Duration::from_secs(2));
-        assert_eq!(metrics.limiting_stage(), Some(Stage::Decode));
-    }
 
     #[test]
     fn stages_report_under_the_names_of_the_metrics() {
@@ -397,9 +349,34 @@ mod tests {
     }
 
     #[test]
+    fn sleeping_is_work_without_processor_time() {
+        let metrics = FlowMetrics::new();
+        metrics
+            .stage(Stage::Batch)
+            .work(|| std::hint::black_box([0; 100]));
+        metrics.count_cpu();
+        let (asleep, awake) = (metrics.stage(Stage::Write), metrics.stage(Stage::Decode));
+        asleep.work(|| std::thread::sleep(Duration::from_millis(60)));
+        awake.work(|| {
+            let begun = thread_cpu_time();
+            while thread_cpu_time() - begun < Duration::from_millis(60) {}
+        });
+        let snapshot = metrics.snapshot();
+        let (asleep, awake) = (snapshot.stage(Stage::Write), snapshot.stage(Stage::Decode));
+        assert_eq!(snapshot.stage(Stage::Batch).cpu_seconds, 0.0);
+        assert!(asleep.busy_seconds >= 0.06, "{asleep:?}");
+        assert!(asleep.cpu_seconds < 0.03, "{asleep:?}");
+        assert!(
+            (0.06..=awake.busy_seconds + 0.001).contains(&awake.cpu_seconds),
+            "{awake:?}"
+        );
+    }
+
+    #[test]
     fn channels_vanish_with_their_ends() {
         let metrics = FlowMetrics::new();
         let (sender, receiver) = super::super::channel::<u8>(&metrics, "decoded", 4);
+        let (_idle, _waits) = super::super::channel::<u8>(&metrics, "decoded", 4);
         sender
             .send_blocking(1, &metrics.stage(Stage::Decode))
             .unwrap();
@@ -408,10 +385,11 @@ mod tests {
             snapshot.channels["decoded"],
             ChannelSnapshot {
                 items: 1,
-                capacity: 4
+                capacity: 8,
+                empty: 1,
             }
         );
-        drop((sender, receiver));
+        drop((sender, receiver, _idle));
         assert!(metrics.snapshot().channels.is_empty());
     }
 }

@@ -11,10 +11,14 @@ mod cancel;
 mod channel;
 mod metrics;
 mod ordered;
+mod recent;
+mod snapshot;
 mod weighted;
 
 pub use channel::{Closed, Receiver, Sender, channel};
-pub use metrics::{ChannelSnapshot, FlowMetrics, FlowSnapshot, Stage, StageHandle, StageSnapshot};
+pub use metrics::{FlowMetrics, Moment, Stage, StageHandle};
+pub use recent::Recent;
+pub use snapshot::{ChannelSnapshot, FlowSnapshot, StageSnapshot};
 
 pub(crate) use cancel::Cancel;
 pub(crate) use ordered::{OrderedReceiver, OrderedSender, ordered_map};

@@ -5,7 +5,7 @@ use std::io::Read;
 
 use serde::Deserialize;
 
-use super::tar::{Grouped, TarError, TarOptions, read_samples};
+use super::tar::{Found, Grouped, TarError, TarOptions, read_samples};
 
 const TARS: &[u8] = include_bytes!("../../tests/golden/tars.tar.gz");
 const WEBDATASET: &str = include_str!("../../tests/golden/tars.json");
@@ -42,7 +42,10 @@ fn read(tar: &[u8]) -> (Samples, Result<(), TarError>) {
     let options = TarOptions {
         max_member_bytes: 1 << 20,
     };
-    let result = read_samples(tar, options, |sample| {
+    let result = read_samples(tar, options, |found| {
+        let Found::Sample(sample) = found else {
+            return Grouped::Continue;
+        };
         let members = sample.members.into_iter();
         samples.push((
             sample.key.to_string(),

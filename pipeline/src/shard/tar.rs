@@ -31,6 +31,52 @@ pub(crate) enum TarError {
     Broken(String),
 }
 
+/// What is met on the way through a shard.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Sample(Sample),
+    PassedOver(PassedOver),
+}
+
+/// A member that belongs to no sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PassedOver {
+    pub(crate) path: String,
+    pub(crate) why: Why,
+}
+
+/// Why a member belongs to no sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Why {
+    Folder,
+    Link,
+    /// A device, a pipe, or a sparse file of the PAX format.
+    Special,
+    /// A file without an extension, a hidden one, or webdataset's own.
+    Name,
+}
+
+impl Why {
+    /// `None` for a file whose bytes can be read.
+    fn of(entry: &mut tar::Entry<'_, impl Read>) -> Option<Self> {
+        use tar::EntryType::{Continuous, Directory, GNUSparse, Link, Regular, Symlink};
+        match entry.header().entry_type() {
+            Regular | Continuous | GNUSparse => {}
+            Directory => return Some(Self::Folder),
+            Symlink | Link => return Some(Self::Link),
+            _ => return Some(Self::Special),
+        }
+        // The tar reader does not read a sparse file of the PAX format.
+        let is_pax_sparse = match entry.pax_extensions() {
+            Ok(Some(extensions)) => extensions
+                .flatten()
+                .any(|pair| pair.key_bytes().starts_with(b"GNU.sparse.")),
+            Ok(None) | Err(_) => false,
+        };
+        is_pax_sparse.then_some(Self::Special)
+    }
+}
+
 /// What the receiver of samples wants next.
 pub(crate) enum Grouped {
     Continue,
@@ -47,7 +93,8 @@ fn printable(error: &std::io::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads `reader` as a tar, or a tar in gzip, and gives each sample to `deliver`, in order.
+/// Reads `reader` as a tar, or a tar in gzip, and gives each sample to `deliver`, in order, and each
+/// member that belongs to none when it is met.
 ///
 /// Members with one key that follow each other are one sample; a repeated extension begins a new
 /// one, as in the reference's loader. Folders and links are passed over. After a fault the sample
@@ -55,7 +102,7 @@ fn printable(error: &std::io::Error) -> String {
 pub(crate) fn read_samples(
     mut reader: impl Read,
     options: TarOptions,
-    deliver: impl FnMut(Sample) -> Grouped,
+    deliver: impl FnMut(Found) -> Grouped,
 ) -> Result<(), TarError> {
     let mut magic = [0; MAGIC_BYTES];
     let mut filled = 0;
@@ -88,7 +135,7 @@ pub(crate) fn read_samples(
 fn read_tar(
     reader: impl Read,
     options: TarOptions,
-    mut deliver: impl FnMut(Sample) -> Grouped,
+    mut deliver: impl FnMut(Found) -> Grouped,
 ) -> Result<(), TarError> {
     let mut archive = tar::Archive::new(reader);
     let entries = archive
@@ -114,11 +161,19 @@ fn read_tar(
         };
         let path = entry.path_bytes().into_owned();
         last_path = String::from_utf8_lossy(&path).into_owned();
-        if !has_content(&mut entry) {
-            continue;
-        }
-        let Some((key, extension)) = split_name(&path) else {
-            continue;
+        let split = match Why::of(&mut entry) {
+            None => split_name(&path).ok_or(Why::Name),
+            Some(why) => Err(why),
+        };
+        let (key, extension) = match split {
+            Ok(split) => split,
+            Err(why) => {
+                let path = last_path.clone();
+                match deliver(Found::PassedOver(PassedOver { path, why })) {
+                    Grouped::Continue => continue,
+                    Grouped::Stop => return Ok(()),
+                }
+            }
         };
         let begins_another = current.as_ref().is_none_or(|sample| {
             current_key != key
@@ -128,7 +183,7 @@ fn read_tar(
         if begins_another {
             key.clone_into(&mut current_key);
             if let Some(done) = current.replace(Sample::new(key))
-                && let Grouped::Stop = deliver(done)
+                && let Grouped::Stop = deliver(Found::Sample(done))
             {
                 return Ok(());
             }
@@ -158,7 +213,7 @@ fn read_tar(
         }
     }
     if let Some(sample) = current.filter(|sample| !sample.is_empty())
-        && let Grouped::Stop = deliver(sample)
+        && let Grouped::Stop = deliver(Found::Sample(sample))
     {
         return Ok(());
     }
@@ -166,24 +221,6 @@ fn read_tar(
     io::copy(&mut archive.into_inner().take(TAIL_BYTES), &mut io::sink())
         .map_err(|error| TarError::Broken(format!("{error} after member {last_path:?}")))?;
     Ok(())
-}
-
-/// Whether an entry is a file whose bytes can be read. Folders and links have none; nor, for the tar
-/// reader, has a sparse file of the PAX format.
-fn has_content(entry: &mut tar::Entry<'_, impl Read>) -> bool {
-    use tar::EntryType::{Continuous, GNUSparse, Regular};
-    if !matches!(
-        entry.header().entry_type(),
-        Regular | Continuous | GNUSparse
-    ) {
-        return false;
-    }
-    match entry.pax_extensions() {
-        Ok(Some(extensions)) => !extensions
-            .flatten()
-            .any(|pair| pair.key_bytes().starts_with(b"GNU.sparse.")),
-        Ok(None) | Err(_) => true,
-    }
 }
 
 #[cfg(test)]
@@ -207,8 +244,10 @@ mod tests {
         let options = TarOptions {
             max_member_bytes: 1000,
         };
-        let result = read_samples(tar, options, |sample| {
-            samples.push(sample);
+        let result = read_samples(tar, options, |found| {
+            if let Found::Sample(sample) = found {
+                samples.push(sample);
+            }
             Grouped::Continue
         });
         (samples, result)
@@ -253,17 +292,18 @@ mod tests {
     }
 
     #[test]
-    fn folders_and_links_are_passed_over() {
+    fn folders_links_and_files_without_an_extension_are_passed_over_and_named() {
         let mut builder = tar::Builder::new(Vec::new());
         for (kind, path) in [
             (tar::EntryType::Directory, "a.jpg/"),
             (tar::EntryType::Symlink, "b.jpg"),
             (tar::EntryType::Link, "c.jpg"),
+            (tar::EntryType::Regular, "README"),
         ] {
             let mut header = tar::Header::new_gnu();
             header.set_entry_type(kind);
             header.set_size(0);
-            if kind == tar::EntryType::Directory {
+            if !matches!(kind, tar::EntryType::Symlink | tar::EntryType::Link) {
                 header.set_cksum();
                 builder.append_data(&mut header, path, &b""[..]).unwrap();
             } else {
@@ -272,9 +312,28 @@ mod tests {
                     .unwrap();
             }
         }
-        let (samples, result) = read(&builder.into_inner().unwrap());
-        result.unwrap();
-        assert!(samples.is_empty());
+        let mut passed_over = Vec::new();
+        let tar = builder.into_inner().unwrap();
+        let options = TarOptions {
+            max_member_bytes: 1000,
+        };
+        read_samples(tar.as_slice(), options, |found| {
+            match found {
+                Found::Sample(sample) => panic!("{sample:?}"),
+                Found::PassedOver(PassedOver { path, why }) => passed_over.push((path, why)),
+            }
+            Grouped::Continue
+        })
+        .unwrap();
+        assert_eq!(
+            passed_over,
+            [
+                ("a.jpg/".to_owned(), Why::Folder),
+                ("b.jpg".to_owned(), Why::Link),
+                ("c.jpg".to_owned(), Why::Link),
+                ("README".to_owned(), Why::Name),
+            ]
+        );
     }
 
     #[test]

@@ -263,10 +263,9 @@ impl Interleaver {
         let (visit, index) = (at.visit, at.taken);
         at.taken += 1;
         self.turn = turn + 1;
-        let start = Instant::now();
-        let chosen = self.choose(visit, index, sample);
-        self.filtering.add_busy(start.elapsed());
-        self.filtering.add_items(1);
+        let filtering = self.filtering.clone();
+        let chosen = filtering.work(|| self.choose(visit, index, sample));
+        filtering.add_items(1);
         match chosen {
             Ok(chosen) => {
                 self.read += 1;

@@ -16,6 +16,7 @@
 //! shard, so that counts and summaries are as independent of timing as the samples are.
 
 mod batch;
+mod ceiling;
 mod config;
 mod error;
 mod interleave;
@@ -25,12 +26,13 @@ mod restore;
 mod step;
 
 pub use batch::{PixelBatch, ShardSummary, SkippedSample};
+pub use ceiling::{Ceiling, ceiling};
 pub use config::StreamConfig;
 pub use error::StreamError;
 pub use prepare::SampleMeta;
 
-pub(crate) use reader::{OpenShard, ReaderContext, ShardEvent};
-pub(crate) use step::{Reason, parse_json};
+pub(crate) use reader::{Note, OpenShard, ReaderContext, ShardEvent};
+pub(crate) use step::parse_json;
 
 use std::thread::JoinHandle;
 
@@ -85,6 +87,7 @@ impl Stream {
             metrics: metrics.clone(),
             runtime: runtime.clone(),
             max_member_bytes: config.image.max_bytes,
+            notes: None,
         };
         let shards = config.shards.clone();
         let batcher = Batcher::new(&config, identity, sender, metrics.stage(Stage::Batch));

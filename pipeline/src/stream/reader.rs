@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,12 @@ use tokio::runtime::Handle;
 
 use super::error::StreamError;
 use crate::flow::{
-    Cancel, Closed, FlowMetrics, Stage, StageHandle, WeightedReceiver, WeightedSender,
+    Cancel, Closed, FlowMetrics, Moment, Stage, StageHandle, WeightedReceiver, WeightedSender,
     panic_message, weighted_channel,
 };
-use crate::shard::{Grouped, Sample, ShardUrl, TarError, TarOptions, read_samples};
+use crate::shard::{
+    Found, Grouped, PassedOver, Sample, ShardUrl, TarError, TarOptions, read_samples,
+};
 use crate::source::{SourceError, Sources};
 
 /// Bytes fetched ahead of the tar reader, for each open shard.
@@ -35,6 +37,16 @@ pub(crate) struct ReaderContext {
     pub(crate) metrics: FlowMetrics,
     pub(crate) runtime: Handle,
     pub(crate) max_member_bytes: u64,
+    /// Who wants to know what else there is in a shard besides samples.
+    pub(crate) notes: Option<mpsc::Sender<Note>>,
+}
+
+/// What is in a shard and belongs to no sample.
+#[derive(Debug)]
+pub(crate) enum Note {
+    PassedOver(PassedOver),
+    /// So many bytes, not all of them zero, come after the end of the archive.
+    Trailing(u64),
 }
 
 /// What comes out of an open shard.
@@ -87,6 +99,7 @@ impl OpenShard {
             options: TarOptions {
                 max_member_bytes: context.max_member_bytes,
             },
+            notes: context.notes.clone(),
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
@@ -251,6 +264,7 @@ struct Untar {
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,
+    notes: Option<mpsc::Sender<Note>>,
 }
 
 impl Untar {
@@ -266,11 +280,17 @@ impl Untar {
         let _closed = self.events.send_blocking(last, 0, &self.stage);
     }
 
+    fn note(&self, note: impl FnOnce() -> Note) {
+        if let Some(notes) = &self.notes {
+            let _nobody_listens = notes.send(note());
+        }
+    }
+
     /// Delivers every sample; gives back how the shard ended, `None` if nobody wants to know.
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
         let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
-        let reader = ChunkReader {
+        let mut reader = ChunkReader {
             receiver: &self.chunks,
             cancel: &self.cancel,
             current: Bytes::new(),
@@ -278,14 +298,21 @@ impl Untar {
             failure: &failure,
             starved: &starved,
         };
-        let mut since = Instant::now();
-        let account = |since: Instant| {
+        let mut since = stage.begin();
+        let account = |since: Moment| {
             let waited = starved.take();
             stage.add_starved(waited);
-            stage.add_busy(since.elapsed().saturating_sub(waited));
+            stage.add_work(since, waited);
         };
         let mut closed = false;
-        let result = read_samples(reader, self.options, |sample| {
+        let result = read_samples(&mut reader, self.options, |found| {
+            let sample = match found {
+                Found::Sample(sample) => sample,
+                Found::PassedOver(member) => {
+                    self.note(|| Note::PassedOver(member));
+                    return Grouped::Continue;
+                }
+            };
             account(since);
             let bytes = sample.bytes();
             stage.add_items(1);
@@ -294,7 +321,7 @@ impl Untar {
                 .events
                 .send_blocking(ShardEvent::Sample(sample), bytes, stage)
                 .is_err();
-            since = Instant::now();
+            since = stage.begin();
             if closed {
                 Grouped::Stop
             } else {
@@ -305,8 +332,15 @@ impl Untar {
         if closed || self.cancel.is_cancelled() {
             return None;
         }
+        let trailing = match self.notes.is_some() && result.is_ok() {
+            true => trailing(&mut reader),
+            false => 0,
+        };
         if let Some(error) = failure.take() {
             return Some(ShardEvent::Failed(StreamError::Source(error)));
+        }
+        if trailing > 0 {
+            self.note(|| Note::Trailing(trailing));
         }
         Some(match result {
             Ok(()) => ShardEvent::End { broken: None },
@@ -319,4 +353,18 @@ impl Untar {
             }),
         })
     }
+}
+
+/// Reads the rest: how many bytes there are up to the last that is not zero. Writers pad with zeros.
+fn trailing(reader: &mut impl Read) -> u64 {
+    let mut piece = vec![0; 64 << 10];
+    let (mut read, mut last) = (0, 0);
+    // What ends it early is the source's failure, or nobody's interest.
+    while let Ok(count @ 1..) = reader.read(&mut piece) {
+        if let Some(at) = piece[..count].iter().rposition(|&byte| byte != 0) {
+            last = read + at as u64 + 1;
+        }
+        read += count as u64;
+    }
+    last
 }

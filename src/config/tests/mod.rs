@@ -209,6 +209,7 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
         "train.mixed_precision=no",
         "train.teacher_dtype=bf16",
         "track.tensorboard=false",
+        "metrics.listen=127.0.0.1:9464",
         "latents={output=\"a\",crops=1}",
     ]);
 }
@@ -222,6 +223,7 @@ fn what_is_written_out_reads_back_the_same() {
         "validation.prompts=['red apple']",
         "latents.output=latents/a",
         "audit.dir=audit",
+        "metrics.listen=\"[::1]:0\"",
         "data.filter.min_size=64",
         "data.cache_dir=cache",
         "data.cache_limit_gb=20",

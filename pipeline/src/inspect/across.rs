@@ -1,0 +1,80 @@
+//! What only shows when shards are looked at together.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Problem, ProblemKind, ShardReport};
+
+/// The keys of the shards seen so far.
+#[derive(Debug, Default)]
+pub struct Across {
+    /// Each key's first shard.
+    first: HashMap<Arc<str>, usize>,
+    urls: Vec<String>,
+    last_key: Option<Arc<str>>,
+}
+
+impl Across {
+    /// Compares a shard with those before it, and adds what is wrong with the two together to its
+    /// report. Takes the report's keys.
+    pub fn add(&mut self, report: &mut ShardReport) {
+        let shard = self.urls.len();
+        let keys = std::mem::take(&mut report.keys);
+        for (index, key) in keys.iter().enumerate() {
+            let &mut first = self.first.entry(Arc::clone(key)).or_insert(shard);
+            if first == shard {
+                continue;
+            }
+            let goes_on = index == 0 && self.last_key.as_ref() == Some(key);
+            let (kind, what) = if goes_on {
+                let before = &self.urls[shard - 1];
+                let what = format!("may be the rest of the last sample of {before}");
+                (ProblemKind::SplitSample, what)
+            } else {
+                let what = format!("has the key of a sample of {}", self.urls[first]);
+                (ProblemKind::KeyInOtherShard, what)
+            };
+            report.problems.push(Problem {
+                kind,
+                key: key.to_string(),
+                what,
+            });
+        }
+        self.last_key = keys.last().cloned();
+        self.urls.push(report.url.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_in_two_shards_and_a_sample_cut_in_two_are_found() {
+        let mut across = Across::default();
+        let mut found = Vec::new();
+        for (url, keys) in [
+            ("0.tar", ["a", "b"]),
+            ("1.tar", ["b", "a"]),
+            ("2.tar", ["c", "c"]),
+        ] {
+            let mut report = ShardReport {
+                url: url.to_owned(),
+                keys: keys.map(Arc::from).into(),
+                ..ShardReport::default()
+            };
+            across.add(&mut report);
+            found.push(report.problems);
+        }
+        assert!(found[0].is_empty() && found[2].is_empty(), "{found:?}");
+        let kinds: Vec<_> = found[1].iter().map(|p| (p.kind, p.key.as_str())).collect();
+        assert_eq!(
+            kinds,
+            [
+                (ProblemKind::SplitSample, "b"),
+                (ProblemKind::KeyInOtherShard, "a")
+            ]
+        );
+        assert!(found[1][1].what.contains("0.tar"), "{found:?}");
+    }
+}
