@@ -99,13 +99,12 @@ fn what_ends_early_is_an_error_in_every_format() {
 }
 
 #[test]
-fn only_an_end_mark_may_be_missing() {
-    for name in ["420.jpg", "progressive.jpg"] {
-        let whole = std::fs::read(golden().join("formats").join(name)).unwrap();
-        assert!(whole.ends_with(&[0xFF, 0xD9]));
-        assert_eq!(worst(name, &whole[..whole.len() - 2]), 0);
-        assert!(decode(&whole[..whole.len() - 12], MANY).is_err(), "{name}");
-    }
+fn a_baseline_jpeg_may_lack_its_end_mark_and_no_more() {
+    let name = "420.jpg";
+    let whole = std::fs::read(golden().join("formats").join(name)).unwrap();
+    assert!(whole.ends_with(&[0xFF, 0xD9]));
+    assert_eq!(worst(name, &whole[..whole.len() - 2]), 0);
+    assert!(decode(&whole[..whole.len() - 12], MANY).is_err());
 }
 
 #[test]
