@@ -66,6 +66,8 @@ struct Machine {
     images: u64,
     threads: usize,
     images_per_second: f64,
+    /// Of decoding, resizing and cropping alone.
+    cpu_ms_per_image: f64,
     /// The stream's speed as a part of it, 0 to 1.
     reached: f64,
 }
@@ -77,6 +79,7 @@ impl Machine {
             images: alone.images,
             threads: alone.threads,
             images_per_second,
+            cpu_ms_per_image: alone.cpu.as_secs_f64() * 1e3 / alone.images.max(1) as f64,
             reached: stream / images_per_second,
         }
     }
@@ -277,10 +280,10 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         fact(
             "machine",
             format!(
-                "{:.1} images/s are decoded, resized and cropped from memory by {} threads ({} images); the stream reached {:.0} %",
+                "{:.1} images/s are decoded, resized and cropped from memory by {} threads, {:.2} ms of CPU each; the stream reached {:.0} %",
                 machine.images_per_second,
                 machine.threads,
-                machine.images,
+                machine.cpu_ms_per_image,
                 machine.reached * 100.0
             ),
         );
@@ -319,6 +322,7 @@ mod tests {
                 images: 10,
                 threads: 2,
                 images_per_second: 6.25,
+                cpu_ms_per_image: 300.0,
                 reached: 0.8,
             }),
             flow,

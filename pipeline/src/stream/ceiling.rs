@@ -29,6 +29,8 @@ pub struct Ceiling {
     pub threads: usize,
     /// How long it took.
     pub elapsed: Duration,
+    /// Processor time it took, on all threads together: also on a machine that others use.
+    pub cpu: Duration,
 }
 
 /// Reads the first samples a stream of `config` would give, at most `samples` and 512 MB of images, and
@@ -46,18 +48,23 @@ pub fn ceiling(
     let images = jobs.len() as u64;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = Mutex::new(jobs.into_iter());
-    let preparer = Preparer::new(config, FlowMetrics::new().stage(Stage::Decode));
+    let metrics = FlowMetrics::new();
+    metrics.count_cpu();
+    let stage = metrics.stage(Stage::Decode);
+    let preparer = Preparer::new(config, stage.clone());
     let start = Instant::now();
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|_| {
                 let mut preparer = preparer.clone();
-                let jobs = &jobs;
+                let (jobs, stage) = (&jobs, stage.clone());
                 let next = || lock(jobs).next();
                 scope.spawn(move || {
-                    while let Some(job) = next() {
-                        std::hint::black_box(preparer.prepare(job));
-                    }
+                    stage.work(|| {
+                        while let Some(job) = next() {
+                            std::hint::black_box(preparer.prepare(job));
+                        }
+                    });
                 })
             })
             .collect();
@@ -71,6 +78,7 @@ pub fn ceiling(
             images,
             threads,
             elapsed: start.elapsed(),
+            cpu: Duration::from_secs_f64(metrics.snapshot().stage(Stage::Decode).cpu_seconds),
         })
     })
 }
