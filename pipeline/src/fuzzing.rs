@@ -8,7 +8,8 @@ use std::io::Read;
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
 use crate::shard::{
-    Filter, FilterState, Found, Grouped, Sample, ShardUrl, TarOptions, expand, read_samples,
+    Filter, FilterState, Found, Grouped, Sample, ShardUrl, TAIL_BYTES, TarOptions, expand,
+    read_samples,
 };
 use crate::source::content_range as read_content_range;
 use crate::stream::parse_json;
@@ -30,6 +31,7 @@ fn samples(reader: impl Read) -> (Vec<Sample>, Result<(), String>) {
     let mut samples = Vec::new();
     let options = TarOptions {
         max_member_bytes: MAX_MEMBER_BYTES,
+        max_tail_bytes: TAIL_BYTES,
     };
     let result = read_samples(reader, options, |found| {
         if let Found::Sample(sample) = found {

@@ -132,7 +132,7 @@ fn credentials_that_stay_expired_end_with_what_to_do() {
         output.contains("credentials have expired (HTTP 403 ExpiredToken"),
         "{output}"
     );
-    assert!(output.contains("credential_process"), "{output}");
+    assert!(output.contains("renews them by itself"), "{output}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::io::Read;
 
 use serde::Deserialize;
 
-use super::tar::{Found, Grouped, TarError, TarOptions, read_samples};
+use super::tar::{Found, Grouped, TAIL_BYTES, TarError, TarOptions, read_samples};
 
 const TARS: &[u8] = include_bytes!("../../tests/golden/tars.tar.gz");
 const WEBDATASET: &str = include_str!("../../tests/golden/tars.json");
@@ -41,6 +41,7 @@ fn read(tar: &[u8]) -> (Samples, Result<(), TarError>) {
     let mut samples = Vec::new();
     let options = TarOptions {
         max_member_bytes: 1 << 20,
+        max_tail_bytes: TAIL_BYTES,
     };
     let result = read_samples(tar, options, |found| {
         let Found::Sample(sample) = found else {

@@ -19,5 +19,7 @@ pub use url::{ShardUrl, UrlError};
 
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::FilterState;
-pub(crate) use tar::{Found, Grouped, PassedOver, TarError, TarOptions, Why, read_samples};
+pub(crate) use tar::{
+    Found, Grouped, PassedOver, TAIL_BYTES, TarError, TarOptions, Why, read_samples,
+};
 pub(crate) use url::Location;

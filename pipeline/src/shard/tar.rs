@@ -10,14 +10,16 @@ use super::sample::{Sample, split_name};
 /// Compressed bytes handed to the decompressor at once.
 const COMPRESSED_BYTES: usize = 64 << 10;
 
-/// What follows a tar's end blocks is read up to here: the padding, and a gzip's checksum.
-const TAIL_BYTES: u64 = 1 << 20;
+/// Enough of what follows a tar's end blocks: the padding, and a gzip's checksum.
+pub(crate) const TAIL_BYTES: u64 = 1 << 20;
 
 /// How a shard is taken apart.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TarOptions {
     /// Members larger than this are passed over unread. Bytes.
     pub(crate) max_member_bytes: u64,
+    /// What follows the tar's end is read up to here. Bytes.
+    pub(crate) max_tail_bytes: u64,
 }
 
 /// Why a shard could not be read to its end.
@@ -36,6 +38,8 @@ pub(crate) enum TarError {
 pub(crate) enum Found {
     Sample(Sample),
     PassedOver(PassedOver),
+    /// So many bytes after the tar's end, up to the last that is not zero: writers pad with zeros.
+    Trailing(u64),
 }
 
 /// A member that belongs to no sample.
@@ -218,9 +222,34 @@ fn read_tar(
         return Ok(());
     }
     // So that a damaged gzip is found, and a cache gets the whole shard.
-    io::copy(&mut archive.into_inner().take(TAIL_BYTES), &mut io::sink())
-        .map_err(|error| TarError::Broken(format!("{error} after member {last_path:?}")))?;
+    let tail = archive.into_inner().take(options.max_tail_bytes);
+    match trailing(tail) {
+        Ok(0) => {}
+        Ok(bytes) => drop(deliver(Found::Trailing(bytes))),
+        Err(error) => {
+            return Err(TarError::Broken(format!(
+                "{error} after member {last_path:?}"
+            )));
+        }
+    }
     Ok(())
+}
+
+fn trailing(mut reader: impl Read) -> io::Result<u64> {
+    let mut piece = vec![0; 16 << 10];
+    let (mut read, mut last) = (0, 0);
+    loop {
+        let count = match reader.read(&mut piece) {
+            Ok(0) => return Ok(last),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        if let Some(at) = piece[..count].iter().rposition(|&byte| byte != 0) {
+            last = read + at as u64 + 1;
+        }
+        read += count as u64;
+    }
 }
 
 #[cfg(test)]
@@ -243,6 +272,7 @@ mod tests {
         let mut samples = Vec::new();
         let options = TarOptions {
             max_member_bytes: 1000,
+            max_tail_bytes: TAIL_BYTES,
         };
         let result = read_samples(tar, options, |found| {
             if let Found::Sample(sample) = found {
@@ -316,10 +346,12 @@ mod tests {
         let tar = builder.into_inner().unwrap();
         let options = TarOptions {
             max_member_bytes: 1000,
+            max_tail_bytes: TAIL_BYTES,
         };
         read_samples(tar.as_slice(), options, |found| {
             match found {
                 Found::Sample(sample) => panic!("{sample:?}"),
+                Found::Trailing(_) => {}
                 Found::PassedOver(PassedOver { path, why }) => passed_over.push((path, why)),
             }
             Grouped::Continue

@@ -220,6 +220,21 @@ impl Sources {
     /// # Errors
     /// [`SourceError`] if it can't be read; faults that may pass have been retried.
     pub async fn open(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
+        self.claim(url)?;
+        self.open_claimed(url).await
+    }
+
+    /// Standard input goes to the first who asks for it. A stream asks before it reads, in its order.
+    pub(crate) fn claim(&self, url: &ShardUrl) -> Result<(), SourceError> {
+        match url.location() {
+            Location::Stdin if self.0.stdin_taken.swap(true, Ordering::SeqCst) => {
+                Err(SourceError::StdinAgain)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn open_claimed(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
         let remote = match self.place(url).await? {
             Place::Here(reader) => return Ok(ObjectReader(reader)),
             Place::Remote(remote) => remote,
@@ -229,10 +244,10 @@ impl Sources {
         Ok(ObjectReader(Reader::Remote(Box::new(reader))))
     }
 
-    /// Opens a shard as [`Sources::open`] does, out of the cache or into it if there is one.
+    /// Opens a shard that was claimed, out of the cache or into it if there is one.
     pub(crate) async fn open_shard(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
         let Some(cache) = &self.0.cache else {
-            return self.open(url).await;
+            return self.open_claimed(url).await;
         };
         let remote = match self.place(url).await? {
             Place::Here(reader) => return Ok(ObjectReader(reader)),
@@ -254,9 +269,6 @@ impl Sources {
         Ok(match url.location() {
             Location::File(path) => {
                 Place::Here(Reader::Local(local::LocalReader::open(url, path).await?))
-            }
-            Location::Stdin if self.0.stdin_taken.swap(true, Ordering::SeqCst) => {
-                return Err(SourceError::StdinAgain);
             }
             Location::Stdin => Place::Here(Reader::Stdin(StdinReader::start(std::io::stdin())?)),
             Location::S3 { bucket, key } => Place::Remote(Remote::S3 {

@@ -17,7 +17,7 @@ use crate::flow::{
     panic_message, weighted_channel,
 };
 use crate::shard::{
-    Found, Grouped, PassedOver, Sample, ShardUrl, TarError, TarOptions, read_samples,
+    Found, Grouped, PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarOptions, read_samples,
 };
 use crate::source::{SourceError, Sources};
 
@@ -98,15 +98,18 @@ impl OpenShard {
             stage: metrics.stage(Stage::Untar),
             options: TarOptions {
                 max_member_bytes: context.max_member_bytes,
+                // Who wants to know everything reads everything.
+                max_tail_bytes: context.notes.as_ref().map_or(TAIL_BYTES, |_| u64::MAX),
             },
             notes: context.notes.clone(),
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
             .spawn(move || untar.run())?;
+        let claimed = context.sources.claim(url);
         let fetch = fetch(
             context.sources.clone(),
-            url.clone(),
+            claimed.map(|()| url.clone()),
             chunk_sender,
             metrics.stage(Stage::Fetch),
             Arc::clone(&size),
@@ -152,13 +155,17 @@ impl Drop for OpenShard {
 
 async fn fetch(
     sources: Sources,
-    url: ShardUrl,
+    url: Result<ShardUrl, SourceError>,
     chunks: WeightedSender<Chunk>,
     stage: StageHandle,
     size: Arc<AtomicU64>,
     fetched_at: Arc<OnceLock<Instant>>,
 ) {
-    let last = match fetch_all(&sources, &url, &chunks, &stage, &size).await {
+    let fetched = match url {
+        Ok(url) => fetch_all(&sources, &url, &chunks, &stage, &size).await,
+        Err(error) => Ok(Err(error)),
+    };
+    let last = match fetched {
         Ok(Ok(())) => {
             stage.add_items(1);
             Chunk::End
@@ -290,7 +297,7 @@ impl Untar {
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
         let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
-        let mut reader = ChunkReader {
+        let reader = ChunkReader {
             receiver: &self.chunks,
             cancel: &self.cancel,
             current: Bytes::new(),
@@ -305,11 +312,15 @@ impl Untar {
             stage.add_work(since, waited);
         };
         let mut closed = false;
-        let result = read_samples(&mut reader, self.options, |found| {
+        let result = read_samples(reader, self.options, |found| {
             let sample = match found {
                 Found::Sample(sample) => sample,
                 Found::PassedOver(member) => {
                     self.note(|| Note::PassedOver(member));
+                    return Grouped::Continue;
+                }
+                Found::Trailing(bytes) => {
+                    self.note(|| Note::Trailing(bytes));
                     return Grouped::Continue;
                 }
             };
@@ -332,15 +343,8 @@ impl Untar {
         if closed || self.cancel.is_cancelled() {
             return None;
         }
-        let trailing = match self.notes.is_some() && result.is_ok() {
-            true => trailing(&mut reader),
-            false => 0,
-        };
         if let Some(error) = failure.take() {
             return Some(ShardEvent::Failed(StreamError::Source(error)));
-        }
-        if trailing > 0 {
-            self.note(|| Note::Trailing(trailing));
         }
         Some(match result {
             Ok(()) => ShardEvent::End { broken: None },
@@ -353,18 +357,4 @@ impl Untar {
             }),
         })
     }
-}
-
-/// Reads the rest: how many bytes there are up to the last that is not zero. Writers pad with zeros.
-fn trailing(reader: &mut impl Read) -> u64 {
-    let mut piece = vec![0; 64 << 10];
-    let (mut read, mut last) = (0, 0);
-    // What ends it early is the source's failure, or nobody's interest.
-    while let Ok(count @ 1..) = reader.read(&mut piece) {
-        if let Some(at) = piece[..count].iter().rposition(|&byte| byte != 0) {
-            last = read + at as u64 + 1;
-        }
-        read += count as u64;
-    }
-    last
 }

@@ -1,8 +1,10 @@
 //! From the options and the AWS default chain to a client.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aws_config::{BehaviorVersion, Region};
+use aws_credential_types::provider::future;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -32,13 +34,38 @@ pub(super) struct Chain {
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) client: Client,
-    credentials: Option<SharedCredentialsProvider>,
+    signing: Option<SharedCredentialsProvider>,
+    /// The credentials it was given last.
+    pub(super) given: Given,
 }
+
+type Given = Arc<Mutex<Option<Credentials>>>;
 
 impl Connection {
     /// What the chain has to sign with now.
     pub(super) async fn credentials(&self) -> Option<Credentials> {
-        self.credentials.as_ref()?.provide_credentials().await.ok()
+        self.signing.as_ref()?.provide_credentials().await.ok()
+    }
+}
+
+/// A provider that remembers what it gave: asked again, some read a file or run a program anew.
+#[derive(Debug)]
+struct Remembering {
+    provider: SharedCredentialsProvider,
+    given: Given,
+}
+
+impl ProvideCredentials for Remembering {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async move {
+            let credentials = self.provider.provide_credentials().await?;
+            let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+            *given = Some(credentials.clone());
+            Ok(credentials)
+        })
     }
 }
 
@@ -117,9 +144,18 @@ impl Chain {
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
+        let given = Given::default();
+        let signing = shared.credentials_provider().map(|provider| {
+            SharedCredentialsProvider::new(Remembering {
+                provider,
+                given: Arc::clone(&given),
+            })
+        });
+        config.set_credentials_provider(signing.clone());
         Connection {
             client: Client::from_conf(config.build()),
-            credentials: shared.credentials_provider(),
+            signing,
+            given,
         }
     }
 }

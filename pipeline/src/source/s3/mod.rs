@@ -74,8 +74,11 @@ impl S3 {
             return failure;
         }
         let fresh = self.chain.connect().await;
-        let (Some(before), Some(after)) = (used.credentials().await, fresh.credentials().await)
-        else {
+        let before = {
+            let given = used.given.lock();
+            given.unwrap_or_else(PoisonError::into_inner).clone()
+        };
+        let (Some(before), Some(after)) = (before, fresh.credentials().await) else {
             return failure;
         };
         if before == after && after.expiry().is_none() {
