@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage, StageSnapshot};
+use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
@@ -108,16 +109,20 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
 
     let (cpu_before, start) = (cpu_time(), Instant::now());
     let stream = Stream::open(stream, &data.sources, &data.metrics, data.runtime.handle())?;
-    // Nobody trains here; the stage only has to be some consumer, and never works.
+    // Nobody trains here; the stage only has to be some consumer.
     let consumer = data.metrics.stage(Stage::Train);
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
-    let mut recent = Recent::default();
+    let (mut recent, mut values) = (Recent::default(), Vec::new());
     monitor.beat();
     while samples < args.samples {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
             break;
         };
-        samples += batch?.samples.len() as u64;
+        let batch = batch?;
+        samples += batch.samples.len() as u64;
+        // The stream's last step is the consumer's: pixels as the models read them.
+        consumer.work(|| normalize(&batch.pixels, &mut values));
+        std::hint::black_box(&values);
         batches += 1;
         monitor.beat();
         if batches == 1 {

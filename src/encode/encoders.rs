@@ -124,8 +124,10 @@ impl Encoders {
                 .chunks(self.vae_batch * image)
                 .map(|levels| {
                     let shape = (levels.len() / image, 3, side, side);
+                    let mut values = Vec::new();
+                    normalize(levels, &mut values);
                     self.vae
-                        .encode(&Tensor::from_vec(normalize(levels), shape, &self.device)?)
+                        .encode(&Tensor::from_vec(values, shape, &self.device)?)
                 })
                 .collect::<candle_core::Result<Vec<_>>>()?;
             Tensor::cat(&moments, 0)

@@ -56,15 +56,16 @@ impl Default for ImageOptions {
     }
 }
 
-/// Grey levels to the range of the models: 0 to -1.0, 255 to 1.0.
+/// Grey levels to the range of the models, 0 to -1.0 and 255 to 1.0, in place of what `values` held.
 ///
 /// Computed as torchvision's `ToTensor` and `Normalize([0.5], [0.5])`, step by step in `f32`.
-#[must_use]
-pub fn normalize(levels: &[u8]) -> Vec<f32> {
-    levels
-        .iter()
-        .map(|&level| (f32::from(level) / 255.0 - 0.5) / 0.5)
-        .collect()
+pub fn normalize(levels: &[u8], values: &mut Vec<f32>) {
+    values.clear();
+    values.extend(
+        levels
+            .iter()
+            .map(|&level| (f32::from(level) / 255.0 - 0.5) / 0.5),
+    );
 }
 
 #[cfg(test)]
@@ -73,7 +74,9 @@ mod tests {
 
     #[test]
     fn levels_span_minus_one_to_one() {
-        let range = normalize(&[0, 255, 128]);
+        let mut range = vec![7.0; 9];
+        normalize(&[0, 255, 128], &mut range);
+        assert_eq!(range.len(), 3);
         assert_eq!(range[..2], [-1.0, 1.0]);
         assert!((range[2] - 0.003_921_6).abs() < 1e-6);
     }
