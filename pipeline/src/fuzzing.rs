@@ -166,5 +166,7 @@ mod tests {
                 assert!(result.is_ok() && !read.is_empty(), "{}", path.display());
             }
         }
+        let usual = std::fs::read(seeds.join("cursor/usual")).unwrap();
+        serde_json::from_slice::<Cursor>(&usual).unwrap();
     }
 }
