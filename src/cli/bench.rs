@@ -122,6 +122,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         samples += batch.samples.len() as u64;
         // The stream's last step is the consumer's: pixels as the models read them.
         consumer.work(|| normalize(&batch.pixels, &mut values));
+        consumer.add_items(batch.samples.len() as u64);
         std::hint::black_box(&values);
         batches += 1;
         monitor.beat();
@@ -223,7 +224,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
     }
     line(format_args!(
         "times are summed over a stage's threads; an item is an object in fetch, a batch in batch, else a sample; fetch is busy while it\n\
-         waits for the network, and its CPU time is in \"besides the stages\""
+         waits for the network, and its CPU time is in \"besides the stages\"; train is only the conversion of batches to f32"
     ));
     line(format_args!(""));
     let mut fact = |name: &str, value: String| {
