@@ -320,6 +320,28 @@ fn a_signal_saves_and_the_next_run_goes_on() {
 }
 
 #[test]
+fn a_checkpoint_of_another_version_is_refused_and_not_passed_over() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run");
+    let args = train_args(&run, &["train.max_steps=1", "checkpoint.every=1"]);
+    succeed(&refs(&args));
+    let state = run.join("checkpoint-1/state.json");
+    std::fs::write(
+        &state,
+        r#"{"format": 1, "step": 1, "cursor": {"version": 1}}"#,
+    )
+    .unwrap();
+    let args = train_args(&run, &["train.max_steps=2"]);
+    let output = command(&refs(&args)).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("checkpoint-1: written by another version of coffey, in format 1"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_damaged_checkpoint_is_named_and_passed_over() {
     let folder = TempDir::new().unwrap();
     let run = folder.path().join("run");

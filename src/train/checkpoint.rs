@@ -14,12 +14,19 @@ use sha2::{Digest, Sha256};
 use super::optimizer::AdamW;
 use super::{Student, TrainError, io};
 
-const FORMAT: u32 = 1;
+/// Counts up when an older coffey could not read what is written.
+const FORMAT: u32 = 2;
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
 /// Folders that are being filled.
 const ASIDE: &str = ".writing-";
+
+/// What every version of [`State`] begins with.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+}
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Serialize, Deserialize)]
@@ -126,6 +133,7 @@ impl Checkpoints {
             let path = self.folder.join(format!("{PREFIX}{step}"));
             match open(&path) {
                 Ok(state) => return Ok((Some((path, state)), damaged)),
+                Err(error @ TrainError::CheckpointFormat { .. }) => return Err(error),
                 Err(error) => damaged.push(error),
             }
         }
@@ -153,16 +161,16 @@ pub(super) fn open(path: &Path) -> Result<State, TrainError> {
     };
     let text =
         fs::read_to_string(path.join(STATE)).map_err(|e| damaged(format!("{STATE}: {e}")))?;
-    let state: State = serde_json::from_str(&text).map_err(|e| damaged(format!("{STATE}: {e}")))?;
-    if state.format != FORMAT {
-        return Err(TrainError::Checkpoint {
+    let unreadable = |e: serde_json::Error| damaged(format!("{STATE}: {e}"));
+    let Format { format } = serde_json::from_str(&text).map_err(unreadable)?;
+    if format != FORMAT {
+        return Err(TrainError::CheckpointFormat {
             path: path.to_owned(),
-            message: format!(
-                "written in format {}, this coffey reads format {FORMAT}",
-                state.format
-            ),
+            found: format,
+            reads: FORMAT,
         });
     }
+    let state: State = serde_json::from_str(&text).map_err(unreadable)?;
     for (name, expected) in &state.checksums {
         let found = checksum(&path.join(name)).map_err(|e| damaged(e.to_string()))?;
         if found != *expected {

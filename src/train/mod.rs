@@ -101,6 +101,19 @@ pub enum TrainError {
     /// A stop was asked for before there was anything to save.
     #[error("stopped")]
     Stopped,
+    /// A checkpoint of another version, which is not damaged and must not be passed over.
+    #[error(
+        "{path}: written by another version of coffey, in format {found}, and this one reads format {reads}: go on with that version, \
+         or begin anew with another train.output or checkpoint.resume = \"never\""
+    )]
+    CheckpointFormat {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The format that is read.
+        reads: u32,
+    },
     /// A checkpoint can't be used.
     #[error("{path}: {message}")]
     Checkpoint {

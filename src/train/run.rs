@@ -1,5 +1,7 @@
 //! The loop: from the stream of batches to a finished student.
 
+mod finish;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,13 +12,13 @@ use coffey_pipeline::order::rng::index_below;
 use coffey_pipeline::order::{Cursor, Order};
 
 use super::audit::Auditor;
-use super::checkpoint::{self, Checkpoints, write_aside};
+use super::checkpoint::{self, Checkpoints};
 use super::data::{Data, first_captions};
 use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
-use super::report::{Endpoint, Teacher, comparison, figure, loss_curve, validation_grids};
+use super::report::{Endpoint, Teacher, figure, loss_curve, validation_grids};
 use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
 use super::validation::Prompts;
@@ -547,71 +549,5 @@ impl<'a> Run<'a> {
         self.monitor.checkpoint(begun.elapsed());
         progress.say(format!("saved {}", place.display()));
         Ok(())
-    }
-
-    /// Says how the steps went.
-    fn summarize(&self, progress: &Progress, first: u64, begun: Instant) {
-        let seconds = begun.elapsed().as_secs_f64();
-        let limit = self.recent.overall(self.monitor.flow());
-        let mut parts = vec![format!("{} steps in {seconds:.1} s", self.step - first)];
-        parts.extend(limit.map(|stage| format!("limit: {stage}")));
-        let counts = self.skipped.counts().iter();
-        let counts: Vec<String> = counts.map(|(reason, n)| format!("{reason} {n}")).collect();
-        if !counts.is_empty() {
-            parts.push(format!("left out since step 1: {}", counts.join(", ")));
-        }
-        progress.say(parts.join(" · "));
-    }
-
-    /// Writes the finished student and the pictures.
-    fn finish(mut self, progress: &Progress, stop: &Stop) -> Result<Outcome, TrainError> {
-        self.save(progress)?;
-        let (unet, target) = (self.output.join("unet"), self.output.join("unet_target"));
-        write_aside(&unet, |folder| Ok(self.student.save_online(folder)?))?;
-        write_aside(&target, |folder| Ok(self.student.save_target(folder)?))?;
-        loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
-        if let (true, Some((_, validation))) = (self.config.report.grid, &self.validation) {
-            progress.say("drawing teacher and student side by side");
-            let side = self.config.image.resolution / self.encoders.vae().config().downscale();
-            let latent = [self.teacher.config().in_channels, side, side];
-            let seeded = (self.config.train.seed, "comparison");
-            let device = self.uncond.device();
-            let prompts = Prompts::new(
-                &self.encoders,
-                &validation.prompts,
-                1,
-                latent,
-                seeded,
-                device,
-            )?;
-            let teacher = Teacher {
-                unet: &self.teacher,
-                uncond: &self.uncond,
-            };
-            let path = self.output.join("samples/comparison.png");
-            comparison(
-                &path,
-                (&prompts, &validation.prompts),
-                self.config.report.guidance,
-                &self.encoders,
-                (teacher, &self.student),
-                &self.distillation,
-                stop,
-            )?;
-            progress.say(format!("wrote {}", path.display()));
-        }
-        if let Some(endpoint) = &self.endpoint {
-            let [one, four] = endpoint.teacher;
-            let student = endpoint.of(self.student.target(), &self.distillation, stop)?;
-            progress.say(format!(
-                "endpoint error: student in 1 step {} · teacher in 1 step {} · teacher in 4 steps {} (student / teacher in 1 \
-                 step: {:.2})",
-                figure(student),
-                figure(one),
-                figure(four),
-                student / one
-            ));
-        }
-        Ok(Outcome::Done(self.output.to_owned()))
     }
 }
