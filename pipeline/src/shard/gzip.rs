@@ -63,6 +63,27 @@ impl GzipFault {
     }
 }
 
+/// Fills each buffer as far as there is data, so that what a damaged gzip still gives does not depend on
+/// the pieces in which it arrives.
+pub(super) struct Filling<R>(pub(super) R);
+
+impl<R: Read> Read for Filling<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.0.read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(read) => filled += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Once more it comes alone.
+                Err(_) if filled > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(filled)
+    }
+}
+
 /// The content of a gzip of any number of members, one after another. As the gzip tool does, it
 /// passes over what follows them and is no gzip.
 pub(super) struct Inflate<R> {

@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Cursor, Read};
 
 use bytes::Bytes;
 
-use super::gzip::{Compression, GzipFault, Inflate, MAGIC_BYTES};
+use super::gzip::{Compression, Filling, GzipFault, Inflate, MAGIC_BYTES};
 use super::sample::{Sample, split_name};
 
 /// Compressed bytes handed to the decompressor at once.
@@ -127,7 +127,7 @@ pub(crate) fn read_samples(
     match compression {
         Compression::None => read_tar(reader, options, deliver),
         Compression::Gzip => {
-            let reader = BufReader::with_capacity(COMPRESSED_BYTES, reader);
+            let reader = BufReader::with_capacity(COMPRESSED_BYTES, Filling(reader));
             read_tar(Inflate::new(reader), options, deliver)
         }
         Compression::Other(name) => Err(TarError::NotATar(format!(

@@ -130,6 +130,10 @@ impl fmt::Display for ShardUrl {
         match &self.0 {
             Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
             Location::Http(url) => f.write_str(url),
+            // Bare, it would be taken for another scheme.
+            Location::File(path) if path.to_string_lossy().contains("://") => {
+                write!(f, "file://{}", path.display())
+            }
             Location::File(path) => write!(f, "{}", path.display()),
             Location::Stdin => f.write_str("-"),
         }
