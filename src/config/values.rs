@@ -173,6 +173,8 @@ pub enum LossKind {
 pub enum OptimizerKind {
     /// AdamW with its state in f32.
     AdamW,
+    /// AdamW with its state in 8 bits, a quarter of the memory.
+    AdamW8bit,
 }
 
 /// How the learning rate changes over the run.
@@ -209,6 +211,10 @@ pub enum Attention {
 pub enum MixedPrecision {
     /// f32 throughout.
     No,
+    /// Half precision, with a loss scale that keeps small gradients from vanishing.
+    Fp16,
+    /// bfloat16, which has the range of f32.
+    Bf16,
 }
 
 /// What a latent shard keeps of a caption.

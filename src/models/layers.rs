@@ -6,11 +6,16 @@ use super::activation::Activation;
 use super::{ModelError, Scope};
 use crate::ops;
 
-/// A parameter as `x` needs it: one held in 16 bits is widened where it is used, for devices that compute in 32 bits.
+/// A parameter in the type of `x`, in which a network computes; it may be held in another.
 pub(super) fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
-    match parameter.dtype() == x.dtype() {
-        true => Ok(parameter.clone()),
-        false => ops::cast(parameter, x.dtype()),
+    ops::cast(parameter, x.dtype())
+}
+
+/// A norm's parameter as `x` needs it: norms of 16-bit numbers are computed in `f32`, with parameters as they are held.
+fn norm_like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => Ok(parameter.clone()),
+        _ => like(parameter, x),
     }
 }
 
@@ -152,7 +157,7 @@ impl GroupNorm {
     }
 
     fn normalise(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
-        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
+        let (weight, bias) = (norm_like(&self.weight, x)?, norm_like(&self.bias, x)?);
         ops::group_norm(x, &weight, &bias, self.groups, self.eps, silu)
     }
 
@@ -187,6 +192,7 @@ impl LayerNorm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::layer_norm(x, &like(&self.weight, x)?, &like(&self.bias, x)?, self.eps)
+        let (weight, bias) = (norm_like(&self.weight, x)?, norm_like(&self.bias, x)?);
+        ops::layer_norm(x, &weight, &bias, self.eps)
     }
 }

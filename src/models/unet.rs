@@ -95,6 +95,8 @@ struct Given<'a> {
 pub struct UNet {
     config: UNetConfig,
     keep: Keep,
+    /// The type to compute in, where it is not that of the weights.
+    compute: Option<DType>,
     time_embedding: TimeEmbedding,
     conv_in: Conv2d,
     down: Vec<(Level, Option<Downsample>)>,
@@ -207,12 +209,19 @@ impl UNet {
             )?,
             config: config.clone(),
             keep: Keep::All,
+            compute: None,
         })
     }
 
     /// The same network, with what its blocks keep for the backward pass: [`Keep::Nothing`] is gradient checkpointing.
     pub fn with_keep(self, keep: Keep) -> Self {
         Self { keep, ..self }
+    }
+
+    /// The same network, computing in the given type whatever its weights are held in: they are cast where they are used, and norms,
+    /// the softmax of attention and sums stay in `f32`. PyTorch's autocast.
+    pub fn computing_in(self, compute: Option<DType>) -> Self {
+        Self { compute, ..self }
     }
 
     /// This network's configuration.
@@ -223,8 +232,8 @@ impl UNet {
     /// The raw prediction for noisy latents.
     ///
     /// `latents`: `[B, in_channels, h, w]`, of any size; `timesteps`: one a sample → `[B, out_channels, h, w]` in the latents'
-    /// type. As `UNet2DConditionModel.forward`. Weights held in 16 bits are computed with in `f32` on the CPU, and in 16 bits
-    /// elsewhere.
+    /// type. As `UNet2DConditionModel.forward`. Unless [`Self::computing_in`] says otherwise, weights held in 16 bits are computed
+    /// with in `f32` on the CPU, and in 16 bits elsewhere.
     ///
     /// # Errors
     /// When the shapes do not fit the network.
@@ -247,14 +256,15 @@ impl UNet {
         if timesteps.len() != b {
             candle_core::bail!("{} timesteps for a batch of {b}", timesteps.len());
         }
-        let dtype = match (self.conv_in.dtype(), latents.device().is_cpu()) {
-            (DType::F16 | DType::BF16, true) => DType::F32,
-            (held, _) => held,
+        let dtype = match (self.compute, self.conv_in.dtype()) {
+            (Some(dtype), _) => dtype,
+            (None, DType::F16 | DType::BF16) if latents.device().is_cpu() => DType::F32,
+            (None, held) => held,
         };
-        let mut x = latents.to_dtype(dtype)?;
+        let mut x = ops::cast(latents, dtype)?;
         let guidance = conditioning.guidance_embedding.as_ref();
-        let guidance = guidance.map(|g| g.to_dtype(dtype)).transpose()?;
-        let context = conditioning.prompt_embeds.to_dtype(dtype)?;
+        let guidance = guidance.map(|g| ops::cast(g, dtype)).transpose()?;
+        let context = ops::cast(&conditioning.prompt_embeds, dtype)?;
         let given = Given {
             time: self
                 .time_embedding

@@ -1,11 +1,18 @@
 //! CPU kernels as candle operations: the one place where slices of floats meet tensors and their graph.
+//!
+//! 16-bit operands are widened to `f32` for the kernel and its results are rounded: what a matrix unit does.
+
+use std::borrow::Cow;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef, Tensor,
-    WithDType, bail,
+    CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef,
+    Tensor, WithDType, backend::BackendStorage, bail,
 };
 
+use half::{bf16, f16};
+
 use super::backward::deliver;
+use super::cast::{narrow, widen};
 use super::cpu::Real;
 
 /// A differentiable operation on `N` contiguous CPU tensors, written over slices.
@@ -30,7 +37,8 @@ pub(super) trait Kernel<const N: usize>: Send + Sync {
 
 /// Whether the CPU kernels take this tensor; others go through candle's tensor operations.
 pub(super) fn has_kernel(tensor: &Tensor) -> bool {
-    tensor.device().is_cpu() && matches!(tensor.dtype(), DType::F32 | DType::F64)
+    let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+    tensor.device().is_cpu() && dtypes.contains(&tensor.dtype())
 }
 
 /// Applies a kernel to one tensor.
@@ -46,13 +54,48 @@ pub(super) fn apply3<K: Kernel<3> + 'static>(kernel: K, x: [&Tensor; 3]) -> Resu
 
 struct Adapter<K>(K);
 
-/// Calls `$f::<f32, …>` or `$f::<f64, …>` by a dtype.
+/// A type that kernels compute in.
+trait Computes: Real {
+    /// The elements of a contiguous operand.
+    fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>>;
+    /// Results, as operands of `dtype` want them.
+    fn write(values: Vec<Self>, dtype: DType) -> CpuStorage;
+}
+
+impl Computes for f32 {
+    fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
+        Ok(match storage {
+            CpuStorage::F16(_) => Cow::Owned(widen(slice::<f16>(storage, layout)?)),
+            CpuStorage::BF16(_) => Cow::Owned(widen(slice::<bf16>(storage, layout)?)),
+            _ => Cow::Borrowed(slice(storage, layout)?),
+        })
+    }
+
+    fn write(values: Vec<f32>, dtype: DType) -> CpuStorage {
+        match dtype {
+            DType::F16 | DType::BF16 => narrow(&values, dtype),
+            _ => CpuStorage::F32(values),
+        }
+    }
+}
+
+impl Computes for f64 {
+    fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f64]>> {
+        slice(storage, layout).map(Cow::Borrowed)
+    }
+
+    fn write(values: Vec<f64>, _: DType) -> CpuStorage {
+        CpuStorage::F64(values)
+    }
+}
+
+/// Calls `$f::<f32, …>` or `$f::<f64, …>`, whichever a dtype is computed in.
 macro_rules! by_dtype {
     ($dtype:expr, $name:expr, $f:ident ( $($arg:expr),* $(,)? )) => {
         match $dtype {
-            DType::F32 => $f::<f32, _, _>($($arg),*),
+            DType::F32 | DType::F16 | DType::BF16 => $f::<f32, _, _>($($arg),*),
             DType::F64 => $f::<f64, _, _>($($arg),*),
-            other => bail!("{} on the CPU takes f32 or f64, not {other:?}", $name),
+            other => bail!("{} on the CPU takes floats, not {other:?}", $name),
         }
     };
 }
@@ -105,14 +148,16 @@ fn run<K: Kernel<N>, const N: usize>(
     kernel: &K,
     operands: [(&CpuStorage, &Layout); N],
 ) -> Result<(CpuStorage, Shape)> {
-    fn typed<T: Real, K: Kernel<N>, const N: usize>(
+    fn typed<T: Computes, K: Kernel<N>, const N: usize>(
         kernel: &K,
         operands: [(&CpuStorage, &Layout); N],
     ) -> Result<CpuStorage> {
-        let slices = each(operands, |(storage, layout)| slice::<T>(storage, layout))?;
-        Ok(T::to_cpu_storage_owned(kernel.forward(slices)))
+        let dtype = operands[0].0.dtype();
+        let values = each(operands, |(storage, layout)| T::read(storage, layout))?;
+        let result = kernel.forward(values.each_ref().map(AsRef::as_ref));
+        Ok(T::write(result, dtype))
     }
-    let dtype = candle_core::backend::BackendStorage::dtype(operands[0].0);
+    let dtype = operands[0].0.dtype();
     let result = by_dtype!(dtype, K::NAME, typed(kernel, operands))?;
     Ok((result, kernel.shape()))
 }
@@ -122,20 +167,21 @@ fn run_backward<K: Kernel<N>, const N: usize>(
     operands: [&Tensor; N],
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; N]> {
-    fn typed<T: Real, K: Kernel<N>, const N: usize>(
+    fn typed<T: Computes, K: Kernel<N>, const N: usize>(
         kernel: &K,
         operands: [&Tensor; N],
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; N]> {
         let views = operands.map(View::of);
-        let slices = each(views.each_ref(), View::slice::<T>)?;
+        let values = each(views.each_ref(), View::read::<T>)?;
         let grad_view = View::of(grad);
         let wanted = operands.map(Tensor::track_op);
-        let grads = kernel.backward(slices, grad_view.slice::<T>()?, wanted);
+        let slices = values.each_ref().map(AsRef::as_ref);
+        let grads = kernel.backward(slices, &grad_view.read::<T>()?, wanted);
         let mut grads = grads.into_iter();
         each(operands, |operand| {
             let grad = grads.next().flatten();
-            let grad = grad.map(|g| Tensor::from_vec(g, operand.dims(), operand.device()));
+            let grad = grad.map(|g| tensor(T::write(g, operand.dtype()), operand.shape()));
             deliver(operand, grad.transpose()?)
         })
     }
@@ -144,6 +190,16 @@ fn run_backward<K: Kernel<N>, const N: usize>(
         K::NAME,
         typed(kernel, operands, &grad.contiguous()?)
     )
+}
+
+fn tensor(values: CpuStorage, shape: &Shape) -> Result<Tensor> {
+    match values {
+        CpuStorage::F32(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+        CpuStorage::F64(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+        CpuStorage::F16(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+        CpuStorage::BF16(values) => Tensor::from_vec(values, shape, &Device::Cpu),
+        other => bail!("a gradient of {:?}", other.dtype()),
+    }
 }
 
 /// `array.map` for functions that can fail: the first error, if there is one.
@@ -182,8 +238,16 @@ impl<'a> View<'a> {
     }
 
     pub(super) fn slice<T: WithDType>(&self) -> Result<&[T]> {
+        slice(self.cpu()?, self.layout)
+    }
+
+    fn read<T: Computes>(&self) -> Result<Cow<'_, [T]>> {
+        T::read(self.cpu()?, self.layout)
+    }
+
+    fn cpu(&self) -> Result<&CpuStorage> {
         match &*self.storage {
-            Storage::Cpu(storage) => slice(storage, self.layout),
+            Storage::Cpu(storage) => Ok(storage),
             _ => bail!("expected a CPU tensor"),
         }
     }

@@ -10,12 +10,14 @@
 //! This module knows tensors and nothing of diffusion.
 
 mod activation;
+mod adamw8bit;
 mod attention;
 mod backward;
 mod cast;
 mod computed;
 mod conv;
 mod cpu;
+mod dynamic_map;
 mod gemm;
 mod kernel;
 mod linear;
@@ -31,6 +33,7 @@ mod upsample;
 mod gradcheck;
 
 pub use activation::geglu;
+pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
 pub use attention::{Attention, attention};
 pub use backward::{Gradients, backward};
 pub use cast::cast;

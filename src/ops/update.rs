@@ -74,44 +74,72 @@ pub fn adamw_step(
     grad_scale: f64,
     step: &AdamWStep,
 ) -> Result<()> {
-    let correction1 = 1.0 - step.beta1.powf(step.step as f64);
-    let correction2 = 1.0 - step.beta2.powf(step.step as f64);
-    let step_size = step.learning_rate / correction1;
-    let keep = 1.0 - step.learning_rate * step.weight_decay;
     let grad = grad.detach().contiguous()?;
     if has_kernel(param) && param.dtype() == DType::F32 {
-        let scale = grad_scale as f32;
-        let (weight1, weight2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-        moment1.inplace_op2(
-            &grad,
-            &Average {
-                weight: weight1,
-                scale,
-            },
-        )?;
-        let square = SquareAverage {
-            beta: step.beta2 as f32,
-            weight: weight2,
-            scale,
-        };
-        moment2.inplace_op2(&grad, &square)?;
-        let update = AdamWUpdate {
-            keep: keep as f32,
-            step_size: step_size as f32,
-            root_correction2: correction2.sqrt() as f32,
-            epsilon: step.epsilon as f32,
-        };
+        let factors = Factors::new(step, grad_scale);
+        moment1.inplace_op2(&grad, &Average(factors))?;
+        moment2.inplace_op2(&grad, &SquareAverage(factors))?;
         return param.inplace_op3(
             &moment1.as_detached_tensor(),
             &moment2.as_detached_tensor(),
-            &update,
+            &AdamWUpdate(factors),
         );
     }
     super::tensor::adamw_step(param, moment1, moment2, &grad, grad_scale, step)
 }
 
+/// What a step multiplies with, taken in `f64` before rounding.
+#[derive(Clone, Copy)]
+pub(super) struct Factors {
+    grad_scale: f32,
+    weight1: f32,
+    beta2: f32,
+    weight2: f32,
+    keep: f32,
+    step_size: f32,
+    root_correction2: f32,
+    epsilon: f32,
+}
+
+impl Factors {
+    pub(super) fn new(step: &AdamWStep, grad_scale: f64) -> Self {
+        let correction1 = 1.0 - step.beta1.powf(step.step as f64);
+        let correction2 = 1.0 - step.beta2.powf(step.step as f64);
+        Self {
+            grad_scale: grad_scale as f32,
+            weight1: (1.0 - step.beta1) as f32,
+            beta2: step.beta2 as f32,
+            weight2: (1.0 - step.beta2) as f32,
+            keep: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            step_size: (step.learning_rate / correction1) as f32,
+            root_correction2: correction2.sqrt() as f32,
+            epsilon: step.epsilon as f32,
+        }
+    }
+
+    /// `m + (1 - beta1) · (grad - m)`.
+    #[inline(always)]
+    pub(super) fn average(&self, m: f32, grad: f32) -> f32 {
+        m + self.weight1 * (grad * self.grad_scale - m)
+    }
+
+    /// `beta2 · v + (1 - beta2) · grad²`.
+    #[inline(always)]
+    pub(super) fn square_average(&self, v: f32, grad: f32) -> f32 {
+        let g = grad * self.grad_scale;
+        self.beta2 * v + self.weight2 * g * g
+    }
+
+    /// `keep · p - step_size · m / (√v / √(1 - beta2ᵗ) + epsilon)`.
+    #[inline(always)]
+    pub(super) fn updated(&self, p: f32, m: f32, v: f32) -> f32 {
+        let denominator = v.sqrt() / self.root_correction2 + self.epsilon;
+        p * self.keep - self.step_size * m / denominator
+    }
+}
+
 /// The elements of a contiguous `f32` storage, to write.
-fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+pub(super) fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
         (other, _) => bail!(
@@ -172,11 +200,7 @@ impl InplaceOp2 for Ema {
     }
 }
 
-/// `m += weight · (grad - m)` with `weight = 1 - beta`, taken in `f64` before rounding.
-struct Average {
-    weight: f32,
-    scale: f32,
-}
+struct Average(Factors);
 
 impl InplaceOp2 for Average {
     fn name(&self) -> &'static str {
@@ -184,17 +208,12 @@ impl InplaceOp2 for Average {
     }
 
     fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
-        let Self { weight, scale } = *self;
-        zip2((d, dl), (s, sl), |d, s| *d += weight * (s * scale - *d))
+        let by = self.0;
+        zip2((d, dl), (s, sl), |d, s| *d = by.average(*d, s))
     }
 }
 
-/// `v = beta · v + weight · grad²` with `weight = 1 - beta`, taken in `f64` before rounding.
-struct SquareAverage {
-    beta: f32,
-    weight: f32,
-    scale: f32,
-}
+struct SquareAverage(Factors);
 
 impl InplaceOp2 for SquareAverage {
     fn name(&self) -> &'static str {
@@ -202,25 +221,12 @@ impl InplaceOp2 for SquareAverage {
     }
 
     fn cpu_fwd(&self, d: &mut CpuStorage, dl: &Layout, s: &CpuStorage, sl: &Layout) -> Result<()> {
-        let Self {
-            beta,
-            weight,
-            scale,
-        } = *self;
-        zip2((d, dl), (s, sl), |d, s| {
-            let g = s * scale;
-            *d = beta * *d + weight * g * g;
-        })
+        let by = self.0;
+        zip2((d, dl), (s, sl), |d, s| *d = by.square_average(*d, s))
     }
 }
 
-/// `p = keep · p - step_size · m / (√v / root_correction2 + epsilon)`.
-struct AdamWUpdate {
-    keep: f32,
-    step_size: f32,
-    root_correction2: f32,
-    epsilon: f32,
-}
+struct AdamWUpdate(Factors);
 
 impl InplaceOp3 for AdamWUpdate {
     fn name(&self) -> &'static str {
@@ -249,17 +255,16 @@ impl InplaceOp3 for AdamWUpdate {
         }
         p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks(CHUNK).zip(v.par_chunks(CHUNK)))
-            .for_each(|(p, (m, v))| update_chunk(p, m, v, self));
+            .for_each(|(p, (m, v))| update_chunk(p, m, v, &self.0));
         Ok(())
     }
 }
 
 #[pulp::with_simd(update_chunk = Arch::new())]
 #[inline(always)]
-fn update_chunk_on<S: Simd>(_: S, p: &mut [f32], m: &[f32], v: &[f32], by: &AdamWUpdate) {
+fn update_chunk_on<S: Simd>(_: S, p: &mut [f32], m: &[f32], v: &[f32], by: &Factors) {
     for ((p, &m), &v) in p.iter_mut().zip(m).zip(v) {
-        let denominator = v.sqrt() / by.root_correction2 + by.epsilon;
-        *p = *p * by.keep - by.step_size * m / denominator;
+        *p = by.updated(*p, m, v);
     }
 }
 

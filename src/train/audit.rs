@@ -53,6 +53,8 @@ impl Auditor {
             "epsilon": optimizer.epsilon,
             "weight_decay": optimizer.weight_decay,
             "max_grad_norm": optimizer.max_grad_norm,
+            "optimizer": optimizer.kind,
+            "mixed_precision": train.mixed_precision,
             "gradient_accumulation": train.gradient_accumulation,
             "batch_size": train.batch_size,
             "max_steps": train.max_steps,

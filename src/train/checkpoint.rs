@@ -11,11 +11,11 @@ use coffey_pipeline::order::Cursor;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::optimizer::AdamW;
+use super::optimizer::{AdamW, Numbers};
 use super::{Student, TrainError, io};
 
 /// Counts up when an older coffey could not read what is written.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
@@ -36,6 +36,8 @@ pub(super) struct State {
     pub(super) step: u64,
     /// Samples trained on.
     pub(super) samples: u64,
+    /// The optimiser's own numbers.
+    optimizer: Numbers,
     /// The place in the stream after the last batch of that step.
     pub(super) cursor: Cursor,
     /// The run's configuration.
@@ -95,6 +97,7 @@ impl Checkpoints {
                 format: FORMAT,
                 step,
                 samples,
+                optimizer: optimizer.numbers(),
                 cursor: cursor.clone(),
                 configuration: configuration.to_owned(),
                 checksums,
@@ -189,7 +192,7 @@ pub(super) fn load_optimizer(
     optimizer: &mut AdamW,
     device: &candle_core::Device,
 ) -> Result<(), TrainError> {
-    optimizer.load(&path.join(OPTIMIZER), state.step, device)
+    optimizer.load(&path.join(OPTIMIZER), state.optimizer, device)
 }
 
 /// Fills a folder under a hidden name beside `place`, flushes it and renames it there, replacing what stood there.

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use coffey_pipeline::flow::Stage;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{TrainError, io};
 
@@ -14,12 +14,18 @@ use super::{TrainError, io};
 pub(super) struct StepRecord {
     /// The step, from 1.
     pub(super) step: u64,
-    /// Mean loss over the step's micro-batches.
+    /// Mean loss over the step's micro-batches; not a number, and `null` in the file, where it overflowed.
+    #[serde(deserialize_with = "or_nan")]
     pub(super) loss: f64,
     /// Learning rate the step was made with.
     pub(super) lr: f64,
-    /// Global gradient norm before clipping.
+    /// Global gradient norm before clipping; not a number, and `null` in the file, where a gradient overflowed: then the step
+    /// changed nothing but the loss scale.
+    #[serde(deserialize_with = "or_nan")]
     pub(super) grad_norm: f64,
+    /// What the loss was multiplied by, with `fp16`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) loss_scale: Option<f64>,
     /// Samples trained on so far.
     pub(super) samples: u64,
     /// Epoch of the step's last sample.
@@ -35,6 +41,11 @@ pub(super) struct StepRecord {
     /// The stage that holds the rest back.
     #[serde(skip_deserializing)]
     pub(super) limiting_stage: Option<Stage>,
+}
+
+/// JSON has no number for what is not finite.
+fn or_nan<'de, D: Deserializer<'de>>(number: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(number)?.unwrap_or(f64::NAN))
 }
 
 /// The open log of a run.
@@ -114,6 +125,7 @@ mod tests {
             loss: 0.5,
             lr: 1e-4,
             grad_norm: 1.0,
+            loss_scale: None,
             samples: 4 * step,
             epoch: 0,
             endpoint_error: None,

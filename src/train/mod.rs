@@ -8,6 +8,7 @@ mod checkpoint;
 mod data;
 mod learning_rate;
 mod log;
+mod loss_scale;
 mod optimizer;
 mod progress;
 mod report;
@@ -23,7 +24,7 @@ pub use data::Data;
 pub use run::{Outcome, run};
 pub(crate) use setup::{check_fit, distillation};
 pub use step::{Distillation, Loss, StepInputs, StepOutputs};
-pub use student::Student;
+pub use student::{Passes, Student};
 
 use std::path::{Path, PathBuf};
 

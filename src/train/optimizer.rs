@@ -3,54 +3,110 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use rayon::prelude::*;
 
-use super::student::{Variables, detached};
+use serde::{Deserialize, Serialize};
+
+use super::loss_scale::LossScale;
+use super::student::Variables;
 use super::{TrainError, io};
-use crate::config;
-use crate::ops::{self, AdamWStep};
+use crate::config::{self, OptimizerKind};
+use crate::ops::{self, AdamWStep, BlockMoments, BlockQuantized};
 
 /// Gradients by variable name.
 pub(super) type Gradients = BTreeMap<String, Tensor>;
 
-/// `torch.optim.AdamW` and `torch.nn.utils.clip_grad_norm_`; state in f32.
+/// Variables with fewer elements keep their moments in `f32`, as in bitsandbytes.
+const SMALLEST_QUANTIZED: usize = 4096;
+
+/// `torch.optim.AdamW` or bitsandbytes' `AdamW8bit`, `torch.nn.utils.clip_grad_norm_` and `torch.amp.GradScaler`.
 #[derive(Debug)]
 pub(super) struct AdamW {
     settings: config::Optimizer,
-    first: Variables,
-    second: Variables,
+    moments: BTreeMap<String, Moments>,
+    numbers: Numbers,
+}
+
+/// What a checkpoint keeps of an optimiser besides tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Numbers {
+    /// Steps made; those that overflowed are not among them.
     steps: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<LossScale>,
+}
+
+/// The averages of a variable's gradient and of its square.
+#[derive(Debug)]
+enum Moments {
+    Full { first: Var, second: Var },
+    Blocks(BlockMoments),
 }
 
 const FIRST: &str = "exp_avg.";
 const SECOND: &str = "exp_avg_sq.";
+/// The scales of moments in 8 bits.
+const FIRST_ABSMAX: &str = "exp_avg_absmax.";
+const SECOND_ABSMAX: &str = "exp_avg_sq_absmax.";
 
 impl AdamW {
-    pub(super) fn new(settings: &config::Optimizer, variables: &Variables) -> Result<Self> {
-        let zeros = || -> Result<Variables> {
-            let zero = |var: &Var| Var::zeros(var.shape(), var.dtype(), var.device());
-            variables
-                .iter()
-                .map(|(name, var)| Ok((name.clone(), zero(var)?)))
-                .collect()
+    /// An optimiser before its first step; `scaled` gives it a loss scale.
+    pub(super) fn new(
+        settings: &config::Optimizer,
+        variables: &Variables,
+        scaled: bool,
+    ) -> Result<Self> {
+        let moments = |var: &Var| -> Result<Moments> {
+            let (n, device) = (var.elem_count(), var.device());
+            if settings.kind == OptimizerKind::AdamW8bit && n >= SMALLEST_QUANTIZED {
+                return BlockMoments::zeros(n, device).map(Moments::Blocks);
+            }
+            let zeros = || Var::zeros(var.shape(), DType::F32, device);
+            Ok(Moments::Full {
+                first: zeros()?,
+                second: zeros()?,
+            })
         };
         Ok(Self {
             settings: settings.clone(),
-            first: zeros()?,
-            second: zeros()?,
-            steps: 0,
+            moments: variables
+                .iter()
+                .map(|(name, var)| Ok((name.clone(), moments(var)?)))
+                .collect::<Result<_>>()?,
+            numbers: Numbers {
+                steps: 0,
+                loss_scale: scaled.then(LossScale::new),
+            },
         })
     }
 
-    /// The global norm of the gradients.
-    pub(super) fn norm(gradients: &Gradients) -> Result<f64> {
-        ops::in_pool(|| {
-            let squares = gradients.values().map(ops::squared_norm);
-            Ok(squares.sum::<Result<f64>>()?.sqrt())
-        })
+    /// Steps made.
+    pub(super) fn steps(&self) -> u64 {
+        self.numbers.steps
     }
 
-    /// One step. `norm` is the gradients' global norm; above `max_grad_norm` they are scaled down to it.
+    /// The loss scale, if the loss is scaled.
+    pub(super) fn loss_scale(&self) -> Option<LossScale> {
+        self.numbers.loss_scale
+    }
+
+    /// What the loss was multiplied by for the gradients.
+    fn factor(&self) -> f64 {
+        self.loss_scale().map_or(1.0, LossScale::factor)
+    }
+
+    /// The global norm of the loss's gradients, given those of the scaled loss.
+    pub(super) fn norm(&self, gradients: &Gradients) -> Result<f64> {
+        let gradients: Vec<&Tensor> = gradients.values().collect();
+        let squares = gradients.into_par_iter().map(ops::squared_norm);
+        // Collected before it is summed: the order of the sum must not depend on the threads.
+        let squares: Vec<f64> = squares.collect::<Result<_>>()?;
+        Ok(squares.iter().sum::<f64>().sqrt() / self.factor())
+    }
+
+    /// One step with the gradients of the scaled loss. `norm` is the global norm of the loss's; above `max_grad_norm` they are
+    /// scaled down to it. Where the loss is scaled and the norm not finite, nothing is changed but the scale.
     pub(super) fn step(
         &mut self,
         variables: &Variables,
@@ -58,61 +114,123 @@ impl AdamW {
         norm: f64,
         rate: f64,
     ) -> Result<()> {
-        self.steps += 1;
+        let factor = self.factor();
+        if let Some(scale) = &mut self.numbers.loss_scale {
+            scale.update(norm.is_finite());
+            if !norm.is_finite() {
+                return Ok(());
+            }
+        }
+        self.numbers.steps += 1;
         let Self { settings, .. } = self;
-        let scale = (settings.max_grad_norm / (norm + 1e-6)).min(1.0);
+        let scale = (settings.max_grad_norm / (norm + 1e-6)).min(1.0) / factor;
         let step = AdamWStep {
             learning_rate: rate,
             beta1: settings.beta1,
             beta2: settings.beta2,
             epsilon: settings.epsilon,
             weight_decay: settings.weight_decay,
-            step: self.steps,
+            step: self.numbers.steps,
         };
-        let moments = self.first.values().zip(self.second.values());
-        let updates = variables.iter().zip(moments);
-        ops::in_pool(|| {
-            for ((name, var), (m, v)) in updates {
-                if let Some(gradient) = gradients.get(name) {
-                    ops::adamw_step(var, m, v, gradient, scale, &step)?;
+        let updates: Vec<_> = variables.iter().zip(self.moments.values_mut()).collect();
+        // All tensors at once: most are too small for every core.
+        updates
+            .into_par_iter()
+            .try_for_each(|((name, var), moments)| {
+                let Some(gradient) = gradients.get(name) else {
+                    return Ok(());
+                };
+                match moments {
+                    Moments::Full { first, second } => {
+                        ops::adamw_step(var, first, second, gradient, scale, &step)
+                    }
+                    Moments::Blocks(moments) => {
+                        ops::adamw8bit_step(var, moments, gradient, scale, &step)
+                    }
                 }
-            }
-            Ok(())
-        })
+            })
     }
 
-    /// Writes both moments of every variable.
+    /// What there is besides [`Self::state`].
+    pub(super) fn numbers(&self) -> Numbers {
+        self.numbers
+    }
+
+    /// Both moments of every variable, by the names of PyTorch's state. Those of the next step replace them or are
+    /// written over them.
+    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
+        let mut state = Vec::new();
+        for (name, moments) in &self.moments {
+            let mut add = |prefix: &str, t: Tensor| state.push((format!("{prefix}{name}"), t));
+            match moments {
+                Moments::Full { first, second } => {
+                    add(FIRST, first.as_detached_tensor());
+                    add(SECOND, second.as_detached_tensor());
+                }
+                Moments::Blocks(BlockMoments { first, second }) => {
+                    add(FIRST, first.codes.clone());
+                    add(FIRST_ABSMAX, first.absmax.clone());
+                    add(SECOND, second.codes.clone());
+                    add(SECOND_ABSMAX, second.absmax.clone());
+                }
+            }
+        }
+        state
+    }
+
+    /// Writes [`Self::state`].
     pub(super) fn save(&self, path: &Path) -> std::result::Result<(), TrainError> {
-        let named = |prefix: &'static str, moments: &Variables| {
-            let tensors = detached(moments).into_iter();
-            tensors
-                .map(move |(name, t)| (format!("{prefix}{name}"), t))
-                .collect::<Vec<_>>()
-        };
-        let tensors = [named(FIRST, &self.first), named(SECOND, &self.second)].concat();
-        safetensors::serialize_to_file(tensors, None, path)
+        safetensors::serialize_to_file(self.state(), None, path)
             .map_err(|e| io(path)(std::io::Error::other(e)))
     }
 
-    /// Reads what [`Self::save`] wrote; `steps` is the number of steps made by then.
+    /// Reads what [`Self::save`] wrote, beside its numbers.
     pub(super) fn load(
         &mut self,
         path: &Path,
-        steps: u64,
+        numbers: Numbers,
         device: &Device,
     ) -> std::result::Result<(), TrainError> {
         let saved = candle_core::safetensors::load(path, device)?;
-        for (prefix, moments) in [(FIRST, &self.first), (SECOND, &self.second)] {
-            for (name, var) in moments {
+        let damaged = |message: String| TrainError::Checkpoint {
+            path: path.to_owned(),
+            message,
+        };
+        for (name, moments) in &mut self.moments {
+            let part = |prefix: &str, like: &Tensor| {
                 let name = format!("{prefix}{name}");
-                let tensor = saved.get(&name).ok_or_else(|| TrainError::Checkpoint {
-                    path: path.to_owned(),
-                    message: format!("tensor \"{name}\" is missing"),
-                })?;
-                var.set(tensor)?;
+                match saved.get(&name) {
+                    None => Err(damaged(format!("tensor \"{name}\" is missing"))),
+                    Some(t) if t.dtype() != like.dtype() || t.shape() != like.shape() => {
+                        Err(damaged(format!(
+                            "tensor \"{name}\" is {:?} {:?}, this run's optimizer.kind needs {:?} {:?}",
+                            t.dtype(),
+                            t.dims(),
+                            like.dtype(),
+                            like.dims()
+                        )))
+                    }
+                    Some(t) => Ok(t.clone()),
+                }
+            };
+            match moments {
+                Moments::Full { first, second } => {
+                    first.set(&part(FIRST, first)?)?;
+                    second.set(&part(SECOND, second)?)?;
+                }
+                Moments::Blocks(BlockMoments { first, second }) => {
+                    let coded = |prefixes: [&str; 2], old: &BlockQuantized| {
+                        Ok::<_, TrainError>(BlockQuantized {
+                            codes: part(prefixes[0], &old.codes)?,
+                            absmax: part(prefixes[1], &old.absmax)?,
+                        })
+                    };
+                    *first = coded([FIRST, FIRST_ABSMAX], first)?;
+                    *second = coded([SECOND, SECOND_ABSMAX], second)?;
+                }
             }
         }
-        self.steps = steps;
+        self.numbers = numbers;
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ use super::checkpoint::{self, Checkpoints};
 use super::data::{Data, first_captions};
 use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
+use super::loss_scale::LossScale;
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, figure, loss_curve, validation_grids};
@@ -23,8 +24,8 @@ use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, r
 use super::skipped::SkippedLog;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
-use super::{Distillation, StepInputs, Student, TrainError, io};
-use crate::config::{self, Config, Validation};
+use super::{Distillation, Passes, StepInputs, Student, TrainError, io};
+use crate::config::{self, Config, MixedPrecision, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
@@ -131,7 +132,12 @@ impl<'a> Run<'a> {
             config::FloatType::F16 => DType::F16,
             config::FloatType::Bf16 => DType::BF16,
         };
-        let teacher = UNet::load(&folder, held, device, attention)?;
+        let compute = match train.mixed_precision {
+            MixedPrecision::No => None,
+            MixedPrecision::Fp16 => Some(DType::F16),
+            MixedPrecision::Bf16 => Some(DType::BF16),
+        };
+        let teacher = UNet::load(&folder, held, device, attention)?.computing_in(compute);
         check_fit(teacher.config(), &encoders, config, pipeline)?;
         let uncond = encoders.encode_text(&[""])?.to_device(device)?;
 
@@ -144,7 +150,11 @@ impl<'a> Run<'a> {
             true => Keep::Nothing,
             false => Keep::All,
         };
-        let how = (attention, keep);
+        let how = Passes {
+            attention,
+            keep,
+            compute,
+        };
         let student = match &found {
             Some((path, _)) => Student::load(path, device, how)?,
             None => {
@@ -152,7 +162,8 @@ impl<'a> Run<'a> {
                 Student::from_teacher(&folder, width, train.seed, device, how)?
             }
         };
-        let mut optimizer = AdamW::new(&config.optimizer, student.variables())?;
+        let scaled = train.mixed_precision == MixedPrecision::Fp16;
+        let mut optimizer = AdamW::new(&config.optimizer, student.variables(), scaled)?;
         let (mut step, mut samples, mut cursor) = (0, 0, None);
         if let Some((path, state)) = found {
             checkpoint::load_optimizer(&path, &state, &mut optimizer, device)?;
@@ -314,6 +325,14 @@ impl<'a> Run<'a> {
         let train = &self.config.train;
         let step = self.step + 1;
         let failed = |source| TrainError::Step { step, source };
+        let loss_scale = self.optimizer.loss_scale();
+        if loss_scale.is_some_and(LossScale::exhausted) {
+            return Err(TrainError::NotFinite {
+                step,
+                what: "a gradient, whatever the loss scale,".to_owned(),
+            });
+        }
+        let factor = loss_scale.map(LossScale::factor);
         let (mut gradients, mut loss, mut count) = (Gradients::new(), 0.0, 0);
         let mut held = None; // the last micro-batch, until the gradient norm is known
         let (mut reached, mut skipped) = (None, Vec::new());
@@ -335,13 +354,14 @@ impl<'a> Run<'a> {
                         &self.teacher,
                         &inputs,
                     )?;
-                    let scaled = (&outputs.loss / train.gradient_accumulation as f64)?;
+                    let share = factor.unwrap_or(1.0) / train.gradient_accumulation as f64;
+                    let scaled = (&outputs.loss * share)?;
                     self.accumulate(&mut gradients, ops::backward(&scaled)?)?;
                     let value = f64::from(outputs.loss.to_scalar::<f32>()?);
                     Ok((inputs, outputs, value))
                 })
                 .map_err(failed)?;
-            if !value.is_finite() {
+            if !value.is_finite() && factor.is_none() {
                 return Err(TrainError::NotFinite {
                     step,
                     what: "the loss".to_owned(),
@@ -357,9 +377,15 @@ impl<'a> Run<'a> {
             }
         }
         self.check_gradients(&gradients)?;
-        let rate = learning_rate(&self.config.optimizer, step, train.max_steps);
-        let norm = stage.work(|| AdamW::norm(&gradients)).map_err(failed)?;
-        if !norm.is_finite() {
+        // As accelerate: a step that overflowed does not count for the schedule.
+        let made = self.optimizer.steps() + 1;
+        let rate = learning_rate(&self.config.optimizer, made, train.max_steps);
+        let norm = stage.work(|| self.optimizer.norm(&gradients));
+        let norm = match loss.is_finite() {
+            true => norm.map_err(failed)?,
+            false => f64::NAN,
+        };
+        if !norm.is_finite() && factor.is_none() {
             return Err(TrainError::NotFinite {
                 step,
                 what: "the gradient".to_owned(),
@@ -389,6 +415,7 @@ impl<'a> Run<'a> {
             loss,
             lr: rate,
             grad_norm: norm,
+            loss_scale: factor,
             samples: self.samples,
             epoch,
             endpoint_error: None,

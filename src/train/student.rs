@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use rayon::prelude::*;
 
 use crate::models::unet::{WEIGHTS_STEM, student_tensors};
 use crate::models::{ModelError, UNet, UNetConfig, Weights, save_model};
@@ -12,6 +13,17 @@ use crate::random::{generator, uniform};
 
 /// Named variables, in name order: order must not depend on hashing.
 pub(super) type Variables = BTreeMap<String, Var>;
+
+/// How a student's passes are computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Passes {
+    /// How attention is computed.
+    pub attention: Attention,
+    /// What the online network's blocks keep for the backward pass.
+    pub keep: Keep,
+    /// The type to compute in, where it is not the weights' `f32`.
+    pub compute: Option<DType>,
+}
 
 /// The online student, a UNet over variables, and its exponential moving average, the target.
 #[derive(Debug)]
@@ -33,7 +45,7 @@ impl Student {
         guidance_width: usize,
         seed: u64,
         device: &Device,
-        how: (Attention, Keep),
+        how: Passes,
     ) -> std::result::Result<Self, ModelError> {
         let config = UNetConfig::read(folder)?.with_guidance_embedding(guidance_width);
         let teacher = Weights::load(folder, WEIGHTS_STEM, DType::F32, device)?.into_tensors();
@@ -54,7 +66,7 @@ impl Student {
     pub fn load(
         checkpoint: &Path,
         device: &Device,
-        how: (Attention, Keep),
+        how: Passes,
     ) -> std::result::Result<Self, ModelError> {
         let folder = checkpoint.join("unet");
         let config = UNetConfig::read(&folder)?;
@@ -70,7 +82,11 @@ impl Student {
         online: &BTreeMap<String, Tensor>,
         target: &BTreeMap<String, Tensor>,
         origin: &Path,
-        (attention, keep): (Attention, Keep),
+        Passes {
+            attention,
+            keep,
+            compute,
+        }: Passes,
     ) -> std::result::Result<Self, ModelError> {
         let variables = |tensors: &BTreeMap<String, Tensor>| -> Result<Variables> {
             tensors
@@ -80,7 +96,7 @@ impl Student {
         };
         let build = |tensors: BTreeMap<String, Tensor>| {
             let weights = Weights::new(tensors, origin);
-            let unet = UNet::new(&weights.root(), config, attention)?;
+            let unet = UNet::new(&weights.root(), config, attention)?.computing_in(compute);
             weights.expect_all_taken(&[])?;
             Ok::<_, ModelError>(unet)
         };
@@ -126,12 +142,10 @@ impl Student {
     /// # Errors
     /// When a tensor operation fails.
     pub fn update_target(&self, decay: f64) -> Result<()> {
-        ops::in_pool(|| {
-            for (target, online) in self.target.values().zip(self.online.values()) {
-                ops::ema_update(target, online, decay)?;
-            }
-            Ok(())
-        })
+        let pairs: Vec<_> = self.target.values().zip(self.online.values()).collect();
+        pairs
+            .into_par_iter()
+            .try_for_each(|(target, online)| ops::ema_update(target, online, decay))
     }
 
     /// Writes the online student in diffusers layout.

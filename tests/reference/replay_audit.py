@@ -4,7 +4,8 @@
         [--first-step] [--gradient-checkpointing]
 
 Starts from `unet_init/` and the teacher named in `meta.json`, feeds the recorded inputs (latents, noise, index, w,
-embeddings) through the step of `train_lcm_distill_sd_wds.py` in f32, and keeps its own optimiser, average and
+embeddings) through the step of `train_lcm_distill_sd_wds.py`, in f32 or under autocast where `meta.json` names a mixed
+precision, and keeps its own optimiser, average and
 weights, so that an error in any step shows in the ones after it. Prints the worst relative error of each quantity
 (max |a - b| / max |b|) in each step and over all steps, then how far the final weights are apart relative to how far
 they moved. Exit 1 over a tolerance or when something is not finite; 2 when the folder is incomplete.
@@ -30,6 +31,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
+from adamw8bit import AdamW8bit
 from lcm_reference import (
     DDIMSolver,
     append_dims,
@@ -75,6 +77,9 @@ class Distillation:
         for key in ("prediction_type", "num_train_timesteps"):
             if config[key] != meta[key]:
                 raise SystemExit(f"meta.json has {key} = {meta[key]}, the teacher's scheduler {config[key]}")
+        # Autocast, as accelerate sets it up; on the CPU, too.
+        half = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[meta.get("mixed_precision", "no")]
+        self.autocast = torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None)
         self.alphas = torch.sqrt(self.noise_scheduler.alphas_cumprod)
         self.sigmas = torch.sqrt(1 - self.noise_scheduler.alphas_cumprod)
         self.solver = DDIMSolver(
@@ -82,6 +87,11 @@ class Distillation:
             timesteps=meta["num_train_timesteps"],
             ddim_timesteps=meta["num_ddim_timesteps"],
         )
+
+    def predict(self, unet, x, t, prompt, w_embedding=None):
+        with self.autocast:
+            output = unet(x, t, timestep_cond=w_embedding, encoder_hidden_states=prompt).sample
+        return output.float()
 
     def original_and_noise(self, output, t, sample):
         args = output, t, sample, self.meta["prediction_type"], self.alphas, self.sigmas
@@ -108,24 +118,20 @@ class Distillation:
         w_embedding = guidance_scale_embedding(w, embedding_dim=meta["time_cond_proj_dim"])
         w = w.reshape(bsz, 1, 1, 1)
 
-        noise_pred = self.student(noisy, start, timestep_cond=w_embedding, encoder_hidden_states=prompt).sample
+        noise_pred = self.predict(self.student, noisy, start, prompt, w_embedding)
         pred_x_0, _ = self.original_and_noise(noise_pred, start, noisy)
         model_pred = c_skip_start * noisy + c_out_start * pred_x_0
 
         with torch.no_grad():
-            cond_x0, cond_noise = self.original_and_noise(
-                self.teacher(noisy, start, encoder_hidden_states=prompt).sample, start, noisy
-            )
-            uncond_x0, uncond_noise = self.original_and_noise(
-                self.teacher(noisy, start, encoder_hidden_states=uncond).sample, start, noisy
-            )
+            cond = self.predict(self.teacher, noisy, start, prompt)
+            cond_x0, cond_noise = self.original_and_noise(cond, start, noisy)
+            unconditional = self.predict(self.teacher, noisy, start, uncond)
+            uncond_x0, uncond_noise = self.original_and_noise(unconditional, start, noisy)
             pred_x0 = cond_x0 + w * (cond_x0 - uncond_x0)
             pred_noise = cond_noise + w * (cond_noise - uncond_noise)
             x_prev = self.solver.ddim_step(pred_x0, pred_noise, index)
 
-            target_pred = self.target(
-                x_prev.float(), end, timestep_cond=w_embedding, encoder_hidden_states=prompt
-            ).sample
+            target_pred = self.predict(self.target, x_prev.float(), end, prompt, w_embedding)
             target_x_0, _ = self.original_and_noise(target_pred, end, x_prev)
             target = c_skip * x_prev + c_out * target_x_0
 
@@ -157,7 +163,9 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     distillation = Distillation(meta, teacher, student, target)
-    optimizer = torch.optim.AdamW(
+    # A loss scale by which no gradient of the first steps vanishes or overflows.
+    loss_scale = 65536 if meta.get("mixed_precision") == "fp16" else 1
+    optimizer = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[meta.get("optimizer", "adamw")](
         student.parameters(),
         lr=meta["learning_rate"],
         betas=(meta["beta1"], meta["beta2"]),
@@ -175,9 +183,11 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
         for micro in range(micro_batches):
             recorded = load_file(audit / f"step-{step:06}.{micro:02}.safetensors")
             made = distillation.step(given(recorded))
-            (made["loss"] / micro_batches).backward()
+            (made["loss"] * loss_scale / micro_batches).backward()
             made = {name: value.detach() for name, value in made.items()}
             if micro + 1 == micro_batches:
+                for parameter in student.parameters():
+                    parameter.grad /= loss_scale
                 # Summed in f64: clip_grad_norm_ adds the squares of a tensor in f32, which at SD-1.5's sizes costs 1e-4.
                 made["grad_norm"] = norm(parameter.grad for parameter in student.parameters())
                 torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])

@@ -7,13 +7,11 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::cli::process::available_memory;
-use crate::config::{Attention, Config, DeviceSpec, FloatType};
+use crate::config::{Attention, Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
 use crate::models::UNetConfig;
 
 /// Bytes of an `f32`, which everything but the teacher is held in.
 const F32: u64 = 4;
-/// AdamW keeps two moments of each parameter.
-const OPTIMIZER: u64 = 2 * F32;
 /// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and joined input.
 const KEPT_BY_RESNET: u64 = 10;
 /// The same for a transformer block, its four times wider gated feed-forward included.
@@ -150,18 +148,25 @@ impl MemoryPlan {
         self.add(device, "student", student * F32, of(student));
         self.add(device, "target", student * F32, of(student));
         self.add(device, "gradients", student * F32, of(student));
-        self.add(
-            device,
-            "optimizer",
-            student * OPTIMIZER,
-            "two moments a parameter".to_owned(),
-        );
+        // Two moments a parameter; those in 8 bits have an f32 scale for each 256.
+        let (moments, how) = match config.optimizer.kind {
+            OptimizerKind::AdamW => (student * 2 * F32, "two moments a parameter"),
+            OptimizerKind::AdamW8bit => (
+                student * 2 + student / 256 * 2 * F32,
+                "two moments a parameter, in 8 bits",
+            ),
+        };
+        self.add(device, "optimizer", moments, how.to_owned());
         let batch = config.train.batch_size as u64;
         let kept = Kept {
             scores: config.train.attention == Attention::Plain,
             insides: !config.train.gradient_checkpointing,
         };
-        let activations = batch * activations(unet.to_json(), latent as u64, kept) * F32;
+        let each = match config.train.mixed_precision {
+            MixedPrecision::No => F32,
+            MixedPrecision::Fp16 | MixedPrecision::Bf16 => F32 / 2,
+        };
+        let activations = batch * activations(unet.to_json(), latent as u64, kept) * each;
         let how = format!("estimate for {batch} latents of {latent}x{latent}, from shapes alone");
         self.add(device, "activations", activations, how);
     }

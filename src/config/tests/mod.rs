@@ -203,7 +203,6 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
         "data.kind=images",
         "encode.dtype=f32",
         "encode.vae_dtype=f32",
-        "optimizer.kind=adamw",
         "train.gradient_checkpointing=true",
         "train.attention=plain",
         "train.mixed_precision=no",

@@ -21,7 +21,7 @@ pub(super) use conv::conv2d;
 pub(super) use linear::linear;
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use projection::{map_to_tokens, tokens_to_map};
-pub(super) use update::{adamw_step, ema_update, squared_norm};
+pub(super) use update::{adamw_step, adamw8bit_step, ema_update, squared_norm};
 pub(super) use upsample::upsample_nearest_2x;
 
 /// 16-bit numbers as `f32`, in which sums and statistics are computed; others as they are.
@@ -57,7 +57,7 @@ mod tests {
         Ok(all)
     }
 
-    /// Checks an operation of this module in `f64` against finite differences and our CPU kernel, and its other dtypes
+    /// Checks an operation of this module in `f64` against finite differences and our CPU kernel, and other dtypes of both
     /// against `f64`.
     fn check(inputs: &[Tensor], f: Op<'_>, kernel: Op<'_>) -> Result<()> {
         check_gradients(inputs, f)?;
@@ -66,10 +66,12 @@ mod tests {
             assert_close(got, &want, 1e-11)?;
         }
         for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
-            for (got, want) in run(inputs, dtype, f)?.iter().zip(&exact) {
-                assert_eq!(got.dtype(), dtype);
-                let scale = want.abs()?.max_all()?.to_scalar::<f64>()?;
-                assert_close(&got.to_dtype(DType::F64)?, want, tolerance * scale)?;
+            for f in [f, kernel] {
+                for (got, want) in run(inputs, dtype, f)?.iter().zip(&exact) {
+                    assert_eq!(got.dtype(), dtype);
+                    let scale = want.abs()?.max_all()?.to_scalar::<f64>()?;
+                    assert_close(&got.to_dtype(DType::F64)?, want, tolerance * scale)?;
+                }
             }
         }
         Ok(())

@@ -3,7 +3,9 @@
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::wide;
-use crate::ops::AdamWStep;
+use crate::ops::adamw8bit::{BLOCK, BlockMoments, BlockQuantized};
+use crate::ops::dynamic_map::{DynamicMap, SIGNED, UNSIGNED};
+use crate::ops::{AdamWStep, adamw_step as full_step};
 
 /// Writes `value` over a variable, in the variable's dtype.
 fn store(target: &Var, value: &Tensor) -> Result<()> {
@@ -45,6 +47,63 @@ pub(in crate::ops) fn adamw_step(
     store(moment1, &m)?;
     store(moment2, &v)?;
     store(param, &(kept - update)?)
+}
+
+/// As [`crate::ops::adamw8bit_step()`]: the moments of this one parameter are widened for the step.
+pub(in crate::ops) fn adamw8bit_step(
+    param: &Var,
+    moments: &mut BlockMoments,
+    grad: &Tensor,
+    grad_scale: f64,
+    step: &AdamWStep,
+) -> Result<()> {
+    let wide = |moment: &BlockQuantized, map: &DynamicMap| {
+        Var::from_tensor(&dequantized(moment, map)?.reshape(param.shape())?)
+    };
+    let m = wide(&moments.first, &SIGNED)?;
+    let v = wide(&moments.second, &UNSIGNED)?;
+    full_step(param, &m, &v, grad, grad_scale, step)?;
+    *moments = BlockMoments {
+        first: quantized(&m, &SIGNED)?,
+        second: quantized(&v, &UNSIGNED)?,
+    };
+    Ok(())
+}
+
+/// The numbers `[n]` a moment stands for.
+fn dequantized(moment: &BlockQuantized, map: &DynamicMap) -> Result<Tensor> {
+    let (n, blocks) = (moment.codes.elem_count(), moment.absmax.elem_count());
+    let values = Tensor::new(map.values(), moment.codes.device())?;
+    let absmax = moment.absmax.unsqueeze(1)?.broadcast_as((blocks, BLOCK))?;
+    let absmax = absmax.flatten_all()?.narrow(0, 0, n)?;
+    // Candle takes the greatest u8 for "nothing here".
+    values.index_select(&moment.codes.to_dtype(DType::U32)?, 0)? * absmax
+}
+
+/// The nearest values of the map, found by halving the interval eight times.
+fn quantized(moment: &Var, map: &DynamicMap) -> Result<BlockQuantized> {
+    let x = moment.as_detached_tensor().flatten_all()?;
+    let (n, device) = (x.elem_count(), x.device());
+    let blocks = n.div_ceil(BLOCK);
+    let padded = x.pad_with_zeros(0, 0, blocks * BLOCK - n)?;
+    let padded = padded.reshape((blocks, BLOCK))?;
+    let absmax = padded.abs()?.max_keepdim(1)?;
+    let one = absmax.ones_like()?;
+    let divisor = absmax.gt(0.0)?.where_cond(&absmax, &one)?;
+    let scaled = padded.broadcast_div(&divisor)?.flatten_all()?;
+    let scaled = scaled.narrow(0, 0, n)?.contiguous()?;
+    let middles = Tensor::new(map.middles(), device)?;
+    let mut codes = Tensor::zeros(n, DType::U32, device)?;
+    for half in [128u32, 64, 32, 16, 8, 4, 2, 1] {
+        let half = Tensor::full(half, n, device)?;
+        let upper = (&codes + &half)?;
+        let middle = middles.index_select(&(&upper - Tensor::ones(n, DType::U32, device)?)?, 0)?;
+        codes = scaled.gt(&middle)?.where_cond(&upper, &codes)?;
+    }
+    Ok(BlockQuantized {
+        codes: codes.to_dtype(DType::U8)?,
+        absmax: absmax.flatten_all()?,
+    })
 }
 
 #[cfg(test)]
