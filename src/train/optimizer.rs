@@ -1,12 +1,10 @@
 //! AdamW over named variables, with clipping by global norm.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 
 use super::student::{Variables, detached};
-use super::{TrainError, io};
 use crate::config;
 use crate::ops::{self, AdamWStep};
 
@@ -81,38 +79,33 @@ impl AdamW {
         })
     }
 
-    /// Writes both moments of every variable.
-    pub(super) fn save(&self, path: &Path) -> std::result::Result<(), TrainError> {
+    /// Both moments of every variable, which go on changing with every step.
+    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
         let named = |prefix: &'static str, moments: &Variables| {
             let tensors = detached(moments).into_iter();
             tensors
                 .map(move |(name, t)| (format!("{prefix}{name}"), t))
                 .collect::<Vec<_>>()
         };
-        let tensors = [named(FIRST, &self.first), named(SECOND, &self.second)].concat();
-        safetensors::serialize_to_file(tensors, None, path)
-            .map_err(|e| io(path)(std::io::Error::other(e)))
+        [named(FIRST, &self.first), named(SECOND, &self.second)].concat()
     }
 
-    /// Reads what [`Self::save`] wrote; `steps` is the number of steps made by then.
-    pub(super) fn load(
+    /// Takes up the state that [`Self::state`] gave after `steps` steps; the name of the first tensor that is missing, if one is.
+    pub(super) fn restore(
         &mut self,
-        path: &Path,
+        saved: &HashMap<String, Tensor>,
         steps: u64,
-        device: &Device,
-    ) -> std::result::Result<(), TrainError> {
-        let saved = candle_core::safetensors::load(path, device)?;
+    ) -> Result<Option<String>> {
         for (prefix, moments) in [(FIRST, &self.first), (SECOND, &self.second)] {
             for (name, var) in moments {
                 let name = format!("{prefix}{name}");
-                let tensor = saved.get(&name).ok_or_else(|| TrainError::Checkpoint {
-                    path: path.to_owned(),
-                    message: format!("tensor \"{name}\" is missing"),
-                })?;
-                var.set(tensor)?;
+                match saved.get(&name) {
+                    Some(tensor) => var.set(tensor)?,
+                    None => return Ok(Some(name)),
+                }
             }
         }
         self.steps = steps;
-        Ok(())
+        Ok(None)
     }
 }

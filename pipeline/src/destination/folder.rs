@@ -115,7 +115,11 @@ impl Folder {
         self.walk(&mut |name, path| {
             let file = name.rsplit('/').next().unwrap_or(&name);
             if name.starts_with(below) && meant(file).is_none() {
-                let size = fs::metadata(path).map_err(failed(path))?.len();
+                let size = match fs::metadata(path) {
+                    // Gone since the folder was read, as a file that others write aside.
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                    found => found.map_err(failed(path))?.len(),
+                };
                 entries.push(Entry { name, size });
             }
             Ok(())

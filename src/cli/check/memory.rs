@@ -156,6 +156,12 @@ impl MemoryPlan {
             student * OPTIMIZER,
             "two moments a parameter".to_owned(),
         );
+        if config.checkpoint.background {
+            let bytes = student * (2 * F32 + OPTIMIZER);
+            let how =
+                "a copy while a checkpoint is written; without the room, training waits".to_owned();
+            self.add(DeviceSpec::Cpu, "checkpoint", bytes, how);
+        }
         let batch = config.train.batch_size as u64;
         let kept = Kept {
             scores: config.train.attention == Attention::Plain,
