@@ -17,6 +17,7 @@ pub mod models;
 pub mod monitor;
 pub mod ops;
 pub mod pretrained;
+mod process;
 pub mod random;
 pub mod stop;
 pub mod train;

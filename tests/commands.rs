@@ -10,6 +10,8 @@
 mod support;
 
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use coffey::models::unet::WEIGHTS_STEM;
 use serde_json::{Value, json};
@@ -340,6 +342,48 @@ fn check_tries_every_step() {
     assert!(
         !folder.path().join("run").exists(),
         "a check leaves nothing behind"
+    );
+}
+
+/// The most memory a command holds, as the system saw it shortly before its end. Bytes.
+fn peak_memory(args: &[&str]) -> u64 {
+    let mut child = command(args).stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    let ended = loop {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kilobytes.unwrap_or(0) * 1024);
+        if let Some(ended) = child.try_wait().unwrap() {
+            break ended;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(ended.success());
+    peak
+}
+
+#[test]
+fn the_memory_plan_comes_near_what_a_run_holds() {
+    let folder = TempDir::new().unwrap();
+    let output = format!("train.output={}", folder.path().join("run").display());
+    let quickstart = ["-c", "configs/quickstart.toml", "-s", &output];
+    let plan = succeed_json(&[&["check", "--json"], &quickstart[..]].concat());
+    let parts = plan["memory"]["parts"].as_array().unwrap();
+    let planned: u64 = parts.iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
+    let few = ["-s", "train.max_steps=4", "-s", "checkpoint.every=2"];
+    let bare = [
+        "-s",
+        "report.endpoint_captions=0",
+        "-s",
+        "report.grid=false",
+    ];
+    let peak = peak_memory(&[&["train"], &quickstart[..], &few, &bare].concat());
+    let ratio = planned as f64 / peak as f64;
+    assert!(
+        (0.85..1.15).contains(&ratio),
+        "planned {planned}, held {peak}"
     );
 }
 

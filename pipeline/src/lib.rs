@@ -44,6 +44,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod destination;
 pub mod flow;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
@@ -55,6 +56,7 @@ pub mod source;
 mod stream;
 
 pub use crate::image::{CropMode, ImageOptions, Interpolation};
+pub use destination::Destination;
 pub use flow::FlowMetrics;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};

@@ -14,7 +14,7 @@ use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
 
 use super::data::{DataAccess, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
-use crate::config::{Config, ModelRef};
+use crate::config::{Config, ModelRef, in_s3};
 use crate::diffusion::Prediction;
 use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
@@ -188,11 +188,18 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     report.memory(MemoryPlan::new(&config, &sizes));
     report.step("output", || {
         let (key, folder) = purpose.output();
-        match writable(folder) {
+        let tried = match in_s3(folder) {
+            true => writable_prefix(folder, &data),
+            false => writable(folder).map_err(Failure::from),
+        };
+        match tried {
             Ok(()) => Ok(((), format!("{} can be written", folder.display()))),
-            Err(error) => Err(Failure::Usage(
+            // What a server says already names the place; its refusal is a failure, not a mistake in the file.
+            Err(failure) if in_s3(folder) => Err(failure),
+            Err(Failure::Failed(error) | Failure::Usage(error)) => Err(Failure::Usage(
                 format!("{key} = {folder:?}: can't be written: {error}").into(),
             )),
+            Err(stopped) => Err(stopped),
         }
     })
 }
@@ -362,6 +369,17 @@ fn parameters(weights: &Weights) -> u64 {
 
 fn millions(parameters: u64) -> String {
     format!("{:.1} M parameters", parameters as f64 / 1e6)
+}
+
+/// Whether objects can be written under a prefix in S3, and removed. Leaves nothing behind.
+fn writable_prefix(prefix: &Path, data: &DataAccess) -> Result<(), Failure> {
+    const PROBE: &str = ".coffey-check";
+    let runtime = data.runtime.handle();
+    let place = data
+        .sources
+        .destination(&prefix.to_string_lossy(), runtime)?;
+    place.write(PROBE, b"")?;
+    Ok(place.remove(PROBE)?)
 }
 
 /// Whether a folder can be written, or made. Leaves nothing behind.

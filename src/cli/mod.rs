@@ -9,7 +9,6 @@ mod data;
 mod device;
 mod inspect;
 mod precompute;
-mod process;
 mod ranks;
 mod sample;
 mod train;
@@ -21,6 +20,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
+use crate::process;
 
 /// Streams captioned images out of S3 and distils a latent diffusion model into a Latent Consistency Model.
 #[derive(Debug, Parser)]

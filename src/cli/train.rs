@@ -48,6 +48,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
                 access.runtime.handle(),
             )
         }),
+        destination: Box::new(|target| access.sources.destination(target, access.runtime.handle())),
         monitor,
     };
     match train::run(
@@ -70,6 +71,7 @@ impl From<TrainError> for Failure {
     fn from(error: TrainError) -> Self {
         match error {
             TrainError::Encode(crate::encode::EncodeError::Stream(error)) => (*error).into(),
+            TrainError::Source(error) => error.into(),
             TrainError::Mismatch(_) => Self::Usage(error.into()),
             error => Self::Failed(error.into()),
         }

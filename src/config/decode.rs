@@ -94,7 +94,9 @@ pub(super) fn required_meaning(key: &str) -> &'static str {
         "model.teacher" => {
             "the teacher in diffusers layout: a folder, s3://bucket/prefix or a Hub id as user/model"
         }
-        "train.output" => r#"the folder of the run, as "runs/first""#,
+        "train.output" => {
+            r#"the folder of the run, as "runs/first", or a prefix, as "s3://bucket/runs/first/""#
+        }
         "latents.output" => r#"the folder for the latent shards, as "latents/first""#,
         "validation.prompts" => r#"the captions to draw, as ["red apple"]"#,
         "audit.dir" => "the folder for the audit files",

@@ -15,6 +15,7 @@ mod keys;
 mod model_ref;
 mod models;
 mod reports;
+mod resume;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -33,11 +34,12 @@ pub use input::{Data, Filter, Image, S3};
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
 pub use models::{Distill, Encode, Model};
 pub use reports::{Audit, Latents, Metrics, Report, Track, Validation};
+pub use resume::{Difference, Weight};
 pub use training::{Checkpoint, Optimizer, Train};
 pub use validate::{PrecomputePaths, TrainPaths};
 pub use values::{
     Attention, Crop, DataKind, DeviceSpec, FloatType, Interpolation, Listen, LossKind,
-    MixedPrecision, OptimizerKind, Resume, Schedule, TextKind,
+    MixedPrecision, OptimizerKind, Resume, Schedule, TextKind, in_s3,
 };
 
 /// A whole configuration, valid and with every default filled in.

@@ -52,9 +52,13 @@ impl Default for Optimizer {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Train {
-    /// Folder of the run; `train` needs it. `--output_dir`
+    /// Folder of the run, or an `s3://` prefix; `train` needs it. `--output_dir`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output: Option<PathBuf>,
+    /// Where a run whose output is in S3 keeps its records until they are uploaded; the system's folder for temporary
+    /// files when unset. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<PathBuf>,
     /// Where teacher, student and target live. `accelerate` decides in the reference.
     pub device: DeviceSpec,
     /// Optimiser steps of the whole run, those before a resume included. `--max_train_steps`
@@ -81,6 +85,7 @@ impl Default for Train {
     fn default() -> Self {
         Self {
             output: None,
+            scratch: None,
             device: DeviceSpec::Cpu,
             max_steps: 1000,
             batch_size: 12,
@@ -105,6 +110,8 @@ pub struct Checkpoint {
     pub keep: usize,
     /// Where to go on from. `--resume_from_checkpoint`
     pub resume: Resume,
+    /// Write checkpoints from a copy while training goes on. No flag.
+    pub background: bool,
 }
 
 impl Default for Checkpoint {
@@ -113,6 +120,7 @@ impl Default for Checkpoint {
             every: 200,
             keep: 10,
             resume: Resume::Latest,
+            background: true,
         }
     }
 }

@@ -37,13 +37,10 @@ pub(super) const UNBUILT: &[Unbuilt] = &[
     row("data.kind", Words(&["latents"]), r#"use "images""#),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
-    row("train.output", Prefix("s3://"), "use a folder"),
-    row("checkpoint.resume", Prefix("s3://"), "copy the checkpoint to a folder and name that"),
     row("track.tensorboard", True, "use false; metrics.jsonl in the run's folder has every step"),
     row("hub.push_to", All, "leave it out and upload the run's folder with the Hub's own tool"),
     row("latents.output", Prefix("s3://"), "use a folder"),
     row("latents.crops", Above(1), "use 1"),
-    row("audit.dir", Prefix("s3://"), "use a folder"),
 ];
 
 const fn row(key: &'static str, refused: Refused, instead: &'static str) -> Unbuilt {

@@ -7,7 +7,7 @@ use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
 use super::model_ref::{ModelPlace, ModelRef};
-use super::values::{DeviceSpec, Listen, Resume, Schedule};
+use super::values::{DeviceSpec, Listen, Resume, Schedule, in_s3};
 use super::{
     Config, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3, Train,
     Validation,
@@ -25,7 +25,7 @@ const MAX_SAMPLING_STEPS: usize = 50;
 pub struct TrainPaths<'a> {
     /// The teacher; a folder exists.
     pub teacher: &'a ModelRef,
-    /// The run's folder, which may not exist yet.
+    /// The run's folder, which may not exist yet, or an `s3://` prefix.
     pub output: &'a Path,
 }
 
@@ -51,7 +51,9 @@ impl Config {
             .output
             .as_deref()
             .ok_or_else(|| self.missing("train.output"))?;
-        if let Resume::From(checkpoint) = &self.checkpoint.resume {
+        if let Resume::From(checkpoint) = &self.checkpoint.resume
+            && !in_s3(checkpoint)
+        {
             self.require_folder("checkpoint.resume", checkpoint)?;
         }
         Ok(TrainPaths { teacher, output })
@@ -159,6 +161,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     check.train(&config.train)?;
     check.positive("checkpoint.every", config.checkpoint.every)?;
     check.positive("checkpoint.keep", config.checkpoint.keep as u64)?;
+    if let Resume::From(checkpoint) = &config.checkpoint.resume {
+        check.place("checkpoint.resume", Some(checkpoint))?;
+    }
     if let Some(validation) = &config.validation {
         check.validation(validation)?;
     }
@@ -168,7 +173,7 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         check.positive("latents.crops", latents.crops as u64)?;
     }
     if let Some(audit) = &config.audit {
-        check.path("audit.dir", Some(&audit.dir))?;
+        check.place("audit.dir", Some(&audit.dir))?;
         check.positive("audit.steps", audit.steps)?;
     }
     Ok(())
@@ -331,7 +336,8 @@ impl Check<'_> {
     }
 
     fn train(&self, train: &Train) -> Result<(), ConfigError> {
-        self.path("train.output", train.output.as_deref())?;
+        self.place("train.output", train.output.as_deref())?;
+        self.path("train.scratch", train.scratch.as_deref())?;
         self.device("train.device", train.device)?;
         self.positive("train.max_steps", train.max_steps)?;
         self.positive("train.batch_size", train.batch_size as u64)?;
@@ -419,6 +425,19 @@ impl Check<'_> {
     fn path(&self, key: &str, path: Option<&Path>) -> Result<(), ConfigError> {
         let empty = path.is_some_and(|path| path.as_os_str().is_empty());
         self.that(key, "\"\"", !empty, "must not be empty")
+    }
+
+    /// A folder, or a prefix in S3.
+    fn place(&self, key: &str, path: Option<&Path>) -> Result<(), ConfigError> {
+        self.path(key, path)?;
+        let Some(path) = path.filter(|path| in_s3(path)) else {
+            return Ok(());
+        };
+        let text = path.to_string_lossy();
+        let bucket = text.trim_start_matches("s3://").split('/').next();
+        let ok = bucket.is_some_and(|bucket| !bucket.is_empty());
+        let needs = "must name a bucket, as \"s3://bucket/runs/first/\"";
+        self.that(key, quoted(path), ok, needs)
     }
 
     fn device(&self, key: &str, device: DeviceSpec) -> Result<(), ConfigError> {

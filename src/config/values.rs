@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -76,11 +76,11 @@ impl From<Listen> for String {
     }
 }
 
-/// Which checkpoint a run starts from: `"latest"`, `"never"` or a path.
+/// Which checkpoint a run starts from: `"latest"`, `"never"`, a path or an `s3://` prefix.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum Resume {
-    /// The newest whole checkpoint of the run's folder, if there is one.
+    /// The newest whole checkpoint of the run's output, if there is one.
     Latest,
     /// None: start from the teacher.
     Never,
@@ -106,6 +106,12 @@ impl From<Resume> for String {
             Resume::From(path) => path.to_string_lossy().into_owned(),
         }
     }
+}
+
+/// Whether a path is a prefix in S3 and no folder.
+#[must_use]
+pub fn in_s3(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().starts_with(b"s3://")
 }
 
 /// What the shards hold.

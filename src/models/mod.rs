@@ -24,7 +24,7 @@ pub(crate) use config::nearest_key;
 pub use tokenizer::ClipTokenizer;
 pub use unet::{Conditioning, UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
-pub use weights::{Scope, Weights, save_model};
+pub use weights::{Scope, Weights, config_text, model_metadata, save_model, write_safetensors};
 
 use std::path::PathBuf;
 

@@ -66,6 +66,22 @@ fn refused(folder: &Path, words: &[&str]) {
 }
 
 #[test]
+fn tensors_written_one_by_one_are_the_file_of_the_reference() {
+    let cpu = &Device::Cpu;
+    let tensors = BTreeMap::from([
+        ("b".to_owned(), Tensor::new(&[1f32, 2.0, 3.0], cpu).unwrap()),
+        ("codes".to_owned(), Tensor::new(&[1u8, 2, 3], cpu).unwrap()),
+        ("a".to_owned(), Tensor::new(&[[4f32], [5.0]], cpu).unwrap()),
+    ]);
+    let named = || tensors.iter().map(|(name, t)| (name.as_str(), t));
+    let metadata = super::model_metadata();
+    let expected = safetensors::serialize(named(), Some(metadata.clone())).unwrap();
+    let mut written = Vec::new();
+    super::write_safetensors(&mut written, named(), Some(metadata)).unwrap();
+    assert_eq!(written, expected);
+}
+
+#[test]
 fn weights_are_read_from_every_layout_and_dtype() {
     let want = tensors(DType::F32);
     for (name, sharded) in [

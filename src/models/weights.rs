@@ -1,10 +1,11 @@
 //! Named tensors: read from a model folder, handed out by name with their shapes checked, written back.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Metadata, TensorInfo, View};
 
 use super::{ModelError, mapped};
 
@@ -179,6 +180,53 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T
     })
 }
 
+/// Writes tensors in the layout of a safetensors file, one after the other: no more than one of them is copied at a time.
+///
+/// # Errors
+/// What the writer says, or a header that can't be made of the names.
+pub fn write_safetensors<'a>(
+    writer: &mut impl std::io::Write,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+    metadata: Option<HashMap<String, String>>,
+) -> std::io::Result<()> {
+    let mut tensors: Vec<_> = tensors.into_iter().collect();
+    // The order of the reference's own writer: by alignment, then by name.
+    tensors
+        .sort_by(|(name, a), (other, b)| View::dtype(b).cmp(&View::dtype(a)).then(name.cmp(other)));
+    let mut offset = 0;
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let begin = offset;
+        offset += View::data_len(tensor);
+        let info = TensorInfo {
+            dtype: View::dtype(tensor),
+            shape: tensor.dims().to_vec(),
+            data_offsets: (begin, offset),
+        };
+        ((*name).to_owned(), info)
+    });
+    let header = Metadata::new(metadata, infos.collect()).map_err(std::io::Error::other)?;
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    writer.write_all(&(header.len() as u64).to_le_bytes())?;
+    writer.write_all(&header)?;
+    for (_, tensor) in &tensors {
+        writer.write_all(&View::data(tensor))?;
+    }
+    writer.flush()
+}
+
+/// What the files of a model carry besides tensors: diffusers asks for it.
+#[must_use]
+pub fn model_metadata() -> HashMap<String, String> {
+    [("format".to_owned(), "pt".to_owned())].into()
+}
+
+/// A model's `config.json`.
+#[must_use]
+pub fn config_text(config: &serde_json::Map<String, serde_json::Value>) -> String {
+    format!("{:#}\n", serde_json::Value::Object(config.clone()))
+}
+
 /// Writes `config.json` and `{stem}.safetensors` into `folder`, which is created.
 ///
 /// # Errors
@@ -195,13 +243,11 @@ pub fn save_model(
     };
     std::fs::create_dir_all(folder).map_err(io(folder))?;
     let path = folder.join("config.json");
-    let json = format!("{:#}\n", serde_json::Value::Object(config.clone()));
-    std::fs::write(&path, json).map_err(io(&path))?;
+    std::fs::write(&path, config_text(config)).map_err(io(&path))?;
     let path = folder.join(format!("{stem}.safetensors"));
-    let metadata = Some([("format".to_owned(), "pt".to_owned())].into()); // diffusers asks for it
     safetensors::serialize_to_file(
         tensors.iter().map(|(name, t)| (name.as_str(), t)),
-        metadata,
+        Some(model_metadata()),
         &path,
     )
     .map_err(|e| ModelError::Io {

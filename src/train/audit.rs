@@ -1,19 +1,21 @@
 //! The audit folder: what the first steps saw and made, so that anyone can replay them.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::Destination;
 use serde_json::json;
 
-use super::{Distillation, StepInputs, StepOutputs, Student, TrainError, io};
+use super::checkpoint::write_model;
+use super::data::Data;
+use super::{Distillation, StepInputs, StepOutputs, Student, TrainError};
 use crate::config::{Audit, Config};
+use crate::models::write_safetensors;
 
 /// Writes `step-NNNNNN.MM.safetensors` for the first steps of a run, and the student before and after them.
 #[derive(Debug)]
 pub(super) struct Auditor {
-    folder: PathBuf,
+    folder: Destination,
     steps: u64,
 }
 
@@ -24,6 +26,7 @@ impl Auditor {
         config: &Config,
         distillation: &Distillation,
         student: &Student,
+        data: &Data<'_>,
     ) -> Result<Self, TrainError> {
         let Config {
             distill,
@@ -61,12 +64,12 @@ impl Auditor {
             "seed": train.seed,
             "teacher_dtype": train.teacher_dtype,
         });
-        fs::create_dir_all(&audit.dir).map_err(io(&audit.dir))?;
-        let path = audit.dir.join("meta.json");
-        fs::write(&path, format!("{meta:#}\n")).map_err(io(&path))?;
-        student.save_online(&audit.dir.join("unet_init"))?;
+        let folder = (data.destination)(&audit.dir.to_string_lossy())?;
+        folder.write("meta.json", format!("{meta:#}\n").as_bytes())?;
+        let model = student.unet().config().to_json();
+        write_model(&folder, "unet_init/", model, &student.online())?;
         Ok(Self {
-            folder: audit.dir.clone(),
+            folder,
             steps: audit.steps.min(train.max_steps),
         })
     }
@@ -109,18 +112,25 @@ impl Auditor {
             tensors.insert("grad_norm", Tensor::new(norm as f32, cpu)?);
             tensors.insert("lr", Tensor::new(rate as f32, cpu)?);
         }
-        let path = self
-            .folder
-            .join(format!("step-{step:06}.{micro:02}.safetensors"));
-        safetensors::serialize_to_file(tensors, None, &path)
-            .map_err(|e| io(&path)(std::io::Error::other(e)))
+        let name = format!("step-{step:06}.{micro:02}.safetensors");
+        let mut writer = self.folder.create(&name)?;
+        let named = tensors.iter().map(|(name, t)| (*name, t));
+        write_safetensors(&mut writer, named, None).map_err(|e| self.folder.failed(&name, e))?;
+        writer.finish()?;
+        Ok(())
     }
 
     /// After the last audited step: `unet_final/` and `unet_target_final/`.
     pub(super) fn end_of_step(&self, step: u64, student: &Student) -> Result<(), TrainError> {
         if step == self.steps {
-            student.save_online(&self.folder.join("unet_final"))?;
-            student.save_target(&self.folder.join("unet_target_final"))?;
+            let model = student.unet().config().to_json();
+            write_model(&self.folder, "unet_final/", model, &student.online())?;
+            write_model(
+                &self.folder,
+                "unet_target_final/",
+                model,
+                &student.average(),
+            )?;
         }
         Ok(())
     }

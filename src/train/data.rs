@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use coffey_pipeline::order::{Cursor, Order};
-use coffey_pipeline::{Stream, StreamError};
+use coffey_pipeline::{Destination, SourceError, Stream, StreamError};
 
 use super::TrainError;
 use crate::monitor::Monitor;
@@ -14,6 +14,9 @@ pub struct Data<'a> {
     /// Opens a stream: in training order from a cursor, or every sample once in order. Arguments: order, batch size, cursor.
     #[allow(clippy::type_complexity)]
     pub open: Box<dyn Fn(Order, usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    /// Opens a place to write to: a folder or an `s3://` prefix.
+    #[allow(clippy::type_complexity)]
+    pub destination: Box<dyn Fn(&str) -> Result<Destination, SourceError> + 'a>,
     /// What the run and its stages report to.
     pub monitor: Monitor,
 }

@@ -1,12 +1,13 @@
 //! `metrics.jsonl`: one line a step, never one twice.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
+use std::path::Path;
 
 use coffey_pipeline::flow::Stage;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::lines::Lines;
 use super::{TrainError, io};
 
 /// What is recorded of a step.
@@ -51,8 +52,7 @@ fn or_nan<'de, D: Deserializer<'de>>(number: D) -> Result<f64, D::Error> {
 /// The open log of a run.
 #[derive(Debug)]
 pub(super) struct MetricsLog {
-    path: PathBuf,
-    file: File,
+    lines: Lines,
     records: Vec<StepRecord>,
 }
 
@@ -82,31 +82,30 @@ impl MetricsLog {
             .and_then(|f| f.sync_all())
             .map_err(io(&aside))?;
         fs::rename(&aside, &path).map_err(io(&path))?;
-        let file = File::options()
-            .append(true)
-            .open(&path)
-            .map_err(io(&path))?;
         Ok(Self {
-            path,
-            file,
+            lines: Lines::open(&path)?,
             records,
         })
     }
 
-    /// Appends a step.
-    pub(super) fn write(&mut self, record: StepRecord) -> Result<(), TrainError> {
-        let mut line = serde_json::to_string(&record).map_err(|e| io(&self.path)(e.into()))?;
-        line.push('\n');
-        self.file
-            .write_all(line.as_bytes())
-            .map_err(io(&self.path))?;
+    /// Appends a step; see [`Lines::append`].
+    pub(super) fn write(&mut self, record: StepRecord) {
+        // Finite numbers and names alone: it can be put into JSON.
+        if let Ok(mut line) = serde_json::to_string(&record) {
+            line.push('\n');
+            self.lines.append(line.as_bytes());
+        }
         self.records.push(record);
-        Ok(())
     }
 
-    /// Waits until what was written is on the disk.
-    pub(super) fn sync(&self) -> Result<(), TrainError> {
-        self.file.sync_data().map_err(io(&self.path))
+    /// Why lines can't be written; see [`Lines::trouble`].
+    pub(super) fn trouble(&mut self) -> Option<TrainError> {
+        self.lines.trouble()
+    }
+
+    /// Waits until every line is on the disk.
+    pub(super) fn sync(&mut self) -> Result<(), TrainError> {
+        self.lines.sync()
     }
 
     /// Every step so far.
@@ -140,13 +139,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut log = MetricsLog::open(folder.path(), 0).unwrap();
         for step in 1..=5 {
-            log.write(record(step)).unwrap();
+            log.write(record(step));
         }
         let path = folder.path().join("metrics.jsonl");
         let whole = fs::read_to_string(&path).unwrap();
         fs::write(&path, &whole[..whole.len() - 10]).unwrap();
         let mut log = MetricsLog::open(folder.path(), 3).unwrap();
-        log.write(record(4)).unwrap();
+        log.write(record(4));
         let steps: Vec<u64> = fs::read_to_string(&path)
             .unwrap()
             .lines()

@@ -7,9 +7,11 @@ mod audit;
 mod checkpoint;
 mod data;
 mod learning_rate;
+mod lines;
 mod log;
 mod loss_scale;
 mod optimizer;
+mod output;
 mod progress;
 mod report;
 mod run;
@@ -98,6 +100,19 @@ pub enum TrainError {
         path: PathBuf,
         /// The cause.
         source: std::io::Error,
+    },
+    /// A place outside this machine could not be read or written.
+    #[error(transparent)]
+    Source(#[from] coffey_pipeline::SourceError),
+    /// A run ends, and what it came to could not be kept.
+    #[error("{what} could not be saved: {cause}; {rest}")]
+    NotSaved {
+        /// What is lost.
+        what: String,
+        /// Why.
+        cause: Box<TrainError>,
+        /// What there is instead, and what to do.
+        rest: String,
     },
     /// A stop was asked for before there was anything to save.
     #[error("stopped")]

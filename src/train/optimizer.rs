@@ -1,16 +1,13 @@
 //! AdamW over named variables, with clipping by global norm.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 use rayon::prelude::*;
-
 use serde::{Deserialize, Serialize};
 
 use super::loss_scale::LossScale;
 use super::student::Variables;
-use super::{TrainError, io};
 use crate::config::{self, OptimizerKind};
 use crate::ops::{self, AdamWStep, BlockMoments, BlockQuantized};
 
@@ -178,59 +175,50 @@ impl AdamW {
         state
     }
 
-    /// Writes [`Self::state`].
-    pub(super) fn save(&self, path: &Path) -> std::result::Result<(), TrainError> {
-        safetensors::serialize_to_file(self.state(), None, path)
-            .map_err(|e| io(path)(std::io::Error::other(e)))
-    }
-
-    /// Reads what [`Self::save`] wrote, beside its numbers.
-    pub(super) fn load(
+    /// Takes up the state that [`Self::state`] and [`Self::numbers`] gave; what is wrong with it, if it does not fit.
+    pub(super) fn restore(
         &mut self,
-        path: &Path,
+        saved: &HashMap<String, Tensor>,
         numbers: Numbers,
-        device: &Device,
-    ) -> std::result::Result<(), TrainError> {
-        let saved = candle_core::safetensors::load(path, device)?;
-        let damaged = |message: String| TrainError::Checkpoint {
-            path: path.to_owned(),
-            message,
-        };
-        for (name, moments) in &mut self.moments {
-            let part = |prefix: &str, like: &Tensor| {
-                let name = format!("{prefix}{name}");
-                match saved.get(&name) {
-                    None => Err(damaged(format!("tensor \"{name}\" is missing"))),
-                    Some(t) if t.dtype() != like.dtype() || t.shape() != like.shape() => {
-                        Err(damaged(format!(
-                            "tensor \"{name}\" is {:?} {:?}, this run's optimizer.kind needs {:?} {:?}",
-                            t.dtype(),
-                            t.dims(),
-                            like.dtype(),
-                            like.dims()
-                        )))
-                    }
-                    Some(t) => Ok(t.clone()),
+    ) -> Result<Option<String>> {
+        for (name, like) in self.state() {
+            match saved.get(&name) {
+                None => return Ok(Some(format!("tensor \"{name}\" is missing"))),
+                Some(t) if t.dtype() != like.dtype() || t.shape() != like.shape() => {
+                    return Ok(Some(format!(
+                        "tensor \"{name}\" is {:?} {:?}, not {:?} {:?}",
+                        t.dtype(),
+                        t.dims(),
+                        like.dtype(),
+                        like.dims()
+                    )));
                 }
+                Some(_) => {}
+            }
+        }
+        for (name, moments) in &mut self.moments {
+            let part = |prefix: &str| {
+                let part = saved.get(&format!("{prefix}{name}")).cloned();
+                part.ok_or_else(|| candle_core::Error::Msg(format!("no {prefix}{name}")))
             };
             match moments {
                 Moments::Full { first, second } => {
-                    first.set(&part(FIRST, first)?)?;
-                    second.set(&part(SECOND, second)?)?;
+                    first.set(&part(FIRST)?)?;
+                    second.set(&part(SECOND)?)?;
                 }
                 Moments::Blocks(BlockMoments { first, second }) => {
-                    let coded = |prefixes: [&str; 2], old: &BlockQuantized| {
-                        Ok::<_, TrainError>(BlockQuantized {
-                            codes: part(prefixes[0], &old.codes)?,
-                            absmax: part(prefixes[1], &old.absmax)?,
-                        })
+                    *first = BlockQuantized {
+                        codes: part(FIRST)?,
+                        absmax: part(FIRST_ABSMAX)?,
                     };
-                    *first = coded([FIRST, FIRST_ABSMAX], first)?;
-                    *second = coded([SECOND, SECOND_ABSMAX], second)?;
+                    *second = BlockQuantized {
+                        codes: part(SECOND)?,
+                        absmax: part(SECOND_ABSMAX)?,
+                    };
                 }
             }
         }
         self.numbers = numbers;
-        Ok(())
+        Ok(None)
     }
 }

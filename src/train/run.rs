@@ -1,8 +1,8 @@
 //! The loop: from the stream of batches to a finished student.
 
 mod finish;
+mod save;
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,16 @@ use coffey_pipeline::order::rng::index_below;
 use coffey_pipeline::order::{Cursor, Order};
 
 use super::audit::Auditor;
-use super::checkpoint::{self, Checkpoints};
+use super::checkpoint::Saver;
 use super::data::{Data, first_captions};
 use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
 use super::loss_scale::LossScale;
 use super::optimizer::{AdamW, Gradients};
+use super::output::Output;
 use super::progress::Progress;
 use super::report::{Endpoint, Teacher, figure, loss_curve, validation_grids};
-use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
+use super::setup::{check_fit, describe_run, distillation, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
@@ -79,7 +80,6 @@ pub fn run(
 struct Run<'a> {
     config: &'a Config,
     models: &'a Models,
-    output: &'a Path,
     distillation: Distillation,
     encoders: Encoders,
     /// Embedding of the empty caption, `[1, T, width]`.
@@ -87,7 +87,7 @@ struct Run<'a> {
     teacher: UNet,
     student: Student,
     optimizer: AdamW,
-    checkpoints: Checkpoints,
+    saver: Saver,
     configuration: String,
     log: MetricsLog,
     skipped: SkippedLog,
@@ -102,8 +102,8 @@ struct Run<'a> {
     cursor: Option<Cursor>,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
-    /// Held while this process writes to the output folder.
-    _lock: File,
+    /// The last to go: it is this process's until the saver has written its last.
+    output: Output,
 }
 
 impl<'a> Run<'a> {
@@ -141,11 +141,10 @@ impl<'a> Run<'a> {
         check_fit(teacher.config(), &encoders, config, pipeline)?;
         let uncond = encoders.encode_text(&[""])?.to_device(device)?;
 
-        fs::create_dir_all(output).map_err(io(output))?;
-        let lock = lock(output)?;
-        let checkpoints = Checkpoints::new(output, config.checkpoint.keep);
-        checkpoints.clear_unfinished()?;
-        let found = resume_from(config, &checkpoints, output, progress)?;
+        let output = Output::open(config, output, data)?;
+        let saver = Saver::new(output.checkpoints(config.checkpoint.keep), output.records());
+        saver.checkpoints().clear_unfinished()?;
+        let found = resume_from(config, saver.checkpoints(), &output, data, progress)?;
         let keep = match train.gradient_checkpointing {
             true => Keep::Nothing,
             false => Keep::All,
@@ -156,7 +155,7 @@ impl<'a> Run<'a> {
             compute,
         };
         let student = match &found {
-            Some((path, _)) => Student::load(path, device, how)?,
+            Some(found) => Student::load(&found.folder, device, how)?,
             None => {
                 let width = config.model.time_cond_proj_dim;
                 Student::from_teacher(&folder, width, train.seed, device, how)?
@@ -165,25 +164,32 @@ impl<'a> Run<'a> {
         let scaled = train.mixed_precision == MixedPrecision::Fp16;
         let mut optimizer = AdamW::new(&config.optimizer, student.variables(), scaled)?;
         let (mut step, mut samples, mut cursor) = (0, 0, None);
-        if let Some((path, state)) = found {
-            checkpoint::load_optimizer(&path, &state, &mut optimizer, device)?;
+        if let Some(found) = found {
+            save::restore_optimizer(&found, &mut optimizer, device)?;
+            let state = found.state;
             (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
         }
-        let log = MetricsLog::open(output, step)?;
-        let skipped = SkippedLog::open(output, step)?;
+        saver.records().fetch()?;
+        let folder = output.folder();
+        let log = MetricsLog::open(folder, step)?;
+        let skipped = SkippedLog::open(folder, step)?;
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
         if step > 0
-            && let Some(warning) = moved_teacher(output, config, models)
+            && let Some(warning) = moved_teacher(folder, config, models)
         {
             progress.say(warning);
         }
-        describe_run(output, config, models, &configuration)?;
+        describe_run(folder, config, models, &configuration)?;
         let auditor = match &config.audit {
-            Some(audit) if step == 0 => {
-                Some(Auditor::start(audit, config, &distillation, &student)?)
-            }
+            Some(audit) if step == 0 => Some(Auditor::start(
+                audit,
+                config,
+                &distillation,
+                &student,
+                data,
+            )?),
             _ => None,
         };
 
@@ -241,7 +247,7 @@ impl<'a> Run<'a> {
             teacher,
             student,
             optimizer,
-            checkpoints,
+            saver,
             configuration,
             log,
             skipped,
@@ -254,7 +260,6 @@ impl<'a> Run<'a> {
             samples,
             cursor,
             saved: (step > 0).then_some(step),
-            _lock: lock,
         })
     }
 
@@ -281,7 +286,7 @@ impl<'a> Run<'a> {
             let watchdog = Watchdog::start(Duration::from_secs(train.stall_timeout), move || {
                 wake.interrupt()
             })
-            .map_err(io(self.output))?;
+            .map_err(io(self.output.place()))?;
             progress.start_at(self.step);
             progress.say("waiting for the first batch");
             let stage = metrics.stage(Stage::Train);
@@ -289,7 +294,7 @@ impl<'a> Run<'a> {
             self.monitor.beat();
             while self.step < train.max_steps {
                 if stop.asked() {
-                    self.save(progress)?;
+                    self.save_at_the_end(progress)?;
                     self.summarize(progress, first, begun);
                     return Ok(Outcome::Stopped);
                 }
@@ -431,8 +436,8 @@ impl<'a> Run<'a> {
             record.endpoint_error =
                 Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
         }
-        self.skipped.write(step, pool.stream().shards(), &skipped)?;
-        self.log.write(record.clone())?;
+        self.skipped.write(step, pool.stream().shards(), &skipped);
+        self.log.write(record.clone());
         self.monitor.step(StepFigures {
             step,
             loss,
@@ -525,56 +530,45 @@ impl<'a> Run<'a> {
 
     /// Checkpoints, grids and curves that are due.
     fn after_step(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        self.saves_that_are_over(progress);
+        let troubles = [self.log.trouble(), self.skipped.trouble()];
+        for error in troubles.into_iter().flatten() {
+            progress.say(format!(
+                "warning: {error}; the lines are kept and written when that is possible again"
+            ));
+        }
         // First what can be lost, then what can be drawn again.
         let due = self.step.is_multiple_of(self.config.checkpoint.every);
         if due && self.step < self.config.train.max_steps {
             self.save(progress)?;
         }
+        match self.draw_grids(stop) {
+            // The loop sees the stop and saves.
+            Err(TrainError::Stopped) => Ok(()),
+            Err(error @ TrainError::Io { .. }) => {
+                progress.say(format!("warning: {error}; this picture is left out"));
+                Ok(())
+            }
+            drawn => drawn,
+        }
+    }
+
+    fn draw_grids(&self, stop: &Stop) -> Result<(), TrainError> {
         if let Some((prompts, validation)) = &self.validation
             && self.step.is_multiple_of(validation.every)
         {
-            let drawn = validation_grids(
-                self.output,
+            let folder = self.output.folder();
+            validation_grids(
+                folder,
                 self.step,
                 (prompts, validation),
                 &self.encoders,
                 &self.student,
                 &self.distillation,
                 stop,
-            );
-            match drawn {
-                // The loop sees the stop and saves.
-                Err(TrainError::Stopped) => return Ok(()),
-                drawn => drawn?,
-            }
-            loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
+            )?;
+            loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
         }
-        Ok(())
-    }
-
-    fn save(&mut self, progress: &Progress) -> Result<(), TrainError> {
-        if self.saved == Some(self.step) {
-            return Ok(());
-        }
-        // Before the first step there is nothing to save.
-        let Some(cursor) = &self.cursor else {
-            return Ok(());
-        };
-        let begun = Instant::now();
-        // The lines of a checkpoint's steps are never lost with it there.
-        self.log.sync()?;
-        self.skipped.sync()?;
-        let numbers = (self.step, self.samples);
-        let place = self.checkpoints.save(
-            numbers,
-            &self.student,
-            &self.optimizer,
-            cursor,
-            &self.configuration,
-        )?;
-        self.saved = Some(self.step);
-        self.monitor.checkpoint(begun.elapsed());
-        progress.say(format!("saved {}", place.display()));
         Ok(())
     }
 }

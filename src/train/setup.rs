@@ -1,12 +1,14 @@
 //! What a run is made of, checked before anything is trained.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::Path;
 
-use super::checkpoint::{self, Checkpoints};
+use super::checkpoint::{self, Checkpoints, Found};
+use super::data::Data;
+use super::output::Output;
 use super::progress::Progress;
 use super::{Distillation, Loss, TrainError, io};
-use crate::config::{Config, LossKind, Resume};
+use crate::config::{Config, Difference, LossKind, Resume, Weight, in_s3};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
@@ -77,21 +79,29 @@ pub(crate) fn check_fit(
 pub(super) fn resume_from(
     config: &Config,
     checkpoints: &Checkpoints,
-    output: &Path,
+    output: &Output,
+    data: &Data<'_>,
     progress: &Progress,
-) -> Result<Option<checkpoint::Found>, TrainError> {
+) -> Result<Option<Found>, TrainError> {
     let found = match &config.checkpoint.resume {
         Resume::Never => match checkpoints.steps()?.last() {
             None => None,
             Some(step) => {
                 return Err(TrainError::Mismatch(format!(
-                    "{}: checkpoint.resume is \"never\" but the folder holds checkpoint-{step}; set another \
-                     train.output, or move the checkpoints away",
-                    output.display()
+                    "{}: checkpoint.resume is \"never\" but checkpoint-{step} is there; set another train.output, or move the \
+                     checkpoints away",
+                    output.place().display()
                 )));
             }
         },
-        Resume::From(path) => Some((path.clone(), checkpoint::open(path)?)),
+        Resume::From(path) if in_s3(path) => {
+            let path = path.to_string_lossy();
+            let path = path.trim_end_matches('/');
+            let (parent, name) = path.rsplit_once('/').unwrap_or((path, ""));
+            let parent = (data.destination)(parent)?;
+            Some(checkpoint::fetch(&parent, name, output.folder())?)
+        }
+        Resume::From(path) => Some(checkpoint::open(path)?),
         Resume::Latest => {
             let (found, mut damaged) = checkpoints.newest_whole()?;
             // Starting over would overwrite a run that someone may still repair.
@@ -106,29 +116,46 @@ pub(super) fn resume_from(
             found
         }
     };
-    if let Some((path, state)) = &found {
+    if let Some(found) = &found {
         progress.say(format!(
             "going on from {} (step {})",
-            path.display(),
-            state.step
+            found.place, found.state.step
         ));
+        check_same_run(config, found, progress)?;
     }
     Ok(found)
 }
 
-/// Takes the output folder for this process, until the file is closed: two runs in one folder would destroy each other's
-/// checkpoints.
-pub(super) fn lock(output: &Path) -> Result<File, TrainError> {
-    let path = output.join(".lock");
-    let file = File::create(&path).map_err(io(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
-            "{}: another process is training into this folder",
-            output.display()
-        ))),
-        Err(TryLockError::Error(source)) => Err(io(&path)(source)),
+/// Refuses a configuration that would make another run of the one that `found` is of, and says what was turned on the way.
+fn check_same_run(config: &Config, found: &Found, progress: &Progress) -> Result<(), TrainError> {
+    let place = &found.place;
+    let differences = config
+        .differences(&found.state.configuration)
+        .map_err(|error| TrainError::Checkpoint {
+            path: place.into(),
+            message: format!("its configuration can't be read: {error}"),
+        })?;
+    let (contradictions, changes): (Vec<_>, Vec<_>) = differences
+        .into_iter()
+        .partition(|difference| difference.weight == Weight::Contradicts);
+    let told = |difference: &Difference| {
+        let Difference { key, was, now, .. } = difference;
+        format!("{key} was {was} and is {now}")
+    };
+    for change in &changes {
+        progress.say(format!(
+            "warning: {}; the steps from here on are made with it",
+            told(change)
+        ));
     }
+    if contradictions.is_empty() {
+        return Ok(());
+    }
+    let contradictions: Vec<String> = contradictions.iter().map(told).collect();
+    Err(TrainError::Mismatch(format!(
+        "{place} is of a run with another configuration: {}; restore that, or begin anew with another train.output",
+        contradictions.join("; ")
+    )))
 }
 
 /// Says so if the teacher's branch on the Hub has moved since the run in this folder was last started.

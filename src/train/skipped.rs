@@ -1,13 +1,13 @@
 //! `skipped.jsonl`: one line a sample left out, in the order of the stream, none missing and none twice.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
 
 use coffey_pipeline::{ShardUrl, SkippedSample};
 use serde::{Deserialize, Serialize};
 
+use super::lines::Lines;
 use super::{TrainError, io};
 
 #[derive(Serialize)]
@@ -30,8 +30,7 @@ struct Known {
 /// The open file of a run. It holds counts alone: the file may grow to as many lines as there are samples.
 #[derive(Debug)]
 pub(super) struct SkippedLog {
-    path: PathBuf,
-    file: File,
+    lines: Lines,
     counts: BTreeMap<String, u64>,
 }
 
@@ -39,24 +38,14 @@ impl SkippedLog {
     /// Opens the file of a run that goes on after step `done`: later lines, of steps that will be made again, are cut off.
     pub(super) fn open(folder: &Path, done: u64) -> Result<Self, TrainError> {
         let path = folder.join("skipped.jsonl");
-        let opened = File::options()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(&path);
-        let file = opened.map_err(io(&path))?;
-        let (length, counts) = kept(BufReader::new(&file), done).map_err(io(&path))?;
-        file.set_len(length).map_err(io(&path))?;
-        Ok(Self { path, file, counts })
+        let mut lines = Lines::open(&path)?;
+        let (length, counts) = kept(BufReader::new(lines.file()), done).map_err(io(&path))?;
+        lines.cut(length)?;
+        Ok(Self { lines, counts })
     }
 
-    /// Appends what was left out on the way to the batches of `step`; `shards` are the stream's.
-    pub(super) fn write(
-        &mut self,
-        step: u64,
-        shards: &[ShardUrl],
-        skipped: &[SkippedSample],
-    ) -> Result<(), TrainError> {
+    /// Appends what was left out on the way to the batches of `step`; `shards` are the stream's. See [`Lines::append`].
+    pub(super) fn write(&mut self, step: u64, shards: &[ShardUrl], skipped: &[SkippedSample]) {
         let mut lines = Vec::new();
         for sample in skipped {
             let line = Line {
@@ -68,16 +57,24 @@ impl SkippedLog {
                 key: &sample.key,
                 reason: &sample.reason,
             };
-            serde_json::to_writer(&mut lines, &line).map_err(|e| io(&self.path)(e.into()))?;
-            lines.push(b'\n');
+            // Numbers and texts alone: it can be put into JSON.
+            if let Ok(line) = serde_json::to_string(&line) {
+                lines.extend_from_slice(line.as_bytes());
+                lines.push(b'\n');
+            }
             *self.counts.entry(sample.reason.clone()).or_default() += 1;
         }
-        self.file.write_all(&lines).map_err(io(&self.path))
+        self.lines.append(&lines);
     }
 
-    /// Waits until what was written is on the disk: a checkpoint is never newer than its lines.
-    pub(super) fn sync(&self) -> Result<(), TrainError> {
-        self.file.sync_data().map_err(io(&self.path))
+    /// Why lines can't be written; see [`Lines::trouble`].
+    pub(super) fn trouble(&mut self) -> Option<TrainError> {
+        self.lines.trouble()
+    }
+
+    /// Waits until every line is on the disk: a checkpoint is never newer than its lines.
+    pub(super) fn sync(&mut self) -> Result<(), TrainError> {
+        self.lines.sync()
     }
 
     /// How many samples were left out since the run's first step, by reason.
@@ -124,12 +121,10 @@ mod tests {
             1,
             &shards,
             &[skipped("a", "no_image"), skipped("b", "bad_json")],
-        )
-        .unwrap();
-        log.write(2, &shards, &[]).unwrap();
-        log.write(3, &shards, &[skipped("c", "no_image")]).unwrap();
-        log.write(4, &shards, &[skipped("\"d\n", "no_image")])
-            .unwrap();
+        );
+        log.write(2, &shards, &[]);
+        log.write(3, &shards, &[skipped("c", "no_image")]);
+        log.write(4, &shards, &[skipped("\"d\n", "no_image")]);
         log.sync().unwrap();
         let path = folder.path().join("skipped.jsonl");
         let whole = std::fs::read_to_string(&path).unwrap();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::models::unet::{WEIGHTS_STEM, student_tensors};
-use crate::models::{ModelError, UNet, UNetConfig, Weights, save_model};
+use crate::models::{ModelError, UNet, UNetConfig, Weights};
 use crate::ops::{self, Attention, Keep};
 use crate::random::{generator, uniform};
 
@@ -148,30 +148,14 @@ impl Student {
             .try_for_each(|(target, online)| ops::ema_update(target, online, decay))
     }
 
-    /// Writes the online student in diffusers layout.
-    ///
-    /// # Errors
-    /// When the folder can't be written.
-    pub fn save_online(&self, folder: &Path) -> std::result::Result<(), ModelError> {
-        save_model(
-            folder,
-            WEIGHTS_STEM,
-            self.unet.config().to_json(),
-            &detached(&self.online),
-        )
+    /// The online student's tensors, which go on changing as it is trained.
+    pub(super) fn online(&self) -> BTreeMap<String, Tensor> {
+        detached(&self.online)
     }
 
-    /// Writes the target in diffusers layout.
-    ///
-    /// # Errors
-    /// When the folder can't be written.
-    pub fn save_target(&self, folder: &Path) -> std::result::Result<(), ModelError> {
-        save_model(
-            folder,
-            WEIGHTS_STEM,
-            self.unet.config().to_json(),
-            &detached(&self.target),
-        )
+    /// The target's tensors, which go on changing as it follows.
+    pub(super) fn average(&self) -> BTreeMap<String, Tensor> {
+        detached(&self.target)
     }
 }
 

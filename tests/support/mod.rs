@@ -8,6 +8,7 @@
     reason = "these are tests"
 )]
 
+pub(crate) mod cloud;
 pub(crate) mod hub;
 
 use std::path::{Path, PathBuf};

@@ -144,6 +144,18 @@ pub enum SourceError {
         /// The last failure.
         cause: String,
     },
+    /// Faults that may pass did not, while something was written.
+    #[error("{url}: not written, gave up after {attempts} attempts in {:.1} s: {cause}", elapsed.as_secs_f64())]
+    NotWritten {
+        /// Which object.
+        url: String,
+        /// Requests that failed.
+        attempts: u32,
+        /// Time since the first of them.
+        elapsed: Duration,
+        /// The last failure.
+        cause: String,
+    },
     /// The server answers with something that repeating won't change.
     #[error("{url}: {cause}")]
     Refused {
@@ -206,6 +218,7 @@ impl SourceError {
             | Self::Changed { .. }
             | Self::Unreachable { .. }
             | Self::Exhausted { .. }
+            | Self::NotWritten { .. }
             | Self::Refused { .. }
             | Self::File { .. } => false,
         }

@@ -13,8 +13,8 @@ mod lists;
 mod local;
 mod options;
 mod remote;
-mod retry;
-mod s3;
+pub(crate) mod retry;
+pub(crate) mod s3;
 mod stdin;
 mod tls;
 
@@ -117,7 +117,7 @@ impl Sources {
         })))
     }
 
-    async fn s3(&self) -> Result<Arc<s3::S3>, SourceError> {
+    pub(crate) async fn s3(&self) -> Result<Arc<s3::S3>, SourceError> {
         let inner = &self.0;
         #[cfg(feature = "embedded-s3")]
         let embedded = inner.embedded.as_ref().map(embedded::EmbeddedS3::endpoint);
@@ -143,7 +143,7 @@ impl Sources {
             .cloned()
     }
 
-    fn retry_options(&self) -> RetryOptions {
+    pub(crate) fn retry_options(&self) -> RetryOptions {
         RetryOptions {
             max_attempts: self.0.options.max_attempts.max(1),
             stall_timeout: self.0.options.stall_timeout,
@@ -190,6 +190,10 @@ impl Sources {
             all.append(&mut found);
         }
         Ok(all)
+    }
+
+    pub(crate) fn metrics(&self) -> &FlowMetrics {
+        &self.0.metrics
     }
 
     /// How S3 is reached.

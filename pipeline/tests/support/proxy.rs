@@ -1,7 +1,7 @@
 //! An HTTP proxy before a real S3 server that makes a fault of what it is told, request by request.
 //!
-//! It speaks just enough HTTP for a client that only reads: heads are passed on line by line,
-//! bodies are counted in bytes. Connections are kept alive, as S3's are, unless a fault ends them.
+//! It speaks just enough HTTP for S3's clients: heads are passed on line by line, bodies are counted in
+//! bytes. Connections are kept alive, as S3's are, unless a fault ends them.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -39,6 +39,10 @@ pub enum Fault {
     OtherVersion,
     /// Ask the server for the whole object, whatever the range.
     IgnoreRange,
+    /// Pass on so many bytes of what is sent, then reset the connection.
+    CutOff(usize),
+    /// Let the server do all of it and close before the first byte of its answer.
+    Unanswered,
 }
 
 /// Decides by a request's head (in lower case), and how many there were before for the same object.
@@ -159,6 +163,29 @@ pub fn chance(seed: u64, share: f64, size: usize) -> Rule {
     })
 }
 
+/// A passing fault on `share` of the requests that write objects of about `size` bytes.
+pub fn chance_writing(seed: u64, share: f64, size: usize) -> Rule {
+    let mut random = fastrand::Rng::with_seed(seed);
+    Box::new(move |head, _| {
+        if random.f64() >= share {
+            return None;
+        }
+        let at = random.usize(0..size);
+        let writes = ["put ", "post ", "delete "]
+            .iter()
+            .any(|method| head.starts_with(method));
+        Some(match random.u8(0..7) {
+            0 => Fault::Status(503, "SlowDown"),
+            1 => Fault::Status(500, "InternalError"),
+            2 => Fault::Hangup,
+            3 if writes => Fault::Reset(random.usize(0..200)),
+            4 if writes => Fault::Unanswered,
+            5 if head.starts_with("put ") => Fault::CutOff(at),
+            _ => Fault::Short(at),
+        })
+    })
+}
+
 async fn accept(listener: TcpListener, state: Arc<State>) {
     // Ends with this task, and its connections with it.
     let mut connections = JoinSet::new();
@@ -226,8 +253,17 @@ async fn answer(
     mut request: Vec<String>,
     fault: Option<Fault>,
 ) -> Option<()> {
+    if header(&request, "expect").is_some() {
+        set(&mut request, "expect", None);
+        let go_on = b"HTTP/1.1 100 Continue\r\n\r\n";
+        client.get_mut().write_all(go_on).await.ok()?;
+    }
+    let to_send: usize = header(&request, "content-length")
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
     match fault {
         Some(Fault::Status(status, code)) => {
+            drain(client, to_send).await?;
             let body = format!("<Error><Code>{code}</Code><Message>as told</Message></Error>");
             let length = body.len();
             let answer = format!(
@@ -242,7 +278,19 @@ async fn answer(
     let mut upstream = BufReader::new(TcpStream::connect(state.upstream).await.ok()?);
     set(&mut request, "connection", Some("close".to_owned()));
     upstream.get_mut().write_all(&text(&request)).await.ok()?;
+    let pass = match fault {
+        Some(Fault::CutOff(bytes)) => to_send.min(bytes),
+        _ => to_send,
+    };
+    let passed = tokio::io::copy(&mut client.take(pass as u64), upstream.get_mut()).await;
+    if passed.ok()? < to_send as u64 {
+        client.get_ref().set_zero_linger().ok()?;
+        return None;
+    }
     let mut head = read_head(&mut upstream).await?;
+    if let Some(Fault::Unanswered) = fault {
+        return None;
+    }
     set(&mut head, "connection", None);
     let length: Option<u64> = header(&head, "content-length").and_then(|text| text.parse().ok());
     let claimed = match fault {
@@ -277,6 +325,15 @@ async fn answer(
     }
     // Without a length only the connection's end tells where the body ends.
     (claimed.is_some() && claimed == length).then_some(())
+}
+
+/// Reads away what a client sends after a head.
+async fn drain(client: &mut BufReader<TcpStream>, bytes: usize) -> Option<()> {
+    let mut body = client.take(bytes as u64);
+    tokio::io::copy(&mut body, &mut tokio::io::sink())
+        .await
+        .ok()?;
+    Some(())
 }
 
 async fn send(client: &mut TcpStream, bytes: &[u8], fault: Option<&Fault>) -> Option<()> {

@@ -268,3 +268,78 @@ fn every_key_is_documented() {
         );
     }
 }
+
+#[test]
+fn what_would_make_another_run_is_told_from_what_would_not() {
+    let run = with(&["model.teacher=\"a/b\"", "train.output=\"runs/a\""]);
+    let toml = run.to_toml().unwrap();
+    let found = |overrides: &[&str]| {
+        let all = [
+            &["model.teacher=\"a/b\"", "train.output=\"s3://b/c\""],
+            overrides,
+        ];
+        let differences = with(&all.concat()).differences(&toml).unwrap();
+        let told = differences.into_iter();
+        told.map(|d| (d.key, d.was, d.now, d.weight))
+            .collect::<Vec<_>>()
+    };
+    let same = [
+        "train.max_steps=7",
+        "train.device=cpu",
+        "checkpoint.every=3",
+        "checkpoint.background=false",
+        "validation.prompts=[\"a\"]",
+        "report.endpoint_captions=3",
+        "metrics.listen=\"127.0.0.1:0\"",
+        "s3.region=\"eu\"",
+        "data.decode_threads=9",
+        "data.cache_dir=\"c\"",
+        "encode.batch_size=2",
+    ];
+    assert_eq!(found(&same), []);
+    let one = |key: &str, was: &str, now: &str, weight| {
+        (key.to_owned(), was.to_owned(), now.to_owned(), weight)
+    };
+    assert_eq!(
+        found(&["image.resolution=64", "train.seed=3", "data.max_samples=5"]),
+        [
+            one("data.max_samples", "unset", "5", Weight::Contradicts),
+            one("image.resolution", "512", "64", Weight::Contradicts),
+            one("train.seed", "453645634", "3", Weight::Contradicts),
+        ]
+    );
+    assert_eq!(
+        found(&["model.teacher=\"a/c\"", "optimizer.learning_rate=0.5"]),
+        [
+            one("model.teacher", "\"a/b\"", "\"a/c\"", Weight::Contradicts),
+            one(
+                "optimizer.learning_rate",
+                "0.000001",
+                "0.5",
+                Weight::Changes
+            ),
+        ]
+    );
+    // A schedule that ends with the run.
+    let toml = with(&["optimizer.schedule=cosine"]).to_toml().unwrap();
+    let longer = with(&["optimizer.schedule=cosine", "train.max_steps=2000"]);
+    let differences = longer.differences(&toml).unwrap();
+    assert_eq!(differences.len(), 1);
+    assert_eq!(differences[0].weight, Weight::Changes);
+    // A key that an earlier version did not know has its default.
+    let older = toml.replace("flip = false\n", "");
+    assert_ne!(older, toml);
+    let same = with(&["optimizer.schedule=cosine"]);
+    assert_eq!(same.differences(&older).unwrap(), []);
+    assert!(same.differences("data = 3").is_err());
+}
+
+#[test]
+fn places_in_s3_name_a_bucket() {
+    for key in ["train.output", "audit.dir", "checkpoint.resume"] {
+        let setting = format!("{key}=s3:///runs");
+        let error = parse(MINIMAL, &[&setting]).unwrap_err().to_string();
+        assert!(error.contains("must name a bucket"), "{error}");
+        parse(MINIMAL, &[&format!("{key}=s3://bucket/runs")]).unwrap();
+    }
+}

@@ -5,7 +5,6 @@ use std::time::Instant;
 use super::{Outcome, Run};
 use crate::stop::Stop;
 use crate::train::TrainError;
-use crate::train::checkpoint::write_aside;
 use crate::train::progress::Progress;
 use crate::train::report::{Teacher, comparison, figure, loss_curve};
 use crate::train::validation::Prompts;
@@ -31,11 +30,15 @@ impl Run<'_> {
         progress: &Progress,
         stop: &Stop,
     ) -> Result<Outcome, TrainError> {
-        self.save(progress)?;
-        let (unet, target) = (self.output.join("unet"), self.output.join("unet_target"));
-        write_aside(&unet, |folder| Ok(self.student.save_online(folder)?))?;
-        write_aside(&target, |folder| Ok(self.student.save_target(folder)?))?;
-        loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
+        self.save_at_the_end(progress)?;
+        if let Some(snapshot) = self.snapshot(false)? {
+            self.saver
+                .checkpoints()
+                .finish(&snapshot)
+                .map_err(|cause| self.not_saved("the finished student".to_owned(), cause))?;
+        }
+        let folder = self.output.folder();
+        loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
         if let (true, Some((_, validation))) = (self.config.report.grid, &self.validation) {
             progress.say("drawing teacher and student side by side");
             let side = self.config.image.resolution / self.encoders.vae().config().downscale();
@@ -54,7 +57,7 @@ impl Run<'_> {
                 unet: &self.teacher,
                 uncond: &self.uncond,
             };
-            let path = self.output.join("samples/comparison.png");
+            let path = folder.join("samples/comparison.png");
             comparison(
                 &path,
                 (&prompts, &validation.prompts),
@@ -64,7 +67,7 @@ impl Run<'_> {
                 &self.distillation,
                 stop,
             )?;
-            progress.say(format!("wrote {}", path.display()));
+            progress.say("drew samples/comparison.png");
         }
         if let Some(endpoint) = &self.endpoint {
             let [one, four] = endpoint.teacher;
@@ -78,6 +81,12 @@ impl Run<'_> {
                 student / one
             ));
         }
-        Ok(Outcome::Done(self.output.to_owned()))
+        self.saver
+            .records()
+            .upload()
+            .map_err(|cause| self.not_saved("metrics and pictures".to_owned(), cause))?;
+        let place = self.output.place().to_owned();
+        self.output.close();
+        Ok(Outcome::Done(place))
     }
 }

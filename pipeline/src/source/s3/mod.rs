@@ -2,6 +2,9 @@
 
 mod answer;
 mod connect;
+mod write;
+
+pub(crate) use write::{Sent, Target};
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,7 +21,7 @@ use super::{ObjectInfo, S3Options};
 use crate::flow::FlowMetrics;
 use crate::shard::ShardUrl;
 
-use answer::{Answer, EXPIRED, passing};
+use answer::{Answer, Doing, EXPIRED, passing};
 use connect::{Chain, Connection};
 
 /// A client and what it was made from.
@@ -136,7 +139,11 @@ impl S3 {
                 self.metrics.s3_request("not_modified");
                 return Ok(None);
             }
-            Err(error) => return Err(self.failed(url, &connection, &error, offset).await),
+            Err(error) => {
+                return Err(self
+                    .failed(url, &connection, &error, Doing::Reading(offset))
+                    .await);
+            }
         };
         self.metrics.s3_request("ok");
         let length = output
@@ -203,7 +210,10 @@ impl S3 {
                     }
                     continue;
                 }
-                Ok(Err(error)) => self.failed(url, &connection, &error, 0).await,
+                Ok(Err(error)) => {
+                    self.failed(url, &connection, &error, Doing::Reading(0))
+                        .await
+                }
                 Err(_) => Failure::Passing {
                     reason: "stalled",
                     cause: format!("no answer for {:.1} s", stall_timeout.as_secs_f64()),
@@ -219,12 +229,12 @@ impl S3 {
         url: &ShardUrl,
         used: &Arc<Connection>,
         error: &SdkError<E, HttpResponse>,
-        offset: u64,
+        doing: Doing,
     ) -> Failure
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
-        let (outcome, failure) = self.meaning(url, error, offset);
+        let (outcome, failure) = self.meaning(url, error, doing);
         self.metrics.s3_request(outcome);
         match outcome {
             EXPIRED => self.renew(url, used, failure).await,
@@ -236,7 +246,7 @@ impl S3 {
         &self,
         url: &ShardUrl,
         error: &SdkError<E, HttpResponse>,
-        offset: u64,
+        doing: Doing,
     ) -> (&'static str, Failure)
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
@@ -249,7 +259,7 @@ impl S3 {
                     message: service.err().message().unwrap_or_default(),
                     region: service.raw().headers().get("x-amz-bucket-region"),
                 };
-                answer.failure(url, offset)
+                answer.failure(url, doing)
             }
             SdkError::TimeoutError(_) => ("timeout", passing("timeout", causes(error))),
             SdkError::ResponseError(_) => ("bad_response", passing("bad_response", causes(error))),

@@ -1,0 +1,225 @@
+//! Objects as files: written aside, flushed to the disk, renamed.
+
+use std::fs::{self, File, Permissions};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use super::{Entry, Facts};
+use crate::source::SourceError;
+
+/// Start of the names of files that are being written.
+const ASIDE: &str = ".writing-";
+/// Random characters at the end of those names.
+const RANDOM: usize = 6;
+const BUFFER: usize = 1 << 20;
+
+#[derive(Debug, Clone)]
+pub(super) struct Folder(PathBuf);
+
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> SourceError {
+    let url = path.display().to_string();
+    move |error| match error.kind() {
+        ErrorKind::NotFound => SourceError::NotFound {
+            url,
+            cause: error.to_string(),
+            hint: "",
+        },
+        kind => SourceError::File {
+            url,
+            cause: match advice(kind) {
+                Some(advice) => format!("{error}; {advice}"),
+                None => error.to_string(),
+            },
+        },
+    }
+}
+
+/// What helps where the system refuses.
+fn advice(kind: ErrorKind) -> Option<&'static str> {
+    match kind {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some("free some space there"),
+        ErrorKind::FileTooLarge => Some("raise the limit on the size of files (ulimit -f)"),
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            Some("make it writable for this user")
+        }
+        _ => None,
+    }
+}
+
+/// The name of the object that a file was to become.
+fn meant(file: &str) -> Option<&str> {
+    let name = file.strip_prefix(ASIDE)?;
+    let name = name.get(..name.len().checked_sub(RANDOM)?)?;
+    name.strip_suffix('-')
+}
+
+impl Folder {
+    pub(super) fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.0
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(super) fn create(&self, name: &str) -> Result<FileWriter, SourceError> {
+        let place = self.path(name);
+        let parent = place.parent().unwrap_or(&self.0).to_owned();
+        fs::create_dir_all(&parent).map_err(failed(&parent))?;
+        let file = name.rsplit('/').next().unwrap_or(name);
+        let aside = tempfile::Builder::new()
+            .prefix(&format!("{ASIDE}{file}-"))
+            .rand_bytes(RANDOM)
+            .permissions(Permissions::from_mode(0o666)) // less the umask
+            .tempfile_in(&parent)
+            .map_err(failed(&place))?;
+        Ok(FileWriter {
+            file: BufWriter::with_capacity(BUFFER, aside),
+            place,
+            parent,
+        })
+    }
+
+    /// Every file, and every file written aside by what it was to become.
+    fn walk(
+        &self,
+        see: &mut impl FnMut(String, &Path) -> Result<(), SourceError>,
+    ) -> Result<(), SourceError> {
+        let mut folders = vec![(self.0.clone(), String::new())];
+        while let Some((folder, prefix)) = folders.pop() {
+            let entries = match fs::read_dir(&folder) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                entries => entries.map_err(failed(&folder))?,
+            };
+            for entry in entries {
+                let entry = entry.map_err(failed(&folder))?;
+                let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+                match entry.file_type().map_err(failed(&entry.path()))?.is_dir() {
+                    true => folders.push((entry.path(), format!("{name}/"))),
+                    false => see(name, &entry.path())?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn list(&self, below: &str) -> Result<Vec<Entry>, SourceError> {
+        let mut entries = Vec::new();
+        self.walk(&mut |name, path| {
+            let file = name.rsplit('/').next().unwrap_or(&name);
+            if name.starts_with(below) && meant(file).is_none() {
+                let size = match fs::metadata(path) {
+                    // Gone since the folder was read, as a file that others write aside.
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+                    found => found.map_err(failed(path))?.len(),
+                };
+                entries.push(Entry { name, size });
+            }
+            Ok(())
+        })?;
+        Ok(entries)
+    }
+
+    pub(super) fn open(&self, name: &str) -> Result<File, SourceError> {
+        let path = self.path(name);
+        File::open(&path).map_err(failed(&path))
+    }
+
+    pub(super) fn facts(&self, name: &str) -> Result<Option<Facts>, SourceError> {
+        let path = self.path(name);
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            found => Ok(Some(Facts {
+                size: found.map_err(failed(&path))?.len(),
+                metadata: std::collections::BTreeMap::new(),
+            })),
+        }
+    }
+
+    pub(super) fn remove(&self, name: &str) -> Result<(), SourceError> {
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(failed(&path)),
+        }
+    }
+
+    pub(super) fn clear_unfinished(
+        &self,
+        ours: impl Fn(&str) -> bool,
+    ) -> Result<usize, SourceError> {
+        let mut count = 0;
+        self.walk(&mut |name, path| {
+            let (folder, file) = match name.rfind('/') {
+                Some(at) => name.split_at(at + 1),
+                None => ("", name.as_str()),
+            };
+            if meant(file).is_some_and(|object| ours(&format!("{folder}{object}"))) {
+                fs::remove_file(path).map_err(failed(path))?;
+                count += 1;
+            }
+            Ok(())
+        })?;
+        Ok(count)
+    }
+}
+
+/// A file that is being written aside. Dropped, it is removed.
+#[derive(Debug)]
+pub(super) struct FileWriter {
+    file: BufWriter<NamedTempFile>,
+    place: PathBuf,
+    parent: PathBuf,
+}
+
+impl FileWriter {
+    pub(super) fn append(&mut self, content: &[u8]) -> Result<(), SourceError> {
+        self.file.write_all(content).map_err(failed(&self.place))
+    }
+
+    pub(super) fn finish(self) -> Result<(), SourceError> {
+        let Self {
+            mut file,
+            place,
+            parent,
+        } = self;
+        file.flush().map_err(failed(&place))?;
+        let (aside, _flushed) = file.into_parts();
+        aside.as_file().sync_all().map_err(failed(&place))?;
+        aside
+            .persist(&place)
+            .map_err(|error| failed(&place)(error.error))?;
+        File::open(&parent)
+            .and_then(|folder| folder.sync_all())
+            .map_err(failed(&parent))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_written_aside_say_what_they_were_to_become() {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = Folder::new(folder.path().to_owned());
+        let file = writer.create("a/b-c.txt").unwrap();
+        let aside: Vec<_> = fs::read_dir(folder.path().join("a"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        assert_eq!(aside.len(), 1);
+        assert_eq!(meant(&aside[0]), Some("b-c.txt"), "{aside:?}");
+        assert_eq!(meant("b-c.txt"), None);
+        assert_eq!(meant(".writing-é"), None);
+        drop(file);
+        assert_eq!(fs::read_dir(folder.path().join("a")).unwrap().count(), 0);
+    }
+}
