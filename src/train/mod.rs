@@ -16,6 +16,7 @@ mod setup;
 mod skipped;
 mod step;
 mod student;
+mod tracking;
 mod validation;
 mod watchdog;
 

@@ -18,9 +18,10 @@ use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
-use super::report::{Endpoint, Teacher, figure, loss_curve, validation_grids};
+use super::report::{Endpoint, GRIDS, Teacher, figure, grid_path, loss_curve, validation_grids};
 use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
+use super::tracking::Tracker;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
 use super::{Distillation, StepInputs, Student, TrainError, io};
@@ -90,6 +91,7 @@ struct Run<'a> {
     configuration: String,
     log: MetricsLog,
     skipped: SkippedLog,
+    tracker: Tracker,
     monitor: Monitor,
     /// What limits the run.
     recent: Recent,
@@ -163,6 +165,13 @@ impl<'a> Run<'a> {
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
+        let tracker = Tracker::open(
+            config.track.tensorboard,
+            output,
+            (step, log.records()),
+            &configuration,
+            progress,
+        );
         if step > 0
             && let Some(warning) = moved_teacher(output, config, models)
         {
@@ -234,6 +243,7 @@ impl<'a> Run<'a> {
             configuration,
             log,
             skipped,
+            tracker,
             monitor: data.monitor.clone(),
             recent: Recent::default(),
             endpoint,
@@ -276,6 +286,7 @@ impl<'a> Run<'a> {
             let stage = metrics.stage(Stage::Train);
             let (begun, first) = (Instant::now(), self.step);
             self.monitor.beat();
+            self.missing_grids(progress, stop)?;
             while self.step < train.max_steps {
                 if stop.asked() {
                     self.save(progress)?;
@@ -290,7 +301,11 @@ impl<'a> Run<'a> {
                             stage: metrics.snapshot().hanging_stage(Stage::Train),
                         });
                     }
-                    made => progress.step(&made?),
+                    made => {
+                        let record = made?;
+                        progress.step(&record);
+                        self.tracker.step(&record, progress);
+                    }
                 }
                 self.after_step(progress, stop)?;
                 self.monitor.beat();
@@ -503,6 +518,20 @@ impl<'a> Run<'a> {
         if due && self.step < self.config.train.max_steps {
             self.save(progress)?;
         }
+        self.grids(progress, stop)
+    }
+
+    /// The grids of a checkpoint's step, if the run was ended between the two.
+    fn missing_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        let there = |name| grid_path(self.output, self.step, name).is_file();
+        match self.step == 0 || GRIDS.into_iter().all(there) {
+            true => Ok(()),
+            false => self.grids(progress, stop),
+        }
+    }
+
+    /// Grids and curves, if they are due.
+    fn grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
         if let Some((prompts, validation)) = &self.validation
             && self.step.is_multiple_of(validation.every)
         {
@@ -520,6 +549,7 @@ impl<'a> Run<'a> {
                 Err(TrainError::Stopped) => return Ok(()),
                 drawn => drawn?,
             }
+            self.tracker.grids(self.step, progress);
             loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
         }
         Ok(())
@@ -537,6 +567,7 @@ impl<'a> Run<'a> {
         // The lines of a checkpoint's steps are never lost with it there.
         self.log.sync()?;
         self.skipped.sync()?;
+        self.tracker.sync(progress);
         let numbers = (self.step, self.samples);
         let place = self.checkpoints.save(
             numbers,
