@@ -1,7 +1,7 @@
 //! coffey distils a latent diffusion model into a Latent Consistency Model from a stream of captioned images.
 //!
 //! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
-//! [`train`] distils from them, or [`latents`] writes them to shards. [`monitor`] lets others look on. [`pretrained`] brings models
+//! [`train`] distils from them, or [`latents`] writes them to shards. [`monitor`] lets others look on, [`track`] records for them. [`pretrained`] brings models
 //! here, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
 
 #[macro_use]
@@ -20,4 +20,5 @@ pub mod pretrained;
 mod process;
 pub mod random;
 pub mod stop;
+pub mod track;
 pub mod train;

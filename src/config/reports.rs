@@ -70,11 +70,17 @@ impl Default for Report {
 }
 
 /// `[track]`: who else is told how the run goes.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Track {
     /// Write TensorBoard events into the run's folder. `--report_to`
     pub tensorboard: bool,
+}
+
+impl Default for Track {
+    fn default() -> Self {
+        Self { tensorboard: true }
+    }
 }
 
 /// `[metrics]`: who can look on while a run goes on. No flags.

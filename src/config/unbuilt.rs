@@ -21,15 +21,13 @@ pub(super) enum Refused {
     All,
     /// These words.
     Words(&'static [&'static str]),
-    /// `true`.
-    True,
     /// A string that starts so.
     Prefix(&'static str),
     /// A number above this.
     Above(i64),
 }
 
-use Refused::{Above, All, Prefix, True, Words};
+use Refused::{Above, All, Prefix, Words};
 
 /// Every key and value of the design that is not built yet.
 #[rustfmt::skip]
@@ -37,7 +35,6 @@ pub(super) const UNBUILT: &[Unbuilt] = &[
     row("data.kind", Words(&["latents"]), r#"use "images""#),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
-    row("track.tensorboard", True, "use false; metrics.jsonl in the run's folder has every step"),
     row("hub.push_to", All, "leave it out and upload the run's folder with the Hub's own tool"),
     row("latents.output", Prefix("s3://"), "use a folder"),
     row("latents.crops", Above(1), "use 1"),
@@ -56,7 +53,6 @@ impl Refused {
         match (self, value) {
             (All, _) => true,
             (Words(words), Value::String(text)) => words.contains(&text.as_str()),
-            (True, Value::Boolean(truth)) => *truth,
             (Prefix(prefix), Value::String(text)) => text.starts_with(prefix),
             (Above(limit), Value::Integer(number)) => number > limit,
             _ => false,

@@ -19,6 +19,7 @@ mod setup;
 mod skipped;
 mod step;
 mod student;
+mod tracking;
 mod validation;
 mod watchdog;
 

@@ -1,6 +1,6 @@
 //! How near the student has come to its teacher: the endpoint error, and the pictures of a run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
@@ -92,7 +92,15 @@ pub(super) fn figure(x: f64) -> String {
     format!("{x:.digits$}")
 }
 
-/// Writes `samples/step-N-{target,online}.png`: a row a prompt, an image a column.
+/// The grids of a validation: the student's moving average and the student itself.
+pub(super) const GRIDS: [&str; 2] = ["target", "online"];
+
+/// Where a grid of a step is written.
+pub(super) fn grid_path(folder: &Path, step: u64, name: &str) -> PathBuf {
+    folder.join(format!("samples/step-{step}-{name}.png"))
+}
+
+/// Writes the grids of a step: a row a prompt, an image a column.
 pub(super) fn validation_grids(
     folder: &Path,
     step: u64,
@@ -105,7 +113,7 @@ pub(super) fn validation_grids(
     let Distillation {
         schedule, boundary, ..
     } = distillation;
-    for (name, unet) in [("target", student.target()), ("online", student.frozen())] {
+    for (name, unet) in GRIDS.into_iter().zip([student.target(), student.frozen()]) {
         let how = (validation.steps, validation.guidance);
         let latents = prompts.student(unet, schedule, *boundary, how, stop)?;
         let images = decode(encoders, &latents)?;
@@ -114,10 +122,7 @@ pub(super) fn validation_grids(
             .map(<[_]>::to_vec)
             .collect();
         let picture = grid(&rows, &validation.prompts, &[]);
-        save_png(
-            &picture,
-            &folder.join(format!("samples/step-{step}-{name}.png")),
-        )?;
+        save_png(&picture, &grid_path(folder, step, name))?;
     }
     Ok(())
 }

@@ -20,9 +20,10 @@ use super::loss_scale::LossScale;
 use super::optimizer::{AdamW, Gradients};
 use super::output::Output;
 use super::progress::Progress;
-use super::report::{Endpoint, Teacher, figure, loss_curve, validation_grids};
+use super::report::{Endpoint, GRIDS, Teacher, figure, grid_path, loss_curve, validation_grids};
 use super::setup::{check_fit, describe_run, distillation, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
+use super::tracking::Tracker;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
 use super::{Distillation, Passes, StepInputs, Student, TrainError, io};
@@ -91,6 +92,7 @@ struct Run<'a> {
     configuration: String,
     log: MetricsLog,
     skipped: SkippedLog,
+    tracker: Tracker,
     monitor: Monitor,
     /// What limits the run.
     recent: Recent,
@@ -176,6 +178,13 @@ impl<'a> Run<'a> {
         let configuration = config
             .to_toml()
             .map_err(|e| TrainError::Mismatch(e.to_string()))?;
+        let tracker = Tracker::open(
+            config.track.tensorboard,
+            folder,
+            (step, log.records()),
+            &configuration,
+            progress,
+        );
         if step > 0
             && let Some(warning) = moved_teacher(folder, config, models)
         {
@@ -251,6 +260,7 @@ impl<'a> Run<'a> {
             configuration,
             log,
             skipped,
+            tracker,
             monitor: data.monitor.clone(),
             recent: Recent::default(),
             endpoint,
@@ -292,6 +302,7 @@ impl<'a> Run<'a> {
             let stage = metrics.stage(Stage::Train);
             let (begun, first) = (Instant::now(), self.step);
             self.monitor.beat();
+            self.missing_grids(progress, stop)?;
             while self.step < train.max_steps {
                 if stop.asked() {
                     self.save_at_the_end(progress)?;
@@ -306,7 +317,11 @@ impl<'a> Run<'a> {
                             stage: metrics.snapshot().hanging_stage(Stage::Train),
                         });
                     }
-                    made => progress.step(&made?),
+                    made => {
+                        let record = made?;
+                        progress.step(&record);
+                        self.tracker.step(&record, progress);
+                    }
                 }
                 self.after_step(progress, stop)?;
                 self.monitor.beat();
@@ -542,7 +557,21 @@ impl<'a> Run<'a> {
         if due && self.step < self.config.train.max_steps {
             self.save(progress)?;
         }
-        match self.draw_grids(stop) {
+        self.grids(progress, stop)
+    }
+
+    /// The grids of a checkpoint's step, if the run was ended between the two.
+    fn missing_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        let there = |name| grid_path(self.output.folder(), self.step, name).is_file();
+        match self.step == 0 || GRIDS.into_iter().all(there) {
+            true => Ok(()),
+            false => self.grids(progress, stop),
+        }
+    }
+
+    /// Grids and curves, if they are due.
+    fn grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
+        match self.draw_grids(progress, stop) {
             // The loop sees the stop and saves.
             Err(TrainError::Stopped) => Ok(()),
             Err(error @ TrainError::Io { .. }) => {
@@ -553,7 +582,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn draw_grids(&self, stop: &Stop) -> Result<(), TrainError> {
+    fn draw_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
         if let Some((prompts, validation)) = &self.validation
             && self.step.is_multiple_of(validation.every)
         {
@@ -567,6 +596,7 @@ impl<'a> Run<'a> {
                 &self.distillation,
                 stop,
             )?;
+            self.tracker.grids(self.step, progress);
             loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
         }
         Ok(())

@@ -58,6 +58,7 @@ fn defaults_are_the_designs() {
     assert_eq!(config.train.mixed_precision, MixedPrecision::No);
     assert_eq!(config.train.seed, 453_645_634);
     assert_eq!(config.train.stall_timeout, 1800);
+    assert!(config.track.tensorboard);
     assert_eq!((config.checkpoint.every, config.checkpoint.keep), (200, 10));
     assert_eq!(config.checkpoint.resume, Resume::Latest);
     assert_eq!(
@@ -207,7 +208,6 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
         "train.attention=plain",
         "train.mixed_precision=no",
         "train.teacher_dtype=bf16",
-        "track.tensorboard=false",
         "metrics.listen=127.0.0.1:9464",
         "latents={output=\"a\",crops=1}",
     ]);

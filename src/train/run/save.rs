@@ -25,6 +25,7 @@ impl Run<'_> {
             self.saved_or_not(progress, self.step, Err(error));
             return Ok(());
         }
+        self.tracker.sync(progress);
         let needed = Snapshot::bytes(&self.student, &self.optimizer);
         let short = no_room(needed, available_memory());
         let background = self.config.checkpoint.background && short.is_none();
@@ -55,6 +56,7 @@ impl Run<'_> {
         let Some(snapshot) = self.snapshot(false)? else {
             return Ok(());
         };
+        self.tracker.sync(progress);
         let saved = self.sync_lines().and_then(|()| self.saver.save(&snapshot));
         match saved {
             Ok(saved) => self.saved_or_not(progress, self.step, Ok(saved)),
