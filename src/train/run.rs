@@ -1,6 +1,7 @@
 //! The loop: from the stream of batches to a finished student.
 
 mod finish;
+mod pictures;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use super::learning_rate::learning_rate;
 use super::log::{MetricsLog, StepRecord};
 use super::optimizer::{AdamW, Gradients};
 use super::progress::Progress;
-use super::report::{Endpoint, GRIDS, Teacher, figure, grid_path, loss_curve, validation_grids};
+use super::report::{Endpoint, Teacher, figure};
 use super::setup::{check_fit, describe_run, distillation, lock, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
 use super::tracking::Tracker;
@@ -519,40 +520,6 @@ impl<'a> Run<'a> {
             self.save(progress)?;
         }
         self.grids(progress, stop)
-    }
-
-    /// The grids of a checkpoint's step, if the run was ended between the two.
-    fn missing_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        let there = |name| grid_path(self.output, self.step, name).is_file();
-        match self.step == 0 || GRIDS.into_iter().all(there) {
-            true => Ok(()),
-            false => self.grids(progress, stop),
-        }
-    }
-
-    /// Grids and curves, if they are due.
-    fn grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        if let Some((prompts, validation)) = &self.validation
-            && self.step.is_multiple_of(validation.every)
-        {
-            let drawn = validation_grids(
-                self.output,
-                self.step,
-                (prompts, validation),
-                &self.encoders,
-                &self.student,
-                &self.distillation,
-                stop,
-            );
-            match drawn {
-                // The loop sees the stop and saves.
-                Err(TrainError::Stopped) => return Ok(()),
-                drawn => drawn?,
-            }
-            self.tracker.grids(self.step, progress);
-            loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
-        }
-        Ok(())
     }
 
     fn save(&mut self, progress: &Progress) -> Result<(), TrainError> {
