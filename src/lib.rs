@@ -2,7 +2,7 @@
 //!
 //! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
 //! [`train`] distils from them, or [`latents`] writes them to shards. [`monitor`] lets others look on, [`track`] records for them. [`pretrained`] brings models
-//! here, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
+//! here, [`hub`] takes the finished student there, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
 
 #[macro_use]
 mod say;
@@ -12,6 +12,8 @@ pub mod config;
 pub mod diffusion;
 pub mod draw;
 pub mod encode;
+mod environment;
+pub mod hub;
 pub mod latents;
 pub mod models;
 pub mod monitor;

@@ -17,10 +17,12 @@ use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, ModelRef, in_s3};
 use crate::diffusion::Prediction;
 use crate::encode::Encoders;
+use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Conditioning, UNet, UNetConfig, Weights};
 use crate::ops::Attention;
 use crate::pretrained::{Models as ModelFolders, Wanted};
+use crate::stop::Stop;
 use crate::train::{check_fit, distillation};
 use memory::{MemoryPlan, Sizes};
 use report::Report;
@@ -124,6 +126,12 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         Ok((config, said))
     })?;
     let purpose = Purpose::of(&config)?;
+    if let (Purpose::Train { .. }, Some(push)) = (purpose, Push::prepare(&config.hub).transpose()) {
+        report.step("hub", || {
+            let said = push?.check(&Stop::default())?;
+            Ok(((), format!("`coffey train` {said}")))
+        })?;
+    }
     let (data, models) = report.step("models", || {
         let data = DataAccess::open(source_options(&config))?;
         let wanted = match purpose {

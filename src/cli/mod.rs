@@ -116,6 +116,16 @@ impl From<crate::pretrained::PretrainedError> for Failure {
     }
 }
 
+impl From<crate::hub::HubError> for Failure {
+    fn from(error: crate::hub::HubError) -> Self {
+        match error {
+            crate::hub::HubError::Stopped => Self::Stopped,
+            error if error.is_config() => Self::Usage(error.into()),
+            error => Self::Failed(error.into()),
+        }
+    }
+}
+
 macro_rules! failed_from {
     ($($error:ty),* $(,)?) => {
         $(impl From<$error> for Failure {

@@ -7,6 +7,7 @@ use coffey_pipeline::flow::Stage;
 use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
+use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::pretrained::Wanted;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
@@ -30,6 +31,17 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         .map(|&d| device::open(d))
         .collect::<Result<Vec<_>, _>>()?;
     let access = DataAccess::open(source_options(&config))?;
+    let push = Push::prepare(&config.hub)?;
+    if let Some(push) = &push {
+        match push.check(&stop) {
+            Ok(said) => errln!("when it is done, this run {said}"),
+            Err(error @ (HubError::WrongToken { .. } | HubError::Stopped)) => {
+                return Err(error.into());
+            }
+            // It may be back when the run is done.
+            Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
+        }
+    }
     let (monitor, _server) = watch(&config, &access, Stage::Train)?;
     let models = until_a_signal(&stop, || {
         access.models(&config, paths.teacher, Wanted::training)
@@ -61,10 +73,24 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     )? {
         Outcome::Done(output) => {
             outln!("{}", output.display());
-            Ok(())
+            push.map_or(Ok(()), |push| said(push.run(&config, &output, &stop)))
         }
         Outcome::Stopped => Err(Failure::Stopped),
     }
+}
+
+/// Says how a push ended.
+fn said(pushed: Result<Pushed, PushError>) -> Result<(), Failure> {
+    match pushed {
+        Ok(Pushed::Commit(url)) => errln!("pushed: {url}"),
+        Ok(Pushed::Unchanged) => errln!("pushed: the repository holds the same already"),
+        Err(PushError {
+            source: HubError::Stopped,
+            ..
+        }) => return Err(Failure::Stopped),
+        Err(error) => return Err(Failure::Failed(error.into())),
+    }
+    Ok(())
 }
 
 impl From<TrainError> for Failure {

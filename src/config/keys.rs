@@ -9,10 +9,9 @@ use toml::{Table, Value};
 use super::decode::type_name;
 use super::document::{Document, join};
 use super::error::ConfigError;
-use super::unbuilt::{Refused, UNBUILT};
 use super::{
-    Audit, Checkpoint, Data, Distill, Encode, Filter, Image, Latents, Metrics, Model, Optimizer,
-    Report, S3, Track, Train, Validation,
+    Audit, Checkpoint, Data, Distill, Encode, Filter, Hub, Image, Latents, Metrics, Model,
+    Optimizer, Report, S3, Track, Train, Validation,
 };
 
 /// A table and the keys in it that are not tables.
@@ -21,7 +20,7 @@ struct KnownTable {
     keys: Vec<&'static str>,
 }
 
-/// Every table with its keys, those that are not built yet included.
+/// Every table with its keys.
 fn known_tables() -> Vec<KnownTable> {
     let mut tables: Vec<_> = [
         ("data", fields::<Data>()),
@@ -38,6 +37,7 @@ fn known_tables() -> Vec<KnownTable> {
         ("report", fields::<Report>()),
         ("track", fields::<Track>()),
         ("metrics", fields::<Metrics>()),
+        ("hub", fields::<Hub>()),
         ("latents", fields::<Latents>()),
         ("audit", fields::<Audit>()),
     ]
@@ -46,19 +46,6 @@ fn known_tables() -> Vec<KnownTable> {
         keys: keys.to_vec(),
     })
     .into();
-    for row in UNBUILT {
-        if let Refused::All = row.refused
-            && let Some((name, key)) = row.key.rsplit_once('.')
-        {
-            match tables.iter_mut().find(|table| table.name == name) {
-                Some(table) => table.keys.push(key),
-                None => tables.push(KnownTable {
-                    name,
-                    keys: vec![key],
-                }),
-            }
-        }
-    }
     for index in 0..tables.len() {
         let table = tables[index].name;
         let names: Vec<_> = tables.iter().map(|other| other.name).collect();

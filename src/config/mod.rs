@@ -33,7 +33,7 @@ pub use error::{ConfigError, Entry, Place};
 pub use input::{Data, Filter, Image, S3};
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
 pub use models::{Distill, Encode, Model};
-pub use reports::{Audit, Latents, Metrics, Report, Track, Validation};
+pub use reports::{Audit, Hub, Latents, Metrics, Report, Track, Validation};
 pub use resume::{Difference, Weight};
 pub use training::{Checkpoint, Optimizer, Train};
 pub use validate::{PrecomputePaths, TrainPaths};
@@ -86,6 +86,9 @@ pub struct Config {
     /// `[metrics]`
     #[serde(default)]
     pub metrics: Metrics,
+    /// `[hub]`
+    #[serde(default)]
+    pub hub: Hub,
     /// `[latents]`; `precompute` needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latents: Option<Latents>,

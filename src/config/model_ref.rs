@@ -95,7 +95,7 @@ impl ModelRef {
 }
 
 /// `name/name`, as the Hub names its repositories.
-fn is_hub_id(text: &str) -> bool {
+pub(super) fn is_hub_id(text: &str) -> bool {
     let name = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())
             && part

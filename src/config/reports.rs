@@ -1,4 +1,4 @@
-//! `[validation]`, `[report]`, `[track]`, `[metrics]`, `[latents]` and `[audit]`: what a run leaves behind besides the
+//! `[validation]`, `[report]`, `[track]`, `[metrics]`, `[hub]`, `[latents]` and `[audit]`: what a run leaves behind besides the
 //! student, and who can look on.
 
 use std::path::PathBuf;
@@ -90,6 +90,15 @@ pub struct Metrics {
     /// Where Prometheus's `/metrics`, and `/healthz`, are served; absent: nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<Listen>,
+}
+
+/// `[hub]`: where the finished student goes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hub {
+    /// Repository of the Hub that it is pushed to, as `user/model`; absent: none. `--push_to_hub`, `--hub_model_id`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub push_to: Option<String>,
 }
 
 /// `[latents]`: what `precompute` writes; `train` ignores it. No flags.

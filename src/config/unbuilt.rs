@@ -17,8 +17,6 @@ pub(super) struct Unbuilt {
 /// The values that are refused.
 #[derive(Debug)]
 pub(super) enum Refused {
-    /// Every value: the key has no built value and no field.
-    All,
     /// These words.
     Words(&'static [&'static str]),
     /// A string that starts so.
@@ -27,7 +25,7 @@ pub(super) enum Refused {
     Above(i64),
 }
 
-use Refused::{Above, All, Prefix, Words};
+use Refused::{Above, Prefix, Words};
 
 /// Every key and value of the design that is not built yet.
 #[rustfmt::skip]
@@ -35,7 +33,6 @@ pub(super) const UNBUILT: &[Unbuilt] = &[
     row("data.kind", Words(&["latents"]), r#"use "images""#),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
-    row("hub.push_to", All, "leave it out and upload the run's folder with the Hub's own tool"),
     row("latents.output", Prefix("s3://"), "use a folder"),
     row("latents.crops", Above(1), "use 1"),
 ];
@@ -51,7 +48,6 @@ const fn row(key: &'static str, refused: Refused, instead: &'static str) -> Unbu
 impl Refused {
     fn covers(&self, value: &Value) -> bool {
         match (self, value) {
-            (All, _) => true,
             (Words(words), Value::String(text)) => words.contains(&text.as_str()),
             (Prefix(prefix), Value::String(text)) => text.starts_with(prefix),
             (Above(limit), Value::Integer(number)) => number > limit,

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
-use super::model_ref::{ModelPlace, ModelRef};
+use super::model_ref::{ModelPlace, ModelRef, is_hub_id};
 use super::values::{DeviceSpec, Listen, Resume, Schedule, in_s3};
 use super::{
     Config, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3, Train,
@@ -19,6 +19,8 @@ const TRAIN_TIMESTEPS: usize = 1000;
 const RESOLUTION_STEP: usize = 8;
 /// Sampling steps beyond which a latent consistency model has no timesteps left.
 const MAX_SAMPLING_STEPS: usize = 50;
+/// Length of a repository's name on the Hub, its user's included.
+const MAX_REPOSITORY: usize = 96;
 
 /// What `train` can't do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +170,17 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         check.validation(validation)?;
     }
     check.report(&config.report, config.validation.as_ref())?;
+    if let Some(id) = &config.hub.push_to {
+        // What the Hub takes for the name of a new repository.
+        let ok = is_hub_id(id)
+            && id.len() <= MAX_REPOSITORY
+            && id.split('/').all(|name| !name.ends_with(['-', '.']))
+            && !id.contains("--")
+            && !id.contains("..")
+            && !id.ends_with(".git");
+        let needs = "must be a repository of the Hub, as \"user/model\"";
+        check.that("hub.push_to", format!("{id:?}"), ok, needs)?;
+    }
     if let Some(latents) = &config.latents {
         check.path("latents.output", Some(&latents.output))?;
         check.positive("latents.crops", latents.crops as u64)?;

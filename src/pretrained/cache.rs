@@ -4,21 +4,14 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::{PretrainedError, io};
-
-/// A variable of the environment; an empty one counts as unset.
-pub(super) fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
-}
+use crate::environment;
 
 /// `$XDG_CACHE_HOME` or `~/.cache`; `set` names the variable that makes it unnecessary.
 pub(super) fn home(
     set: &'static str,
     variable: impl Fn(&str) -> Option<String>,
 ) -> Result<PathBuf, PretrainedError> {
-    variable("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))
-        .ok_or(PretrainedError::NoHome { set })
+    environment::caches(variable).ok_or(PretrainedError::NoHome { set })
 }
 
 /// Waits until no other process fetches into what the lock file stands for, and keeps others out until it is dropped.

@@ -21,22 +21,18 @@ use super::files::{self, Wanted};
 use super::progress::FileProgress;
 use super::{Fetched, PretrainedError, cache, io};
 use crate::config::Model;
+use crate::environment;
+use crate::hub::Settings;
 
-const ENDPOINT: &str = "https://huggingface.co";
 /// Tries of one request before it is given up.
 const MAX_ATTEMPTS: u32 = 5;
 const FIRST_DELAY: Duration = Duration::from_millis(250);
-/// Silence after which the Hub is given up, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise.
-const SILENCE: Duration = Duration::from_secs(60);
 
 /// The Hub, as the environment says.
 #[derive(Clone)]
 pub(super) struct Hub {
-    endpoint: String,
+    settings: Settings,
     cache: PathBuf,
-    token: Option<String>,
-    offline: bool,
-    silence: Duration,
 }
 
 /// How a request failed.
@@ -48,61 +44,23 @@ enum Fault {
 }
 
 impl Hub {
-    /// Reads the variables that `huggingface_hub` reads: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_TOKEN_PATH`,
-    /// `HF_HUB_OFFLINE`, `HF_HUB_DOWNLOAD_TIMEOUT`.
+    /// Reads what [`Settings`] reads, and `HF_HUB_CACHE`.
     pub(super) fn from_env() -> Result<Self, PretrainedError> {
-        Self::new(cache::variable)
+        Self::new(environment::variable)
     }
 
     fn new(variable: impl Fn(&str) -> Option<String>) -> Result<Self, PretrainedError> {
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
-        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-            return Err(PretrainedError::Environment {
-                name: "HF_ENDPOINT",
-                value: endpoint,
-                needs: "must start with http:// or https://",
-            });
-        }
-        let silence = match variable("HF_HUB_DOWNLOAD_TIMEOUT") {
-            None => SILENCE,
-            Some(value) => match value.parse() {
-                Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
-                _ => {
-                    return Err(PretrainedError::Environment {
-                        name: "HF_HUB_DOWNLOAD_TIMEOUT",
-                        value,
-                        needs: "must be a whole number of seconds, 1 or more",
-                    });
-                }
-            },
-        };
-        let home = || match variable("HF_HOME") {
-            Some(home) => Ok::<_, PretrainedError>(PathBuf::from(home)),
-            None => Ok(cache::home("HF_HOME", &variable)?.join("huggingface")),
-        };
+        let settings = Settings::new(&variable)?;
         let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
-        let cache = match cache {
-            Some(cache) => PathBuf::from(cache),
-            None => home()?.join("hub"),
+        let cache = match (cache, &settings.home) {
+            (Some(cache), _) => PathBuf::from(cache),
+            (None, Some(home)) => home.join("hub"),
+            (None, None) => return Err(PretrainedError::NoHome { set: "HF_HOME" }),
         };
-        let token = variable("HF_TOKEN").or_else(|| {
-            let path = match variable("HF_TOKEN_PATH") {
-                Some(path) => PathBuf::from(path),
-                None => home().ok()?.join("token"),
-            };
-            fs::read_to_string(path).ok()
-        });
-        let yes = ["1", "ON", "YES", "TRUE"];
         Ok(Self {
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            settings,
             // hf-hub makes links relative to it.
             cache: std::path::absolute(&cache).map_err(io(&cache))?,
-            token: token
-                .map(|token| token.trim().to_owned())
-                .filter(|token| !token.is_empty()),
-            offline: variable("HF_HUB_OFFLINE")
-                .is_some_and(|value| yes.contains(&value.to_uppercase().as_str())),
-            silence,
         })
     }
 
@@ -122,8 +80,8 @@ impl Hub {
             .filter(|cached| files::is_whole(wanted, &cached.folder));
         match cached {
             // A commit never changes: there is nothing to ask.
-            Some(cached) if self.offline || is_commit(revision) => return Ok(cached),
-            None if self.offline => {
+            Some(cached) if self.settings.offline || is_commit(revision) => return Ok(cached),
+            None if self.settings.offline => {
                 return Err(PretrainedError::Offline {
                     id: id.to_owned(),
                     revision: revision.to_owned(),
@@ -202,8 +160,8 @@ impl Hub {
 
     fn api(&self) -> Result<Api, ApiError> {
         ApiBuilder::from_cache(Cache::new(self.cache.clone()))
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
+            .with_endpoint(self.settings.endpoint.clone())
+            .with_token(self.settings.token.as_ref().map(|t| t.secret().to_owned()))
             .with_progress(false)
             .with_user_agent("coffey", env!("CARGO_PKG_VERSION"))
             .build()
@@ -227,7 +185,7 @@ impl Hub {
                 return Err(PretrainedError::NoRevision {
                     id: id.to_owned(),
                     revision: revision.to_owned(),
-                    endpoint: self.endpoint.clone(),
+                    endpoint: self.settings.endpoint.clone(),
                 });
             }
             answer => answer?,
@@ -291,7 +249,7 @@ impl Hub {
             attempt += 1;
             let heard = Arc::new(AtomicU64::new(0));
             let work = request(self.clone(), Arc::clone(&heard));
-            let cause = match watched(self.silence, &heard, work) {
+            let cause = match watched(self.settings.silence, &heard, work) {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(error)) => match self.judge(id, what, error) {
                     Fault::Final(error) => return Err(error),
@@ -300,8 +258,8 @@ impl Hub {
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(PretrainedError::Stalled {
                         id: id.to_owned(),
-                        endpoint: self.endpoint.clone(),
-                        seconds: self.silence.as_secs(),
+                        endpoint: self.settings.endpoint.clone(),
+                        seconds: self.settings.silence.as_secs(),
                         what: what.to_owned(),
                     });
                 }
@@ -312,7 +270,7 @@ impl Hub {
             if attempt >= MAX_ATTEMPTS {
                 return Err(PretrainedError::Unreachable {
                     id: id.to_owned(),
-                    endpoint: self.endpoint.clone(),
+                    endpoint: self.settings.endpoint.clone(),
                     attempts: attempt,
                     cause,
                 });
@@ -324,7 +282,7 @@ impl Hub {
 
     /// What an error of hf-hub means.
     fn judge(&self, id: &str, what: &str, error: ApiError) -> Fault {
-        let (id_, endpoint) = (id.to_owned(), self.endpoint.clone());
+        let (id_, endpoint) = (id.to_owned(), self.settings.endpoint.clone());
         let status = match &error {
             ApiError::RequestError(error) => match error.as_ref() {
                 ureq::Error::StatusCode(status) => Some(*status),
@@ -356,7 +314,7 @@ impl Hub {
             _ => return Fault::Final(self.refused(id, what, &error.to_string())),
         };
         match status {
-            Some(status @ (401 | 403)) => Fault::Final(match self.token.is_some() {
+            Some(status @ (401 | 403)) => Fault::Final(match self.settings.token.is_some() {
                 true => PretrainedError::WrongToken {
                     id: id_,
                     endpoint,
@@ -396,7 +354,7 @@ impl Hub {
     fn refused(&self, id: &str, what: &str, cause: &str) -> PretrainedError {
         PretrainedError::Refused {
             id: id.to_owned(),
-            endpoint: self.endpoint.clone(),
+            endpoint: self.settings.endpoint.clone(),
             what: what.to_owned(),
             cause: cause.to_owned(),
         }
@@ -465,40 +423,16 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_decides() {
-        let plain = hub(&[("HOME", "/h")]).unwrap();
-        assert_eq!(plain.endpoint, ENDPOINT);
-        assert_eq!(plain.cache, Path::new("/h/.cache/huggingface/hub"));
-        assert!(plain.token.is_none() && !plain.offline);
-        let home = tempfile::tempdir().unwrap();
-        let path = home.path().to_str().unwrap();
-        fs::write(home.path().join("token"), "hf_file\n").unwrap();
-        let full = hub(&[
-            ("HF_HOME", path),
-            ("HF_ENDPOINT", "http://mirror/"),
-            ("HF_HUB_OFFLINE", "1"),
-            ("HF_HUB_DOWNLOAD_TIMEOUT", "7"),
-        ])
-        .unwrap();
-        assert_eq!(full.endpoint, "http://mirror");
-        assert_eq!(full.cache, home.path().join("hub"));
-        assert_eq!(full.token.as_deref(), Some("hf_file"));
-        assert!(full.offline && full.silence == Duration::from_secs(7));
-        let named = hub(&[
-            ("HF_HOME", path),
-            ("HF_TOKEN", "hf_env"),
-            ("HF_HUB_CACHE", "/cache"),
-        ])
-        .unwrap();
-        assert_eq!(named.token.as_deref(), Some("hf_env"));
-        assert_eq!(named.cache, Path::new("/cache"));
-        for wrong in [
-            &[("HOME", "/h"), ("HF_ENDPOINT", "mirror")],
-            &[("HOME", "/h"), ("HF_HUB_DOWNLOAD_TIMEOUT", "soon")],
-        ] {
-            assert!(hub(wrong).err().unwrap().is_config());
+    fn the_environment_says_where_the_cache_is() {
+        let cache = |pairs: &[(&str, &str)]| hub(pairs).map(|hub| hub.cache);
+        let plain = cache(&[("HOME", "/h")]).unwrap();
+        assert_eq!(plain, Path::new("/h/.cache/huggingface/hub"));
+        assert_eq!(cache(&[("HF_HOME", "/f")]).unwrap(), Path::new("/f/hub"));
+        let named = cache(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/cache")]);
+        assert_eq!(named.unwrap(), Path::new("/cache"));
+        for wrong in [&[("HOME", "/h"), ("HF_ENDPOINT", "mirror")][..], &[]] {
+            assert!(cache(wrong).unwrap_err().is_config());
         }
-        assert!(hub(&[]).err().unwrap().is_config());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use coffey_pipeline::{SourceError, Sources};
 use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
+use crate::hub::SettingsError;
 
 /// Why a model could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -31,15 +32,8 @@ pub enum PretrainedError {
         source: ModelRefError,
     },
     /// An environment variable says something that can't be used.
-    #[error("the environment variable {name} = {value:?}: {needs}")]
-    Environment {
-        /// The variable.
-        name: &'static str,
-        /// Its value.
-        value: String,
-        /// What it has to be.
-        needs: &'static str,
-    },
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     /// There is no folder to keep what is fetched in.
     #[error("there is no home folder to keep models in; set HOME, or {set}")]
     NoHome {
@@ -179,7 +173,7 @@ impl PretrainedError {
     /// Whether the configuration or the environment is at fault, as can be told without asking a server.
     pub fn is_config(&self) -> bool {
         match self {
-            Self::Name { .. } | Self::Environment { .. } | Self::NoHome { .. } => true,
+            Self::Name { .. } | Self::Settings(_) | Self::NoHome { .. } => true,
             Self::Source(error) => error.is_config(),
             _ => false,
         }

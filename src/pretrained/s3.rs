@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use super::files::{self, Wanted};
 use super::progress::FileProgress;
 use super::{PretrainedError, cache, io};
+use crate::environment;
 
 /// Start of the names of files that are being written.
 const ASIDE: &str = ".writing-";
@@ -48,8 +49,8 @@ pub(super) fn fetch(
     let there: BTreeSet<String> = objects.keys().map(|name| (*name).to_owned()).collect();
     let plan = files::plan(wanted, &there).map_err(not_a_model)?;
 
-    let server = server(sources.options(), cache::variable);
-    let folder = cache::home("XDG_CACHE_HOME", cache::variable)?
+    let server = server(sources.options(), environment::variable);
+    let folder = cache::home("XDG_CACHE_HOME", environment::variable)?
         .join("coffey/models")
         .join(&digest([server.as_str(), prefix])[..16]);
     let _turn = cache::lock(&folder.join("lock"), prefix)?;

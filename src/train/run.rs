@@ -1,6 +1,7 @@
 //! The loop: from the stream of batches to a finished student.
 
 mod finish;
+mod pictures;
 mod save;
 
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use super::loss_scale::LossScale;
 use super::optimizer::{AdamW, Gradients};
 use super::output::Output;
 use super::progress::Progress;
-use super::report::{Endpoint, GRIDS, Teacher, figure, grid_path, loss_curve, validation_grids};
+use super::report::{Endpoint, Teacher, figure};
 use super::setup::{check_fit, describe_run, distillation, moved_teacher, resume_from};
 use super::skipped::SkippedLog;
 use super::tracking::Tracker;
@@ -558,47 +559,5 @@ impl<'a> Run<'a> {
             self.save(progress)?;
         }
         self.grids(progress, stop)
-    }
-
-    /// The grids of a checkpoint's step, if the run was ended between the two.
-    fn missing_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        let there = |name| grid_path(self.output.folder(), self.step, name).is_file();
-        match self.step == 0 || GRIDS.into_iter().all(there) {
-            true => Ok(()),
-            false => self.grids(progress, stop),
-        }
-    }
-
-    /// Grids and curves, if they are due.
-    fn grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        match self.draw_grids(progress, stop) {
-            // The loop sees the stop and saves.
-            Err(TrainError::Stopped) => Ok(()),
-            Err(error @ TrainError::Io { .. }) => {
-                progress.say(format!("warning: {error}; this picture is left out"));
-                Ok(())
-            }
-            drawn => drawn,
-        }
-    }
-
-    fn draw_grids(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        if let Some((prompts, validation)) = &self.validation
-            && self.step.is_multiple_of(validation.every)
-        {
-            let folder = self.output.folder();
-            validation_grids(
-                folder,
-                self.step,
-                (prompts, validation),
-                &self.encoders,
-                &self.student,
-                &self.distillation,
-                stop,
-            )?;
-            self.tracker.grids(self.step, progress);
-            loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
-        }
-        Ok(())
     }
 }

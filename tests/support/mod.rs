@@ -10,6 +10,7 @@
 
 pub(crate) mod cloud;
 pub(crate) mod hub;
+pub(crate) mod receiver;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -223,6 +223,7 @@ fn what_is_written_out_reads_back_the_same() {
         "latents.output=latents/a",
         "audit.dir=audit",
         "metrics.listen=\"[::1]:0\"",
+        "hub.push_to=user/model",
         "data.filter.min_size=64",
         "data.cache_dir=cache",
         "data.cache_limit_gb=20",

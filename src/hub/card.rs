@@ -1,0 +1,413 @@
+//! The model card, `README.md`: what was distilled, from which data, how it went, and how to draw with it.
+//!
+//! It is written from a finished run's folder and its configuration. What only concerns the machine (folders, servers,
+//! signatures in URLs) is left out: the card is public.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::public::{Teacher, place, public, public_url};
+use super::{HubError, io};
+use crate::config::{Config, LossKind, Model};
+
+/// Steps whose mean the last loss is.
+const LAST: usize = 100;
+/// Steps that a student is for.
+const STEPS: usize = 4;
+/// A finished run, to be shown to others.
+#[derive(Clone, Copy, Debug)]
+pub struct Card<'a> {
+    /// What the run was told to do.
+    pub config: &'a Config,
+    /// The repository it goes to.
+    pub id: &'a str,
+    /// The run's folder.
+    pub folder: &'a Path,
+}
+
+/// What the card takes from a line of `metrics.jsonl`.
+#[derive(Deserialize)]
+struct Line {
+    step: u64,
+    loss: f64,
+    samples: u64,
+    endpoint_error: Option<f64>,
+}
+
+/// What the card takes from `run.json`.
+#[derive(Deserialize)]
+struct Run {
+    revision: Option<String>,
+}
+
+impl Card<'_> {
+    /// The card's file, in the run's folder and in the repository.
+    pub const NAME: &'static str = "README.md";
+
+    /// The files of a push, by their paths in the folder: the card, the student and its moving average, and the pictures the
+    /// card shows.
+    pub fn files(&self) -> Vec<String> {
+        let mut files = vec![Self::NAME.to_owned(), "loss.png".to_owned()];
+        for model in ["unet", "unet_target"] {
+            for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+                files.push(format!("{model}/{file}"));
+            }
+        }
+        files.extend(self.pictures().into_iter().map(|(name, _)| name));
+        files
+    }
+
+    /// Writes the card into the run's folder.
+    ///
+    /// # Errors
+    /// When a file of the run can't be read, or the card not written.
+    pub fn write(&self) -> Result<(), HubError> {
+        let path = self.folder.join(Self::NAME);
+        fs::write(&path, self.text()?).map_err(io(&path))
+    }
+
+    fn text(&self) -> Result<String, HubError> {
+        let teacher = self.teacher();
+        let lines = self.lines()?;
+        let mut text = front_matter(&teacher);
+        let name = self.id.rsplit('/').next().unwrap_or(self.id);
+        let (linked, note) = match &teacher {
+            Teacher::Hub(id) => (format!("[{id}](https://huggingface.co/{id})"), ""),
+            Teacher::Elsewhere(name) => (format!("`{name}`"), ", a model that is not on the Hub"),
+        };
+        let _infallible = write!(
+            text,
+            "\n# {name}\n\nA Latent Consistency Model: the UNet of {linked}{note}, distilled so that one to eight steps make an \
+             image. Trained with coffey {}.\n\n",
+            env!("CARGO_PKG_VERSION")
+        );
+        text += &self.usage(&teacher)?;
+        let pictures = self.pictures();
+        if !pictures.is_empty() {
+            text += "\n## Samples\n";
+            for (file, about) in &pictures {
+                let _infallible = write!(text, "\n{about}\n\n![{about}]({file})\n");
+            }
+        }
+        text += &self.data();
+        text += &self.training(&lines);
+        let configuration = public(self.config, &teacher);
+        let _infallible = write!(
+            text,
+            "\n<details><summary>Configuration</summary>\n\n{}\n</details>\n",
+            code_block(&configuration)
+        );
+        Ok(text)
+    }
+
+    fn teacher(&self) -> Teacher {
+        self.config
+            .model
+            .teacher
+            .as_ref()
+            .map_or(Teacher::Elsewhere("a teacher".to_owned()), place)
+    }
+
+    fn lines(&self) -> Result<Vec<Line>, HubError> {
+        let path = self.folder.join("metrics.jsonl");
+        let text = fs::read_to_string(&path).map_err(io(&path))?;
+        text.lines()
+            .map(|line| serde_json::from_str(line).map_err(|error| io(&path)(error.into())))
+            .collect()
+    }
+
+    /// The newest pictures, and what each shows.
+    fn pictures(&self) -> Vec<(String, &'static str)> {
+        let comparison = "samples/comparison.png";
+        if self.folder.join(comparison).is_file() {
+            let about = "The same noise and prompts, by the teacher and by the student (its moving average)";
+            return vec![(comparison.to_owned(), about)];
+        }
+        let grids = [
+            ("online", "By the student"),
+            ("target", "By its moving average"),
+        ];
+        let newest = |kind: &str| -> Option<String> {
+            let entries = self.folder.join("samples").read_dir().ok()?;
+            let step = entries.flatten().filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let step = name.strip_prefix("step-")?;
+                step.strip_suffix(&format!("-{kind}.png"))?
+                    .parse::<u64>()
+                    .ok()
+            });
+            Some(format!("samples/step-{}-{kind}.png", step.max()?))
+        };
+        grids
+            .into_iter()
+            .filter_map(|(kind, about)| Some((newest(kind)?, about)))
+            .collect()
+    }
+
+    fn usage(&self, teacher: &Teacher) -> Result<String, HubError> {
+        let Config { distill, model, .. } = self.config;
+        let mut arguments = match teacher {
+            Teacher::Hub(id) => format!("{id:?}"),
+            Teacher::Elsewhere(_) => "teacher".to_owned(),
+        };
+        let mut code = String::new();
+        if let Teacher::Elsewhere(name) = teacher {
+            let _infallible = writeln!(
+                code,
+                "teacher = {name:?}  # its folder, in diffusers layout"
+            );
+        } else if let Some(revision) = self.revision()? {
+            let _infallible = write!(arguments, ", revision={revision:?}");
+        }
+        let _infallible = writeln!(
+            code,
+            "# unet_target is its moving average\nunet = UNet2DConditionModel.from_pretrained({:?}, subfolder=\"unet\", \
+             torch_dtype=dtype)",
+            self.id
+        );
+        arguments += ", unet=unet";
+        let mut imports = "DiffusionPipeline, LCMScheduler, UNet2DConditionModel".to_owned();
+        if let Some(Teacher::Hub(id)) = model.vae.as_ref().map(place) {
+            imports.insert_str(0, "AutoencoderKL, ");
+            let _infallible = writeln!(
+                code,
+                "vae = AutoencoderKL.from_pretrained({id:?}, torch_dtype=dtype)"
+            );
+            arguments += ", vae=vae";
+        }
+        let validation = self.config.validation.as_ref();
+        let prompt = validation.and_then(|v| v.prompts.first());
+        let prompt = prompt.map_or("a lighthouse at dusk", String::as_str);
+        // Samplers speak of one more than the student was told.
+        let (least, most) = (distill.w_min + 1.0, distill.w_max + 1.0);
+        let guidance = validation.map_or(8.0, |v| v.guidance).max(least).min(most);
+        Ok(format!(
+            r#"## Use
+
+```python
+import torch
+from diffusers import {imports}
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32
+{code}pipeline = DiffusionPipeline.from_pretrained({arguments}, torch_dtype=dtype).to(device)
+pipeline.scheduler = LCMScheduler.from_config(
+    pipeline.scheduler.config, original_inference_steps={}, timestep_scaling={:?}
+)
+image = pipeline(
+    {}, num_inference_steps={STEPS}, guidance_scale={guidance:?}, height={side}, width={side}
+).images[0]
+image.save("image.png")
+```
+
+One to eight steps; guidance from {least} to {most}, which costs nothing: the student was told it while it was trained.
+"#,
+            distill.num_ddim_timesteps,
+            distill.timestep_scaling,
+            // JSON's strings are Python's.
+            serde_json::Value::from(prompt),
+            side = self.config.image.resolution,
+        ))
+    }
+
+    /// The teacher's commit or branch, unless it is the usual one.
+    fn revision(&self) -> Result<Option<String>, HubError> {
+        let path = self.folder.join("run.json");
+        let text = fs::read_to_string(&path).map_err(io(&path))?;
+        let run: Run = serde_json::from_str(&text).map_err(|error| io(&path)(error.into()))?;
+        Ok(run.revision.filter(|revision| revision != Model::MAIN))
+    }
+
+    fn data(&self) -> String {
+        let Config { data, image, .. } = self.config;
+        let shards: Vec<String> = data.shards.iter().map(|shard| public_url(shard)).collect();
+        let filter = match &data.filter {
+            None => "every sample with a caption",
+            Some(_) => "those that pass `data.filter` of the configuration below",
+        };
+        format!(
+            "\n## Data\n\n- WebDataset shards: {}\n- Samples: {filter}\n- Resolution: {side} x {side}\n",
+            shards
+                .iter()
+                .map(|shard| format!("`{shard}`"))
+                .collect::<Vec<_>>()
+                .join(", "),
+            side = image.resolution,
+        )
+    }
+
+    fn training(&self, lines: &[Line]) -> String {
+        let Config {
+            train,
+            distill,
+            optimizer,
+            ..
+        } = self.config;
+        let loss = match distill.loss {
+            LossKind::Huber => format!("Huber, c = {}", distill.huber_c),
+            LossKind::L2 => "mean squared error".to_owned(),
+        };
+        let mut rows = vec![
+            (
+                "batch size".to_owned(),
+                (train.batch_size * train.gradient_accumulation).to_string(),
+            ),
+            (
+                "learning rate".to_owned(),
+                format!("{:e}", optimizer.learning_rate),
+            ),
+            ("loss".to_owned(), loss),
+        ];
+        if let Some(last) = lines.last() {
+            rows.insert(0, ("steps".to_owned(), last.step.to_string()));
+            rows.insert(1, ("samples seen".to_owned(), last.samples.to_string()));
+            let tail = &lines[lines.len().saturating_sub(LAST)..];
+            let mean = tail.iter().map(|line| line.loss).sum::<f64>() / tail.len() as f64;
+            rows.push((
+                format!("loss, mean of the last {} steps", tail.len()),
+                format!("{mean:.5}"),
+            ));
+        }
+        if let Some(error) = lines.iter().rev().find_map(|line| line.endpoint_error) {
+            rows.push((
+                "endpoint error: mean squared distance in latent space of the moving average's 1-step samples from the teacher's \
+                 50-step samples"
+                    .to_owned(),
+                format!("{error:.5}"),
+            ));
+        }
+        let mut text = "\n## Training\n\n| | |\n| --- | --- |\n".to_owned();
+        for (what, value) in rows {
+            let _infallible = writeln!(text, "| {what} | {value} |");
+        }
+        text += "\n![Loss](loss.png)\n";
+        text
+    }
+}
+
+/// No licence is named: the teacher's and the data's are for people to judge.
+fn front_matter(teacher: &Teacher) -> String {
+    let base = match teacher {
+        Teacher::Hub(id) => format!("base_model: {id}\n"),
+        Teacher::Elsewhere(_) => String::new(),
+    };
+    format!(
+        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{base}tags:\n- latent-consistency-model\n- text-to-image\n- \
+         diffusers\n- coffey\n---\n"
+    )
+}
+
+fn code_block(text: &str) -> String {
+    text.lines().map(|line| format!("    {line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &[&str]) -> Config {
+        let more: Vec<String> = more.iter().map(ToString::to_string).collect();
+        Config::parse(
+            "[data]\nshards = [\"https://me:secret@host/{0..3}.tar?signature=secret\", \"/home/me/a.tar\"]\n",
+            "a.toml",
+            &more,
+        )
+        .unwrap()
+    }
+
+    fn finished(folder: &Path) {
+        let line = |step: u64| {
+            format!(
+                "{{\"step\":{step},\"loss\":0.5,\"samples\":{},\"epoch\":0}}\n",
+                4 * step
+            )
+        };
+        let lines: String = (1..=3).map(line).collect();
+        fs::write(folder.join("metrics.jsonl"), lines).unwrap();
+        fs::write(folder.join("run.json"), "{\"revision\":\"0123abc\"}").unwrap();
+    }
+
+    #[test]
+    fn a_card_tells_what_was_done_and_nothing_of_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        finished(folder.path());
+        let config = config(&[
+            "model.teacher=user/teacher",
+            "model.vae=/home/me/vae",
+            "train.output=/home/me/run",
+            "data.cache_dir=/home/me/cache",
+            "s3.endpoint_url=http://internal:9000",
+            "distill.w_min=8",
+            "validation.prompts=['a \"red\" apple']",
+        ]);
+        let card = Card {
+            config: &config,
+            id: "user/student",
+            folder: folder.path(),
+        };
+        card.write().unwrap();
+        let text = fs::read_to_string(folder.path().join("README.md")).unwrap();
+        for private in ["/home", "secret", "signature", "internal", "me:secret"] {
+            assert!(!text.contains(private), "{private}: {text}");
+        }
+        for told in [
+            "base_model: user/teacher\n",
+            "\n# student\n",
+            "https://host/{0..3}.tar",
+            "`a.tar`",
+            "\"user/teacher\", revision=\"0123abc\", unet=unet",
+            "from_pretrained(\"user/student\", subfolder=\"unet\", torch_dtype=dtype)",
+            "\"a \\\"red\\\" apple\"",
+            "guidance_scale=9.0",
+            "| steps | 3 |",
+            "| samples seen | 12 |",
+            "mean of the last 3 steps | 0.50000 |",
+            "vae = \"vae\"",
+        ] {
+            assert!(text.contains(told), "{told}: {text}");
+        }
+        assert!(
+            !text.contains("license") && !text.contains("samples/"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn the_newest_pictures_go_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        finished(folder.path());
+        let config = config(&["model.teacher=somewhere"]);
+        let card = Card {
+            config: &config,
+            id: "user/student",
+            folder: folder.path(),
+        };
+        let samples = folder.path().join("samples");
+        fs::create_dir(&samples).unwrap();
+        for name in [
+            "step-20-online",
+            "step-100-online",
+            "step-100-target",
+            "other",
+        ] {
+            fs::write(samples.join(format!("{name}.png")), "").unwrap();
+        }
+        let files = card.files();
+        let pictures = &files[6..];
+        assert_eq!(
+            pictures,
+            ["samples/step-100-online.png", "samples/step-100-target.png"]
+        );
+        fs::write(samples.join("comparison.png"), "").unwrap();
+        assert_eq!(card.files()[6..], ["samples/comparison.png"]);
+        let text = card.text().unwrap();
+        assert!(text.contains("![The same noise") && text.contains("(samples/comparison.png)"));
+        assert!(
+            !text.contains("base_model") && text.contains("teacher = \"somewhere\""),
+            "{text}"
+        );
+    }
+}
