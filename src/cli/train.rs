@@ -2,11 +2,11 @@
 
 use clap::Args;
 use coffey_pipeline::Stream;
-use coffey_pipeline::flow::Stage;
 
 use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
+use crate::monitor::Command;
 use crate::pretrained::Wanted;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
@@ -30,7 +30,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         .map(|&d| device::open(d))
         .collect::<Result<Vec<_>, _>>()?;
     let access = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &access, Stage::Train)?;
+    let (monitor, _server) = watch(&config, &access, Command::Train)?;
     let models = until_a_signal(&stop, || {
         access.models(&config, paths.teacher, Wanted::training)
     })?;

@@ -8,6 +8,7 @@ use coffey_pipeline::flow::Stage;
 use serde::{Deserialize, Serialize};
 
 use super::{TrainError, io};
+use crate::monitor::StepFigures;
 
 /// What is recorded of a step.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +36,19 @@ pub(super) struct StepRecord {
     /// The stage that holds the rest back.
     #[serde(skip_deserializing)]
     pub(super) limiting_stage: Option<Stage>,
+}
+
+impl From<&StepRecord> for StepFigures {
+    fn from(record: &StepRecord) -> Self {
+        Self {
+            step: record.step,
+            loss: record.loss,
+            lr: record.lr,
+            grad_norm: record.grad_norm,
+            endpoint_error: record.endpoint_error,
+            samples: record.samples,
+        }
+    }
 }
 
 /// The open log of a run.

@@ -28,7 +28,7 @@ use crate::config::{self, Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
-use crate::monitor::{Monitor, StepFigures};
+use crate::monitor::Monitor;
 use crate::ops::{self, Attention, Keep};
 use crate::pretrained::Models;
 use crate::random::{generator, normal, uniform};
@@ -159,6 +159,7 @@ impl<'a> Run<'a> {
             (step, samples, cursor) = (state.step, state.samples, Some(state.cursor));
         }
         let log = MetricsLog::open(output, step)?;
+        data.monitor.resume(log.records().iter().map(Into::into));
         let skipped = SkippedLog::open(output, step)?;
         let configuration = config
             .to_toml()
@@ -208,6 +209,7 @@ impl<'a> Run<'a> {
         let validation = match &config.validation {
             None => None,
             Some(v) => {
+                show_grid(&data.monitor, output, step - step % v.every);
                 let seeded = (train.seed, "validation");
                 let prompts = Prompts::new(
                     &encoders,
@@ -275,6 +277,7 @@ impl<'a> Run<'a> {
             progress.say("waiting for the first batch");
             let stage = metrics.stage(Stage::Train);
             let (begun, first) = (Instant::now(), self.step);
+            self.monitor.expect("steps", self.step, train.max_steps);
             self.monitor.beat();
             while self.step < train.max_steps {
                 if stop.asked() {
@@ -406,12 +409,7 @@ impl<'a> Run<'a> {
         }
         self.skipped.write(step, pool.stream().shards(), &skipped)?;
         self.log.write(record.clone())?;
-        self.monitor.step(StepFigures {
-            step,
-            loss,
-            grad_norm: norm,
-            samples: self.samples,
-        });
+        self.monitor.step((&record).into());
         Ok(record)
     }
 
@@ -520,6 +518,7 @@ impl<'a> Run<'a> {
                 Err(TrainError::Stopped) => return Ok(()),
                 drawn => drawn?,
             }
+            show_grid(&self.monitor, self.output, self.step);
             loss_curve(self.output, self.log.records(), self.endpoint.as_ref())?;
         }
         Ok(())
@@ -549,5 +548,13 @@ impl<'a> Run<'a> {
         self.monitor.checkpoint(begun.elapsed());
         progress.say(format!("saved {}", place.display()));
         Ok(())
+    }
+}
+
+/// Shows the grid of this step to those who look on, if it was drawn.
+fn show_grid(monitor: &Monitor, output: &Path, step: u64) {
+    let path = output.join(format!("samples/step-{step}-target.png"));
+    if path.is_file() {
+        monitor.grid(step, path);
     }
 }

@@ -9,6 +9,7 @@
 )]
 
 pub(crate) mod hub;
+pub(crate) mod watched;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
