@@ -9,10 +9,12 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use support::watched::Watched;
 use support::{refuse, text};
 use tempfile::TempDir;
@@ -196,6 +198,7 @@ fn prometheus_sees_a_training_run_grow() {
     let (scrapes, said) = scrape(watched);
     check(&scrapes, true);
     let last = scrapes.last().unwrap();
+    check_dashboard_and_docs(last);
     // The last pictures are drawn after the last step.
     assert_eq!(last.value("coffey_train_step"), 12.0);
     assert_eq!(last.value("coffey_train_samples_total"), 48.0);
@@ -209,6 +212,51 @@ fn prometheus_sees_a_training_run_grow() {
         said.contains("12 steps in ") && said.contains(" · limit: "),
         "{said}"
     );
+}
+
+/// Every metric's name as a query has it.
+fn exported(scrape: &Scrape) -> BTreeSet<String> {
+    let name = |(family, kind): (&String, &String)| match kind.as_str() {
+        "counter" => format!("{family}_total"),
+        _ => family.clone(),
+    };
+    scrape.types.iter().map(name).collect()
+}
+
+/// The metrics a text names.
+fn named(text: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("coffey_"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Neither asks for a metric that is not there, nor passes one over.
+fn check_dashboard_and_docs(scrape: &Scrape) {
+    let exported = exported(scrape);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    assert_eq!(named(&docs), exported);
+
+    let dashboard = std::fs::read(root.join("deploy/grafana/coffey.json")).unwrap();
+    let dashboard: Value = serde_json::from_slice(&dashboard).unwrap();
+    let mut queries = String::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        if panel["type"] == "row" {
+            continue;
+        }
+        // Whoever imports it has another Prometheus.
+        assert_eq!(panel["datasource"]["uid"], "${datasource}", "{panel:#}");
+        for target in panel["targets"].as_array().unwrap() {
+            queries.push_str(target["expr"].as_str().unwrap());
+            queries.push('\n');
+        }
+    }
+    assert_eq!(named(&queries), exported);
+    for variable in dashboard["templating"]["list"].as_array().unwrap() {
+        let asked = named(&variable["query"].to_string());
+        assert!(asked.is_subset(&exported), "{asked:?}");
+    }
 }
 
 #[test]
