@@ -9,17 +9,18 @@
 
 mod support;
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::process::{Child, ChildStderr, Stdio};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use support::{command, refuse, text};
+use serde_json::Value;
+use support::watched::Watched;
+use support::{refuse, text};
 use tempfile::TempDir;
 
 /// Every metric: its family, its type and its label.
-const STREAM: [(&str, &str, &str); 10] = [
+const STREAM: [(&str, &str, &str); 11] = [
     ("coffey_stage_items", "counter", "stage"),
     ("coffey_stage_bytes", "counter", "stage"),
     ("coffey_stage_busy_seconds", "counter", "stage"),
@@ -30,11 +31,13 @@ const STREAM: [(&str, &str, &str); 10] = [
     ("coffey_samples_skipped", "counter", "reason"),
     ("coffey_s3_requests", "counter", "outcome"),
     ("coffey_s3_retries", "counter", "reason"),
+    ("coffey_stalled", "gauge", ""),
 ];
-const TRAINING: [(&str, &str, &str); 5] = [
+const TRAINING: [(&str, &str, &str); 6] = [
     ("coffey_train_step", "gauge", ""),
     ("coffey_train_loss", "gauge", ""),
     ("coffey_train_grad_norm", "gauge", ""),
+    ("coffey_train_lr", "gauge", ""),
     ("coffey_train_samples", "counter", ""),
     ("coffey_checkpoint_seconds", "gauge", ""),
 ];
@@ -42,81 +45,22 @@ const STAGES: [&str; 9] = [
     "fetch", "untar", "filter", "shuffle", "decode", "batch", "encode", "train", "write",
 ];
 
-/// A command that serves its metrics.
-struct Watched {
-    child: Child,
-    said: BufReader<ChildStderr>,
-    address: String,
-}
-
-impl Watched {
-    /// Starts it and waits until it has said where it listens.
-    fn start(args: &[&str]) -> Self {
-        let listen = ["-s", "metrics.listen=127.0.0.1:0"];
-        let mut child = command(&[args, &listen].concat())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut watched = Self {
-            said: BufReader::new(child.stderr.take().unwrap()),
-            child,
-            address: String::new(),
-        };
-        let mut all = String::new();
-        while watched.address.is_empty() {
-            let begin = all.len();
-            assert_ne!(watched.said.read_line(&mut all).unwrap(), 0, "{all}");
-            let line = all[begin..].trim_end();
-            if let Some(url) = line.strip_prefix("metrics at http://") {
-                watched.address = url.strip_suffix("/metrics").unwrap().to_owned();
-            }
+/// Scrapes until the command has ended, which must be well; every scrape, and what was said.
+fn scrape(watched: Watched) -> (Vec<Scrape>, String) {
+    let mut scrapes = Vec::new();
+    while let Some(metrics) = watched.get("/metrics") {
+        let kind = "content-type: application/openmetrics-text; version=1.0.0";
+        assert!(metrics.head.contains(kind), "{}", metrics.head);
+        assert_eq!(metrics.status, 200, "{}", metrics.text());
+        scrapes.push(Scrape::parse(&metrics.text()));
+        if let Some(health) = watched.get("/healthz") {
+            assert_eq!((health.status, health.text().as_str()), (200, "ok\n"));
         }
-        watched
+        std::thread::sleep(Duration::from_millis(20));
     }
-
-    /// What is answered, unless the command has ended.
-    fn get(&self, path: &str) -> Option<(u16, String)> {
-        let mut socket = TcpStream::connect(&self.address).ok()?;
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        socket.write_all(request.as_bytes()).ok()?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer).ok()?;
-        let (head, body) = answer.split_once("\r\n\r\n")?;
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        if path == "/metrics" {
-            assert!(
-                head.contains("content-type: application/openmetrics-text; version=1.0.0"),
-                "{head}"
-            );
-        }
-        Some((status, body.to_owned()))
-    }
-
-    /// Scrapes until the command has ended, which must be well; every scrape, and what was said.
-    fn scrape(mut self) -> (Vec<Scrape>, String) {
-        let mut scrapes = Vec::new();
-        while let Some((status, body)) = self.get("/metrics") {
-            assert_eq!(status, 200, "{body}");
-            scrapes.push(Scrape::parse(&body));
-            if let Some((status, body)) = self.get("/healthz") {
-                assert_eq!((status, body.as_str()), (200, "ok\n"));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let mut said = String::new();
-        self.said.read_to_string(&mut said).unwrap();
-        let status = self.child.wait().unwrap();
-        assert_eq!(status.code(), Some(0), "{said}");
-        (scrapes, said)
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
-    }
+    let (code, said) = watched.end();
+    assert_eq!(code, Some(0), "{said}");
+    (scrapes, said)
 }
 
 /// The parsed text: types by family, and values by series.
@@ -251,20 +195,68 @@ fn prometheus_sees_a_training_run_grow() {
         "-s",
         "validation.every=12",
     ]);
-    let (scrapes, said) = watched.scrape();
+    let (scrapes, said) = scrape(watched);
     check(&scrapes, true);
     let last = scrapes.last().unwrap();
+    check_dashboard_and_docs(last);
     // The last pictures are drawn after the last step.
     assert_eq!(last.value("coffey_train_step"), 12.0);
     assert_eq!(last.value("coffey_train_samples_total"), 48.0);
     assert_eq!(last.items("train"), 48.0);
     assert!(last.value("coffey_train_loss") > 0.0);
     assert!(last.value("coffey_train_grad_norm") > 0.0);
+    assert_eq!(last.value("coffey_train_lr"), 3e-4);
+    assert_eq!(last.value("coffey_stalled"), 0.0);
     assert!(last.value("coffey_checkpoint_seconds") > 0.0);
     assert!(
         said.contains("12 steps in ") && said.contains(" · limit: "),
         "{said}"
     );
+}
+
+/// Every metric's name as a query has it.
+fn exported(scrape: &Scrape) -> BTreeSet<String> {
+    let name = |(family, kind): (&String, &String)| match kind.as_str() {
+        "counter" => format!("{family}_total"),
+        _ => family.clone(),
+    };
+    scrape.types.iter().map(name).collect()
+}
+
+/// The metrics a text names.
+fn named(text: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("coffey_"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Neither asks for a metric that is not there, nor passes one over.
+fn check_dashboard_and_docs(scrape: &Scrape) {
+    let exported = exported(scrape);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    assert_eq!(named(&docs), exported);
+
+    let dashboard = std::fs::read(root.join("deploy/grafana/coffey.json")).unwrap();
+    let dashboard: Value = serde_json::from_slice(&dashboard).unwrap();
+    let mut queries = String::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        if panel["type"] == "row" {
+            continue;
+        }
+        // Whoever imports it has another Prometheus.
+        assert_eq!(panel["datasource"]["uid"], "${datasource}", "{panel:#}");
+        for target in panel["targets"].as_array().unwrap() {
+            queries.push_str(target["expr"].as_str().unwrap());
+            queries.push('\n');
+        }
+    }
+    assert_eq!(named(&queries), exported);
+    for variable in dashboard["templating"]["list"].as_array().unwrap() {
+        let asked = named(&variable["query"].to_string());
+        assert!(asked.is_subset(&exported), "{asked:?}");
+    }
 }
 
 #[test]
@@ -273,7 +265,7 @@ fn prometheus_sees_latents_being_written() {
     let output = format!("latents.output={}", text(&folder.path().join("latents")));
     let config = "configs/precompute-quickstart.toml";
     let args = ["precompute", "-c", config, "-s", &output];
-    let (scrapes, said) = Watched::start(&args).scrape();
+    let (scrapes, said) = scrape(Watched::start(&args));
     check(&scrapes, false);
     let last = scrapes.last().unwrap();
     assert!(last.items("write") > 0.0 && last.items("train") == 0.0);
@@ -294,12 +286,12 @@ fn a_supervisor_is_told_which_stage_hangs() {
         "-s",
         "train.stall_timeout=1",
     ]);
-    assert_eq!(watched.get("/healthz").unwrap().0, 200);
+    assert_eq!(watched.get("/healthz").unwrap().status, 200);
     let begun = Instant::now();
     let told = loop {
-        let (status, body) = watched.get("/healthz").unwrap();
-        if status != 200 {
-            break (status, body);
+        let health = watched.get("/healthz").unwrap();
+        if health.status != 200 {
+            break (health.status, health.text());
         }
         assert!(begun.elapsed() < Duration::from_secs(20), "still healthy");
         std::thread::sleep(Duration::from_millis(50));
@@ -307,7 +299,9 @@ fn a_supervisor_is_told_which_stage_hangs() {
     assert!(begun.elapsed() > Duration::from_millis(500));
     assert_eq!(told.0, 503);
     assert!(told.1.contains("the fetch stage hangs"), "{}", told.1);
-    assert_eq!(watched.get("/nothing").unwrap().0, 404);
+    assert_eq!(watched.get("/nothing").unwrap().status, 404);
+    let metrics = Scrape::parse(&watched.get("/metrics").unwrap().text());
+    assert_eq!(metrics.value("coffey_stalled"), 1.0);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
 use super::watch::watch;
 use super::{ConfigArgs, Failure};
+use crate::monitor::Command;
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]
@@ -92,7 +93,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, Stage::Train)?;
+    let (monitor, _server) = watch(&config, &data, Command::Bench)?;
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
@@ -113,6 +114,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let consumer = data.metrics.stage(Stage::Train);
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
     let (mut recent, mut values) = (Recent::default(), Vec::new());
+    monitor.expect("samples", 0, args.samples);
     monitor.beat();
     while samples < args.samples {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
@@ -125,6 +127,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         consumer.add_items(batch.samples.len() as u64);
         std::hint::black_box(&values);
         batches += 1;
+        monitor.advance(samples);
         monitor.beat();
         if batches == 1 {
             first_batch = start.elapsed();

@@ -18,7 +18,7 @@ use crate::config::{self, Config};
 use crate::encode::{EncodeError, EncodePool, Encoders};
 use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
 use crate::models::UNetConfig;
-use crate::monitor::Monitor;
+use crate::monitor::{Command, Monitor};
 use crate::pretrained::{Models, Wanted};
 use crate::stop::Stop;
 use crate::train::check_fit;
@@ -53,7 +53,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, Stage::Write)?;
+    let (monitor, _server) = watch(&config, &data, Command::Precompute)?;
     let models = until_a_signal(&stop, || {
         data.models(&config, paths.teacher, Wanted::encoding)
     })?;
@@ -155,8 +155,9 @@ fn write_all(
     stop.on_stop(move || interrupter.interrupt());
     let metrics = monitor.flow();
     let stage = metrics.stage(Stage::Write);
-    monitor.beat();
     let mut progress = Progress::start(writer.remaining().len());
+    monitor.expect("shards", 0, progress.shards as u64);
+    monitor.beat();
     while !stop.asked()
         && let Some(batch) = pool.next(&stage)
     {
@@ -178,6 +179,7 @@ fn write_all(
             }
         }
         progress.update(batch.samples.len(), finished.len(), metrics);
+        monitor.advance(progress.shards_done as u64);
         monitor.beat();
     }
     monitor.rest();

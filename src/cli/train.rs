@@ -2,12 +2,12 @@
 
 use clap::Args;
 use coffey_pipeline::Stream;
-use coffey_pipeline::flow::Stage;
 
 use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
+use crate::monitor::Command;
 use crate::pretrained::Wanted;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
@@ -42,7 +42,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
-    let (monitor, _server) = watch(&config, &access, Stage::Train)?;
+    let (monitor, _server) = watch(&config, &access, Command::Train)?;
     let models = until_a_signal(&stop, || {
         access.models(&config, paths.teacher, Wanted::training)
     })?;

@@ -2,27 +2,34 @@
 
 use std::time::Duration;
 
-use coffey_pipeline::flow::Stage;
-
 use super::Failure;
 use super::data::DataAccess;
 use crate::config::Config;
-use crate::monitor::{Monitor, Server};
+use crate::monitor::{Command, Monitor, Server};
 
-/// The monitor of a command whose last stage is `consumer`, and the server that answers from it while it is held, if the
-/// configuration asks for one.
+/// The monitor of a command, and the server that answers from it while it is held, if the configuration asks for one.
 pub(super) fn watch(
     config: &Config,
     data: &DataAccess,
-    consumer: Stage,
+    command: Command,
 ) -> Result<(Monitor, Option<Server>), Failure> {
+    let output = match command {
+        Command::Train => config.train.output.as_ref(),
+        Command::Precompute => config.latents.as_ref().map(|latents| &latents.output),
+        Command::Bench => None,
+    };
+    let subject = match output {
+        Some(output) => output.display().to_string(),
+        None => "the data pipeline alone".to_owned(),
+    };
     let timeout = Duration::from_secs(config.train.stall_timeout);
-    let monitor = Monitor::new(data.metrics.clone(), consumer, timeout);
+    let monitor = Monitor::new(data.metrics.clone(), command, subject, timeout);
     let Some(listen) = config.metrics.listen else {
         return Ok((monitor, None));
     };
     let server = Server::start(listen.0, monitor.clone(), data.runtime.handle())
         .map_err(|error| config.refuse_listen(listen, &error))?;
+    errln!("this run in a browser: http://{}/", server.address());
     errln!("metrics at http://{}/metrics", server.address());
     Ok((monitor, Some(server)))
 }

@@ -180,6 +180,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
             && !id.ends_with(".git");
         let needs = "must be a repository of the Hub, as \"user/model\"";
         check.that("hub.push_to", format!("{id:?}"), ok, needs)?;
+        let local = !config.train.output.as_deref().is_some_and(in_s3);
+        let needs = "must be left out where train.output is in S3: what is pushed is read from the run's folder";
+        check.that("hub.push_to", format!("{id:?}"), local, needs)?;
     }
     if let Some(latents) = &config.latents {
         check.path("latents.output", Some(&latents.output))?;

@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use crate::config::{Config, ModelPlace, ModelRef};
 
 /// Keys and tables that concern the machine alone.
-const PRIVATE: [&str; 12] = [
+const PRIVATE: [&str; 13] = [
     "s3",
     "metrics",
     "latents",
@@ -17,6 +17,7 @@ const PRIVATE: [&str; 12] = [
     "data.cache_dir",
     "data.cache_limit_gb",
     "train.output",
+    "train.scratch",
     "train.device",
 ];
 

@@ -90,8 +90,20 @@ impl Collector for Monitor {
             counts(&flow.s3_retries),
         )?;
 
-        let training = *self.training();
-        if let Some(step) = training.step {
+        let stalled = u64::from(self.stalled().is_some());
+        metrics.gauge(
+            (
+                "coffey_stalled",
+                "1 while no batch or step has come for train.stall_timeout, as /healthz",
+            ),
+            stalled,
+        )?;
+
+        let (step, checkpoint) = {
+            let seen = self.seen();
+            (seen.step, seen.checkpoint)
+        };
+        if let Some(step) = step {
             metrics.gauge(("coffey_train_step", "Steps made"), step.step)?;
             metrics.gauge(("coffey_train_loss", "Loss of the newest step"), step.loss)?;
             metrics.gauge(
@@ -101,15 +113,19 @@ impl Collector for Monitor {
                 ),
                 step.grad_norm,
             )?;
+            metrics.gauge(
+                ("coffey_train_lr", "Learning rate of the newest step"),
+                step.lr,
+            )?;
             metrics.counter(("coffey_train_samples", "Samples trained on"), step.samples)?;
         }
-        if let Some(seconds) = training.checkpoint_seconds {
+        if let Some(checkpoint) = checkpoint {
             metrics.gauge(
                 (
                     "coffey_checkpoint_seconds",
                     "Time the newest checkpoint took to save",
                 ),
-                seconds,
+                checkpoint.took.as_secs_f64(),
             )?;
         }
         Ok(())

@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::lines::Lines;
 use super::{TrainError, io};
+use crate::monitor::StepFigures;
 
 /// What is recorded of a step.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,6 +48,19 @@ pub(super) struct StepRecord {
 /// JSON has no number for what is not finite.
 fn or_nan<'de, D: Deserializer<'de>>(number: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(number)?.unwrap_or(f64::NAN))
+}
+
+impl From<&StepRecord> for StepFigures {
+    fn from(record: &StepRecord) -> Self {
+        Self {
+            step: record.step,
+            loss: record.loss,
+            lr: record.lr,
+            grad_norm: record.grad_norm,
+            endpoint_error: record.endpoint_error,
+            samples: record.samples,
+        }
+    }
 }
 
 /// The open log of a run.

@@ -32,7 +32,7 @@ use crate::config::{self, Config, MixedPrecision, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
-use crate::monitor::{Monitor, StepFigures};
+use crate::monitor::Monitor;
 use crate::ops::{self, Attention, Keep};
 use crate::pretrained::Models;
 use crate::random::{generator, normal, uniform};
@@ -175,6 +175,7 @@ impl<'a> Run<'a> {
         saver.records().fetch()?;
         let folder = output.folder();
         let log = MetricsLog::open(folder, step)?;
+        data.monitor.resume(log.records().iter().map(Into::into));
         let skipped = SkippedLog::open(folder, step)?;
         let configuration = config
             .to_toml()
@@ -235,6 +236,7 @@ impl<'a> Run<'a> {
         let validation = match &config.validation {
             None => None,
             Some(v) => {
+                pictures::show_grid(&data.monitor, folder, step - step % v.every);
                 let seeded = (train.seed, "validation");
                 let prompts = Prompts::new(
                     &encoders,
@@ -302,6 +304,7 @@ impl<'a> Run<'a> {
             progress.say("waiting for the first batch");
             let stage = metrics.stage(Stage::Train);
             let (begun, first) = (Instant::now(), self.step);
+            self.monitor.expect("steps", self.step, train.max_steps);
             self.monitor.beat();
             self.missing_grids(progress, stop)?;
             while self.step < train.max_steps {
@@ -454,12 +457,7 @@ impl<'a> Run<'a> {
         }
         self.skipped.write(step, pool.stream().shards(), &skipped);
         self.log.write(record.clone());
-        self.monitor.step(StepFigures {
-            step,
-            loss,
-            grad_norm: norm,
-            samples: self.samples,
-        });
+        self.monitor.step((&record).into());
         Ok(record)
     }
 

@@ -11,6 +11,7 @@
 pub(crate) mod cloud;
 pub(crate) mod hub;
 pub(crate) mod receiver;
+pub(crate) mod watched;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -20,6 +20,8 @@ const FEWEST: usize = 8;
 pub struct Recent {
     first: Option<FlowSnapshot>,
     marks: VecDeque<FlowSnapshot>,
+    /// What the limit was last read from.
+    window: Option<FlowSnapshot>,
 }
 
 impl Recent {
@@ -37,10 +39,8 @@ impl Recent {
         {
             self.marks.pop_front();
         }
-        let limit = self
-            .marks
-            .front()
-            .and_then(|then| now.since(then).limiting_stage());
+        self.window = self.marks.front().map(|then| now.since(then));
+        let limit = self.limit();
         if self.first.is_none() {
             self.first = Some(now.clone());
         }
@@ -52,6 +52,30 @@ impl Recent {
             self.marks.push_back(now);
         }
         limit
+    }
+
+    /// Whether there was a first mark.
+    #[must_use]
+    pub fn started(&self) -> bool {
+        self.first.is_some()
+    }
+
+    /// The stage that held the rest back lately, as of the newest mark.
+    #[must_use]
+    pub fn limit(&self) -> Option<Stage> {
+        self.window.as_ref()?.limiting_stage()
+    }
+
+    /// What the limit is read from: what came to pass between the oldest mark looked back to and the newest one.
+    #[must_use]
+    pub fn window(&self) -> Option<&FlowSnapshot> {
+        self.window.as_ref()
+    }
+
+    /// What came to pass since the oldest mark looked back to, up to `now`.
+    #[must_use]
+    pub fn until(&self, now: &FlowSnapshot) -> Option<FlowSnapshot> {
+        self.marks.front().map(|then| now.since(then))
     }
 
     /// The stage that held the rest back since the first mark.
@@ -115,6 +139,12 @@ mod tests {
             limits.push(recent.mark_at(now));
         }
         assert_eq!(limits.last(), Some(&Some(Stage::Train)));
+        let window = recent.window().unwrap();
+        assert!((30.0..=31.0).contains(&window.seconds), "{window:?}");
+        let mut later = clock.metrics.snapshot();
+        later.seconds = clock.now + 5.0;
+        let longer = recent.until(&later).unwrap();
+        assert_eq!(longer.seconds, window.seconds + 5.0);
         assert_eq!(recent.overall(&clock.metrics), Some(Stage::Decode));
         assert!(recent.marks.len() <= 32, "{}", recent.marks.len());
     }

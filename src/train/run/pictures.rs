@@ -1,6 +1,9 @@
 //! The grids and curves drawn while a run goes on.
 
+use std::path::Path;
+
 use super::Run;
+use crate::monitor::Monitor;
 use crate::stop::Stop;
 use crate::train::TrainError;
 use crate::train::progress::Progress;
@@ -48,8 +51,17 @@ impl Run<'_> {
                 stop,
             )?;
             self.tracker.grids(self.step, progress);
+            show_grid(&self.monitor, folder, self.step);
             loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
         }
         Ok(())
+    }
+}
+
+/// Shows the grid of this step to those who look on, if it was drawn.
+pub(super) fn show_grid(monitor: &Monitor, folder: &Path, step: u64) {
+    let path = grid_path(folder, step, "target");
+    if path.is_file() {
+        monitor.grid(step, path);
     }
 }
