@@ -1,4 +1,4 @@
-//! TensorBoard's event files: records framed by checksums ([`record`]), each holding one protocol buffer ([`event`]).
+//! TensorBoard's event files: records framed by checksums (`record`), each holding one protocol buffer (`event`).
 //!
 //! [`Events`] writes the files of a run and cuts them back when it goes on from an earlier step, so that a folder read as a
 //! whole holds every step once. It never decides what is recorded.
