@@ -133,9 +133,15 @@ fn unknown_words_list_the_choices() {
 
 #[test]
 fn a_run_in_s3_is_not_pushed() {
-    let message = parse(MINIMAL, &["train.output=s3://runs/a", "hub.push_to=user/model"]);
+    let message = parse(
+        MINIMAL,
+        &["train.output=s3://runs/a", "hub.push_to=user/model"],
+    );
     let message = message.unwrap_err().to_string();
-    assert!(message.contains("hub.push_to") && message.contains("train.output"), "{message}");
+    assert!(
+        message.contains("hub.push_to") && message.contains("train.output"),
+        "{message}"
+    );
 }
 
 #[test]
