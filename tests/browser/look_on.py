@@ -19,7 +19,7 @@ PATIENCE_MS = 120_000
 
 def step(page: Page) -> int:
     """The number under `step`."""
-    shown = page.locator("#figures div", has=page.get_by_text("step", exact=True)).locator("dd > span")
+    shown = page.locator("[data-figure=step] > span")
     return int(shown.inner_text(timeout=PATIENCE_MS).replace(",", ""))
 
 
@@ -78,7 +78,7 @@ def main() -> None:
         before = step(page)
         check(page)
         page.wait_for_function(
-            "before => Number(document.querySelector('#figures dd > span').textContent.replace(',', '')) > before", arg=before, timeout=PATIENCE_MS
+            "before => Number(document.querySelector('[data-figure=step] > span').textContent.replace(',', '')) > before", arg=before, timeout=PATIENCE_MS
         )
         assert page.evaluate("window.untouched"), "it was loaded again"
 
