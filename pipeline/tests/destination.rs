@@ -321,3 +321,39 @@ fn the_server_inside_the_process_takes_writes() {
         6 << 20
     );
 }
+
+/// A figure of this process, in bytes.
+fn memory(name: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap();
+    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse().unwrap();
+    kilobytes << 10
+}
+
+#[test]
+fn memory_stays_flat_however_large_the_object_is() {
+    let server = Faulty::start(clean());
+    let bench = server.bench(4);
+    let runtime = bench.runtime.handle();
+    let place = bench.sources.destination("s3://data/run", runtime).unwrap();
+    let piece = content(9, 1 << 20);
+    place.write("warm", &piece).unwrap();
+    let before = memory("VmRSS:");
+    let begun = std::time::Instant::now();
+    let mut writer = place.create("large").unwrap();
+    for _ in 0..400 {
+        writer.append(&piece).unwrap();
+    }
+    let written = writer.finish().unwrap();
+    let (seconds, grown) = (begun.elapsed().as_secs_f64(), memory("VmHWM:") - before);
+    eprintln!(
+        "400 MiB in {seconds:.1} s, {} MiB more at most",
+        grown >> 20
+    );
+    assert_eq!(written.bytes, 400 << 20);
+    // Four parts of 8 MiB, and what the client and the server beside it hold of them on their way.
+    assert!(grown < 128 << 20, "{} MiB", grown >> 20);
+}

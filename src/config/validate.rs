@@ -165,6 +165,9 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
     check.positive("checkpoint.keep", config.checkpoint.keep as u64)?;
     if let Resume::From(checkpoint) = &config.checkpoint.resume {
         check.place("checkpoint.resume", Some(checkpoint))?;
+        let ok = !in_s3(checkpoint) || checkpoint.components().count() > 2;
+        let needs = "must name a checkpoint, as \"s3://bucket/runs/first/checkpoint-200\"";
+        check.that("checkpoint.resume", quoted(checkpoint), ok, needs)?;
     }
     if let Some(validation) = &config.validation {
         check.validation(validation)?;

@@ -153,7 +153,8 @@ impl Chaos {
                 }
                 _ => {
                     trainer.wait_until(|said| said.contains(STARTED));
-                    trainer.rest(span(2 * self.every * step, &mut random));
+                    // A little more than from one checkpoint to the next: on average the run gets ahead, and not far.
+                    trainer.rest(span(self.every * step * 6 / 5, &mut random));
                     "while training"
                 }
             };

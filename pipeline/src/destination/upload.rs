@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +20,11 @@ use crate::source::s3::{Sent, Target};
 const PARTS_OF_A_SIZE: usize = 1000;
 /// Metadata that tells an upload's object from one that stood there before.
 const MARK: &str = "coffey-upload";
+/// How much faster than it takes parts a server puts them together, at the least: it is waited for so long.
+const ASSEMBLY: usize = 64;
+/// How often, and after what time, an object is looked for whose last answer was lost: a server may still be putting it together.
+const LOOKS: u32 = 10;
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 /// Longest wait for an upload to be given up.
 const ABORT_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,6 +43,7 @@ struct Begun {
     id: String,
     mark: String,
     parts: usize,
+    bytes: usize,
     under_way: JoinSet<Result<Sent, SourceError>>,
     sent: Vec<Sent>,
 }
@@ -89,6 +96,7 @@ impl Upload {
                     id,
                     mark,
                     parts: 0,
+                    bytes: 0,
                     under_way: JoinSet::new(),
                     sent: Vec::new(),
                 })
@@ -98,6 +106,7 @@ impl Upload {
             runtime.block_on(begun.one_sent())?;
         }
         begun.parts += 1;
+        begun.bytes += body.len();
         let number = i32::try_from(begun.parts).unwrap_or(i32::MAX);
         let (bucket, target, id) = (
             Arc::clone(&self.bucket),
@@ -168,18 +177,30 @@ impl Begun {
 /// Makes an object of the parts. An answer may be lost after the server has done it; asked again, it does not know the upload
 /// any more, and the object says whose it is.
 async fn complete(bucket: &Bucket, target: &Target, begun: &Begun) -> Result<(), SourceError> {
+    let asked = AtomicU32::new(0);
     let completed = bucket
-        .repeat(&target.url, 0, |s3| {
+        .repeat(&target.url, begun.bytes / ASSEMBLY, |s3| {
+            asked.fetch_add(1, Ordering::Relaxed);
             s3.complete(target, &begun.id, &begun.sent)
         })
         .await;
     let Err(error) = completed else {
         return Ok(());
     };
-    match bucket.head(target).await {
-        Ok(Some(facts)) if facts.metadata.get(MARK) == Some(&begun.mark) => Ok(()),
-        _ => Err(error),
+    let looks = match asked.into_inner() {
+        0 | 1 => 1, // what it was asked once it has refused
+        _ => LOOKS,
+    };
+    for look in 0..looks {
+        if look > 0 {
+            tokio::time::sleep(BETWEEN_LOOKS).await;
+        }
+        let found = bucket.head(target).await.ok().flatten();
+        if found.is_some_and(|facts| facts.metadata.get(MARK) == Some(&begun.mark)) {
+            return Ok(());
+        }
     }
+    Err(error)
 }
 
 impl Drop for Upload {

@@ -343,4 +343,9 @@ fn places_in_s3_name_a_bucket() {
         assert!(error.contains("must name a bucket"), "{error}");
         parse(MINIMAL, &[&format!("{key}=s3://bucket/runs")]).unwrap();
     }
+    let error = parse(MINIMAL, &["checkpoint.resume=s3://bucket/"]).unwrap_err();
+    assert!(
+        error.to_string().contains("must name a checkpoint"),
+        "{error}"
+    );
 }
