@@ -219,7 +219,7 @@ impl UNet {
     }
 
     /// The same network, computing in the given type whatever its weights are held in: they are cast where they are used, and norms,
-    /// the softmax of attention and sums stay in `f32`. PyTorch's autocast, but for the last convolution, which is `f32`, too.
+    /// the softmax of attention and sums stay in `f32`. PyTorch's autocast.
     pub fn computing_in(self, compute: Option<DType>) -> Self {
         Self { compute, ..self }
     }
@@ -306,10 +306,6 @@ impl UNet {
                 let (_, _, h, w) = next.dims4()?;
                 x = upsample.forward_to(&x, (h, w))?;
             }
-        }
-        // The prediction is multiplied by up to 1/α, about 15, on its way to the clean latents: its rounding would show in the loss.
-        if self.compute.is_some() {
-            x = ops::cast(&x, DType::F32)?;
         }
         let activation = self.config.resnet.activation;
         self.conv_out
