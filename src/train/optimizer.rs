@@ -222,3 +222,85 @@ impl AdamW {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// A variable large enough for 8 bits, a small one, their gradients, and an optimiser of both kinds of moments.
+    fn parts() -> Result<(Variables, Gradients, AdamW)> {
+        let sizes = [("large", SMALLEST_QUANTIZED), ("small", 3)];
+        let (mut variables, mut gradients) = (Variables::new(), Gradients::new());
+        for (name, n) in sizes {
+            let var = Var::ones(n, DType::F32, &Device::Cpu)?;
+            variables.insert(name.to_owned(), var);
+            let gradient = Tensor::full(2f32, n, &Device::Cpu)?;
+            gradients.insert(name.to_owned(), gradient);
+        }
+        let settings = config::Optimizer {
+            kind: OptimizerKind::AdamW8bit,
+            learning_rate: 0.1,
+            ..config::Optimizer::default()
+        };
+        let optimizer = AdamW::new(&settings, &variables, true)?;
+        Ok((variables, gradients, optimizer))
+    }
+
+    fn values(variables: &Variables) -> Result<Vec<Vec<f32>>> {
+        variables.values().map(|v| v.to_vec1::<f32>()).collect()
+    }
+
+    #[test]
+    fn an_overflow_changes_nothing_but_the_scale() -> Result<()> {
+        let (variables, mut gradients, mut optimizer) = parts()?;
+        let (before, scale) = (values(&variables)?, optimizer.factor());
+        gradients.insert(
+            "small".to_owned(),
+            Tensor::full(f32::INFINITY, 3, &Device::Cpu)?,
+        );
+        let norm = optimizer.norm(&gradients)?;
+        optimizer.step(&variables, &gradients, norm, 0.1)?;
+        assert_eq!(values(&variables)?, before);
+        assert_eq!((optimizer.steps(), optimizer.factor()), (0, scale / 2.0));
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_of_the_scaled_loss_are_scaled_back() -> Result<()> {
+        let (_, gradients, optimizer) = parts()?;
+        let elements = (SMALLEST_QUANTIZED + 3) as f64;
+        let want = 2.0 * elements.sqrt() / optimizer.factor();
+        assert!((optimizer.norm(&gradients)? / want - 1.0).abs() < 1e-12);
+        Ok(())
+    }
+
+    #[test]
+    fn a_restored_optimizer_makes_the_same_steps() -> Result<()> {
+        let (variables, gradients, mut first) = parts()?;
+        first.step(&variables, &gradients, first.norm(&gradients)?, 0.1)?;
+        let (again, _, mut second) = parts()?;
+        for (name, var) in &again {
+            var.set(variables[name].as_tensor())?;
+        }
+        let mut saved: HashMap<String, Tensor> = HashMap::new();
+        for (name, tensor) in first.state() {
+            saved.insert(name, tensor.copy()?);
+        }
+        assert_eq!(second.restore(&saved, first.numbers())?, None);
+        for (optimizer, variables) in [(&mut first, &variables), (&mut second, &again)] {
+            let norm = optimizer.norm(&gradients)?;
+            optimizer.step(variables, &gradients, norm, 0.1)?;
+        }
+        assert_eq!(values(&variables)?, values(&again)?);
+        assert_eq!(first.numbers(), second.numbers());
+        saved.remove("exp_avg_absmax.large");
+        let wrong = second.restore(&saved, first.numbers())?;
+        assert_eq!(
+            wrong.as_deref(),
+            Some("tensor \"exp_avg_absmax.large\" is missing")
+        );
+        Ok(())
+    }
+}
