@@ -47,14 +47,14 @@ fn refused(output: &Output, code: i32, words: &[&str]) {
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let files = fs::read_dir(folder).unwrap().map(|file| {
-        let path = file.unwrap().path();
-        (
-            path.file_name().unwrap().to_str().unwrap().to_owned(),
-            fs::read(path).unwrap(),
-        )
-    });
-    files.collect()
+    let files = fs::read_dir(folder).unwrap().flatten();
+    files
+        .filter(|file| file.path().is_file())
+        .map(|file| {
+            let name = file.file_name().to_str().unwrap().to_owned();
+            (name, fs::read(file.path()).unwrap())
+        })
+        .collect()
 }
 
 #[test]
@@ -149,6 +149,27 @@ fn ranks_share_the_shards() {
     ));
     let names: Vec<String> = files(folder.path()).into_keys().collect();
     assert_eq!(names, ["00000.tar", "00002.tar", "manifest-0-of-2.json"]);
+    let finish = [&shards[..], &["--finish"]].concat();
+    refused(
+        &precompute(folder.path(), &finish),
+        1,
+        &["1 of 3 shards missing: 00001.tar;"],
+    );
+    let last = [&shards[..], &["--rank", "1", "--world", "2"]].concat();
+    succeeded(precompute(folder.path(), &last));
+    let names: Vec<String> = files(folder.path()).into_keys().collect();
+    assert_eq!(
+        names,
+        ["00000.tar", "00001.tar", "00002.tar", "manifest.json"]
+    );
+    let said = succeeded(precompute(folder.path(), &finish));
+    assert!(said.contains("all 3 shards there"), "{said}");
+    let empty = TempDir::new().unwrap();
+    refused(
+        &precompute(empty.path(), &finish),
+        2,
+        &["holds no manifest", "latents.output"],
+    );
     let result = precompute(folder.path(), &["--rank", "0", "--world", "5"]);
     refused(&result, 2, &["4 shards", "5 ranks"]);
     refused(
@@ -178,7 +199,7 @@ fn mistakes_end_with_one_clear_message() {
     assert!(
         !files(&out)
             .keys()
-            .any(|name| name.ends_with(".tar") || name.ends_with(".tmp"))
+            .any(|name| name.ends_with(".tar") || name.starts_with('.'))
     );
     refused(
         &precompute(&out, &["-s", "model.teacher=nowhere"]),

@@ -148,10 +148,15 @@ fn bombs_are_skipped_before_they_are_decoded() {
     assert_eq!(keys(&batches).len(), 2);
     assert_eq!(batches[0].finished_shards[0].skipped["too_large"], 1);
     config.image.max_pixels = 1;
-    assert!(matches!(
-        bench.error(config.clone()),
-        StreamError::NothingUsable { .. }
-    ));
+    let error = bench.error(config.clone());
+    let StreamError::NothingUsable {
+        shards, skipped, ..
+    } = error
+    else {
+        panic!("{error}");
+    };
+    assert_eq!((shards.len(), shards[0].skipped["too_large"]), (1, 3));
+    assert_eq!(skipped.len(), 3);
     config.image.max_bytes = 10;
     let text = bench.error(config).to_string();
     assert!(text.contains("too_large 3"), "{text}");

@@ -335,7 +335,7 @@ fn dry_run(
     device: &Device,
 ) -> Result<&'static str, Failure> {
     let prompt_embeds = encoders.encode_text(&[&batch.samples[0].caption])?;
-    let moments = encoders.encode_pixels(&batch.pixels, 1, batch.resolution as usize)?;
+    let moments = encoders.encode_pixels(&batch.pixels, batch.resolution as usize)?;
     all_finite(&prompt_embeds, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {

@@ -1,13 +1,12 @@
 //! `coffey precompute`: image shards in, latent shards out.
 
 use std::io::IsTerminal;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use coffey_pipeline::flow::{FlowMetrics, Recent, Stage};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Stream, StreamConfig, StreamError};
+use coffey_pipeline::{Stream, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::data::{DataAccess, source_options, stream_config, until_a_signal};
@@ -16,7 +15,9 @@ use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::config::{self, Config};
 use crate::encode::{EncodeError, EncodePool, Encoders};
-use crate::latents::{Fingerprint, LatentError, LatentLayout, LatentWriter, Manifest, Recipe};
+use crate::latents::{
+    Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Part, Recipe, join,
+};
 use crate::models::UNetConfig;
 use crate::monitor::{Command, Monitor};
 use crate::pretrained::{Models, Wanted};
@@ -26,12 +27,18 @@ use crate::train::check_fit;
 /// Time between two lines of progress where there is no terminal to draw a bar on.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
+/// How many missing shards are named.
+const MISSING_NAMED: usize = 10;
+
 #[derive(Args, Debug)]
 pub(super) struct PrecomputeArgs {
     #[command(flatten)]
     config: ConfigArgs,
     #[command(flatten)]
     ranks: RankArgs,
+    /// Encode nothing: join the manifests that the processes left into one, or say which shards are missing.
+    #[arg(long, conflicts_with_all = ["rank", "world"])]
+    finish: bool,
 }
 
 impl From<LatentError> for Failure {
@@ -47,6 +54,10 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
     let config = args.config.load()?;
     let paths = config.require_precompute()?;
+    let output = paths.latents.output.to_string_lossy();
+    if args.finish {
+        return finish(&config, &output);
+    }
     let (part, origin) = args.ranks.resolve()?;
     if let Some(origin) = origin {
         errln!("rank {} of {}, from {origin}", part.rank, part.world);
@@ -72,15 +83,14 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
         check_fit(&unet, &first, &config, &models.pipeline)?;
     }
-    let recipe = recipe(&config, paths.latents, &models, &first)?;
-    let output = paths.latents.output.as_path();
-    let mut writer = LatentWriter::open(output, recipe, part, &shards)?;
+    let recipe = recipe(&config, paths.latents, &models, &first, part)?;
+    let place = data.sources.destination(&output, data.runtime.handle())?;
+    let mut writer = LatentWriter::open(place, recipe, part, shards)?;
     let there = writer.manifest().shards.len();
     if there > 0 {
         errln!(
-            "{} already in {} (by the manifest and their sizes; contents were not read again)",
-            counted(there, "shard"),
-            output.display()
+            "{} already in {output} (by the manifest and their sizes; contents were not read again)",
+            counted(there, "shard")
         );
     }
 
@@ -95,10 +105,10 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             .collect::<Result<Vec<_>, Failure>>()?;
         // The writer knows which shards are left of this part: to the stream they are all there is.
         let shards = writer.remaining().to_vec();
-        let stream_config = StreamConfig {
-            max_samples: writer.remaining_samples(),
-            ..stream_config(&config, shards, Order::Sequential, config.encode.batch_size)
-        };
+        let mut stream_config =
+            stream_config(&config, shards, Order::Sequential, config.encode.batch_size);
+        stream_config.max_samples = writer.remaining_samples();
+        stream_config.image.crops = paths.latents.crops;
         let stream = Stream::open(
             stream_config,
             &data.sources,
@@ -108,8 +118,50 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let pool = EncodePool::start(stream, encoders, &data.metrics)?;
         limit = write_all(pool, &mut writer, &monitor, &stop)?;
     }
-    summarize(writer.manifest(), there, output, started.elapsed(), limit);
+    summarize(writer.manifest(), there, started.elapsed(), limit);
+    let missing = writer.finish()?.missing;
+    if !missing.is_empty() {
+        errln!(
+            "{} of other processes still to come: the last process joins the manifests, or `coffey precompute --finish`",
+            counted(missing.len(), "shard")
+        );
+    }
+    outln!("{output}");
     Ok(())
+}
+
+/// `--finish`: neither models nor images are looked at.
+fn finish(config: &Config, output: &str) -> Result<(), Failure> {
+    let data = DataAccess::open(source_options(config))?;
+    let shards = data.shards(&config.data.shards)?;
+    let place = data.sources.destination(output, data.runtime.handle())?;
+    let Joined { manifest, missing } = join(&place, &shards)?;
+    if missing.is_empty() {
+        let samples = manifest.samples();
+        errln!(
+            "all {} there: {}",
+            counted(manifest.shards.len(), "shard"),
+            counted(samples as usize, "sample")
+        );
+        outln!("{output}");
+        return Ok(());
+    }
+    let named: Vec<String> = missing
+        .iter()
+        .take(MISSING_NAMED)
+        .map(|url| url.name())
+        .collect();
+    let more = match missing.len() - named.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let message = format!(
+        "{output}: {} of {} missing: {}{more}; run `coffey precompute` for them, as often as it takes",
+        missing.len(),
+        counted(shards.len(), "shard"),
+        named.join(", "),
+    );
+    Err(Failure::Failed(message.into()))
 }
 
 fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
@@ -127,6 +179,7 @@ fn recipe(
     latents: &config::Latents,
     models: &Models,
     encoders: &Encoders,
+    part: Part,
 ) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
     let side = config.image.resolution / vae.downscale();
@@ -141,6 +194,7 @@ fn recipe(
             scaling_factor: vae.scaling_factor,
         },
         [tokens, width],
+        part.world,
     ))
 }
 
@@ -161,12 +215,18 @@ fn write_all(
     while !stop.asked()
         && let Some(batch) = pool.next(&stage)
     {
-        let batch = batch.map_err(|error| match error {
-            EncodeError::Stream(error) => Failure::from(*error),
-            other => other.into(),
-        })?;
-        let finished = stage.work(|| writer.write(&batch))?;
-        stage.add_items(batch.samples.len() as u64);
+        let (samples, finished) = match batch {
+            Ok(batch) => (batch.samples.len(), stage.work(|| writer.write(&batch))?),
+            Err(EncodeError::Stream(error)) => match &*error {
+                // Of the shards that were left none holds anything, but of those before them some do.
+                StreamError::NothingUsable {
+                    shards, skipped, ..
+                } if writer.manifest().samples() > 0 => (0, writer.finish_shards(skipped, shards)?),
+                _ => return Err((*error).into()),
+            },
+            Err(other) => return Err(other.into()),
+        };
+        stage.add_items(samples as u64);
         for name in &finished {
             let entry = &writer.manifest().shards[name];
             stage.add_bytes(entry.bytes);
@@ -178,7 +238,7 @@ fn write_all(
                 ));
             }
         }
-        progress.update(batch.samples.len(), finished.len(), metrics);
+        progress.update(samples, finished.len(), metrics);
         monitor.advance(progress.shards_done as u64);
         monitor.beat();
     }
@@ -189,13 +249,7 @@ fn write_all(
     }
 }
 
-fn summarize(
-    manifest: &Manifest,
-    there: usize,
-    output: &Path,
-    elapsed: Duration,
-    limit: Option<Stage>,
-) {
+fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, limit: Option<Stage>) {
     let shards = &manifest.shards;
     let sum = |part: fn(&crate::latents::ShardEntry) -> u64| shards.values().map(part).sum::<u64>();
     let skipped = sum(|entry| entry.skipped.values().sum());
@@ -204,7 +258,7 @@ fn summarize(
         counted(shards.len(), "shard"),
         shards.len() - there,
         elapsed.as_secs_f64(),
-        counted(sum(|entry| entry.samples) as usize, "sample"),
+        counted(manifest.samples() as usize, "sample"),
         sum(|entry| entry.bytes) as f64 / 1e6,
     );
     let mut reasons = std::collections::BTreeMap::<&str, u64>::new();
@@ -217,7 +271,6 @@ fn summarize(
     if let Some(stage) = limit {
         errln!("limit: {stage}");
     }
-    outln!("{}", output.display());
 }
 
 fn counted(count: usize, what: &str) -> String {

@@ -104,7 +104,7 @@ pub struct Hub {
 /// `[latents]`: what `precompute` writes; `train` ignores it. No flags.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Latents {
-    /// Folder for the latent shards and their manifest.
+    /// Folder, or prefix in S3, for the latent shards and their manifest.
     pub output: PathBuf,
     /// What is kept of a caption.
     #[serde(default = "embeds")]

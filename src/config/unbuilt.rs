@@ -19,13 +19,9 @@ pub(super) struct Unbuilt {
 pub(super) enum Refused {
     /// These words.
     Words(&'static [&'static str]),
-    /// A string that starts so.
-    Prefix(&'static str),
-    /// A number above this.
-    Above(i64),
 }
 
-use Refused::{Above, Prefix, Words};
+use Refused::Words;
 
 /// Every key and value of the design that is not built yet.
 #[rustfmt::skip]
@@ -33,8 +29,6 @@ pub(super) const UNBUILT: &[Unbuilt] = &[
     row("data.kind", Words(&["latents"]), r#"use "images""#),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
-    row("latents.output", Prefix("s3://"), "use a folder"),
-    row("latents.crops", Above(1), "use 1"),
 ];
 
 const fn row(key: &'static str, refused: Refused, instead: &'static str) -> Unbuilt {
@@ -49,8 +43,6 @@ impl Refused {
     fn covers(&self, value: &Value) -> bool {
         match (self, value) {
             (Words(words), Value::String(text)) => words.contains(&text.as_str()),
-            (Prefix(prefix), Value::String(text)) => text.starts_with(prefix),
-            (Above(limit), Value::Integer(number)) => number > limit,
             _ => false,
         }
     }

@@ -9,8 +9,8 @@ use super::error::ConfigError;
 use super::model_ref::{ModelPlace, ModelRef, is_hub_id};
 use super::values::{DeviceSpec, Listen, Resume, Schedule, in_s3};
 use super::{
-    Config, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3, Train,
-    Validation,
+    Config, Crop, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3,
+    Train, Validation,
 };
 
 /// Timesteps of the noise schedule of every teacher there is; the solver's points divide it evenly.
@@ -188,8 +188,12 @@ pub(super) fn validate(config: &Config) -> Result<(), ConfigError> {
         check.that("hub.push_to", format!("{id:?}"), local, needs)?;
     }
     if let Some(latents) = &config.latents {
-        check.path("latents.output", Some(&latents.output))?;
+        check.place("latents.output", Some(&latents.output))?;
         check.positive("latents.crops", latents.crops as u64)?;
+        let random = config.image.crop == Crop::Random || config.image.flip;
+        let needs = "must be 1 where image.crop is \"center\" and image.flip false: all crops would be the same";
+        let crops = latents.crops.to_string();
+        check.that("latents.crops", crops, random || latents.crops == 1, needs)?;
     }
     if let Some(audit) = &config.audit {
         check.place("audit.dir", Some(&audit.dir))?;

@@ -108,19 +108,14 @@ impl Encoders {
             .map_err(|source| self.tensor_error(source))
     }
 
-    /// Moments of the latents of images: `pixels` holds `[batch, 3, side, side]`, 8 bit → `[batch, 2C, side/f, side/f]`.
+    /// Moments of the latents of images: `pixels` holds `[N, 3, side, side]`, 8 bit → `[N, 2C, side/f, side/f]`.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn encode_pixels(
-        &self,
-        pixels: &[u8],
-        batch: usize,
-        side: usize,
-    ) -> Result<Tensor, EncodeError> {
+    pub fn encode_pixels(&self, pixels: &[u8], side: usize) -> Result<Tensor, EncodeError> {
         let image = 3 * side * side;
         let run = || {
-            let moments = pixels[..batch * image]
+            let moments = pixels
                 .chunks(self.vae_batch * image)
                 .map(|levels| {
                     let shape = (levels.len() / image, 3, side, side);

@@ -17,7 +17,7 @@ pub struct EncodedBatch {
     pub index: u64,
     /// What is known of each sample.
     pub samples: Vec<SampleMeta>,
-    /// Mean and log-variance of the latents, unscaled: `[B, 2C, h, w]` f32.
+    /// Mean and log-variance of the latents, unscaled: `[B·crops, 2C, h, w]` f32, a sample's crops one after another.
     pub moments: Tensor,
     /// Text embeddings: `[B, 77, width]` f32.
     pub prompt_embeds: Tensor,
@@ -170,11 +170,7 @@ fn encode(encoders: &Encoders, batch: PixelBatch) -> Encoded {
             .map_err(|e| EncodeError::Model(e.into()))
     };
     let prompt_embeds = cpu(encoders.encode_text(&captions)?)?;
-    let moments = encoders.encode_pixels(
-        &batch.pixels,
-        batch.samples.len(),
-        batch.resolution as usize,
-    )?;
+    let moments = encoders.encode_pixels(&batch.pixels, batch.resolution as usize)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,

@@ -1,27 +1,21 @@
-//! What can be wrong with a folder of latent shards.
+//! What can be wrong with latent shards.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use coffey_pipeline::SourceError;
 
 /// Why latent shards can't be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum LatentError {
-    /// A file can't be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The folder holds latents made in another way.
+    /// The place can't be read or written.
+    #[error(transparent)]
+    Place(Box<SourceError>),
+    /// The place holds latents made in another way.
     #[error(
         "{manifest}: the latents there were made with {field} = {written}, and now it is {now}: \
-         restore it, or set latents.output to another folder"
+         restore it, or set latents.output to another place"
     )]
     OtherRecipe {
         /// The manifest that says so.
-        manifest: PathBuf,
+        manifest: String,
         /// What differs.
         field: String,
         /// Its value in the manifest.
@@ -29,14 +23,14 @@ pub enum LatentError {
         /// Its value now.
         now: String,
     },
-    /// The folder holds a shard of the same name made of another input.
+    /// The place holds a shard of the same name made of another input.
     #[error(
         "{manifest}: {name} was made of {written}, and now it would be made of {now}: \
-         restore data.shards, or set latents.output to another folder"
+         restore data.shards, or set latents.output to another place"
     )]
     OtherSource {
         /// The manifest that says so.
-        manifest: PathBuf,
+        manifest: String,
         /// The shard's file name.
         name: String,
         /// The input it was made of.
@@ -45,24 +39,30 @@ pub enum LatentError {
         now: String,
     },
     /// A manifest can't be understood.
-    #[error("{path}: not a manifest of latent shards that this version reads: {message}")]
+    #[error("{manifest}: not a manifest of latent shards that this version reads: {message}")]
     Manifest {
         /// The file.
-        path: PathBuf,
+        manifest: String,
         /// What is wrong with it.
         message: String,
     },
     /// A file stands where a shard should go, and no manifest says that it is a latent shard.
     #[error(
-        "{path} is already there, and no manifest beside it says that it holds latents: \
-         set latents.output to a folder of its own"
+        "{object} is already there, and no manifest beside it says that it holds latents: \
+         set latents.output to a place of its own"
     )]
     Occupied {
-        /// The file.
-        path: PathBuf,
+        /// Where it is.
+        object: String,
+    },
+    /// There are no manifests to join.
+    #[error("{place} holds no manifest of latent shards: check latents.output")]
+    Nothing {
+        /// Where they were looked for.
+        place: String,
     },
     /// Two inputs would become one output.
-    #[error("{first} and {second} would both become {name}: write them to two folders")]
+    #[error("{first} and {second} would both become {name}: write them to two places")]
     SameName {
         /// The file name.
         name: String,
@@ -117,18 +117,20 @@ impl LatentError {
             Self::OtherRecipe { .. }
             | Self::OtherSource { .. }
             | Self::Occupied { .. }
+            | Self::Nothing { .. }
             | Self::SameName { .. }
             | Self::NoName { .. } => true,
-            Self::Io { .. }
-            | Self::Manifest { .. }
+            Self::Place(error) => error.is_config(),
+            Self::Manifest { .. }
             | Self::NotF16 { .. }
             | Self::Miscounted { .. }
             | Self::Tensor(_) => false,
         }
     }
+}
 
-    pub(super) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { path, source }
+impl From<SourceError> for LatentError {
+    fn from(error: SourceError) -> Self {
+        Self::Place(error.into())
     }
 }

@@ -1,17 +1,19 @@
 //! The manifest: what all latents of a folder have in common, and what became of each shard.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
+use coffey_pipeline::destination::Destination;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::aside::replace;
 use super::{Fingerprint, LatentError};
 use crate::config::{Config, Crop, Filter, Interpolation, TextKind};
 
 /// The version of the format that is written, and the only one that is read.
 pub const FORMAT_VERSION: u32 = 1;
+
+/// Reasons for which a sample is left out only after it was chosen.
+const LEFT_OUT_WHEN_DECODED: [&str; 2] = ["decode_error", "too_large"];
 
 /// A manifest file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +47,7 @@ pub struct Recipe {
 /// The latents' shape and scale.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LatentLayout {
-    /// `[2C, h, w]`: mean, then log-variance.
+    /// `[2C, h, w]` of one crop: mean, then log-variance.
     pub shape: [usize; 3],
     /// What a latent drawn from the moments is multiplied by before the UNet sees it. Not applied to what is stored.
     pub scaling_factor: f64,
@@ -81,6 +83,9 @@ pub struct Selection {
     /// Most samples over all shards; absent for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_samples: Option<u64>,
+    /// How many processes `max_samples` was shared between, as that decides which samples these are; absent without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub world: Option<usize>,
     /// Limits on a sample's json and caption.
     pub filter: Filter,
 }
@@ -88,7 +93,7 @@ pub struct Selection {
 /// What became of one input shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardEntry {
-    /// URL of the input.
+    /// URL of the input, without what a signed one hides behind its `?`.
     pub source: String,
     /// Samples in the output.
     pub samples: u64,
@@ -102,6 +107,16 @@ pub struct ShardEntry {
     pub sha256: String,
 }
 
+impl ShardEntry {
+    /// How many samples of it count towards `max_samples`: those whose image turned out to be broken do.
+    pub(super) fn counted(&self) -> u64 {
+        let undecodable = LEFT_OUT_WHEN_DECODED
+            .iter()
+            .filter_map(|&reason| self.skipped.get(reason));
+        self.samples + undecodable.sum::<u64>()
+    }
+}
+
 impl Recipe {
     /// The recipe that a configuration stands for, with what is known of the encoders.
     pub fn new(
@@ -111,6 +126,7 @@ impl Recipe {
         fingerprint: Fingerprint,
         latent: LatentLayout,
         prompt_embeds_shape: [usize; 2],
+        world: usize,
     ) -> Self {
         let Config { data, image, .. } = config;
         let random = image.crop == Crop::Random || image.flip;
@@ -132,9 +148,18 @@ impl Recipe {
                 image_keys: data.image_keys.clone(),
                 caption_keys: data.caption_keys.clone(),
                 max_samples: data.max_samples,
+                world: data.max_samples.map(|_| world),
                 filter: data.filter.clone().unwrap_or_default(),
             },
         }
+    }
+}
+
+impl Recipe {
+    /// Shape of `KEY.latent.npy`: the latents' own, behind the number of crops if there are several.
+    pub fn latent_file_shape(&self) -> Vec<usize> {
+        let crops = (self.image.crops > 1).then_some(self.image.crops);
+        crops.into_iter().chain(self.latent.shape).collect()
     }
 }
 
@@ -148,18 +173,22 @@ impl Manifest {
         }
     }
 
-    /// Reads a manifest.
+    /// Samples in all shards that are listed.
+    pub fn samples(&self) -> u64 {
+        self.shards.values().map(|entry| entry.samples).sum()
+    }
+
+    /// Reads a manifest's text; `place` is where it came from.
     ///
     /// # Errors
-    /// When the file can't be read, or is none of this version.
-    pub fn read(path: &Path) -> Result<Self, LatentError> {
-        let text = std::fs::read(path).map_err(LatentError::io(path))?;
+    /// When it is none of this version.
+    pub fn parse(place: &str, text: &[u8]) -> Result<Self, LatentError> {
         let damaged = |message: String| LatentError::Manifest {
-            path: path.to_owned(),
+            manifest: place.to_owned(),
             message,
         };
         let value: Value =
-            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+            serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
         match value.get("format_version").and_then(Value::as_u64) {
             Some(version) if version == u64::from(FORMAT_VERSION) => {}
             Some(version) => {
@@ -172,41 +201,20 @@ impl Manifest {
         serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
     }
 
-    /// The manifests of a folder with their file names, in name order; none if the folder is not there.
-    ///
-    /// # Errors
-    /// As [`Manifest::read`].
-    pub fn read_all(folder: &Path) -> Result<BTreeMap<String, Self>, LatentError> {
-        let files = match std::fs::read_dir(folder) {
-            Ok(files) => files,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(BTreeMap::new());
-            }
-            Err(error) => return Err(LatentError::io(folder)(error)),
-        };
-        let mut manifests = BTreeMap::new();
-        for file in files {
-            let name = file.map_err(LatentError::io(folder))?.file_name();
-            let Some(name) = name.to_str().filter(|name| is_manifest(name)) else {
-                continue;
-            };
-            manifests.insert(name.to_owned(), Self::read(&folder.join(name))?);
-        }
-        Ok(manifests)
+    /// Replaces the manifest called `name`.
+    pub(super) fn write(&self, place: &Destination, name: &str) -> Result<(), LatentError> {
+        let mut text =
+            serde_json::to_vec_pretty(self).map_err(|error| place.failed(name, error.into()))?;
+        text.push(b'\n');
+        place.write(name, &text)?;
+        Ok(())
     }
 
-    /// Replaces the file at `path`.
-    pub(super) fn write(&self, path: &Path) -> Result<(), LatentError> {
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| LatentError::io(path)(error.into()))?;
-        replace(path, (text + "\n").as_bytes())
-    }
-
-    /// Refuses, in the name of the manifest at `path`, a recipe that differs, naming the first value that does.
-    pub(super) fn check(&self, path: &Path, now: &Recipe) -> Result<(), LatentError> {
+    /// Refuses, in the name of the manifest at `place`, a recipe that differs, naming the first value that does.
+    pub(super) fn check(&self, place: &str, now: &Recipe) -> Result<(), LatentError> {
         let as_json = |recipe: &Recipe| {
             serde_json::to_value(recipe).map_err(|error| LatentError::Manifest {
-                path: path.to_owned(),
+                manifest: place.to_owned(),
                 message: error.to_string(),
             })
         };
@@ -214,18 +222,13 @@ impl Manifest {
         match difference("", Some(&written), Some(&now)) {
             None => Ok(()),
             Some((field, written, now)) => Err(LatentError::OtherRecipe {
-                manifest: path.to_owned(),
+                manifest: place.to_owned(),
                 field,
                 written,
                 now,
             }),
         }
     }
-}
-
-/// `manifest.json` or `manifest-RANK-of-WORLD.json`.
-fn is_manifest(name: &str) -> bool {
-    name == "manifest.json" || (name.starts_with("manifest-") && name.ends_with(".json"))
 }
 
 /// The first place where two values differ, with both values there.

@@ -4,12 +4,12 @@
 //! and never decides which samples there are: it writes what comes out of the [encode pool](crate::encode).
 //!
 //! # A shard
-//! A folder holds one tar for each input shard: same file name, same sample keys, same order of samples. Its members,
+//! A folder, or a prefix in S3, holds one tar for each input shard: same file name, same sample keys, same order of samples. Its members,
 //! in this order, for each sample:
 //!
 //! | member | content |
 //! | --- | --- |
-//! | `KEY.latent.npy` | `<f2` (f16) `[2C, h, w]` in C order: the VAE's moments, `C` channels of mean, then `C` of log-variance, neither clamped nor scaled |
+//! | `KEY.latent.npy` | `<f2` (f16) `[2C, h, w]` in C order, `[crops, 2C, h, w]` with several crops: the VAE's moments, `C` channels of mean, then `C` of log-variance, neither clamped nor scaled |
 //! | `KEY.prompt_embeds.npy` | `<f2` (f16) `[77, width]`: the text encoder's `last_hidden_state`; only with `text = "embeds"` or `"both"` |
 //! | `KEY.txt` | the caption, UTF-8, as the input has it |
 //! | `KEY.json` | the input's json with one more key, `coffey` |
@@ -18,26 +18,27 @@
 //!
 //! ```json
 //! {"caption": "doughnut", "coffey": {"original_width": 64, "original_height": 64, "resized_width": 64,
-//!  "resized_height": 64, "crop_top": 0, "crop_left": 0, "flipped": false, "resolution": 64}}
+//!  "resized_height": 64, "crop_top": 0, "crop_left": 0, "flipped": false, "target_width": 64,
+//!  "target_height": 64}}
 //! ```
 //!
 //! The scale is `resized / original`; `crop_top` and `crop_left` count in the resized image. An input json that is not
 //! an object stands under the key `json`, beside `coffey`.
 //!
 //! Headers say nothing of where and when a shard was written (mtime, uid and gid 0, mode 0644), so the same input makes
-//! the same bytes. A shard is written aside as `.NAME.tmp` and renamed once it is on the disk: it is there whole or not
-//! there. An input shard of which no sample can be used has a tar without members.
+//! the same bytes. A shard is there whole or not there ([`coffey_pipeline::destination`]). An input shard of which no sample can be used has a tar without members.
 //!
 //! # The manifest
-//! `manifest.json`, or `manifest-RANK-of-WORLD.json` where several processes share the shards, says what all latents of
-//! the folder have in common ([`Recipe`]) and, by file name, what became of each shard ([`ShardEntry`]). It is replaced
-//! whole after every shard. A run that finds manifests skips the shards they list whose file has the listed size
-//! (contents are not read again), and refuses to write latents of another recipe beside them.
+//! `manifest.json` says what all latents of the place have in common ([`Recipe`]) and, by file name, what became of each
+//! shard ([`ShardEntry`]). It is replaced whole after every shard. Where several processes share the shards each keeps its
+//! own, `manifest-RANK-of-WORLD.json`, until [`join`] makes one of them. A run that finds manifests skips the shards they
+//! list whose object has the listed size (contents are not read again), and refuses to write latents of another recipe
+//! beside them. `skipped/NAME.jsonl` lists the samples that a shard leaves out.
 
-mod aside;
 mod error;
 mod fingerprint;
 mod manifest;
+mod parts;
 mod sample;
 mod shard;
 mod skipped;
@@ -50,4 +51,5 @@ pub use fingerprint::Fingerprint;
 pub use manifest::{
     FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
 };
-pub use writer::{LatentWriter, Part};
+pub use parts::{Joined, Part, join};
+pub use writer::LatentWriter;

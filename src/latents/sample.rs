@@ -1,6 +1,7 @@
 //! One sample's members: arrays as npy, the json with the sample's crop.
 
 use coffey_pipeline::SampleMeta;
+use coffey_pipeline::image::CropWindow;
 use npyz::half::f16;
 use npyz::{WriteOptions, WriterBuilder};
 use serde_json::{Map, Value, json};
@@ -38,8 +39,12 @@ pub(super) fn npy(shape: &[usize], values: Vec<f16>) -> std::io::Result<Vec<u8>>
     Ok(bytes)
 }
 
-/// The sample's json with what was done to its image.
-pub(super) fn json_with_crop(sample: &SampleMeta, resolution: usize) -> Value {
+/// The sample's json with what was done to its image. With several crops, what belongs to a crop is a list.
+pub(super) fn json_with_crop(sample: &SampleMeta, side: usize) -> Value {
+    let of_crop = |value: fn(&CropWindow) -> Value| match sample.crops.as_slice() {
+        [crop] => value(crop),
+        crops => crops.iter().map(value).collect(),
+    };
     let mut object = match &sample.json {
         Some(Value::Object(object)) => object.clone(),
         Some(other) => Map::from_iter([("json".to_owned(), other.clone())]),
@@ -54,10 +59,11 @@ pub(super) fn json_with_crop(sample: &SampleMeta, resolution: usize) -> Value {
             "original_height": sample.original.1,
             "resized_width": sample.resized.0,
             "resized_height": sample.resized.1,
-            "crop_top": sample.crop.0,
-            "crop_left": sample.crop.1,
-            "flipped": sample.flipped,
-            "resolution": resolution,
+            "crop_top": of_crop(|crop| crop.top.into()),
+            "crop_left": of_crop(|crop| crop.left.into()),
+            "flipped": of_crop(|crop| crop.flipped.into()),
+            "target_width": side,
+            "target_height": side,
         }),
     );
     Value::Object(object)
@@ -93,14 +99,26 @@ mod tests {
             json: Some(json!({"width": 9, "coffey": 1, "z": 0.25})),
             original: (90, 60),
             resized: (96, 64),
-            crop: (0, 16),
-            flipped: true,
+            crops: vec![CropWindow {
+                top: 0,
+                left: 16,
+                flipped: true,
+            }],
         };
         assert_eq!(
             json_with_crop(&sample, 64).to_string(),
             "{\"width\":9,\"z\":0.25,\"coffey\":{\"original_width\":90,\"original_height\":60,\"resized_width\":96,\
-             \"resized_height\":64,\"crop_top\":0,\"crop_left\":16,\"flipped\":true,\"resolution\":64}}"
+             \"resized_height\":64,\"crop_top\":0,\"crop_left\":16,\"flipped\":true,\"target_width\":64,\"target_height\":64}}"
         );
+        sample.crops.push(CropWindow {
+            top: 0,
+            left: 3,
+            flipped: false,
+        });
+        let two = &json_with_crop(&sample, 64)["coffey"];
+        assert_eq!(two["crop_left"], json!([16, 3]));
+        assert_eq!(two["flipped"], json!([true, false]));
+        assert_eq!(two["target_width"], 64);
         sample.json = Some(json!([1]));
         assert_eq!(json_with_crop(&sample, 64)["json"], json!([1]));
         sample.json = None;

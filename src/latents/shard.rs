@@ -1,61 +1,29 @@
-//! One tar being written: deterministic headers, hashed on its way to the disk.
+//! One tar being written, with headers that depend on nothing but its members.
 
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io;
 
-use sha2::{Digest, Sha256};
+use coffey_pipeline::destination::{Destination, ObjectWriter, Written};
 
 use super::LatentError;
-use super::aside::Aside;
-
-/// Counts and hashes what passes.
-#[derive(Debug)]
-struct Hashing<W> {
-    inner: W,
-    sha: Sha256,
-    bytes: u64,
-}
-
-impl<W: Write> Write for Hashing<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.inner.write(bytes)?;
-        self.sha.update(&bytes[..written]);
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-}
 
 /// A shard that is not yet under its name; dropping it leaves nothing.
 pub(super) struct ShardFile {
-    tar: tar::Builder<Hashing<BufWriter<Aside>>>,
-    target: PathBuf,
+    tar: tar::Builder<ObjectWriter>,
+    place: Destination,
+    name: String,
     samples: u64,
 }
 
-/// What was written.
-#[derive(Debug)]
-pub(super) struct Written {
-    pub(super) bytes: u64,
-    pub(super) sha256: String,
-}
-
 impl ShardFile {
-    /// Begins the shard that will be `target`.
-    pub(super) fn create(target: &Path) -> Result<Self, LatentError> {
-        let mut tar = tar::Builder::new(Hashing {
-            inner: BufWriter::with_capacity(1 << 18, Aside::create(target)?),
-            sha: Sha256::new(),
-            bytes: 0,
-        });
+    /// Begins the shard that will be `name` in `place`.
+    pub(super) fn create(place: &Destination, name: &str) -> Result<Self, LatentError> {
+        let mut tar = tar::Builder::new(place.create(name)?);
         // Keys are the input's, whatever they look like.
         tar.preserve_absolute(true);
         Ok(Self {
             tar,
-            target: target.to_owned(),
+            place: place.clone(),
+            name: name.to_owned(),
             samples: 0,
         })
     }
@@ -73,15 +41,10 @@ impl ShardFile {
             header.set_mtime(0);
             header.set_uid(0);
             header.set_gid(0);
-            let name = format!("{key}.{extension}");
+            let member = format!("{key}.{extension}");
             self.tar
-                .append_data(&mut header, &name, content)
-                .map_err(|error| {
-                    LatentError::io(&self.target)(io::Error::new(
-                        error.kind(),
-                        format!("{name}: {error}"),
-                    ))
-                })?;
+                .append_data(&mut header, &member, content)
+                .map_err(|error| self.place.failed(&self.name, error))?;
         }
         self.samples += 1;
         Ok(())
@@ -94,24 +57,18 @@ impl ShardFile {
 
     /// Ends the tar and puts it under its name.
     pub(super) fn finish(self) -> Result<Written, LatentError> {
-        let Self { tar, target, .. } = self;
-        let hashing = tar.into_inner().map_err(LatentError::io(&target))?;
-        let aside = hashing
-            .inner
-            .into_inner()
-            .map_err(|error| LatentError::io(&target)(error.into_error()))?;
-        aside.commit()?;
-        Ok(Written {
-            bytes: hashing.bytes,
-            sha256: format!("{:x}", hashing.sha.finalize()),
-        })
+        let Self {
+            tar, place, name, ..
+        } = self;
+        let failed = |error: io::Error| place.failed(&name, error);
+        Ok(tar.into_inner().map_err(failed)?.finish()?)
     }
 }
 
 impl std::fmt::Debug for ShardFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ShardFile")
-            .field("target", &self.target)
+            .field("place", &self.place.place(&self.name))
             .field("samples", &self.samples)
             .finish_non_exhaustive()
     }

@@ -1,15 +1,17 @@
-//! `skipped.jsonl`: which samples of the finished shards were left out, and why.
+//! `skipped/NAME.jsonl`: which samples of a finished shard were left out, and why.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
 
 use coffey_pipeline::SkippedSample;
-use serde::{Deserialize, Serialize};
+use coffey_pipeline::destination::Destination;
+use serde::Serialize;
 
 use super::LatentError;
-use super::aside::{Aside, remove_leftover};
+
+/// The name of the file that lists what a shard leaves out.
+pub(super) fn file_name(shard: &str) -> String {
+    format!("skipped/{shard}.jsonl")
+}
 
 #[derive(Serialize)]
 struct Line<'a> {
@@ -18,93 +20,42 @@ struct Line<'a> {
     reason: &'a str,
 }
 
-/// What a line is read again for.
-#[derive(Deserialize)]
-struct Known {
-    shard: String,
-}
+/// What waits for its shard to be finished.
+#[derive(Debug, Default)]
+pub(super) struct Skipped(BTreeMap<usize, Vec<SkippedSample>>);
 
-/// The file, which exists once there is something to say, and what waits for its shard to be finished.
-#[derive(Debug)]
-pub(super) struct SkippedFile {
-    path: PathBuf,
-    waiting: BTreeMap<usize, Vec<SkippedSample>>,
-}
-
-impl SkippedFile {
-    pub(super) fn new(path: PathBuf) -> Self {
-        Self {
-            path,
-            waiting: BTreeMap::new(),
-        }
-    }
-
-    /// Keeps the lines of `finished` shards (by URL, without secrets) alone: a run that was killed may have left some of a
-    /// shard that will be made again.
-    pub(super) fn keep(&self, finished: &BTreeSet<String>) -> Result<(), LatentError> {
-        let path = &self.path;
-        remove_leftover(path)?;
-        match File::open(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(LatentError::io(path)(error)),
-            Ok(file) => keep(path, BufReader::new(file), finished),
-        }
-    }
-
+impl Skipped {
     /// Takes note of samples that were left out.
     pub(super) fn add(&mut self, samples: &[SkippedSample]) {
         for sample in samples {
-            let waiting = self.waiting.entry(sample.shard).or_default();
-            waiting.push(sample.clone());
+            self.0.entry(sample.shard).or_default().push(sample.clone());
         }
     }
 
-    /// Writes those of a shard that ends now. `url` is without secrets.
-    pub(super) fn finish(&mut self, shard: usize, url: &str) -> Result<(), LatentError> {
-        let Some(samples) = self.waiting.remove(&shard) else {
+    /// Writes those of the shard called `name`, if there are any. `url` is without secrets.
+    pub(super) fn finish(
+        &mut self,
+        place: &Destination,
+        shard: usize,
+        name: &str,
+        url: &str,
+    ) -> Result<(), LatentError> {
+        let Some(samples) = self.0.remove(&shard) else {
             return Ok(());
         };
+        let file = file_name(name);
         let mut lines = Vec::new();
-        for sample in &samples {
+        for SkippedSample { key, reason, .. } in &samples {
             let line = Line {
                 shard: url,
-                key: &sample.key,
-                reason: &sample.reason,
+                key,
+                reason,
             };
             serde_json::to_writer(&mut lines, &line)
-                .map_err(|error| LatentError::io(&self.path)(error.into()))?;
+                .map_err(|error| place.failed(&file, error.into()))?;
             lines.push(b'\n');
         }
-        let append = |path: &Path| {
-            let mut file = File::options().append(true).create(true).open(path)?;
-            file.write_all(&lines)?;
-            file.sync_data()
-        };
-        append(&self.path).map_err(LatentError::io(&self.path))
-    }
-}
-
-/// Rewrites the file at `path` with those of its lines that are of `finished` shards.
-fn keep(
-    path: &Path,
-    mut lines: impl BufRead,
-    finished: &BTreeSet<String>,
-) -> Result<(), LatentError> {
-    let mut kept = BufWriter::new(Aside::create(path)?);
-    let mut line = Vec::new();
-    let mut copy = || -> std::io::Result<()> {
-        while lines.read_until(b'\n', &mut line)? > 0 {
-            // A line cut off by a crash does not parse; its shard was not finished.
-            let known = serde_json::from_slice::<Known>(&line);
-            if known.is_ok_and(|known| finished.contains(&known.shard)) {
-                kept.write_all(&line)?;
-            }
-            line.clear();
-        }
+        place.write(&file, &lines)?;
         Ok(())
-    };
-    copy().map_err(LatentError::io(path))?;
-    kept.into_inner()
-        .map_err(|error| LatentError::io(path)(error.into_error()))?
-        .commit()
+    }
 }

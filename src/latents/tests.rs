@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig};
+use coffey_pipeline::{
+    ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig, StreamError,
+};
 use npyz::half::f16;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -16,7 +18,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::{Config, TextKind};
-use crate::encode::{EncodePool, EncodedBatch, Encoders};
+use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -113,6 +115,31 @@ fn batches(
         .collect()
 }
 
+/// Writes what is left of a part to its shards; their names.
+fn work(writer: &mut LatentWriter, batch_size: usize, workers: usize) -> Vec<String> {
+    let (remaining, max) = (writer.remaining().to_vec(), writer.remaining_samples());
+    if remaining.is_empty() || max == Some(0) {
+        return Vec::new();
+    }
+    let mut pool = pool(&remaining, max, batch_size, workers);
+    let stage = FlowMetrics::new().stage(Stage::Write);
+    let mut names = Vec::new();
+    while let Some(batch) = pool.next(&stage) {
+        let finished = match batch {
+            Ok(batch) => writer.write(&batch),
+            Err(EncodeError::Stream(error)) => match *error {
+                StreamError::NothingUsable {
+                    shards, skipped, ..
+                } => writer.finish_shards(&skipped, &shards),
+                other => panic!("{other}"),
+            },
+            Err(other) => panic!("{other}"),
+        };
+        names.extend(finished.unwrap());
+    }
+    names
+}
+
 fn recipe(text: TextKind) -> Recipe {
     let toml = "[data]\nshards = \"x.tar\"\n[image]\nresolution = 64\n";
     let layout = LatentLayout {
@@ -124,7 +151,17 @@ fn recipe(text: TextKind) -> Recipe {
         text_encoder: "sha256:2".to_owned(),
     };
     let config = Config::parse(toml, "test.toml", &[]).unwrap();
-    Recipe::new(&config, text, 1, fingerprint, layout, [77, 64])
+    Recipe::new(&config, text, 1, fingerprint, layout, [77, 64], 1)
+}
+
+fn open(
+    output: &Path,
+    recipe: Recipe,
+    part: Part,
+    shards: &[ShardUrl],
+) -> Result<LatentWriter, LatentError> {
+    let place = coffey_pipeline::Destination::folder(output);
+    LatentWriter::open(place, recipe, part, shards.to_vec())
 }
 
 fn precompute(
@@ -134,28 +171,33 @@ fn precompute(
     batch_size: usize,
     workers: usize,
 ) -> Vec<String> {
-    let mut writer = LatentWriter::open(output, recipe.clone(), Part::WHOLE, shards).unwrap();
-    let (remaining, max) = (writer.remaining().to_vec(), writer.remaining_samples());
-    if remaining.is_empty() || max == Some(0) {
-        return Vec::new();
-    }
-    let batches = batches(&remaining, max, batch_size, workers);
-    batches
-        .iter()
-        .flat_map(|batch| writer.write(batch).unwrap())
-        .collect()
+    let mut writer = open(output, recipe.clone(), Part::WHOLE, shards).unwrap();
+    let names = work(&mut writer, batch_size, workers);
+    assert!(writer.finish().unwrap().missing.is_empty());
+    names
 }
 
-/// Every file of a folder with its content.
+/// Every file of a folder and of the folders in it, with its content.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let files = fs::read_dir(folder).unwrap().map(|file| {
+    let mut found = BTreeMap::new();
+    for file in fs::read_dir(folder).unwrap() {
         let path = file.unwrap().path();
-        (
-            path.file_name().unwrap().to_str().unwrap().to_owned(),
-            fs::read(path).unwrap(),
-        )
-    });
-    files.collect()
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        match path.is_dir() {
+            true => found.extend(
+                files(&path)
+                    .into_iter()
+                    .map(|(file, content)| (format!("{name}/{file}"), content)),
+            ),
+            false => drop(found.insert(name, fs::read(path).unwrap())),
+        }
+    }
+    found
+}
+
+fn manifest(folder: &Path) -> Manifest {
+    let text = fs::read(folder.join("manifest.json")).unwrap();
+    Manifest::parse("manifest.json", &text).unwrap()
 }
 
 fn array(npy: &[u8]) -> (Vec<u64>, Vec<f16>) {
@@ -205,12 +247,12 @@ fn shards_hold_what_was_encoded() {
         assert_eq!(members[2].1, sample.caption.as_bytes());
         let json: Value = serde_json::from_slice(&members[3].1).unwrap();
         assert_eq!(json["caption"], sample.caption);
-        assert_eq!(json["coffey"]["crop_top"], json!(sample.crop.0));
-        assert_eq!(json["coffey"]["resolution"], json!(64));
+        assert_eq!(json["coffey"]["crop_top"], json!(sample.crops[0].top));
+        assert_eq!(json["coffey"]["target_width"], json!(64));
     }
     assert_eq!(members(&output.path().join("b.tar")), []);
 
-    let manifest = Manifest::read(&output.path().join("manifest.json")).unwrap();
+    let manifest = manifest(output.path());
     assert_eq!(manifest.recipe, recipe(TextKind::Both));
     for (name, entry) in &manifest.shards {
         let content = fs::read(output.path().join(name)).unwrap();
@@ -250,7 +292,7 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
         files(output.path())
     };
     let one = made(3, 1);
-    assert_eq!(one.len(), 5);
+    assert_eq!(one.len(), 6);
     for (batch_size, workers) in [(16, 1), (3, 2), (1, 2)] {
         let other = made(batch_size, workers);
         for (name, content) in &one {
@@ -294,24 +336,26 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
             whole.path().join("out"),
         );
         precompute(&whole, &recipe, &shards, 4, 1);
-        let mut writer = LatentWriter::open(&output, recipe.clone(), Part::WHOLE, &shards).unwrap();
+        let mut writer = open(&output, recipe.clone(), Part::WHOLE, &shards).unwrap();
         for batch in &batches(&shards, max_samples, 4, 1)[..2] {
             writer.write(batch).unwrap();
         }
         drop(writer);
         let names: Vec<String> = files(&output).into_keys().collect();
         assert!(
-            names.contains(&"a.tar".to_owned()) && !names.iter().any(|name| name.ends_with(".tmp")),
+            names.contains(&"a.tar".to_owned()) && !names.iter().any(|name| name.starts_with('.')),
             "{names:?}"
         );
-        // Killed between a shard's rename and the manifest, or while writing.
+        // Killed between a shard and its line in the manifest, or while writing.
         fs::write(output.join("c.tar"), "half").unwrap();
-        fs::write(output.join(".c.tar.tmp"), "half").unwrap();
-        let skipped = |shard: &ShardUrl| format!("{{\"shard\":\"{shard}\",\"key\":\"k\",\"rea");
-        let mut lines = fs::read_to_string(output.join("skipped.jsonl")).unwrap_or_default();
-        lines += &skipped(&shards[2]);
-        fs::write(output.join("skipped.jsonl"), lines).unwrap();
-        fs::write(output.join(".manifest.json.tmp"), "half").unwrap();
+        fs::create_dir_all(output.join("skipped")).unwrap();
+        for file in [
+            ".writing-c.tar-abcdef",
+            ".writing-manifest.json-abcdef",
+            "skipped/.writing-c.tar.jsonl-abcdef",
+        ] {
+            fs::write(output.join(file), "half").unwrap();
+        }
         let untouched = fs::metadata(output.join("a.tar"))
             .unwrap()
             .modified()
@@ -336,7 +380,7 @@ fn what_differs_is_refused_with_both_values() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     drop(
-        LatentWriter::open(
+        open(
             output.path(),
             recipe(TextKind::Embeds),
             Part::WHOLE,
@@ -345,7 +389,7 @@ fn what_differs_is_refused_with_both_values() {
         .unwrap(),
     );
     let refused = |recipe: Recipe| {
-        let error = LatentWriter::open(output.path(), recipe, Part::WHOLE, &shards).unwrap_err();
+        let error = open(output.path(), recipe, Part::WHOLE, &shards).unwrap_err();
         assert!(error.is_config());
         error.to_string()
     };
@@ -376,7 +420,7 @@ fn files_in_the_way_are_refused() {
     let folder = TempDir::new().unwrap();
     let shards = inputs(folder.path());
     let open = |folder: &Path, part, shards: &[ShardUrl]| {
-        LatentWriter::open(folder, recipe(TextKind::Embeds), part, shards).map(|_| ())
+        open(folder, recipe(TextKind::Embeds), part, shards).map(|_| ())
     };
     let before = files(folder.path());
     let error = open(folder.path(), Part::WHOLE, &shards)
@@ -416,38 +460,125 @@ fn files_in_the_way_are_refused() {
 }
 
 #[test]
-fn each_process_has_its_own_shards_and_manifest() {
+fn the_last_process_joins_what_all_wrote() {
+    let (input, alone) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let shards = inputs(input.path());
+    let recipe = recipe(TextKind::Embeds);
+    precompute(alone.path(), &recipe, &shards, 4, 1);
+    for order in [[0, 1], [1, 0]] {
+        let output = TempDir::new().unwrap();
+        let open = |rank, world| {
+            let part = Part { rank, world };
+            open(output.path(), recipe.clone(), part, &shards).unwrap()
+        };
+        let [first, last] = order;
+        let mut writer = open(first, 2);
+        work(&mut writer, 16, 1);
+        let place = coffey_pipeline::Destination::folder(output.path());
+        let missing = writer.finish().unwrap().missing;
+        let of_last = Part {
+            rank: last,
+            world: 2,
+        };
+        assert!(missing.iter().eq(of_last.shards(&shards)), "{missing:?}");
+        assert_eq!(join(&place, &shards).unwrap().missing, missing);
+        let mut writer = open(last, 2);
+        assert_eq!(writer.remaining(), missing);
+        work(&mut writer, 16, 1);
+        let written = files(output.path());
+        assert!(
+            written.contains_key("manifest-0-of-2.json") && !written.contains_key("manifest.json")
+        );
+        // Another process of the same rank, as after a restart that was not one, finds nothing to do.
+        assert_eq!(open(last, 2).remaining(), []);
+        // One that died while it wrote another shard of the other rank.
+        fs::write(output.path().join(".writing-b.tar-abcdef"), "half").unwrap();
+        assert!(writer.finish().unwrap().missing.is_empty());
+        assert!(files(output.path()) == files(alone.path()), "{order:?}");
+        // Whoever comes later leaves it as it is.
+        let mut writer = open(0, 3);
+        work(&mut writer, 16, 1);
+        assert!(writer.finish().unwrap().missing.is_empty());
+        assert!(files(output.path()) == files(alone.path()));
+    }
+}
+
+#[test]
+fn another_number_of_processes_takes_over_what_is_there() {
+    let (input, alone, output) = (
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+        TempDir::new().unwrap(),
+    );
+    let shards = inputs(input.path());
+    let recipe = recipe(TextKind::Embeds);
+    precompute(alone.path(), &recipe, &shards, 4, 1);
+    let part = Part { rank: 1, world: 2 };
+    let mut writer = open(output.path(), recipe.clone(), part, &shards).unwrap();
+    work(&mut writer, 16, 1);
+    let writer = open(output.path(), recipe.clone(), Part::WHOLE, &shards).unwrap();
+    assert_eq!(writer.remaining(), [shards[0].clone(), shards[2].clone()]);
+    drop(writer);
+    precompute(output.path(), &recipe, &shards, 16, 1);
+    assert!(files(output.path()) == files(alone.path()));
+    // With fewer inputs nothing that is there is forgotten.
+    precompute(output.path(), &recipe, &shards[..1], 16, 1);
+    assert!(files(output.path()) == files(alone.path()));
+}
+
+#[test]
+fn a_share_of_the_samples_belongs_to_a_number_of_processes() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    let open = |rank, world| {
-        let part = Part { rank, world };
-        LatentWriter::open(output.path(), recipe(TextKind::Embeds), part, &shards).unwrap()
+    let recipe = |world| {
+        let mut recipe = recipe(TextKind::Embeds);
+        recipe.selection.max_samples = Some(6);
+        recipe.selection.world = Some(world);
+        recipe
     };
-    let mut first = open(0, 2);
-    assert_eq!(first.remaining(), [shards[0].clone(), shards[2].clone()]);
-    assert_eq!(open(1, 2).remaining(), [shards[1].clone()]);
-    for batch in batches(first.remaining(), None, 16, 1) {
-        first.write(&batch).unwrap();
+    for rank in [0, 1] {
+        let mut writer = open(output.path(), recipe(2), Part { rank, world: 2 }, &shards).unwrap();
+        work(&mut writer, 16, 1);
+        // Three samples of a.tar are the share of the first: c.tar is not missing.
+        let missing = writer.finish().unwrap().missing;
+        assert_eq!(missing.is_empty(), rank == 1, "{missing:?}");
     }
     let names: Vec<String> = files(output.path()).into_keys().collect();
     assert_eq!(
         names,
-        [
-            "a.tar",
-            "c.tar",
-            "manifest-0-of-2.json",
-            "manifest-1-of-2.json",
-            "skipped-0-of-2.jsonl"
-        ]
+        ["a.tar", "b.tar", "manifest.json", "skipped/b.tar.jsonl"]
     );
-    let skipped = fs::read_to_string(output.path().join("skipped-0-of-2.jsonl")).unwrap();
-    let line: Value = serde_json::from_str(&skipped).unwrap();
-    assert_eq!(line["shard"], shards[2].to_string());
-    assert_eq!(line["reason"], "no_caption");
-    // Another number of processes takes over what is there.
-    let alone = open(0, 1);
-    assert_eq!(alone.remaining(), [shards[1].clone()]);
-    assert_eq!(alone.manifest().shards.len(), 2);
+    let error = open(
+        output.path(),
+        recipe(3),
+        Part { rank: 0, world: 3 },
+        &shards,
+    )
+    .unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("selection.world = 2, and now it is 3"),
+        "{error}"
+    );
+}
+
+#[test]
+fn where_two_machines_differ_the_object_decides() {
+    let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let shards = inputs(input.path());
+    let recipe = recipe(TextKind::Embeds);
+    precompute(output.path(), &recipe, &shards, 4, 1);
+    let whole = files(output.path());
+    let mut other = manifest(output.path());
+    other.shards.get_mut("a.tar").unwrap().sha256 = "0".repeat(64);
+    for name in ["manifest-0-of-2.json", "manifest-1-of-2.json"] {
+        let text = serde_json::to_vec(&other).unwrap();
+        fs::write(output.path().join(name), text).unwrap();
+    }
+    let place = coffey_pipeline::Destination::folder(output.path());
+    assert!(join(&place, &shards).unwrap().missing.is_empty());
+    assert!(files(output.path()) == whole);
 }
 
 #[test]
@@ -465,7 +596,7 @@ fn numbers_that_f16_cannot_hold_end_the_run_before_the_shard() {
     for bad in [f32::NAN, f32::INFINITY, -1e6] {
         values[3 * 8 * 16 * 16 + 7] = bad;
         batch.moments = Tensor::from_vec(values.clone(), shape.clone(), &Device::Cpu).unwrap();
-        let mut writer = LatentWriter::open(
+        let mut writer = open(
             output.path(),
             recipe(TextKind::Embeds),
             Part::WHOLE,

@@ -1,4 +1,4 @@
-//! Kills `train` with SIGKILL at random moments, starts it again until it is done, and compares what it left with a run that
+//! Kills `precompute` ([`precompute`]) and `train` with SIGKILL at random moments, starts it again until it is done, and compares what it left with a run that
 //! nobody disturbed: every file of the finished student, every picture, every line of every record but its times.
 //!
 //! The small ones run with all tests. At full size, the quickstart and 50 kills, into a folder and into S3:
@@ -11,6 +11,7 @@
     reason = "these are tests"
 )]
 
+mod precompute;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -86,8 +87,8 @@ impl Place {
     }
 }
 
-/// One trainer and what it says.
-struct Trainer {
+/// One process and what it says.
+struct Process {
     child: Child,
     said: PathBuf,
 }
@@ -101,7 +102,7 @@ struct Chaos {
 }
 
 impl Chaos {
-    fn start(&self, name: &str) -> Trainer {
+    fn start(&self, name: &str) -> Process {
         let (config, said) = (self.place.config(), self.place.scratch().join("said"));
         std::fs::create_dir_all(self.place.scratch()).unwrap();
         let own = [
@@ -114,12 +115,7 @@ impl Chaos {
         for setting in own.iter().chain(&self.settings) {
             args.extend(["-s", setting]);
         }
-        let child = command(&args)
-            .stdout(Stdio::null())
-            .stderr(File::create(&said).unwrap())
-            .spawn()
-            .unwrap();
-        Trainer { child, said }
+        Process::start(&args, said)
     }
 
     /// Runs without a disturbance; how long it took to start, and then for each step.
@@ -197,7 +193,16 @@ impl Chaos {
     }
 }
 
-impl Trainer {
+impl Process {
+    fn start(args: &[&str], said: PathBuf) -> Self {
+        let child = command(args)
+            .stdout(Stdio::null())
+            .stderr(File::create(&said).unwrap())
+            .spawn()
+            .unwrap();
+        Self { child, said }
+    }
+
     fn ended(&mut self) -> bool {
         let status = self.child.try_wait().unwrap();
         if let Some(status) = status {
@@ -256,16 +261,22 @@ fn holds_a_file(path: &Path) -> bool {
             .is_ok_and(|entries| entries.flatten().any(|entry| holds_a_file(&entry.path())))
 }
 
-/// A folder's files with their content.
+/// The files of a folder and of those in it, with their content.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(folder).unwrap();
-    entries
-        .map(|entry| {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            (name, std::fs::read(path).unwrap())
-        })
-        .collect()
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        match path.is_dir() {
+            true => found.extend(
+                files(&path)
+                    .into_iter()
+                    .map(|(file, content)| (format!("{name}/{file}"), content)),
+            ),
+            false => drop(found.insert(name, std::fs::read(path).unwrap())),
+        }
+    }
+    found
 }
 
 fn small(place: Place) -> Chaos {

@@ -54,7 +54,7 @@ def read_shard(path, manifest):
             assert embeds.dtype == np.float16 and embeds.shape == tuple(text_shape)
             assert np.isfinite(embeds).all()
         crop = json.loads(sample["json"])["coffey"]
-        assert crop["resolution"] == manifest["image"]["resolution"]
+        assert crop["target_width"] == manifest["image"]["resolution"]
         samples.append((sample["__key__"], latent, embeds, sample["txt"].decode(), crop))
     return samples
 
@@ -73,7 +73,7 @@ def prepare(image_bytes, crop):
     size = (crop["resized_width"], crop["resized_height"])
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top, side = crop["crop_left"], crop["crop_top"], crop["resolution"]
+    left, top, side = crop["crop_left"], crop["crop_top"], crop["target_width"]
     pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
     if crop["flipped"]:
         pixels = pixels[:, ::-1]

@@ -18,7 +18,7 @@ pub use crop::{CropMode, CropWindow};
 pub use decode::{DecodeError, Decoded, decode, probe};
 pub use resize::{Interpolation, resized_size};
 
-pub(crate) use square::{Square, SquareMaker};
+pub(crate) use square::{SquareMaker, Squares};
 
 /// What is made of every image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,8 +29,10 @@ pub struct ImageOptions {
     pub interpolation: Interpolation,
     /// Where the square is cut.
     pub crop: CropMode,
-    /// Mirror half of the images.
+    /// Mirror half of the squares.
     pub flip: bool,
+    /// Squares cut out of each image, each at its own place; at least 1.
+    pub crops: usize,
     /// Decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side is then still `resolution`
     /// or more. Faster, but not the pixels that resizing the whole image gives. Never for
     /// [`Interpolation::Nearest`], which picks pixels.
@@ -48,6 +50,7 @@ impl Default for ImageOptions {
             interpolation: Interpolation::Bilinear,
             crop: CropMode::Random,
             flip: false,
+            crops: 1,
             scaled_decode: true,
             // Where Pillow refuses an image as a decompression bomb.
             max_pixels: 178_956_970,

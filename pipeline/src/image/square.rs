@@ -11,17 +11,17 @@ use super::{ImageOptions, Interpolation};
 /// doesn't hold memory for ever. Bytes.
 const KEPT: usize = 64 << 20;
 
-/// A square cut from an image.
+/// The squares cut from an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Square {
-    /// `[3, R, R]`, 8 bit.
+pub(crate) struct Squares {
+    /// `[crops, 3, R, R]`, 8 bit.
     pub(crate) pixels: Vec<u8>,
     /// Width and height of the image. Pixels.
     pub(crate) original: (u32, u32),
     /// Width and height after resizing, before cropping. Pixels.
     pub(crate) resized: (u32, u32),
-    /// Where it was cut.
-    pub(crate) window: CropWindow,
+    /// Where each was cut.
+    pub(crate) windows: Vec<CropWindow>,
 }
 
 /// Makes squares of images, keeping its work space between them. One a thread.
@@ -32,8 +32,8 @@ pub(crate) struct SquareMaker {
 }
 
 impl SquareMaker {
-    /// Decodes an image, resizes its shorter side to the resolution and cuts a square out, at a
-    /// place drawn from `rng` if the options say so.
+    /// Decodes an image, resizes its shorter side to the resolution and cuts squares out, at
+    /// places drawn from `rng` one after another if the options say so.
     ///
     /// # Errors
     /// [`DecodeError`] for what isn't an image, is damaged, or has too many pixels, before or after
@@ -43,7 +43,7 @@ impl SquareMaker {
         bytes: &[u8],
         options: &ImageOptions,
         rng: &mut impl RngCore,
-    ) -> Result<Square, DecodeError> {
+    ) -> Result<Squares, DecodeError> {
         let image = Encoded::open(bytes)?;
         let original @ (width, height) = image.size();
         let side = options.resolution;
@@ -56,7 +56,8 @@ impl SquareMaker {
                 max_pixels: options.max_pixels,
             });
         }
-        let window = place(resized, side, options.crop, options.flip, rng);
+        let mut place = || place(resized, side, options.crop, options.flip, rng);
+        let windows: Vec<CropWindow> = (0..options.crops).map(|_| place()).collect();
         let scaled = options.scaled_decode && options.interpolation != Interpolation::Nearest;
         let reduction = if scaled { image.reduction(side) } else { 1 };
         let size = image.decode(options.max_pixels, reduction, &mut self.pixels)?;
@@ -66,21 +67,31 @@ impl SquareMaker {
             size,
             extent: (extent(width), extent(height)),
         };
-        let target = Target {
-            size: resized,
-            window,
-            side,
-            interpolation: options.interpolation,
+        let mut square = |&window: &CropWindow| {
+            let target = Target {
+                size: resized,
+                window,
+                side,
+                interpolation: options.interpolation,
+            };
+            self.scaler.square(source, &target)
         };
-        let pixels = self.scaler.square(source, &target)?;
+        let pixels = match windows.as_slice() {
+            [window] => square(window)?,
+            windows => windows
+                .iter()
+                .map(square)
+                .collect::<Result<Vec<_>, _>>()?
+                .concat(),
+        };
         if self.pixels.len() > KEPT {
             *self = Self::default();
         }
-        Ok(Square {
+        Ok(Squares {
             pixels,
             original,
             resized,
-            window,
+            windows,
         })
     }
 }
@@ -88,7 +99,7 @@ impl SquareMaker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{CropMode, Square};
+    use crate::image::{CropMode, Squares};
     use crate::order::rng::rng;
     use image::RgbImage;
 
@@ -97,7 +108,7 @@ mod tests {
         std::fs::read(path).unwrap()
     }
 
-    fn make(bytes: &[u8], options: &ImageOptions) -> Result<Square, DecodeError> {
+    fn make(bytes: &[u8], options: &ImageOptions) -> Result<Squares, DecodeError> {
         SquareMaker::default().make(bytes, options, &mut rng(1, "crop", 0, 0))
     }
 
@@ -110,9 +121,9 @@ mod tests {
     }
 
     /// Mean and greatest difference of a square from a golden image's part.
-    fn apart(square: &Square, whole: &RgbImage) -> (f64, u8) {
+    fn apart(square: &Squares, whole: &RgbImage) -> (f64, u8) {
         assert_eq!(square.resized, whole.dimensions());
-        let (window, side) = (square.window, 64);
+        let (window, side) = (square.windows[0], 64);
         let of = crate::image::crop::planes;
         let expected = of(whole, whole.width(), (window.top, window.left), side, false);
         let by: Vec<u8> = expected
@@ -139,10 +150,39 @@ mod tests {
         assert!(worst <= 1, "{worst}");
         // A shorter side of 300 is decoded at a quarter, 75.
         let scaled = make(&golden("photo.jpg"), &small()).unwrap();
-        assert_eq!(scaled.window, square.window);
+        assert_eq!(scaled.windows, square.windows);
         assert_ne!(scaled.pixels, square.pixels);
         let (mean, worst) = apart(&scaled, &expected);
         assert!(mean < 2.0 && worst < 30, "mean {mean}, greatest {worst}");
+    }
+
+    #[test]
+    fn further_crops_leave_the_first_as_it_is() {
+        let options = ImageOptions {
+            crop: CropMode::Random,
+            flip: true,
+            ..small()
+        };
+        let bytes = golden("photo.jpg");
+        let one = make(&bytes, &options).unwrap();
+        let four = make(
+            &bytes,
+            &ImageOptions {
+                crops: 4,
+                ..options
+            },
+        )
+        .unwrap();
+        assert_eq!(four.windows.len(), 4);
+        assert_eq!(four.windows[0], one.windows[0]);
+        assert!(
+            four.windows[1..]
+                .iter()
+                .any(|window| *window != four.windows[0])
+        );
+        let squares: Vec<&[u8]> = four.pixels.chunks_exact(one.pixels.len()).collect();
+        assert_eq!((squares.len(), squares[0]), (4, one.pixels.as_slice()));
+        assert!(squares[1..].iter().any(|square| *square != squares[0]));
     }
 
     #[test]

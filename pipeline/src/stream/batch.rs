@@ -24,7 +24,7 @@ pub struct PixelBatch {
     pub index: u64,
     /// What is known of each sample.
     pub samples: Vec<SampleMeta>,
-    /// The images, `[B, 3, R, R]` in this order, 8 bit: a quarter of what the models read, so that
+    /// The images, `[B, crops, 3, R, R]` in this order, 8 bit: a quarter of what the models read, so that
     /// waiting batches take little memory. See [`normalize`](crate::image::normalize).
     pub pixels: Vec<u8>,
     /// `R`: side of the images.
@@ -169,9 +169,16 @@ impl Batcher {
                     message: panic_message(payload.as_ref()),
                 }))
             });
-        if let Err(Stop::Failed(error)) = result {
+        if let Err(Stop::Failed(mut error)) = result {
             // What was finished before the fault is still good.
             if self.release_held().is_ok() {
+                if let StreamError::NothingUsable {
+                    shards, skipped, ..
+                } = &mut error
+                {
+                    *shards = std::mem::take(&mut self.finished);
+                    *skipped = std::mem::take(&mut self.skipped);
+                }
                 let _closed = self.out.send_blocking(Err(error), &self.stage);
             }
         }
@@ -203,6 +210,8 @@ impl Batcher {
                         rejected: self.broken.clone(),
                         missing_keys: Vec::new(),
                     },
+                    shards: Vec::new(),
+                    skipped: Vec::new(),
                 }));
             }
         }

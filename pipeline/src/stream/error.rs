@@ -7,6 +7,8 @@ use crate::order::CursorMismatch;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
 
+use super::batch::{ShardSummary, SkippedSample};
+
 /// What ended a stream, or kept it from starting.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
@@ -57,6 +59,10 @@ pub enum StreamError {
     NothingUsable {
         /// Counts by reason, and json keys that were looked for in vain.
         report: FilterReport,
+        /// The shards that were read to their end, which no batch could tell of.
+        shards: Vec<ShardSummary>,
+        /// Their samples.
+        skipped: Vec<SkippedSample>,
     },
     /// More samples are broken than allowed.
     #[error(

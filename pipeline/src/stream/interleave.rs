@@ -196,6 +196,8 @@ impl Interleaver {
     fn nothing_usable(&self) -> Stop {
         Stop::Failed(StreamError::NothingUsable {
             report: self.filter.report(),
+            shards: Vec::new(),
+            skipped: Vec::new(),
         })
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::flow::StageHandle;
-use crate::image::{DecodeError, ImageOptions, Square, SquareMaker};
+use crate::image::{CropWindow, DecodeError, ImageOptions, SquareMaker, Squares};
 use crate::order::Order;
 use crate::order::rng::rng;
 
@@ -31,10 +31,8 @@ pub struct SampleMeta {
     pub original: (u32, u32),
     /// Width and height after resizing, before cropping. Pixels.
     pub resized: (u32, u32),
-    /// Rows above and columns left of the crop, in the resized image. Pixels.
-    pub crop: (u32, u32),
-    /// Whether it is mirrored.
-    pub flipped: bool,
+    /// Where in the resized image each of its squares was cut.
+    pub crops: Vec<CropWindow>,
 }
 
 /// One worker's state.
@@ -103,14 +101,14 @@ impl Preparer {
         let name = self.shard_names[visit.shard]
             .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mut rng = rng(self.seed, "crop", occasion, name);
-        let square = self.squares.make(&chosen.image, &self.options, &mut rng);
-        let Square {
+        let squares = self.squares.make(&chosen.image, &self.options, &mut rng);
+        let Squares {
             pixels,
             original,
             resized,
-            window,
-        } = match square {
-            Ok(square) => square,
+            windows,
+        } = match squares {
+            Ok(squares) => squares,
             Err(error) => {
                 tracing::debug!(key = %chosen.key, %error, "sample left out");
                 let reason = match error {
@@ -143,8 +141,7 @@ impl Preparer {
                 json,
                 original,
                 resized,
-                crop: (window.top, window.left),
-                flipped: window.flipped,
+                crops: windows,
             }),
         }
     }

@@ -86,7 +86,7 @@ pub(crate) struct Draw {
 /// One thing that happens to the stream, in its place.
 #[derive(Debug)]
 pub(crate) enum Step {
-    /// A sample is ready: its pixels, `[3, R, R]`, 8 bit.
+    /// A sample is ready: its pixels, `[crops, 3, R, R]`, 8 bit.
     Ready {
         visit: Visit,
         meta: Box<SampleMeta>,

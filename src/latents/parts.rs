@@ -1,0 +1,261 @@
+//! The manifests of a place: one of the whole, or one of each process that works there until they are joined.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+
+use coffey_pipeline::destination::Destination;
+use coffey_pipeline::order::{EpochPlan, Order};
+use coffey_pipeline::{ShardUrl, SourceError};
+use sha2::{Digest, Sha256};
+
+use super::manifest::{Manifest, Recipe, ShardEntry};
+use super::{LatentError, skipped};
+
+/// The manifest of the whole.
+pub(super) const MANIFEST: &str = "manifest.json";
+/// How often manifests are listed again because one of them was joined to the others meanwhile.
+const LISTINGS: usize = 5;
+const HASH_BUFFER: usize = 1 << 18;
+
+/// This process among those that share the shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From 0.
+    pub rank: usize,
+    /// How many there are.
+    pub world: usize,
+}
+
+impl Part {
+    /// All of it: there is one process.
+    pub const WHOLE: Self = Self { rank: 0, world: 1 };
+
+    /// The name of this process's manifest.
+    pub(super) fn manifest(self) -> String {
+        match self.world {
+            1 => MANIFEST.to_owned(),
+            world => format!("manifest-{}-of-{world}.json", self.rank),
+        }
+    }
+
+    /// Those of all processes' shards that are this one's, in order, as the stream would deal them.
+    pub(super) fn shards(self, all: &[ShardUrl]) -> impl Iterator<Item = &ShardUrl> {
+        let plan = EpochPlan {
+            seed: 0,
+            shards: all.len(),
+            rank: self.rank,
+            world: self.world,
+            order: Order::Sequential,
+            resample: false,
+        };
+        plan.shards(0).into_iter().map(|index| &all[index])
+    }
+
+    /// This process's share of `max_samples`.
+    pub(super) fn share(self, max_samples: u64) -> u64 {
+        let (rank, world) = (self.rank as u64, self.world as u64);
+        max_samples / world + u64::from(rank < max_samples % world)
+    }
+}
+
+/// What a place holds: its manifests and the sizes of its objects.
+#[derive(Debug)]
+pub(super) struct Inventory {
+    place: Destination,
+    manifests: BTreeMap<String, Manifest>,
+    sizes: BTreeMap<String, u64>,
+}
+
+impl Inventory {
+    pub(super) fn take(place: &Destination) -> Result<Self, LatentError> {
+        // Objects before manifests: a shard that is seen here was announced by a manifest before it was begun.
+        let sizes = place.list("")?.into_iter().map(|e| (e.name, e.size));
+        Ok(Self {
+            place: place.clone(),
+            sizes: sizes.collect(),
+            manifests: manifests(place)?,
+        })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.manifests.is_empty()
+    }
+
+    /// The file names of the manifests.
+    pub(super) fn manifests(&self) -> impl Iterator<Item = &String> {
+        self.manifests.keys()
+    }
+
+    /// What all manifests have in common, if there are any.
+    ///
+    /// # Errors
+    /// [`LatentError::OtherRecipe`] if it is not the same in all of them.
+    pub(super) fn recipe(&self) -> Result<Option<&Recipe>, LatentError> {
+        let Some(first) = self.manifests.values().next() else {
+            return Ok(None);
+        };
+        self.check(&first.recipe)?;
+        Ok(Some(&first.recipe))
+    }
+
+    /// Refuses a recipe other than that of every manifest.
+    pub(super) fn check(&self, recipe: &Recipe) -> Result<(), LatentError> {
+        self.manifests
+            .iter()
+            .try_for_each(|(name, manifest)| manifest.check(&self.place.place(name), recipe))
+    }
+
+    /// Refuses to write over an object of this name that no manifest can have announced.
+    pub(super) fn check_free(&self, name: &str) -> Result<(), LatentError> {
+        match self.sizes.contains_key(name) && self.is_empty() {
+            true => Err(LatentError::Occupied {
+                object: self.place.place(name),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Refuses a shard of which a manifest says that it was made of another input.
+    pub(super) fn check_source(&self, url: &ShardUrl) -> Result<(), LatentError> {
+        let name = url.name();
+        for (manifest, listed) in &self.manifests {
+            if let Some(entry) = listed.shards.get(&name)
+                && entry.source != url.redacted()
+            {
+                return Err(LatentError::OtherSource {
+                    manifest: self.place.place(manifest),
+                    written: entry.source.clone(),
+                    now: url.redacted(),
+                    name,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the manifests say of the shards that are there, by name: those they list whose object has the listed size.
+    /// Contents are read only where two manifests differ on a shard, as they may after two machines made it at once.
+    pub(super) fn finished(&self) -> Result<BTreeMap<String, ShardEntry>, LatentError> {
+        let mut finished = BTreeMap::new();
+        for (name, entry) in self.manifests.values().flat_map(|m| &m.shards) {
+            if self.sizes.get(name) != Some(&entry.bytes) || finished.get(name) == Some(entry) {
+                continue;
+            }
+            if finished.contains_key(name) && self.sha256(name)? != entry.sha256 {
+                continue;
+            }
+            finished.insert(name.clone(), entry.clone());
+        }
+        Ok(finished)
+    }
+
+    fn sha256(&self, name: &str) -> Result<String, LatentError> {
+        let mut object = self.place.open(name)?;
+        let (mut sha, mut buffer) = (Sha256::new(), vec![0; HASH_BUFFER]);
+        loop {
+            match object.read(&mut buffer) {
+                Ok(0) => return Ok(format!("{:x}", sha.finalize())),
+                Ok(count) => sha.update(&buffer[..count]),
+                Err(error) => return Err(self.place.failed(name, error).into()),
+            }
+        }
+    }
+}
+
+/// What of some shards is there, over all processes.
+#[derive(Debug)]
+pub struct Joined {
+    /// The manifests of all processes as one.
+    pub manifest: Manifest,
+    /// Inputs whose shard is not there yet, in order.
+    pub missing: Vec<ShardUrl>,
+}
+
+/// Puts `manifest.json` in the place of the processes' own manifests if every shard made of `shards` is there, and
+/// clears away what killed processes left. While some are missing, everything stays as it is.
+///
+/// # Errors
+/// When there are no manifests or they don't belong together, or the place fails.
+pub fn join(place: &Destination, shards: &[ShardUrl]) -> Result<Joined, LatentError> {
+    let inventory = Inventory::take(place)?;
+    let recipe = inventory.recipe()?.ok_or_else(|| LatentError::Nothing {
+        place: place.to_string(),
+    })?;
+    for url in shards {
+        inventory.check_source(url)?;
+    }
+    let manifest = Manifest {
+        shards: inventory.finished()?,
+        ..Manifest::new(recipe.clone())
+    };
+    let missing = manifest.missing(shards);
+    if missing.is_empty() {
+        manifest.write(place, MANIFEST)?;
+        for name in inventory.manifests().filter(|name| *name != MANIFEST) {
+            place.remove(name)?;
+        }
+        let names: BTreeSet<String> = shards
+            .iter()
+            .map(ShardUrl::name)
+            .flat_map(|name| [skipped::file_name(&name), name])
+            .collect();
+        place.clear_unfinished(|object| is_manifest(object) || names.contains(object))?;
+    }
+    Ok(Joined { manifest, missing })
+}
+
+impl Manifest {
+    /// Which of `shards` are still to be made: those it does not list, unless the process they belong to has used up its
+    /// share of `max_samples`.
+    fn missing(&self, shards: &[ShardUrl]) -> Vec<ShardUrl> {
+        let selection = &self.recipe.selection;
+        let world = selection.world.unwrap_or(1);
+        let used_up: BTreeSet<String> = (0..world)
+            .map(|rank| Part { rank, world })
+            .filter(|&part| self.remaining_samples(part, shards) == Some(0))
+            .flat_map(|part| part.shards(shards).map(ShardUrl::name))
+            .collect();
+        let there = |name: &String| self.shards.contains_key(name) || used_up.contains(name);
+        let missing = shards.iter().filter(|url| !there(&url.name()));
+        missing.cloned().collect()
+    }
+
+    /// What a process may still read of its share of `max_samples`; `None`: all there is.
+    pub(super) fn remaining_samples(&self, part: Part, shards: &[ShardUrl]) -> Option<u64> {
+        let share = part.share(self.recipe.selection.max_samples?);
+        let read: u64 = part
+            .shards(shards)
+            .filter_map(|url| self.shards.get(&url.name()))
+            .map(ShardEntry::counted)
+            .sum();
+        Some(share.saturating_sub(read))
+    }
+}
+
+/// The manifests of a place with their file names.
+fn manifests(place: &Destination) -> Result<BTreeMap<String, Manifest>, LatentError> {
+    let mut listings = 0;
+    'listing: loop {
+        listings += 1;
+        let mut manifests = BTreeMap::new();
+        for entry in place.list("manifest")? {
+            if !is_manifest(&entry.name) {
+                continue;
+            }
+            match place.read(&entry.name) {
+                // Another process joined it to the others since it was listed.
+                Err(SourceError::NotFound { .. }) if listings < LISTINGS => continue 'listing,
+                text => {
+                    let manifest = Manifest::parse(&place.place(&entry.name), &text?)?;
+                    manifests.insert(entry.name, manifest);
+                }
+            }
+        }
+        return Ok(manifests);
+    }
+}
+
+/// `manifest.json` or `manifest-RANK-of-WORLD.json`.
+fn is_manifest(name: &str) -> bool {
+    name == MANIFEST || (name.starts_with("manifest-") && name.ends_with(".json"))
+}
