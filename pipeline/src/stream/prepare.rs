@@ -1,4 +1,4 @@
-//! The decode threads' work: one sample from compressed bytes to a square of pixels.
+//! The decode threads' work: one sample from the bytes in its shard to what the models read.
 
 use std::sync::Arc;
 
@@ -7,9 +7,11 @@ use sha2::{Digest, Sha256};
 use crate::flow::StageHandle;
 use crate::image::{DecodeError, ImageOptions, Square, SquareMaker};
 use crate::order::Order;
-use crate::order::rng::rng;
+use crate::order::rng::{Rng, rng};
 
 use super::config::StreamConfig;
+use super::content::{BatchContent, Members};
+use super::latent::{self, ArrayError};
 use super::step::{Job, Json, Reason, Step, parse_json};
 
 /// What is known of a sample in a batch.
@@ -23,11 +25,12 @@ pub struct SampleMeta {
     pub position: u64,
     /// The epoch it was read in, from 0.
     pub epoch: u64,
-    /// The caption, as it is in the shard.
+    /// The caption, as it is in the shard; empty where latents come with embeddings and without one.
     pub caption: String,
     /// The sample's json, if it has any that parses.
     pub json: Option<serde_json::Value>,
-    /// Width and height of the image in the shard. Pixels.
+    /// Width and height of the image in the shard. Pixels. This and what follows is of latents what
+    /// their json says, zeros where it says nothing.
     pub original: (u32, u32),
     /// Width and height after resizing, before cropping. Pixels.
     pub resized: (u32, u32),
@@ -35,6 +38,15 @@ pub struct SampleMeta {
     pub crop: (u32, u32),
     /// Whether it is mirrored.
     pub flipped: bool,
+}
+
+/// Which part of an image a sample is, as [`SampleMeta`] has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct View {
+    pub(super) original: (u32, u32),
+    pub(super) resized: (u32, u32),
+    pub(super) crop: (u32, u32),
+    pub(super) flipped: bool,
 }
 
 /// One worker's state.
@@ -93,7 +105,7 @@ impl Preparer {
         } = job;
         let visit = chosen.visit;
         self.stage.add_items(1);
-        self.stage.add_bytes(chosen.image.len() as u64);
+        self.stage.add_bytes(chosen.members.bytes() as u64);
         let occasion = if self.repeats {
             visit.id * self.world + self.rank
         } else {
@@ -103,20 +115,23 @@ impl Preparer {
         let name = self.shard_names[visit.shard]
             .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mut rng = rng(self.seed, "crop", occasion, name);
-        let square = self.squares.make(&chosen.image, &self.options, &mut rng);
-        let Square {
-            pixels,
-            original,
-            resized,
-            window,
-        } = match square {
-            Ok(square) => square,
-            Err(error) => {
-                tracing::debug!(key = %chosen.key, %error, "sample left out");
-                let reason = match error {
-                    DecodeError::TooLarge { .. } => Reason::TOO_LARGE,
-                    DecodeError::UnknownFormat | DecodeError::Damaged(_) => Reason::DECODE_ERROR,
-                };
+        let json = match chosen.json {
+            Json::None => None,
+            Json::Raw(raw) => parse_json(&raw),
+            Json::Parsed(value) => Some(value),
+        };
+        let made = match &chosen.members {
+            Members::Image(image) => self.square(image, &mut rng),
+            Members::Latents {
+                moments,
+                prompt_embeds,
+            } => latent::read(moments, prompt_embeds.as_ref(), json.as_ref(), &mut rng)
+                .map_err(Fault::from),
+        };
+        let (content, view) = match made {
+            Ok(made) => made,
+            Err(Fault { reason, cause }) => {
+                tracing::debug!(key = %chosen.key, cause, "sample left out");
                 return Step::Undecodable {
                     visit,
                     key: chosen.key,
@@ -125,15 +140,16 @@ impl Preparer {
                 };
             }
         };
-        let json = match chosen.json {
-            Json::None => None,
-            Json::Raw(raw) => parse_json(&raw),
-            Json::Parsed(value) => Some(value),
-        };
+        let View {
+            original,
+            resized,
+            crop,
+            flipped,
+        } = view;
         Step::Ready {
             visit,
             draw,
-            pixels,
+            content,
             meta: Box::new(SampleMeta {
                 key: chosen.key,
                 shard: visit.shard,
@@ -143,9 +159,59 @@ impl Preparer {
                 json,
                 original,
                 resized,
-                crop: (window.top, window.left),
-                flipped: window.flipped,
+                crop,
+                flipped,
             }),
+        }
+    }
+
+    fn square(&mut self, image: &[u8], rng: &mut Rng) -> Result<(BatchContent, View), Fault> {
+        let Square {
+            pixels,
+            original,
+            resized,
+            window,
+        } = self.squares.make(image, &self.options, rng)?;
+        let content = BatchContent::Pixels {
+            levels: pixels,
+            resolution: self.options.resolution,
+        };
+        let view = View {
+            original,
+            resized,
+            crop: (window.top, window.left),
+            flipped: window.flipped,
+        };
+        Ok((content, view))
+    }
+}
+
+/// Why a sample is left out, for the counts and in words.
+struct Fault {
+    reason: Reason,
+    cause: String,
+}
+
+impl From<DecodeError> for Fault {
+    fn from(error: DecodeError) -> Self {
+        Self {
+            cause: error.to_string(),
+            reason: match error {
+                DecodeError::TooLarge { .. } => Reason::TOO_LARGE,
+                DecodeError::UnknownFormat | DecodeError::Damaged(_) => Reason::DECODE_ERROR,
+            },
+        }
+    }
+}
+
+impl From<ArrayError> for Fault {
+    fn from(error: ArrayError) -> Self {
+        Self {
+            cause: error.to_string(),
+            reason: match error {
+                ArrayError::Damaged(_) => Reason::DECODE_ERROR,
+                ArrayError::Other { .. } => Reason::OTHER_ARRAY,
+            },
         }
     }
 }
