@@ -154,22 +154,23 @@ impl Manifest {
     /// When the file can't be read, or is none of this version.
     pub fn read(path: &Path) -> Result<Self, LatentError> {
         let text = std::fs::read(path).map_err(LatentError::io(path))?;
-        let damaged = |message: String| LatentError::Manifest {
+        Self::parse(&text).map_err(|message| LatentError::Manifest {
             path: path.to_owned(),
             message,
-        };
-        let value: Value =
-            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        })
+    }
+
+    /// Reads the text of a manifest. The error says in words what is wrong.
+    pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
+        let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         match value.get("format_version").and_then(Value::as_u64) {
             Some(version) if version == u64::from(FORMAT_VERSION) => {}
             Some(version) => {
-                return Err(damaged(format!(
-                    "format_version {version}, needed {FORMAT_VERSION}"
-                )));
+                return Err(format!("format_version {version}, needed {FORMAT_VERSION}"));
             }
-            None => return Err(damaged("format_version is missing".to_owned())),
+            None => return Err("format_version is missing".to_owned()),
         }
-        serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
+        serde_json::from_value(value).map_err(|error| error.to_string())
     }
 
     /// The manifests of a folder with their file names, in name order; none if the folder is not there.
@@ -224,12 +225,12 @@ impl Manifest {
 }
 
 /// `manifest.json` or `manifest-RANK-of-WORLD.json`.
-fn is_manifest(name: &str) -> bool {
+pub(super) fn is_manifest(name: &str) -> bool {
     name == "manifest.json" || (name.starts_with("manifest-") && name.ends_with(".json"))
 }
 
 /// The first place where two values differ, with both values there.
-fn difference(
+pub(super) fn difference(
     place: &str,
     a: Option<&Value>,
     b: Option<&Value>,

@@ -1,7 +1,8 @@
 //! Latent shards: what `coffey precompute` leaves behind, so that later runs need neither VAE nor text encoder.
 //!
 //! This module owns the format, its manifest and the fingerprint of the weights it was made with. It never encodes
-//! and never decides which samples there are: it writes what comes out of the [encode pool](crate::encode).
+//! and never decides which samples there are: it writes what comes out of the [encode pool](crate::encode), and says what a
+//! run that trains on latents must know of them ([`LatentSource`]).
 //!
 //! # A shard
 //! A folder holds one tar for each input shard: same file name, same sample keys, same order of samples. Its members,
@@ -34,6 +35,9 @@
 //! whole after every shard. A run that finds manifests skips the shards they list whose file has the listed size
 //! (contents are not read again), and refuses to write latents of another recipe beside them.
 
+/// Extension of the caption.
+pub const CAPTION_KEY: &str = "txt";
+
 mod aside;
 mod error;
 mod fingerprint;
@@ -41,6 +45,7 @@ mod manifest;
 mod sample;
 mod shard;
 mod skipped;
+mod source;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -50,4 +55,5 @@ pub use fingerprint::Fingerprint;
 pub use manifest::{
     FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
 };
+pub use source::{LatentSource, LatentSourceError};
 pub use writer::{LatentWriter, Part};
