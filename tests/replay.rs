@@ -76,7 +76,7 @@ replays! {
     levels_layers_heads_and_projections_at_once: "everything", 4, [
         "distill.loss=l2", "optimizer.learning_rate=1e-5",
     ];
-    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 4, ["distill.huber_c=0.1"];
+    plain_blocks_at_the_bottom_of_four_levels: "four-levels", 3, ["distill.huber_c=0.1"];
     one_layer_one_sample_accumulation_and_a_teacher_in_16_bits: "one-layer", 3, [
         "train.batch_size=1", "train.gradient_accumulation=3", "train.teacher_dtype=bf16",
     ];

@@ -390,7 +390,11 @@ fn what_cannot_be_trained_is_refused_with_one_message() {
         &["train.max_step", "train.max_steps"],
     );
     refused(2, &["train.max_steps=many"], &["train.max_steps", "many"]);
-    refused(2, &["data.kind=latents"], &["data.kind", "not built yet"]);
+    refused(
+        2,
+        &["data.kind=latents"],
+        &["no manifest.json", "data.kind"],
+    );
     refused(2, &["data.shards=[]"], &["data.shards"]);
     refused(2, &["model.teacher=nowhere"], &["model.teacher", "nowhere"]);
     refused(2, &["image.resolution=60"], &["image.resolution", "8"]);

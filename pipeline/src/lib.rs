@@ -1,5 +1,5 @@
-//! Streams captioned-image shards (WebDataset tars) out of S3 and turns them into ordered pixel
-//! batches.
+//! Streams captioned-image shards (WebDataset tars) out of S3 and turns them into ordered batches
+//! of pixels; or shards of latents that were made of such images, into batches of latents.
 //!
 //! # Purpose
 //! A training run reads millions of images, most of them once. This crate brings them from where
@@ -64,6 +64,6 @@ pub use source::{
     CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
-    Ceiling, PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamConfig,
-    StreamError, ceiling,
+    Batch, BatchContent, Ceiling, Content, Halves, LatentShapes, SampleMeta, ShardSummary,
+    SkippedSample, Stream, StreamConfig, StreamError, ceiling,
 };

@@ -2,7 +2,7 @@
 
 mod support;
 
-use coffey_pipeline::{PixelBatch, StreamConfig};
+use coffey_pipeline::{Batch, StreamConfig};
 use support::proxy::{chance, clean};
 use support::{Bench, Faulty, config, shard, take, urls};
 
@@ -13,7 +13,7 @@ const SHARE: f64 = 0.2;
     clippy::unwrap_used,
     reason = "a helper that fails is a test that fails"
 )]
-fn batches(server: &Faulty, config: StreamConfig, count: usize) -> (Vec<PixelBatch>, Bench) {
+fn batches(server: &Faulty, config: StreamConfig, count: usize) -> (Vec<Batch>, Bench) {
     let bench = server.bench(10);
     let stream = bench.open(config).unwrap();
     let batches = take(&stream, &bench.metrics, count).unwrap();

@@ -5,7 +5,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use coffey_pipeline::{Order, PixelBatch, S3Options, SourceError, Sources, StreamConfig};
+use coffey_pipeline::{Batch, Order, S3Options, SourceError, Sources, StreamConfig};
 use support::{Bench, bucket, config, shard, urls};
 
 #[allow(
@@ -228,9 +228,11 @@ fn a_shard_in_gzip_gives_the_same_batches() {
             ..config(urls(url))
         })
     };
-    let pixels = |batches: Vec<PixelBatch>| {
+    let pixels = |batches: Vec<Batch>| {
         let batches = batches.into_iter();
-        batches.flat_map(|batch| batch.pixels).collect::<Vec<_>>()
+        batches
+            .flat_map(|batch| support::pixels(&batch).to_vec())
+            .collect::<Vec<_>>()
     };
     let plain = pixels(stream("s3://data/00000.tar").unwrap());
     // By content, whatever it is called.

@@ -7,10 +7,10 @@ use clap::Args;
 use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage, StageSnapshot};
 use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{CacheCounts, Ceiling, Stream, ceiling};
+use coffey_pipeline::{BatchContent, CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
 
-use super::data::{DataAccess, source_options, stream_config};
+use super::data::{DataAccess, content, source_options, stream_config};
 use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
 use super::watch::watch;
@@ -89,7 +89,7 @@ impl Machine {
 
 /// Runs `coffey bench`.
 pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(source_options(&config))?;
@@ -97,6 +97,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
+    let latents = data.latents(&mut config, &shards)?;
     let batch_size = config.train.batch_size;
     errln!(
         "shards: {}; reading {} samples in batches of {batch_size}, decode_threads = {}",
@@ -106,6 +107,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
     (stream.rank, stream.world) = (part.rank, part.world);
+    stream.content = content(latents.as_ref());
     let settings = stream.clone();
 
     let (cpu_before, start) = (cpu_time(), Instant::now());
@@ -122,8 +124,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         };
         let batch = batch?;
         samples += batch.samples.len() as u64;
-        // The stream's last step is the consumer's: pixels as the models read them.
-        consumer.work(|| normalize(&batch.pixels, &mut values));
+        consumer.work(|| as_f32(&batch.content, &mut values));
         consumer.add_items(batch.samples.len() as u64);
         std::hint::black_box(&values);
         batches += 1;
@@ -175,6 +176,27 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         false => out!("{}", describe(&measured, config.s3.embedded_root.is_some())),
     }
     Ok(())
+}
+
+/// The stream's last step, which is the consumer's: numbers as the models read them.
+fn as_f32(content: &BatchContent, values: &mut Vec<f32>) {
+    match content {
+        BatchContent::Pixels { levels, .. } => normalize(levels, values),
+        BatchContent::Latents {
+            moments,
+            prompt_embeds,
+        } => {
+            let embeds = prompt_embeds.iter().flat_map(|embeds| &embeds.values);
+            values.clear();
+            values.extend(
+                moments
+                    .values
+                    .iter()
+                    .chain(embeds)
+                    .map(|half| half.to_f32()),
+            );
+        }
+    }
 }
 
 fn describe(measured: &Measured, embedded: bool) -> String {

@@ -10,13 +10,13 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{PixelBatch, ShardUrl, Stream, StreamConfig};
+use coffey_pipeline::{Batch, BatchContent, Content, ShardUrl, Stream, StreamConfig};
 
-use super::data::{DataAccess, source_options, stream_config};
+use super::data::{DataAccess, content, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, ModelRef, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::Encoders;
+use crate::encode::{Encoders, Worker};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Conditioning, UNet, UNetConfig, Weights};
@@ -115,7 +115,7 @@ pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
 }
 
 fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
-    let config = report.step("configuration", || {
+    let mut config = report.step("configuration", || {
         let config = args.load()?;
         let purpose = Purpose::of(&config)?;
         let said = format!(
@@ -152,12 +152,29 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         let said = format!("shards: {}, the first is {}", shards.len(), shards[0]);
         Ok((shards, said))
     })?;
+    let latents = match config.data.latents() {
+        None => None,
+        Some(_) => report.step("latents", || {
+            let latents = data.latents(&mut config, &shards)?;
+            if let Some(latents) = &latents {
+                latents.check(&models)?;
+            }
+            let said = "the manifests list all shards; made with the configured models";
+            Ok((latents, said.to_owned()))
+        })?,
+    };
+    let purpose = Purpose::of(&config)?;
+    let content = content(latents.as_ref());
     let (batch, sample_bytes) = report.step("first sample", || {
-        let (batch, sample_bytes) = first_sample(&config, &data, &shards[0])?;
+        let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
         let sample = &batch.samples[0];
         let (width, height) = sample.original;
+        let what = match content {
+            Content::Images => String::new(),
+            Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
+        };
         let said = format!(
-            "{}: {width}x{height} pixels, {:?}",
+            "{}: {what}{width}x{height} pixels, {:?}",
             sample.key, sample.caption
         );
         Ok(((batch, sample_bytes), said))
@@ -169,12 +186,13 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         })?),
         Purpose::Precompute { .. } => None,
     };
+    let vae_downscale = encoders.models.vae().config().downscale();
     report.step("dry run", || {
         let start = Instant::now();
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);
         let done = dry_run(
             batch,
-            &encoders.models,
+            encoders.models,
             unet,
             &device::open(config.train.device)?,
         )?;
@@ -185,10 +203,11 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     })?;
     let sizes = Sizes {
         sample_bytes,
+        content,
         text_encoder: encoders.text_parameters,
         vae: encoders.vae_parameters,
         vae_folder: &encoders.vae_folder,
-        vae_downscale: encoders.models.vae().config().downscale(),
+        vae_downscale,
         teacher: teacher
             .as_ref()
             .map(|teacher| (teacher.parameters, teacher.unet.config())),
@@ -215,11 +234,13 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
 /// The first sample that a run can use, ready for the encoders, and the mean size of samples in the shard, in bytes.
 fn first_sample(
     config: &Config,
+    content: Content,
     data: &DataAccess,
     shard: &ShardUrl,
-) -> Result<(PixelBatch, u64), Failure> {
+) -> Result<(Batch, u64), Failure> {
     let metrics = FlowMetrics::new();
     let probe = StreamConfig {
+        content,
         prefetch_batches: 1,
         decode_threads: 1,
         max_samples: None,
@@ -327,15 +348,16 @@ fn load_teacher(
     Ok((LoadedTeacher { unet, parameters }, said))
 }
 
-/// Encodes one sample and lets the teacher look at it once. Says what was done.
+/// Encodes one sample, as far as it is not, and lets the teacher look at it once. Says what was done.
 fn dry_run(
-    batch: PixelBatch,
-    encoders: &Encoders,
+    batch: Batch,
+    encoders: Encoders,
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
-    let prompt_embeds = encoders.encode_text(&[&batch.samples[0].caption])?;
-    let moments = encoders.encode_pixels(&batch.pixels, batch.resolution as usize)?;
+    let stored = matches!(batch.content, BatchContent::Latents { .. });
+    let caption = batch.samples[0].caption.as_str();
+    let [moments, prompt_embeds] = Worker::from(encoders).encode(batch.content, &[caption])?;
     all_finite(&prompt_embeds, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {
@@ -350,7 +372,10 @@ fn dry_run(
         guidance_embedding: None,
     };
     all_finite(&unet.forward(&latents, &[0], &conditioning)?, "the teacher")?;
-    Ok("one sample encoded and passed through the teacher")
+    Ok(match stored {
+        true => "one sample read and passed through the teacher",
+        false => "one sample encoded and passed through the teacher",
+    })
 }
 
 fn all_finite(tensor: &Tensor, model: &str) -> Result<(), Failure> {

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
+    CacheOptions, Content, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
     SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
 
 use super::Failure;
-use crate::config::{self, Config, ModelRef};
+use crate::config::{self, Config, DataKind, ModelRef};
+use crate::latents::{self, LatentSource, LatentSourceError};
 use crate::pretrained::{self, Models, Wanted};
 use crate::stop::Stop;
 
@@ -79,6 +80,30 @@ impl DataAccess {
     pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
     }
+
+    /// What there is to know of the shards of a configuration if they hold latents; `[image]` then says what those were made with.
+    pub(super) fn latents(
+        &self,
+        config: &mut Config,
+        shards: &[ShardUrl],
+    ) -> Result<Option<LatentSource>, Failure> {
+        let Some(text_from) = config.data.latents() else {
+            return Ok(None);
+        };
+        let runtime = self.runtime.handle();
+        let latents = LatentSource::open(shards, text_from, &self.sources, runtime)?;
+        latents.settle(config)?;
+        Ok(Some(latents))
+    }
+}
+
+impl From<LatentSourceError> for Failure {
+    fn from(error: LatentSourceError) -> Self {
+        match error.is_config() {
+            true => Self::Usage(error.into()),
+            false => Self::Failed(error.into()),
+        }
+    }
 }
 
 /// Does `work` that can be broken off anywhere, as fetching can: a signal ends the process at once.
@@ -123,7 +148,13 @@ pub(super) fn s3_options(s3: &config::S3) -> S3Options {
     }
 }
 
-/// The `[data]`, `[data.filter]` and `[image]` tables for shards that were listed.
+/// What the stream is to read.
+pub(super) fn content(latents: Option<&LatentSource>) -> Content {
+    latents.map_or(Content::Images, LatentSource::content)
+}
+
+/// The `[data]`, `[data.filter]` and `[image]` tables for shards of images that were listed. For latents, only the content is
+/// another.
 pub(super) fn stream_config(
     config: &Config,
     shards: Vec<ShardUrl>,
@@ -134,8 +165,12 @@ pub(super) fn stream_config(
     let filter = data.filter.clone().unwrap_or_default();
     StreamConfig {
         shards,
+        content: Content::Images,
         image_keys: data.image_keys.clone(),
-        caption_keys: data.caption_keys.clone(),
+        caption_keys: match data.kind {
+            DataKind::Images => data.caption_keys.clone(),
+            DataKind::Latents => vec![latents::CAPTION_KEY.to_owned()],
+        },
         max_samples: data.max_samples,
         resample: data.resample_shards,
         shuffle_buffer: data.shuffle_buffer,

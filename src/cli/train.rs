@@ -3,7 +3,7 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, source_options, stream_config, until_a_signal};
+use super::data::{DataAccess, content, source_options, stream_config, until_a_signal};
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
@@ -21,7 +21,7 @@ pub(super) struct TrainArgs {
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
     let paths = config.require_train()?;
     let train_device = device::open(config.train.device)?;
     let encode_devices = config
@@ -49,10 +49,15 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
     errln!("{} shards", shards.len());
+    let latents = access.latents(&mut config, &shards)?;
+    if let Some(latents) = &latents {
+        latents.check(&models)?;
+    }
+    let paths = config.require_train()?;
     let data = train::Data {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
-            stream.resume = resume;
+            (stream.content, stream.resume) = (content(latents.as_ref()), resume);
             Stream::open(
                 stream,
                 &access.sources,

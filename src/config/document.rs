@@ -1,6 +1,6 @@
 //! The text of a configuration and its `-s` overrides as one TOML table that remembers where each key was written.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::Range;
 
@@ -16,6 +16,8 @@ pub(super) struct Origin {
     file: String,
     lines: BTreeMap<String, usize>,
     arguments: BTreeMap<String, String>,
+    /// Every key with a value.
+    written: BTreeSet<String>,
 }
 
 impl PartialEq for Origin {
@@ -25,6 +27,18 @@ impl PartialEq for Origin {
 }
 
 impl Origin {
+    /// Notes which keys have a value, once the overrides are in.
+    pub(super) fn note(&mut self, root: &Table) {
+        let mut keys = Vec::new();
+        flatten("", root, &mut keys);
+        self.written = keys.into_iter().map(|(key, _)| key).collect();
+    }
+
+    /// Whether `key` was written down, and not filled in.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.written.contains(key)
+    }
+
     /// Where `key` was written; the file alone when it was not. An item of a list (`encode.devices[1]`) is where its
     /// list is, a key inside an overridden table where that override is.
     pub(super) fn place(&self, key: &str) -> Place {
@@ -92,6 +106,7 @@ impl Document {
                 file: file.to_owned(),
                 lines,
                 arguments: BTreeMap::new(),
+                written: BTreeSet::new(),
             },
         };
         for argument in overrides {
@@ -199,6 +214,17 @@ fn position(text: &str, span: Option<Range<usize>>) -> (usize, usize) {
         .map_or(0, |row| row.chars().count())
         + 1;
     (line, column)
+}
+
+/// Every value of a table that is no table, by its key in full.
+pub(super) fn flatten(prefix: &str, table: &Table, into: &mut Vec<(String, Value)>) {
+    for (key, value) in table {
+        let key = join(prefix, key);
+        match value {
+            Value::Table(inner) => flatten(&key, inner, into),
+            value => into.push((key, value.clone())),
+        }
+    }
 }
 
 /// `prefix.key`, or `key` at the top.

@@ -8,7 +8,7 @@ use std::thread::available_parallelism;
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::values::{Crop, DataKind, Interpolation};
+use super::values::{Crop, DataKind, Interpolation, TextFrom};
 
 /// `[data]`: the shards and the way through them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,6 +20,9 @@ pub struct Data {
     /// What the shards hold. No flag.
     #[serde(default = "images")]
     pub kind: DataKind,
+    /// Of latents: where the text embeddings come from; those in the shards by default. Unset for images. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_from: Option<TextFrom>,
     /// Extensions of the image in a sample, in order of preference. Fixed in the reference.
     #[serde(default = "image_keys")]
     pub image_keys: Vec<String>,
@@ -62,15 +65,26 @@ pub struct Data {
     pub filter: Option<Filter>,
 }
 
+impl Data {
+    /// Where the text embeddings come from if the shards hold latents; `None` for images.
+    #[must_use]
+    pub fn latents(&self) -> Option<TextFrom> {
+        match self.kind {
+            DataKind::Images => None,
+            DataKind::Latents => Some(self.text_from.unwrap_or(TextFrom::Embeds)),
+        }
+    }
+}
+
 fn images() -> DataKind {
     DataKind::Images
 }
 
-fn image_keys() -> Vec<String> {
+pub(super) fn image_keys() -> Vec<String> {
     ["jpg", "png", "jpeg", "webp"].map(str::to_owned).to_vec()
 }
 
-fn caption_keys() -> Vec<String> {
+pub(super) fn caption_keys() -> Vec<String> {
     ["text", "txt", "caption"].map(str::to_owned).to_vec()
 }
 

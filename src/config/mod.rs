@@ -12,6 +12,7 @@ mod document;
 mod error;
 mod input;
 mod keys;
+mod made_with;
 mod model_ref;
 mod models;
 mod reports;
@@ -39,7 +40,7 @@ pub use training::{Checkpoint, Optimizer, Train};
 pub use validate::{PrecomputePaths, TrainPaths};
 pub use values::{
     Attention, Crop, DataKind, DeviceSpec, FloatType, Interpolation, Listen, LossKind,
-    MixedPrecision, OptimizerKind, Resume, Schedule, TextKind, in_s3,
+    MixedPrecision, OptimizerKind, Resume, Schedule, TextFrom, TextKind, in_s3,
 };
 
 /// A whole configuration, valid and with every default filled in.
@@ -121,13 +122,18 @@ impl Config {
         let document = Document::parse(text, file_name, overrides)?;
         keys::refuse_unknown(&document)?;
         unbuilt::refuse(&document)?;
-        let Document { mut root, origin } = document;
+        let Document {
+            mut root,
+            mut origin,
+        } = document;
+        origin.note(&root);
         // So that an empty file is told about the key it lacks, not about a table.
         root.entry("data")
             .or_insert_with(|| Value::Table(toml::Table::new()));
         let mut config: Self = decode::decode(&Value::Table(root), &origin)?;
         config.origin = origin;
         validate::validate(&config)?;
+        config.data.text_from = config.data.latents();
         Ok(config)
     }
 

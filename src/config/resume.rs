@@ -3,7 +3,7 @@
 use toml::{Table, Value};
 
 use super::Config;
-use super::document::join;
+use super::document::flatten;
 use super::values::Schedule;
 
 /// What a key that differs means to a run that goes on.
@@ -112,17 +112,6 @@ impl Config {
             true => None,
             false if is_one_of(key, CHANGING) => Some(Weight::Changes),
             false => Some(Weight::Contradicts),
-        }
-    }
-}
-
-/// Every value that is no table, by its key in full.
-fn flatten(prefix: &str, table: &Table, into: &mut Vec<(String, Value)>) {
-    for (key, value) in table {
-        let key = join(prefix, key);
-        match value {
-            Value::Table(inner) => flatten(&key, inner, into),
-            value => into.push((key, value.clone())),
         }
     }
 }

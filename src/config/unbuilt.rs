@@ -26,7 +26,6 @@ use Refused::Words;
 /// Every key and value of the design that is not built yet.
 #[rustfmt::skip]
 pub(super) const UNBUILT: &[Unbuilt] = &[
-    row("data.kind", Words(&["latents"]), r#"use "images""#),
     row("encode.dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
     row("encode.vae_dtype", Words(&["f16", "bf16"]), r#"use "f32""#),
 ];

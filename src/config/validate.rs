@@ -6,8 +6,9 @@ use std::path::Path;
 use super::decode::required_meaning;
 use super::document::Origin;
 use super::error::ConfigError;
+use super::input;
 use super::model_ref::{ModelPlace, ModelRef, is_hub_id};
-use super::values::{DeviceSpec, Listen, Resume, Schedule, in_s3};
+use super::values::{DataKind, DeviceSpec, Listen, Resume, Schedule, TextFrom, in_s3};
 use super::{
     Config, Crop, Data, Distill, Encode, Filter, Image, Latents, Model, Optimizer, Report, S3,
     Train, Validation,
@@ -67,6 +68,12 @@ impl Config {
     /// Names the first key that is absent, or the folder that does not exist.
     pub fn require_precompute(&self) -> Result<PrecomputePaths<'_>, ConfigError> {
         self.require_bench()?;
+        if self.data.kind == DataKind::Latents {
+            return Err(ConfigError::Invalid {
+                entry: self.origin.entry("data.kind", "\"latents\""),
+                needs: "must be \"images\": latents are made of images".to_owned(),
+            });
+        }
         let teacher = self.require_teacher()?;
         let latents = self
             .latents
@@ -144,6 +151,11 @@ impl Config {
     }
 }
 
+/// A word as TOML has it.
+fn word(word: TextFrom) -> String {
+    toml::Value::try_from(word).map_or_else(|_| format!("{word:?}"), |word| word.to_string())
+}
+
 fn quoted(path: &Path) -> String {
     format!("{:?}", path.display().to_string())
 }
@@ -211,6 +223,26 @@ impl Check<'_> {
         self.words("data.shards", &data.shards)?;
         self.words("data.image_keys", &data.image_keys)?;
         self.words("data.caption_keys", &data.caption_keys)?;
+        match (data.kind, data.text_from) {
+            (DataKind::Images, Some(from)) => {
+                let needs = "has no effect with data.kind = \"images\", whose captions are encoded; remove it";
+                self.that("data.text_from", word(from), false, needs)?;
+            }
+            (DataKind::Images, None) => {}
+            (DataKind::Latents, _) => {
+                for (key, keys, default) in [
+                    ("data.image_keys", &data.image_keys, input::image_keys()),
+                    (
+                        "data.caption_keys",
+                        &data.caption_keys,
+                        input::caption_keys(),
+                    ),
+                ] {
+                    let needs = "has no effect with data.kind = \"latents\", whose members have fixed names; remove it";
+                    self.that(key, format!("{keys:?}"), *keys == default, needs)?;
+                }
+            }
+        }
         if let Some(samples) = data.max_samples {
             self.positive("data.max_samples", samples)?;
         }

@@ -120,6 +120,8 @@ pub fn in_s3(path: &Path) -> bool {
 pub enum DataKind {
     /// Captioned images.
     Images,
+    /// Latents, as `precompute` writes them.
+    Latents,
 }
 
 /// How an image is resampled when it is resized; antialiased, as Pillow does it.
@@ -221,6 +223,16 @@ pub enum MixedPrecision {
     Fp16,
     /// bfloat16, which has the range of f32.
     Bf16,
+}
+
+/// Where the text embeddings come from when latents are trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TextFrom {
+    /// From the shards.
+    Embeds,
+    /// From the captions in the shards, through the text encoder.
+    Caption,
 }
 
 /// What a latent shard keeps of a caption.

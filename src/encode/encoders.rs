@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::image::normalize;
 
-use crate::models::{AutoencoderKl, ClipTextModel, ClipTokenizer, ModelError};
+use super::TextEncoder;
+use crate::models::{AutoencoderKl, ModelError};
 
 /// Why encoding failed.
 #[derive(Debug, thiserror::Error)]
@@ -21,12 +22,18 @@ pub enum EncodeError {
         /// The cause.
         source: candle_core::Error,
     },
-    /// The stream of pixels ended in an error.
+    /// The stream ended in an error.
     #[error(transparent)]
     Stream(Box<coffey_pipeline::StreamError>),
     /// The system gives no more threads.
     #[error("can't start an encoder thread: {0}")]
     Thread(#[from] std::io::Error),
+    /// A thread of the pool was given images and has no VAE.
+    #[error("a batch of images reached a thread without a VAE, by a fault in coffey")]
+    NoVae,
+    /// A thread of the pool was given captions and has no text encoder.
+    #[error("captions reached a thread without a text encoder, by a fault in coffey")]
+    NoTextEncoder,
     /// A thread of the pool ended without a word.
     #[error("an encoder thread ended by a fault in coffey")]
     Panicked,
@@ -38,12 +45,19 @@ impl From<coffey_pipeline::StreamError> for EncodeError {
     }
 }
 
+impl EncodeError {
+    /// What a failed tensor operation on `device` is.
+    pub(super) fn on(device: &Device) -> impl FnOnce(candle_core::Error) -> Self {
+        let device = format!("{:?}", device.location());
+        move |source| Self::Tensor { device, source }
+    }
+}
+
 /// Autoencoder, text encoder and tokenizer of a pipeline.
 #[derive(Debug)]
 pub struct Encoders {
     vae: AutoencoderKl,
-    text_encoder: ClipTextModel,
-    tokenizer: ClipTokenizer,
+    text: TextEncoder,
     device: Device,
     vae_batch: usize,
 }
@@ -64,8 +78,7 @@ impl Encoders {
         let vae = vae.map_or_else(|| pipeline.join("vae"), Path::to_owned);
         Ok(Self {
             vae: AutoencoderKl::load(&vae, DType::F32, device)?,
-            text_encoder: ClipTextModel::load(&pipeline.join("text_encoder"), DType::F32, device)?,
-            tokenizer: ClipTokenizer::load(&pipeline.join("tokenizer"))?,
+            text: TextEncoder::load(pipeline, device)?,
             device: device.clone(),
             vae_batch: vae_batch.max(1),
         })
@@ -91,7 +104,7 @@ impl Encoders {
 
     /// Width of the text embeddings.
     pub fn text_width(&self) -> usize {
-        self.text_encoder.width()
+        self.text.width()
     }
 
     /// Text embeddings of captions: `[B, 77, width]`.
@@ -99,13 +112,7 @@ impl Encoders {
     /// # Errors
     /// When a tensor operation fails.
     pub fn encode_text<S: AsRef<str>>(&self, captions: &[S]) -> Result<Tensor, EncodeError> {
-        let ids: Vec<Vec<u32>> = captions
-            .iter()
-            .map(|caption| self.tokenizer.encode(caption.as_ref()))
-            .collect::<Result<_, _>>()?;
-        self.text_encoder
-            .forward(&ids)
-            .map_err(|source| self.tensor_error(source))
+        self.text.encode(captions)
     }
 
     /// Moments of the latents of images: `pixels` holds `[N, 3, side, side]`, 8 bit → `[N, 2C, side/f, side/f]`.
@@ -127,13 +134,6 @@ impl Encoders {
                 .collect::<candle_core::Result<Vec<_>>>()?;
             Tensor::cat(&moments, 0)
         };
-        run().map_err(|source| self.tensor_error(source))
-    }
-
-    fn tensor_error(&self, source: candle_core::Error) -> EncodeError {
-        EncodeError::Tensor {
-            device: format!("{:?}", self.device.location()),
-            source,
-        }
+        run().map_err(EncodeError::on(&self.device))
     }
 }

@@ -3,12 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, Stage, StageHandle, channel};
 use coffey_pipeline::order::Cursor;
-use coffey_pipeline::{PixelBatch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
+use coffey_pipeline::{Batch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
 
-use super::{EncodeError, Encoders};
+use super::{EncodeError, Worker};
 
 /// A batch ready for training or for writing, on the CPU.
 #[derive(Debug)]
@@ -34,25 +34,25 @@ type Encoded = Result<EncodedBatch, EncodeError>;
 /// Batches each thread may have finished before they are asked for.
 const READY_PER_THREAD: usize = 2;
 
-/// A stream of pixels with encoders behind it. Dropping it stops all threads and waits for them.
+/// A stream with encoders behind it. Dropping it stops all threads and waits for them.
 #[derive(Debug)]
 pub struct EncodePool {
     outputs: Vec<Receiver<Encoded>>,
     next: usize,
     ended: bool,
-    inputs: Vec<Receiver<Result<PixelBatch, StreamError>>>,
+    inputs: Vec<Receiver<Result<Batch, StreamError>>>,
     threads: Vec<JoinHandle<()>>,
     stream: Stream,
 }
 
 impl EncodePool {
-    /// Starts a thread for each of `encoders`, fed by `stream`.
+    /// Starts a thread for each of `workers`, fed by `stream`.
     ///
     /// # Errors
     /// When a thread can't be started.
     pub fn start(
         stream: Stream,
-        encoders: Vec<Encoders>,
+        workers: Vec<impl Into<Worker>>,
         metrics: &FlowMetrics,
     ) -> Result<Self, EncodeError> {
         let mut pool = Self {
@@ -64,7 +64,8 @@ impl EncodePool {
             stream,
         };
         let mut senders = Vec::new();
-        for (i, encoders) in encoders.into_iter().enumerate() {
+        for (i, worker) in workers.into_iter().enumerate() {
+            let worker = worker.into();
             let stage = metrics.stage(Stage::Encode);
             let (input, jobs) = channel(metrics, "encode", 1);
             let (results, output) = channel(metrics, "encoded", READY_PER_THREAD);
@@ -73,7 +74,7 @@ impl EncodePool {
             pool.outputs.push(output);
             let thread = std::thread::Builder::new().name(format!("encode-{i}"));
             pool.threads
-                .push(thread.spawn(move || work(&encoders, &jobs, &results, &stage))?);
+                .push(thread.spawn(move || work(&worker, &jobs, &results, &stage))?);
         }
         let batches = pool.stream.batches().clone();
         let stage = metrics.stage(Stage::Batch);
@@ -143,14 +144,14 @@ impl Drop for EncodePool {
 }
 
 fn work(
-    encoders: &Encoders,
-    jobs: &Receiver<Result<PixelBatch, StreamError>>,
+    worker: &Worker,
+    jobs: &Receiver<Result<Batch, StreamError>>,
     results: &Sender<Encoded>,
     stage: &StageHandle,
 ) {
     while let Some(job) = jobs.recv_blocking(stage) {
         let encoded = job.map_err(EncodeError::from).and_then(|batch| {
-            let caught = || catch_unwind(AssertUnwindSafe(|| encode(encoders, batch)));
+            let caught = || catch_unwind(AssertUnwindSafe(|| encode(worker, batch)));
             stage.work(caught).unwrap_or(Err(EncodeError::Panicked))
         });
         if let Ok(batch) = &encoded {
@@ -163,18 +164,13 @@ fn work(
     }
 }
 
-fn encode(encoders: &Encoders, batch: PixelBatch) -> Encoded {
+fn encode(worker: &Worker, batch: Batch) -> Encoded {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
-    let cpu = |t: Tensor| {
-        t.to_device(&Device::Cpu)
-            .map_err(|e| EncodeError::Model(e.into()))
-    };
-    let prompt_embeds = cpu(encoders.encode_text(&captions)?)?;
-    let moments = encoders.encode_pixels(&batch.pixels, batch.resolution as usize)?;
+    let [moments, prompt_embeds] = worker.encode(batch.content, &captions)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,
-        moments: cpu(moments)?,
+        moments,
         prompt_embeds,
         cursor: batch.cursor,
         skipped: batch.skipped,

@@ -178,27 +178,17 @@ impl Manifest {
         self.shards.values().map(|entry| entry.samples).sum()
     }
 
-    /// Reads a manifest's text; `place` is where it came from.
-    ///
-    /// # Errors
-    /// When it is none of this version.
-    pub fn parse(place: &str, text: &[u8]) -> Result<Self, LatentError> {
-        let damaged = |message: String| LatentError::Manifest {
-            manifest: place.to_owned(),
-            message,
-        };
-        let value: Value =
-            serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+    /// Reads the text of a manifest. The error says in words what is wrong.
+    pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
+        let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         match value.get("format_version").and_then(Value::as_u64) {
             Some(version) if version == u64::from(FORMAT_VERSION) => {}
             Some(version) => {
-                return Err(damaged(format!(
-                    "format_version {version}, needed {FORMAT_VERSION}"
-                )));
+                return Err(format!("format_version {version}, needed {FORMAT_VERSION}"));
             }
-            None => return Err(damaged("format_version is missing".to_owned())),
+            None => return Err("format_version is missing".to_owned()),
         }
-        serde_json::from_value(value).map_err(|error| damaged(error.to_string()))
+        serde_json::from_value(value).map_err(|error| error.to_string())
     }
 
     /// Replaces the manifest called `name`.
@@ -232,7 +222,7 @@ impl Manifest {
 }
 
 /// The first place where two values differ, with both values there.
-fn difference(
+pub(super) fn difference(
     place: &str,
     a: Option<&Value>,
     b: Option<&Value>,

@@ -1,7 +1,8 @@
 //! Latent shards: what `coffey precompute` leaves behind, so that later runs need neither VAE nor text encoder.
 //!
 //! This module owns the format, its manifest and the fingerprint of the weights it was made with. It never encodes
-//! and never decides which samples there are: it writes what comes out of the [encode pool](crate::encode).
+//! and never decides which samples there are: it writes what comes out of the [encode pool](crate::encode), and says what a
+//! run that trains on latents must know of them ([`LatentSource`]).
 //!
 //! # A shard
 //! A folder, or a prefix in S3, holds one tar for each input shard: same file name, same sample keys, same order of samples. Its members,
@@ -35,6 +36,9 @@
 //! list whose object has the listed size (contents are not read again), and refuses to write latents of another recipe
 //! beside them. `skipped/NAME.jsonl` lists the samples that a shard leaves out.
 
+/// Extension of the caption.
+pub const CAPTION_KEY: &str = "txt";
+
 mod error;
 mod fingerprint;
 mod manifest;
@@ -42,6 +46,7 @@ mod parts;
 mod sample;
 mod shard;
 mod skipped;
+mod source;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -52,4 +57,5 @@ pub use manifest::{
     FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
 };
 pub use parts::{Joined, Part, join};
+pub use source::{LatentSource, LatentSourceError};
 pub use writer::LatentWriter;

@@ -246,7 +246,11 @@ fn manifests(place: &Destination) -> Result<BTreeMap<String, Manifest>, LatentEr
                 // Another process joined it to the others since it was listed.
                 Err(SourceError::NotFound { .. }) if listings < LISTINGS => continue 'listing,
                 text => {
-                    let manifest = Manifest::parse(&place.place(&entry.name), &text?)?;
+                    let manifest =
+                        Manifest::parse(&text?).map_err(|message| LatentError::Manifest {
+                            manifest: place.place(&entry.name),
+                            message,
+                        })?;
                     manifests.insert(entry.name, manifest);
                 }
             }
@@ -256,6 +260,6 @@ fn manifests(place: &Destination) -> Result<BTreeMap<String, Manifest>, LatentEr
 }
 
 /// `manifest.json` or `manifest-RANK-of-WORLD.json`.
-fn is_manifest(name: &str) -> bool {
+pub(super) fn is_manifest(name: &str) -> bool {
     name == MANIFEST || (name.starts_with("manifest-") && name.ends_with(".json"))
 }

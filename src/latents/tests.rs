@@ -197,7 +197,7 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 
 fn manifest(folder: &Path) -> Manifest {
     let text = fs::read(folder.join("manifest.json")).unwrap();
-    Manifest::parse("manifest.json", &text).unwrap()
+    Manifest::parse(&text).unwrap()
 }
 
 fn array(npy: &[u8]) -> (Vec<u64>, Vec<f16>) {

@@ -71,7 +71,6 @@ impl LatentWriter {
                 .iter()
                 .map(ShardUrl::name)
                 .flat_map(|name| [skipped::file_name(&name), name])
-                .chain([part.manifest()])
                 .collect();
             place.clear_unfinished(|object| own.contains(object))?;
             // From here on the place is known to hold latents.

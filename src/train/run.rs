@@ -29,7 +29,7 @@ use super::validation::Prompts;
 use super::watchdog::Watchdog;
 use super::{Distillation, StepInputs, Student, TrainError, io};
 use crate::config::{self, Config, Validation};
-use crate::encode::{EncodePool, EncodedBatch, Encoders};
+use crate::encode::{EncodePool, EncodedBatch, Encoders, Worker};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
 use crate::monitor::Monitor;
@@ -120,13 +120,13 @@ impl Run<'_> {
         let Config { train, .. } = self.config;
         if self.step < train.max_steps {
             let stream = (data.open)(Order::Shuffled, train.batch_size, self.cursor.clone())?;
-            let (pipeline, vae) = (self.models.pipeline.as_path(), self.models.vae.as_deref());
-            let encoders = encode_devices
+            let Config { data, encode, .. } = self.config;
+            let workers = encode_devices
                 .iter()
-                .map(|device| Encoders::load(pipeline, vae, device, self.config.encode.batch_size))
+                .map(|device| Worker::load(data, self.models, device, encode.batch_size))
                 .collect::<Result<Vec<_>, _>>()?;
             let metrics = self.monitor.flow().clone();
-            let mut pool = EncodePool::start(stream, encoders, &metrics)?;
+            let mut pool = EncodePool::start(stream, workers, &metrics)?;
             let wake = pool.interrupter();
             stop.on_stop(move || wake.interrupt());
             let wake = pool.interrupter();

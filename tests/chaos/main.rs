@@ -203,6 +203,10 @@ impl Process {
         Self { child, said }
     }
 
+    fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     fn ended(&mut self) -> bool {
         let status = self.child.try_wait().unwrap();
         if let Some(status) = status {

@@ -2,7 +2,7 @@
 //! be, byte for byte, what one process left that nobody disturbed.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::support::cloud::Cloud;
 use super::support::cloud::proxy::clean;
@@ -62,23 +62,34 @@ impl Chaos {
                 // Of the other rank, or a second one of the same.
                 workers.push(self.worker(random.usize(0..WORLD), "two"));
             }
-            let moment = match random.bool() {
-                true => {
-                    workers[0].wait_until(|_| self.place.saving("parts"));
-                    "while writing"
-                }
-                false => {
-                    workers[0].rest(whole.mul_f64(random.f64()));
-                    "at any time"
-                }
+            // What a server has not got whole is not seen.
+            let seen = matches!(self.place, Place::Folder(_));
+            let moment = match seen && random.bool() {
+                true => "while writing",
+                false => "at any time",
             };
-            // Two at once may find their files taken away by the other; alone, nothing but the end ends a process.
+            let (begun, rest) = (Instant::now(), whole.mul_f64(random.f64()));
+            let now = || match moment {
+                "while writing" => self.place.saving("parts"),
+                _ => begun.elapsed() > rest,
+            };
+            while !now() && workers.iter_mut().any(Process::runs) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             let alone = workers.len() == 1;
             for mut worker in workers {
-                if !alone || !worker.ended() {
+                if worker.runs() {
                     worker.kill();
                     *moments.entry(moment).or_default() += 1;
+                    continue;
                 }
+                // Of two with one rank, the later takes the files away that the earlier writes.
+                let robbed = !alone && worker.said().contains("cleared away what this one wrote");
+                assert!(
+                    worker.child.wait().unwrap().success() || robbed,
+                    "{}",
+                    worker.said()
+                );
             }
             if random.u8(0..3) == 0 && self.finished() {
                 break;

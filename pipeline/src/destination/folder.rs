@@ -195,7 +195,14 @@ impl FileWriter {
         aside.as_file().sync_all().map_err(failed(&place))?;
         aside
             .persist(&place)
-            .map_err(|error| failed(&place)(error.error))?;
+            .map_err(|error| match error.error.kind() {
+                ErrorKind::NotFound => SourceError::File {
+                    url: place.display().to_string(),
+                    cause: "another process that writes it cleared away what this one wrote"
+                        .to_owned(),
+                },
+                _ => failed(&place)(error.error),
+            })?;
         File::open(&parent)
             .and_then(|folder| folder.sync_all())
             .map_err(failed(&parent))

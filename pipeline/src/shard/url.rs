@@ -93,6 +93,46 @@ impl ShardUrl {
         }
     }
 
+    /// The folder it is in, ending in `/` and without a query; `None` of standard input.
+    #[must_use]
+    pub fn folder(&self) -> Option<Self> {
+        let parent = |text: &str| match text.rfind('/') {
+            Some(slash) => text[..=slash].to_owned(),
+            None => String::new(),
+        };
+        Some(Self(match &self.0 {
+            Location::S3 { bucket, key } => Location::S3 {
+                bucket: bucket.clone(),
+                key: parent(key),
+            },
+            Location::Http(url) => {
+                Location::Http(parent(url.split(['?', '#']).next().unwrap_or(url)))
+            }
+            Location::File(path) => {
+                let folder = path
+                    .parent()
+                    .filter(|folder| !folder.as_os_str().is_empty());
+                // An empty last part is a slash.
+                Location::File(folder.unwrap_or(Path::new(".")).join(""))
+            }
+            Location::Stdin => return None,
+        }))
+    }
+
+    /// The object called `name` in this [folder](Self::folder).
+    #[must_use]
+    pub fn join(&self, name: &str) -> Self {
+        Self(match &self.0 {
+            Location::S3 { bucket, key } => Location::S3 {
+                bucket: bucket.clone(),
+                key: format!("{key}{name}"),
+            },
+            Location::Http(url) => Location::Http(format!("{url}{name}")),
+            Location::File(path) => Location::File(path.join(name)),
+            Location::Stdin => Location::Stdin,
+        })
+    }
+
     /// The name of the shard's tar, as `00000.tar`; of one in gzip (`.tar.gz`, `.tgz`) as well, and
     /// `stdin.tar` of standard input.
     #[must_use]
@@ -286,6 +326,26 @@ mod tests {
         for text in ["s3://b/0.json", "a/0.tar.bz2", "a/0.gz", "a/tar"] {
             assert!(!url(text).is_shard(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_lies_beside_a_shard_is_found_through_its_folder() {
+        for (shard, folder) in [
+            ("s3://b/x/0.tar", "s3://b/x/"),
+            ("s3://b/0.tar", "s3://b/"),
+            ("https://h/a/0.tar?sig=/1", "https://h/a/"),
+            ("a/b/0.tar", "a/b/"),
+            ("0.tar", "./"),
+            ("/0.tar", "/"),
+        ] {
+            let parent = shard.parse::<ShardUrl>().unwrap().folder().unwrap();
+            assert_eq!(parent.to_string(), folder);
+            assert!(parent.is_folder());
+            let beside = parent.join("manifest.json");
+            assert_eq!(beside.to_string(), format!("{folder}manifest.json"));
+            assert_eq!(beside.folder(), Some(parent));
+        }
+        assert_eq!("-".parse::<ShardUrl>().unwrap().folder(), None);
     }
 
     #[test]

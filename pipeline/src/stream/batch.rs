@@ -10,6 +10,7 @@ use crate::order::{Cursor, Order, OrderIdentity, Place, SampleRef, Tally, Visit}
 use crate::shard::FilterReport;
 
 use super::config::StreamConfig;
+use super::content::BatchContent;
 use super::error::StreamError;
 use super::prepare::SampleMeta;
 use super::step::{Draw, Reason, Step};
@@ -19,16 +20,13 @@ const JUDGED_AFTER: u64 = 100;
 
 /// Samples ready for the models.
 #[derive(Debug, Clone, PartialEq)]
-pub struct PixelBatch {
+pub struct Batch {
     /// Its number in the stream, from 0.
     pub index: u64,
     /// What is known of each sample.
     pub samples: Vec<SampleMeta>,
-    /// The images, `[B, crops, 3, R, R]` in this order, 8 bit: a quarter of what the models read, so that
-    /// waiting batches take little memory. See [`normalize`](crate::image::normalize).
-    pub pixels: Vec<u8>,
-    /// `R`: side of the images.
-    pub resolution: u32,
+    /// What the models read of them.
+    pub content: BatchContent,
     /// The place right after this batch.
     pub cursor: Cursor,
     /// Samples left out since the batch before, in the order of the stream.
@@ -91,11 +89,10 @@ impl From<Closed> for Stop {
 }
 
 pub(super) struct Batcher {
-    out: Sender<Result<PixelBatch, StreamError>>,
+    out: Sender<Result<Batch, StreamError>>,
     stage: StageHandle,
     identity: OrderIdentity,
     batch_size: usize,
-    resolution: u32,
     max_bad_fraction: f64,
     sequential: bool,
     resumed: bool,
@@ -104,9 +101,9 @@ pub(super) struct Batcher {
     delivered: bool,
     next_batch: u64,
     samples: Vec<SampleMeta>,
-    pixels: Vec<u8>,
+    content: Option<BatchContent>,
     /// Sequential order: the last batch, held until it is known which shards end with it.
-    held: Option<PixelBatch>,
+    held: Option<Batch>,
     tallies: BTreeMap<u64, Tally>,
     skipped: Vec<SkippedSample>,
     finished: Vec<ShardSummary>,
@@ -121,7 +118,7 @@ impl Batcher {
     pub(super) fn new(
         config: &StreamConfig,
         identity: OrderIdentity,
-        out: Sender<Result<PixelBatch, StreamError>>,
+        out: Sender<Result<Batch, StreamError>>,
         stage: StageHandle,
     ) -> Self {
         let resume = config.resume.as_ref();
@@ -142,7 +139,6 @@ impl Batcher {
             stage,
             identity,
             batch_size: config.batch_size,
-            resolution: config.image.resolution,
             max_bad_fraction: config.max_bad_fraction,
             sequential: config.order == Order::Sequential,
             resumed: resume.is_some(),
@@ -150,7 +146,7 @@ impl Batcher {
             delivered: false,
             next_batch,
             samples: Vec::new(),
-            pixels: Vec::new(),
+            content: None,
             held: None,
             tallies,
             skipped: Vec::new(),
@@ -223,11 +219,11 @@ impl Batcher {
             Step::Ready {
                 visit,
                 meta,
-                pixels,
+                content,
                 draw,
             } => {
                 self.came_through(visit, *draw);
-                self.add(*meta, &pixels, visit)
+                self.add(*meta, content, visit)
             }
             Step::Undecodable {
                 visit,
@@ -337,7 +333,7 @@ impl Batcher {
         }))
     }
 
-    fn add(&mut self, meta: SampleMeta, pixels: &[u8], visit: Visit) -> Result<(), Stop> {
+    fn add(&mut self, meta: SampleMeta, content: BatchContent, visit: Visit) -> Result<(), Stop> {
         if self.held.is_some() {
             self.release_held()?;
         } else if self.sequential && self.resumed && !self.begun {
@@ -347,13 +343,11 @@ impl Batcher {
         }
         self.begun = true;
         let stage = self.stage.clone();
-        stage.work(|| {
-            if self.pixels.capacity() == 0 {
-                self.pixels.reserve_exact(self.batch_size * pixels.len());
-            }
-            self.pixels.extend_from_slice(pixels);
+        stage.add_bytes(content.bytes() as u64);
+        stage.work(|| match &mut self.content {
+            Some(batch) => batch.push(&content),
+            none => none.insert(content).reserve(self.batch_size),
         });
-        stage.add_bytes(pixels.len() as u64);
         let (position, epoch) = (meta.position + 1, meta.epoch);
         self.samples.push(meta);
         self.settle(visit);
@@ -365,6 +359,9 @@ impl Batcher {
 
     /// Makes a batch of what is collected. `position` and `epoch` are those after its last sample.
     fn complete(&mut self, position: u64, epoch: u64) -> Result<(), Closed> {
+        let Some(content) = self.content.take() else {
+            return Ok(());
+        };
         let index = self.next_batch;
         self.next_batch += 1;
         let mut cursor = Cursor::new(self.identity.clone(), position, epoch, self.next_batch);
@@ -372,11 +369,10 @@ impl Batcher {
         cursor.place = self.place.clone();
         cursor.buffer = self.buffer.clone();
         cursor.visits = self.tallies.clone();
-        self.held = Some(PixelBatch {
+        self.held = Some(Batch {
             index,
             samples: std::mem::take(&mut self.samples),
-            pixels: std::mem::take(&mut self.pixels),
-            resolution: self.resolution,
+            content,
             cursor,
             skipped: Vec::new(),
             finished_shards: Vec::new(),

@@ -1,4 +1,4 @@
-//! How fast this machine could be: the same samples, decoded, resized and cropped from memory by all
+//! How fast this machine could be: the same samples, decoded, resized and cropped (or read) from memory by all
 //! cores, with no shards, channels or order around it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -98,7 +98,7 @@ fn collect(
         let held = Arc::clone(&held);
         move |job: Job| {
             let mut held = lock(&held);
-            held.bytes += job.chosen.image.len();
+            held.bytes += job.chosen.members.bytes();
             held.jobs.push(job);
             // Any step: they only tell how far the thread has come.
             Step::EpochDone { read: 0 }

@@ -4,6 +4,7 @@ use crate::image::ImageOptions;
 use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
 use crate::shard::{Filter, ShardUrl};
 
+use super::content::Content;
 use super::error::StreamError;
 
 /// Everything a stream depends on.
@@ -11,7 +12,9 @@ use super::error::StreamError;
 pub struct StreamConfig {
     /// The shards, listed ([`crate::Sources::list`]).
     pub shards: Vec<ShardUrl>,
-    /// Extensions of images, in order of preference.
+    /// What they hold.
+    pub content: Content,
+    /// Extensions of images, in order of preference. Has no effect on [`Content::Latents`].
     pub image_keys: Vec<String>,
     /// Extensions of captions, in order of preference.
     pub caption_keys: Vec<String>,
@@ -28,7 +31,7 @@ pub struct StreamConfig {
     /// Shards read at once; part of what the order depends on. For [`Order::Sequential`] it is only
     /// how many are opened ahead.
     pub open_shards: usize,
-    /// Threads that decode, resize and crop. Has no effect on what comes out.
+    /// Threads that decode, resize and crop, or read latents. Has no effect on what comes out.
     pub decode_threads: usize,
     /// Finished batches held for the consumer.
     pub prefetch_batches: usize,
@@ -36,7 +39,7 @@ pub struct StreamConfig {
     pub max_bad_fraction: f64,
     /// Which samples to use.
     pub filter: Filter,
-    /// What to make of the images.
+    /// What to make of the images. Of [`Content::Latents`] it is only how large a member may be.
     pub image: ImageOptions,
     /// Order of the samples.
     pub order: Order,
@@ -57,6 +60,7 @@ impl Default for StreamConfig {
         let owned = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect();
         Self {
             shards: Vec::new(),
+            content: Content::default(),
             image_keys: owned(&["jpg", "png", "jpeg", "webp"]),
             caption_keys: owned(&["text", "txt", "caption"]),
             max_samples: None,
@@ -144,12 +148,15 @@ impl StreamConfig {
     fn identity(&self) -> OrderIdentity {
         let shuffled = self.order == Order::Shuffled;
         let urls: Vec<String> = self.shards.iter().map(ToString::to_string).collect();
-        let selection = [
+        let mut selection = vec![
             self.image_keys.join(" "),
             self.caption_keys.join(" "),
             format!("{:?}", self.filter),
             self.image.max_bytes.to_string(),
         ];
+        if let Content::Latents(shapes) = self.content {
+            selection.push(format!("{shapes:?}"));
+        }
         OrderIdentity {
             seed: self.seed,
             rank: self.rank,

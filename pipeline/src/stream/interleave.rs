@@ -278,7 +278,7 @@ impl Interleaver {
                     visit: visit.id,
                     index,
                 });
-                let bytes = chosen.image.len() as u64;
+                let bytes = chosen.members.bytes() as u64;
                 if self.shuffling.work(|| self.buffer.push(chosen, bytes)) {
                     self.draw()?;
                 }
@@ -315,21 +315,8 @@ impl Interleaver {
         let key = sample.key.clone();
         let left_out = |reason| (key.clone(), reason);
         let config = &self.config;
-        let Some((_, image)) = sample.pick(&config.image_keys) else {
-            let oversized = config
-                .image_keys
-                .iter()
-                .any(|key| sample.oversized.contains_key(key));
-            return Err(left_out(if oversized {
-                Reason::TOO_LARGE
-            } else {
-                Reason::NO_IMAGE
-            }));
-        };
-        let Some((_, caption)) = sample.pick(&config.caption_keys) else {
-            return Err(left_out(Reason::NO_CAPTION));
-        };
-        let caption = String::from_utf8_lossy(caption).into_owned();
+        let members = config.members(&sample).map_err(left_out)?;
+        let caption = config.caption(&sample).map_err(left_out)?;
         let raw = sample.members.get("json");
         let json = match raw {
             None => Json::None,
@@ -350,7 +337,7 @@ impl Interleaver {
             visit,
             key: key.clone(),
             index,
-            image: image.clone(),
+            members,
             caption,
             json,
         })

@@ -1,11 +1,11 @@
-//! The stream: shards to pixel batches, assembled from the other modules.
+//! The stream: shards to batches of pixels or latents, assembled from the other modules.
 //!
 //! ```text
 //! reader      one task (fetch) and one thread (untar) for each open shard
 //!    │        samples, bounded in items and bytes
 //! interleave  one thread: chooses the next sample, filters, shuffles; all of the order is here
 //!    │        steps, in order
-//! prepare     decode threads: decode, resize, crop; results put back in order
+//! prepare     decode threads: decode, resize, crop, or read latents; results put back in order
 //!    │        steps, in order
 //! batch       one thread: collects batches, counts what was left out, ends a stream that is too broken
 //!    │        batches
@@ -18,16 +18,19 @@
 mod batch;
 mod ceiling;
 mod config;
+mod content;
 mod error;
 mod interleave;
+mod latent;
 mod prepare;
 mod reader;
 mod restore;
 mod step;
 
-pub use batch::{PixelBatch, ShardSummary, SkippedSample};
+pub use batch::{Batch, ShardSummary, SkippedSample};
 pub use ceiling::{Ceiling, ceiling};
 pub use config::StreamConfig;
+pub use content::{BatchContent, Content, Halves, LatentShapes};
 pub use error::StreamError;
 pub use prepare::SampleMeta;
 
@@ -49,7 +52,7 @@ use prepare::Preparer;
 /// A running stream. Dropping it stops its threads and tasks and waits for the threads.
 #[derive(Debug)]
 pub struct Stream {
-    batches: Receiver<Result<PixelBatch, StreamError>>,
+    batches: Receiver<Result<Batch, StreamError>>,
     shards: Vec<ShardUrl>,
     cancel: Cancel,
     threads: Vec<JoinHandle<()>>,
@@ -120,7 +123,7 @@ impl Stream {
     /// Where batches come out, in order. After an error, and after the last batch of a
     /// [`Sequential`](crate::order::Order::Sequential) stream, the channel ends.
     #[must_use]
-    pub fn batches(&self) -> &Receiver<Result<PixelBatch, StreamError>> {
+    pub fn batches(&self) -> &Receiver<Result<Batch, StreamError>> {
         &self.batches
     }
 

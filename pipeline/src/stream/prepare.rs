@@ -1,4 +1,4 @@
-//! The decode threads' work: one sample from compressed bytes to a square of pixels.
+//! The decode threads' work: one sample from the bytes in its shard to what the models read.
 
 use std::sync::Arc;
 
@@ -7,9 +7,11 @@ use sha2::{Digest, Sha256};
 use crate::flow::StageHandle;
 use crate::image::{CropWindow, DecodeError, ImageOptions, SquareMaker, Squares};
 use crate::order::Order;
-use crate::order::rng::rng;
+use crate::order::rng::{Rng, rng};
 
 use super::config::StreamConfig;
+use super::content::{BatchContent, Members};
+use super::latent::{self, ArrayError};
 use super::step::{Job, Json, Reason, Step, parse_json};
 
 /// What is known of a sample in a batch.
@@ -23,16 +25,25 @@ pub struct SampleMeta {
     pub position: u64,
     /// The epoch it was read in, from 0.
     pub epoch: u64,
-    /// The caption, as it is in the shard.
+    /// The caption, as it is in the shard; empty where latents come with embeddings and without one.
     pub caption: String,
     /// The sample's json, if it has any that parses.
     pub json: Option<serde_json::Value>,
-    /// Width and height of the image in the shard. Pixels.
+    /// Width and height of the image in the shard. Pixels. This and what follows is of latents what
+    /// their json says, zeros where it says nothing.
     pub original: (u32, u32),
     /// Width and height after resizing, before cropping. Pixels.
     pub resized: (u32, u32),
-    /// Where in the resized image each of its squares was cut.
+    /// Where in the resized image each of its squares was cut; of latents the one that was drawn.
     pub crops: Vec<CropWindow>,
+}
+
+/// Which part of an image a sample is, as [`SampleMeta`] has it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct View {
+    pub(super) original: (u32, u32),
+    pub(super) resized: (u32, u32),
+    pub(super) crops: Vec<CropWindow>,
 }
 
 /// One worker's state.
@@ -91,7 +102,7 @@ impl Preparer {
         } = job;
         let visit = chosen.visit;
         self.stage.add_items(1);
-        self.stage.add_bytes(chosen.image.len() as u64);
+        self.stage.add_bytes(chosen.members.bytes() as u64);
         let occasion = if self.repeats {
             visit.id * self.world + self.rank
         } else {
@@ -101,20 +112,23 @@ impl Preparer {
         let name = self.shard_names[visit.shard]
             .wrapping_add(chosen.index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mut rng = rng(self.seed, "crop", occasion, name);
-        let squares = self.squares.make(&chosen.image, &self.options, &mut rng);
-        let Squares {
-            pixels,
-            original,
-            resized,
-            windows,
-        } = match squares {
-            Ok(squares) => squares,
-            Err(error) => {
-                tracing::debug!(key = %chosen.key, %error, "sample left out");
-                let reason = match error {
-                    DecodeError::TooLarge { .. } => Reason::TOO_LARGE,
-                    DecodeError::UnknownFormat | DecodeError::Damaged(_) => Reason::DECODE_ERROR,
-                };
+        let json = match chosen.json {
+            Json::None => None,
+            Json::Raw(raw) => parse_json(&raw),
+            Json::Parsed(value) => Some(value),
+        };
+        let made = match &chosen.members {
+            Members::Image(image) => self.squares(image, &mut rng),
+            Members::Latents {
+                moments,
+                prompt_embeds,
+            } => latent::read(moments, prompt_embeds.as_ref(), json.as_ref(), &mut rng)
+                .map_err(Fault::from),
+        };
+        let (content, view) = match made {
+            Ok(made) => made,
+            Err(Fault { reason, cause }) => {
+                tracing::debug!(key = %chosen.key, cause, "sample left out");
                 return Step::Undecodable {
                     visit,
                     key: chosen.key,
@@ -123,15 +137,15 @@ impl Preparer {
                 };
             }
         };
-        let json = match chosen.json {
-            Json::None => None,
-            Json::Raw(raw) => parse_json(&raw),
-            Json::Parsed(value) => Some(value),
-        };
+        let View {
+            original,
+            resized,
+            crops,
+        } = view;
         Step::Ready {
             visit,
             draw,
-            pixels,
+            content,
             meta: Box::new(SampleMeta {
                 key: chosen.key,
                 shard: visit.shard,
@@ -141,8 +155,57 @@ impl Preparer {
                 json,
                 original,
                 resized,
-                crops: windows,
+                crops,
             }),
+        }
+    }
+
+    fn squares(&mut self, image: &[u8], rng: &mut Rng) -> Result<(BatchContent, View), Fault> {
+        let Squares {
+            pixels,
+            original,
+            resized,
+            windows,
+        } = self.squares.make(image, &self.options, rng)?;
+        let content = BatchContent::Pixels {
+            levels: pixels,
+            resolution: self.options.resolution,
+        };
+        let view = View {
+            original,
+            resized,
+            crops: windows,
+        };
+        Ok((content, view))
+    }
+}
+
+/// Why a sample is left out, for the counts and in words.
+struct Fault {
+    reason: Reason,
+    cause: String,
+}
+
+impl From<DecodeError> for Fault {
+    fn from(error: DecodeError) -> Self {
+        Self {
+            cause: error.to_string(),
+            reason: match error {
+                DecodeError::TooLarge { .. } => Reason::TOO_LARGE,
+                DecodeError::UnknownFormat | DecodeError::Damaged(_) => Reason::DECODE_ERROR,
+            },
+        }
+    }
+}
+
+impl From<ArrayError> for Fault {
+    fn from(error: ArrayError) -> Self {
+        Self {
+            cause: error.to_string(),
+            reason: match error {
+                ArrayError::Damaged(_) => Reason::DECODE_ERROR,
+                ArrayError::Other { .. } => Reason::OTHER_ARRAY,
+            },
         }
     }
 }

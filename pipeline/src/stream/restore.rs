@@ -113,7 +113,7 @@ impl Interleaver {
             .iter()
             .filter_map(|sample| samples.remove(sample))
             .map(|chosen| {
-                let bytes = chosen.image.len() as u64;
+                let bytes = chosen.members.bytes() as u64;
                 (chosen, bytes)
             })
             .collect();

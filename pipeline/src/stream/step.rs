@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::Value;
 
+use super::content::{BatchContent, Members};
 use super::error::StreamError;
 use super::prepare::SampleMeta;
 use crate::order::{Place, SampleRef, Visit};
@@ -22,10 +23,13 @@ pub(crate) enum Reason {
 
 impl Reason {
     pub(crate) const NO_IMAGE: Self = Self::Broken("no_image");
+    pub(crate) const NO_LATENT: Self = Self::Broken("no_latent");
+    pub(crate) const NO_EMBEDS: Self = Self::Broken("no_embeds");
     pub(crate) const NO_CAPTION: Self = Self::Broken("no_caption");
     pub(crate) const BAD_JSON: Self = Self::Broken("bad_json");
     pub(crate) const TOO_LARGE: Self = Self::Broken("too_large");
     pub(crate) const DECODE_ERROR: Self = Self::Broken("decode_error");
+    pub(crate) const OTHER_ARRAY: Self = Self::Broken("other_array");
 
     pub(crate) fn name(&self) -> Cow<'static, str> {
         match self {
@@ -51,14 +55,14 @@ pub(crate) fn parse_json(raw: &[u8]) -> Option<Value> {
     serde_json::from_slice(raw).ok()
 }
 
-/// A sample on its way: chosen, still compressed.
+/// A sample on its way: chosen, still as it is in the shard.
 #[derive(Debug)]
 pub(crate) struct Chosen {
     pub(crate) visit: Visit,
     pub(crate) key: Arc<str>,
     /// Number in its shard, from 0.
     pub(crate) index: u64,
-    pub(crate) image: Bytes,
+    pub(crate) members: Members,
     pub(crate) caption: String,
     pub(crate) json: Json,
 }
@@ -86,11 +90,11 @@ pub(crate) struct Draw {
 /// One thing that happens to the stream, in its place.
 #[derive(Debug)]
 pub(crate) enum Step {
-    /// A sample is ready: its pixels, `[crops, 3, R, R]`, 8 bit.
+    /// A sample is ready, a batch of one.
     Ready {
         visit: Visit,
         meta: Box<SampleMeta>,
-        pixels: Vec<u8>,
+        content: BatchContent,
         draw: Box<Draw>,
     },
     /// A sample turned out broken when it was decoded.

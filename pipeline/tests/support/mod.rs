@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::{
-    ImageOptions, Order, PixelBatch, S3Options, ShardUrl, SourceError, Sources, Stream,
+    Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, Sources, Stream,
     StreamConfig, StreamError, expand,
 };
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
@@ -182,12 +182,12 @@ impl Bench {
     }
 
     /// The next `n` batches, or the error in their place.
-    pub fn batches(&self, config: StreamConfig, n: usize) -> Result<Vec<PixelBatch>, StreamError> {
+    pub fn batches(&self, config: StreamConfig, n: usize) -> Result<Vec<Batch>, StreamError> {
         take(&self.open(config)?, &self.metrics, n)
     }
 
     /// Everything a stream that ends gives.
-    pub fn all(&self, config: StreamConfig) -> Result<Vec<PixelBatch>, StreamError> {
+    pub fn all(&self, config: StreamConfig) -> Result<Vec<Batch>, StreamError> {
         self.batches(config, usize::MAX)
     }
 
@@ -209,11 +209,7 @@ pub async fn read_object(sources: &Sources, url: &str) -> Result<Vec<u8>, Source
     Ok(bytes)
 }
 
-pub fn take(
-    stream: &Stream,
-    metrics: &FlowMetrics,
-    n: usize,
-) -> Result<Vec<PixelBatch>, StreamError> {
+pub fn take(stream: &Stream, metrics: &FlowMetrics, n: usize) -> Result<Vec<Batch>, StreamError> {
     let consumer = metrics.stage(Stage::Train);
     let mut batches = Vec::new();
     while batches.len() < n {
@@ -266,9 +262,17 @@ pub fn sequential(shards: Vec<ShardUrl>) -> StreamConfig {
     }
 }
 
-pub fn keys(batches: &[PixelBatch]) -> Vec<String> {
+pub fn keys(batches: &[Batch]) -> Vec<String> {
     batches
         .iter()
         .flat_map(|batch| batch.samples.iter().map(|sample| sample.key.to_string()))
         .collect()
+}
+
+/// The pixels of a batch of images.
+pub fn pixels(batch: &Batch) -> &[u8] {
+    match &batch.content {
+        BatchContent::Pixels { levels, .. } => levels,
+        BatchContent::Latents { .. } => panic!("latents where images were read"),
+    }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use coffey_pipeline::Content;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -33,6 +34,8 @@ const PROGRAM: u64 = 60_000_000;
 pub(super) struct Sizes<'a> {
     /// Mean size of a sample in its shard. Bytes.
     pub(super) sample_bytes: u64,
+    /// What is streamed.
+    pub(super) content: Content,
     /// Parameters of the text encoder.
     pub(super) text_encoder: u64,
     /// Parameters of the VAE, and its folder.
@@ -108,13 +111,23 @@ impl MemoryPlan {
         };
         let decoding = 2 * data.decode_threads + 8;
         let images = ((data.prefetch_batches + 1) * batch + decoding) as u64;
-        let how = format!("{images} images of {side}x{side}");
-        self.add(
-            DeviceSpec::Cpu,
-            "decoded images",
-            images * 3 * side * side,
-            how,
-        );
+        let (what, how, each) = match sizes.content {
+            Content::Images => (
+                "decoded images",
+                format!("{images} images of {side}x{side}"),
+                3 * side * side,
+            ),
+            Content::Latents(shapes) => {
+                let [channels, height, width] = shapes.moments;
+                let embeds = shapes
+                    .prompt_embeds
+                    .map_or(0, |[tokens, width]| tokens * width);
+                let numbers = channels * height * width + embeds;
+                let how = format!("{images} samples as f16");
+                ("latents", how, 2 * numbers as u64)
+            }
+        };
+        self.add(DeviceSpec::Cpu, what, images * each, how);
     }
 
     fn add_encoders(&mut self, config: &Config, sizes: &Sizes<'_>) {
@@ -124,6 +137,18 @@ impl MemoryPlan {
             Some(_) => config.train.batch_size.min(config.encode.batch_size),
             None => config.encode.batch_size,
         };
+        if let Content::Latents(shapes) = sizes.content {
+            let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
+            let (text, both) = (sizes.text_encoder, sizes.text_encoder + sizes.vae);
+            let first = config.encode.devices.first().copied();
+            let first = first.unwrap_or(DeviceSpec::Cpu);
+            self.add(first, "VAE and text encoder", both * F32, of(both));
+            let captions = shapes.prompt_embeds.is_none();
+            for &device in config.encode.devices.iter().filter(|_| captions) {
+                self.add(device, "text encoder", text * F32, of(text));
+            }
+            return;
+        }
         for &device in &config.encode.devices {
             let parameters = sizes.text_encoder + sizes.vae;
             let how = format!("{:.1} M parameters", parameters as f64 / 1e6);

@@ -74,7 +74,7 @@ fn wrong_types_say_what_was_found_and_what_is_right() {
     for (more, end) in [
         (
             "kind = 3\n",
-            "key data.kind = 3: wrong type: found a whole number, needs one of \"images\"",
+            "key data.kind = 3: wrong type: found a whole number, needs one of \"images\", \"latents\"",
         ),
         ("image_keys = \"jpg\"\n", "found a string, needs a list"),
         (

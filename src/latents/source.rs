@@ -1,0 +1,390 @@
+//! What a run that trains on latent shards knows of them: the manifests beside the shards, and whether they fit the models.
+
+use std::collections::BTreeSet;
+
+use coffey_pipeline::{Content, LatentShapes, ShardUrl, SourceError, Sources};
+use serde_json::{Value, json};
+use tokio::runtime::Handle;
+
+use super::manifest::difference;
+use super::parts::{MANIFEST, is_manifest};
+use super::{Fingerprint, Manifest, Recipe};
+use crate::config::{Config, ConfigError, Image, TextFrom};
+use crate::encode::Encoders;
+use crate::models::vae::VaeConfig;
+use crate::models::{ModelError, UNetConfig};
+use crate::pretrained::Models;
+
+/// What the manifests of several runs begin with.
+const PARTS: &str = "manifest-";
+/// Names of shards that a message lists.
+const LISTED: usize = 3;
+
+/// Why latent shards can't be trained on.
+#[derive(Debug, thiserror::Error)]
+pub enum LatentSourceError {
+    /// A manifest can't be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A model's configuration or weights can't be read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The configuration says something else than the manifest.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// There is no manifest.
+    #[error(
+        "{folder}: no {MANIFEST} is there, which says what the latents of a folder are: copy it from where coffey precompute wrote \
+         the shards, or set data.kind = \"images\" if they hold images"
+    )]
+    NoManifest {
+        /// Where it should be.
+        folder: String,
+    },
+    /// Standard input is beside nothing.
+    #[error(
+        "data.shards = \"-\": latents can't be read from standard input, beside which there is no {MANIFEST}: name a folder, \
+         s3://bucket/prefix/ or URLs"
+    )]
+    Stdin,
+    /// A manifest can't be understood.
+    #[error(
+        "{manifest}: not a manifest of latent shards that this version reads: {message}; run coffey precompute again"
+    )]
+    Manifest {
+        /// The manifest.
+        manifest: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A shard is in no manifest.
+    #[error(
+        "{folder}: no manifest there lists {shards}: let coffey precompute finish, or leave what holds no latents out of data.shards"
+    )]
+    Unlisted {
+        /// The shards' folder.
+        folder: String,
+        /// Their names, or some of them.
+        shards: String,
+    },
+    /// Two manifests contradict each other.
+    #[error(
+        "{one} has {field} = {value}, and {other} has {other_value}: latents made in different ways can't be mixed; name shards of \
+         one of them in data.shards"
+    )]
+    Mixed {
+        /// A manifest.
+        one: String,
+        /// What differs.
+        field: String,
+        /// Its value there.
+        value: String,
+        /// Another manifest.
+        other: String,
+        /// Its value in that.
+        other_value: String,
+    },
+    /// The weights are not those that made the latents.
+    #[error(
+        "{manifest}: the latents were made with the {what} {made}, and that in {folder} is {now}: set {key} to the model they were \
+         made with, or run coffey precompute with this one"
+    )]
+    OtherWeights {
+        /// The manifest.
+        manifest: String,
+        /// `VAE` or `text encoder`.
+        what: &'static str,
+        /// Its fingerprint in the manifest.
+        made: String,
+        /// Where the weights are that the configuration names.
+        folder: String,
+        /// Their fingerprint.
+        now: String,
+        /// The key that names them.
+        key: &'static str,
+    },
+    /// A size or a factor is not the models'.
+    #[error("{manifest}: {field} is {made}, and {now} in {what}: {remedy}")]
+    Unfit {
+        /// The manifest.
+        manifest: String,
+        /// What differs.
+        field: &'static str,
+        /// Its value in the manifest.
+        made: String,
+        /// What it should be.
+        now: String,
+        /// Who says so.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// There are no embeddings.
+    #[error(
+        "{manifest}: text is \"caption\", so its shards hold no text embeddings, and data.text_from is \"embeds\": set \
+         data.text_from = \"caption\", or run coffey precompute with latents.text = \"embeds\""
+    )]
+    NoEmbeddings {
+        /// The manifest.
+        manifest: String,
+    },
+}
+
+impl LatentSourceError {
+    /// Whether the configuration is at fault, so that running again as it is can't help.
+    pub fn is_config(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_config(),
+            Self::Model(_) => false,
+            _ => true,
+        }
+    }
+}
+
+/// The latent shards of a run, by their manifests.
+#[derive(Clone, Debug)]
+pub struct LatentSource {
+    /// The manifest that is named in messages.
+    manifest: String,
+    recipe: Recipe,
+    text_from: TextFrom,
+    /// `[77, width]`, if they are to be read.
+    prompt_embeds: Option<[usize; 2]>,
+}
+
+impl LatentSource {
+    /// Reads the manifests beside `shards` and checks that they list all of them and agree.
+    ///
+    /// # Errors
+    /// [`LatentSourceError`], naming the manifest and what is wrong.
+    pub fn open(
+        shards: &[ShardUrl],
+        text_from: TextFrom,
+        sources: &Sources,
+        runtime: &Handle,
+    ) -> Result<Self, LatentSourceError> {
+        let mut folders: Vec<(ShardUrl, Vec<String>)> = Vec::new();
+        for shard in shards {
+            let folder = shard.folder().ok_or(LatentSourceError::Stdin)?;
+            match folders.iter_mut().find(|(known, _)| *known == folder) {
+                Some((_, names)) => names.push(shard.name()),
+                None => folders.push((folder, vec![shard.name()])),
+            }
+        }
+        let mut first: Option<(String, Recipe)> = None;
+        for (folder, names) in folders {
+            let manifests = manifests(&folder, sources, runtime)?;
+            let listed: BTreeSet<&String> = manifests
+                .iter()
+                .flat_map(|(_, manifest)| manifest.shards.keys())
+                .collect();
+            let missing: Vec<&str> = names
+                .iter()
+                .filter(|name| !listed.contains(name))
+                .map(String::as_str)
+                .collect();
+            if !missing.is_empty() {
+                let more = match missing.len().saturating_sub(LISTED) {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                let shown = &missing[..missing.len().min(LISTED)];
+                return Err(LatentSourceError::Unlisted {
+                    folder: folder.redacted(),
+                    shards: shown.join(", ") + &more,
+                });
+            }
+            for (place, Manifest { recipe, .. }) in manifests {
+                match &first {
+                    None => first = Some((place, recipe)),
+                    Some(first) => agree(first, (&place, &recipe), text_from)?,
+                }
+            }
+        }
+        // A stream without shards is refused by the stream; listing finds some or fails.
+        let (manifest, recipe) = first.ok_or(LatentSourceError::Stdin)?;
+        let prompt_embeds = match (text_from, recipe.prompt_embeds_shape) {
+            (TextFrom::Caption, _) => None,
+            (TextFrom::Embeds, Some(shape)) => Some(shape),
+            (TextFrom::Embeds, None) => return Err(LatentSourceError::NoEmbeddings { manifest }),
+        };
+        Ok(Self {
+            manifest,
+            recipe,
+            text_from,
+            prompt_embeds,
+        })
+    }
+
+    /// What a stream is to read.
+    pub fn content(&self) -> Content {
+        Content::Latents(LatentShapes {
+            moments: self.recipe.latent.shape,
+            prompt_embeds: self.prompt_embeds,
+        })
+    }
+
+    /// Takes over into `[image]` what the latents were made with.
+    ///
+    /// # Errors
+    /// When the configuration says something else.
+    pub fn settle(&self, config: &mut Config) -> Result<(), LatentSourceError> {
+        let made = &self.recipe.image;
+        let image = Image {
+            resolution: made.resolution,
+            interpolation: made.interpolation,
+            crop: made.crop,
+            flip: made.flip,
+            scaled_decode: made.scaled_decode,
+        };
+        Ok(config.take_over(image, &self.manifest)?)
+    }
+
+    /// Refuses latents that other weights made than those of `models`, or that its networks don't take.
+    ///
+    /// # Errors
+    /// [`LatentSourceError`], with both values; also when a model can't be read.
+    pub fn check(&self, models: &Models) -> Result<(), LatentSourceError> {
+        let (pipeline, vae) = (&models.pipeline, models.vae.as_deref());
+        let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
+        let unet_folder = pipeline.join("unet");
+        let unfit = |field, made: String, now: String, what: &std::path::Path, remedy| {
+            Err(LatentSourceError::Unfit {
+                manifest: self.manifest.clone(),
+                field,
+                made,
+                now,
+                what: what.display().to_string(),
+                remedy,
+            })
+        };
+        let vae_key = vae.map_or("model.teacher (or model.vae)", |_| "model.vae");
+        let vae = VaeConfig::read(&vae_folder)?;
+        let side = self.recipe.image.resolution / vae.downscale();
+        let (made, now) = (
+            self.recipe.latent.shape,
+            [2 * vae.latent_channels, side, side],
+        );
+        let another = "set model.vae to the VAE the latents were made with, or run coffey precompute with this one";
+        if made != now {
+            let (made, now) = (format!("{made:?}"), format!("{now:?}"));
+            return unfit("latent.shape", made, now, &vae_folder, another);
+        }
+        let (made, now) = (self.recipe.latent.scaling_factor, vae.scaling_factor);
+        // Both were read from a number in a file, not computed.
+        if made.to_bits() != now.to_bits() {
+            let (made, now) = (made.to_string(), now.to_string());
+            return unfit("latent.scaling_factor", made, now, &vae_folder, another);
+        }
+        if let Some(shape @ [_, width]) = self.prompt_embeds {
+            let wanted = UNetConfig::read(&unet_folder)?.cross_attention_dim;
+            if width != wanted {
+                let (made, now) = (format!("{shape:?}"), format!("[77, {wanted}]"));
+                let remedy = "set model.teacher to a model with the text encoder of the latents, or data.text_from = \"caption\"";
+                return unfit("prompt_embeds_shape", made, now, &unet_folder, remedy);
+            }
+        }
+        let now = Fingerprint::of(pipeline, models.vae.as_deref())?;
+        let made = &self.recipe.fingerprint;
+        let mut weights = vec![("VAE", &made.vae, now.vae, vae_folder, vae_key)];
+        if self.text_from == TextFrom::Embeds {
+            let (made, now) = (&made.text_encoder, now.text_encoder);
+            weights.push(("text encoder", made, now, text_folder, "model.teacher"));
+        }
+        match weights.into_iter().find(|(_, made, now, ..)| *made != now) {
+            None => Ok(()),
+            Some((what, made, now, folder, key)) => Err(LatentSourceError::OtherWeights {
+                manifest: self.manifest.clone(),
+                what,
+                made: made.clone(),
+                folder: folder.display().to_string(),
+                now,
+                key,
+            }),
+        }
+    }
+}
+
+/// The manifests of a folder with their places: the one of the whole, or those of its parts.
+fn manifests(
+    folder: &ShardUrl,
+    sources: &Sources,
+    runtime: &Handle,
+) -> Result<Vec<(String, Manifest)>, LatentSourceError> {
+    let read = |name: &str| -> Result<(String, Manifest), LatentSourceError> {
+        let url = folder.join(name);
+        let text = runtime.block_on(async {
+            let mut reader = sources.open(&url).await?;
+            let mut text = Vec::new();
+            while let Some(chunk) = reader.next().await? {
+                text.extend_from_slice(&chunk);
+            }
+            Ok::<_, SourceError>(text)
+        })?;
+        let manifest = url.redacted();
+        match Manifest::parse(&text) {
+            Ok(parsed) => Ok((manifest, parsed)),
+            Err(message) => Err(LatentSourceError::Manifest { manifest, message }),
+        }
+    };
+    match read(MANIFEST) {
+        Err(LatentSourceError::Source(SourceError::NotFound { .. })) => {}
+        read => return Ok(vec![read?]),
+    }
+    let parts = match sources.destination(&folder.to_string(), runtime) {
+        Ok(place) => place.list(PARTS)?,
+        // Over HTTP nothing can be listed.
+        Err(_) => Vec::new(),
+    };
+    let parts = parts.iter().filter(|part| is_manifest(&part.name));
+    let parts = parts
+        .map(|part| read(&part.name))
+        .collect::<Result<Vec<_>, _>>()?;
+    match parts.is_empty() {
+        false => Ok(parts),
+        true => Err(LatentSourceError::NoManifest {
+            folder: folder.redacted(),
+        }),
+    }
+}
+
+/// Refuses manifests whose shards can't be in one batch, or would make `[image]` say two things.
+fn agree(
+    (one, first): &(String, Recipe),
+    (other, recipe): (&str, &Recipe),
+    text_from: TextFrom,
+) -> Result<(), LatentSourceError> {
+    let kept = |recipe: &Recipe| {
+        let embeds = text_from == TextFrom::Embeds;
+        let Recipe {
+            fingerprint, image, ..
+        } = recipe;
+        json!({
+            "fingerprint": {
+                "vae": fingerprint.vae,
+                "text_encoder": embeds.then_some(&fingerprint.text_encoder),
+            },
+            "latent": recipe.latent,
+            "prompt_embeds_shape": recipe.prompt_embeds_shape.filter(|_| embeds),
+            // How many crops there are, and what they were drawn with, may differ.
+            "image": {
+                "resolution": image.resolution,
+                "interpolation": image.interpolation,
+                "crop": image.crop,
+                "flip": image.flip,
+                "scaled_decode": image.scaled_decode,
+            },
+        })
+    };
+    let (a, b): (Value, Value) = (kept(first), kept(recipe));
+    match difference("", Some(&a), Some(&b)) {
+        None => Ok(()),
+        Some((field, value, other_value)) => Err(LatentSourceError::Mixed {
+            one: one.clone(),
+            field,
+            value,
+            other: other.to_owned(),
+            other_value,
+        }),
+    }
+}
