@@ -83,6 +83,7 @@ fn reading(shapes: LatentShapes, config: StreamConfig) -> StreamConfig {
 }
 
 /// The first number of each sample's moments.
+#[allow(clippy::panic, reason = "a helper that fails is a test that fails")]
 fn marks(batch: &Batch) -> Vec<f32> {
     let BatchContent::Latents { moments, .. } = &batch.content else {
         panic!("pixels where latents were read")

@@ -421,7 +421,7 @@ fn batches_hold_what_the_options_say() {
     // 20x24 becomes 16x19, cut in the middle: Python's round(1.5) is 2.
     assert_eq!(batch.samples[0].resized, (16, 19));
     assert_eq!(batch.samples[0].crops, [cut_at(2, 0)]);
-    assert_eq!(pixels(&batch).len(), 4 * 3 * 16 * 16);
+    assert_eq!(pixels(batch).len(), 4 * 3 * 16 * 16);
 }
 
 #[test]

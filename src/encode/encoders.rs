@@ -65,7 +65,8 @@ pub struct Encoders {
 impl Encoders {
     /// Loads them from a pipeline's folder, the autoencoder from `vae` if that is given.
     ///
-    /// At most `vae_batch` images go through the autoencoder at once.
+    /// At most `vae_batch` images go through the autoencoder at once; on the CPU one, with all threads, since how a convolution
+    /// is computed goes by the batch and what comes out must not. That takes the least memory as well.
     ///
     /// # Errors
     /// When a folder does not hold what it should.
@@ -80,7 +81,10 @@ impl Encoders {
             vae: AutoencoderKl::load(&vae, DType::F32, device)?,
             text: TextEncoder::load(pipeline, device)?,
             device: device.clone(),
-            vae_batch: vae_batch.max(1),
+            vae_batch: match device.is_cpu() {
+                true => 1,
+                false => vae_batch.max(1),
+            },
         })
     }
 

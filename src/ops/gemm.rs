@@ -93,9 +93,14 @@ fn check(len: usize, rows: usize, cols: usize, row_stride: usize) {
     );
 }
 
+/// Products summed in one go, one after the other; sums of blocks are added up in order. The `gemm` crate would cut longer sums by
+/// the size of the machine's caches and by the other two sides; up to here it leaves them whole.
+const DEPTH: usize = 512;
+
 /// `dst = alpha · lhs · rhs`, or `dst += …` when `accumulate`.
 ///
-/// The order of every sum depends on the shapes alone, so the result is the same for any number of threads.
+/// The order of every sum depends on its length alone: the result is the same for any number of threads, of rows and columns
+/// beside it (as long as there is more than one of each), and on any machine with fused products.
 pub(super) fn gemm<T: Real>(
     dst: MatMut<'_, T>,
     accumulate: bool,
@@ -118,30 +123,34 @@ pub(super) fn gemm<T: Real>(
         Threads::One => gemm::Parallelism::None,
         Threads::Pool => gemm::Parallelism::Rayon(rayon::current_num_threads()),
     };
-    // SAFETY: each view was checked to lie inside its slice when it was made, the shapes agree, `T` is `f32` or
-    // `f64` (the only implementors of `Real`), and `dst` is borrowed mutably so it aliases neither input.
-    unsafe {
-        gemm::gemm(
-            dst.rows,
-            dst.cols,
-            lhs.cols,
-            dst.data.as_mut_ptr(),
-            1,
-            dst.row_stride as isize,
-            accumulate,
-            lhs.data.as_ptr(),
-            lhs.col_stride as isize,
-            lhs.row_stride as isize,
-            rhs.data.as_ptr(),
-            rhs.col_stride as isize,
-            rhs.row_stride as isize,
-            T::one(), // gemm's alpha scales dst, its beta the product
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    for from in (0..lhs.cols.max(1)).step_by(DEPTH) {
+        let depth = DEPTH.min(lhs.cols - from);
+        // SAFETY: each view was checked to lie inside its slice when it was made and the block of columns and rows lies inside
+        // its view, the shapes agree, `T` is `f32` or `f64` (the only implementors of `Real`), and `dst` is borrowed mutably
+        // so it aliases neither input.
+        unsafe {
+            gemm::gemm(
+                dst.rows,
+                dst.cols,
+                depth,
+                dst.data.as_mut_ptr(),
+                1,
+                dst.row_stride as isize,
+                accumulate || from > 0,
+                lhs.data.as_ptr().wrapping_add(from * lhs.col_stride),
+                lhs.col_stride as isize,
+                lhs.row_stride as isize,
+                rhs.data.as_ptr().wrapping_add(from * rhs.row_stride),
+                rhs.col_stride as isize,
+                rhs.row_stride as isize,
+                T::one(), // gemm's alpha scales dst, its beta the product
+                alpha,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
     }
 }
 
@@ -174,6 +183,45 @@ mod tests {
             Threads::Pool,
         );
         assert_eq!(out, [12., 15., 30., 33.]);
+    }
+
+    /// Sums longer than a block, alone and among other rows and columns, on one thread and on several.
+    #[test]
+    fn an_element_does_not_depend_on_its_neighbours() {
+        let (rows, depth, cols) = (70, 2 * DEPTH + 300, 90);
+        let values = |count: usize, step: usize| -> Vec<f32> {
+            let value = |i: usize| (i * step % 1009) as f32 / 1009.0 - 0.5;
+            (0..count).map(value).collect()
+        };
+        let (lhs, rhs) = (values(rows * depth, 7), values(depth * cols, 11));
+        let product = |rows: usize, width: usize, threads| {
+            let mut out = vec![0f32; rows * width];
+            gemm(
+                MatMut::new(&mut out, rows, width, width),
+                false,
+                1.0,
+                Mat::new(&lhs, rows, depth, depth),
+                Mat::new(&rhs, depth, width, cols),
+                threads,
+            );
+            out
+        };
+        let whole = product(rows, cols, Threads::Pool);
+        let some = product(3, 5, Threads::One);
+        for (row, some) in some.chunks_exact(5).enumerate() {
+            assert_eq!(some, &whole[row * cols..][..5]);
+        }
+        // What that is: products added one after the other in each block, the blocks' sums in order.
+        let element = |row: usize, col: usize| {
+            let at = |i: usize| (lhs[row * depth + i], rhs[i * cols + col]);
+            (0..depth).step_by(DEPTH).fold(0f32, |sum, from| {
+                let block = from..(from + DEPTH).min(depth);
+                sum + block.map(at).fold(0f32, |sum, (a, b)| a.mul_add(b, sum))
+            })
+        };
+        for (row, col) in [(0, 0), (17, 63), (69, 89)] {
+            assert_eq!(whole[row * cols + col], element(row, col));
+        }
     }
 
     #[test]
