@@ -114,7 +114,108 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
         ],
     );
     assert!(files(&output) == first);
+    inspected(&output);
+    estimated(&output, &manifest);
     read_with_python(&output);
+}
+
+/// What `coffey check` says beforehand, against what there is.
+fn estimated(latents: &Path, manifest: &Value) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.args(["check", "-c", CONFIG, "--json", "-s"]);
+    command.arg(format!("latents.output={}", latents.display()));
+    let report: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+    let cost = &report["cost"];
+    assert_eq!(
+        (&cost["shards"], &cost["reads"]),
+        (&4.into(), &4.into()),
+        "{report}"
+    );
+    assert_eq!((&cost["writes"], &cost["lists"]), (&0.into(), &1.into()));
+    let sum = |what: &str| -> f64 {
+        let shards = manifest["shards"].as_object().unwrap().values();
+        shards.map(|shard| shard[what].as_f64().unwrap()).sum()
+    };
+    for (estimate, what) in [("samples", "samples"), ("output_bytes", "bytes")] {
+        let (estimate, real) = (cost[estimate].as_f64().unwrap(), sum(what));
+        assert!(
+            (estimate / real - 1.0).abs() < 0.15,
+            "{what}: {estimate} for {real}"
+        );
+    }
+}
+
+fn inspect(latents: &Path) -> Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
+    let shards = format!("{}/", latents.display());
+    let output = command
+        .args(["inspect", "--json", &shards])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// What `coffey inspect` says of latent shards, sound and damaged.
+fn inspected(latents: &Path) {
+    let report = inspect(latents);
+    let totals = &report["totals"];
+    assert_eq!(totals["problems"], 0, "{totals}");
+    assert_eq!(totals["latents"]["samples"], 459);
+    let arrays = &totals["latents"]["arrays"];
+    assert_eq!(arrays["latent.npy <f2 [8, 16, 16]"], 459);
+    assert_eq!(arrays["prompt_embeds.npy <f2 [77, 64]"], 459);
+    let channels = totals["latents"]["channels"].as_array().unwrap();
+    assert_eq!(channels.len(), 8);
+    assert!(
+        channels
+            .iter()
+            .all(|channel| channel["std"].as_f64().unwrap() > 0.0)
+    );
+    let (_, manifest) = report["manifests"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .next()
+        .unwrap();
+    assert!(
+        manifest["fingerprint"]["vae"]
+            .as_str()
+            .unwrap()
+            .starts_with("sha256:")
+    );
+
+    // A number of the first array becomes NaN, the second array another type; the tar itself stays sound.
+    let copy = TempDir::new().unwrap();
+    for (name, content) in files(latents) {
+        fs::write(copy.path().join(name), content).unwrap();
+    }
+    let shard = copy.path().join("00000.tar");
+    let mut bytes = fs::read(&shard).unwrap();
+    let header = b"\x93NUMPY";
+    let mut arrays = (0..bytes.len()).filter(|&at| bytes[at..].starts_with(header));
+    let (first, second) = (arrays.next().unwrap(), arrays.nth(1).unwrap());
+    bytes[first + 128..first + 130].copy_from_slice(&[0, 0x7e]);
+    let dtype = bytes[second..]
+        .windows(3)
+        .position(|word| word == b"<f2")
+        .unwrap();
+    bytes[second + dtype..][..3].copy_from_slice(b"<i2");
+    fs::write(&shard, bytes).unwrap();
+    fs::remove_file(copy.path().join("00001.tar")).unwrap();
+    fs::copy(copy.path().join("00003.tar"), copy.path().join("00001.tar")).unwrap();
+    let totals = &inspect(copy.path())["totals"];
+    let kinds = &totals["problems_by_kind"];
+    assert_eq!(kinds["not_finite"], 1, "{kinds}");
+    assert_eq!(kinds["bad_array"], 1, "{kinds}");
+    // One array of 00000.tar, and 00001.tar is not what it was.
+    assert!(
+        kinds["other_than_manifest"].as_u64().unwrap() >= 2,
+        "{kinds}"
+    );
+    let mean = &totals["latents"]["channels"][0]["mean"];
+    assert!(mean.as_f64().unwrap().is_finite());
 }
 
 /// With the Python that `COFFEY_PYTHON` names, which has webdataset and perhaps PyTorch and diffusers.

@@ -1,5 +1,6 @@
 //! `coffey check`: everything a run needs, tried once, without the run.
 
+mod cost;
 mod memory;
 mod report;
 
@@ -24,6 +25,7 @@ use crate::ops::Attention;
 use crate::pretrained::{Models as ModelFolders, Wanted};
 use crate::stop::Stop;
 use crate::train::{check_fit, distillation};
+use cost::{Cost, Seen};
 use memory::{MemoryPlan, Sizes};
 use report::Report;
 
@@ -186,7 +188,24 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         })?),
         Purpose::Precompute { .. } => None,
     };
-    let vae_downscale = encoders.models.vae().config().downscale();
+    let vae = encoders.models.vae().config();
+    let vae_downscale = vae.downscale();
+    if let (Purpose::Precompute { .. }, Some(latents)) = (purpose, &config.latents) {
+        let side = config.image.resolution / vae_downscale;
+        let (_, tokens, width) = encoders.models.encode_text(&[""])?.dims3()?;
+        let seen = Seen {
+            sample: &batch.samples[0],
+            bytes: sample_bytes,
+            latent: [2 * vae.latent_channels, side, side],
+            prompt_embeds: [tokens, width],
+        };
+        let cost = report.step("cost", || {
+            let cost = Cost::estimate(&config, latents, &seen, &shards, &data)?;
+            let said = cost.said();
+            Ok((cost, said))
+        })?;
+        report.cost(cost);
+    }
     report.step("dry run", || {
         let start = Instant::now();
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);

@@ -5,13 +5,16 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use coffey_pipeline::inspect::{self, Across, ProblemKind, ShardReport, Spread, Wanted};
-use coffey_pipeline::{S3Options, StreamConfig};
+use coffey_pipeline::inspect::{
+    self, Across, LatentReport, Problem, ProblemKind, ShardReport, Spread, Wanted,
+};
+use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
 use serde::Serialize;
 
 use super::Failure;
 use super::data::{DataAccess, s3_options};
 use crate::config::Config;
+use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
 
 /// Problems of one kind in one shard that are listed for people; JSON lists all.
 const LISTED_PROBLEMS: usize = 3;
@@ -44,6 +47,8 @@ pub(super) struct InspectArgs {
 struct Report {
     shards: Vec<ShardReport>,
     unreadable: Vec<Unreadable>,
+    /// Of latent shards, by place.
+    manifests: BTreeMap<String, Recipe>,
     totals: Totals,
 }
 
@@ -67,6 +72,7 @@ struct Totals {
     width: Spread,
     height: Spread,
     caption_chars: Spread,
+    latents: Option<LatentReport>,
     missing_images: u64,
     missing_captions: u64,
     undecodable: u64,
@@ -93,6 +99,9 @@ impl Totals {
         merge(&mut self.width, &shard.width);
         merge(&mut self.height, &shard.height);
         merge(&mut self.caption_chars, &shard.caption_chars);
+        if let Some(latents) = &shard.latents {
+            self.latents.get_or_insert_default().merge(latents);
+        }
         self.missing_images += shard.missing_images;
         self.missing_captions += shard.missing_captions;
         self.undecodable += shard.undecodable;
@@ -159,11 +168,15 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let shards = data.shards(&urls)?;
     let mut report = Report::default();
     let mut across = Across::default();
+    let mut manifests = Manifests::default();
     for url in &shards {
         let read = inspect::shard(&data.sources, url, &wanted);
         match data.runtime.block_on(read) {
             Ok(mut shard) => {
                 across.add(&mut shard);
+                if shard.latents.is_some() {
+                    manifests.check(url, &mut shard, &data);
+                }
                 if !args.json {
                     out!("{}", describe(&shard));
                 }
@@ -178,12 +191,17 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             }
         }
     }
+    report.manifests = manifests.recipes();
     match args.json {
         true => outln!(
             "{:#}",
             serde_json::to_value(&report).map_err(std::io::Error::from)?
         ),
-        false => out!("{}", describe_totals(&report.totals)),
+        false => out!(
+            "{}{}",
+            describe_totals(&report.totals),
+            describe_manifests(&report.manifests)
+        ),
     }
     match report.unreadable.len() {
         0 => Ok(()),
@@ -197,6 +215,102 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     }
 }
 
+/// The manifests beside latent shards, each place read once.
+#[derive(Default)]
+struct Manifests(Vec<(ShardUrl, Result<Vec<(String, Manifest)>, String>)>);
+
+impl Manifests {
+    /// Adds what the manifests say otherwise of a shard to its problems.
+    fn check(&mut self, url: &ShardUrl, shard: &mut ShardReport, data: &DataAccess) {
+        let Some(folder) = url.folder() else {
+            return;
+        };
+        let known = self.0.iter().position(|(known, _)| *known == folder);
+        let index = known.unwrap_or_else(|| {
+            let read = manifests(&folder, &data.sources, data.runtime.handle());
+            let read = read.map_err(|error| super::with_causes(&error));
+            self.0.push((folder, read));
+            self.0.len() - 1
+        });
+        let name = url.name();
+        let found = match &self.0[index].1 {
+            Err(error) => vec![error.clone()],
+            Ok(all) => {
+                let mut all = all.iter();
+                match all.find_map(|(_, m)| Some((&m.recipe, m.shards.get(&name)?))) {
+                    Some((recipe, entry)) => differences(recipe, entry, shard),
+                    None => vec!["no manifest beside it lists it".to_owned()],
+                }
+            }
+        };
+        shard.problems.extend(found.into_iter().map(|what| Problem {
+            kind: ProblemKind::OtherThanManifest,
+            key: String::new(),
+            what,
+        }));
+    }
+
+    fn recipes(self) -> BTreeMap<String, Recipe> {
+        let read = self
+            .0
+            .into_iter()
+            .filter_map(|(_, manifests)| manifests.ok());
+        read.flatten()
+            .map(|(place, manifest)| (place, manifest.recipe))
+            .collect()
+    }
+}
+
+/// Where a shard is not what its manifest says.
+fn differences(recipe: &Recipe, entry: &ShardEntry, shard: &ShardReport) -> Vec<String> {
+    let mut found = Vec::new();
+    for (what, listed, here) in [
+        ("bytes", entry.bytes, shard.bytes),
+        ("samples", entry.samples, shard.samples),
+    ] {
+        if listed != here {
+            found.push(format!("{here} {what}, and {listed} in the manifest"));
+        }
+    }
+    let embeds = recipe.prompt_embeds_shape;
+    let embeds = embeds.map(|shape| format!("prompt_embeds.npy <f2 {shape:?}"));
+    let latent = format!("latent.npy <f2 {:?}", recipe.latent_file_shape());
+    for array in std::iter::once(latent).chain(embeds) {
+        let arrays = shard
+            .latents
+            .as_ref()
+            .and_then(|latents| latents.arrays.get(&array));
+        let count = arrays.copied().unwrap_or(0);
+        if count != shard.samples {
+            found.push(format!(
+                "{count} of {} samples have {array}, which the manifest says of all",
+                shard.samples
+            ));
+        }
+    }
+    found
+}
+
+fn describe_manifests(manifests: &BTreeMap<String, Recipe>) -> String {
+    let mut text = String::new();
+    for (place, recipe) in manifests {
+        let Recipe {
+            fingerprint, image, ..
+        } = recipe;
+        let _infallible = writeln!(
+            text,
+            "{place}\n  vae       {}\n  text      {}\n  images    {} pixels, {} to a sample\n  latents   {:?}, to be multiplied by {}",
+            fingerprint.vae,
+            fingerprint.text_encoder,
+            image.resolution,
+            image.crops,
+            recipe.latent.shape,
+            recipe.latent.scaling_factor,
+        );
+    }
+    text
+}
+
 fn describe(shard: &ShardReport) -> String {
     let mut text = format!("{}\n", shard.url);
     contents(
@@ -204,6 +318,7 @@ fn describe(shard: &ShardReport) -> String {
         (shard.samples, shard.bytes, &shard.members, &shard.formats),
         [&shard.width, &shard.height, &shard.caption_chars],
     );
+    latents(&mut text, shard.latents.as_ref());
     passed_over(&mut text, &shard.passed_over);
     if let Some(broken) = &shard.broken {
         let _infallible = writeln!(text, "  broken    {broken}");
@@ -237,6 +352,7 @@ fn describe_totals(totals: &Totals) -> String {
         ),
         [&totals.width, &totals.height, &totals.caption_chars],
     );
+    latents(&mut text, totals.latents.as_ref());
     passed_over(&mut text, &totals.passed_over);
     let shards = [
         (totals.unreadable_shards, "unreadable shards"),
@@ -266,6 +382,33 @@ fn passed_over(text: &mut String, counts: &BTreeMap<&'static str, u64>) {
         .collect();
     if !parts.is_empty() {
         let _infallible = writeln!(text, "  passed over  {}", parts.join("; "));
+    }
+}
+
+/// The lines on latents, if there are any.
+fn latents(text: &mut String, report: Option<&LatentReport>) {
+    let Some(report) = report else {
+        return;
+    };
+    let mut line = |name: &str, value: String| {
+        let _infallible = writeln!(text, "  {name:<9} {value}");
+    };
+    for (array, count) in &report.arrays {
+        line("arrays", format!("{count} {array}"));
+    }
+    if report.not_finite > 0 {
+        line("NaN, Inf", format!("in {} samples", report.not_finite));
+    }
+    let half = report.channels.len() / 2;
+    let (means, log_variances) = report.channels.split_at(half);
+    for (channel, (mean, log_variance)) in means.iter().zip(log_variances).enumerate() {
+        line(
+            "channel",
+            format!(
+                "{channel}: mean {:.4}, std {:.4}; log-variance {:.2}",
+                mean.mean, mean.std, log_variance.mean
+            ),
+        );
     }
 }
 
@@ -308,7 +451,6 @@ fn contents(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use coffey_pipeline::inspect::Problem;
 
     fn spread(count: u64, min: u64, max: u64, mean: f64) -> Spread {
         let mut spread = Spread::default();

@@ -57,5 +57,5 @@ pub use manifest::{
     FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
 };
 pub use parts::{Joined, Part, join};
-pub use source::{LatentSource, LatentSourceError};
+pub use source::{LatentSource, LatentSourceError, manifests};
 pub use writer::LatentWriter;

@@ -306,7 +306,10 @@ impl LatentSource {
 }
 
 /// The manifests of a folder with their places: the one of the whole, or those of its parts.
-fn manifests(
+///
+/// # Errors
+/// [`LatentSourceError`] if there are none, or one can't be read.
+pub fn manifests(
     folder: &ShardUrl,
     sources: &Sources,
     runtime: &Handle,

@@ -1,6 +1,7 @@
 //! What is in a shard: a report for people and for scripts. Reads all of it and decodes every image.
 
 mod across;
+mod latents;
 mod picture;
 
 use std::collections::{BTreeMap, HashSet};
@@ -13,9 +14,12 @@ use crate::flow::{Cancel, FlowMetrics, Stage};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::shard::{PassedOver, Sample, ShardUrl, Why};
 use crate::source::Sources;
-use crate::stream::{Note, OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
+use crate::stream::{
+    LATENT, Note, OpenShard, PROMPT_EMBEDS, ReaderContext, ShardEvent, StreamError, parse_json,
+};
 
 pub use across::Across;
+pub use latents::{Channel, LatentReport};
 
 /// What a shard holds, and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
@@ -36,6 +40,8 @@ pub struct ShardReport {
     pub height: Spread,
     /// Lengths of the captions. Characters.
     pub caption_chars: Spread,
+    /// Of latent shards: their arrays.
+    pub latents: Option<LatentReport>,
     /// Samples without an image.
     pub missing_images: u64,
     /// Samples without a caption.
@@ -123,6 +129,12 @@ pub enum ProblemKind {
     SixteenBit,
     /// The image is smaller than the resolution, and will be enlarged.
     BelowResolution,
+    /// An array of latents or embeddings is damaged, or of another type or shape.
+    BadArray,
+    /// Latents or embeddings hold NaN or infinity.
+    NotFinite,
+    /// The manifest beside latent shards says something else of this one.
+    OtherThanManifest,
 }
 
 impl ProblemKind {
@@ -148,6 +160,9 @@ impl ProblemKind {
             Self::Animated => "animated",
             Self::SixteenBit => "sixteen_bit",
             Self::BelowResolution => "below_resolution",
+            Self::BadArray => "bad_array",
+            Self::NotFinite => "not_finite",
+            Self::OtherThanManifest => "other_than_manifest",
         }
     }
 }
@@ -304,7 +319,10 @@ impl Inspector {
             let what = "has a name that is not UTF-8; its bytes are replaced";
             self.problem(ProblemKind::UnreadableName, &sample.key, what);
         }
-        self.image(sample);
+        match sample.members.contains_key(LATENT) {
+            true => self.latents(sample),
+            false => self.image(sample),
+        }
         self.caption(sample);
         if sample
             .members
@@ -331,6 +349,30 @@ impl Inspector {
         } else if text.trim().is_empty() {
             let what = format!("{extension} is empty");
             self.problem(ProblemKind::EmptyCaption, &sample.key, what);
+        }
+    }
+
+    fn latents(&mut self, sample: &Sample) {
+        let report = self.report.latents.get_or_insert_default();
+        report.samples += 1;
+        let (mut problems, mut not_finite) = (Vec::new(), Vec::new());
+        for (extension, moments) in [(LATENT, true), (PROMPT_EMBEDS, false)] {
+            let Some(file) = sample.members.get(extension) else {
+                continue;
+            };
+            match report.add(extension, file, moments) {
+                Ok(true) => {}
+                Ok(false) => not_finite.push(extension),
+                Err(what) => problems.push((ProblemKind::BadArray, what)),
+            }
+        }
+        if !not_finite.is_empty() {
+            report.not_finite += 1;
+            let what = format!("{} holds NaN or infinity", not_finite.join(" and "));
+            problems.push((ProblemKind::NotFinite, what));
+        }
+        for (kind, what) in problems {
+            self.problem(kind, &sample.key, what);
         }
     }
 

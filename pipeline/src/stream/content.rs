@@ -8,9 +8,9 @@ use super::step::Reason;
 use crate::shard::Sample;
 
 /// Extension of a sample's latents.
-const LATENT: &str = "latent.npy";
+pub(crate) const LATENT: &str = "latent.npy";
 /// Extension of a sample's text embeddings.
-const PROMPT_EMBEDS: &str = "prompt_embeds.npy";
+pub(crate) const PROMPT_EMBEDS: &str = "prompt_embeds.npy";
 
 /// What the shards hold, and what a stream makes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

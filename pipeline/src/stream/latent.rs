@@ -139,6 +139,48 @@ impl<'a, const D: usize> Crops<'a, D> {
     }
 }
 
+/// An array as it stands in its file.
+#[derive(Debug)]
+pub(crate) struct Array {
+    /// As `<f2`.
+    pub(crate) dtype: String,
+    pub(crate) shape: Vec<usize>,
+    /// The numbers in C order, if they are f16.
+    pub(crate) values: Option<Vec<f16>>,
+}
+
+/// Reads an array of any shape. The error says in words what is wrong with the file.
+pub(crate) fn read_halves(mut file: &[u8]) -> Result<Array, String> {
+    let header = header(&mut file).map_err(|error| error.to_string())?;
+    let size = |&size: &u64| usize::try_from(size).unwrap_or(usize::MAX);
+    let shape: Vec<usize> = header.shape().iter().map(size).collect();
+    let dtype = match header.dtype() {
+        DType::Plain(plain) => plain.to_string(),
+        other => other.descr(),
+    };
+    let values = match dtype == "<f2" && header.order() == Order::C {
+        true => {
+            let count = shape
+                .iter()
+                .try_fold(2, |all: usize, &size| all.checked_mul(size));
+            if count != Some(file.len()) {
+                return Err(format!(
+                    "{} bytes of numbers for the shape {shape:?}",
+                    file.len()
+                ));
+            }
+            let half = |pair: &[u8]| f16::from_le_bytes([pair[0], pair[1]]);
+            Some(file.chunks_exact(2).map(half).collect())
+        }
+        false => None,
+    };
+    Ok(Array {
+        dtype,
+        shape,
+        values,
+    })
+}
+
 /// Reads the header and leaves the numbers.
 fn header(file: &mut &[u8]) -> Result<NpyHeader, ArrayError> {
     let damaged = |message: String| ArrayError::Damaged(message);

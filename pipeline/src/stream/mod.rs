@@ -34,6 +34,8 @@ pub use content::{BatchContent, Content, Halves, LatentShapes};
 pub use error::StreamError;
 pub use prepare::SampleMeta;
 
+pub(crate) use content::{LATENT, PROMPT_EMBEDS};
+pub(crate) use latent::{Array, read_halves};
 pub(crate) use reader::{Note, OpenShard, ReaderContext, ShardEvent};
 pub(crate) use step::parse_json;
 

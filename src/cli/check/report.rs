@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::cost::Cost;
 use super::memory::MemoryPlan;
 use crate::cli::{Failure, with_causes};
 
@@ -29,6 +30,8 @@ pub(super) struct Report {
     steps: Vec<Line>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<MemoryPlan>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost: Option<Cost>,
 }
 
 impl Report {
@@ -37,6 +40,7 @@ impl Report {
             quiet,
             steps: Vec::new(),
             memory: None,
+            cost: None,
         }
     }
 
@@ -59,6 +63,10 @@ impl Report {
                 Err(failure)
             }
         }
+    }
+
+    pub(super) fn cost(&mut self, cost: Cost) {
+        self.cost = Some(cost);
     }
 
     pub(super) fn memory(&mut self, plan: MemoryPlan) {
