@@ -116,7 +116,61 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
     assert!(files(&output) == first);
     inspected(&output);
     estimated(&output, &manifest);
-    read_with_python(&output);
+    let shards = (0..4).map(|n| format!("assets/quickstart/emoji/0000{n}.tar"));
+    read_with_python(&output, shards.map(PathBuf::from));
+}
+
+#[test]
+fn several_crops_of_an_image_lie_together() {
+    let folder = TempDir::new().unwrap();
+    let (shard, output) = (folder.path().join("wide.tar"), folder.path().join("latents"));
+    wide_images(&shard, 3);
+    let data = format!("data.shards={}", shard.display());
+    let settings = ["latents.crops=4", "image.crop=random", "image.flip=true"];
+    let settings = std::iter::once(data.as_str()).chain(settings);
+    let args: Vec<&str> = settings.flat_map(|setting| ["-s", setting]).collect();
+    succeeded(precompute(&output, &args));
+    let seen = inspect(&output);
+    assert_eq!(seen["samples"], 3, "{seen}");
+
+    let mut written = tar::Archive::new(fs::File::open(output.join("wide.tar")).unwrap());
+    let mut crops = 0;
+    for entry in written.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        if entry.path().unwrap().extension().unwrap() != "json" {
+            continue;
+        }
+        let json: Value = serde_json::from_reader(&mut entry).unwrap();
+        let lefts = json["coffey"]["crop_left"].as_array().unwrap();
+        assert_eq!(lefts.len(), 4);
+        // 128 pixels wide once 64 are high.
+        assert!(lefts.iter().any(|left| left != &lefts[0]), "{json}");
+        assert_eq!(json["coffey"]["flipped"].as_array().unwrap().len(), 4);
+        crops += lefts.len();
+    }
+    assert_eq!(crops, 12);
+    read_with_python(&output, [shard]);
+}
+
+/// A shard of `count` captioned images, 160 by 80 pixels, each pixel another colour.
+fn wide_images(shard: &Path, count: u32) {
+    let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
+    for key in 0..count {
+        let colour = |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
+        let mut png = std::io::Cursor::new(Vec::new());
+        image::RgbImage::from_fn(160, 80, colour)
+            .write_to(&mut png, image::ImageFormat::Png)
+            .unwrap();
+        let caption = format!("wide picture {key}").into_bytes();
+        for (extension, content) in [("png", png.into_inner()), ("txt", caption)] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            let name = format!("{key:05}.{extension}");
+            tar.append_data(&mut header, name, content.as_slice()).unwrap();
+        }
+    }
+    tar.finish().unwrap();
 }
 
 /// What `coffey check` says beforehand, against what there is.
@@ -219,22 +273,19 @@ fn inspected(latents: &Path) {
 }
 
 /// With the Python that `COFFEY_PYTHON` names, which has webdataset and perhaps PyTorch and diffusers.
-fn read_with_python(latents: &Path) {
+fn read_with_python(latents: &Path, images: impl IntoIterator<Item = PathBuf>) {
     let Some(python) = std::env::var_os("COFFEY_PYTHON") else {
         eprintln!("COFFEY_PYTHON is not set: not read with webdataset");
         return;
     };
-    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart");
-    let images: Vec<PathBuf> = (0..4)
-        .map(|n| assets.join(format!("emoji/0000{n}.tar")))
-        .collect();
     let status = Command::new(python)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/read_latents.py"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .arg("tests/reference/read_latents.py")
         .arg(latents)
         .arg("--images")
         .args(images)
         .arg("--pipeline")
-        .arg(assets.join("teacher"))
+        .arg("assets/quickstart/teacher")
         .status()
         .unwrap();
     assert!(status.success());

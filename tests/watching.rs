@@ -269,7 +269,7 @@ fn prometheus_sees_latents_being_written() {
     check(&scrapes, false);
     let last = scrapes.last().unwrap();
     assert!(last.items("write") > 0.0 && last.items("train") == 0.0);
-    assert!(said.contains("\nlimit: encode\n"), "{said}");
+    assert!(said.contains("\nlimit: encode, busy "), "{said}");
 }
 
 #[test]

@@ -137,7 +137,8 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     }
     let (elapsed, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu_before);
     let flow = data.metrics.snapshot();
-    let limiting_stage = recent.overall(&data.metrics);
+    let overall = recent.overall(&data.metrics);
+    let limiting_stage = overall.and_then(|flow| flow.limiting_stage());
     monitor.rest();
     drop(stream);
     let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());

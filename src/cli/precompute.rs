@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowMetrics, Recent, Stage};
+use coffey_pipeline::flow::{FlowMetrics, FlowSnapshot, Recent, Stage};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -78,12 +78,14 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         counted(shards.len(), "shard"),
         models.pipeline.display()
     );
+    // Before the encoders are loaded: it reads all weights, once more in memory.
+    let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;
     let first = load_encoders(&config, &models, 0)?;
     // Whoever trains on these needs a UNet that takes them. One that coffey does not build can be trained elsewhere.
     if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
         check_fit(&unet, &first, &config, &models.pipeline)?;
     }
-    let recipe = recipe(&config, paths.latents, &models, &first, part)?;
+    let recipe = recipe(&config, paths.latents, fingerprint, &first, part)?;
     let place = data.sources.destination(&output, data.runtime.handle())?;
     let mut writer = LatentWriter::open(place, recipe, part, shards)?;
     let there = writer.manifest().shards.len();
@@ -95,7 +97,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let started = Instant::now();
-    let mut limit = None;
+    let mut flow = None;
     if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
         let encoders = std::iter::once(Ok(first))
             .chain(
@@ -116,9 +118,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             data.runtime.handle(),
         )?;
         let pool = EncodePool::start(stream, encoders, &data.metrics)?;
-        limit = write_all(pool, &mut writer, &monitor, &stop)?;
+        flow = write_all(pool, &mut writer, &monitor, &stop)?;
     }
-    summarize(writer.manifest(), there, started.elapsed(), limit);
+    summarize(writer.manifest(), there, started.elapsed(), flow);
     let missing = writer.finish()?.missing;
     if !missing.is_empty() {
         errln!(
@@ -177,7 +179,7 @@ fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encod
 fn recipe(
     config: &Config,
     latents: &config::Latents,
-    models: &Models,
+    fingerprint: Fingerprint,
     encoders: &Encoders,
     part: Part,
 ) -> Result<Recipe, Failure> {
@@ -188,7 +190,7 @@ fn recipe(
         config,
         latents.text,
         latents.crops,
-        Fingerprint::of(&models.pipeline, models.vae.as_deref())?,
+        fingerprint,
         LatentLayout {
             shape: [2 * vae.latent_channels, side, side],
             scaling_factor: vae.scaling_factor,
@@ -198,13 +200,13 @@ fn recipe(
     ))
 }
 
-/// Writes what the pool makes, to its end or until a stop is asked for; the stage that limited it.
+/// Writes what the pool makes, to its end or until a stop is asked for; what the stages did since the first batch.
 fn write_all(
     mut pool: EncodePool,
     writer: &mut LatentWriter,
     monitor: &Monitor,
     stop: &Stop,
-) -> Result<Option<Stage>, Failure> {
+) -> Result<Option<FlowSnapshot>, Failure> {
     let interrupter = pool.interrupter();
     stop.on_stop(move || interrupter.interrupt());
     let metrics = monitor.flow();
@@ -249,7 +251,7 @@ fn write_all(
     }
 }
 
-fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, limit: Option<Stage>) {
+fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, flow: Option<FlowSnapshot>) {
     let shards = &manifest.shards;
     let sum = |part: fn(&crate::latents::ShardEntry) -> u64| shards.values().map(part).sum::<u64>();
     let skipped = sum(|entry| entry.skipped.values().sum());
@@ -268,8 +270,11 @@ fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, limit: Option
     for (reason, count) in reasons {
         errln!("  {reason} {count}");
     }
-    if let Some(stage) = limit {
-        errln!("limit: {stage}");
+    if let Some(flow) = flow
+        && let Some(limit) = flow.limiting_stage()
+    {
+        let busy = flow.stage(limit).busy_share().unwrap_or(0.0);
+        errln!("limit: {limit}, busy {:.0} % of its time", 100.0 * busy);
     }
 }
 

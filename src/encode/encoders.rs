@@ -4,9 +4,14 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::image::normalize;
+use rayon::prelude::*;
 
 use super::TextEncoder;
 use crate::models::{AutoencoderKl, ModelError};
+
+/// Pixels of the images that go through the autoencoder side by side on the CPU. A small image is not enough work for several
+/// threads; of large ones each takes much memory.
+const PIXELS_AT_ONCE: usize = 1 << 16;
 
 /// Why encoding failed.
 #[derive(Debug, thiserror::Error)]
@@ -65,8 +70,8 @@ pub struct Encoders {
 impl Encoders {
     /// Loads them from a pipeline's folder, the autoencoder from `vae` if that is given.
     ///
-    /// At most `vae_batch` images go through the autoencoder at once; on the CPU one, with all threads, since how a convolution
-    /// is computed goes by the batch and what comes out must not. That takes the least memory as well.
+    /// At most `vae_batch` images go through the autoencoder at once. On the CPU each goes alone, since how a convolution is
+    /// computed goes by the batch and what comes out must not: small images side by side, large ones in turn.
     ///
     /// # Errors
     /// When a folder does not hold what it should.
@@ -81,11 +86,17 @@ impl Encoders {
             vae: AutoencoderKl::load(&vae, DType::F32, device)?,
             text: TextEncoder::load(pipeline, device)?,
             device: device.clone(),
-            vae_batch: match device.is_cpu() {
-                true => 1,
-                false => vae_batch.max(1),
-            },
+            vae_batch: vae_batch.max(1),
         })
+    }
+
+    /// What encodes, alone.
+    #[must_use]
+    pub fn without_decoder(self) -> Self {
+        Self {
+            vae: self.vae.without_decoder(),
+            ..self
+        }
     }
 
     /// The folders the weights come from: autoencoder, text encoder.
@@ -125,19 +136,24 @@ impl Encoders {
     /// When a tensor operation fails.
     pub fn encode_pixels(&self, pixels: &[u8], side: usize) -> Result<Tensor, EncodeError> {
         let image = 3 * side * side;
-        let run = || {
-            let moments = pixels
-                .chunks(self.vae_batch * image)
-                .map(|levels| {
-                    let shape = (levels.len() / image, 3, side, side);
-                    let mut values = Vec::new();
-                    normalize(levels, &mut values);
-                    self.vae
-                        .encode(&Tensor::from_vec(values, shape, &self.device)?)
-                })
-                .collect::<candle_core::Result<Vec<_>>>()?;
-            Tensor::cat(&moments, 0)
+        let encode = |levels: &[u8]| {
+            let shape = (levels.len() / image, 3, side, side);
+            let mut values = Vec::new();
+            normalize(levels, &mut values);
+            self.vae
+                .encode(&Tensor::from_vec(values, shape, &self.device)?)
         };
-        run().map_err(EncodeError::on(&self.device))
+        let moments: candle_core::Result<Vec<_>> = match self.device.is_cpu() {
+            true => {
+                let side_by_side = (PIXELS_AT_ONCE / (side * side)).max(1);
+                let images = pixels.par_chunks(image);
+                let in_turn = images.len().div_ceil(side_by_side);
+                images.with_min_len(in_turn).map(encode).collect()
+            }
+            false => pixels.chunks(self.vae_batch * image).map(encode).collect(),
+        };
+        moments
+            .and_then(|moments| Tensor::cat(&moments, 0))
+            .map_err(EncodeError::on(&self.device))
     }
 }

@@ -23,7 +23,7 @@ pub enum Worker {
 
 impl From<Encoders> for Worker {
     fn from(encoders: Encoders) -> Self {
-        Self::Images(Box::new(encoders))
+        Self::Images(Box::new(encoders.without_decoder()))
     }
 }
 

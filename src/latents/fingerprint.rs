@@ -10,6 +10,8 @@ use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{ModelError, Weights};
 
+/// Values that are hashed in one go.
+const HASHED: usize = 1 << 14;
 const TEXT_ENCODER_STEM: &str = "model";
 
 /// Hashes of the weights of a VAE and a text encoder, `sha256:` and hexadecimal digits.
@@ -54,7 +56,10 @@ fn hash(folder: &Path, stem: &str) -> Result<String, ModelError> {
         for &size in tensor.dims() {
             sha.update((size as u64).to_le_bytes());
         }
-        for values in tensor.flatten_all()?.to_vec1::<f32>()?.chunks(1 << 14) {
+        let tensor = tensor.flatten_all()?;
+        for from in (0..tensor.elem_count()).step_by(HASHED) {
+            let count = HASHED.min(tensor.elem_count() - from);
+            let values = tensor.narrow(0, from, count)?.to_vec1::<f32>()?;
             bytes.clear();
             bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
             sha.update(&bytes);

@@ -213,7 +213,7 @@ struct Decoder {
 pub struct AutoencoderKl {
     config: VaeConfig,
     encoder: Encoder,
-    decoder: Decoder,
+    decoder: Option<Decoder>,
 }
 
 impl AutoencoderKl {
@@ -230,11 +230,20 @@ impl AutoencoderKl {
         let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
         let vae = Self {
             encoder: Encoder::new(&weights.root(), &config)?,
-            decoder: Decoder::new(&weights.root(), &config)?,
+            decoder: Some(Decoder::new(&weights.root(), &config)?),
             config,
         };
         weights.expect_all_taken(&[])?;
         Ok(vae)
+    }
+
+    /// What encodes, alone: more than half of the weights are the decoder's.
+    #[must_use]
+    pub fn without_decoder(self) -> Self {
+        Self {
+            decoder: None,
+            ..self
+        }
     }
 
     /// This autoencoder's configuration.
@@ -279,13 +288,15 @@ impl AutoencoderKl {
     /// Pixels of unscaled latents: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about [-1, 1]. As `AutoencoderKL.decode`.
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// When the shapes do not fit, and [`without_decoder`](Self::without_decoder).
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         ops::in_pool(|| self.run_decoder(latents))
     }
 
     fn run_decoder(&self, latents: &Tensor) -> Result<Tensor> {
-        let decoder = &self.decoder;
+        let Some(decoder) = &self.decoder else {
+            candle_core::bail!("an autoencoder without its decoder can't decode");
+        };
         let mut x = match &decoder.post_quant_conv {
             Some(conv) => conv.forward(latents)?,
             None => latents.clone(),

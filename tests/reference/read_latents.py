@@ -41,6 +41,8 @@ def read_manifest(folder):
 def read_shard(path, manifest):
     """The samples of one shard, checked against the manifest."""
     latent_shape = tuple(manifest["latent"]["shape"])
+    if manifest["image"]["crops"] > 1:
+        latent_shape = (manifest["image"]["crops"], *latent_shape)
     text_shape = manifest["prompt_embeds_shape"]
     samples = []
     for sample in wds.WebDataset(path, shardshuffle=False, empty_check=False):
@@ -59,8 +61,14 @@ def read_shard(path, manifest):
     return samples
 
 
+def windows(crop):
+    """(left, top, flipped) of every crop."""
+    places = [crop["crop_left"], crop["crop_top"], crop["flipped"]]
+    return list(zip(*places, strict=True)) if isinstance(places[0], list) else [tuple(places)]
+
+
 def prepare(image_bytes, crop):
-    """An encoded image to pixels [3, R, R] in [-1, 1], by Pillow alone."""
+    """An encoded image to the pixels of its crops, [N, 3, R, R] in [-1, 1], by Pillow alone."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(image_bytes))
@@ -73,11 +81,12 @@ def prepare(image_bytes, crop):
     size = (crop["resized_width"], crop["resized_height"])
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top, side = crop["crop_left"], crop["crop_top"], crop["target_width"]
-    pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
-    if crop["flipped"]:
-        pixels = pixels[:, ::-1]
-    return (pixels.transpose(2, 0, 1) / np.float32(255.0) - np.float32(0.5)) / np.float32(0.5)
+    side = crop["target_width"]
+    crops = []
+    for left, top, flipped in windows(crop):
+        pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
+        crops.append((pixels[:, ::-1] if flipped else pixels).transpose(2, 0, 1))
+    return (np.stack(crops) / np.float32(255.0) - np.float32(0.5)) / np.float32(0.5)
 
 
 def compare(what, key, ours, theirs):
@@ -105,8 +114,8 @@ def compare_with_diffusers(samples, images, pipeline, limit):
         encoded = next(source[ext] for ext in ("jpg", "png", "jpeg", "webp") if ext in source)
         assert source["txt"].decode() == caption, key
         with torch.no_grad():
-            pixels = torch.from_numpy(np.ascontiguousarray(prepare(encoded, crop)))[None]
-            moments = vae.encode(pixels).latent_dist.parameters[0].numpy()
+            pixels = torch.from_numpy(np.ascontiguousarray(prepare(encoded, crop)))
+            moments = vae.encode(pixels).latent_dist.parameters.numpy().reshape(latent.shape)
             ids = tokenizer(
                 caption, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
             ).input_ids

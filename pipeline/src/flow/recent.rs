@@ -78,11 +78,11 @@ impl Recent {
         self.marks.front().map(|then| now.since(then))
     }
 
-    /// The stage that held the rest back since the first mark.
+    /// What came to pass since the first mark.
     #[must_use]
-    pub fn overall(&self, metrics: &FlowMetrics) -> Option<Stage> {
+    pub fn overall(&self, metrics: &FlowMetrics) -> Option<FlowSnapshot> {
         let first = self.first.as_ref()?;
-        metrics.snapshot().since(first).limiting_stage()
+        Some(metrics.snapshot().since(first))
     }
 }
 
@@ -145,7 +145,8 @@ mod tests {
         later.seconds = clock.now + 5.0;
         let longer = recent.until(&later).unwrap();
         assert_eq!(longer.seconds, window.seconds + 5.0);
-        assert_eq!(recent.overall(&clock.metrics), Some(Stage::Decode));
+        let overall = recent.overall(&clock.metrics).unwrap();
+        assert_eq!(overall.limiting_stage(), Some(Stage::Decode));
         assert!(recent.marks.len() <= 32, "{}", recent.marks.len());
     }
 }

@@ -13,7 +13,8 @@ impl Run<'_> {
     /// Says how the steps went.
     pub(super) fn summarize(&self, progress: &Progress, first: u64, begun: Instant) {
         let seconds = begun.elapsed().as_secs_f64();
-        let limit = self.recent.overall(self.monitor.flow());
+        let overall = self.recent.overall(self.monitor.flow());
+        let limit = overall.and_then(|flow| flow.limiting_stage());
         let mut parts = vec![format!("{} steps in {seconds:.1} s", self.step - first)];
         parts.extend(limit.map(|stage| format!("limit: {stage}")));
         let counts = self.skipped.counts().iter();
