@@ -123,7 +123,10 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
 #[test]
 fn several_crops_of_an_image_lie_together() {
     let folder = TempDir::new().unwrap();
-    let (shard, output) = (folder.path().join("wide.tar"), folder.path().join("latents"));
+    let (shard, output) = (
+        folder.path().join("wide.tar"),
+        folder.path().join("latents"),
+    );
     wide_images(&shard, 3);
     let data = format!("data.shards={}", shard.display());
     let settings = ["latents.crops=4", "image.crop=random", "image.flip=true"];
@@ -156,7 +159,8 @@ fn several_crops_of_an_image_lie_together() {
 fn wide_images(shard: &Path, count: u32) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
     for key in 0..count {
-        let colour = |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
+        let colour =
+            |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
         let mut png = std::io::Cursor::new(Vec::new());
         image::RgbImage::from_fn(160, 80, colour)
             .write_to(&mut png, image::ImageFormat::Png)
@@ -167,7 +171,8 @@ fn wide_images(shard: &Path, count: u32) {
             header.set_size(content.len() as u64);
             header.set_mode(0o644);
             let name = format!("{key:05}.{extension}");
-            tar.append_data(&mut header, name, content.as_slice()).unwrap();
+            tar.append_data(&mut header, name, content.as_slice())
+                .unwrap();
         }
     }
     tar.finish().unwrap();

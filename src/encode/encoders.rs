@@ -9,9 +9,12 @@ use rayon::prelude::*;
 use super::TextEncoder;
 use crate::models::{AutoencoderKl, ModelError};
 
-/// Pixels of the images that go through the autoencoder side by side on the CPU. A small image is not enough work for several
-/// threads; of large ones each takes much memory.
-const PIXELS_AT_ONCE: usize = 1 << 16;
+/// Pixels of the images that go through the autoencoder as a batch on the CPU, where that changes nothing of what comes out: more
+/// would no longer fit a core's cache.
+const PIXELS_TOGETHER: usize = 1 << 14;
+/// Pixels of the batches that go through it side by side: a small image is not enough work for several threads, and of large
+/// ones each takes much memory.
+const PIXELS_SIDE_BY_SIDE: usize = 1 << 16;
 
 /// Why encoding failed.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +73,8 @@ pub struct Encoders {
 impl Encoders {
     /// Loads them from a pipeline's folder, the autoencoder from `vae` if that is given.
     ///
-    /// At most `vae_batch` images go through the autoencoder at once. On the CPU each goes alone, since how a convolution is
-    /// computed goes by the batch and what comes out must not: small images side by side, large ones in turn.
+    /// At most `vae_batch` images go through the autoencoder at once. On the CPU what comes out does not depend on it: small images
+    /// go side by side, large ones in turn.
     ///
     /// # Errors
     /// When a folder does not hold what it should.
@@ -145,10 +148,15 @@ impl Encoders {
         };
         let moments: candle_core::Result<Vec<_>> = match self.device.is_cpu() {
             true => {
-                let side_by_side = (PIXELS_AT_ONCE / (side * side)).max(1);
-                let images = pixels.par_chunks(image);
-                let in_turn = images.len().div_ceil(side_by_side);
-                images.with_min_len(in_turn).map(encode).collect()
+                let within = |limit: usize| (limit / (side * side)).max(1);
+                let together = match self.vae.encodes_alike(side) {
+                    true => within(PIXELS_TOGETHER),
+                    false => 1,
+                };
+                let side_by_side = (within(PIXELS_SIDE_BY_SIDE) / together).max(1);
+                let batches = pixels.par_chunks(together * image);
+                let in_turn = batches.len().div_ceil(side_by_side);
+                batches.with_min_len(in_turn).map(encode).collect()
             }
             false => pixels.chunks(self.vae_batch * image).map(encode).collect(),
         };

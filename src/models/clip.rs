@@ -56,8 +56,7 @@ impl Layer {
         let x = self.out_proj.forward(&attended)?.add(x)?;
         let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
         let hidden = match activation {
-            // x·σ(1.702x) is SiLU with a scaled argument.
-            Activation::QuickGelu => ((hidden * 1.702)?.silu()? * (1.0 / 1.702))?,
+            Activation::QuickGelu => ops::quick_gelu(&hidden)?,
             Activation::Gelu => hidden.gelu_erf()?,
         };
         self.fc2.forward(&hidden)?.add(&x)

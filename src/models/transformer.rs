@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::layers::{GroupNorm, LayerNorm, Linear, like};
+use super::layers::{GroupNorm, LayerNorm, Linear, Projection};
 use super::{ModelError, Scope};
 use crate::ops::{self, Attention};
 
@@ -102,40 +102,6 @@ impl TransformerBlock {
             .add(&x)?;
         let hidden = ops::geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
         self.ff_out.forward(&hidden)?.add(&x)
-    }
-}
-
-/// An affine map of channels between a feature map and tokens: a 1x1 convolution or, with `use_linear_projection`, a linear
-/// layer, which is the same but for the shape its weight is written in.
-#[derive(Clone, Debug)]
-struct Projection {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl Projection {
-    fn new(
-        scope: &Scope<'_>,
-        inputs: usize,
-        outputs: usize,
-        linear: bool,
-    ) -> std::result::Result<Self, ModelError> {
-        let shape = [outputs, inputs, 1, 1];
-        let shape = if linear { &shape[..2] } else { &shape[..] };
-        Ok(Self {
-            weight: scope.get("weight", shape)?,
-            bias: scope.get("bias", &[outputs])?,
-        })
-    }
-
-    /// `[B, inputs, H, W]` → `[B, H·W, outputs]`.
-    fn to_tokens(&self, x: &Tensor) -> Result<Tensor> {
-        ops::map_to_tokens(x, &like(&self.weight, x)?, &like(&self.bias, x)?)
-    }
-
-    /// `[B, H·W, inputs]` → `[B, outputs, H, W]`.
-    fn to_map(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
-        ops::tokens_to_map(x, &like(&self.weight, x)?, &like(&self.bias, x)?, size)
     }
 }
 

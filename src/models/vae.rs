@@ -8,7 +8,7 @@ use serde_json::json;
 use super::activation::Activation;
 use super::blocks::{Downsample, NormConfig, ResnetBlock, ResnetConfig, Upsample};
 use super::config::{Class, ConfigFile};
-use super::layers::{Conv2d, GroupNorm, Linear};
+use super::layers::{Conv2d, GroupNorm, Projection};
 use super::unet::WEIGHTS_STEM;
 use super::{ModelError, Scope, Weights};
 use crate::ops::{self, Attention};
@@ -107,10 +107,10 @@ impl VaeConfig {
 #[derive(Clone, Debug)]
 struct MidAttention {
     group_norm: GroupNorm,
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    to_out: Linear,
+    to_q: Projection,
+    to_k: Projection,
+    to_v: Projection,
+    to_out: Projection,
 }
 
 impl MidAttention {
@@ -122,7 +122,7 @@ impl MidAttention {
         // Files from before diffusers 0.18 say query, key, value and proj_attn.
         let linear = |new: &str, old: &str| {
             let name = if scope.has(old) { old } else { new };
-            Linear::new(&scope.sub(name), channels, channels)
+            Projection::new(&scope.sub(name), channels, channels, true)
         };
         Ok(Self {
             group_norm: GroupNorm::new(&scope.sub("group_norm"), channels, norm.groups, norm.eps)?,
@@ -134,21 +134,15 @@ impl MidAttention {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, c, h, w) = x.dims4()?;
-        let tokens = self
-            .group_norm
-            .forward(x)?
-            .reshape((b, c, h * w))?
-            .transpose(1, 2)?
-            .contiguous()?;
+        let (_, _, h, w) = x.dims4()?;
+        let normed = self.group_norm.forward(x)?;
         let (q, k, v) = (
-            self.to_q.forward(&tokens)?,
-            self.to_k.forward(&tokens)?,
-            self.to_v.forward(&tokens)?,
+            self.to_q.to_tokens(&normed)?,
+            self.to_k.to_tokens(&normed)?,
+            self.to_v.to_tokens(&normed)?,
         );
         let out = ops::attention(&q, &k, &v, 1, false, Attention::MemoryEfficient)?;
-        let out = self.to_out.forward(&out)?.transpose(1, 2)?.contiguous()?;
-        out.reshape((b, c, h, w))?.add(x)
+        self.to_out.to_map(&out, (h, w))?.add(x)
     }
 }
 
@@ -259,6 +253,15 @@ impl AutoencoderKl {
     /// When the shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
         ops::in_pool(|| self.run_encoder(pixels))
+    }
+
+    /// Whether images of this side are encoded in a batch as each would be alone, to the bit, on the CPU.
+    pub fn encodes_alike(&self, side: usize) -> bool {
+        let widest = self.config.block_out_channels.iter().max();
+        ops::convolves_alike(
+            widest.copied().unwrap_or_default(),
+            side / self.config.downscale(),
+        )
     }
 
     fn run_encoder(&self, pixels: &Tensor) -> Result<Tensor> {

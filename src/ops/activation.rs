@@ -1,10 +1,10 @@
-//! Gated activations.
+//! Gated activations, and one that gates itself.
 
 use candle_core::{D, Result, Shape, Tensor};
 use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::cpu::{Real, real};
+use super::cpu::{Real, real, sigmoid};
 use super::kernel::{Kernel, apply1, has_kernel};
 
 /// Gated GELU: the first half of the last dimension times the exact GELU of the second, as diffusers' `GEGLU`.
@@ -37,6 +37,66 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
 fn normal_cdf<T: Real>(x: T) -> T {
     let half: T = real(0.5);
     half + half * (x * T::FRAC_1_SQRT_2()).fast_erf()
+}
+
+/// `x·σ(1.702·x)`, an approximate GELU, as transformers' `quick_gelu`; of the shape of `x`.
+///
+/// # Errors
+/// When a tensor operation fails.
+pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    if has_kernel(x) {
+        return apply1(QuickGelu(x.shape().clone()), x);
+    }
+    // SiLU with a scaled argument.
+    (x * QUICK)?.silu()? * (1.0 / QUICK)
+}
+
+const QUICK: f64 = 1.702;
+/// Values a task works on.
+const VALUES: usize = 1 << 13;
+
+struct QuickGelu(Shape);
+
+impl Kernel<1> for QuickGelu {
+    const NAME: &'static str = "quick_gelu";
+
+    fn shape(&self) -> Shape {
+        self.0.clone()
+    }
+
+    fn forward<T: Real>(&self, [x]: [&[T]; 1]) -> Vec<T> {
+        let mut out = vec![T::zero(); x.len()];
+        out.par_chunks_mut(VALUES)
+            .zip(x.par_chunks(VALUES))
+            .for_each(|(out, x)| quick(out, x));
+        out
+    }
+
+    fn backward<T: Real>(&self, [x]: [&[T]; 1], grad: &[T], _: [bool; 1]) -> [Option<Vec<T>>; 1] {
+        let mut out = vec![T::zero(); x.len()];
+        out.par_chunks_mut(VALUES)
+            .zip(x.par_chunks(VALUES).zip(grad.par_chunks(VALUES)))
+            .for_each(|(out, (x, grad))| quick_backward(out, x, grad));
+        [Some(out)]
+    }
+}
+
+#[pulp::with_simd(quick = Arch::new())]
+#[inline(always)]
+fn quick_on<S: Simd, T: Real>(_: S, out: &mut [T], x: &[T]) {
+    for (o, &x) in out.iter_mut().zip(x) {
+        *o = x * sigmoid(real::<T>(QUICK) * x);
+    }
+}
+
+#[pulp::with_simd(quick_backward = Arch::new())]
+#[inline(always)]
+fn quick_backward_on<S: Simd, T: Real>(_: S, out: &mut [T], x: &[T], grad: &[T]) {
+    for ((o, &x), &grad) in out.iter_mut().zip(x).zip(grad) {
+        let scaled = real::<T>(QUICK) * x;
+        let s = sigmoid(scaled);
+        *o = grad * (s + scaled * s * (T::one() - s));
+    }
 }
 
 /// Rows a task works on.

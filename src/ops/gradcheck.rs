@@ -66,12 +66,13 @@ pub(super) fn check_gradients(
 }
 
 mod tests {
-    use super::super::{geglu, linear, upsample_nearest_2x};
+    use super::super::{geglu, linear, quick_gelu, upsample_nearest_2x};
     use super::*;
 
     #[test]
     fn small_layers() -> Result<()> {
         check_gradients(&[random(&[2, 3, 6], 1)?], |t| geglu(&t[0]))?;
+        check_gradients(&[random(&[2, 3, 6], 1)?], |t| quick_gelu(&t[0]))?;
         check_gradients(&[random(&[2, 3, 2, 3], 1)?], |t| upsample_nearest_2x(&t[0]))?;
         let inputs = [
             random(&[2, 3, 4], 1)?,

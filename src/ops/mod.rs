@@ -32,12 +32,12 @@ mod upsample;
 #[cfg(test)]
 mod gradcheck;
 
-pub use activation::geglu;
+pub use activation::{geglu, quick_gelu};
 pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
 pub use attention::{Attention, attention};
 pub use backward::{Gradients, backward};
 pub use cast::cast;
-pub use conv::conv2d;
+pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use pool::in_pool;

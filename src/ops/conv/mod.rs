@@ -65,6 +65,13 @@ pub fn conv2d(
     super::tensor::conv2d(x, weight, bias, stride, padding)
 }
 
+/// Whether images of at most `channels` and at least `side` pixels are convolved in a batch as each would be alone, to the bit,
+/// on the CPU. A batch of very small ones may be worth another way than one of them.
+#[must_use]
+pub fn convolves_alike(channels: usize, side: usize) -> bool {
+    winograd::tiles(side, side) >= winograd::enough(channels, channels)
+}
+
 /// The shape of one image's convolution.
 #[derive(Clone, Copy, Debug)]
 struct Geometry {

@@ -28,13 +28,21 @@ const VALUES: usize = 16;
 /// Bytes of transformed input worked on at a time: about half of a core's second-level cache.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Whether this way is faster than unrolled patches. Transforming the kernels must be worth it: they are many bytes, and each
-/// is used once a tile.
+/// Whether this way is faster than unrolled patches.
 pub(super) fn pays(batch: usize, g: &Geometry) -> bool {
     let three = g.kh == 3 && g.kw == 3 && g.stride == 1 && g.pad_h <= 2 && g.pad_w <= 2;
-    let tiles = batch * g.out_h().div_ceil(2) * g.out_w().div_ceil(2);
-    let kernel_bytes = VALUES * g.c * g.o * size_of::<f32>();
-    three && g.c.min(g.o) >= 16 && tiles >= if kernel_bytes > 4 << 20 { 96 } else { 32 }
+    three && g.c.min(g.o) >= 16 && batch * tiles(g.out_h(), g.out_w()) >= enough(g.c, g.o)
+}
+
+/// Tiles of an output of `h` by `w` pixels.
+pub(super) fn tiles(h: usize, w: usize) -> usize {
+    h.div_ceil(2) * w.div_ceil(2)
+}
+
+/// Tiles for which transforming the kernels is worth it: they are many bytes, and each is used once a tile.
+pub(super) fn enough(inputs: usize, outputs: usize) -> usize {
+    let kernel_bytes = VALUES * inputs * outputs * size_of::<f32>();
+    if kernel_bytes > 4 << 20 { 96 } else { 32 }
 }
 
 /// How a batch is cut into chunks of tiles.
