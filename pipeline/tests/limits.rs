@@ -69,7 +69,12 @@ fn limits(
         ready.close();
         stream.batches().close();
     });
-    [last, recent.overall(metrics)]
+    [
+        last,
+        recent
+            .overall(metrics)
+            .and_then(|flow| flow.limiting_stage()),
+    ]
 }
 
 const NOTHING: Duration = Duration::from_micros(1);

@@ -225,6 +225,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         content,
         text_encoder: encoders.text_parameters,
         vae: encoders.vae_parameters,
+        vae_decoder: encoders.vae_decoder_parameters,
         vae_folder: &encoders.vae_folder,
         vae_downscale,
         teacher: teacher
@@ -288,6 +289,7 @@ struct LoadedEncoders {
     models: Encoders,
     vae_folder: PathBuf,
     vae_parameters: u64,
+    vae_decoder_parameters: u64,
     text_parameters: u64,
 }
 
@@ -304,19 +306,16 @@ fn load_encoders(
     let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
     let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
+    let weights = |folder: &Path, stem| Weights::load(folder, stem, DType::F32, &Device::Cpu);
+    let vae = weights(&vae_folder, WEIGHTS_STEM)?;
+    let decodes = |name: &str| name.starts_with("decoder.") || name.starts_with("post_quant_conv.");
+    let (vae_parameters, vae_decoder_parameters) =
+        (parameters(&vae, |_| true), parameters(&vae, decodes));
+    drop(vae);
     let loaded = LoadedEncoders {
-        vae_parameters: parameters(&Weights::load(
-            &vae_folder,
-            WEIGHTS_STEM,
-            DType::F32,
-            &Device::Cpu,
-        )?),
-        text_parameters: parameters(&Weights::load(
-            &text_folder,
-            TEXT_ENCODER_STEM,
-            DType::F32,
-            &Device::Cpu,
-        )?),
+        vae_parameters,
+        vae_decoder_parameters,
+        text_parameters: parameters(&weights(&text_folder, TEXT_ENCODER_STEM)?, |_| true),
         vae_folder,
         models,
     };
@@ -350,7 +349,7 @@ fn load_teacher(
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
     let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
     weights.expect_all_taken(&[])?;
-    let parameters = parameters(&weights);
+    let parameters = parameters(&weights, |_| true);
     let said = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
         millions(parameters),
@@ -411,12 +410,13 @@ fn all_finite(tensor: &Tensor, model: &str) -> Result<(), Failure> {
     }
 }
 
-fn parameters(weights: &Weights) -> u64 {
+/// Numbers in the tensors whose names are `wanted`.
+fn parameters(weights: &Weights, wanted: impl Fn(&str) -> bool) -> u64 {
     let floats = weights
         .tensors()
-        .values()
-        .filter(|tensor| tensor.dtype().is_float());
-    floats.map(|tensor| tensor.elem_count() as u64).sum()
+        .iter()
+        .filter(|(name, tensor)| tensor.dtype().is_float() && wanted(name));
+    floats.map(|(_, tensor)| tensor.elem_count() as u64).sum()
 }
 
 fn millions(parameters: u64) -> String {

@@ -217,7 +217,13 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
 
 /// The manifests beside latent shards, each place read once.
 #[derive(Default)]
-struct Manifests(Vec<(ShardUrl, Result<Vec<(String, Manifest)>, String>)>);
+struct Manifests(Vec<Place>);
+
+/// A folder or prefix with its manifests, each with its URL, or why they can't be read.
+struct Place {
+    folder: ShardUrl,
+    manifests: Result<Vec<(String, Manifest)>, String>,
+}
 
 impl Manifests {
     /// Adds what the manifests say otherwise of a shard to its problems.
@@ -225,15 +231,15 @@ impl Manifests {
         let Some(folder) = url.folder() else {
             return;
         };
-        let known = self.0.iter().position(|(known, _)| *known == folder);
+        let known = self.0.iter().position(|place| place.folder == folder);
         let index = known.unwrap_or_else(|| {
             let read = manifests(&folder, &data.sources, data.runtime.handle());
-            let read = read.map_err(|error| super::with_causes(&error));
-            self.0.push((folder, read));
+            let manifests = read.map_err(|error| super::with_causes(&error));
+            self.0.push(Place { folder, manifests });
             self.0.len() - 1
         });
         let name = url.name();
-        let found = match &self.0[index].1 {
+        let found = match &self.0[index].manifests {
             Err(error) => vec![error.clone()],
             Ok(all) => {
                 let mut all = all.iter();
@@ -251,10 +257,7 @@ impl Manifests {
     }
 
     fn recipes(self) -> BTreeMap<String, Recipe> {
-        let read = self
-            .0
-            .into_iter()
-            .filter_map(|(_, manifests)| manifests.ok());
+        let read = self.0.into_iter().filter_map(|place| place.manifests.ok());
         read.flatten()
             .map(|(place, manifest)| (place, manifest.recipe))
             .collect()

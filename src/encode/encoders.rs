@@ -16,6 +16,10 @@ const PIXELS_TOGETHER: usize = 1 << 14;
 /// ones each takes much memory.
 const PIXELS_SIDE_BY_SIDE: usize = 1 << 16;
 
+fn images_within(pixels: usize, side: usize) -> usize {
+    (pixels / (side * side)).max(1)
+}
+
 /// Why encoding failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
@@ -102,6 +106,14 @@ impl Encoders {
         }
     }
 
+    /// How many images of a batch of `vae_batch` go through the autoencoder at the same time, all threads together.
+    pub fn images_at_once(on_cpu: bool, vae_batch: usize, side: usize) -> usize {
+        match on_cpu {
+            true => images_within(PIXELS_SIDE_BY_SIDE, side).min(vae_batch),
+            false => vae_batch,
+        }
+    }
+
     /// The folders the weights come from: autoencoder, text encoder.
     pub fn folders(pipeline: &Path, vae: Option<&Path>) -> [PathBuf; 2] {
         [
@@ -148,12 +160,11 @@ impl Encoders {
         };
         let moments: candle_core::Result<Vec<_>> = match self.device.is_cpu() {
             true => {
-                let within = |limit: usize| (limit / (side * side)).max(1);
                 let together = match self.vae.encodes_alike(side) {
-                    true => within(PIXELS_TOGETHER),
+                    true => images_within(PIXELS_TOGETHER, side),
                     false => 1,
                 };
-                let side_by_side = (within(PIXELS_SIDE_BY_SIDE) / together).max(1);
+                let side_by_side = images_within(PIXELS_SIDE_BY_SIDE, side).div_ceil(together);
                 let batches = pixels.par_chunks(together * image);
                 let in_turn = batches.len().div_ceil(side_by_side);
                 batches.with_min_len(in_turn).map(encode).collect()

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::cli::process::available_memory;
 use crate::config::{Attention, Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
+use crate::encode::Encoders;
 use crate::models::UNetConfig;
 
 /// Bytes of an `f32`, which everything but the teacher is held in.
@@ -38,8 +39,9 @@ pub(super) struct Sizes<'a> {
     pub(super) content: Content,
     /// Parameters of the text encoder.
     pub(super) text_encoder: u64,
-    /// Parameters of the VAE, and its folder.
+    /// Parameters of the VAE, those of its decoder among them, and its folder.
     pub(super) vae: u64,
+    pub(super) vae_decoder: u64,
     pub(super) vae_folder: &'a Path,
     pub(super) vae_downscale: usize,
     /// Parameters of the teacher, unless it isn't trained from.
@@ -137,29 +139,31 @@ impl MemoryPlan {
             Some(_) => config.train.batch_size.min(config.encode.batch_size),
             None => config.encode.batch_size,
         };
-        if let Content::Latents(shapes) = sizes.content {
-            let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
-            let (text, both) = (sizes.text_encoder, sizes.text_encoder + sizes.vae);
-            let first = config.encode.devices.first().copied();
-            let first = first.unwrap_or(DeviceSpec::Cpu);
-            self.add(first, "VAE and text encoder", both * F32, of(both));
-            let captions = shapes.prompt_embeds.is_none();
-            for &device in config.encode.devices.iter().filter(|_| captions) {
-                self.add(device, "text encoder", text * F32, of(text));
-            }
-            return;
+        let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
+        if let (Some(_), Some(&first)) = (sizes.teacher, config.encode.devices.first()) {
+            let whole = sizes.text_encoder + sizes.vae;
+            let how = format!("{}, for pictures and figures", of(whole));
+            self.add(first, "VAE and text encoder", whole * F32, how);
         }
+        let (what, parameters) = match sizes.content {
+            Content::Images => (
+                "VAE without decoder, text encoder",
+                sizes.text_encoder + sizes.vae - sizes.vae_decoder,
+            ),
+            Content::Latents(shapes) if shapes.prompt_embeds.is_none() => {
+                ("text encoder", sizes.text_encoder)
+            }
+            Content::Latents(_) => return,
+        };
         for &device in &config.encode.devices {
-            let parameters = sizes.text_encoder + sizes.vae;
-            let how = format!("{:.1} M parameters", parameters as f64 / 1e6);
-            self.add(device, "VAE and text encoder", parameters * F32, how);
-            let maps = HELD_BY_VAE * width * side * side * F32;
-            self.add(
-                device,
-                "encoding",
-                batch as u64 * maps,
-                format!("estimate for {batch} images at once"),
-            );
+            self.add(device, what, parameters * F32, of(parameters));
+            if matches!(sizes.content, Content::Images) {
+                let images =
+                    Encoders::images_at_once(device == DeviceSpec::Cpu, batch, side as usize);
+                let maps = HELD_BY_VAE * width * side * side * F32;
+                let how = format!("estimate for {images} images at once");
+                self.add(device, "encoding", images as u64 * maps, how);
+            }
         }
     }
 
