@@ -38,9 +38,9 @@ enum Command {
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
     Sample(sample::SampleArgs),
-    /// Say what is in shards: samples, sizes, missing or broken parts.
+    /// Say what is in shards: samples, sizes, missing or broken parts; of latents shapes and statistics.
     Inspect(inspect::InspectArgs),
-    /// Dry run: configuration, credentials, first shard, models, memory plan.
+    /// Dry run: configuration, credentials, first shard, models, memory plan, cost of a `precompute`.
     Check(check::CheckArgs),
     /// Run the data pipeline alone and say which stage is the limit.
     Bench(bench::BenchArgs),

@@ -147,7 +147,7 @@ impl MemoryPlan {
         }
         let (what, parameters) = match sizes.content {
             Content::Images => (
-                "VAE without decoder, text encoder",
+                "encoders",
                 sizes.text_encoder + sizes.vae - sizes.vae_decoder,
             ),
             Content::Latents(shapes) if shapes.prompt_embeds.is_none() => {
