@@ -45,7 +45,7 @@ impl Default for Model {
 pub struct Encode {
     /// One worker for each entry; a device may be named more than once. No flag.
     pub devices: Vec<DeviceSpec>,
-    /// Images the VAE encodes at once. `--vae_encode_batch_size`
+    /// Images the VAE encodes at once; on the CPU at most. `--vae_encode_batch_size`
     pub batch_size: usize,
     /// Type the text encoder runs in. Follows `--mixed_precision` in the reference.
     pub dtype: FloatType,
