@@ -7,20 +7,18 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
-use image::RgbImage;
 
 use super::data::DataAccess;
 use super::{Failure, device};
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
-use crate::diffusion::{
-    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
-};
-use crate::draw::{pixels_to_images, plain_grid, save_png};
+use crate::diffusion::{LcmSampler, NoiseSchedule};
+use crate::draw::{plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Wanted;
 use crate::random::{generator, normal};
+use crate::sample::{Generator, SampleError, SampleScheduler};
 use parts::{Parts, environments_s3};
 
 /// Images drawn at once; more prompts are drawn one part after another.
@@ -87,6 +85,25 @@ enum Scheduler {
     Ddim,
 }
 
+impl From<Scheduler> for SampleScheduler {
+    fn from(scheduler: Scheduler) -> Self {
+        match scheduler {
+            Scheduler::Lcm => Self::Lcm,
+            Scheduler::Ddim => Self::Ddim,
+        }
+    }
+}
+
+impl From<SampleError> for Failure {
+    fn from(error: SampleError) -> Self {
+        match error {
+            SampleError::Encode(error) => error.into(),
+            SampleError::Tensor(error) => error.into(),
+            SampleError::Cancelled => Self::Stopped,
+        }
+    }
+}
+
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
@@ -112,18 +129,19 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
             .map_or(String::new(), |v| v.get_name().to_uppercase()),
         args.guidance
     );
-    let artist = Artist {
-        unet: &unet,
+    let generator = Generator {
+        denoiser: &unet,
         encoders: &encoders,
         schedule: &schedule,
-        plan,
+        scheduler: plan.scheduler.into(),
+        steps: plan.steps,
         guidance: args.guidance,
         seed: args.seed,
     };
     let mut images = Vec::new();
     for (i, prompts) in args.prompt.chunks(CHUNK).enumerate() {
         let noise = noise.narrow(0, i * CHUNK, prompts.len())?;
-        images.extend(artist.draw(prompts, i * CHUNK, &noise)?);
+        images.extend(generator.draw(prompts, i * CHUNK, &noise)?);
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
     save_png(&plain_grid(&images, columns), &args.out)?;
@@ -268,69 +286,4 @@ fn initial_noise(
         })
         .collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&each, 0)?)
-}
-
-/// Models and settings, ready to draw.
-struct Artist<'a> {
-    unet: &'a UNet,
-    encoders: &'a Encoders,
-    schedule: &'a NoiseSchedule,
-    plan: Plan,
-    guidance: f64,
-    seed: u64,
-}
-
-impl Artist<'_> {
-    /// Images of a few prompts, of which the first is number `first` of all; `noise`: `[B, C, h, w]`.
-    fn draw(
-        &self,
-        prompts: &[String],
-        first: usize,
-        noise: &Tensor,
-    ) -> Result<Vec<RgbImage>, Failure> {
-        let prompt_embeds = self.encoders.encode_text(prompts)?;
-        let steps = self.plan.steps;
-        let student = StudentPredictor {
-            unet: self.unet,
-            prompt_embeds: &prompt_embeds,
-            guidance: self.guidance,
-        };
-        let latents = match self.plan.scheduler {
-            Scheduler::Lcm => {
-                let sampler = LcmSampler::new(self.schedule, BoundaryScaling::default(), steps);
-                sampler.sample(&student, noise, |step| self.renoise(first, step, noise))?
-            }
-            Scheduler::Ddim if self.unet.config().time_cond_proj_dim.is_some() => {
-                DdimSampler::new(self.schedule, steps).sample(&student, noise)?
-            }
-            Scheduler::Ddim => {
-                let uncond_prompt_embeds = self.encoders.encode_text(&vec![""; prompts.len()])?;
-                let teacher = TeacherPredictor {
-                    unet: self.unet,
-                    prompt_embeds: &prompt_embeds,
-                    uncond_prompt_embeds: &uncond_prompt_embeds,
-                    guidance: self.guidance,
-                };
-                DdimSampler::new(self.schedule, steps).sample(&teacher, noise)?
-            }
-        };
-        let vae = self.encoders.vae();
-        let pixels = vae.decode(&(latents * (1.0 / vae.config().scaling_factor))?)?;
-        Ok(pixels_to_images(&pixels)?)
-    }
-
-    /// Fresh noise after a step, each prompt's own, however prompts are put together.
-    fn renoise(&self, first: usize, step: usize, like: &Tensor) -> candle_core::Result<Tensor> {
-        let shape = [&[1], &like.dims()[1..]].concat();
-        let each = (first..first + like.dim(0)?)
-            .map(|i| {
-                normal(
-                    &mut generator(self.seed, "renoise", i as u64, step as u64),
-                    &shape,
-                    like.device(),
-                )
-            })
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::cat(&each, 0)
-    }
 }
