@@ -17,7 +17,7 @@ use super::data::{DataAccess, content, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, ModelRef, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::{Encoded, Encoders};
+use crate::encode::{EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
@@ -381,7 +381,7 @@ fn dry_run(
 ) -> Result<&'static str, Failure> {
     let stored = matches!(batch.content, BatchContent::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
-    let Encoded {
+    let EncoderOutput {
         moments,
         conditioning,
     } = encoders.encode(batch.content, &[caption])?;

@@ -1,7 +1,7 @@
 //! `coffey sample`: images from a prompt, drawn by a student or by a teacher.
 
-mod latents;
-mod parts;
+mod init_latents;
+mod pipeline_folders;
 
 use std::path::PathBuf;
 
@@ -19,9 +19,9 @@ use crate::ops::Attention;
 use crate::pretrained::Wanted;
 use crate::random::{generator, normal};
 use crate::sample::{Generator, SampleError, SampleScheduler};
-use parts::{Parts, environments_s3};
+use pipeline_folders::{PipelineFolders, environments_s3};
 
-/// Images drawn at once; more prompts are drawn one part after another.
+/// Number of images drawn together.
 const CHUNK: usize = 8;
 /// Steps where --steps is not given.
 const LCM_STEPS: usize = 4;
@@ -76,7 +76,7 @@ pub(super) struct SampleArgs {
     out: PathBuf,
 }
 
-/// How to come from noise to latents.
+/// Sampler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Scheduler {
     /// The multistep sampler of Latent Consistency Models.
@@ -108,11 +108,11 @@ impl From<SampleError> for Failure {
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
     let device = device::open(args.device)?;
-    let parts = find_parts(&args)?;
-    let schedule = NoiseSchedule::read(&parts.pipeline.join("scheduler"))?;
-    let unet = UNet::load(&parts.unet, DType::F32, &device, Attention::Plain)?;
-    let encoders = Encoders::load(&parts.pipeline, parts.vae.as_deref(), &device, CHUNK)?;
-    parts.fit(unet.config(), &encoders)?;
+    let folders = find_folders(&args)?;
+    let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
+    let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
+    let encoders = Encoders::load(&folders.pipeline, folders.vae.as_deref(), &device, CHUNK)?;
+    folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;
     let noise = initial_noise(&args, &unet, &encoders, &device)?;
@@ -122,7 +122,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
             1 => "one image".to_owned(),
             n => format!("{n} images"),
         },
-        parts.unet.display(),
+        folders.unet.display(),
         plan.steps,
         plan.scheduler
             .to_possible_value()
@@ -149,7 +149,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What is wrong whatever the model is.
+/// Checks the options that do not depend on the model.
 fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     let wrong = |message: String| Err(Failure::Usage(message.into()));
     let mut on_hub = false;
@@ -187,8 +187,8 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The folders of everything that is needed, fetched if they are not on this machine.
-fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
+/// Folders of everything that is needed, fetched if they are not on this machine.
+fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
     let wanted = Wanted::drawing(args.unet.as_deref(), args.teacher.is_none());
@@ -199,16 +199,17 @@ fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
         _ => revision,
     };
     let teacher = args.teacher.as_ref().map(|teacher| (teacher, teachers));
-    Parts::find(&model, teacher, args.unet.as_deref(), |request| {
+    PipelineFolders::find(&model, teacher, args.unet.as_deref(), |request| {
         let access = DataAccess::open(request.s3.clone())?;
-        match request.only_vae {
-            true => access.vae(request.model),
-            false => access.model(request.model, request.revision, &Wanted::surroundings()),
+        if request.only_vae {
+            access.vae(request.model)
+        } else {
+            access.model(request.model, request.revision, &Wanted::surroundings())
         }
     })
 }
 
-/// What the options leave open, decided by the model.
+/// Sampler and steps, by the options or by the model.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     scheduler: Scheduler,
@@ -241,7 +242,7 @@ impl Plan {
     }
 }
 
-/// Noise for every prompt, `[B, C, h, w]`: drawn from the seed, or read.
+/// Noise `[B, C, h, w]`, one sample a prompt: drawn from the seed, or read.
 fn initial_noise(
     args: &SampleArgs,
     unet: &UNet,
@@ -259,9 +260,9 @@ fn initial_noise(
     let (height, width) = (side("height", args.height)?, side("width", args.width)?);
     let (prompts, channels) = (args.prompt.len(), config.in_channels);
     if let Some(path) = &args.init_latents {
-        let read = latents::read(
+        let read = init_latents::read(
             path,
-            latents::Wanted {
+            init_latents::NoiseShape {
                 prompts,
                 channels,
                 height,

@@ -79,7 +79,7 @@ pub struct Encoders {
 
 /// A batch after the encoders, on the device that made it.
 #[derive(Clone, Debug)]
-pub struct Encoded {
+pub struct EncoderOutput {
     /// Mean and log-variance of the latents, unscaled: `[B·crops, 2C, h, w]` f32, a sample's crops one after another.
     pub moments: Tensor,
     /// Conditioning on the captions, `B` samples.
@@ -154,7 +154,11 @@ impl Encoders {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn encode(&self, content: BatchContent, captions: &[&str]) -> Result<Encoded, EncodeError> {
+    pub fn encode(
+        &self,
+        content: BatchContent,
+        captions: &[&str],
+    ) -> Result<EncoderOutput, EncodeError> {
         let (moments, stored) = match content {
             BatchContent::Pixels { levels, resolution } => {
                 (self.encode_pixels(&levels, resolution as usize)?, None)
@@ -168,7 +172,7 @@ impl Encoders {
             Some(embeds) => Conditioning::text(stored_tensor(embeds)?),
             None => self.encode_text(captions)?,
         };
-        Ok(Encoded {
+        Ok(EncoderOutput {
             moments,
             conditioning,
         })

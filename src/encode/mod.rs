@@ -6,5 +6,5 @@
 mod encoders;
 mod pool;
 
-pub use encoders::{EncodeError, Encoded, Encoders};
+pub use encoders::{EncodeError, EncoderOutput, Encoders};
 pub use pool::{EncodePool, EncodedBatch};

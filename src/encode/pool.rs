@@ -12,7 +12,7 @@ use coffey_pipeline::{Batch, SampleMeta, ShardSummary, SkippedSample, Stream, St
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::{EncodeError, Encoded, Encoders};
+use super::{EncodeError, EncoderOutput, Encoders};
 use crate::models::Conditioning;
 
 /// A batch ready for training or for writing, on the device of the thread that encoded it.
@@ -36,7 +36,7 @@ pub struct EncodedBatch {
 
 type EncodeResult = Result<EncodedBatch, EncodeError>;
 
-/// Encoded batches that each thread may hold ready.
+/// EncoderOutput batches that each thread may hold ready.
 const READY_PER_THREAD: usize = 2;
 
 /// A stream with encoders behind it. Dropping the pool stops all threads and waits for them.
@@ -173,7 +173,7 @@ fn work(
 
 fn encode(encoders: &Encoders, batch: Batch) -> EncodeResult {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
-    let Encoded {
+    let EncoderOutput {
         moments,
         conditioning,
     } = encoders.encode(batch.content, &captions)?;

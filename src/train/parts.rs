@@ -19,7 +19,7 @@ use crate::ops::{Attention, Keep};
 
 /// The frozen parts of a run.
 #[derive(Debug)]
-pub(super) struct Parts {
+pub(super) struct RunParts {
     /// Encoders for pictures and figures, shared with the encode pool.
     pub(super) encoders: Arc<Encoders>,
     /// Teacher with the conditioning on the empty caption.
@@ -29,7 +29,7 @@ pub(super) struct Parts {
     pub(super) latent: [usize; 3],
 }
 
-impl Parts {
+impl RunParts {
     /// Loads the teacher and the encoders, and checks that they fit together.
     pub(super) fn load(options: &RunOptions<'_>) -> Result<Self, TrainError> {
         let config = options.config;

@@ -11,10 +11,10 @@ use coffey_pipeline::order::Order;
 
 use super::checkpoint::Saver;
 use super::observers::{
-    Audit, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
+    AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
     LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure,
 };
-use super::parts::{Parts, load_encoders, load_student};
+use super::parts::{RunParts, load_encoders, load_student};
 use super::resume::{describe_run, moved_teacher, restore_optimizer, resume_from};
 use super::run_dir::RunDir;
 use super::{
@@ -90,7 +90,7 @@ impl<'a> Run<'a> {
         let config = options.config;
         let pipeline = options.models.pipeline.display();
         progress.say(format!("loading the teacher {pipeline}"));
-        let parts = Parts::load(options)?;
+        let parts = RunParts::load(options)?;
         let output = RunDir::open(config, options.output, services)?;
         let saver = Rc::new(Saver::new(
             output.checkpoints(config.checkpoint.keep),
@@ -255,7 +255,7 @@ fn load_state(
 fn observers(
     options: &RunOptions<'_>,
     services: &Services<'_>,
-    parts: &Parts,
+    parts: &RunParts,
     output: &RunDir,
     saver: &Rc<Saver>,
     state: &TrainState,
@@ -295,7 +295,7 @@ fn observers(
         let folder = (services.destination)(&audit.dir.to_string_lossy())?;
         let steps = audit.steps.min(max_steps);
         let student = &*state.student;
-        let audit = Audit::start(folder, steps, config, &parts.objective, student)?;
+        let audit = AuditWriter::start(folder, steps, config, &parts.objective, student)?;
         observers.push(audit);
     }
     let endpoint = endpoint_error(options, services, parts, &progress)?;
@@ -383,7 +383,7 @@ fn observers(
 fn endpoint_error(
     options: &RunOptions<'_>,
     services: &Services<'_>,
-    parts: &Parts,
+    parts: &RunParts,
     progress: &Progress,
 ) -> Result<Option<Rc<EndpointError>>, TrainError> {
     let config = options.config;

@@ -83,8 +83,8 @@ impl RunDir {
         }
     }
 
-    pub(super) fn records(&self) -> Records {
-        Records {
+    pub(super) fn records(&self) -> RunRecords {
+        RunRecords {
             folder: self.folder.clone(),
             remote: self.remote.clone(),
             uploaded: Mutex::default(),
@@ -136,7 +136,7 @@ fn empty(folder: &Path) -> Result<(), TrainError> {
 
 /// Files of a run besides models: metrics, pictures, its description. They are uploaded to S3 with each checkpoint.
 #[derive(Debug)]
-pub(super) struct Records {
+pub(super) struct RunRecords {
     folder: PathBuf,
     remote: Option<Destination>,
     /// Versions of the local files that were uploaded.
@@ -151,7 +151,7 @@ fn version(path: &Path) -> std::io::Result<Version> {
     Ok((metadata.len(), metadata.modified().ok()))
 }
 
-impl Records {
+impl RunRecords {
     /// Downloads the records of a run in S3. Pictures of samples are not downloaded: they are never read.
     pub(super) fn fetch(&self) -> Result<(), TrainError> {
         let Some(remote) = &self.remote else {

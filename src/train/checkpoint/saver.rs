@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{CheckpointStore, Snapshot};
 use crate::train::TrainError;
-use crate::train::run_dir::Records;
+use crate::train::run_dir::RunRecords;
 
 /// A checkpoint that was saved.
 #[derive(Debug)]
@@ -34,11 +34,11 @@ pub(in crate::train) struct Saver {
 #[derive(Debug)]
 struct SaveTarget {
     checkpoints: CheckpointStore,
-    records: Records,
+    records: RunRecords,
 }
 
 impl Saver {
-    pub(in crate::train) fn new(checkpoints: CheckpointStore, records: Records) -> Self {
+    pub(in crate::train) fn new(checkpoints: CheckpointStore, records: RunRecords) -> Self {
         Self {
             target: Arc::new(SaveTarget {
                 checkpoints,
@@ -52,7 +52,7 @@ impl Saver {
         &self.target.checkpoints
     }
 
-    pub(in crate::train) fn records(&self) -> &Records {
+    pub(in crate::train) fn records(&self) -> &RunRecords {
         &self.target.records
     }
 

@@ -15,13 +15,13 @@ use crate::train::checkpoint::write_model;
 
 /// Writes `step-NNNNNN.MM.safetensors` for the first steps of a run, and the student before and after them.
 #[derive(Debug)]
-pub(in crate::train) struct Audit {
+pub(in crate::train) struct AuditWriter {
     folder: Destination,
     /// Number of audited steps.
     steps: u64,
 }
 
-impl Audit {
+impl AuditWriter {
     /// Starts an audit of `steps` steps in `folder`: writes `meta.json` and `unet_init/`.
     pub(in crate::train) fn start(
         folder: Destination,
@@ -67,7 +67,7 @@ impl Audit {
     }
 }
 
-impl Observer for Audit {
+impl Observer for AuditWriter {
     fn wants_traces(&self, step: u64) -> bool {
         step <= self.steps
     }

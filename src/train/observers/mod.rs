@@ -22,7 +22,7 @@ use std::fmt;
 use coffey_pipeline::SkippedSample;
 use tokio_util::sync::CancellationToken;
 
-pub(super) use audit::Audit;
+pub(super) use audit::AuditWriter;
 pub(super) use checkpoints::Checkpoints;
 pub(super) use comparison::{Comparison, ComparisonGrid};
 pub(super) use console::Console;

@@ -1,4 +1,4 @@
-//! Noise from a `.npy` file.
+//! `--init-latents`: noise from a `.npy` file.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -8,17 +8,17 @@ use candle_core::{Device, Tensor};
 use npyz::half::f16;
 use npyz::{NpyFile, Order};
 
-/// The shape a file has to have; a side that is `None` is up to the file.
+/// The shape that a file must have; `None`: any side.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted {
+pub(super) struct NoiseShape {
     pub(super) prompts: usize,
     pub(super) channels: usize,
     pub(super) height: Option<usize>,
     pub(super) width: Option<usize>,
 }
 
-/// Reads noise for every prompt, `[B, C, h, w]` f32; one for all is repeated. The error is a message for the user.
-pub(super) fn read(path: &Path, wanted: Wanted) -> Result<Tensor, String> {
+/// Reads noise `[B, C, h, w]` f32, one sample a prompt; a single sample is repeated. The error is a message for the user.
+pub(super) fn read(path: &Path, wanted: NoiseShape) -> Result<Tensor, String> {
     let wrong = |message: String| format!("--init-latents {}: {message}", path.display());
     let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
     let file = NpyFile::new(BufReader::new(file))
@@ -62,7 +62,7 @@ pub(super) fn read(path: &Path, wanted: Wanted) -> Result<Tensor, String> {
         .map_err(|error| wrong(error.to_string()))
 }
 
-fn fits(shape: &[usize], wanted: Wanted) -> bool {
+fn fits(shape: &[usize], wanted: NoiseShape) -> bool {
     let &[batch, channels, height, width] = shape else {
         return false;
     };
@@ -74,7 +74,7 @@ fn fits(shape: &[usize], wanted: Wanted) -> bool {
         && wanted.width.is_none_or(|w| w == width)
 }
 
-fn describe(wanted: Wanted) -> String {
+fn describe(wanted: NoiseShape) -> String {
     let batch = match wanted.prompts {
         1 => "1".to_owned(),
         prompts => format!("1 or {prompts}"),
@@ -97,7 +97,7 @@ mod tests {
 
     use super::*;
 
-    const WANTED: Wanted = Wanted {
+    const WANTED: NoiseShape = NoiseShape {
         prompts: 2,
         channels: 4,
         height: Some(2),
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn one_noise_serves_all_prompts() {
+    fn init_latents_of_one_sample_serve_all_prompts() {
         let folder = tempfile::tempdir().unwrap();
         let path = write(folder.path(), f16::from_f32(0.5), &[1, 4, 2, 3], Order::C);
         let noise = read(&path, WANTED).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_with_what_would() {
+    fn init_latents_that_do_not_fit_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let refused = |path: &Path| read(path, WANTED).unwrap_err();
         for shape in [

@@ -1,4 +1,4 @@
-//! Which folders the parts of a pipeline are in.
+//! The folders of the parts of a pipeline: of a model, or of the teacher that a run was distilled from.
 
 use std::path::{Path, PathBuf};
 
@@ -11,36 +11,36 @@ use crate::models::UNetConfig;
 use super::super::data::s3_options;
 use super::Failure;
 
-/// What a pipeline has besides its UNet.
-const OTHERS: [&str; 4] = ["scheduler", "text_encoder", "tokenizer", "vae"];
+/// Folders of a pipeline besides its UNet.
+const SURROUNDINGS: [&str; 4] = ["scheduler", "text_encoder", "tokenizer", "vae"];
 
-/// The folders of one pipeline.
+/// Folders of one pipeline.
 #[derive(Debug, PartialEq)]
-pub(super) struct Parts {
-    /// The UNet that draws.
+pub(super) struct PipelineFolders {
+    /// UNet that draws.
     pub(super) unet: PathBuf,
-    /// Where the other parts are.
+    /// Folder of the other parts.
     pub(super) pipeline: PathBuf,
-    /// A VAE from elsewhere.
+    /// Autoencoder from another folder.
     pub(super) vae: Option<PathBuf>,
 }
 
-/// A model that has to be made available in a folder.
+/// A model that is needed in a local folder.
 #[derive(Debug)]
-pub(super) struct Request<'a> {
+pub(super) struct ModelRequest<'a> {
     /// The model.
     pub(super) model: &'a ModelRef,
-    /// Which of its revisions, if it is on the Hub.
+    /// Revision, if the model is on the Hub.
     pub(super) revision: &'a str,
-    /// Whether its autoencoder is all that is wanted.
+    /// Fetch the autoencoder alone.
     pub(super) only_vae: bool,
-    /// How S3 is reached.
+    /// Access to S3.
     pub(super) s3: S3Options,
 }
 
-/// `run.json`, as `coffey train` leaves it in the folder of a run.
+/// `run.json`, which `coffey train` writes into the folder of a run.
 #[derive(serde::Deserialize)]
-struct Run {
+struct RunDescription {
     teacher: ModelRef,
     #[serde(default = "main")]
     revision: String,
@@ -53,8 +53,8 @@ fn main() -> String {
     Model::MAIN.to_owned()
 }
 
-impl Run {
-    /// `[s3]` of the run's configuration, or what the environment says.
+impl RunDescription {
+    /// `[s3]` of the run's configuration, or the environment's settings if it can't be read.
     fn s3(&self) -> S3Options {
         match Config::load(&self.folder.join("config.toml"), &[]) {
             Ok(config) => s3_options(&config.s3),
@@ -62,14 +62,14 @@ impl Run {
         }
     }
 
-    /// Makes what the run was distilled from available.
+    /// Fetches a model that the run was distilled from.
     fn fetch(
         &self,
         model: &ModelRef,
         only_vae: bool,
-        fetch: impl Fn(&Request<'_>) -> Result<PathBuf, Failure>,
+        fetch: impl Fn(&ModelRequest<'_>) -> Result<PathBuf, Failure>,
     ) -> Result<PathBuf, Failure> {
-        let request = Request {
+        let request = ModelRequest {
             model,
             revision: if only_vae {
                 Model::MAIN
@@ -79,7 +79,7 @@ impl Run {
             only_vae,
             s3: self.s3(),
         };
-        // What stands there is no part of the command line.
+        // The model's name comes from run.json, not from the command line: exit code 1, not 2.
         fetch(&request).map_err(|failure| match failure {
             Failure::Usage(error) => Failure::Failed(
                 format!(
@@ -93,7 +93,7 @@ impl Run {
     }
 }
 
-/// S3 as the environment says; a server of one's own is asked by path.
+/// Access to S3 as the environment says; a custom endpoint is addressed by path.
 pub(super) fn environments_s3() -> S3Options {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     S3Options {
@@ -102,14 +102,14 @@ pub(super) fn environments_s3() -> S3Options {
     }
 }
 
-impl Parts {
-    /// Looks in `model`, then in `teacher` (with its revision), or if that is not given, where the run says; `fetch` makes a
-    /// model's folder available.
+impl PipelineFolders {
+    /// Looks in `model`, then in `teacher` (with its revision); without `teacher`, in the teacher that the run names. `fetch` gives
+    /// the local folder of a model.
     pub(super) fn find(
         model: &Path,
         teacher: Option<(&ModelRef, &str)>,
         unet: Option<&str>,
-        fetch: impl Fn(&Request<'_>) -> Result<PathBuf, Failure>,
+        fetch: impl Fn(&ModelRequest<'_>) -> Result<PathBuf, Failure>,
     ) -> Result<Self, Failure> {
         let unet = find_unet(model, unet)?;
         if teacher.is_none() && missing(model).is_empty() {
@@ -126,7 +126,7 @@ impl Parts {
         }
         .transpose()?;
         let pipeline = match (teacher, run) {
-            (Some((model, revision)), run) => fetch(&Request {
+            (Some((model, revision)), run) => fetch(&ModelRequest {
                 model,
                 revision,
                 only_vae: false,
@@ -142,22 +142,25 @@ impl Parts {
             }
         };
         let missing = missing(&pipeline);
-        match missing.is_empty() {
-            true => Ok(Self {
-                unet,
-                pipeline,
-                vae,
-            }),
-            false => failed(format!(
+        if !missing.is_empty() {
+            return failed(format!(
                 "{} has no {}; --teacher DIR names the folder that has",
                 pipeline.display(),
                 missing.join(", ")
-            )),
+            ));
         }
+        Ok(Self {
+            unet,
+            pipeline,
+            vae,
+        })
     }
 
-    /// Whether the parts belong together.
-    pub(super) fn fit(&self, unet: &UNetConfig, encoders: &Encoders) -> Result<(), Failure> {
+    /// Checks that the UNet fits the other parts.
+    ///
+    /// # Errors
+    /// The first width that differs.
+    pub(super) fn check_fit(&self, unet: &UNetConfig, encoders: &Encoders) -> Result<(), Failure> {
         let pairs = [
             (
                 "the width of the text embeddings",
@@ -187,9 +190,9 @@ fn failed<T>(message: String) -> Result<T, Failure> {
     Err(Failure::Failed(message.into()))
 }
 
-/// Parts besides the UNet that are not in a folder.
+/// Parts besides the UNet that a folder lacks.
 fn missing(folder: &Path) -> Vec<&'static str> {
-    OTHERS
+    SURROUNDINGS
         .into_iter()
         .filter(|part| !folder.join(part).is_dir())
         .collect()
@@ -211,9 +214,9 @@ fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The run that a folder, or the folder it is in, belongs to.
-fn find_run(model: &Path) -> Result<Option<Run>, Failure> {
-    // Absolute, because "checkpoint-100" has a parent too.
+/// The run that a folder or its parent belongs to.
+fn find_run(model: &Path) -> Result<Option<RunDescription>, Failure> {
+    // Absolute, so that a relative "checkpoint-100" has a parent.
     let model = std::path::absolute(model)?;
     let Some(path) = model
         .ancestors()
@@ -224,7 +227,7 @@ fn find_run(model: &Path) -> Result<Option<Run>, Failure> {
         return Ok(None);
     };
     let text = std::fs::read_to_string(&path)?;
-    match serde_json::from_str::<Run>(&text) {
+    match serde_json::from_str::<RunDescription>(&text) {
         Ok(mut run) => {
             run.folder = path.parent().map(Path::to_owned).unwrap_or_default();
             Ok(Some(run))
@@ -246,15 +249,15 @@ mod tests {
         }
     }
 
-    /// With every model in a folder of its name, if that is not "elsewhere".
-    fn find(model: &Path, unet: Option<&str>) -> Result<Parts, Failure> {
-        Parts::find(model, None, unet, |request| {
+    /// Every model is in a folder of its name; an autoencoder is called "elsewhere".
+    fn find(model: &Path, unet: Option<&str>) -> Result<PipelineFolders, Failure> {
+        PipelineFolders::find(model, None, unet, |request| {
             assert_eq!(request.only_vae, request.model.as_str() == "elsewhere");
             Ok(request.model.as_str().into())
         })
     }
 
-    fn message(result: Result<Parts, Failure>) -> String {
+    fn message(result: Result<PipelineFolders, Failure>) -> String {
         match result.unwrap_err() {
             Failure::Failed(error) => error.to_string(),
             other => panic!("{other:?}"),
@@ -262,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipeline_has_all_its_parts() {
+    fn pipeline_folders_are_those_of_a_whole_pipeline() {
         let root = tempfile::tempdir().unwrap();
         folders(
             root.path(),
@@ -284,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_and_its_checkpoints_know_their_teacher() {
+    fn pipeline_folders_of_a_run_are_its_teachers() {
         let root = tempfile::tempdir().unwrap();
         let (run, teacher) = (root.path().join("run"), root.path().join("teacher"));
         folders(&run, &["unet", "checkpoint-5/unet"]);
@@ -300,7 +303,7 @@ mod tests {
         .unwrap();
         let absent = message(find(&run, None));
         assert!(absent.contains("teacher has no scheduler"), "{absent}");
-        folders(&teacher, &OTHERS);
+        folders(&teacher, &SURROUNDINGS);
         for model in [run.clone(), run.join("checkpoint-5")] {
             let found = find(&model, None).unwrap();
             assert_eq!(
