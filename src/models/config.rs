@@ -86,9 +86,9 @@ impl ConfigFile {
         let Some(name) = self.optional::<String>(key)? else {
             return Ok(None);
         };
-        match Activation::named(&name) {
+        match Activation::of_diffusers(&name) {
             Some(activation) => Ok(Some(activation)),
-            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::NAMES)),
+            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::DIFFUSERS)),
         }
     }
 

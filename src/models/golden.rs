@@ -65,7 +65,7 @@ fn unet_outputs_and_gradients_equal_diffusers() -> Result<()> {
                 .map(|(n, v)| (n.clone(), v.as_tensor().clone()))
                 .collect();
             let weights = Weights::new(tensors, name);
-            let unet = UNet::new(&weights.root(), &config, attention)
+            let unet = UNet::new(weights.builder(), &config, attention)
                 .unwrap()
                 .with_keep(keep);
             weights.expect_all_taken(&[]).unwrap();
@@ -264,7 +264,7 @@ fn what_does_not_fit_is_named() {
     };
     let error = |tensors| {
         let weights = Weights::new(tensors, "some/unet");
-        match UNet::new(&weights.root(), &config, Attention::Plain) {
+        match UNet::new(weights.builder(), &config, Attention::Plain) {
             Err(e) => e.to_string(),
             Ok(_) => weights.expect_all_taken(&[]).unwrap_err().to_string(),
         }

@@ -9,14 +9,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_nn::VarBuilder;
 
 use self::config::LevelConfig;
 use self::time::TimeEmbedding;
 use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
-use super::{ModelError, Scope, Weights};
+use super::{ModelError, Weights};
 use crate::ops::{self, Attention, Keep, segment};
 
 /// The stem of the weight files of diffusers' models.
@@ -40,29 +41,27 @@ struct Level {
 impl Level {
     /// `inputs`: the channels each residual block takes in.
     fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         level: &LevelConfig,
         inputs: impl Fn(usize) -> usize,
         resnet: &ResnetConfig,
         config: &UNetConfig,
         attention: Attention,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         let resnet = |i| {
-            let scope = scope.sub("resnets").sub(i);
-            ResnetBlock::new(&scope, inputs(i), level.channels, resnet).map(Arc::new)
+            let vb = vb.pp("resnets").pp(i);
+            ResnetBlock::new(vb, inputs(i), level.channels, resnet).map(Arc::new)
         };
         let transformers = config.transformers(level, attention);
         Ok(Self {
-            resnets: (0..level.resnets)
-                .map(resnet)
-                .collect::<std::result::Result<_, _>>()?,
+            resnets: (0..level.resnets).map(resnet).collect::<Result<_>>()?,
             attentions: transformers
                 .iter()
                 .enumerate()
                 .map(|(i, transformer)| {
-                    Transformer2d::new(&scope.sub("attentions").sub(i), transformer).map(Arc::new)
+                    Transformer2d::new(vb.pp("attentions").pp(i), transformer).map(Arc::new)
                 })
-                .collect::<std::result::Result<_, _>>()?,
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -119,17 +118,17 @@ impl UNet {
     ) -> std::result::Result<Self, ModelError> {
         let config = UNetConfig::read(folder)?;
         let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
-        let unet = Self::new(&weights.root(), &config, attention)?;
+        let unet = Self::new(weights.builder(), &config, attention)?;
         weights.expect_all_taken(&[])?;
         Ok(unet)
     }
 
-    /// Builds the network over the tensors of a scope, frozen or variable.
+    /// Builds the network over the tensors of `vb`, frozen or variable.
     ///
     /// # Errors
-    /// When a tensor is missing or of another shape.
+    /// When a tensor is missing or has another shape.
     pub fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         config: &UNetConfig,
         attention: Attention,
     ) -> std::result::Result<Self, ModelError> {
@@ -140,15 +139,15 @@ impl UNet {
 
         let mut down = Vec::with_capacity(levels);
         for (i, level) in config.down.iter().enumerate() {
-            let scope = scope.sub("down_blocks").sub(i);
+            let vb = vb.pp("down_blocks").pp(i);
             let inputs = |j| match j {
                 0 => channels[i.saturating_sub(1)],
                 _ => level.channels,
             };
-            let blocks = Level::new(&scope, level, inputs, &resnet, config, attention)?;
+            let blocks = Level::new(vb.clone(), level, inputs, &resnet, config, attention)?;
             let padding = config.downsample_padding;
             let downsample = (i + 1 < levels)
-                .then(|| Downsample::new(&scope.sub("downsamplers.0"), level.channels, padding))
+                .then(|| Downsample::new(vb.pp("downsamplers.0"), level.channels, padding))
                 .transpose()?;
             down.push((blocks, downsample));
         }
@@ -161,48 +160,49 @@ impl UNet {
             .mid
             .as_ref()
             .map(|level| {
-                let scope = scope.sub("mid_block");
+                let vb = vb.pp("mid_block");
                 let inputs = |_| level.channels;
-                Level::new(&scope, level, inputs, &mid_resnet, config, attention)
+                Level::new(vb, level, inputs, &mid_resnet, config, attention)
             })
             .transpose()?;
 
         let mut up = Vec::with_capacity(levels);
         for (i, level) in config.up.iter().enumerate() {
-            let scope = scope.sub("up_blocks").sub(i);
+            let vb = vb.pp("up_blocks").pp(i);
             let above = channels[levels - 1 - i.saturating_sub(1)];
             let below = channels[(levels - 1 - i).saturating_sub(1)];
             // What comes from the blocks before, and the skip connection.
             let inputs = |j| {
                 let first = if j == 0 { above } else { level.channels };
-                let skip = match j + 1 == level.resnets {
-                    true => below,
-                    false => level.channels,
+                let skip = if j + 1 == level.resnets {
+                    below
+                } else {
+                    level.channels
                 };
                 first + skip
             };
-            let blocks = Level::new(&scope, level, inputs, &resnet, config, attention)?;
+            let blocks = Level::new(vb.clone(), level, inputs, &resnet, config, attention)?;
             let upsample = (i + 1 < levels)
-                .then(|| Upsample::new(&scope.sub("upsamplers.0"), level.channels))
+                .then(|| Upsample::new(vb.pp("upsamplers.0"), level.channels))
                 .transpose()?;
             up.push((blocks, upsample));
         }
 
         let (kernel_in, kernel_out) = (config.conv_in_kernel, config.conv_out_kernel);
         Ok(Self {
-            time_embedding: TimeEmbedding::new(&scope.sub("time_embedding"), config)?,
-            conv_in: Conv2d::same(&scope.sub("conv_in"), config.in_channels, base, kernel_in)?,
+            time_embedding: TimeEmbedding::new(vb.pp("time_embedding"), config)?,
+            conv_in: Conv2d::same(vb.pp("conv_in"), config.in_channels, base, kernel_in)?,
             down,
             mid,
             up,
             conv_norm_out: GroupNorm::new(
-                &scope.sub("conv_norm_out"),
+                vb.pp("conv_norm_out"),
                 base,
                 norm.groups,
                 norm.eps,
             )?,
             conv_out: Conv2d::same(
-                &scope.sub("conv_out"),
+                vb.pp("conv_out"),
                 base,
                 config.out_channels,
                 kernel_out,
@@ -276,7 +276,7 @@ impl UNet {
         if self.config.center_input {
             x = x.affine(2.0, -1.0)?;
         }
-        x = self.conv_in.forward(&x)?;
+        x = x.apply(&self.conv_in)?;
         let mut skips = vec![x.clone()];
         for (level, downsample) in &self.down {
             for i in 0..level.resnets.len() {
@@ -284,7 +284,7 @@ impl UNet {
                 skips.push(x.clone());
             }
             if let Some(downsample) = downsample {
-                x = downsample.forward(&x)?;
+                x = x.apply(downsample)?;
                 skips.push(x.clone());
             }
         }
@@ -308,8 +308,9 @@ impl UNet {
             }
         }
         let activation = self.config.resnet.activation;
-        self.conv_out
-            .forward(&self.conv_norm_out.forward_activated(&x, activation)?)?
+        self.conv_norm_out
+            .forward_activated(&x, activation)?
+            .apply(&self.conv_out)?
             .to_dtype(latents.dtype())
     }
 }

@@ -96,7 +96,7 @@ impl Student {
         };
         let build = |tensors: BTreeMap<String, Tensor>| {
             let weights = Weights::new(tensors, origin);
-            let unet = UNet::new(&weights.root(), config, attention)?.computing_in(compute);
+            let unet = UNet::new(weights.builder(), config, attention)?.computing_in(compute);
             weights.expect_all_taken(&[])?;
             Ok::<_, ModelError>(unet)
         };
