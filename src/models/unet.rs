@@ -18,12 +18,12 @@ use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
 use super::{ModelError, Weights};
-use crate::ops::{self, Attention, Keep, segment};
+use crate::ops::{self, Activations, Attention, activation_checkpoint};
 
 /// The stem of the weight files of diffusers' models.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 
-/// What a UNet is conditioned on besides latents and timesteps. A struct, so that other models can add to it.
+/// The inputs of a UNet besides latents and timesteps. A struct, so that other models can add to it.
 #[derive(Clone, Debug)]
 pub struct Conditioning {
     /// Text embeddings, `[B, T, cross_attention_dim]`.
@@ -32,6 +32,7 @@ pub struct Conditioning {
     pub guidance_embedding: Option<Tensor>,
 }
 
+/// The blocks at one resolution.
 #[derive(Clone, Debug)]
 struct Level {
     resnets: Vec<Arc<ResnetBlock>>,
@@ -39,7 +40,7 @@ struct Level {
 }
 
 impl Level {
-    /// `inputs`: the channels each residual block takes in.
+    /// `inputs` gives the input channels of the `i`-th residual block.
     fn new(
         vb: VarBuilder<'_>,
         level: &LevelConfig,
@@ -65,36 +66,38 @@ impl Level {
         })
     }
 
-    /// The `i`-th residual block and the transformer after it, if there is one; each is a unit of recomputation, as in
+    /// The `i`-th residual block and the transformer after it, if any. Each is a unit of activation checkpointing, as in
     /// diffusers.
+    ///
+    /// `x`: `[B, C, H, W]` → `[B, channels, H, W]`.
     fn layer(&self, i: usize, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let block = Arc::clone(&self.resnets[i]);
-        let x = segment(x, &given.time, given.keep, move |x, time| {
+        let x = activation_checkpoint(x, &given.time, given.activations, move |x, time| {
             block.forward(x, Some(time))
         })?;
         let Some(block) = self.attentions.get(i) else {
             return Ok(x);
         };
         let block = Arc::clone(block);
-        segment(&x, given.context, given.keep, move |x, context| {
+        activation_checkpoint(&x, given.context, given.activations, move |x, context| {
             block.forward(x, context)
         })
     }
 }
 
-/// What every block of a forward pass is given besides its input.
+/// The operands that all blocks of a forward pass share.
 struct Given<'a> {
     time: Tensor,
     context: &'a Tensor,
-    keep: Keep,
+    activations: Activations,
 }
 
 /// diffusers' `UNet2DConditionModel`.
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
-    keep: Keep,
-    /// The type to compute in, where it is not that of the weights.
+    activations: Activations,
+    /// The type to compute in, if it is not that of the weights.
     compute: Option<DType>,
     time_embedding: TimeEmbedding,
     conv_in: Conv2d,
@@ -171,7 +174,7 @@ impl UNet {
             let vb = vb.pp("up_blocks").pp(i);
             let above = channels[levels - 1 - i.saturating_sub(1)];
             let below = channels[(levels - 1 - i).saturating_sub(1)];
-            // What comes from the blocks before, and the skip connection.
+            // The channels from the blocks before, and those of the skip connection.
             let inputs = |j| {
                 let first = if j == 0 { above } else { level.channels };
                 let skip = if j + 1 == level.resnets {
@@ -195,31 +198,24 @@ impl UNet {
             down,
             mid,
             up,
-            conv_norm_out: GroupNorm::new(
-                vb.pp("conv_norm_out"),
-                base,
-                norm.groups,
-                norm.eps,
-            )?,
-            conv_out: Conv2d::same(
-                vb.pp("conv_out"),
-                base,
-                config.out_channels,
-                kernel_out,
-            )?,
+            conv_norm_out: GroupNorm::new(vb.pp("conv_norm_out"), base, norm.groups, norm.eps)?,
+            conv_out: Conv2d::same(vb.pp("conv_out"), base, config.out_channels, kernel_out)?,
             config: config.clone(),
-            keep: Keep::All,
+            activations: Activations::Keep,
             compute: None,
         })
     }
 
-    /// The same network, with what its blocks keep for the backward pass: [`Keep::Nothing`] is gradient checkpointing.
-    pub fn with_keep(self, keep: Keep) -> Self {
-        Self { keep, ..self }
+    /// The same network, which keeps or recomputes the activations of its blocks in the backward pass.
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self {
+            activations,
+            ..self
+        }
     }
 
-    /// The same network, computing in the given type whatever its weights are held in: they are cast where they are used, and norms,
-    /// the softmax of attention and sums stay in `f32`. PyTorch's autocast.
+    /// The same network, which computes in the given type: weights are cast where they are used, and norms, the softmax of
+    /// attention and sums stay in `f32`. As PyTorch's autocast.
     pub fn computing_in(self, compute: Option<DType>) -> Self {
         Self { compute, ..self }
     }
@@ -270,7 +266,7 @@ impl UNet {
                 .time_embedding
                 .forward(timesteps, guidance.as_ref(), &x)?,
             context: &context,
-            keep: self.keep,
+            activations: self.activations,
         };
 
         if self.config.center_input {

@@ -343,7 +343,7 @@ impl Run<'_> {
     fn accumulate(
         &self,
         gradients: &mut Gradients,
-        mut found: ops::Gradients,
+        mut found: candle_core::backprop::GradStore,
     ) -> candle_core::Result<()> {
         for (name, var) in self.student.variables() {
             let Some(gradient) = found.remove(var) else {

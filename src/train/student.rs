@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::models::unet::{WEIGHTS_STEM, student_tensors};
 use crate::models::{ModelError, UNet, UNetConfig, Weights};
-use crate::ops::{self, Attention, Keep};
+use crate::ops::{self, Activations, Attention};
 use crate::random::{generator, uniform};
 
 /// Named variables, in name order: order must not depend on hashing.
@@ -20,7 +20,7 @@ pub struct Passes {
     /// How attention is computed.
     pub attention: Attention,
     /// What the online network's blocks keep for the backward pass.
-    pub keep: Keep,
+    pub keep: Activations,
     /// The type to compute in, where it is not the weights' `f32`.
     pub compute: Option<DType>,
 }
@@ -104,7 +104,7 @@ impl Student {
         let tracked = online
             .iter()
             .map(|(name, var)| (name.clone(), var.as_tensor().clone()));
-        let unet = build(tracked.collect())?.with_keep(keep);
+        let unet = build(tracked.collect())?.with_activations(keep);
         // These read the variables' storage through detached tensors: they never record a graph.
         let frozen = build(detached(&online))?;
         let target_unet = build(detached(&target))?;

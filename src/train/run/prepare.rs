@@ -9,7 +9,7 @@ use super::{Run, pictures, save};
 use crate::config::{self, Config, MixedPrecision};
 use crate::encode::Encoders;
 use crate::models::UNet;
-use crate::ops::{Attention, Keep};
+use crate::ops::{Activations, Attention};
 use crate::pretrained::Models;
 use crate::stop::Stop;
 use crate::train::audit::Auditor;
@@ -67,8 +67,8 @@ impl<'a> Run<'a> {
         saver.checkpoints().clear_unfinished()?;
         let found = resume_from(config, saver.checkpoints(), &output, data, progress)?;
         let keep = match train.gradient_checkpointing {
-            true => Keep::Nothing,
-            false => Keep::All,
+            true => Activations::Recompute,
+            false => Activations::Keep,
         };
         let how = Passes {
             attention,

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::super::Geometry;
 use super::{Tiling, VALUES};
-use crate::ops::cpu::Real;
+use crate::ops::cpu::real::Real;
 
 /// `Bᵀ·d·B` of every input tile of a chunk: `[C, 16, tiles]`.
 pub(super) fn transform_inputs<T: Real>(
