@@ -126,7 +126,9 @@ impl ClipTextModel {
         self.token_embedding.hidden_size()
     }
 
-    /// `last_hidden_state` of `ids`: `B` rows of equal length `T` → `[B, T, width]`.
+    /// `last_hidden_state` of transformers' `CLIPTextModel.forward`.
+    ///
+    /// `ids`: `B` rows of one length `T` → `[B, T, width]` in the dtype of the weights.
     ///
     /// # Errors
     /// When an id is not in the vocabulary or a row is too long.

@@ -20,7 +20,7 @@ const CLASS: Class = Class {
         "act_fn",
         "block_out_channels",
         "down_block_types",
-        "force_upcast", // to f32, in which coffey computes
+        "force_upcast", // to f32, the type that coffey computes in
         "in_channels",
         "latent_channels",
         "latents_mean",
@@ -43,7 +43,7 @@ const CLASS: Class = Class {
 pub struct VaeConfig {
     /// Channels of the latents.
     pub latent_channels: usize,
-    /// Latents times this have about unit variance; what the UNet sees.
+    /// Factor that gives latents about unit variance, as the UNet takes them.
     pub scaling_factor: f64,
     block_out_channels: Vec<usize>,
     layers_per_block: usize,
@@ -98,7 +98,7 @@ impl VaeConfig {
         })
     }
 
-    /// Pixels to a latent, along one side.
+    /// Pixels of a latent along one side.
     pub fn downscale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
@@ -181,6 +181,7 @@ impl Module for Mid {
     }
 }
 
+/// diffusers' `Encoder`, with the convolution after it.
 #[derive(Clone, Debug)]
 struct Encoder {
     conv_in: Conv2d,
@@ -191,6 +192,7 @@ struct Encoder {
     quant_conv: Option<Conv2d>,
 }
 
+/// diffusers' `Decoder`, with the convolution before it.
 #[derive(Clone, Debug)]
 struct Decoder {
     post_quant_conv: Option<Conv2d>,
@@ -230,7 +232,7 @@ impl AutoencoderKl {
         Ok(vae)
     }
 
-    /// What encodes, alone: more than half of the weights are the decoder's.
+    /// The encoder alone: more than half of the weights are the decoder's.
     #[must_use]
     pub fn without_decoder(self) -> Self {
         Self {
@@ -246,7 +248,8 @@ impl AutoencoderKl {
 
     /// Moments of the latents' distribution: mean, then log-variance, unscaled.
     ///
-    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]`. As `AutoencoderKL.encode(…).latent_dist.parameters`.
+    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]` in the dtype of the pixels. As diffusers'
+    /// `AutoencoderKL.encode(…).latent_dist.parameters`.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -254,7 +257,7 @@ impl AutoencoderKl {
         ops::in_pool(|| self.run_encoder(pixels))
     }
 
-    /// Whether images of this side are encoded in a batch as each would be alone, to the bit, on the CPU.
+    /// Whether a batch of images of this side is encoded on the CPU to the bits that each image would give alone.
     pub fn encodes_alike(&self, side: usize) -> bool {
         let widest = self.config.block_out_channels.iter().max();
         ops::convolves_alike(
@@ -281,10 +284,13 @@ impl AutoencoderKl {
             .apply(&encoder.quant_conv.as_ref())
     }
 
-    /// Pixels of unscaled latents: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about [-1, 1]. As `AutoencoderKL.decode`.
+    /// Pixels of unscaled latents.
+    ///
+    /// `latents`: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about in [-1, 1], in the dtype of the latents. As diffusers'
+    /// `AutoencoderKL.decode`.
     ///
     /// # Errors
-    /// When the shapes do not fit, and [`without_decoder`](Self::without_decoder).
+    /// When the shapes do not fit, or after [`without_decoder`](Self::without_decoder).
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         ops::in_pool(|| self.run_decoder(latents))
     }
@@ -395,8 +401,8 @@ impl Decoder {
 
 /// Latents drawn from moments: `(mean + exp(½ logvar)·noise) · scaling_factor`, log-variance clamped to [-30, 20].
 ///
-/// `moments`: `[B, 2C, h, w]`, `noise`: `[B, C, h, w]`, standard normal → `[B, C, h, w]`. As
-/// `DiagonalGaussianDistribution.sample` times `scaling_factor`.
+/// `moments`: `[B, 2C, h, w]`, `noise`: `[B, C, h, w]`, standard normal, of one dtype → `[B, C, h, w]` in that dtype. As
+/// diffusers' `DiagonalGaussianDistribution.sample` times `scaling_factor`.
 ///
 /// # Errors
 /// When the shapes do not fit.

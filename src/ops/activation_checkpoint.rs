@@ -45,7 +45,7 @@ where
         Some(pass) => pass.output.detach(),
         None => block(&x.detach(), &condition.detach())?.detach(),
     };
-    let op = Checkpoint {
+    let op = CheckpointedBlock {
         block,
         pass: Mutex::new(pass),
     };
@@ -78,13 +78,13 @@ impl TrackedPass {
     }
 }
 
-struct Checkpoint<F> {
+struct CheckpointedBlock<F> {
     block: F,
     /// The kept pass of [`Activations::Keep`]; the backward takes it and so frees it.
     pass: Mutex<Option<TrackedPass>>,
 }
 
-impl<F> TensorOp<2> for Checkpoint<F>
+impl<F> TensorOp<2> for CheckpointedBlock<F>
 where
     F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {

@@ -62,7 +62,7 @@ impl TimeEmbedding {
     }
 }
 
-/// diffusers' `get_timestep_embedding`: `[B, width]` f32; the last column of an odd width stays 0.
+/// diffusers' `get_timestep_embedding`: `[B, width]` f32 on the CPU; the last column of an odd width is 0.
 fn sinusoidal(timesteps: &[i64], width: usize, config: &TimeEmbeddingConfig) -> Result<Tensor> {
     let half = width / 2;
     let mut data = vec![0f32; timesteps.len() * width];

@@ -20,8 +20,8 @@ pub(in crate::ops) fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) 
         inputs,
         outputs,
         pixels,
-        from: Layout::Map,
-        to: Layout::Tokens,
+        from: PixelLayout::Map,
+        to: PixelLayout::Tokens,
         shape: Shape::from((batch, pixels, outputs)),
     };
     apply3(kernel, [x, weight, bias])
@@ -41,8 +41,8 @@ pub(in crate::ops) fn tokens_to_map(
         inputs,
         outputs,
         pixels,
-        from: Layout::Tokens,
-        to: Layout::Map,
+        from: PixelLayout::Tokens,
+        to: PixelLayout::Map,
         shape: Shape::from((batch, outputs, h, w)),
     };
     apply3(kernel, [x, weight, bias])
@@ -50,7 +50,7 @@ pub(in crate::ops) fn tokens_to_map(
 
 /// How the channels and pixels of an image are laid out.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Layout {
+enum PixelLayout {
     /// `[channels, pixels]`.
     Map,
     /// `[pixels, channels]`.
@@ -65,8 +65,8 @@ struct ProjectionKernel {
     inputs: usize,
     outputs: usize,
     pixels: usize,
-    from: Layout,
-    to: Layout,
+    from: PixelLayout,
+    to: PixelLayout,
     shape: Shape,
 }
 
@@ -75,15 +75,15 @@ impl ProjectionKernel {
     fn image<'a, T>(
         &self,
         data: &'a [T],
-        layout: Layout,
+        layout: PixelLayout,
         channels: usize,
         index: usize,
     ) -> Mat<'a, T> {
         let (size, pixels) = (channels * self.pixels, self.pixels);
         let image = &data[index * size..][..size];
         match layout {
-            Layout::Map => Mat::new(image, channels, pixels, pixels),
-            Layout::Tokens => Mat::new(image, pixels, channels, channels).t(),
+            PixelLayout::Map => Mat::new(image, channels, pixels, pixels),
+            PixelLayout::Tokens => Mat::new(image, pixels, channels, channels).t(),
         }
     }
 
@@ -91,7 +91,7 @@ impl ProjectionKernel {
     fn product<T: Real>(
         &self,
         out: &mut [T],
-        layout: Layout,
+        layout: PixelLayout,
         accumulate: bool,
         lhs: Mat<'_, T>,
         rhs: Mat<'_, T>,
@@ -99,11 +99,11 @@ impl ProjectionKernel {
     ) {
         let (channels, pixels) = (out.len() / self.pixels, self.pixels);
         match layout {
-            Layout::Map => {
+            PixelLayout::Map => {
                 let dst = MatMut::new(out, channels, pixels, pixels);
                 gemm(dst, accumulate, T::one(), lhs, rhs, threads);
             }
-            Layout::Tokens => {
+            PixelLayout::Tokens => {
                 let dst = MatMut::new(out, pixels, channels, channels);
                 gemm(dst, accumulate, T::one(), rhs.t(), lhs.t(), threads);
             }
@@ -158,12 +158,12 @@ impl Kernel<3> for ProjectionKernel {
         let mut out = vec![T::zero(); self.batch * self.pixels * self.outputs];
         self.each_image(&mut out, |image, out, threads| {
             match self.to {
-                Layout::Map => {
+                PixelLayout::Map => {
                     for (plane, &b) in out.chunks_exact_mut(self.pixels).zip(bias) {
                         plane.fill(b);
                     }
                 }
-                Layout::Tokens => {
+                PixelLayout::Tokens => {
                     for token in out.chunks_exact_mut(self.outputs) {
                         token.copy_from_slice(bias);
                     }
@@ -192,8 +192,8 @@ impl Kernel<3> for ProjectionKernel {
         });
         let gw = want_weight.then(|| self.weight_grad(x, grad));
         let gb = want_bias.then(|| match self.to {
-            Layout::Map => sum_planes(grad, self.batch, self.outputs, self.pixels),
-            Layout::Tokens => sum_rows(grad, self.outputs, BIAS_ROWS),
+            PixelLayout::Map => sum_planes(grad, self.batch, self.outputs, self.pixels),
+            PixelLayout::Tokens => sum_rows(grad, self.outputs, BIAS_ROWS),
         });
         [gx, gw, gb]
     }
