@@ -1,6 +1,6 @@
 //! diffusers' `Transformer2DModel` over feature maps.
 
-use candle_core::{Module, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::layers::{GroupNorm, LayerNorm, Linear, Projection};

@@ -4,7 +4,7 @@
 //! slice before a pointer is made of it.
 #![allow(unsafe_code)]
 
-use super::cpu::Real;
+use super::real::Real;
 
 /// The threads of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

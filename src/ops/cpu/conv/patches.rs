@@ -164,7 +164,7 @@ fn forward_image<T: Real>(
     });
 }
 
-/// A batch's convolution: images in parallel when there are enough of them, else each image by all threads. `bias`: `[O]` or
+/// A batch's convolution: images in parallel if there are enough images, else each image by all threads. `bias`: `[O]` or
 /// `[B, O]`.
 pub(super) fn forward<T: Real>(
     x: &[T],
@@ -221,7 +221,7 @@ pub(super) fn input_grad_by_convolution<T: Real>(
     forward(grad, &turned, None, batch, &g.turned())
 }
 
-/// The input's gradient in general: patch gradients (weightᵀ · output gradient) added back into the image.
+/// The input's gradient at any stride: patch gradients (weightᵀ · output gradient) added back into the image.
 pub(super) fn input_grad_by_patches<T: Real>(
     grad: &[T],
     weight: &[T],
