@@ -100,7 +100,7 @@ impl LastConvolution {
             let mut tensors = teacher.clone();
             tensors.extend(trained);
             let weights = Weights::new(tensors, folder);
-            let unet = UNet::new(&weights.root(), &config, Attention::Plain).unwrap();
+            let unet = UNet::new(weights.builder(), &config, Attention::Plain).unwrap();
             weights.expect_all_taken(&[]).unwrap();
             unet
         };

@@ -353,7 +353,7 @@ fn load_teacher(
     })?;
     let device = device::open(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
-    let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
+    let unet = UNet::new(weights.builder(), &unet_config, Attention::Plain)?;
     weights.expect_all_taken(&[])?;
     let parameters = parameters(&weights, |_| true);
     let said = format!(

@@ -15,7 +15,7 @@ use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::{PipelineParts, UNet, check_fit};
 use crate::objective::{Lcm, Loss};
-use crate::ops::{Attention, Keep};
+use crate::ops::{Activations, Attention};
 
 /// The frozen parts of a run.
 #[derive(Debug)]
@@ -111,10 +111,10 @@ pub(super) fn load_student(
     let config = options.config;
     let forward = ForwardOptions {
         attention: attention(config),
-        keep: if config.train.gradient_checkpointing {
-            Keep::Nothing
+        activations: if config.train.gradient_checkpointing {
+            Activations::Recompute
         } else {
-            Keep::All
+            Activations::Keep
         },
         compute: compute_dtype(config),
     };

@@ -3,7 +3,7 @@
 //! Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016). The image is cut into tiles of 2x2 output
 //! pixels; each sees 4x4 input pixels. Tiles and kernels are transformed to 16 values, in which the convolution is 16 matrix
 //! products over channels, one for each value. All transforms add and halve, so the result is about as exact as the direct
-//! sum. Rows of tiles are worked off a few at a time, so that what is transformed stays in cache.
+//! sum. A few rows of tiles are computed at a time, so that the transformed values stay in cache.
 //!
 //! Which tiles go together depends on the shape alone: no sum depends on the threads.
 
@@ -20,15 +20,15 @@ use rayon::prelude::*;
 use self::kernels::transform_kernels;
 use self::tiles::{transform_grads, transform_inputs, transform_outputs};
 use super::Geometry;
-use crate::ops::cpu::Real;
-use crate::ops::gemm::{Mat, MatMut, Threads, gemm};
+use crate::ops::cpu::gemm::{Mat, MatMut, Threads, gemm};
+use crate::ops::cpu::real::Real;
 
 /// Values of a transformed tile or kernel.
 const VALUES: usize = 16;
-/// Bytes of transformed input worked on at a time: about half of a core's second-level cache.
+/// Bytes of transformed input at a time: about half of a core's second-level cache.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Whether this way is faster than unrolled patches.
+/// Whether this algorithm applies and is faster than unrolled patches.
 pub(super) fn pays(batch: usize, g: &Geometry) -> bool {
     let three = g.kh == 3 && g.kw == 3 && g.stride == 1 && g.pad_h <= 2 && g.pad_w <= 2;
     three && g.c.min(g.o) >= 16 && batch * tiles(g.out_h(), g.out_w()) >= enough(g.c, g.o)
@@ -51,7 +51,7 @@ struct Tiling {
     /// Rows and columns of tiles of one image.
     rows: usize,
     cols: usize,
-    /// Images of a group, which one task works on.
+    /// Images of a group, which one task computes.
     images: usize,
     /// Rows of tiles of a chunk; all of them when a group has several images.
     chunk_rows: usize,
@@ -191,9 +191,9 @@ pub(super) fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geomet
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::gradcheck::random;
     use super::super::patches;
     use super::*;
+    use crate::ops::gradcheck::random;
 
     fn values(shape: &[usize], seed: u64) -> Vec<f64> {
         random(shape, seed)

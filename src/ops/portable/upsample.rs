@@ -1,18 +1,18 @@
-//! Nearest-neighbour upsampling.
+//! [`ops::upsample_nearest_2x`](crate::ops::upsample_nearest_2x()) of candle's tensor operations.
 
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::computed::{TensorOp, apply1};
+use crate::ops::autograd_op::{TensorOp, apply_tensor_op1};
 
 /// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    apply1(Upsample, x)
+    apply_tensor_op1(UpsampleOp, x)
 }
 
-struct Upsample;
+struct UpsampleOp;
 
-impl TensorOp<1> for Upsample {
+impl TensorOp<1> for UpsampleOp {
     const NAME: &'static str = "upsample_nearest_2x";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::super::Geometry;
 use super::VALUES;
-use crate::ops::cpu::{Real, real};
+use crate::ops::cpu::real::{Real, real};
 
 /// `G·k·Gᵀ` of every kernel: `[O, 16, C]`.
 pub(super) fn transform_kernels<T: Real>(weight: &[T], g: &Geometry) -> Vec<T> {

@@ -1,4 +1,4 @@
-//! Convolution as matrix products over unrolled patches, for any kernel and stride.
+//! Convolution as matrix products over unrolled patches (im2col), for any kernel and stride.
 //!
 //! A stride-1 input gradient is itself a convolution of the output gradient with flipped kernels; a weight gradient is a product
 //! of the output gradient with the patches of the input. Both run at the forward's speed. Patches are unrolled a few output
@@ -6,21 +6,21 @@
 
 use rayon::prelude::*;
 
-use super::super::cpu::Real;
 use super::super::gemm::{Mat, MatMut, Threads, gemm};
+use super::super::real::Real;
 use super::Geometry;
 
 /// Bytes of unrolled patches at a time: about half of a core's second-level cache when each core has an image of its own, more
-/// when all cores work on one. It goes by the batch and not by the number of threads, on which no sum may depend.
+/// when all cores share one. The limit depends on the batch and not on the number of threads, on which no sum may depend.
 fn patch_bytes(batch: usize) -> usize {
     if batch < 4 { 16 << 20 } else { 1 << 20 }
 }
 
-/// The same for a weight gradient.
+/// Bytes of unrolled patches at a time for a weight's gradient.
 const WEIGHT_PATCH_BYTES: usize = 4 << 20;
 
 impl Geometry {
-    /// Length of one patch: what one output pixel sees.
+    /// Length of one patch: the input values of one output pixel.
     fn patch(&self) -> usize {
         self.c * self.kh * self.kw
     }
@@ -164,7 +164,7 @@ fn forward_image<T: Real>(
     });
 }
 
-/// A batch's convolution: images in parallel when there are enough of them, else each image by all threads. `bias`: `[O]` or
+/// A batch's convolution: images in parallel if there are enough images, else each image by all threads. `bias`: `[O]` or
 /// `[B, O]`.
 pub(super) fn forward<T: Real>(
     x: &[T],
@@ -193,8 +193,8 @@ pub(super) fn forward<T: Real>(
     out
 }
 
-/// Whether the input's gradient is better computed as a convolution than from patches, going by the numbers that pass
-/// through memory: turned kernels and unrolled output gradients against patch gradients, which are added up again.
+/// Whether the input's gradient is faster as a convolution than from patches, by the numbers that pass through memory: turned
+/// kernels and unrolled output gradients against patch gradients, which are added up again.
 pub(super) fn convolving_pays(batch: usize, g: &Geometry) -> bool {
     let (taps, pixels) = (g.kh * g.kw, batch * g.out_pixels());
     let possible = g.stride == 1 && g.pad_h < g.kh && g.pad_w < g.kw;
@@ -221,7 +221,7 @@ pub(super) fn input_grad_by_convolution<T: Real>(
     forward(grad, &turned, None, batch, &g.turned())
 }
 
-/// The input's gradient in general: patch gradients (weightᵀ · output gradient) added back into the image.
+/// The input's gradient at any stride: patch gradients (weightᵀ · output gradient) added back into the image.
 pub(super) fn input_grad_by_patches<T: Real>(
     grad: &[T],
     weight: &[T],
@@ -281,9 +281,10 @@ pub(super) fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geomet
     let (patch, pixels, ow) = (g.patch(), g.out_pixels(), g.out_w());
     let image = g.c * g.h * g.w;
     let step = g.rows_within::<T>(g.c, WEIGHT_PATCH_BYTES);
-    let images = match step == g.out_h() {
-        true => (WEIGHT_PATCH_BYTES / (patch * pixels * size_of::<T>()).max(1)).clamp(1, batch),
-        false => 1,
+    let images = if step == g.out_h() {
+        (WEIGHT_PATCH_BYTES / (patch * pixels * size_of::<T>()).max(1)).clamp(1, batch)
+    } else {
+        1
     };
     let widest = images * step * ow;
     let mut out = vec![T::zero(); patch * g.o];
@@ -298,13 +299,12 @@ pub(super) fn weight_grad<T: Real>(x: &[T], grad: &[T], batch: usize, g: &Geomet
                 let rows = from..(from + step).min(g.out_h());
                 let width = rows.len() * ow;
                 let all = count * width;
-                let patches = match g.is_pointwise() && count == 1 {
-                    true => Mat::new(&x[from * ow..], patch, width, pixels),
-                    false => {
-                        let patches = &mut patches[..patch * all];
-                        unroll_side_by_side(x, g, rows, patches, count);
-                        Mat::new(&*patches, patch, all, all)
-                    }
+                let patches = if g.is_pointwise() && count == 1 {
+                    Mat::new(&x[from * ow..], patch, width, pixels)
+                } else {
+                    let patches = &mut patches[..patch * all];
+                    unroll_side_by_side(x, g, rows, patches, count);
+                    Mat::new(&*patches, patch, all, all)
                 };
                 let grad = match count {
                     1 => Mat::new(&grad[from * ow..], g.o, width, pixels),

@@ -1,9 +1,10 @@
-//! Group and layer normalisation, in `f32` for 16-bit inputs.
+//! [`ops::group_norm`](crate::ops::group_norm()) and [`ops::layer_norm`](crate::ops::layer_norm()) of candle's tensor operations,
+//! in `f32` for 16-bit operands.
 
 use candle_core::{D, Result, Tensor};
 
-use super::wide;
-use crate::ops::computed::{TensorOp, apply3};
+use super::{if_tracked, wide};
+use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
 
 /// As [`crate::ops::group_norm()`], which checks the shapes.
 pub(in crate::ops) fn group_norm(
@@ -14,10 +15,10 @@ pub(in crate::ops) fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Tensor> {
-    apply3(GroupNorm { groups, eps, silu }, x, weight, bias)
+    apply_tensor_op3(GroupNormOp { groups, eps, silu }, [x, weight, bias])
 }
 
-/// As [`crate::ops::layer_norm()`], which checks the shapes: one group of the channels of one pixel.
+/// As [`crate::ops::layer_norm()`], which checks the shapes: group normalisation with one pixel and one group.
 pub(in crate::ops) fn layer_norm(
     x: &Tensor,
     weight: &Tensor,
@@ -28,23 +29,23 @@ pub(in crate::ops) fn layer_norm(
     group_norm(&rows, weight, bias, 1, eps, false)?.reshape(x.shape())
 }
 
-struct GroupNorm {
+struct GroupNormOp {
     groups: usize,
     eps: f64,
     silu: bool,
 }
 
-/// What forward and backward both compute.
+/// The values that forward and backward both compute.
 struct Normalised {
     /// `[B, C, pixels]`, with mean 0 and variance 1 in each group.
     xhat: Tensor,
     /// Reciprocal standard deviation, `[B·groups, 1]`.
     rstd: Tensor,
-    /// `xhat · weight + bias`.
+    /// `xhat · weight + bias`, `[B, C, pixels]`.
     y: Tensor,
 }
 
-impl GroupNorm {
+impl GroupNormOp {
     fn normalise(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Normalised> {
         let (b, c) = (x.dim(0)?, x.dim(1)?);
         let rows = wide(x)?.reshape((b * self.groups, ()))?;
@@ -69,7 +70,7 @@ fn sigmoid(x: &Tensor) -> Result<Tensor> {
     (x.neg()?.exp()? + 1.0)?.recip()
 }
 
-impl TensorOp<3> for GroupNorm {
+impl TensorOp<3> for GroupNormOp {
     const NAME: &'static str = "group_norm";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
@@ -83,17 +84,15 @@ impl TensorOp<3> for GroupNorm {
         [x, weight, bias]: [&Tensor; 3],
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let (gx, gw, gb) = (x.track_op(), weight.track_op(), bias.track_op());
         let (w, b) = (&weight.detach(), &bias.detach());
         let Normalised { xhat, rstd, y } = self.normalise(&x.detach(), w, b)?;
         let grad = wide(grad)?.reshape(y.shape())?;
-        let grad = match self.silu {
-            true => {
-                let s = sigmoid(&y)?;
-                let slope = (&s * ((&y * (1.0 - &s)?)? + 1.0)?)?;
-                (grad * slope)?
-            }
-            false => grad,
+        let grad = if self.silu {
+            let s = sigmoid(&y)?;
+            let slope = (&s * ((&y * (1.0 - &s)?)? + 1.0)?)?;
+            (grad * slope)?
+        } else {
+            grad
         };
         let input_grad = || {
             let rows = (rstd.dim(0)?, ());
@@ -109,9 +108,9 @@ impl TensorOp<3> for GroupNorm {
         let weight_grad = || (&grad * &xhat)?.sum((0, 2))?.to_dtype(weight.dtype());
         let bias_grad = || grad.sum((0, 2))?.to_dtype(bias.dtype());
         Ok([
-            gx.then(input_grad).transpose()?,
-            gw.then(weight_grad).transpose()?,
-            gb.then(bias_grad).transpose()?,
+            if_tracked(x, input_grad)?,
+            if_tracked(weight, weight_grad)?,
+            if_tracked(bias, bias_grad)?,
         ])
     }
 }

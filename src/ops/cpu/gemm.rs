@@ -1,17 +1,17 @@
-//! A bounds-checked face to the `gemm` crate: strided views over slices in, one matrix product out.
+//! The matrix product of the `gemm` crate, over bounds-checked strided views of slices.
 //!
-//! This is the only module of `ops` with `unsafe` code: `gemm::gemm` takes raw pointers, and every view is checked
-//! against its slice before a pointer is made of it.
+//! This is the only module of `ops` with `unsafe` code: `gemm::gemm` takes raw pointers. Every view is checked against its
+//! slice before a pointer is made of it.
 #![allow(unsafe_code)]
 
-use super::cpu::Real;
+use super::real::Real;
 
-/// How a product may use threads.
+/// The threads of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Threads {
-    /// Stay on the calling thread: the caller already runs one task a core.
+    /// The calling thread: the caller already runs one task on each core.
     One,
-    /// Split over rayon's pool.
+    /// Those of rayon's pool.
     Pool,
 }
 
@@ -93,11 +93,11 @@ fn check(len: usize, rows: usize, cols: usize, row_stride: usize) {
     );
 }
 
-/// Products summed in one go, one after the other; sums of blocks are added up in order. The `gemm` crate would cut longer sums by
-/// the size of the machine's caches and by the other two sides; up to here it leaves them whole.
+/// Products that are summed one after the other as a block; the blocks' sums are added in order. The `gemm` crate splits longer
+/// sums by the size of the machine's caches and by the other two sides, and leaves shorter ones whole.
 const DEPTH: usize = 512;
 
-/// `dst = alpha · lhs · rhs`, or `dst += …` when `accumulate`.
+/// `dst = alpha · lhs · rhs`, or `dst += …` if `accumulate`. `lhs`: `[M, K]`, `rhs`: `[K, N]`, `dst`: `[M, N]`.
 ///
 /// The order of every sum depends on its length alone: the result is the same for any number of threads, of rows and columns
 /// beside it (as long as there is more than one of each), and on any machine with fused products.
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strided_views_transposes_and_accumulation() {
+    fn gemm_takes_strides_transposes_and_accumulates() {
         // lhs 2x3 inside a 2x4 buffer, rhs given transposed.
         let lhs = [1f32, 2., 3., 9., 4., 5., 6., 9.];
         let rhs_t = [1f32, 0., 1., 0., 1., 1.];
@@ -187,7 +187,7 @@ mod tests {
 
     /// Sums longer than a block, alone and among other rows and columns, on one thread and on several.
     #[test]
-    fn an_element_does_not_depend_on_its_neighbours() {
+    fn gemm_element_does_not_depend_on_its_neighbours() {
         let (rows, depth, cols) = (70, 2 * DEPTH + 300, 90);
         let values = |count: usize, step: usize| -> Vec<f32> {
             let value = |i: usize| (i * step % 1009) as f32 / 1009.0 - 0.5;
@@ -211,7 +211,7 @@ mod tests {
         for (row, some) in some.chunks_exact(5).enumerate() {
             assert_eq!(some, &whole[row * cols..][..5]);
         }
-        // What that is: products added one after the other in each block, the blocks' sums in order.
+        // The expected sum: products one after the other in each block, the blocks' sums in order.
         let element = |row: usize, col: usize| {
             let at = |i: usize| (lhs[row * depth + i], rhs[i * cols + col]);
             (0..depth).step_by(DEPTH).fold(0f32, |sum, from| {
@@ -226,7 +226,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "does not fit")]
-    fn a_view_outside_its_slice_is_refused() {
+    fn gemm_refuses_a_view_outside_its_slice() {
         let _ = Mat::new(&[0f32; 5], 2, 3, 3);
     }
 }

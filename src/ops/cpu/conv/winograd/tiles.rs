@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::super::Geometry;
 use super::{Tiling, VALUES};
-use crate::ops::cpu::Real;
+use crate::ops::cpu::real::Real;
 
 /// `Bᵀ·d·B` of every input tile of a chunk: `[C, 16, tiles]`.
 pub(super) fn transform_inputs<T: Real>(
@@ -58,7 +58,7 @@ impl Strip {
         self.height * self.width
     }
 
-    /// Copies what lies in this strip from a plane `[h, w]`.
+    /// Copies the pixels of a plane `[h, w]` that lie in this strip.
     fn copy<T: Real>(&self, plane: &[T], h: usize, w: usize, out: &mut [T]) {
         out.fill(T::zero());
         let width = w.min(self.width - self.pad_w);
@@ -222,8 +222,8 @@ fn grad_block<T: Real, const N: usize>(
     }
 }
 
-/// `Aᵀ·m·A` of every product of a chunk `[16, O, tiles]`, into the rows of the output that the chunk covers. `bias` gives what
-/// is added to each plane of the group.
+/// `Aᵀ·m·A` of every product of a chunk `[16, O, tiles]`, into the rows of the output that the chunk covers. `bias` gives the
+/// number that is added to each plane of the group.
 pub(super) fn transform_outputs<T: Real>(
     products: &[T],
     out: &mut [T],

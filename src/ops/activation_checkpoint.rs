@@ -1,89 +1,94 @@
-//! Recomputation: blocks of a network whose inner results are made anew in the backward pass instead of being kept.
+//! Activation checkpointing: blocks of a network whose activations are recomputed in the backward pass instead of being kept.
 
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
 
-use super::backward::{backward, deliver_all};
-use super::computed::{Computed, TensorOp};
+use super::autograd_op::{PrecomputedOp, TensorOp, apply2};
+use super::backward::{accumulate_all, backward};
 
-/// What becomes of the results inside a block between its forward and its backward.
+/// Whether a block's activations are kept from its forward pass to its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
+pub enum Activations {
     /// They are kept.
-    All,
-    /// They are dropped, and made anew when the backward needs them.
-    Nothing,
+    Keep,
+    /// They are dropped, and computed anew in the backward pass.
+    Recompute,
 }
 
-/// Runs a block of a network as a graph of its own: `block(x, condition)`, differentiable in both and in the variables
-/// inside. When neither is tracked the block simply runs.
+/// `block(x, condition)`, as a graph of its own: differentiable in both operands and in the variables inside. As
+/// `torch.utils.checkpoint.checkpoint`; without a tracked operand the block simply runs.
 ///
-/// `block` must give the same result for the same inputs. The gradients are then the same to the last bit whatever `keep`
-/// says. They are found by [`ops::backward`](super::backward()) only: candle's own is refused.
+/// `block` must be deterministic. The gradients are then the same to the last bit whatever `activations` says. Only
+/// [`ops::backward`](super::backward()) can compute them; candle's own is refused.
 ///
 /// # Errors
 /// When the block fails.
-pub fn segment<F>(x: &Tensor, condition: &Tensor, keep: Keep, block: F) -> Result<Tensor>
+pub fn activation_checkpoint<F>(
+    x: &Tensor,
+    condition: &Tensor,
+    activations: Activations,
+    block: F,
+) -> Result<Tensor>
 where
     F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
     if !x.track_op() && !condition.track_op() {
         return block(x, condition);
     }
-    let run = match keep {
-        Keep::All => Some(Run::tracked(&block, x, condition)?),
-        Keep::Nothing => None,
+    let pass = match activations {
+        Activations::Keep => Some(TrackedPass::new(&block, x, condition)?),
+        Activations::Recompute => None,
     };
-    let output = match &run {
-        Some(run) => run.output.detach(),
+    let output = match &pass {
+        Some(pass) => pass.output.detach(),
         None => block(&x.detach(), &condition.detach())?.detach(),
     };
-    let op = Segment {
+    let op = CheckpointedBlock {
         block,
-        run: Mutex::new(run),
+        pass: Mutex::new(pass),
     };
-    x.apply_op2(condition, Computed::new(op, output))
+    apply2(PrecomputedOp::new(op, output), [x, condition])
 }
 
-/// One pass through a block: its result and the leaves its graph ends in, one for each tracked input.
-struct Run {
+/// One pass through a block: its result, and a leaf of its graph for each tracked operand.
+struct TrackedPass {
     output: Tensor,
     x: Option<Var>,
     condition: Option<Var>,
 }
 
-impl Run {
-    fn tracked<F>(block: &F, x: &Tensor, condition: &Tensor) -> Result<Self>
+impl TrackedPass {
+    fn new<F>(block: &F, x: &Tensor, condition: &Tensor) -> Result<Self>
     where
         F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
     {
         let leaf = |t: &Tensor| t.track_op().then(|| Var::from_tensor(t)).transpose();
         let (x_leaf, condition_leaf) = (leaf(x)?, leaf(condition)?);
-        let input = |leaf: &Option<Var>, t: &Tensor| match leaf {
+        let operand = |leaf: &Option<Var>, t: &Tensor| match leaf {
             Some(leaf) => leaf.as_tensor().clone(),
             None => t.clone(),
         };
         Ok(Self {
-            output: block(&input(&x_leaf, x), &input(&condition_leaf, condition))?,
+            output: block(&operand(&x_leaf, x), &operand(&condition_leaf, condition))?,
             x: x_leaf,
             condition: condition_leaf,
         })
     }
 }
 
-struct Segment<F> {
+struct CheckpointedBlock<F> {
     block: F,
-    /// What [`Keep::All`] kept; the backward takes it and so frees it.
-    run: Mutex<Option<Run>>,
+    /// The kept pass of [`Activations::Keep`]; the backward takes it and so frees it.
+    pass: Mutex<Option<TrackedPass>>,
 }
 
-impl<F> TensorOp<2> for Segment<F>
+impl<F> TensorOp<2> for CheckpointedBlock<F>
 where
     F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    const NAME: &'static str = "segment";
+    const NAME: &'static str = "activation_checkpoint";
 
     fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<Tensor> {
         (self.block)(x, condition)
@@ -91,22 +96,22 @@ where
 
     fn backward(&self, [x, condition]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
         let kept = self
-            .run
+            .pass
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let run = match kept {
-            Some(run) => run,
-            None => Run::tracked(&self.block, x, condition)?,
+        let pass = match kept {
+            Some(pass) => pass,
+            None => TrackedPass::new(&self.block, x, condition)?,
         };
-        let mut found = backward(&run.output.apply_op1(Seed(grad.clone()))?)?;
-        let gradients = [run.x, run.condition].map(|leaf| found.remove(leaf.as_ref()?));
-        deliver_all(found)?;
+        let mut found = backward(&pass.output.apply_op1(Seed(grad.clone()))?)?;
+        let gradients = [pass.x, pass.condition].map(|leaf| found.remove(leaf.as_ref()?));
+        accumulate_all(found)?;
         Ok(gradients)
     }
 }
 
-/// A scalar (zero) whose gradient with respect to the argument is the given tensor: where a backward pass starts.
+/// A scalar, 0, whose gradient with respect to the operand is the given tensor: the start of a backward pass.
 struct Seed(Tensor);
 
 impl CustomOp1 for Seed {
@@ -135,8 +140,8 @@ mod tests {
     use super::super::{conv2d, linear};
     use super::*;
 
-    /// Gradients of x, the condition and a weight through two segments that share all of them.
-    fn gradients(keep: Keep) -> Result<Vec<Vec<f64>>> {
+    /// Gradients of x, the condition and a weight through two checkpoints that share all three.
+    fn gradients(activations: Activations) -> Result<Vec<Vec<f64>>> {
         let x = Var::from_tensor(&random(&[2, 3, 4, 4], 1)?)?;
         let condition = Var::from_tensor(&random(&[2, 3], 2)?)?;
         let weight = Var::from_tensor(&random(&[3, 3, 3, 3], 3)?)?;
@@ -145,8 +150,8 @@ mod tests {
             let shift = linear(c, &random(&[3, 3], 4)?, None)?.reshape((2, 3, 1, 1))?;
             conv2d(x, &w, None, 1, 1)?.broadcast_add(&shift)?.silu()? + x
         };
-        let once = segment(&x, &condition, keep, block.clone())?;
-        let twice = segment(&once, &condition, keep, block)?;
+        let once = activation_checkpoint(&x, &condition, activations, block.clone())?;
+        let twice = activation_checkpoint(&once, &condition, activations, block)?;
         let loss = (twice.sqr()?.sum_all()? + once.sum_all()?)?;
         let gradients = backward(&loss)?;
         [&x, &condition, &weight]
@@ -163,19 +168,22 @@ mod tests {
 
     #[test]
     fn recomputation_changes_no_bit() -> Result<()> {
-        assert_eq!(gradients(Keep::All)?, gradients(Keep::Nothing)?);
+        assert_eq!(
+            gradients(Activations::Keep)?,
+            gradients(Activations::Recompute)?
+        );
         Ok(())
     }
 
     #[test]
-    fn gradients_equal_those_without_segments() -> Result<()> {
+    fn gradients_equal_those_without_a_checkpoint() -> Result<()> {
         let x = Var::from_tensor(&random(&[2, 3], 1)?)?;
         let weight = Var::from_tensor(&random(&[3, 3], 2)?)?;
         let w = weight.as_tensor().clone();
         let block = move |x: &Tensor, c: &Tensor| linear(&x.sqr()?, &w, None)?.mul(c);
         let condition = random(&[2, 3], 3)?;
         let plain = block(&x, &condition)?.sqr()?.sum_all()?.backward()?;
-        let cut = segment(&x, &condition, Keep::Nothing, block)?;
+        let cut = activation_checkpoint(&x, &condition, Activations::Recompute, block)?;
         let cut = backward(&cut.sqr()?.sum_all()?)?;
         for variable in [&x, &weight] {
             let want = plain.get(variable).expect("a gradient").to_vec2::<f64>()?;

@@ -1,10 +1,11 @@
-//! Affine maps between feature maps and tokens.
+//! [`ops::map_to_tokens`](crate::ops::map_to_tokens()) and [`ops::tokens_to_map`](crate::ops::tokens_to_map()) of candle's tensor
+//! operations.
 
 use candle_core::{Result, Tensor};
 
-use super::linear;
+use super::linear::linear;
 
-/// As [`crate::ops::map_to_tokens`], which checks the shapes.
+/// As [`crate::ops::map_to_tokens()`], which checks the shapes.
 pub(in crate::ops) fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     let tokens = x.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
@@ -12,7 +13,7 @@ pub(in crate::ops) fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) 
     linear(&flat, &weight.flatten_from(1)?, Some(bias))?.reshape((b, h * w, ()))
 }
 
-/// As [`crate::ops::tokens_to_map`], which checks the shapes.
+/// As [`crate::ops::tokens_to_map()`], which checks the shapes.
 pub(in crate::ops) fn tokens_to_map(
     x: &Tensor,
     weight: &Tensor,

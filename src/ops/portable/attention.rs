@@ -1,14 +1,14 @@
-//! Multi-head attention.
+//! [`ops::attention`](crate::ops::attention()) of candle's tensor operations.
 
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::computed::{TensorOp, apply3};
+use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
 
-/// Attention weights held at once.
+/// Attention weights that are held at once.
 const WEIGHTS: usize = 1 << 25;
 
-/// As [`crate::ops::attention()`], which checks the shapes, with blocks of queries whose weights the backward computes anew.
+/// As [`crate::ops::attention()`], which checks the shapes, in blocks of queries whose weights the backward computes anew.
 pub(in crate::ops) fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -18,12 +18,12 @@ pub(in crate::ops) fn attention(
 ) -> Result<Tensor> {
     let (b, m, _) = k.dims3()?;
     let rows = (WEIGHTS / (b * heads * m).max(1)).max(1);
-    let op = Blockwise {
+    let op = AttentionOp {
         heads,
         causal,
         rows,
     };
-    apply3(op, q, k, v)
+    apply_tensor_op3(op, [q, k, v])
 }
 
 /// As [`crate::ops::attention()`] with all weights at once, differentiated by candle.
@@ -34,19 +34,13 @@ pub(in crate::ops) fn plain_attention(
     heads: usize,
     causal: bool,
 ) -> Result<Tensor> {
-    let (q, k, v) = (
-        split(q, heads)?.affine(scale(q, heads)?, 0.0)?,
-        split(k, heads)?,
-        split(v, heads)?,
-    );
-    merge(
-        &weights(&q, &k, causal.then_some(0))?
-            .to_dtype(v.dtype())?
-            .matmul(&v)?,
-    )
+    let q = split(q, heads)?.affine(scale(q, heads)?, 0.0)?;
+    let (k, v) = (split(k, heads)?, split(v, heads)?);
+    let weights = weights(&q, &k, causal.then_some(0))?.to_dtype(v.dtype())?;
+    merge(&weights.matmul(&v)?)
 }
 
-/// `1 / √d`, by which scores are multiplied.
+/// `1 / √d`, the factor of the scores.
 fn scale(q: &Tensor, heads: usize) -> Result<f64> {
     Ok(1.0 / ((q.dim(2)? / heads) as f64).sqrt())
 }
@@ -65,37 +59,40 @@ fn merge(x: &Tensor) -> Result<Tensor> {
     x.transpose(1, 2)?.contiguous()?.reshape((b, n, heads * d))
 }
 
-/// The attention weights `[B, heads, rows, M]`, wide, of scaled queries `[B, heads, rows, d]`. With `causal`, the place of the
-/// first query: each sees the keys up to its own place.
+/// The attention weights `[B, heads, rows, M]`, wide, of scaled queries `[B, heads, rows, d]` and keys `[B, heads, M, d]`.
+/// `causal` is the position of the first query: each query attends to the keys up to its own position.
 fn weights(q: &Tensor, k: &Tensor, causal: Option<usize>) -> Result<Tensor> {
     let mut scores = wide(&q.matmul(&k.t()?)?)?;
     if let Some(first) = causal {
         let (rows, m) = (q.dim(2)?, k.dim(2)?);
         let mask: Vec<f32> = (0..rows * m)
-            .map(|i| match i % m > first + i / m {
-                true => f32::NEG_INFINITY,
-                false => 0.0,
+            .map(|i| {
+                if i % m > first + i / m {
+                    f32::NEG_INFINITY
+                } else {
+                    0.0
+                }
             })
             .collect();
         let mask = Tensor::from_vec(mask, (rows, m), q.device())?.to_dtype(scores.dtype())?;
         scores = scores.broadcast_add(&mask)?;
     }
-    // Written out: candle's softmax over the last dimension drops gradients without an error.
+    // Not candle_nn's softmax over the last dimension, which drops gradients without an error.
     let exp = scores
         .broadcast_sub(&scores.max_keepdim(3)?.detach())?
         .exp()?;
     exp.broadcast_div(&exp.sum_keepdim(3)?)
 }
 
-pub(super) struct Blockwise {
+pub(super) struct AttentionOp {
     pub(super) heads: usize,
     pub(super) causal: bool,
-    /// Queries whose weights are held at once.
+    /// Queries of a block: their weights are held at once.
     pub(super) rows: usize,
 }
 
-impl Blockwise {
-    /// The first query and the length of each block of `n`.
+impl AttentionOp {
+    /// The first query and the length of each block of `n` queries.
     fn blocks(&self, n: usize) -> impl Iterator<Item = (usize, usize)> {
         let rows = self.rows;
         (0..n)
@@ -103,6 +100,7 @@ impl Blockwise {
             .map(move |from| (from, rows.min(n - from)))
     }
 
+    /// The position of a block's first query, if attention is causal.
     fn first(&self, from: usize) -> Option<usize> {
         self.causal.then_some(from)
     }
@@ -118,7 +116,7 @@ fn accumulate(sum: &mut Option<Tensor>, term: &Tensor) -> Result<()> {
     Ok(())
 }
 
-impl TensorOp<3> for Blockwise {
+impl TensorOp<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
     fn forward(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {

@@ -1,11 +1,11 @@
-//! Optimiser arithmetic: computed in `f32` for 16-bit parameters, then written over them.
+//! Optimiser arithmetic of candle's tensor operations: computed in `f32` for 16-bit parameters, then written over them.
 
 use candle_core::{DType, Result, Tensor, Var};
 
 use super::wide;
 use crate::ops::adamw8bit::{BLOCK, BlockMoments, BlockQuantized};
 use crate::ops::dynamic_map::{DynamicMap, SIGNED, UNSIGNED};
-use crate::ops::{AdamWStep, adamw_step as full_step};
+use crate::ops::{self, AdamWStep};
 
 /// Writes `value` over a variable, in the variable's dtype.
 fn store(target: &Var, value: &Tensor) -> Result<()> {
@@ -62,7 +62,7 @@ pub(in crate::ops) fn adamw8bit_step(
     };
     let m = wide(&moments.first, &SIGNED)?;
     let v = wide(&moments.second, &UNSIGNED)?;
-    full_step(param, &m, &v, grad, grad_scale, step)?;
+    ops::adamw_step(param, &m, &v, grad, grad_scale, step)?;
     *moments = BlockMoments {
         first: quantized(&m, &SIGNED)?,
         second: quantized(&v, &UNSIGNED)?,
@@ -70,17 +70,17 @@ pub(in crate::ops) fn adamw8bit_step(
     Ok(())
 }
 
-/// The numbers `[n]` a moment stands for.
+/// The numbers `[n]` that a moment's codes stand for.
 fn dequantized(moment: &BlockQuantized, map: &DynamicMap) -> Result<Tensor> {
     let (n, blocks) = (moment.codes.elem_count(), moment.absmax.elem_count());
     let values = Tensor::new(map.values(), moment.codes.device())?;
     let absmax = moment.absmax.unsqueeze(1)?.broadcast_as((blocks, BLOCK))?;
     let absmax = absmax.flatten_all()?.narrow(0, 0, n)?;
-    // Candle takes the greatest u8 for "nothing here".
+    // candle takes the greatest u8 for a missing index.
     values.index_select(&moment.codes.to_dtype(DType::U32)?, 0)? * absmax
 }
 
-/// The nearest values of the map, found by halving the interval eight times.
+/// A moment as the nearest values of the map, found by halving the interval eight times.
 fn quantized(moment: &Var, map: &DynamicMap) -> Result<BlockQuantized> {
     let x = moment.as_detached_tensor().flatten_all()?;
     let (n, device) = (x.elem_count(), x.device());
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn updates_equal_the_cpu_kernels() -> Result<()> {
+    fn portable_updates_equal_the_cpu_kernels() -> Result<()> {
         for (dtype, tolerance) in [
             (DType::F32, 1e-6),
             (DType::F64, 1e-6),
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn squared_norms_do_not_overflow_in_16_bits() -> Result<()> {
+    fn squared_norm_does_not_overflow_in_16_bits() -> Result<()> {
         let x = Tensor::full(300f32, 500, &Device::Cpu)?;
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
             assert_eq!(squared_norm(&x.to_dtype(dtype)?)?, 4.5e7, "{dtype:?}");

@@ -1,13 +1,15 @@
-//! Convolution: the input's gradient is a convolution too, the weight's one matrix product for each tap of the kernel.
+//! [`ops::conv2d`](crate::ops::conv2d()) of candle's tensor operations: the input's gradient is a convolution too, the weight's
+//! one matrix product for each tap of the kernel.
 //!
-//! Candle's own backward runs the first as a transposed convolution and the second as a convolution with a kernel of the
-//! image's size; on CUDA both are naive kernels. A convolution of `f16` tensors is summed by cuDNN in `f16`, as candle asks
-//! for it; `bf16` and `f32` are summed in `f32`.
+//! candle's own backward computes the first as a transposed convolution and the second as a convolution with a kernel of the
+//! image's size; on CUDA both are naive kernels. cuDNN sums a convolution of `f16` tensors in `f16`, as candle asks for it;
+//! `bf16` and `f32` are summed in `f32`.
 
 use candle_core::{Result, Tensor};
 
-use super::wide;
-use crate::ops::computed::{TensorOp, apply3};
+use super::{if_tracked, wide};
+use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::conv2d()`], which checks the shapes.
 pub(in crate::ops) fn conv2d(
@@ -17,18 +19,15 @@ pub(in crate::ops) fn conv2d(
     stride: usize,
     padding: usize,
 ) -> Result<Tensor> {
-    let op = Conv2d {
+    let op = Conv2dOp {
         stride,
         padding,
         biased: bias.is_some(),
     };
-    match bias {
-        Some(bias) => apply3(op, x, weight, bias),
-        None => apply3(op, x, weight, &Tensor::zeros(1, x.dtype(), x.device())?),
-    }
+    apply_tensor_op3(op, [x, weight, &bias_or_zeros(bias, 1, x)?])
 }
 
-/// Candle's convolution. On the CPU it knows no `bf16`, and is slow in `f16`: both are computed in `f32` there.
+/// candle's convolution. On the CPU it has no `bf16`, and is slow in `f16`: both are computed in `f32` there.
 fn convolve(x: &Tensor, weight: &Tensor, padding: usize, stride: usize) -> Result<Tensor> {
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     if !x.device().is_cpu() {
@@ -39,30 +38,29 @@ fn convolve(x: &Tensor, weight: &Tensor, padding: usize, stride: usize) -> Resul
         .to_dtype(x.dtype())
 }
 
-struct Conv2d {
+struct Conv2dOp {
     stride: usize,
     padding: usize,
     biased: bool,
 }
 
-impl Conv2d {
+impl Conv2dOp {
     /// The output gradient convolved with the kernels turned by 180 degrees. At a greater stride, zeros stand between the
     /// output gradient's pixels, which makes it what stride 1 would give.
     fn input_grad(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         let (_, _, kh, kw) = weight.dims4()?;
         let (s, p) = (self.stride, self.padding);
-        let grad = match s {
-            1 => grad.clone(),
-            _ => {
-                let (b, o, oh, ow) = grad.dims4()?;
-                grad.reshape((b, o, oh, 1, ow, 1))?
-                    .pad_with_zeros(3, 0, s - 1)?
-                    .pad_with_zeros(5, 0, s - 1)?
-                    .reshape((b, o, oh * s, ow * s))?
-                    .narrow(2, 0, h + 2 * p + 1 - kh)?
-                    .narrow(3, 0, w + 2 * p + 1 - kw)?
-            }
+        let grad = if s == 1 {
+            grad.clone()
+        } else {
+            let (b, o, oh, ow) = grad.dims4()?;
+            grad.reshape((b, o, oh, 1, ow, 1))?
+                .pad_with_zeros(3, 0, s - 1)?
+                .pad_with_zeros(5, 0, s - 1)?
+                .reshape((b, o, oh * s, ow * s))?
+                .narrow(2, 0, h + 2 * p + 1 - kh)?
+                .narrow(3, 0, w + 2 * p + 1 - kw)?
         };
         let turned = weight.flip(&[2, 3])?.transpose(0, 1)?;
         if kh == kw && p < kh {
@@ -78,7 +76,7 @@ impl Conv2d {
             .contiguous()
     }
 
-    /// For each tap, the output gradient `[O, B·H'·W']` times the pixels `[B·H'·W', C]` that the tap saw.
+    /// For each tap, the output gradient `[O, B·H'·W']` times the tap's pixels `[B·H'·W', C]`.
     fn weight_grad(&self, x: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (o, c, kh, kw) = weight.dims4()?;
         let (s, p) = (self.stride, self.padding);
@@ -102,15 +100,16 @@ impl Conv2d {
     }
 }
 
-impl TensorOp<3> for Conv2d {
+impl TensorOp<3> for Conv2dOp {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
         let y = convolve(x, weight, self.padding, self.stride)?;
-        match self.biased {
-            true => y.broadcast_add(&bias.unsqueeze(bias.rank())?.unsqueeze(bias.rank() + 1)?),
-            false => Ok(y),
+        if !self.biased {
+            return Ok(y);
         }
+        let rank = bias.rank();
+        y.broadcast_add(&bias.unsqueeze(rank)?.unsqueeze(rank + 1)?)
     }
 
     fn backward(
@@ -118,8 +117,7 @@ impl TensorOp<3> for Conv2d {
         [x, weight, bias]: [&Tensor; 3],
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let (gx, gw, gb) = (x.track_op(), weight.track_op(), bias.track_op());
-        let [x, weight, grad] = [&x.detach(), &weight.detach(), &grad.contiguous()?];
+        let (pixels, kernels, grad) = (&x.detach(), &weight.detach(), &grad.contiguous()?);
         let bias_grad = || {
             let per_image = wide(grad)?.sum((2, 3))?;
             let sum = match bias.rank() {
@@ -129,9 +127,9 @@ impl TensorOp<3> for Conv2d {
             sum.to_dtype(bias.dtype())
         };
         Ok([
-            gx.then(|| self.input_grad(x, weight, grad)).transpose()?,
-            gw.then(|| self.weight_grad(x, weight, grad)).transpose()?,
-            gb.then(bias_grad).transpose()?,
+            if_tracked(x, || self.input_grad(pixels, kernels, grad))?,
+            if_tracked(weight, || self.weight_grad(pixels, kernels, grad))?,
+            if_tracked(bias, bias_grad)?,
         ])
     }
 }

@@ -1,32 +1,31 @@
-//! CPU kernels as candle operations: the one place where slices of floats meet tensors and their graph.
+//! Kernels as nodes of candle's graph: the one place where slices of floats meet tensors.
 //!
-//! 16-bit operands are widened to `f32` for the kernel and its results are rounded: what a matrix unit does.
+//! 16-bit operands are widened to `f32` for the kernel, and its results are rounded: as a matrix unit does.
 
 use std::borrow::Cow;
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp3, DType, Device, Layout, Result, Shape, Storage, StorageRef,
-    Tensor, WithDType, backend::BackendStorage, bail,
+    CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor, WithDType,
+    backend::BackendStorage, bail,
 };
-
 use half::{bf16, f16};
 
-use super::backward::deliver;
-use super::cast::{narrow, widen};
-use super::cpu::Real;
+use super::real::Real;
+use crate::ops::autograd_op::{self, AutogradOp};
+use crate::ops::half::{narrow, widen};
 
-/// A differentiable operation on `N` contiguous CPU tensors, written over slices.
-pub(super) trait Kernel<const N: usize>: Send + Sync {
+/// A differentiable operation on `N` contiguous CPU tensors, written over slices. Each slice is a tensor, row-major.
+pub(super) trait Kernel<const N: usize>: Send + Sync + 'static {
     /// Named in errors.
     const NAME: &'static str;
 
     /// The shape of the result.
     fn shape(&self) -> Shape;
 
-    /// The result, row-major.
+    /// The result, of [`Self::shape`].
     fn forward<T: Real>(&self, operands: [&[T]; N]) -> Vec<T>;
 
-    /// The gradients of the operands that are `wanted`, given the result's.
+    /// The gradients of the operands that are `wanted`, of their shapes, given that of the result, `grad`.
     fn backward<T: Real>(
         &self,
         operands: [&[T]; N],
@@ -35,30 +34,28 @@ pub(super) trait Kernel<const N: usize>: Send + Sync {
     ) -> [Option<Vec<T>>; N];
 }
 
-/// Whether the CPU kernels take this tensor; others go through candle's tensor operations.
-pub(super) fn has_kernel(tensor: &Tensor) -> bool {
+/// Whether the kernels take this tensor. [`portable`](super::super::portable) takes the others.
+pub(in crate::ops) fn has_kernel(tensor: &Tensor) -> bool {
     let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
     tensor.device().is_cpu() && dtypes.contains(&tensor.dtype())
 }
 
 /// Applies a kernel to one tensor.
-pub(super) fn apply1<K: Kernel<1> + 'static>(kernel: K, x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(Adapter(kernel))
+pub(super) fn apply1(kernel: impl Kernel<1>, x: &Tensor) -> Result<Tensor> {
+    autograd_op::apply1(KernelOp(kernel), &x.contiguous()?)
 }
 
 /// Applies a kernel to three tensors.
-pub(super) fn apply3<K: Kernel<3> + 'static>(kernel: K, x: [&Tensor; 3]) -> Result<Tensor> {
-    x[0].contiguous()?
-        .apply_op3(&x[1].contiguous()?, &x[2].contiguous()?, Adapter(kernel))
+pub(super) fn apply3(kernel: impl Kernel<3>, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
+    let operands = [&a.contiguous()?, &b.contiguous()?, &c.contiguous()?];
+    autograd_op::apply3(KernelOp(kernel), operands)
 }
-
-struct Adapter<K>(K);
 
 /// A type that kernels compute in.
 trait Computes: Real {
     /// The elements of a contiguous operand.
     fn read<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [Self]>>;
-    /// Results, as operands of `dtype` want them.
+    /// Results, as `dtype`.
     fn write(values: Vec<Self>, dtype: DType) -> CpuStorage;
 }
 
@@ -100,96 +97,51 @@ macro_rules! by_dtype {
     };
 }
 
-impl<K: Kernel<1>> CustomOp1 for Adapter<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
+/// A kernel as an operation of the graph.
+struct KernelOp<K>(K);
+
+impl<K: Kernel<N>, const N: usize> AutogradOp<N> for KernelOp<K> {
+    const NAME: &'static str = K::NAME;
+
+    fn cpu_forward(&self, operands: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
+        let dtype = operands[0].0.dtype();
+        let result = by_dtype!(dtype, K::NAME, forward(&self.0, operands))?;
+        Ok((result, self.0.shape()))
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        run(&self.0, [(x, layout)])
-    }
-
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [x] = run_backward(&self.0, [x], grad)?;
-        Ok(x)
-    }
-}
-
-impl<K: Kernel<3>> CustomOp3 for Adapter<K> {
-    fn name(&self) -> &'static str {
-        K::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        al: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-        c: &CpuStorage,
-        cl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        run(&self.0, [(a, al), (b, bl), (c, cl)])
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        run_backward(&self.0, [a, b, c], grad).map(|[a, b, c]| (a, b, c))
+    fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
+        let grad = grad.contiguous()?;
+        by_dtype!(grad.dtype(), K::NAME, backward(&self.0, operands, &grad))
     }
 }
 
-fn run<K: Kernel<N>, const N: usize>(
+fn forward<T: Computes, K: Kernel<N>, const N: usize>(
     kernel: &K,
     operands: [(&CpuStorage, &Layout); N],
-) -> Result<(CpuStorage, Shape)> {
-    fn typed<T: Computes, K: Kernel<N>, const N: usize>(
-        kernel: &K,
-        operands: [(&CpuStorage, &Layout); N],
-    ) -> Result<CpuStorage> {
-        let dtype = operands[0].0.dtype();
-        let values = each(operands, |(storage, layout)| T::read(storage, layout))?;
-        let result = kernel.forward(values.each_ref().map(AsRef::as_ref));
-        Ok(T::write(result, dtype))
-    }
+) -> Result<CpuStorage> {
     let dtype = operands[0].0.dtype();
-    let result = by_dtype!(dtype, K::NAME, typed(kernel, operands))?;
-    Ok((result, kernel.shape()))
+    let values = each(operands, |(storage, layout)| T::read(storage, layout))?;
+    let result = kernel.forward(values.each_ref().map(AsRef::as_ref));
+    Ok(T::write(result, dtype))
 }
 
-fn run_backward<K: Kernel<N>, const N: usize>(
+fn backward<T: Computes, K: Kernel<N>, const N: usize>(
     kernel: &K,
     operands: [&Tensor; N],
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; N]> {
-    fn typed<T: Computes, K: Kernel<N>, const N: usize>(
-        kernel: &K,
-        operands: [&Tensor; N],
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; N]> {
-        let views = operands.map(View::of);
-        let values = each(views.each_ref(), View::read::<T>)?;
-        let grad_view = View::of(grad);
-        let wanted = operands.map(Tensor::track_op);
-        let slices = values.each_ref().map(AsRef::as_ref);
-        let grads = kernel.backward(slices, &grad_view.read::<T>()?, wanted);
-        let mut grads = grads.into_iter();
-        each(operands, |operand| {
-            let grad = grads.next().flatten();
-            let grad = grad.map(|g| tensor(T::write(g, operand.dtype()), operand.shape()));
-            deliver(operand, grad.transpose()?)
-        })
-    }
-    by_dtype!(
-        grad.dtype(),
-        K::NAME,
-        typed(kernel, operands, &grad.contiguous()?)
-    )
+    let views = operands.map(TensorView::of);
+    let values = each(views.each_ref(), TensorView::read::<T>)?;
+    let grad_view = TensorView::of(grad);
+    let wanted = operands.map(Tensor::track_op);
+    let slices = values.each_ref().map(AsRef::as_ref);
+    let grads = kernel.backward(slices, &grad_view.read::<T>()?, wanted);
+    let mut grads = grads.into_iter();
+    each(operands, |operand| {
+        let grad = grads.next().flatten();
+        grad.map(|g| tensor(T::write(g, operand.dtype()), operand.shape()))
+            .transpose()
+    })
 }
 
 fn tensor(values: CpuStorage, shape: &Shape) -> Result<Tensor> {
@@ -202,7 +154,7 @@ fn tensor(values: CpuStorage, shape: &Shape) -> Result<Tensor> {
     }
 }
 
-/// `array.map` for functions that can fail: the first error, if there is one.
+/// `array.map` for functions that can fail. Returns the first error.
 fn each<A, B: Default, const N: usize>(
     array: [A; N],
     mut f: impl FnMut(A) -> Result<B>,
@@ -218,20 +170,23 @@ fn each<A, B: Default, const N: usize>(
 }
 
 /// The elements of a contiguous operand of a custom op.
-pub(super) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+pub(in crate::ops) fn slice<'a, T: WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
         None => bail!("an operand of a coffey operation must be contiguous"),
     }
 }
 
-/// A contiguous CPU tensor, readable as a slice while this lives.
-pub(super) struct View<'a> {
+/// A contiguous CPU tensor, locked for reading as a slice.
+pub(super) struct TensorView<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
 }
 
-impl<'a> View<'a> {
+impl<'a> TensorView<'a> {
     pub(super) fn of(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
         Self { storage, layout }
