@@ -20,7 +20,7 @@ use crate::latents::{
 };
 use crate::models::UNetConfig;
 use crate::monitor::{Command, Monitor};
-use crate::pretrained::{Models, Wanted};
+use crate::pretrained::{Components, Models};
 use crate::stop::Stop;
 use crate::train::check_fit;
 
@@ -66,7 +66,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = watch(&config, &data, Command::Precompute)?;
     let models = until_a_signal(&stop, || {
-        data.models(&config, paths.teacher, Wanted::encoding)
+        data.models(&config, paths.teacher, Components::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
     if shards.len() < part.world {

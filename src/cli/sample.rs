@@ -19,7 +19,7 @@ use crate::draw::{pixels_to_images, plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
 use crate::ops::Attention;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::random::{generator, normal};
 use parts::{Parts, environments_s3};
 
@@ -173,7 +173,7 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
 fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
-    let wanted = Wanted::drawing(args.unet.as_deref(), args.teacher.is_none());
+    let wanted = Components::sampling(args.unet.as_deref(), args.teacher.is_none());
     let access = DataAccess::open(environments_s3())?;
     let model = access.model(&args.model, revision, &wanted)?;
     let teachers = match args.model.place() {
@@ -185,7 +185,7 @@ fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
         let access = DataAccess::open(request.s3.clone())?;
         match request.only_vae {
             true => access.vae(request.model),
-            false => access.model(request.model, request.revision, &Wanted::surroundings()),
+            false => access.model(request.model, request.revision, &Components::without_unet()),
         }
     })
 }

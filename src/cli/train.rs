@@ -8,7 +8,7 @@ use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::Command;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
 
@@ -44,7 +44,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     }
     let (monitor, _server) = watch(&config, &access, Command::Train)?;
     let models = until_a_signal(&stop, || {
-        access.models(&config, paths.teacher, Wanted::training)
+        access.models(&config, paths.teacher, Components::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
