@@ -1,4 +1,4 @@
-//! The seconds of each operation of `coffey::ops`, forward and backward, one JSON line a case: coffey's side of
+//! Times each operation of `coffey::ops`, forward and backward, and prints one JSON line a case: coffey's side of
 //! `kernels_vs_pytorch.py`, which reads the same `kernels.json`.
 //!
 //! `cargo bench --bench kernels -- [--seconds 0.3] [--only WORD]`; `RAYON_NUM_THREADS` sets the threads.
@@ -18,10 +18,10 @@ struct Args {
     /// Seconds spent on each case
     #[arg(long, default_value_t = 0.3)]
     seconds: f64,
-    /// Only cases whose name has this in it
+    /// Only cases whose name contains this
     #[arg(long, default_value = "")]
     only: String,
-    /// What cargo says to every benchmark
+    /// Passed by cargo to every benchmark
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -140,7 +140,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Median seconds of a forward pass that records a graph and of the backward pass after it, both over `seconds`.
+/// Median seconds of a forward pass that records a graph, and of its backward pass, measured for `seconds`.
 fn measure(kernel: &Kernel, seconds: f64) -> candle_core::Result<(f64, f64)> {
     let variables = kernel
         .shapes()
@@ -172,7 +172,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let cases: Vec<Case> = serde_json::from_str(include_str!("kernels.json"))?;
     for case in cases.iter().filter(|case| case.name.contains(&args.only)) {
-        // As in a step: inside the pool.
+        // In the pool, as in a training step.
         let (forward, backward) = ops::in_pool(|| measure(&case.kernel, args.seconds))?;
         println!(
             "{}",
