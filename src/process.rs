@@ -1,4 +1,4 @@
-//! What the operating system tells this process: environment variables, the cache folder, CPU time, memory.
+//! Facts from the operating system about this process: environment variables, the cache folder, CPU time, memory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

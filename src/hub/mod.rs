@@ -94,7 +94,7 @@ pub enum HubError {
     InvalidResponse {
         /// The action.
         what: String,
-        /// What is wrong with it.
+        /// The fault.
         cause: String,
     },
     /// A file of the run can't be read or written.

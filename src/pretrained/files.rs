@@ -1,4 +1,4 @@
-//! Which files of a model are fetched: of each component its configuration and one form of its weights.
+//! Selects the files of a model to fetch: for each component its configuration and one form of its weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -100,7 +100,7 @@ impl Components {
 pub(super) struct FetchPlan {
     /// Paths in the model's folder.
     pub(super) files: Vec<String>,
-    /// Those of `files` that list further files: the shards of weights.
+    /// The weight indexes in `files`, which list further files (shards).
     pub(super) indexes: Vec<String>,
 }
 

@@ -50,7 +50,7 @@ pub enum PretrainedError {
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// What it answered.
+        /// HTTP status.
         status: u16,
     },
     /// The Hub does not accept the token.
@@ -63,7 +63,7 @@ pub enum PretrainedError {
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// What it answered.
+        /// HTTP status.
         status: u16,
     },
     /// The Hub has no such model.
@@ -143,7 +143,7 @@ pub enum PretrainedError {
     NotAModel {
         /// The model's name in the configuration.
         model: String,
-        /// What it lacks.
+        /// The missing files.
         lacks: String,
     },
     /// A downloaded file has another checksum than the Hub's.

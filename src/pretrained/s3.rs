@@ -2,7 +2,7 @@
 //!
 //! The cache is `$XDG_CACHE_HOME/coffey/models` (or `~/.cache/coffey/models`), with one folder for each server and prefix:
 //! `blobs/` has the objects, named by key, size and ETag; `snapshots/` has folders of links to the blobs, one for each state
-//! of the prefix. A changed object becomes a new blob and a new snapshot; a run can go on reading the old one.
+//! of the prefix. A changed object becomes a new blob and a new snapshot; a run can continue to read the old one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
