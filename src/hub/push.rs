@@ -96,7 +96,7 @@ impl Push {
     /// [`HubError::WrongToken`] for an unknown token; others when the request fails.
     pub fn check(&self, stop: &Stop) -> Result<String, HubError> {
         #[derive(Deserialize)]
-        struct User {
+        struct WhoAmI {
             name: String,
         }
         let client = Client::new(&self.settings, &self.id, stop);
@@ -108,7 +108,7 @@ impl Push {
             body: RequestBody::Empty,
             expects: &[],
         })?;
-        let User { name } = response.json()?;
+        let WhoAmI { name } = response.json()?;
         let (id, endpoint) = (&self.id, &self.settings.endpoint);
         Ok(format!("pushes to {id} at {endpoint} as {name}"))
     }
