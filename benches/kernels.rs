@@ -19,7 +19,7 @@ struct Args {
     /// Seconds spent on each case
     #[arg(long, default_value_t = 0.3)]
     seconds: f64,
-    /// Only cases whose name has this in it
+    /// Only cases whose name contains this
     #[arg(long, default_value = "")]
     only: String,
     /// Passed by cargo to every benchmark

@@ -273,7 +273,7 @@ fn only_what_is_needed_is_fetched_and_only_once() {
     let mut cut_off = place.encode("d", &[&teacher]);
     cut_off.env("HF_ENDPOINT", "http://127.0.0.1:9");
     let said = done(cut_off);
-    assert!(said.contains("taking what the cache has"), "{said}");
+    assert!(said.contains("using the files in the cache"), "{said}");
     assert!(hub.asked().is_empty());
     let mut offline = place.encode("e", &["model.teacher=someone/other"]);
     offline.env("HF_HUB_OFFLINE", "1");

@@ -201,7 +201,7 @@ fn a_push_that_fails_says_how_to_go_on_and_loses_nothing() {
         &[
             "HTTP 413: not now, you with Bearer REDACTED",
             &by_hand,
-            "finished and whole",
+            "the run is complete in",
         ],
     );
     assert!(place.run().join(WEIGHTS).is_file());

@@ -22,7 +22,7 @@ use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
-use crate::pretrained::{Models as ModelFolders, Wanted};
+use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::lcm_schedule;
 use cost::{Cost, Seen};
 use memory::{MemoryPlan, Sizes};
@@ -137,8 +137,8 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let (data, models) = report.step("models", || {
         let data = DataAccess::open(source_options(&config))?;
         let wanted = match purpose {
-            Purpose::Train { .. } => Wanted::training,
-            Purpose::Precompute { .. } => Wanted::encoding,
+            Purpose::Train { .. } => Components::training,
+            Purpose::Precompute { .. } => Components::encoding,
         };
         let models = data.models(&config, purpose.teacher(), wanted)?;
         let said = [Some(&models.pipeline), models.vae.as_ref()];

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::config::{self, Config, DataKind, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
-use crate::pretrained::{self, Models, Wanted};
+use crate::pretrained::{self, Components, Models};
 
 /// The places data comes from, with the runtime their waiting happens on.
 pub(super) struct DataAccess {
@@ -45,7 +45,7 @@ impl DataAccess {
         &self,
         config: &Config,
         teacher: &ModelRef,
-        wanted: impl FnOnce(bool) -> Wanted,
+        wanted: impl FnOnce(bool) -> Components,
     ) -> Result<Models, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(Models::fetch(
@@ -62,7 +62,7 @@ impl DataAccess {
         &self,
         model: &ModelRef,
         revision: &str,
-        wanted: &Wanted,
+        wanted: &Components,
     ) -> Result<PathBuf, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)

@@ -8,7 +8,7 @@ use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::Command;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunOptions, Services, TrainError};
 
@@ -44,7 +44,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     }
     let (monitor, _server) = watch(&config, &access, Command::Train)?;
     let models = access.until_cancelled(&cancel, || {
-        access.models(&config, paths.teacher, Wanted::training)
+        access.models(&config, paths.teacher, Components::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
