@@ -4,27 +4,24 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use coffey_pipeline::flow::FlowMetrics;
-use coffey_pipeline::{
-    CacheCounts, CacheOptions, Order, S3Options, SourceOptions, Sources, StreamConfig,
-};
+use coffey_pipeline::{CacheCounts, CacheOptions, S3Options, SourceOptions, StreamConfig};
 
 use crate::support::web::{Request, Response, Web};
-use crate::support::{Bench, config, sample, shard, take, tar_of, urls};
+use crate::support::{Bench, sample, sequential, shard, take, tar_of, urls};
 
-/// What a server says of an object besides its bytes.
+/// The headers a server sends with an object.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Says {
+enum Headers {
     Tag,
     Length,
-    Nothing,
+    None,
 }
 
 #[derive(Debug, Clone)]
 struct Object {
     bytes: Vec<u8>,
     tag: &'static str,
-    says: Says,
+    headers: Headers,
 }
 
 impl Object {
@@ -34,7 +31,7 @@ impl Object {
             Some(range) => range.trim_end_matches('-').parse().unwrap(),
             None => 0,
         };
-        if self.says == Says::Tag && request.header("if-none-match") == self.tag {
+        if self.headers == Headers::Tag && request.header("if-none-match") == self.tag {
             return Response::new(304, "");
         }
         let mut response = Response::new(if start > 0 { 206 } else { 200 }, &self.bytes[start..]);
@@ -42,23 +39,23 @@ impl Object {
             let all = self.bytes.len();
             response = response.with("content-range", format!("bytes {start}-{}/{all}", all - 1));
         }
-        match self.says {
-            Says::Tag => response = response.with("etag", self.tag),
-            Says::Length => {}
-            Says::Nothing => response.length = None,
+        match self.headers {
+            Headers::Tag => response = response.with("etag", self.tag),
+            Headers::Length => {}
+            Headers::None => response.length = None,
         }
         response
     }
 }
 
-/// A server of shards `/data/N.tar`, over HTTP and as an S3 server, and what it serves.
-fn server(shards: Vec<Vec<u8>>, says: Says) -> (Web, Arc<Mutex<Vec<Object>>>) {
+/// A server of shards `/data/N.tar`, over HTTP and as an S3 server, and the objects it serves.
+fn server(shards: Vec<Vec<u8>>, headers: Headers) -> (Web, Arc<Mutex<Vec<Object>>>) {
     let objects: Vec<_> = shards
         .into_iter()
         .map(|bytes| Object {
             bytes,
             tag: "\"one\"",
-            says,
+            headers,
         })
         .collect();
     let objects = Arc::new(Mutex::new(objects));
@@ -73,13 +70,7 @@ fn server(shards: Vec<Vec<u8>>, says: Says) -> (Web, Arc<Mutex<Vec<Object>>>) {
 }
 
 fn bench(web: &Web, folder: Option<(&Path, u64)>) -> Bench {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    let metrics = FlowMetrics::new();
-    let options = SourceOptions {
+    Bench::new(SourceOptions {
         s3: S3Options {
             endpoint_url: Some(web.endpoint.clone()),
             path_style: true,
@@ -91,22 +82,11 @@ fn bench(web: &Web, folder: Option<(&Path, u64)>) -> Bench {
             folder: folder.to_owned(),
             limit_bytes,
         }),
-    };
-    let sources = runtime
-        .block_on(Sources::new(options, metrics.clone()))
-        .unwrap();
-    Bench {
-        runtime,
-        sources,
-        metrics,
-    }
+    })
 }
 
 fn in_order(url: &str) -> StreamConfig {
-    StreamConfig {
-        order: Order::Sequential,
-        ..config(urls(url))
-    }
+    sequential(urls(url))
 }
 
 fn counts(bench: &Bench) -> (u64, u64) {
@@ -122,7 +102,7 @@ fn kept(folder: &Path, ending: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Waits until so many shards are kept and none is being written.
+/// Waits until `shards` shards are kept and none is being written.
 fn settle(folder: &Path, shards: usize) {
     let start = Instant::now();
     while kept(folder, "shard").len() != shards || !kept(folder, "part").is_empty() {
@@ -139,8 +119,8 @@ fn settle(folder: &Path, shards: usize) {
 const GIGABYTE: u64 = 1_000_000_000;
 
 #[test]
-fn a_second_epoch_comes_from_disk_and_is_the_same() {
-    let (web, _) = server(vec![shard(0, 9), shard(1, 7)], Says::Tag);
+fn cached_epoch_equals_fetched_epoch() {
+    let (web, _) = server(vec![shard(0, 9), shard(1, 7)], Headers::Tag);
     for url in [
         "s3://data/{0..1}.tar".to_owned(),
         format!("{}/data/{{0..1}}.tar", web.endpoint),
@@ -161,15 +141,15 @@ fn a_second_epoch_comes_from_disk_and_is_the_same() {
                 .iter()
                 .all(|request| request.header("if-none-match") == "\"one\"")
         );
-        // It begins as the tar it is: other tools can look into it.
+        // A kept shard begins with the tar itself, so other tools can read it.
         let first = std::fs::read(&kept(folder.path(), "shard")[0]).unwrap();
         assert!(first.starts_with(&shard(0, 9)) || first.starts_with(&shard(1, 7)));
     }
 }
 
 #[test]
-fn a_shard_that_changed_is_fetched_anew() {
-    let (web, objects) = server(vec![shard(0, 9)], Says::Tag);
+fn cached_shard_is_fetched_again_when_changed() {
+    let (web, objects) = server(vec![shard(0, 9)], Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let bench = bench(&web, Some((folder.path(), GIGABYTE)));
     bench.all(in_order("s3://data/0.tar")).unwrap();
@@ -187,9 +167,9 @@ fn a_shard_that_changed_is_fetched_anew() {
 }
 
 #[test]
-fn without_a_version_the_length_decides_and_without_either_nothing_is_kept() {
+fn cache_without_etag_compares_length() {
     let url = |web: &Web| format!("{}/data/0.tar", web.endpoint);
-    let (web, objects) = server(vec![shard(0, 9)], Says::Length);
+    let (web, objects) = server(vec![shard(0, 9)], Headers::Length);
     let folder = tempfile::tempdir().unwrap();
     let by_length = bench(&web, Some((folder.path(), GIGABYTE)));
     let first = by_length.all(in_order(&url(&web))).unwrap();
@@ -205,7 +185,7 @@ fn without_a_version_the_length_decides_and_without_either_nothing_is_kept() {
         .sum();
     assert_eq!((more, counts(&by_length)), (10, (1, 2)));
 
-    let (web, _) = server(vec![shard(0, 9)], Says::Nothing);
+    let (web, _) = server(vec![shard(0, 9)], Headers::None);
     let folder = tempfile::tempdir().unwrap();
     let by_nothing = bench(&web, Some((folder.path(), GIGABYTE)));
     let first = by_nothing.all(in_order(&url(&web))).unwrap();
@@ -216,7 +196,7 @@ fn without_a_version_the_length_decides_and_without_either_nothing_is_kept() {
 }
 
 #[test]
-fn what_did_not_come_whole_is_not_kept() {
+fn cache_keeps_no_partial_shard() {
     let whole = shard(0, 9);
     let web = Web::start(move |_| {
         let mut response = Response::new(200, &whole[..whole.len() / 2]).with("etag", "\"one\"");
@@ -232,8 +212,8 @@ fn what_did_not_come_whole_is_not_kept() {
 }
 
 #[test]
-fn a_folder_that_fails_costs_nothing_but_the_cache() {
-    let (web, _) = server(vec![shard(0, 9)], Says::Tag);
+fn cache_folder_failure_does_not_stop_stream() {
+    let (web, _) = server(vec![shard(0, 9)], Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let plain = bench(&web, None).all(in_order("s3://data/0.tar")).unwrap();
     let file = folder.path().join("file");
@@ -251,8 +231,8 @@ fn a_folder_that_fails_costs_nothing_but_the_cache() {
 }
 
 #[test]
-fn a_kept_shard_that_is_damaged_is_fetched_anew() {
-    let (web, _) = server(vec![shard(0, 9)], Says::Tag);
+fn cached_shard_is_fetched_again_when_damaged() {
+    let (web, _) = server(vec![shard(0, 9)], Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let bench = bench(&web, Some((folder.path(), GIGABYTE)));
     let plain = bench.all(in_order("s3://data/0.tar")).unwrap();
@@ -267,8 +247,8 @@ fn a_kept_shard_that_is_damaged_is_fetched_anew() {
 }
 
 #[test]
-fn a_disk_that_fails_on_the_way_is_left_for_the_server() {
-    // Large enough that the stream does not have all of it in memory.
+fn cache_read_failure_continues_from_server() {
+    // Large enough that the stream does not hold the whole shard in memory.
     let noise: Vec<u8> = (0..1_u32 << 20)
         .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
@@ -279,7 +259,7 @@ fn a_disk_that_fails_on_the_way_is_left_for_the_server() {
             members
         })
         .collect();
-    let (web, _) = server(vec![tar_of(&members)], Says::Tag);
+    let (web, _) = server(vec![tar_of(&members)], Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let bench = bench(&web, Some((folder.path(), GIGABYTE)));
     let plain = bench.all(in_order("s3://data/0.tar")).unwrap();
@@ -299,7 +279,7 @@ fn a_disk_that_fails_on_the_way_is_left_for_the_server() {
 }
 
 #[test]
-fn the_limit_holds_and_the_oldest_goes_first() {
+fn cache_evicts_oldest_beyond_limit() {
     let shards: Vec<_> = (0..4).map(|n| shard(n, 9)).collect();
     let limit = shards
         .iter()
@@ -307,7 +287,7 @@ fn the_limit_holds_and_the_oldest_goes_first() {
         .map(|shard| shard.len() as u64)
         .sum::<u64>()
         + 2000;
-    let (web, _) = server(shards, Says::Tag);
+    let (web, _) = server(shards, Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let bench = bench(&web, Some((folder.path(), limit)));
     for number in [0, 1, 0, 2] {
@@ -338,11 +318,11 @@ fn the_limit_holds_and_the_oldest_goes_first() {
 }
 
 #[test]
-fn processes_that_share_a_folder_never_spoil_it() {
+fn cache_folder_can_be_shared() {
     let shards: Vec<_> = (0..5).map(|n| shard(n, 6)).collect();
-    // Room for about two: everyone is always evicting what the others read.
+    // Room for about two shards: each thread evicts what the others read.
     let limit = 2 * shards[0].len() as u64 + 2000;
-    let (web, _) = server(shards, Says::Tag);
+    let (web, _) = server(shards, Headers::Tag);
     let folder = tempfile::tempdir().unwrap();
     let plain = bench(&web, None)
         .all(in_order("s3://data/{0..4}.tar"))

@@ -1,15 +1,16 @@
-//! Writing to a folder and to S3: whole or not at all, whatever happens on the way.
+//! Atomic writes to a folder and to S3, under faults.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
+use crate::child::is_alone;
 use crate::support::proxy::{Fault, chance_writing, clean, script};
 use crate::support::{Bench, Faulty};
+use coffey_pipeline::SourceError;
 use coffey_pipeline::destination::{Destination, Facts, ObjectWriter, PartOptions};
-use coffey_pipeline::{S3Options, SourceError};
 use sha2::{Digest, Sha256};
 
-/// The least that S3 takes for a part.
+/// The smallest parts that S3 takes.
 const PARTS: PartOptions = PartOptions {
     bytes: 5 << 20,
     in_flight: 2,
@@ -35,7 +36,7 @@ fn digest(content: &[u8]) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Writes in pieces of any size.
+/// Writes `content` in pieces of random size.
 fn fill(writer: &mut ObjectWriter, content: &[u8]) -> Result<(), SourceError> {
     let mut random = fastrand::Rng::with_seed(content.len() as u64);
     let mut rest = content;
@@ -55,7 +56,7 @@ fn put(place: &Destination, name: &str, content: &[u8]) -> Result<String, Source
     Ok(written.sha256)
 }
 
-/// Files in the server's root other than its notes on objects: parts and notes of uploads.
+/// Files of unfinished uploads in the server's root.
 fn leftovers(server: &Faulty) -> Vec<String> {
     let entries = std::fs::read_dir(server.root.path()).unwrap();
     entries
@@ -65,7 +66,7 @@ fn leftovers(server: &Faulty) -> Vec<String> {
 }
 
 #[test]
-fn what_is_written_is_read_back_from_both_places() {
+fn written_objects_read_back_from_folder_and_s3() {
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let folder = tempfile::tempdir().unwrap();
@@ -90,7 +91,7 @@ fn what_is_written_is_read_back_from_both_places() {
         assert_eq!(found, sizes);
         assert_eq!(listed[1].name, "some/1.bin");
         assert_eq!(place.list("some/4").unwrap().len(), 1);
-        // Over what stood there.
+        // A write replaces the object.
         place.write("some/0.bin", b"second").unwrap();
         assert_eq!(place.read("some/0.bin").unwrap(), b"second");
         place.remove("some/0.bin").unwrap();
@@ -109,7 +110,7 @@ fn what_is_written_is_read_back_from_both_places() {
 }
 
 #[test]
-fn metadata_goes_with_the_object() {
+fn object_metadata_is_stored() {
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let place = to(&bench, "s3://data/");
@@ -127,7 +128,7 @@ fn metadata_goes_with_the_object() {
 }
 
 #[test]
-fn nothing_shows_before_the_end_and_nothing_is_left_of_what_is_given_up() {
+fn dropped_writer_leaves_nothing() {
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let folder = tempfile::tempdir().unwrap();
@@ -150,7 +151,7 @@ fn nothing_shows_before_the_end_and_nothing_is_left_of_what_is_given_up() {
 }
 
 #[test]
-fn a_fault_on_one_in_five_requests_does_not_show() {
+fn writes_survive_faults_on_one_request_in_five() {
     let mut retries = 0;
     for seed in 0..4 {
         let server = Faulty::start(chance_writing(seed, 0.2, 3 << 20));
@@ -167,7 +168,7 @@ fn a_fault_on_one_in_five_requests_does_not_show() {
         place.remove("3.bin").unwrap();
         assert_eq!(place.list("").unwrap().len(), 11);
         retries += bench.metrics.snapshot().s3_retries.values().sum::<u64>();
-        // What is begun twice because an answer was lost is for the next start to clear.
+        // An upload whose first answer was lost is left over; the next start clears it.
         place.clear_unfinished(|_| true).unwrap();
         server.proxy.follow(clean());
         place.clear_unfinished(|_| true).unwrap();
@@ -177,7 +178,7 @@ fn a_fault_on_one_in_five_requests_does_not_show() {
 }
 
 #[test]
-fn a_lost_answer_to_the_last_request_is_no_loss() {
+fn upload_survives_lost_completion_answer() {
     let server = Faulty::start(Box::new(|head, nth| {
         let completes = head.starts_with("post ") && head.contains("uploadid=");
         (completes && nth == 0).then_some(Fault::Unanswered)
@@ -191,7 +192,7 @@ fn a_lost_answer_to_the_last_request_is_no_loss() {
 }
 
 #[test]
-fn another_object_in_its_place_is_not_taken_for_the_one_that_failed() {
+fn failed_upload_is_not_confused_with_old_object() {
     let server = Faulty::start(clean());
     let bench = server.bench(2);
     let place = to(&bench, "s3://data/run");
@@ -208,7 +209,7 @@ fn another_object_in_its_place_is_not_taken_for_the_one_that_failed() {
 }
 
 #[test]
-fn a_body_cut_off_and_a_silent_server_are_tried_again() {
+fn put_retries_cut_bodies_and_stalls() {
     for fault in [
         Fault::CutOff(1000),
         Fault::Stall(0),
@@ -226,7 +227,7 @@ fn a_body_cut_off_and_a_silent_server_are_tried_again() {
 }
 
 #[test]
-fn refusals_say_what_to_do() {
+fn write_refusals_say_what_to_do() {
     let server = Faulty::start(clean());
     let bench = server.bench(3);
     let place = to(&bench, "s3://data/run");
@@ -259,7 +260,7 @@ fn refusals_say_what_to_do() {
         .destination("https://host/x", bench.runtime.handle())
         .unwrap_err();
     assert!(error.to_string().contains("s3://bucket/prefix/"), "{error}");
-    // A file in the way of a folder.
+    // A file has the name of the folder.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -268,7 +269,7 @@ fn refusals_say_what_to_do() {
 }
 
 #[test]
-fn what_a_killed_process_left_is_cleared_and_others_uploads_are_not() {
+fn clear_unfinished_removes_only_selected_uploads() {
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let folder = tempfile::tempdir().unwrap();
@@ -288,7 +289,7 @@ fn what_a_killed_process_left_is_cleared_and_others_uploads_are_not() {
         assert_eq!(place.clear_unfinished(|_| true).unwrap(), 1);
     }
     assert_eq!(leftovers(&server), [""; 0]);
-    // Not every server lists uploads.
+    // Some servers do not list uploads.
     server.proxy.follow(Box::new(|head, _| {
         head.contains("?uploads")
             .then_some(Fault::Status(501, "NotImplemented"))
@@ -298,13 +299,10 @@ fn what_a_killed_process_left_is_cleared_and_others_uploads_are_not() {
 }
 
 #[test]
-fn the_server_inside_the_process_takes_writes() {
+fn embedded_server_takes_writes() {
     let root = tempfile::tempdir().unwrap();
     std::fs::create_dir(root.path().join("out")).unwrap();
-    let bench = Bench::new(S3Options {
-        embedded_root: Some(root.path().to_owned()),
-        ..S3Options::default()
-    });
+    let bench = Bench::embedded(root.path());
     let place = to(&bench, "s3://out/run");
     put(&place, "a/b", &content(1, 6 << 20)).unwrap();
     assert_eq!(
@@ -315,7 +313,7 @@ fn the_server_inside_the_process_takes_writes() {
     );
 }
 
-/// A figure of this process, in bytes.
+/// A figure of `/proc/self/status`, in bytes.
 fn memory(name: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text
@@ -327,7 +325,10 @@ fn memory(name: &str) -> u64 {
 }
 
 #[test]
-fn memory_stays_flat_however_large_the_object_is() {
+fn upload_memory_stays_flat() {
+    if !is_alone("destination::upload_memory_stays_flat") {
+        return;
+    }
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let runtime = bench.runtime.handle();
@@ -347,6 +348,6 @@ fn memory_stays_flat_however_large_the_object_is() {
         grown >> 20
     );
     assert_eq!(written.bytes, 400 << 20);
-    // Four parts of 8 MiB, and what the client and the server beside it hold of them on their way.
+    // Four parts of 8 MiB, and what the client and the server in this process hold of them.
     assert!(grown < 128 << 20, "{} MiB", grown >> 20);
 }

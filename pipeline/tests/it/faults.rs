@@ -1,10 +1,10 @@
-//! What is wrong with shards and samples, and what is said of it.
+//! Broken shards and samples, and how a stream reports them.
 
 use crate::support::{Bench, bucket, config, keys, sample, sequential, shard, tar_of};
 use coffey_pipeline::{Filter, Order, ShardUrl, StreamConfig, StreamError};
 
 #[test]
-fn what_is_no_tar_ends_with_its_url() {
+fn non_tar_ends_stream_with_its_url() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 2);
     let bench = Bench::embedded(root.path());
@@ -22,7 +22,7 @@ fn what_is_no_tar_ends_with_its_url() {
 }
 
 #[test]
-fn a_cut_tar_is_used_up_to_the_cut_and_named() {
+fn cut_tar_is_used_up_to_the_cut() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 4);
     let whole = shard(0, 4);
@@ -60,8 +60,9 @@ fn with_broken(root: &std::path::Path, broken: impl Fn(u32) -> bool) -> Vec<Shar
                 match n % 4 {
                     0 => members[0].1 = b"not an image".to_vec(),
                     1 => members[0].1.truncate(70),
-                    2 => drop(members.remove(0)),
-                    _ => drop(members.remove(1)),
+                    missing => {
+                        members.remove(missing as usize - 2);
+                    }
                 }
             }
             members
@@ -93,7 +94,7 @@ fn broken_samples_are_skipped_and_counted() {
 }
 
 #[test]
-fn too_many_broken_samples_end_the_stream_with_counts() {
+fn too_many_broken_samples_end_stream() {
     for order in [Order::Shuffled, Order::Sequential] {
         let root = tempfile::tempdir().unwrap();
         let shards = with_broken(root.path(), |n| n % 3 == 0);
@@ -119,7 +120,7 @@ fn too_many_broken_samples_end_the_stream_with_counts() {
 }
 
 #[test]
-fn a_few_samples_of_which_most_are_broken_end_it_at_the_epochs_end() {
+fn few_mostly_broken_samples_end_stream_at_epoch_end() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 1, |_| 1);
     let mut members = sample(0, 0);
@@ -131,7 +132,7 @@ fn a_few_samples_of_which_most_are_broken_end_it_at_the_epochs_end() {
 }
 
 #[test]
-fn bombs_are_skipped_before_they_are_decoded() {
+fn oversized_images_are_skipped_undecoded() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 1, |_| 3);
     let bench = Bench::embedded(root.path());
@@ -157,7 +158,7 @@ fn bombs_are_skipped_before_they_are_decoded() {
 }
 
 #[test]
-fn a_filter_that_lets_nothing_through_says_why() {
+fn filter_that_rejects_everything_says_why() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 3, |_| 5);
     let bench = Bench::embedded(root.path());
@@ -187,7 +188,7 @@ fn a_filter_that_lets_nothing_through_says_why() {
 }
 
 #[test]
-fn a_filter_leaves_out_what_it_should() {
+fn filter_rejects_by_size_and_watermark() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 5);
     let bench = Bench::embedded(root.path());

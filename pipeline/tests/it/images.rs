@@ -1,4 +1,4 @@
-//! Images as they really are, against what Pillow makes of them. `golden/make.py` makes the files.
+//! Decoded images against Pillow's. `golden/make.py` makes the files.
 
 use std::path::{Path, PathBuf};
 
@@ -10,9 +10,9 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
 
-/// Every kind: its name and bytes.
-fn kinds() -> Vec<(String, Vec<u8>)> {
-    let mut kinds: Vec<_> = std::fs::read_dir(golden().join("formats"))
+/// The name and bytes of every golden image.
+fn images() -> Vec<(String, Vec<u8>)> {
+    let mut images: Vec<_> = std::fs::read_dir(golden().join("formats"))
         .unwrap()
         .map(|file| file.unwrap().path())
         .filter(|path| !is_expectation(path))
@@ -21,12 +21,12 @@ fn kinds() -> Vec<(String, Vec<u8>)> {
             (name, std::fs::read(path).unwrap())
         })
         .collect();
-    kinds.sort();
-    assert!(kinds.len() > 40);
-    kinds
+    images.sort();
+    assert!(images.len() > 40);
+    images
 }
 
-/// `kind.jpg.png` is what Pillow makes of `kind.jpg`.
+/// Whether the file is Pillow's result: `420.jpg.png` for `420.jpg`.
 fn is_expectation(path: &Path) -> bool {
     path.file_stem()
         .is_some_and(|stem| Path::new(stem).extension().is_some())
@@ -42,11 +42,11 @@ fn worst(name: &str, bytes: &[u8]) -> u8 {
 }
 
 #[test]
-fn every_kind_is_what_pillow_makes_of_it() {
+fn decoded_images_equal_pillow() {
     let mut apart = Vec::new();
-    for (name, bytes) in kinds() {
-        // Rounding: of alpha blending, and of 16 bits to 8. A lossy WebP's colours are
-        // interpolated by another decoder.
+    for (name, bytes) in images() {
+        // Alpha blending and 16 bits round differently. Pillow's WebP decoder interpolates the colours of lossy
+        // images in another way.
         let tolerance = match name.as_str() {
             "lossy.webp" | "lossy-clear.webp" => 2,
             name if name.contains("clear") || name == "rgb-16.png" => 1,
@@ -61,8 +61,8 @@ fn every_kind_is_what_pillow_makes_of_it() {
 }
 
 #[test]
-fn the_content_tells_the_format_and_the_name_does_not() {
-    for (name, bytes) in kinds() {
+fn image_format_is_told_by_content() {
+    for (name, bytes) in images() {
         let extension = name.rsplit('.').next().unwrap();
         let expected = if extension == "jpg" {
             "jpeg"
@@ -75,11 +75,11 @@ fn the_content_tells_the_format_and_the_name_does_not() {
 }
 
 #[test]
-fn what_ends_early_is_an_error_in_every_format() {
+fn cut_images_are_errors() {
     let mut accepted = Vec::new();
-    for (name, bytes) in kinds() {
+    for (name, bytes) in images() {
         if name.contains("animated") {
-            continue; // The first frame may be whole.
+            continue; // the first frame may be whole
         }
         for share in [0.3, 0.5, 0.8, 0.95] {
             let cut = (bytes.len() as f64 * share) as usize;
@@ -93,7 +93,7 @@ fn what_ends_early_is_an_error_in_every_format() {
 }
 
 #[test]
-fn a_baseline_jpeg_may_lack_its_end_mark_and_no_more() {
+fn baseline_jpeg_may_lack_only_its_end_mark() {
     let name = "420.jpg";
     let whole = std::fs::read(golden().join("formats").join(name)).unwrap();
     assert!(whole.ends_with(&[0xFF, 0xD9]));
@@ -102,8 +102,8 @@ fn a_baseline_jpeg_may_lack_its_end_mark_and_no_more() {
 }
 
 #[test]
-fn a_header_that_claims_too_much_is_refused_before_anything_is_decoded() {
-    // Where each format's header has its width and height, how wide those are, and which end first.
+fn oversized_image_header_is_refused() {
+    // The offset of width and height in each format's header, the bytes of each, and whether they are little-endian.
     for (name, at, wide, little) in [
         ("rgb.png", 16, 4, false),
         ("rgb.bmp", 18, 4, true),
@@ -135,7 +135,7 @@ fn a_header_that_claims_too_much_is_refused_before_anything_is_decoded() {
         bytes[frame + 5..frame + 9].copy_from_slice(&[0xEA, 0x60, 0xEA, 0x60]);
         refused(name, &bytes);
     }
-    // A lossless WebP: 14 bits for each side less one, after the signature byte. 16383 is its limit.
+    // A lossless WebP holds each side less one in 14 bits after the signature byte; 16383 is the largest side.
     let mut bytes = std::fs::read(golden().join("formats/lossless.webp")).unwrap();
     let start = bytes.windows(4).position(|four| four == b"VP8L").unwrap() + 9;
     bytes[start..start + 4].copy_from_slice(&[0xFE, 0xBF, 0xFF, 0x0F]);
@@ -151,7 +151,7 @@ fn refused(name: &str, bytes: &[u8]) {
     }
 }
 
-/// As PNG checks its chunks.
+/// The CRC-32 of a PNG chunk.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |sum, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
@@ -161,7 +161,7 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 #[test]
-fn a_progressive_image_of_endless_scans_is_refused() {
+fn progressive_jpeg_of_many_scans_is_refused() {
     let bytes = std::fs::read(golden().join("formats/progressive.jpg")).unwrap();
     let start = bytes
         .windows(2)
@@ -180,9 +180,9 @@ fn a_progressive_image_of_endless_scans_is_refused() {
 }
 
 #[test]
-fn damaged_bytes_never_panic() {
+fn damaged_images_never_panic() {
     let mut random = fastrand::Rng::with_seed(9);
-    for (_, whole) in kinds() {
+    for (_, whole) in images() {
         for _ in 0..60 {
             let mut damaged = whole.clone();
             for _ in 0..random.usize(1..5) {

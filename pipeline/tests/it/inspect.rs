@@ -1,4 +1,4 @@
-//! What the report on a shard says of a shard that has everything wrong with it.
+//! The report on one shard, for shards with every kind of problem.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ fn said(report: &ShardReport) -> Vec<String> {
 }
 
 #[test]
-fn a_report_finds_every_problem_of_a_sample() {
+fn report_lists_every_problem_of_a_sample() {
     let mut members: Vec<_> = (0..4).flat_map(|n| sample(0, n)).collect();
     members[3].1.truncate(70);
     members.remove(7);
@@ -94,7 +94,7 @@ fn a_report_finds_every_problem_of_a_sample() {
 }
 
 #[test]
-fn a_report_names_what_is_no_sample() {
+fn report_names_members_that_are_no_sample() {
     let mut builder = tar::Builder::new(Vec::new());
     let mut member = |kind: tar::EntryType, path: &[u8], content: &[u8]| {
         let mut header = tar::Header::new_ustar();
@@ -117,7 +117,7 @@ fn a_report_names_what_is_no_sample() {
     );
     member(tar::EntryType::Regular, b"data/\xff.txt", b"a picture");
     let first = builder.into_inner().unwrap();
-    // Two tars joined: nothing after the first one's end is ever read.
+    // Two joined tars: a reader stops at the end of the first.
     let joined = [first.as_slice(), &shard(0, 1)].concat();
     let folder = TempDir::new().unwrap();
     let found = report(&written(&folder, &joined), None).unwrap();
@@ -146,14 +146,14 @@ fn a_report_names_what_is_no_sample() {
             (ProblemKind::TrailingData, "")
         ]
     );
-    // Padding after the end is none.
+    // Zeros after the end are padding.
     let padded = [first.as_slice(), &[0; 20_480]].concat();
     let padded = report(&written(&folder, &padded), None).unwrap();
     assert_eq!(padded.problems.len(), 3, "{:?}", padded.problems);
 }
 
 #[test]
-fn a_report_tells_a_cut_shard_from_one_that_is_not_there() {
+fn report_tells_cut_shard_from_missing_one() {
     let folder = TempDir::new().unwrap();
     let whole = shard(0, 3);
     let cut = report(&written(&folder, &whole[..whole.len() / 2]), None).unwrap();

@@ -1,4 +1,4 @@
-//! Streams of latent shards: the order of the images they were made of, and what of them can't be used.
+//! Streams of latent shards: the order, which is that of the images, and the samples that are skipped.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,7 +14,7 @@ const SHAPES: LatentShapes = LatentShapes {
     moments: [2, 1, 3],
     prompt_embeds: Some([2, 2]),
 };
-/// Numbers in a sample's moments.
+/// The count of numbers in a sample's moments.
 const MOMENTS: usize = 6;
 
 fn npy(shape: &[u64], value: f32) -> Vec<u8> {
@@ -29,12 +29,12 @@ fn npy(shape: &[u64], value: f32) -> Vec<u8> {
     bytes
 }
 
-/// A number that tells sample `n` of shard `shard`.
+/// The value in the arrays of sample `n` of shard `shard`.
 fn mark(shard: u32, n: u32) -> f32 {
     (shard * 16 + n) as f32
 }
 
-/// What precompute makes of [`crate::support::sample`], with arrays that are small and all of one number.
+/// A latent sample for [`crate::support::sample`]; each array is small and holds one value.
 fn sample(shard: u32, n: u32) -> Vec<(String, Vec<u8>)> {
     let mut members = crate::support::sample(shard, n);
     let key = members[0].0.trim_end_matches(".png").to_owned();
@@ -83,7 +83,7 @@ fn marks(batch: &Batch) -> Vec<f32> {
 }
 
 #[test]
-fn the_order_is_that_of_the_images() {
+fn latent_order_equals_image_order() {
     let root = tempfile::tempdir().unwrap();
     let images = bucket(root.path(), 5, |n| 5 + n % 4);
     let latents = latents(root.path(), 5, |n| 5 + n % 4);
@@ -109,7 +109,7 @@ fn the_order_is_that_of_the_images() {
 }
 
 #[test]
-fn arrays_belong_to_their_samples() {
+fn latent_arrays_stay_with_their_samples() {
     let root = tempfile::tempdir().unwrap();
     let shards = latents(root.path(), 3, |_| 5);
     let bench = Bench::embedded(root.path());
@@ -155,7 +155,7 @@ fn arrays_belong_to_their_samples() {
 }
 
 #[test]
-fn resuming_after_any_batch_equals_never_having_stopped() {
+fn latent_stream_resumes_after_any_batch() {
     let root = tempfile::tempdir().unwrap();
     let shards = latents(root.path(), 4, |n| 5 + n % 3);
     let bench = Bench::embedded(root.path());
@@ -175,7 +175,7 @@ fn resuming_after_any_batch_equals_never_having_stopped() {
         let rest = bench.batches(settings(Some(cursor)), 11 - n).unwrap();
         assert_eq!(rest, whole[n + 1..], "from batch {n}");
     }
-    // What another reading would leave out or take in makes it another stream.
+    // Another choice of arrays skips other samples, so the stream is another one.
     let captions = LatentShapes {
         prompt_embeds: None,
         ..SHAPES
@@ -187,8 +187,8 @@ fn resuming_after_any_batch_equals_never_having_stopped() {
     assert!(matches!(bench.error(other), StreamError::Cursor(_)));
 }
 
-/// One shard in which every second sample is as `change` makes it; the reasons for which they are left out.
-fn left_out(
+/// Streams one shard in which `change` is applied to every second sample; returns the count of skipped samples by reason.
+fn skipped(
     shapes: LatentShapes,
     change: impl Fn(&mut Vec<(String, Vec<u8>)>),
 ) -> BTreeMap<String, u64> {
@@ -215,7 +215,7 @@ fn left_out(
 }
 
 #[test]
-fn samples_that_cannot_be_used_are_left_out_with_the_reason() {
+fn unusable_latent_samples_are_skipped_with_reason() {
     let captions = LatentShapes {
         prompt_embeds: None,
         ..SHAPES
@@ -230,39 +230,39 @@ fn samples_that_cannot_be_used_are_left_out_with_the_reason() {
     };
     let all = |reason: &str| BTreeMap::from([(reason.to_owned(), 3)]);
 
-    assert_eq!(left_out(SHAPES, without(".latent.npy")), all("no_latent"));
+    assert_eq!(skipped(SHAPES, without(".latent.npy")), all("no_latent"));
     assert_eq!(
-        left_out(SHAPES, without(".prompt_embeds.npy")),
+        skipped(SHAPES, without(".prompt_embeds.npy")),
         all("no_embeds")
     );
-    assert_eq!(left_out(captions, without(".txt")), all("no_caption"));
-    // With embeddings nobody needs the caption, with captions nobody needs embeddings.
-    assert_eq!(left_out(SHAPES, without(".txt")), BTreeMap::new());
+    assert_eq!(skipped(captions, without(".txt")), all("no_caption"));
+    // With embeddings the caption is not needed; with captions the embeddings are not needed.
+    assert_eq!(skipped(SHAPES, without(".txt")), BTreeMap::new());
     assert_eq!(
-        left_out(captions, without(".prompt_embeds.npy")),
+        skipped(captions, without(".prompt_embeds.npy")),
         BTreeMap::new()
     );
     let other = npy(&[2, 3, 1], 0.5);
-    assert_eq!(left_out(SHAPES, with(0, other)), all("other_array"));
+    assert_eq!(skipped(SHAPES, with(0, other)), all("other_array"));
     let other = npy(&[77, 2], 0.5);
-    assert_eq!(left_out(SHAPES, with(1, other.clone())), all("other_array"));
-    assert_eq!(left_out(captions, with(1, other)), BTreeMap::new());
+    assert_eq!(skipped(SHAPES, with(1, other.clone())), all("other_array"));
+    assert_eq!(skipped(captions, with(1, other)), BTreeMap::new());
     let mut cut = npy(&[2, 1, 3], 0.5);
     cut.pop();
-    assert_eq!(left_out(SHAPES, with(0, cut)), all("decode_error"));
+    assert_eq!(skipped(SHAPES, with(0, cut)), all("decode_error"));
     assert_eq!(
-        left_out(SHAPES, with(0, npy(&[2, 1, 3], f32::NAN))),
+        skipped(SHAPES, with(0, npy(&[2, 1, 3], f32::NAN))),
         all("decode_error")
     );
 }
 
 #[test]
-fn of_several_crops_each_epoch_draws_its_own_and_always_the_same() {
+fn latent_crops_are_drawn_by_epoch_and_seed() {
     let root = tempfile::tempdir().unwrap();
     let mut members = Vec::new();
     for n in 0..8 {
         let mut sample = sample(0, n);
-        // Four crops: 0.0 …, 1.0 …, in one array.
+        // One array with four crops, of which crop i holds the value i.
         let mut crops = npy(&[4, 2, 1, 3], 0.0);
         let data = crops.len() - 4 * MOMENTS * 2;
         for (index, half) in crops[data..].chunks_exact_mut(2).enumerate() {
@@ -285,7 +285,7 @@ fn of_several_crops_each_epoch_draws_its_own_and_always_the_same() {
         };
         reading(SHAPES, config)
     };
-    // Eight epochs.
+    // 16 batches are eight epochs.
     let batches = bench.batches(settings(1), 16).unwrap();
     assert_eq!(batches, bench.batches(settings(3), 16).unwrap());
     let mut drawn: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();

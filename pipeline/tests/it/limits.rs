@@ -1,4 +1,4 @@
-//! Which stage is named as the limit, in streams that are held back by one on purpose.
+//! The limiting stage of streams in which one stage is slow on purpose.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, ceiling};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// A folder of one shard of `samples` pictures with sides of `side`.
+/// Writes one shard of `samples` square pictures with sides of `side` pixels.
 fn pictures(folder: &Path, samples: u32, side: u32) -> Vec<ShardUrl> {
     let members: Vec<_> = (0..samples)
         .flat_map(|n| {
@@ -32,8 +32,8 @@ fn endless(shards: Vec<ShardUrl>, decode_threads: usize) -> StreamConfig {
     }
 }
 
-/// Runs `batches` batches through a stream, an encoder and a trainer that take so long for each; the
-/// limit of the last while, and that since the first batch.
+/// Runs `batches` batches through a stream, an encoder and a trainer that take the given times for each batch.
+/// Returns the recent limiting stage and the one since the first batch.
 fn limits(
     bench: &Bench,
     config: StreamConfig,
@@ -73,25 +73,25 @@ fn limits(
     ]
 }
 
-const NOTHING: Duration = Duration::from_micros(1);
+const NO_TIME: Duration = Duration::from_micros(1);
 
 #[test]
-fn large_pictures_are_limited_by_decoding() {
+fn limit_is_decode_for_large_images() {
     let folder = TempDir::new().unwrap();
     let bench = Bench::new(S3Options::default());
     let config = endless(pictures(folder.path(), 16, 500), 2);
-    let found = limits(&bench, config, 40, (NOTHING, NOTHING));
+    let found = limits(&bench, config, 40, (NO_TIME, NO_TIME));
     assert_eq!(found, [Some(Stage::Decode); 2], "{:#?}", bench.metrics);
 }
 
 #[test]
-fn a_slow_encoder_and_a_slow_trainer_are_named_however_many_threads_decode() {
+fn limit_is_slow_encoder_or_trainer() {
     let folder = TempDir::new().unwrap();
     let shards = pictures(folder.path(), 64, 24);
     let slow = Duration::from_millis(8);
     for (times, stage) in [
-        ((slow, NOTHING), Stage::Encode),
-        ((NOTHING, slow), Stage::Train),
+        ((slow, NO_TIME), Stage::Encode),
+        ((NO_TIME, slow), Stage::Train),
     ] {
         let bench = Bench::new(S3Options::default());
         let found = limits(&bench, endless(shards.clone(), 24), 100, times);
@@ -100,7 +100,7 @@ fn a_slow_encoder_and_a_slow_trainer_are_named_however_many_threads_decode() {
 }
 
 #[test]
-fn a_slow_server_is_the_limit() {
+fn limit_is_fetch_for_slow_server() {
     let bench = Bench::new(S3Options::default());
     let object = shard(0, 40);
     let listener = bench
@@ -130,12 +130,12 @@ fn a_slow_server_is_the_limit() {
         }
     });
     let config = endless(urls(&url), 2);
-    let found = limits(&bench, config, 30, (NOTHING, NOTHING));
+    let found = limits(&bench, config, 30, (NO_TIME, NO_TIME));
     assert_eq!(found, [Some(Stage::Fetch); 2], "{:#?}", bench.metrics);
 }
 
 #[test]
-fn the_ceiling_is_measured_over_the_streams_samples() {
+fn ceiling_is_measured_on_stream_samples() {
     let folder = TempDir::new().unwrap();
     let bench = Bench::new(S3Options::default());
     let of = |config: &StreamConfig, samples| {
@@ -148,7 +148,7 @@ fn the_ceiling_is_measured_over_the_streams_samples() {
         found.threads >= 1 && !found.elapsed.is_zero() && !found.cpu.is_zero(),
         "{found:?}"
     );
-    // None of it is the run's own.
+    // The measurement does not count in the run's metrics.
     assert_eq!(bench.metrics.snapshot().stage(Stage::Decode).items, 0);
     let gone = endless(urls("nowhere/0.tar"), 2);
     assert!(matches!(of(&gone, 5), Err(StreamError::Source(_))));

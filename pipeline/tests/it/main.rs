@@ -11,7 +11,6 @@ mod child;
 mod credentials;
 #[cfg(feature = "embedded-s3")]
 mod destination;
-mod expired_credentials;
 #[cfg(feature = "embedded-s3")]
 mod faults;
 mod images;

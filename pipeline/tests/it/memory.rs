@@ -1,18 +1,19 @@
-//! Memory stays flat however long the stream. Alone in its file, so that nothing else is measured.
+//! The memory of a long stream.
 
+use crate::child::is_alone;
 use crate::support::{Bench, bucket, config};
 use coffey_pipeline::flow::Stage;
 use coffey_pipeline::{ImageOptions, StreamConfig};
 
 const MIB: u64 = 1 << 20;
 
-/// Memory held by this process, in bytes.
+/// The resident memory of this process, in bytes.
 fn resident() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
     pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-/// Reads `samples` samples of small shards, again and again; what was held after each twentieth.
+/// Reads `samples` samples of small shards in a loop; returns the resident memory after each twentieth of them.
 fn curve(shards: u32, samples_each: u32, samples: u64) -> Vec<u64> {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), shards, |_| samples_each);
@@ -51,8 +52,9 @@ fn curve(shards: u32, samples_each: u32, samples: u64) -> Vec<u64> {
     curve
 }
 
-/// What came after the first half, over the most in it. Until then the allocator's arenas fill up:
-/// the curve climbs by some MiB and bends; a leak would go on in the second half.
+/// The greatest value of the second half less the greatest of the first half.
+///
+/// In the first half the allocator's arenas fill up: the curve climbs by some MiB and levels off. A leak goes on in the second half.
 fn growth(curve: &[u64]) -> u64 {
     let (first, rest) = curve.split_at(curve.len() / 2);
     let most = |part: &[u64]| part.iter().copied().max().unwrap_or(0);
@@ -60,16 +62,25 @@ fn growth(curve: &[u64]) -> u64 {
 }
 
 #[test]
-fn memory_stays_flat() {
+fn stream_memory_stays_flat() {
+    if !is_alone("memory::stream_memory_stays_flat") {
+        return;
+    }
     let curve = curve(6, 200, 60_000);
     assert!(growth(&curve) < 8 * MIB, "{curve:?}");
 }
 
-/// Minutes: `cargo nextest run --release -p coffey-pipeline --test memory --run-ignored only`.
-#[test]
-#[ignore = "takes minutes"]
-fn memory_stays_flat_over_a_million_samples() {
-    let curve = curve(20, 1000, 1_000_000);
-    assert!(growth(&curve) < 8 * MIB, "{curve:?}");
-    assert!(curve.iter().all(|held| *held < 200 * MIB), "{curve:?}");
+mod slow {
+    use super::*;
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn stream_memory_stays_flat_over_a_million_samples() {
+        if !is_alone("memory::slow::stream_memory_stays_flat_over_a_million_samples") {
+            return;
+        }
+        let curve = curve(20, 1000, 1_000_000);
+        assert!(growth(&curve) < 8 * MIB, "{curve:?}");
+        assert!(curve.iter().all(|held| *held < 200 * MIB), "{curve:?}");
+    }
 }

@@ -1,5 +1,6 @@
-//! What goes wrong between an S3 server and the stream: a real server, behind a proxy that makes
-//! the faults. Every row is checked for `s3://` and for `http://`, which share all of it.
+//! Faults between a server and the stream: a real S3 server behind a proxy that injects them.
+//!
+//! Each fault is checked for `s3://` and for `http://`, which share the retries.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use crate::support::{
 };
 use coffey_pipeline::{S3Options, SourceError, StreamError};
 
-/// A stream's result over one shard of nine samples, as S3 and as plain HTTP.
+/// The result of a stream over one shard of nine samples, from S3 and from plain HTTP.
 fn over(
     faults: &[Fault],
     max_attempts: u32,
@@ -31,7 +32,7 @@ fn whole() -> Vec<String> {
     (0..9).map(|n| format!("00000{n:04}")).collect()
 }
 
-/// Where each request began to read.
+/// The offset at which each request began to read.
 fn offsets(server: &Faulty) -> Vec<usize> {
     let begin = |head: &String| {
         let range = head.lines().find_map(|l| l.strip_prefix("range: bytes="));
@@ -44,7 +45,7 @@ fn is_s3(server: &Faulty) -> bool {
     server.proxy.requests()[0].contains("x-id=getobject")
 }
 
-/// Bytes that differ from place to place.
+/// Random bytes.
 fn noise(length: usize) -> Vec<u8> {
     let mut random = fastrand::Rng::with_seed(9);
     std::iter::repeat_with(|| random.u8(..))
@@ -53,7 +54,7 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_body_that_breaks_off_goes_on_from_its_byte() {
+fn broken_body_resumes_at_its_byte() {
     let faults = [
         Fault::Status(503, "SlowDown"),
         Fault::Short(5000),
@@ -82,9 +83,9 @@ fn a_body_that_breaks_off_goes_on_from_its_byte() {
     }
 }
 
-/// One object for each fault and place, all read at once; the first request for each goes wrong.
+/// One object for each fault and offset, all read at once; the first request for each object fails.
 #[test]
-fn a_fault_at_any_byte_goes_unseen() {
+fn fault_at_any_byte_is_recovered() {
     let content = shard(3, 2);
     let places: Vec<usize> = (0..700)
         .step_by(13)
@@ -124,27 +125,27 @@ fn a_fault_at_any_byte_goes_unseen() {
 }
 
 #[test]
-fn a_server_without_ranges_is_read_again_up_to_the_byte() {
+fn server_without_ranges_is_read_again() {
     for (result, _, _) in over(&[Fault::Short(5000), Fault::IgnoreRange], 10) {
         assert_eq!(result.unwrap(), whole());
     }
 }
 
 #[test]
-fn a_length_that_is_wrong_gives_nothing_wrong() {
-    // Where the range says the size as well, the rest is fetched.
+fn wrong_content_length_gives_no_wrong_bytes() {
+    // Where `Content-Range` gives the size as well, the rest is fetched.
     for fault in [Fault::Longer(700), Fault::Shorter(700)] {
         for (result, _, _) in over(&[Fault::Short(5000), fault.clone()], 10) {
             assert_eq!(result.unwrap(), whole());
         }
     }
-    // Where it is all that is known: too many bytes promised end the stream with the name ...
+    // Where the length is the only source: a length that is too large ends the stream with the name,
     for (result, _, _) in over(&[Fault::Longer(700)], 10) {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("00000.tar: the object changed"), "{error}");
         assert!(error.contains("416"), "{error}");
     }
-    // ... and too few cut the tar off.
+    // and one that is too small cuts the tar off.
     let server = Faulty::start(script([Some(Fault::Shorter(6000))]));
     server.write("00000.tar", &shard(0, 9));
     let bench = server.bench(10);
@@ -155,7 +156,7 @@ fn a_length_that_is_wrong_gives_nothing_wrong() {
 }
 
 #[test]
-fn two_versions_are_never_spliced() {
+fn object_versions_are_never_spliced() {
     for fault in [
         Fault::OtherVersion,
         Fault::Status(412, "PreconditionFailed"),
@@ -175,9 +176,9 @@ fn two_versions_are_never_spliced() {
     }
 }
 
-/// The server ignores `If-Match`, so only comparing what it sends can tell.
+/// The server ignores `If-Match`, so the client has to compare ETags.
 #[test]
-fn an_object_replaced_while_it_is_read_ends_with_its_name() {
+fn replaced_object_ends_read_with_its_name() {
     for kind in 0..2 {
         for replacement in [shard(1, 9), shard(1, 8)] {
             let server = Faulty::start(clean());
@@ -198,7 +199,7 @@ fn an_object_replaced_while_it_is_read_ends_with_its_name() {
 }
 
 #[test]
-fn a_budget_ends_with_url_and_cause() {
+fn spent_retry_budget_names_url_and_cause() {
     for (fault, cause) in [
         (Fault::Status(503, "SlowDown"), "503"),
         (Fault::Stall(0), "no data for 0.3 s"),
@@ -220,7 +221,7 @@ fn a_budget_ends_with_url_and_cause() {
 }
 
 #[test]
-fn faults_between_which_much_is_read_never_add_up() {
+fn retry_budget_is_restored_by_progress() {
     let content = noise(7 << 20);
     let server = Faulty::start(clean());
     server.write("long", &content);
@@ -230,7 +231,7 @@ fn faults_between_which_much_is_read_never_add_up() {
             .follow(Box::new(|_, _| Some(Fault::Short(1_200_000))));
         assert!(server.bench(2).read(&url).unwrap() == content);
         assert_eq!(server.proxy.requests().len(), 7);
-        // Little by little is another thing: a server that does no more is broken.
+        // A server that breaks off every 100 kB is given up.
         server
             .proxy
             .follow(Box::new(|_, _| Some(Fault::Short(100_000))));
@@ -248,7 +249,7 @@ fn faults_between_which_much_is_read_never_add_up() {
 }
 
 #[test]
-fn refusals_end_at_once_and_say_what_to_set() {
+fn read_refusals_end_at_once_with_hint() {
     for (status, code, kind, hints) in [
         (
             403,
@@ -282,7 +283,7 @@ fn refusals_end_at_once_and_say_what_to_set() {
 }
 
 #[test]
-fn what_is_not_there_is_named() {
+fn missing_objects_are_named() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 1, |_| 2);
     let bench = Bench::embedded(root.path());
@@ -304,7 +305,7 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
-fn an_endpoint_nobody_listens_on_is_given_up_soon() {
+fn unreachable_endpoint_is_given_up_soon() {
     let start = Instant::now();
     let bench = Bench::s3_at("http://127.0.0.1:9", 10);
     let text = bench.error(sequential(urls("s3://data/0.tar"))).to_string();
@@ -326,9 +327,9 @@ fn an_endpoint_nobody_listens_on_is_given_up_soon() {
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
-/// Longer than a wrong address is given: shards that are opened meanwhile have to wait as well.
+/// The outage is longer than the four attempts that a wrong address gets; shards opened meanwhile wait as well.
 #[test]
-fn a_server_that_is_away_for_a_while_is_waited_for() {
+fn server_outage_is_waited_for() {
     for kind in 0..2 {
         let server = Faulty::start(clean());
         for n in 0..4 {
@@ -345,9 +346,9 @@ fn a_server_that_is_away_for_a_while_is_waited_for() {
     }
 }
 
-/// Far larger than what is fetched ahead, so that the connection stays open and idle.
+/// The shard is far larger than the read-ahead, so that the connection stays open and idle.
 #[test]
-fn a_slow_consumer_is_no_fault_of_the_server() {
+fn slow_consumer_is_no_server_fault() {
     let members: Vec<_> = (0..60)
         .flat_map(|n| {
             let mut members = sample(0, n);
@@ -362,8 +363,8 @@ fn a_slow_consumer_is_no_fault_of_the_server() {
             server
                 .proxy
                 .follow(Box::new(move |_, _| patience.map(Fault::Impatient)));
-            // A single fault that counts would end it. (The server reads all of an object before it
-            // answers.)
+            // One counted fault would end the stream. The stall timeout is long, because the server reads the whole object
+            // before it answers.
             let bench = Bench::new(S3Options {
                 max_attempts: 1,
                 stall_timeout: Duration::from_millis(1500),
@@ -385,13 +386,13 @@ fn a_slow_consumer_is_no_fault_of_the_server() {
 }
 
 #[test]
-fn a_trickle_is_no_stall_while_it_is_worth_waiting_for() {
+fn trickle_is_no_stall_above_minimum_rate() {
     let pause = Duration::from_millis(20);
     for (result, server, _) in over(&[Fault::Trickle(300, pause)], 1) {
         assert_eq!(result.unwrap(), whole());
         assert_eq!(server.proxy.requests().len(), 1);
     }
-    // 250 bytes a second: the connection is given up, another may do better.
+    // At 250 bytes a second the connection is replaced.
     let useless = Fault::Trickle(5, pause);
     for (result, server, bench) in over(std::slice::from_ref(&useless), 10) {
         assert_eq!(result.unwrap(), whole());
@@ -411,7 +412,7 @@ fn a_trickle_is_no_stall_while_it_is_worth_waiting_for() {
 }
 
 #[test]
-fn a_listing_is_repeated_as_well() {
+fn listing_is_retried() {
     let server = Faulty::start(script([
         Some(Fault::Status(503, "SlowDown")),
         Some(Fault::Hangup),

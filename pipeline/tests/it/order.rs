@@ -1,28 +1,28 @@
-//! The laws of order, against the embedded S3 server.
+//! The laws of sample order, read from the embedded S3 server.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use crate::support::{Bench, bucket, config, keys, pixels};
+use crate::support::{
+    Bench, bucket, config, keys, pixels, sample, sequential, shard, take, tar_of,
+};
+use coffey_pipeline::flow::Stage;
+use coffey_pipeline::image::CropWindow;
 use coffey_pipeline::{
     CropMode, Cursor, Filter, ImageOptions, Order, ShardUrl, StreamConfig, StreamError,
 };
 
-/// Shards in which a broken image and a sample without a caption are in the way.
+/// Shards with a broken image and a sample without a caption.
 fn with_faults(root: &std::path::Path, count: u32) -> Vec<ShardUrl> {
     let shards = bucket(root, count, |n| 5 + n % 4);
-    let mut members: Vec<_> = (0..6).flat_map(|n| crate::support::sample(1, n)).collect();
+    let mut members: Vec<_> = (0..6).flat_map(|n| sample(1, n)).collect();
     members[3].1.truncate(60);
     members[7].0 = "000010002.other".to_owned();
-    std::fs::write(
-        root.join("data/00001.tar"),
-        crate::support::tar_of(&members),
-    )
-    .unwrap();
+    std::fs::write(root.join("data/00001.tar"), tar_of(&members)).unwrap();
     shards
 }
 
-/// Every way a stream can be set up that the order depends on, and then some.
+/// Configurations that differ in every setting the order depends on.
 fn settings(shards: &[ShardUrl]) -> Vec<StreamConfig> {
     let mut all = Vec::new();
     for (resample, order) in [
@@ -59,7 +59,7 @@ fn settings(shards: &[ShardUrl]) -> Vec<StreamConfig> {
 }
 
 #[test]
-fn threads_change_nothing_in_any_batch() {
+fn batches_do_not_depend_on_threads() {
     let root = tempfile::tempdir().unwrap();
     let shards = with_faults(root.path(), 7);
     let bench = Bench::embedded(root.path());
@@ -80,7 +80,7 @@ fn threads_change_nothing_in_any_batch() {
 }
 
 #[test]
-fn resuming_after_any_batch_equals_never_having_stopped() {
+fn image_stream_resumes_after_any_batch() {
     let root = tempfile::tempdir().unwrap();
     let shards = with_faults(root.path(), 7);
     let bench = Bench::embedded(root.path());
@@ -103,10 +103,10 @@ fn resuming_after_any_batch_equals_never_having_stopped() {
 }
 
 #[test]
-fn large_images_are_shuffled_from_fewer_and_resume_as_well() {
+fn shuffle_buffer_is_bounded_in_bytes_and_resumes() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 4, |_| 6);
-    // Noise does not compress: about 0.4 MB an image.
+    // Noise does not compress: an image takes about 0.4 MB.
     let mut generator = fastrand::Rng::with_seed(1);
     let noise = image::RgbImage::from_fn(370, 370, |_, _| {
         image::Rgb([generator.u8(..), generator.u8(..), generator.u8(..)])
@@ -114,13 +114,11 @@ fn large_images_are_shuffled_from_fewer_and_resume_as_well() {
     let mut png = std::io::Cursor::new(Vec::new());
     noise.write_to(&mut png, image::ImageFormat::Png).unwrap();
     for shard in 0..4 {
-        let mut members: Vec<_> = (0..6)
-            .flat_map(|n| crate::support::sample(shard, n))
-            .collect();
+        let mut members: Vec<_> = (0..6).flat_map(|n| sample(shard, n)).collect();
         members[3].1.clone_from(png.get_ref());
         members[12].1.clone_from(png.get_ref());
         let path = root.path().join(format!("data/{shard:05}.tar"));
-        std::fs::write(path, crate::support::tar_of(&members)).unwrap();
+        std::fs::write(path, tar_of(&members)).unwrap();
     }
     let bench = Bench::embedded(root.path());
     let run = |shuffle_buffer_mb, resume| {
@@ -142,7 +140,7 @@ fn large_images_are_shuffled_from_fewer_and_resume_as_well() {
 }
 
 #[test]
-fn resuming_reads_no_shard_that_is_through() {
+fn resume_reads_no_finished_shard() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 60, |_| 4);
     let config = |resume| StreamConfig {
@@ -157,21 +155,21 @@ fn resuming_reads_no_shard_that_is_through() {
     };
     let bench = Bench::embedded(root.path());
     bench.batches(config(Some(cursor)), 1).unwrap();
-    // Two in turn, the one after them, and what four buffered samples can belong to; then what one
-    // batch and the bounded channels behind it read on.
+    // Two open shards, the next one, those of the four buffered samples, and those that one batch and the bounded
+    // channels read ahead.
     let requests: u64 = bench.metrics.snapshot().s3_requests.values().sum();
     assert!(requests < 25, "{requests}");
 }
 
 #[test]
-fn a_shard_that_changed_since_is_named() {
+fn resume_names_changed_shard() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 3, |_| 6);
     let bench = Bench::embedded(root.path());
     let batch = bench.batches(config(shards.clone()), 2).unwrap().remove(1);
-    for shard in 0..3 {
-        let path = root.path().join(format!("data/{shard:05}.tar"));
-        std::fs::write(path, crate::support::shard(shard, 1)).unwrap();
+    for n in 0..3 {
+        let path = root.path().join(format!("data/{n:05}.tar"));
+        std::fs::write(path, shard(n, 1)).unwrap();
     }
     let error = bench.error(StreamConfig {
         resume: Some(batch.cursor),
@@ -185,15 +183,14 @@ fn a_shard_that_changed_since_is_named() {
 }
 
 #[test]
-fn what_is_left_out_stands_with_the_batches_in_order() {
+fn skipped_samples_come_in_batch_order() {
     let root = tempfile::tempdir().unwrap();
     let shards = with_faults(root.path(), 3);
     let bench = Bench::embedded(root.path());
     let batches = bench
         .all(StreamConfig {
-            order: Order::Sequential,
             max_bad_fraction: 0.5,
-            ..config(shards)
+            ..sequential(shards)
         })
         .unwrap();
     let skipped: Vec<_> = batches
@@ -211,9 +208,9 @@ fn what_is_left_out_stands_with_the_batches_in_order() {
 }
 
 #[test]
-fn every_rank_has_a_batch_for_every_step() {
+fn ranks_have_a_batch_for_every_step() {
     let root = tempfile::tempdir().unwrap();
-    // Shards of very different length.
+    // Shards of very different lengths.
     let shards = bucket(root.path(), 5, |n| 1 + 9 * (n % 2));
     let bench = Bench::embedded(root.path());
     for rank in 0..3 {
@@ -231,7 +228,7 @@ fn every_rank_has_a_batch_for_every_step() {
 #[test]
 fn ranks_share_every_epoch_without_overlap() {
     let root = tempfile::tempdir().unwrap();
-    // As many samples in every shard, so that every rank's epochs are equally long.
+    // Every shard has as many samples, so that the epochs of all ranks are equally long.
     let shards = bucket(root.path(), 6, |_| 4);
     let bench = Bench::embedded(root.path());
     let every: BTreeSet<String> = (0..6)
@@ -272,7 +269,7 @@ fn ranks_share_every_epoch_without_overlap() {
 }
 
 #[test]
-fn seeds_and_epochs_shuffle_differently() {
+fn shuffle_differs_by_seed_and_epoch() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 4, |_| 6);
     let bench = Bench::embedded(root.path());
@@ -293,17 +290,12 @@ fn seeds_and_epochs_shuffle_differently() {
 }
 
 #[test]
-fn a_sequential_stream_reads_all_and_says_where_each_shard_ends() {
+fn sequential_stream_reports_shard_ends() {
     let root = tempfile::tempdir().unwrap();
     let counts = [4, 0, 7, 1, 4];
     let shards = bucket(root.path(), 5, |n| counts[n as usize]);
     let bench = Bench::embedded(root.path());
-    let batches = bench
-        .all(StreamConfig {
-            order: Order::Sequential,
-            ..config(shards)
-        })
-        .unwrap();
+    let batches = bench.all(sequential(shards)).unwrap();
     let mut sorted = keys(&batches);
     sorted.sort_unstable();
     assert_eq!(keys(&batches), sorted);
@@ -336,16 +328,11 @@ fn a_sequential_stream_reads_all_and_says_where_each_shard_ends() {
 }
 
 #[test]
-fn a_sequential_stream_ends_with_what_is_left() {
+fn sequential_stream_ends_with_partial_batch() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 3);
     let bench = Bench::embedded(root.path());
-    let batches = bench
-        .all(StreamConfig {
-            order: Order::Sequential,
-            ..config(shards)
-        })
-        .unwrap();
+    let batches = bench.all(sequential(shards)).unwrap();
     assert_eq!(batches.len(), 2);
     assert_eq!(batches[1].samples.len(), 2);
     assert_eq!(pixels(&batches[1]).len(), 2 * 3 * 16 * 16);
@@ -353,22 +340,16 @@ fn a_sequential_stream_ends_with_what_is_left() {
 }
 
 #[test]
-fn a_sample_keeps_its_crop_when_other_shards_leave_the_list() {
+fn crop_does_not_depend_on_other_shards() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 3, |_| 4);
     let bench = Bench::embedded(root.path());
-    let run = |shards: &[coffey_pipeline::ShardUrl]| {
-        let config = StreamConfig {
-            order: Order::Sequential,
-            ..config(shards.to_vec())
-        };
-        bench.all(config).unwrap()
-    };
+    let run = |shards: &[ShardUrl]| bench.all(sequential(shards.to_vec())).unwrap();
     assert_eq!(pixels(&run(&shards)[2]), pixels(&run(&shards[2..])[0]));
 }
 
 #[test]
-fn max_samples_begins_the_next_epoch_early() {
+fn max_samples_ends_epoch_early() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 4, |_| 6);
     let bench = Bench::embedded(root.path());
@@ -392,21 +373,20 @@ fn max_samples_begins_the_next_epoch_early() {
 }
 
 #[test]
-fn batches_hold_what_the_options_say() {
+fn batch_follows_image_options() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 1, |_| 5);
     let bench = Bench::embedded(root.path());
     let config = StreamConfig {
-        order: Order::Sequential,
         image: ImageOptions {
             resolution: 16,
             crop: CropMode::Center,
             ..ImageOptions::default()
         },
-        ..config(shards)
+        ..sequential(shards)
     };
     let batch = &bench.batches(config, 1).unwrap()[0];
-    let cut_at = |top, left| coffey_pipeline::image::CropWindow {
+    let cut_at = |top, left| CropWindow {
         top,
         left,
         flipped: false,
@@ -418,14 +398,14 @@ fn batches_hold_what_the_options_say() {
     assert_eq!(sample.resized, (16, 16));
     assert_eq!(sample.crops, [cut_at(0, 0)]);
     assert_eq!(sample.json.as_ref().unwrap()["original_width"], 503);
-    // 20x24 becomes 16x19, cut in the middle: Python's round(1.5) is 2.
+    // 20x24 becomes 16x19; the centre crop starts at 2, as Python's round(1.5).
     assert_eq!(batch.samples[0].resized, (16, 19));
     assert_eq!(batch.samples[0].crops, [cut_at(2, 0)]);
     assert_eq!(pixels(batch).len(), 4 * 3 * 16 * 16);
 }
 
 #[test]
-fn a_cursor_of_another_stream_is_refused() {
+fn cursor_of_other_stream_is_refused() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 3, |_| 4);
     let bench = Bench::embedded(root.path());
@@ -466,13 +446,13 @@ fn a_cursor_of_another_stream_is_refused() {
 }
 
 #[test]
-fn dropping_a_stream_ends_it_promptly() {
+fn dropped_stream_ends_promptly() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 4, |_| 30);
     let bench = Bench::embedded(root.path());
     for taken in [0, 1, 5] {
         let stream = bench.open(config(shards.clone())).unwrap();
-        crate::support::take(&stream, &bench.metrics, taken).unwrap();
+        take(&stream, &bench.metrics, taken).unwrap();
         let start = Instant::now();
         drop(stream);
         assert!(start.elapsed() < Duration::from_secs(2));
@@ -482,17 +462,11 @@ fn dropping_a_stream_ends_it_promptly() {
 }
 
 #[test]
-fn stages_report_what_they_did() {
-    use coffey_pipeline::flow::Stage;
+fn stages_count_items_and_bytes() {
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 6);
     let bench = Bench::embedded(root.path());
-    bench
-        .all(StreamConfig {
-            order: Order::Sequential,
-            ..config(shards)
-        })
-        .unwrap();
+    bench.all(sequential(shards)).unwrap();
     let snapshot = bench.metrics.snapshot();
     let items = |stage| snapshot.stage(stage).items;
     assert_eq!(items(Stage::Untar), 12);

@@ -1,10 +1,10 @@
-//! A stream over a bad network gives what it gives over a good one, bit for bit.
+//! A stream over a faulty network equals one over a good network, bit for bit.
 
 use crate::support::proxy::{chance, clean};
 use crate::support::{Bench, Faulty, config, shard, take, urls};
 use coffey_pipeline::{Batch, StreamConfig};
 
-/// One request in this many goes wrong.
+/// The share of requests that fail.
 const SHARE: f64 = 0.2;
 
 fn batches(server: &Faulty, config: StreamConfig, count: usize) -> (Vec<Batch>, Bench) {
@@ -37,7 +37,7 @@ fn soak(shards: u32, samples: u32, epochs: u32, seeds: std::ops::Range<u64>) {
             println!("seed {seed}: {requests} requests, repeated {retries:?}");
             assert!(requests as f64 > f64::from(shards * epochs) * 1.1);
 
-            // Going on in the middle, under other faults.
+            // Resumes in the middle, under other faults.
             server.proxy.follow(chance(seed + 1000, SHARE, size));
             let middle = count / 2;
             let mut resumed = config.clone();
@@ -53,13 +53,16 @@ fn soak(shards: u32, samples: u32, epochs: u32, seeds: std::ops::Range<u64>) {
 }
 
 #[test]
-fn a_fault_on_one_request_in_five_changes_no_bit() {
+fn faults_on_one_request_in_five_change_no_bit() {
     soak(50, 4, 2, 0..1);
 }
 
-/// Minutes: `cargo nextest run --release -p coffey-pipeline --test soak --run-ignored only`.
-#[test]
-#[ignore = "takes minutes"]
-fn a_fault_on_one_request_in_five_changes_no_bit_of_a_long_run() {
-    soak(400, 12, 3, 0..8);
+mod slow {
+    use super::soak;
+
+    #[test]
+    #[ignore = "takes minutes"]
+    fn faults_on_one_request_in_five_change_no_bit_of_long_runs() {
+        soak(400, 12, 3, 0..8);
+    }
 }

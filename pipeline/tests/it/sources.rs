@@ -1,4 +1,4 @@
-//! Listing and reading, from every kind of place.
+//! Listing and reading from every kind of source.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +28,7 @@ fn listed(bench: &Bench, url: &str) -> Result<Vec<String>, SourceError> {
 }
 
 #[test]
-fn prefixes_are_listed_past_one_page() {
+fn listing_continues_past_one_page() {
     let root = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(root.path().join("data/deep")).unwrap();
     for n in 0..1234 {
@@ -57,7 +57,7 @@ fn prefixes_are_listed_past_one_page() {
 }
 
 #[test]
-fn every_object_of_a_prefix_is_listed_with_its_size() {
+fn prefix_objects_are_listed_with_sizes() {
     let root = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(root.path().join("models/a/vae")).unwrap();
     std::fs::create_dir_all(root.path().join("models/ab")).unwrap();
@@ -89,7 +89,7 @@ fn every_object_of_a_prefix_is_listed_with_its_size() {
 }
 
 #[test]
-fn folders_are_listed_and_other_urls_stay() {
+fn listing_expands_folders_and_keeps_urls() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 2, |_| 1);
     std::fs::write(root.path().join("data/readme.txt"), b"").unwrap();
@@ -110,7 +110,7 @@ fn folders_are_listed_and_other_urls_stay() {
 }
 
 #[test]
-fn every_kind_of_place_gives_the_same_bytes() {
+fn all_source_kinds_give_same_bytes() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 1, |_| 40);
     let expected = shard(0, 40);
@@ -137,7 +137,7 @@ fn every_kind_of_place_gives_the_same_bytes() {
 }
 
 #[test]
-fn a_root_that_is_no_folder_is_refused() {
+fn embedded_root_must_be_a_folder() {
     let bench = Bench::new(S3Options::default());
     let options = S3Options {
         embedded_root: Some("/nowhere".into()),
@@ -152,8 +152,9 @@ fn a_root_that_is_no_folder_is_refused() {
         "{text}"
     );
 }
+
 #[test]
-fn a_list_stands_for_the_shards_in_it() {
+fn list_file_stands_for_its_shards() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 2, |_| 1);
     let list = root.path().join("data/train.txt");
@@ -176,7 +177,7 @@ fn a_list_stands_for_the_shards_in_it() {
         "s3://data/00000.tar",
         "s3://data/00001.tar",
     ];
-    // Wherever the list is.
+    // The list may be a file or an object.
     let here = format!("@{}", list.display());
     assert_eq!(shards(&here).unwrap(), expected);
     assert_eq!(shards("@s3://data/train.txt").unwrap(), expected);
@@ -206,7 +207,7 @@ fn a_list_stands_for_the_shards_in_it() {
 }
 
 #[test]
-fn a_shard_in_gzip_gives_the_same_batches() {
+fn gzip_shard_gives_same_batches() {
     let root = tempfile::tempdir().unwrap();
     bucket(root.path(), 1, |_| 9);
     let whole = shard(0, 9);
@@ -229,7 +230,7 @@ fn a_shard_in_gzip_gives_the_same_batches() {
             .collect::<Vec<_>>()
     };
     let plain = pixels(stream("s3://data/00000.tar").unwrap());
-    // By content, whatever it is called.
+    // gzip is told by content, not by name.
     std::fs::write(root.path().join("data/00000.tar"), &gzip).unwrap();
     assert!(pixels(stream("s3://data/00000.tar").unwrap()) == plain);
     let cut = stream("s3://data/cut.tgz").unwrap();

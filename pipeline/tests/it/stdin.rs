@@ -1,4 +1,4 @@
-//! `-`: a shard on standard input.
+//! The URL `-`: a shard on standard input.
 
 use std::io::Write;
 
@@ -8,30 +8,33 @@ use crate::support::shard;
 const AGAIN: &str = "-: standard input can be read once, and this is the second time";
 
 #[test]
-fn standard_input_is_a_shard_that_can_be_read_once() {
-    let said = Child::streams("-").run_with(&shard(0, 5));
-    assert_eq!(said.len(), 2, "{said:?}");
-    assert_eq!(said[0], "000000000 000000001 000000002 000000003 000000004");
-    assert!(said[1].starts_with(AGAIN), "{said:?}");
-    assert!(said[1].contains("save it to a file"), "{said:?}");
-}
-
-#[test]
-fn a_second_epoch_of_standard_input_is_an_error_after_the_first() {
-    let said = Child::trains("-").run_with(&shard(0, 9));
-    assert_eq!(said.len(), 1, "{said:?}");
-    // What the first epoch pushed out of the shuffle buffer comes before.
-    assert!(
-        said[0].starts_with("after ") && !said[0].starts_with("after 0:"),
-        "{said:?}"
+fn stdin_shard_can_be_read_once() {
+    let printed = Child::streams("-").run_with(&shard(0, 5));
+    assert_eq!(printed.len(), 2, "{printed:?}");
+    assert_eq!(
+        printed[0],
+        "000000000 000000001 000000002 000000003 000000004"
     );
-    assert!(said[0].contains(AGAIN), "{said:?}");
+    assert!(printed[1].starts_with(AGAIN), "{printed:?}");
+    assert!(printed[1].contains("save it to a file"), "{printed:?}");
 }
 
 #[test]
-fn gzip_on_standard_input_is_told_by_its_content() {
+fn stdin_second_epoch_is_an_error() {
+    let printed = Child::trains("-").run_with(&shard(0, 9));
+    assert_eq!(printed.len(), 1, "{printed:?}");
+    // The batches that the first epoch pushed out of the shuffle buffer come before the error.
+    assert!(
+        printed[0].starts_with("after ") && !printed[0].starts_with("after 0:"),
+        "{printed:?}"
+    );
+    assert!(printed[0].contains(AGAIN), "{printed:?}");
+}
+
+#[test]
+fn stdin_gzip_is_told_by_content() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(&shard(0, 2)).unwrap();
-    let said = Child::streams("-").run_with(&encoder.finish().unwrap());
-    assert_eq!(said[0], "000000000 000000001");
+    let printed = Child::streams("-").run_with(&encoder.finish().unwrap());
+    assert_eq!(printed[0], "000000000 000000001");
 }

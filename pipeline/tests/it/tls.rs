@@ -1,4 +1,4 @@
-//! Servers whose certificates are signed by an authority of one's own.
+//! Servers whose certificates are signed by a private authority.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
 
 use crate::child::Child;
+use crate::support::Bench;
 use crate::support::web::{Response, Web};
-use crate::support::{Bench, urls};
 
 const OBJECT: &[u8] = b"whatever it is";
 
-/// A server of one object, whose authority's certificate is written to `folder`.
+/// A server of one object; the certificate of its authority is written to `folder`.
 fn server(folder: &Path) -> (Web, PathBuf) {
     let mut authority = CertificateParams::new(Vec::new()).unwrap();
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -44,19 +44,11 @@ fn server(folder: &Path) -> (Web, PathBuf) {
 }
 
 fn read(url: &str, options: S3Options) -> Result<Vec<u8>, SourceError> {
-    let bench = Bench::new(options);
-    bench.runtime.block_on(async {
-        let mut reader = bench.sources.open(&urls(url)[0]).await?;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = reader.next().await? {
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(bytes)
-    })
+    Bench::new(options).read(url)
 }
 
 #[test]
-fn an_authority_of_ones_own_is_trusted_when_it_is_named() {
+fn private_authority_is_trusted_when_named() {
     let folder = tempfile::tempdir().unwrap();
     let (web, bundle) = server(folder.path());
     for url in [
@@ -83,12 +75,12 @@ fn an_authority_of_ones_own_is_trusted_when_it_is_named() {
                 && text.contains("set [s3] ca_bundle (or AWS_CA_BUNDLE)"),
             "{text}"
         );
-        assert_eq!(web.seen().len(), seen, "nothing was asked of it");
+        assert_eq!(web.seen().len(), seen, "no request was sent");
     }
 }
 
 #[test]
-fn the_variable_of_the_aws_tools_is_read() {
+fn aws_ca_bundle_variable_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let (web, bundle) = server(folder.path());
     let child = |bundle: &Path| {
@@ -98,9 +90,9 @@ fn the_variable_of_the_aws_tools_is_read() {
             .run()
     };
     assert_eq!(child(&bundle), [format!("read {} bytes", OBJECT.len())]);
-    let said = child(Path::new("nowhere.pem"));
+    let printed = child(Path::new("nowhere.pem"));
     assert!(
-        said[0].starts_with("AWS_CA_BUNDLE = \"nowhere.pem\": No such file"),
-        "{said:?}"
+        printed[0].starts_with("AWS_CA_BUNDLE = \"nowhere.pem\": No such file"),
+        "{printed:?}"
     );
 }

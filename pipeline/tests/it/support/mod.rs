@@ -1,4 +1,4 @@
-//! Shards made on the spot and servers to read them from.
+//! Generated shards and servers to read them from.
 
 pub(crate) mod proxy;
 pub(crate) mod server;
@@ -10,15 +10,15 @@ use std::time::Duration;
 
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::{
-    Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, Sources, Stream,
-    StreamConfig, StreamError, expand,
+    Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, SourceOptions,
+    Sources, Stream, StreamConfig, StreamError, expand,
 };
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use tokio::runtime::Runtime;
 
 use proxy::{Proxy, Rule};
 
-/// An image whose pixels tell it from others.
+/// A PNG whose pixels depend on `seed`.
 pub(crate) fn picture(seed: u32, width: u32, height: u32) -> Vec<u8> {
     let image = RgbImage::from_fn(width, height, |x, y| {
         Rgb([
@@ -34,7 +34,7 @@ pub(crate) fn picture(seed: u32, width: u32, height: u32) -> Vec<u8> {
     bytes.into_inner()
 }
 
-/// A tar of members.
+/// A tar of (path, content) members.
 pub(crate) fn tar_of(members: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (path, content) in members {
@@ -78,12 +78,12 @@ pub(crate) struct Faulty {
 }
 
 impl Faulty {
-    /// Open to everybody; `rule` says which requests go wrong.
+    /// A server that takes unsigned requests; `rule` says which requests fail.
     pub(crate) fn start(rule: Rule) -> Self {
         Self::with_keys(&[], rule)
     }
 
-    /// For requests signed with one of `keys`.
+    /// A server that takes requests signed with one of `keys`.
     pub(crate) fn with_keys(keys: &[&str], rule: Rule) -> Self {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("data")).unwrap();
@@ -104,7 +104,7 @@ impl Faulty {
         std::fs::write(self.root.path().join("data").join(name), content).unwrap();
     }
 
-    /// `name` as an object in S3, and as a file of a web server.
+    /// The URLs of `name` in S3 and on a web server.
     pub(crate) fn both(&self, name: &str) -> [String; 2] {
         [
             format!("s3://data/{name}"),
@@ -117,7 +117,7 @@ impl Faulty {
     }
 }
 
-/// A runtime, sources and metrics: what a test's streams share.
+/// The runtime, sources and metrics that a test's streams share.
 pub(crate) struct Bench {
     pub(crate) runtime: Runtime,
     pub(crate) sources: Sources,
@@ -125,7 +125,7 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    pub(crate) fn new(options: S3Options) -> Self {
+    pub(crate) fn new(options: impl Into<SourceOptions>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -150,7 +150,7 @@ impl Bench {
         })
     }
 
-    /// Another S3 server.
+    /// An S3 server at `endpoint`, without credentials.
     pub(crate) fn s3_at(endpoint: &str, max_attempts: u32) -> Self {
         Self::new(S3Options {
             endpoint_url: Some(endpoint.to_owned()),
@@ -162,7 +162,7 @@ impl Bench {
         })
     }
 
-    /// The whole object, read without a stream.
+    /// Reads a whole object without a stream.
     pub(crate) fn read(&self, url: &str) -> Result<Vec<u8>, SourceError> {
         self.runtime.block_on(read_object(&self.sources, url))
     }
@@ -180,7 +180,7 @@ impl Bench {
         take(&self.open(config)?, &self.metrics, n)
     }
 
-    /// Everything a stream that ends gives.
+    /// All batches of a stream that ends.
     pub(crate) fn all(&self, config: StreamConfig) -> Result<Vec<Batch>, StreamError> {
         self.batches(config, usize::MAX)
     }
@@ -252,7 +252,7 @@ pub(crate) fn config(shards: Vec<ShardUrl>) -> StreamConfig {
     }
 }
 
-/// The same, every shard once and in order.
+/// The same configuration with every shard once and in order.
 pub(crate) fn sequential(shards: Vec<ShardUrl>) -> StreamConfig {
     StreamConfig {
         order: Order::Sequential,

@@ -1,7 +1,7 @@
-//! An HTTP proxy before a real S3 server that makes a fault of what it is told, request by request.
+//! An HTTP proxy in front of a real S3 server that injects faults, request by request.
 //!
-//! It speaks just enough HTTP for S3's clients: heads are passed on line by line, bodies are counted in
-//! bytes. Connections are kept alive, as S3's are, unless a fault ends them.
+//! The proxy implements the part of HTTP that S3 clients use: it passes heads on line by line and counts bodies in
+//! bytes. It keeps connections alive, as S3 does, unless a fault ends them.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,49 +14,49 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// What to make of one request.
+/// A fault of one request.
 #[derive(Debug, Clone)]
 pub(crate) enum Fault {
     /// Answer with a status and an S3 error code, without asking the server.
     Status(u16, &'static str),
-    /// Close in order before the first byte of an answer, as at the end of a connection kept alive.
+    /// Close the connection normally before the first byte of an answer, as at the end of a kept-alive connection.
     Hangup,
-    /// Reset the connection after so many bytes, those of the head included.
+    /// Reset the connection after this many bytes, including the head.
     Reset(usize),
-    /// Fall silent after so many bytes, those of the head included, and keep the connection.
+    /// Send nothing after this many bytes, including the head, and keep the connection open.
     Stall(usize),
-    /// Promise the whole body and close in order after so many of its bytes.
+    /// Announce the whole body and close the connection normally after this many bytes of it.
     Short(usize),
-    /// Send so many bytes of the body at a time, with a pause after each.
+    /// Send this many bytes of the body at a time, with a pause after each.
     Trickle(usize, Duration),
-    /// Reset the connection when the client has not made room for more within this time.
+    /// Reset the connection when a write to the client takes longer than this.
     Impatient(Duration),
-    /// Claim so many bytes more than there are.
+    /// Announce this many bytes more than there are.
     Longer(u64),
-    /// Claim so many bytes fewer than there are; they are sent all the same.
+    /// Announce this many bytes fewer than there are, and send all.
     Shorter(u64),
-    /// Give the object another ETag.
+    /// Answer with another ETag.
     OtherVersion,
-    /// Ask the server for the whole object, whatever the range.
+    /// Ask the server for the whole object, without the range.
     IgnoreRange,
-    /// Pass on so many bytes of what is sent, then reset the connection.
+    /// Pass on this many bytes of the request's body, then reset the connection.
     CutOff(usize),
-    /// Let the server do all of it and close before the first byte of its answer.
+    /// Let the server handle the request and close before the first byte of its answer.
     Unanswered,
 }
 
-/// Decides by a request's head (in lower case), and how many there were before for the same object.
+/// Chooses a fault by the request's head in lower case and the number of earlier requests for the same object.
 pub(crate) type Rule = Box<dyn FnMut(&str, usize) -> Option<Fault> + Send>;
 
 struct State {
     upstream: SocketAddr,
     rule: Mutex<Rule>,
     requests: Mutex<Vec<String>>,
-    /// Requests by their first line.
+    /// The number of requests by first line.
     seen: Mutex<HashMap<String, usize>>,
 }
 
-/// The running proxy. It ends with its runtime.
+/// The running proxy, which ends with its runtime.
 pub(crate) struct Proxy {
     pub(crate) endpoint: String,
     address: SocketAddr,
@@ -84,19 +84,19 @@ impl Proxy {
         }
     }
 
-    /// The requests' heads so far, in lower case.
+    /// The heads of all requests so far, in lower case.
     pub(crate) fn requests(&self) -> Vec<String> {
         self.state.requests.lock().unwrap().clone()
     }
 
-    /// Another rule from the next request on; counting begins anew.
+    /// Sets the rule from the next request on and forgets earlier requests.
     pub(crate) fn follow(&self, rule: Rule) {
         *self.state.rule.lock().unwrap() = rule;
         self.state.seen.lock().unwrap().clear();
         self.state.requests.lock().unwrap().clear();
     }
 
-    /// Ends every connection and refuses new ones for a while.
+    /// Ends every connection and refuses new ones for `time`.
     pub(crate) fn away_for(&self, time: Duration) {
         let mut task = self.task.lock().unwrap();
         task.abort();
@@ -116,14 +116,14 @@ pub(crate) fn clean() -> Rule {
     Box::new(|_, _| None)
 }
 
-/// One fault after another, then none; `None` lets a request through.
+/// The given faults in order, then none; `None` passes a request on.
 pub(crate) fn script(faults: impl IntoIterator<Item = Option<Fault>>) -> Rule {
     let mut faults: VecDeque<_> = faults.into_iter().collect();
     Box::new(move |_, _| faults.pop_front().flatten())
 }
 
-/// A fault of any passing kind on `share` of the requests, anywhere in objects of about `size`
-/// bytes. Which request is hit depends on the object and its number alone, not on timing.
+/// A temporary fault of any kind on `share` of the requests, anywhere in objects of about `size` bytes.
+/// Which request fails depends on the object and the request's number alone, not on timing.
 pub(crate) fn chance(seed: u64, share: f64, size: usize) -> Rule {
     let mut bursts: HashMap<String, usize> = HashMap::new();
     Box::new(move |head, nth| {
@@ -154,7 +154,7 @@ pub(crate) fn chance(seed: u64, share: f64, size: usize) -> Rule {
             5 => Fault::Stall(at),
             6 => Fault::Short(at),
             7 => Fault::Trickle(1 + size / 20, Duration::from_millis(2)),
-            // What an unranged answer says of its length is all there is to know of it.
+            // Without a range, the client has only this length to compare with.
             8 if ranged => Fault::Longer(few as u64),
             9 if ranged => Fault::Shorter(few as u64),
             10 if ranged => Fault::IgnoreRange,
@@ -163,7 +163,7 @@ pub(crate) fn chance(seed: u64, share: f64, size: usize) -> Rule {
     })
 }
 
-/// A passing fault on `share` of the requests that write objects of about `size` bytes.
+/// A temporary fault on `share` of the requests that write objects of about `size` bytes.
 pub(crate) fn chance_writing(seed: u64, share: f64, size: usize) -> Rule {
     let mut random = fastrand::Rng::with_seed(seed);
     Box::new(move |head, _| {
@@ -187,7 +187,7 @@ pub(crate) fn chance_writing(seed: u64, share: f64, size: usize) -> Rule {
 }
 
 async fn accept(listener: TcpListener, state: Arc<State>) {
-    // Ends with this task, and its connections with it.
+    // Dropping the set ends the connections together with this task.
     let mut connections = JoinSet::new();
     while let Ok((socket, _)) = listener.accept().await {
         while connections.try_join_next().is_some() {}
@@ -195,7 +195,7 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
     }
 }
 
-/// Lines up to and with the empty one; `None` at the end of the connection.
+/// The lines before the empty one; `None` at the end of the connection.
 async fn read_head(socket: &mut BufReader<TcpStream>) -> Option<Vec<String>> {
     let mut lines = Vec::new();
     loop {
@@ -246,7 +246,7 @@ async fn serve(mut client: BufReader<TcpStream>, state: Arc<State>) {
     }
 }
 
-/// Answers one request; `None` when that ended the connection.
+/// Answers one request; `None` if the connection ended.
 async fn answer(
     client: &mut BufReader<TcpStream>,
     state: &State,
@@ -264,7 +264,8 @@ async fn answer(
     match fault {
         Some(Fault::Status(status, code)) => {
             drain(client, to_send).await?;
-            let body = format!("<Error><Code>{code}</Code><Message>as told</Message></Error>");
+            let body =
+                format!("<Error><Code>{code}</Code><Message>from the test</Message></Error>");
             let length = body.len();
             let answer = format!(
                 "HTTP/1.1 {status} X\r\ncontent-type: application/xml\r\nx-amz-bucket-region: eu-west-1\r\ncontent-length: {length}\r\n\r\n{body}"
@@ -323,11 +324,11 @@ async fn answer(
         let read = upstream.read(&mut piece).await.ok()?;
         piece.truncate(read);
     }
-    // Without a length only the connection's end tells where the body ends.
+    // Without a length, the body ends with the connection.
     (claimed.is_some() && claimed == length).then_some(())
 }
 
-/// Reads away what a client sends after a head.
+/// Reads the body of a request and drops it.
 async fn drain(client: &mut BufReader<TcpStream>, bytes: usize) -> Option<()> {
     let mut body = client.take(bytes as u64);
     tokio::io::copy(&mut body, &mut tokio::io::sink())
@@ -360,8 +361,10 @@ async fn send(client: &mut TcpStream, bytes: &[u8], fault: Option<&Fault>) -> Op
 async fn end(client: &mut BufReader<TcpStream>, fault: &Option<Fault>) -> Option<()> {
     match fault {
         Some(Fault::Reset(_)) => client.get_ref().set_zero_linger().ok()?,
-        // Until the client has had enough.
-        Some(Fault::Stall(_)) => drop(client.read_u8().await),
+        // Waits until the client closes the connection.
+        Some(Fault::Stall(_)) => {
+            client.read_u8().await.ok();
+        }
         _ => {}
     }
     None

@@ -1,7 +1,6 @@
-//! A real S3 server over a folder, apart from the one inside the product: with keys of its own, or
-//! open to everybody.
+//! A real S3 server over a folder, independent of the embedded server of the product.
 //!
-//! `s3s-fs` does it all but list the uploads that are under way, as S3 does: that is laid over it here.
+//! `s3s-fs` does not list unfinished uploads as S3 does; [`Listing`] adds that.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,8 +17,8 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
-/// Serves `root`'s subfolders as buckets for as long as `runtime` runs. Requests have to be signed
-/// with one of `keys` (each is its own secret), or to be unsigned if there are none.
+/// Serves `root`'s subfolders as buckets while `runtime` runs. Requests must be signed with one of `keys`
+/// (each is its own secret), or unsigned if there are none.
 pub(crate) fn serve(runtime: &Handle, root: &Path, keys: &[&str]) -> SocketAddr {
     let files = FileSystem::new(root).unwrap();
     let mut service = S3ServiceBuilder::new(Listing {
@@ -43,14 +42,17 @@ pub(crate) fn serve(runtime: &Handle, root: &Path, keys: &[&str]) -> SocketAddr 
             let service = service.clone();
             connections.spawn(async move {
                 let http = Builder::new(TokioExecutor::new());
-                let _gone = http.serve_connection(TokioIo::new(socket), service).await;
+                // A client may close the connection at any time.
+                http.serve_connection(TokioIo::new(socket), service)
+                    .await
+                    .ok();
             });
         }
     });
     address
 }
 
-/// The file system, and the uploads that were begun: bucket, key, id.
+/// The file system, and the unfinished uploads as (bucket, key, id).
 struct Listing {
     files: FileSystem,
     uploads: Mutex<Vec<(String, String, String)>>,

@@ -1,4 +1,4 @@
-//! A small HTTP server that answers as a test tells it, with or without TLS.
+//! A small HTTP server whose answers a test gives, with or without TLS.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,9 +10,9 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Request {
     pub(crate) method: String,
-    /// With the query.
+    /// The path with the query.
     pub(crate) path: String,
-    /// Names in lower case.
+    /// Headers by name in lower case.
     pub(crate) headers: BTreeMap<String, String>,
     pub(crate) body: String,
 }
@@ -28,7 +28,7 @@ pub(crate) struct Response {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) body: Vec<u8>,
-    /// The length that is promised; `None`: the body ends with the connection.
+    /// The `Content-Length` header; without it, the body ends with the connection.
     pub(crate) length: Option<usize>,
 }
 
@@ -48,16 +48,16 @@ impl Response {
         self
     }
 
-    /// An error as S3 sends it.
+    /// An error in the form that S3 sends.
     pub(crate) fn s3_error(status: u16, code: &str) -> Self {
-        let body = format!("<Error><Code>{code}</Code><Message>as told</Message></Error>");
+        let body = format!("<Error><Code>{code}</Code><Message>from the test</Message></Error>");
         Self::new(status, body).with("content-type", "application/xml")
     }
 }
 
 type Handler = dyn Fn(&Request) -> Response + Send + Sync;
 
-/// The running server. It ends with the test's process.
+/// The running server, which ends with the test's process.
 pub(crate) struct Web {
     pub(crate) endpoint: String,
     seen: Arc<Mutex<Vec<Request>>>,
@@ -68,7 +68,7 @@ impl Web {
         Self::with(None, handler)
     }
 
-    /// Over TLS if there is a configuration for it.
+    /// Over TLS if `tls` is given.
     pub(crate) fn with(
         tls: Option<Arc<ServerConfig>>,
         handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
@@ -101,7 +101,7 @@ impl Web {
 
 fn serve(socket: impl Read + Write, handler: &Handler, seen: &Mutex<Vec<Request>>) {
     let mut socket = BufReader::new(socket);
-    // Who does not trust the certificate hangs up.
+    // A client that does not trust the certificate closes the connection.
     let Some(request) = read(&mut socket) else {
         return;
     };
@@ -116,11 +116,12 @@ fn serve(socket: impl Read + Write, handler: &Handler, seen: &Mutex<Vec<Request>
     }
     head.push_str("\r\n");
     let socket = socket.get_mut();
-    let sent = socket
+    // A client may close the connection before the end of the answer.
+    socket
         .write_all(head.as_bytes())
         .and_then(|()| socket.write_all(&response.body))
-        .and_then(|()| socket.flush());
-    let _reader_gone = sent;
+        .and_then(|()| socket.flush())
+        .ok();
 }
 
 fn read(socket: &mut impl BufRead) -> Option<Request> {
