@@ -1,9 +1,12 @@
-//! Training from latent shards as a user does it: the same numbers as from the images, going on, and every refusal.
+//! Training from latent shards: the same numbers as from the images, resuming, and every refusal.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use crate::support::{copy, refuse, succeed, teacher, text};
+use crate::support::{
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, copy, refuse, says, succeed, succeed_json, teacher,
+    text,
+};
 use candle_core::{DType, Device, Tensor};
 use coffey::models::{Weights, save_model};
 use serde_json::Value;
@@ -11,24 +14,12 @@ use tempfile::TempDir;
 
 const SHARDS: &str = "data.shards=s3://emoji/{00000..00001}.tar";
 
-/// A command on the quickstart's configuration for `command`.
-fn args(command: &str, settings: &[&str]) -> Vec<String> {
-    let config = match command {
-        "precompute" => "configs/precompute-quickstart.toml",
-        _ => "configs/quickstart.toml",
-    };
-    let mut args = [command, "-c", config].map(str::to_owned).to_vec();
-    for setting in settings {
-        args.extend(["-s".to_owned(), (*setting).to_owned()]);
-    }
-    args
+/// Settings as the arguments of a function.
+fn refs(settings: &[String]) -> Vec<&str> {
+    settings.iter().map(String::as_str).collect()
 }
 
-fn refs(args: &[String]) -> Vec<&str> {
-    args.iter().map(String::as_str).collect()
-}
-
-/// Latents of two of the quickstart's shards.
+/// Writes latents of two of the quickstart's shards with `latents.text = kept`.
 fn precompute(folder: &TempDir, kept: &str) -> PathBuf {
     let output = folder.path().join("latents");
     let settings = [
@@ -36,7 +27,7 @@ fn precompute(folder: &TempDir, kept: &str) -> PathBuf {
         &format!("latents.output={}", output.display()),
         &format!("latents.text={kept}"),
     ];
-    succeed(&refs(&args("precompute", &settings)));
+    succeed(&args("precompute", PRECOMPUTE, settings));
     output
 }
 
@@ -48,23 +39,20 @@ fn from(latents: &Path) -> Vec<String> {
     ]
 }
 
-/// `train`, small, without the pictures that take time.
+/// The arguments of a small `train` without pictures.
 fn train_args(run: &Path, settings: &[&str]) -> Vec<String> {
     let output = format!("train.output={}", run.display());
-    let mut all = vec![
-        output.as_str(),
-        "train.batch_size=4",
-        "report.endpoint_captions=0",
-        "report.grid=false",
-        "validation.every=1000",
-    ];
-    all.extend(settings);
-    args("train", &all)
+    let small = [output.as_str(), "train.batch_size=4"];
+    args(
+        "train",
+        QUICKSTART,
+        [&small[..], &NO_PICTURES, settings].concat(),
+    )
 }
 
 type Step = HashMap<String, Tensor>;
 
-/// What a run of `settings` that makes two audited steps of two micro-batches reads and draws.
+/// Runs two audited steps of two micro-batches; returns the audit of each micro-batch.
 fn audit(folder: &Path, name: &str, settings: &[&str]) -> Vec<Step> {
     let (run, audit) = (folder.join(name), folder.join(format!("{name}-audit")));
     let dir = format!("audit.dir={}", audit.display());
@@ -77,7 +65,7 @@ fn audit(folder: &Path, name: &str, settings: &[&str]) -> Vec<Step> {
         "distill.proportion_empty_prompts=0.4",
     ];
     all.extend(settings);
-    succeed(&refs(&train_args(&run, &all)));
+    succeed(&train_args(&run, &all));
     let steps = ["000001.00", "000001.01", "000002.00", "000002.01"];
     let read = |step| {
         let file = audit.join(format!("step-{step}.safetensors"));
@@ -91,7 +79,7 @@ fn flat(step: &Step, name: &str) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Whether `b` is `a` but for rounding to f16, and rounded somewhere.
+/// Whether `b` is `a` rounded to f16, with at least one value that changed.
 fn rounded(a: &[f32], b: &[f32]) -> bool {
     let largest = a.iter().fold(1.0_f32, |largest, x| largest.max(x.abs()));
     a.len() == b.len()
@@ -102,7 +90,7 @@ fn rounded(a: &[f32], b: &[f32]) -> bool {
 }
 
 #[test]
-fn latents_give_the_audit_of_the_images_they_were_made_of() {
+fn latent_training_equals_image_training() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("latents");
     let settings = [
@@ -111,7 +99,7 @@ fn latents_give_the_audit_of_the_images_they_were_made_of() {
         "image.scaled_decode=false",
         &format!("latents.output={}", output.display()),
     ];
-    succeed(&refs(&args("precompute", &settings)));
+    succeed(&args("precompute", PRECOMPUTE, settings));
     let latents = from(&output);
     let latents = refs(&latents);
     let images = audit(folder.path(), "images", &[SHARDS]);
@@ -135,19 +123,16 @@ fn latents_give_the_audit_of_the_images_they_were_made_of() {
         dropped += pairs.filter(|(prompt, uncond)| prompt == uncond).count();
     }
     assert!((1..16).contains(&dropped), "{dropped} of 16");
-    // What was not written down is what the latents were made with.
-    let said = std::fs::read_to_string(folder.path().join("embeds/config.toml")).unwrap();
-    assert!(
-        said.contains("text_from = \"embeds\"") && said.contains("resolution = 64"),
-        "{said}"
-    );
-    // And that file is a configuration.
+    // Settings that the configuration leaves out come from the manifest.
+    let written = std::fs::read_to_string(folder.path().join("embeds/config.toml")).unwrap();
+    says(&written, &["text_from = \"embeds\"", "resolution = 64"]);
+    // The written file is a configuration.
     let run = folder.path().join("embeds/config.toml");
     succeed(&["train", "-c", text(&run), "-s", "audit.steps=1"]);
 }
 
 #[test]
-fn a_run_that_was_stopped_goes_on_as_if_it_had_not_been() {
+fn latent_run_resumes_bit_for_bit() {
     let folder = TempDir::new().unwrap();
     let latents = from(&precompute(&folder, "embeds"));
     let train = |name: &str, steps: &str, more: &[&str]| {
@@ -159,43 +144,39 @@ fn a_run_that_was_stopped_goes_on_as_if_it_had_not_been() {
         (run.clone(), train_args(&run, &all))
     };
     let (whole, args) = train("whole", "4", &[]);
-    succeed(&refs(&args));
+    succeed(&args);
     let (parts, args) = train("parts", "2", &[]);
-    succeed(&refs(&args));
-    succeed(&refs(&train("parts", "4", &[]).1));
+    succeed(&args);
+    succeed(&train("parts", "4", &[]).1);
     for part in ["unet", "unet_target"] {
         let weights = |run: &Path| {
             std::fs::read(run.join(part).join("diffusion_pytorch_model.safetensors")).unwrap()
         };
         assert!(weights(&whole) == weights(&parts), "{part}");
     }
-    // Other embeddings would make another student.
+    // Other embeddings make another student.
     let more = ["data.text_from=caption"];
     refuse(
         2,
-        &refs(&train("parts", "6", &more).1),
+        &train("parts", "6", &more).1,
         &["data.text_from was \"embeds\" and is \"caption\""],
     );
     let more = ["data.kind=images", SHARDS];
     let (_, args) = train("parts", "6", &more);
-    refuse(
-        2,
-        &refs(&args),
-        &["data.kind was \"latents\" and is \"images\""],
-    );
+    refuse(2, &args, &["data.kind was \"latents\" and is \"images\""]);
 }
 
 #[test]
-fn parts_in_a_bucket_are_one_source() {
+fn partial_manifests_form_one_source() {
     let folder = TempDir::new().unwrap();
     let bucket = folder.path().join("latents");
     let output = format!("latents.output={}", bucket.display());
     for rank in ["0", "1"] {
-        let mut args = args("precompute", &[SHARDS, &output]);
+        let mut args = args("precompute", PRECOMPUTE, [SHARDS, &output]);
         args.extend(["--rank", rank, "--world", "2"].map(str::to_owned));
-        succeed(&refs(&args));
+        succeed(&args);
     }
-    // As it was before the last process joined them.
+    // Splits the manifest into the parts from which the last process joined it.
     let whole = bucket.join("manifest.json");
     for rank in 0..2 {
         let part = bucket.join(format!("manifest-{rank}-of-2.json"));
@@ -217,34 +198,34 @@ fn parts_in_a_bucket_are_one_source() {
     ];
     let run = folder.path().join("run");
     let settings = [&data[..], &["train.max_steps=1"]].concat();
-    succeed(&refs(&train_args(&run, &settings)));
+    succeed(&train_args(&run, &settings));
 
     let settings = [&data[..], &["train.output=run", "train.batch_size=4"]].concat();
-    let said = succeed(&refs(&args("check", &settings)));
-    for words in [
-        "latents [8, 16, 16] of 64x64 pixels",
-        "one sample read",
-        "as f16",
-    ] {
-        assert!(said.contains(words), "{words:?} is not in: {said}");
-    }
-    let mut bench = args("bench", &data);
+    says(
+        &succeed(&args("check", QUICKSTART, settings)),
+        &[
+            "latents [8, 16, 16] of 64x64 pixels",
+            "one sample read",
+            "as f16",
+        ],
+    );
+    let mut bench = args("bench", QUICKSTART, data);
     bench.extend(["--samples", "300", "--limit", "--json"].map(str::to_owned));
-    let measured: Value = serde_json::from_str(&succeed(&refs(&bench))).unwrap();
+    let measured = succeed_json(&bench);
     assert_eq!(measured["samples"], 304);
     assert_eq!(measured["skipped"], serde_json::json!({}));
 
-    // The half that a part lists does not do for all.
+    // One part lists only half of the shards.
     std::fs::remove_file(bucket.join("manifest-1-of-2.json")).unwrap();
     let message = [
         "s3://latents/",
         "no manifest there lists 0000",
         "data.shards",
     ];
-    refuse(2, &refs(&train_args(&run, &data)), &message);
+    refuse(2, &train_args(&run, &data), &message);
 }
 
-/// The teacher with one number of `part` changed.
+/// A copy of the teacher with one tensor of `part` changed.
 fn changed(folder: &TempDir, part: &str, stem: &str) -> PathBuf {
     let pipeline = folder.path().join(format!("other-{part}"));
     copy(&teacher(), &pipeline);
@@ -267,7 +248,7 @@ fn edit(file: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_before_anything_is_trained() {
+fn mismatched_latents_are_refused_before_training() {
     let folder = TempDir::new().unwrap();
     let latents = precompute(&folder, "embeds");
     let manifest = latents.join("manifest.json");
@@ -281,13 +262,13 @@ fn what_does_not_fit_is_refused_before_anything_is_trained() {
         for command in ["train", "check"] {
             let mut args = train_args(&run, &all);
             args[0] = command.to_owned();
-            refuse(2, &refs(&args), words);
+            refuse(2, &args, words);
         }
         assert!(!run.exists());
     };
     let place = manifest.display().to_string();
 
-    // Weights and sizes of other models.
+    // Weights and scaling of other models.
     let of = |part: &str| recipe["fingerprint"][part].as_str().unwrap().to_owned();
     let (vae, text_encoder) = (of("vae"), of("text_encoder"));
     let other = changed(&folder, "vae", "diffusion_pytorch_model");
@@ -311,7 +292,7 @@ fn what_does_not_fit_is_refused_before_anything_is_trained() {
     let setting = format!("model.vae={}", scaled.display());
     refused(&[&setting], &["latent.scaling_factor is 0.", "and 0.5 in"]);
 
-    // What the configuration says of the images.
+    // Settings of images that contradict the manifest.
     for (setting, words) in [
         (
             "image.resolution=32",
@@ -347,11 +328,11 @@ fn what_does_not_fit_is_refused_before_anything_is_trained() {
     settings.push("latents.output=x");
     refuse(
         2,
-        &refs(&args("precompute", &settings)),
+        &args("precompute", PRECOMPUTE, settings),
         &["latents are made of images"],
     );
 
-    // Manifests.
+    // Manifests of other shapes and versions.
     edit(&manifest, |manifest| {
         manifest["prompt_embeds_shape"] = serde_json::json!([77, 32]);
     });
@@ -378,7 +359,7 @@ fn what_does_not_fit_is_refused_before_anything_is_trained() {
     refused(&[], &["no manifest.json is there", "coffey precompute"]);
     std::fs::write(&manifest, &original).unwrap();
 
-    // Another folder beside it, made in another way.
+    // A second folder with another fingerprint.
     let second = folder.path().join("second");
     copy(&latents, &second);
     edit(&second.join("manifest.json"), |manifest| {

@@ -7,8 +7,10 @@
     reason = "clippy.toml allows them in test functions, not in the functions that tests call"
 )]
 
+mod bench;
 mod chaos;
 mod check;
+mod inspect;
 mod latents;
 mod model_sources;
 mod models;
@@ -18,6 +20,7 @@ mod prometheus;
 mod push;
 mod replay;
 mod resume;
+mod rooms;
 mod sample;
 mod support;
 mod tensorboard;

@@ -1,38 +1,28 @@
-//! The page of a run at `/`: what it is told, and that a browser shows it.
+//! The page of a run at `/`: its events, and its display in a browser.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::support::text;
 use crate::support::watched::Watched;
+use crate::support::{NO_PICTURES, QUICKSTART, args, needed, repository, text};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The quickstart with few and small steps.
+/// Trains on the quickstart with small steps.
 fn train(output: &Path, more: &[&str]) -> Watched {
     let output = format!("train.output={}", text(output));
-    let mut args = vec!["train", "-c", "configs/quickstart.toml"];
-    for setting in [
-        output.as_str(),
-        "train.batch_size=4",
-        "report.grid=false",
-        "report.endpoint_captions=0",
-    ]
-    .iter()
-    .chain(more)
-    {
-        args.extend(["-s", setting]);
-    }
-    Watched::start(&args)
+    let small = [output.as_str(), "train.batch_size=4"];
+    let settings = [&small[..], &NO_PICTURES, more].concat();
+    Watched::start(&args("train", QUICKSTART, settings))
 }
 
-/// Events up to the end of the run, each handed to `look` as it comes; whether the last one said so.
+/// Passes each event to `look` until the connection ends; returns whether the last event announced the end of the run.
 fn follow(watched: &Watched, mut look: impl FnMut(&Value)) -> bool {
     let socket = watched.open("/events", &watched.address).unwrap();
     let (mut end, mut over) = (false, false);
     for line in BufReader::new(socket).lines().map_while(Result::ok) {
-        // Empty lines and the transfer's chunks are between them.
+        // Empty lines and chunk lengths stand between the events.
         end |= line == "event: end";
         over |= end && line == "data: over";
         if let Some(json) = line.strip_prefix("data: {") {
@@ -48,12 +38,12 @@ fn steps(update: &Value) -> Vec<u64> {
 }
 
 #[test]
-fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
+fn page_events_cover_every_step_across_resume() {
     let folder = TempDir::new().unwrap();
     let run = folder.path().join("run");
     let watched = train(&run, &["train.max_steps=12", "validation.every=4"]);
-    // One who never reads must not hold the run up.
-    let _deaf = watched.open("/events", &watched.address).unwrap();
+    // A client that never reads must not block the run.
+    let _idle_client = watched.open("/events", &watched.address).unwrap();
 
     let page = watched.get("/").unwrap();
     assert_eq!(page.status, 200);
@@ -65,8 +55,8 @@ fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
         assert!(page.head.contains(header), "{}", page.head);
     }
     for path in ["/", "/events", "/metrics", "/healthz", "/grid.png"] {
-        let stranger = watched.ask(path, "evil.example:80").unwrap();
-        assert_eq!(stranger.status, 421, "{path}");
+        let answer = watched.ask(path, "evil.example:80").unwrap();
+        assert_eq!(answer.status, 421, "{path}");
     }
     assert_eq!(watched.get("/grid.png").unwrap().status, 404);
 
@@ -79,7 +69,7 @@ fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
         if states.last() != Some(&state) {
             states.push(state);
         }
-        // The run may be over before it is asked for.
+        // The run may end before the request.
         if let (false, Some(_), Some(grid)) = (
             pictured,
             status["grid"].as_u64(),
@@ -94,7 +84,7 @@ fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
         }
         last = Some(status.clone());
     });
-    assert!(over, "the end was not told");
+    assert!(over, "no event announced the end");
     assert_eq!(seen, (1..=12).collect::<Vec<u64>>());
     assert!(pictured);
     let status = last.unwrap();
@@ -116,8 +106,8 @@ fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
     assert!(status["limit"].is_string(), "{status:#}");
     assert!(status["checkpoint"]["seconds"].as_f64().unwrap() > 0.0);
     assert!(status["s3_requests"]["ok"].as_u64().unwrap() > 0);
-    let (code, said) = watched.end();
-    assert_eq!(code, Some(0), "{said}");
+    let (code, messages) = watched.end();
+    assert_eq!(code, Some(0), "{messages}");
 
     let watched = train(&run, &["train.max_steps=14", "validation.every=4"]);
     let mut seen = Vec::new();
@@ -127,14 +117,8 @@ fn the_page_is_told_of_every_step_also_of_those_before_a_resume() {
 }
 
 #[test]
-fn a_command_without_steps_has_a_page_too() {
-    let watched = Watched::start(&[
-        "bench",
-        "-c",
-        "configs/quickstart.toml",
-        "--samples",
-        "60000",
-    ]);
+fn page_works_for_command_without_steps() {
+    let watched = Watched::start(&["bench", "-c", QUICKSTART, "--samples", "60000"]);
     let mut last = Value::Null;
     let mut updates = 0;
     let over = follow(&watched, |update| {
@@ -145,7 +129,7 @@ fn a_command_without_steps_has_a_page_too() {
             watched.terminate();
         }
     });
-    // `bench` has nothing to save: it ends at the signal, without a word to the page.
+    // `bench` has nothing to save, so it ends at the signal without a last event.
     assert!(!over);
     assert_eq!(last["command"], "bench");
     assert_eq!(last["progress"]["unit"], "samples");
@@ -154,45 +138,45 @@ fn a_command_without_steps_has_a_page_too() {
     assert_eq!(stages.len(), 7, "{last:#}");
 }
 
-/// In headless Chromium, by `tests/browser/look_on.py`; its pictures are kept in cargo's temporary folder.
-#[test]
-fn a_person_sees_the_run_in_a_browser() {
-    let (Some(python), Some(_browser)) = (
-        std::env::var_os("COFFEY_PYTHON"),
-        std::env::var_os("COFFEY_BROWSER"),
-    ) else {
-        eprintln!("COFFEY_PYTHON or COFFEY_BROWSER is not set: no browser looked at the page");
-        return;
-    };
-    let folder = TempDir::new().unwrap();
-    // Names are other people's text.
-    let run = folder
-        .path()
-        .join("a <b>bold<img src=x onerror=alert(1)> run");
-    let watched = train(
-        &run,
-        &[
-            "train.max_steps=100000",
-            "validation.every=6",
-            "checkpoint.every=10",
-        ],
-    );
-    let pictures = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("page");
-    std::fs::create_dir_all(&pictures).unwrap();
-    let mut looker = Command::new(python)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/browser/look_on.py"))
-        .arg(format!("http://{}/", watched.address))
-        .arg(&pictures)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // It says so when it has seen a run go on, and then looks at how it ends.
-    let mut told = String::new();
-    let mut out = BufReader::new(looker.stdout.take().unwrap());
-    out.read_line(&mut told).unwrap();
-    watched.terminate();
-    out.read_to_string(&mut told).unwrap();
-    assert!(looker.wait().unwrap().success(), "{told}");
-    assert_eq!(told, "seen\nover\n");
-    assert_eq!(watched.end().0, Some(143));
+mod needs_browser {
+    use super::*;
+
+    /// Runs `tests/browser/look_on.py` with headless Chromium; its pictures are kept in cargo's temporary folder.
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON and COFFEY_BROWSER: a Python with playwright, and a headless Chromium"]
+    fn page_renders_in_chromium() {
+        let (python, browser) = (needed("COFFEY_PYTHON"), needed("COFFEY_BROWSER"));
+        let folder = TempDir::new().unwrap();
+        // The page must escape names.
+        let run = folder
+            .path()
+            .join("a <b>bold<img src=x onerror=alert(1)> run");
+        let watched = train(
+            &run,
+            &[
+                "train.max_steps=100000",
+                "validation.every=6",
+                "checkpoint.every=10",
+            ],
+        );
+        let pictures = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("page");
+        std::fs::create_dir_all(&pictures).unwrap();
+        let mut script = Command::new(python)
+            .env("COFFEY_BROWSER", browser)
+            .arg(repository("tests/browser/look_on.py"))
+            .arg(format!("http://{}/", watched.address))
+            .arg(&pictures)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // The script prints a line when it has seen the run go on, and another when it has seen the run end.
+        let mut printed = String::new();
+        let mut out = BufReader::new(script.stdout.take().unwrap());
+        out.read_line(&mut printed).unwrap();
+        watched.terminate();
+        out.read_to_string(&mut printed).unwrap();
+        assert!(script.wait().unwrap().success(), "{printed}");
+        assert_eq!(printed, "seen\nover\n");
+        assert_eq!(watched.end().0, Some(143));
+    }
 }

@@ -1,47 +1,23 @@
-//! `coffey precompute` as a user runs it: the quickstart's shards out of the embedded S3 server, latent shards into a folder.
+//! `coffey precompute`: shards from the embedded S3 server, latent shards into a folder.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-const CONFIG: &str = "configs/precompute-quickstart.toml";
+use crate::support::{
+    PRECOMPUTE, command, messages, python, refused, run, says, succeed_json, terminate, text,
+};
 
-/// Runs `coffey precompute` in the repository's root, with no scheduler around it.
-fn precompute(output: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
+/// `coffey precompute` into `output`.
+fn precompute(output: &Path, args: &[&str]) -> Command {
+    let output = format!("latents.output={}", output.display());
+    let mut command = command(&["precompute", "-c", PRECOMPUTE, "-s", &output]);
+    command.args(args);
     command
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["precompute", "-c", CONFIG, "-s"])
-        .arg(format!("latents.output={}", output.display()))
-        .args(args);
-    for variable in [
-        "RANK",
-        "OMPI_COMM_WORLD_RANK",
-        "SLURM_PROCID",
-        "SLURM_ARRAY_TASK_ID",
-        "JOB_COMPLETION_INDEX",
-    ] {
-        command.env_remove(variable);
-    }
-    command.output().unwrap()
-}
-
-fn succeeded(output: Output) -> String {
-    let messages = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.success(), "{messages}");
-    messages
-}
-
-fn refused(output: &Output, code: i32, words: &[&str]) {
-    let messages = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{messages}");
-    for word in words {
-        assert!(messages.contains(word), "{word:?} is not in: {messages}");
-    }
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -56,19 +32,12 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 #[test]
-fn shards_become_latent_shards_and_are_not_made_twice() {
+fn precompute_writes_each_latent_shard_once() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("latents");
-    let result = precompute(&output, &["-s", "latents.text=both"]);
-    assert_eq!(
-        String::from_utf8_lossy(&result.stdout).trim(),
-        output.to_str().unwrap()
-    );
-    let messages = succeeded(result);
-    assert!(
-        messages.contains("4 shards, 4 of them new") && messages.contains("459 samples"),
-        "{messages}"
-    );
+    let (out, err) = run(precompute(&output, &["-s", "latents.text=both"]), 0);
+    assert_eq!(out.trim(), text(&output));
+    says(&err, &["4 shards, 4 of them new", "459 samples"]);
     let first = files(&output);
     let names: Vec<&str> = first.keys().map(String::as_str).collect();
     assert_eq!(
@@ -90,21 +59,17 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
     assert_eq!(manifest["shards"]["00003.tar"]["samples"], 114);
 
     fs::remove_file(output.join("00002.tar")).unwrap();
-    let messages = succeeded(precompute(
+    let said = messages(precompute(
         &output,
         &["-s", "latents.text=both", "-s", "encode.batch_size=7"],
     ));
-    assert!(
-        messages.contains("3 shards already in") && messages.contains("1 of them new"),
-        "{messages}"
-    );
+    says(&said, &["3 shards already in", "1 of them new"]);
     assert!(files(&output) == first);
-    let messages = succeeded(precompute(&output, &["-s", "latents.text=both"]));
-    assert!(messages.contains("0 of them new"), "{messages}");
+    let said = messages(precompute(&output, &["-s", "latents.text=both"]));
+    says(&said, &["0 of them new"]);
 
-    let other = precompute(&output, &["-s", "latents.text=embeds"]);
     refused(
-        &other,
+        precompute(&output, &["-s", "latents.text=embeds"]),
         2,
         &[
             "text = \"both\", and now it is \"embeds\"",
@@ -112,27 +77,29 @@ fn shards_become_latent_shards_and_are_not_made_twice() {
         ],
     );
     assert!(files(&output) == first);
-    inspected(&output);
-    estimated(&output, &manifest);
-    let shards = (0..4).map(|n| format!("assets/quickstart/emoji/0000{n}.tar"));
-    read_with_python(&output, shards.map(PathBuf::from));
+    check_inspect(&output);
+    check_estimate(&output, &manifest);
 }
 
-#[test]
-fn several_crops_of_an_image_lie_together() {
-    let folder = TempDir::new().unwrap();
-    let (shard, output) = (
-        folder.path().join("wide.tar"),
-        folder.path().join("latents"),
-    );
+/// Writes latents with four crops of each image of a shard of three; returns the shard and the latents' folder.
+fn precompute_crops(folder: &TempDir) -> (PathBuf, PathBuf) {
+    let at = |name: &str| folder.path().join(name);
+    let (shard, output) = (at("wide.tar"), at("latents"));
     wide_images(&shard, 3);
     let data = format!("data.shards={}", shard.display());
     let settings = ["latents.crops=4", "image.crop=random", "image.flip=true"];
     let settings = std::iter::once(data.as_str()).chain(settings);
     let args: Vec<&str> = settings.flat_map(|setting| ["-s", setting]).collect();
-    succeeded(precompute(&output, &args));
-    let seen = inspect(&output);
-    assert_eq!(seen["shards"][0]["latents"]["samples"], 3, "{seen}");
+    messages(precompute(&output, &args));
+    (shard, output)
+}
+
+#[test]
+fn crops_of_one_image_share_a_sample() {
+    let folder = TempDir::new().unwrap();
+    let (_, output) = precompute_crops(&folder);
+    let report = inspect(&output);
+    assert_eq!(report["shards"][0]["latents"]["samples"], 3, "{report}");
 
     let mut written = tar::Archive::new(fs::File::open(output.join("wide.tar")).unwrap());
     let mut crops = 0;
@@ -144,16 +111,47 @@ fn several_crops_of_an_image_lie_together() {
         let json: Value = serde_json::from_reader(&mut entry).unwrap();
         let lefts = json["coffey"]["crop_left"].as_array().unwrap();
         assert_eq!(lefts.len(), 4);
-        // 128 pixels wide once 64 are high.
+        // The resized image is 128 pixels wide and 64 high.
         assert!(lefts.iter().any(|left| left != &lefts[0]), "{json}");
         assert_eq!(json["coffey"]["flipped"].as_array().unwrap().len(), 4);
         crops += lefts.len();
     }
     assert_eq!(crops, 12);
-    read_with_python(&output, [shard]);
 }
 
-/// A shard of `count` captioned images, 160 by 80 pixels, each pixel another colour.
+mod needs_python {
+    use super::*;
+
+    /// Reads latent shards with webdataset and, where installed, compares them with diffusers' encoders.
+    fn read_with_webdataset(latents: &Path, images: &[PathBuf]) {
+        let mut args = vec![latents, Path::new("--images")];
+        args.extend(images.iter().map(PathBuf::as_path));
+        let teacher = Path::new("assets/quickstart/teacher");
+        args.extend([Path::new("--pipeline"), teacher]);
+        python("read_latents.py", &args);
+    }
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with webdataset, PyTorch and diffusers"]
+    fn latent_shards_equal_diffusers_encoders() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("latents");
+        messages(precompute(&output, &["-s", "latents.text=both"]));
+        let shards = (0..4).map(|n| format!("assets/quickstart/emoji/0000{n}.tar"));
+        let shards: Vec<_> = shards.map(PathBuf::from).collect();
+        read_with_webdataset(&output, &shards);
+    }
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with webdataset, PyTorch and diffusers"]
+    fn latent_crops_equal_diffusers_encoders() {
+        let folder = TempDir::new().unwrap();
+        let (shard, output) = precompute_crops(&folder);
+        read_with_webdataset(&output, &[shard]);
+    }
+}
+
+/// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
 fn wide_images(shard: &Path, count: u32) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
     for key in 0..count {
@@ -176,13 +174,10 @@ fn wide_images(shard: &Path, count: u32) {
     tar.finish().unwrap();
 }
 
-/// What `coffey check` says beforehand, against what there is.
-fn estimated(latents: &Path, manifest: &Value) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
-    command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command.args(["check", "-c", CONFIG, "--json", "-s"]);
-    command.arg(format!("latents.output={}", latents.display()));
-    let report: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+/// Compares the estimate of `coffey check` with the latents that were written.
+fn check_estimate(latents: &Path, manifest: &Value) {
+    let output = format!("latents.output={}", latents.display());
+    let report = succeed_json(&["check", "-c", PRECOMPUTE, "--json", "-s", &output]);
     let cost = &report["cost"];
     assert_eq!(
         (&cost["shards"], &cost["reads"]),
@@ -204,18 +199,11 @@ fn estimated(latents: &Path, manifest: &Value) {
 }
 
 fn inspect(latents: &Path) -> Value {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
-    let shards = format!("{}/", latents.display());
-    let output = command
-        .args(["inspect", "--json", &shards])
-        .output()
-        .unwrap();
-    assert!(output.status.success());
-    serde_json::from_slice(&output.stdout).unwrap()
+    succeed_json(&["inspect", "--json", &format!("{}/", latents.display())])
 }
 
-/// What `coffey inspect` says of latent shards, sound and damaged.
-fn inspected(latents: &Path) {
+/// Checks the report of `coffey inspect` on sound latent shards and on damaged ones.
+fn check_inspect(latents: &Path) {
     let report = inspect(latents);
     let totals = &report["totals"];
     assert_eq!(totals["problems"], 0, "{totals}");
@@ -243,7 +231,7 @@ fn inspected(latents: &Path) {
             .starts_with("sha256:")
     );
 
-    // A number of the first array becomes NaN, the second array another type; the tar itself stays sound.
+    // The first array gets a NaN and the second another type; the tar itself stays sound.
     let copy = TempDir::new().unwrap();
     for (name, content) in files(latents) {
         fs::write(copy.path().join(name), content).unwrap();
@@ -266,7 +254,7 @@ fn inspected(latents: &Path) {
     let kinds = &totals["problems_by_kind"];
     assert_eq!(kinds["not_finite"], 1, "{kinds}");
     assert_eq!(kinds["bad_array"], 1, "{kinds}");
-    // One array of 00000.tar, and 00001.tar is not what it was.
+    // One array of 00000.tar, and the replaced 00001.tar.
     assert!(
         kinds["other_than_manifest"].as_u64().unwrap() >= 2,
         "{kinds}"
@@ -275,30 +263,11 @@ fn inspected(latents: &Path) {
     assert!(mean.as_f64().unwrap().is_finite());
 }
 
-/// With the Python that `COFFEY_PYTHON` names, which has webdataset and perhaps PyTorch and diffusers.
-fn read_with_python(latents: &Path, images: impl IntoIterator<Item = PathBuf>) {
-    let Some(python) = std::env::var_os("COFFEY_PYTHON") else {
-        eprintln!("COFFEY_PYTHON is not set: not read with webdataset");
-        return;
-    };
-    let status = Command::new(python)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .arg("tests/reference/read_latents.py")
-        .arg(latents)
-        .arg("--images")
-        .args(images)
-        .arg("--pipeline")
-        .arg("assets/quickstart/teacher")
-        .status()
-        .unwrap();
-    assert!(status.success());
-}
-
 #[test]
-fn ranks_share_the_shards() {
+fn precompute_ranks_share_shards() {
     let folder = TempDir::new().unwrap();
     let shards = ["-s", "data.shards=s3://emoji/{00000..00002}.tar"];
-    succeeded(precompute(
+    messages(precompute(
         folder.path(),
         &[&shards[..], &["--rank", "0", "--world", "2"]].concat(),
     ));
@@ -306,110 +275,88 @@ fn ranks_share_the_shards() {
     assert_eq!(names, ["00000.tar", "00002.tar", "manifest-0-of-2.json"]);
     let finish = [&shards[..], &["--finish"]].concat();
     refused(
-        &precompute(folder.path(), &finish),
+        precompute(folder.path(), &finish),
         1,
         &["1 of 3 shards missing: 00001.tar;"],
     );
     let last = [&shards[..], &["--rank", "1", "--world", "2"]].concat();
-    succeeded(precompute(folder.path(), &last));
+    messages(precompute(folder.path(), &last));
     let names: Vec<String> = files(folder.path()).into_keys().collect();
     assert_eq!(
         names,
         ["00000.tar", "00001.tar", "00002.tar", "manifest.json"]
     );
-    let said = succeeded(precompute(folder.path(), &finish));
-    assert!(said.contains("all 3 shards there"), "{said}");
+    let said = messages(precompute(folder.path(), &finish));
+    says(&said, &["all 3 shards there"]);
     let empty = TempDir::new().unwrap();
     refused(
-        &precompute(empty.path(), &finish),
+        precompute(empty.path(), &finish),
         2,
         &["holds no manifest", "latents.output"],
     );
-    let result = precompute(folder.path(), &["--rank", "0", "--world", "5"]);
-    refused(&result, 2, &["4 shards", "5 ranks"]);
     refused(
-        &precompute(folder.path(), &["--rank", "2", "--world", "2"]),
+        precompute(folder.path(), &["--rank", "0", "--world", "5"]),
+        2,
+        &["4 shards", "5 ranks"],
+    );
+    refused(
+        precompute(folder.path(), &["--rank", "2", "--world", "2"]),
         2,
         &["rank 2 of 2"],
     );
-    refused(
-        &precompute(folder.path(), &["--rank", "0"]),
-        2,
-        &["--world"],
-    );
+    refused(precompute(folder.path(), &["--rank", "0"]), 2, &["--world"]);
 }
 
 #[test]
-fn mistakes_end_with_one_clear_message() {
+fn precompute_refuses_bad_input() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("out");
     let missing = ["-s", "data.shards=s3://emoji/none.tar"];
-    let result = precompute(&out, &missing);
-    assert!(!result.status.success());
-    let messages = String::from_utf8_lossy(&result.stderr);
-    assert!(messages.contains("s3://emoji/none.tar"), "{messages}");
+    refused(precompute(&out, &missing), 1, &["s3://emoji/none.tar"]);
     fs::write(folder.path().join("text.tar"), "not a tar at all").unwrap();
     let shard = format!("data.shards={}", folder.path().join("text.tar").display());
-    refused(&precompute(&out, &["-s", &shard]), 1, &["text.tar", "tar"]);
+    refused(precompute(&out, &["-s", &shard]), 1, &["text.tar", "tar"]);
     assert!(
         !files(&out)
             .keys()
             .any(|name| name.ends_with(".tar") || name.starts_with('.'))
     );
     refused(
-        &precompute(&out, &["-s", "model.teacher=nowhere"]),
+        precompute(&out, &["-s", "model.teacher=nowhere"]),
         2,
         &["model.teacher", "nowhere"],
     );
     fs::create_dir(folder.path().join("empty")).unwrap();
     let teacher = format!("model.teacher={}", folder.path().join("empty").display());
     refused(
-        &precompute(&out, &["-s", &teacher]),
+        precompute(&out, &["-s", &teacher]),
         1,
         &["vae", "no weights found"],
     );
 }
 
-#[cfg(unix)]
 #[test]
-fn a_signal_stops_it_without_half_shards() {
+fn sigterm_leaves_no_partial_latent_shard() {
     let folder = TempDir::new().unwrap();
-    let log = fs::File::create(folder.path().join("log")).unwrap();
     let out = folder.path().join("out");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_coffey"))
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args([
-            "precompute",
-            "-c",
-            CONFIG,
-            "--rank",
-            "0",
-            "--world",
-            "1",
-            "-s",
-            "encode.batch_size=1",
-        ])
-        .args(["-s", &format!("latents.output={}", out.display())])
-        .stderr(log)
+    let args = ["--rank", "0", "--world", "1", "-s", "encode.batch_size=1"];
+    let mut child: Child = precompute(&out, &args)
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let begun = || fs::read_dir(&out).is_ok_and(|files| files.count() > 1);
-    while !begun() && child.try_wait().unwrap().is_none() {
+    let writes = || fs::read_dir(&out).is_ok_and(|files| files.count() > 1);
+    while !writes() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    let killed = Command::new("kill")
-        .args(["-TERM", &child.id().to_string()])
-        .status()
-        .unwrap();
-    assert!(killed.success());
-    let status = child.wait().unwrap();
-    let messages = fs::read_to_string(folder.path().join("log")).unwrap();
-    assert_eq!(status.code(), Some(143), "{messages}");
+    terminate(&child);
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{err}");
     let manifest: Value = serde_json::from_slice(&files(&out)["manifest.json"]).unwrap();
     let listed: Vec<&String> = manifest["shards"].as_object().unwrap().keys().collect();
-    let there: Vec<String> = files(&out)
+    let written: Vec<String> = files(&out)
         .into_keys()
         .filter(|name| name != "manifest.json")
         .collect();
-    assert_eq!(there.iter().collect::<Vec<_>>(), listed);
+    assert_eq!(written.iter().collect::<Vec<_>>(), listed);
 }

@@ -1,16 +1,15 @@
-//! Looks on while real runs go on, as Prometheus and a supervisor do: over HTTP on loopback.
+//! The metrics and the health of real runs, read over HTTP on loopback as Prometheus and a supervisor do.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::support::watched::Watched;
-use crate::support::{refuse, text};
+use crate::support::{NO_PICTURES, PRECOMPUTE, QUICKSTART, args, refuse, repository, text};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Every metric: its family, its type and its label.
+/// The family, type and label of every metric of a stream.
 const STREAM: [(&str, &str, &str); 11] = [
     ("coffey_stage_items", "counter", "stage"),
     ("coffey_stage_bytes", "counter", "stage"),
@@ -36,7 +35,7 @@ const STAGES: [&str; 9] = [
     "fetch", "untar", "filter", "shuffle", "decode", "batch", "encode", "train", "write",
 ];
 
-/// Scrapes until the command has ended, which must be well; every scrape, and what was said.
+/// Scrapes until the command has ended with code 0; returns every scrape and the messages.
 fn scrape(watched: Watched) -> (Vec<Scrape>, String) {
     let mut scrapes = Vec::new();
     while let Some(metrics) = watched.get("/metrics") {
@@ -49,12 +48,12 @@ fn scrape(watched: Watched) -> (Vec<Scrape>, String) {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let (code, said) = watched.end();
-    assert_eq!(code, Some(0), "{said}");
-    (scrapes, said)
+    let (code, messages) = watched.end();
+    assert_eq!(code, Some(0), "{messages}");
+    (scrapes, messages)
 }
 
-/// The parsed text: types by family, and values by series.
+/// A parsed answer of `/metrics`: types by family, and values by series.
 #[derive(Debug)]
 struct Scrape {
     types: BTreeMap<String, String>,
@@ -62,7 +61,7 @@ struct Scrape {
 }
 
 impl Scrape {
-    /// Reads every line, and knows no other kind than Prometheus's own.
+    /// Parses every line, and panics at one that is not in the OpenMetrics format.
     fn parse(body: &str) -> Self {
         let mut scrape = Self {
             types: BTreeMap::new(),
@@ -115,11 +114,11 @@ impl Scrape {
     }
 }
 
-/// Families are as designed, every stage is there, and no counter ever falls.
+/// Asserts that the families are complete, every stage has its series, and no counter falls.
 fn check(scrapes: &[Scrape], training: bool) {
     assert!(scrapes.len() > 2, "{} scrapes", scrapes.len());
     let last = scrapes.last().unwrap();
-    let mut designed: BTreeMap<String, String> = STREAM
+    let mut expected: BTreeMap<String, String> = STREAM
         .iter()
         .map(|(name, kind, _)| ((*name).to_owned(), (*kind).to_owned()))
         .collect();
@@ -127,13 +126,13 @@ fn check(scrapes: &[Scrape], training: bool) {
         scrapes[0]
             .types
             .iter()
-            .all(|(name, _)| designed.contains_key(name))
+            .all(|(name, _)| expected.contains_key(name))
     );
     if training {
         let more = TRAINING.iter();
-        designed.extend(more.map(|(name, kind, _)| ((*name).to_owned(), (*kind).to_owned())));
+        expected.extend(more.map(|(name, kind, _)| ((*name).to_owned(), (*kind).to_owned())));
     }
-    assert_eq!(last.types, designed);
+    assert_eq!(last.types, expected);
     for measure in [
         "items_total",
         "bytes_total",
@@ -164,33 +163,22 @@ fn check(scrapes: &[Scrape], training: bool) {
 }
 
 #[test]
-fn prometheus_sees_a_training_run_grow() {
+fn metrics_of_training_run_grow() {
     let folder = TempDir::new().unwrap();
     let output = format!("train.output={}", text(&folder.path().join("run")));
-    let watched = Watched::start(&[
-        "train",
-        "-c",
-        "configs/quickstart.toml",
-        "-s",
-        &output,
-        "-s",
+    let own = [
+        output.as_str(),
         "train.batch_size=4",
-        "-s",
         "train.max_steps=12",
-        "-s",
         "checkpoint.every=3",
-        "-s",
-        "report.endpoint_captions=0",
-        "-s",
-        "report.grid=false",
-        "-s",
         "validation.every=12",
-    ]);
-    let (scrapes, said) = scrape(watched);
+    ];
+    let settings = NO_PICTURES.iter().chain(&own);
+    let (scrapes, messages) = scrape(Watched::start(&args("train", QUICKSTART, settings)));
     check(&scrapes, true);
     let last = scrapes.last().unwrap();
     check_dashboard_and_docs(last);
-    // The last pictures are drawn after the last step.
+    // The last scrape follows the last step, because pictures are drawn after it.
     assert_eq!(last.value("coffey_train_step"), 12.0);
     assert_eq!(last.value("coffey_train_samples_total"), 48.0);
     assert_eq!(last.items("train"), 48.0);
@@ -200,12 +188,12 @@ fn prometheus_sees_a_training_run_grow() {
     assert_eq!(last.value("coffey_stalled"), 0.0);
     assert!(last.value("coffey_checkpoint_seconds") > 0.0);
     assert!(
-        said.contains("12 steps in ") && said.contains(" · limit: "),
-        "{said}"
+        messages.contains("12 steps in ") && messages.contains(" · limit: "),
+        "{messages}"
     );
 }
 
-/// Every metric's name as a query has it.
+/// The name of every metric in a query.
 fn exported(scrape: &Scrape) -> BTreeSet<String> {
     let name = |(family, kind): (&String, &String)| match kind.as_str() {
         "counter" => format!("{family}_total"),
@@ -214,7 +202,7 @@ fn exported(scrape: &Scrape) -> BTreeSet<String> {
     scrape.types.iter().map(name).collect()
 }
 
-/// The metrics a text names.
+/// The metrics that a text names.
 fn named(text: &str) -> BTreeSet<String> {
     text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
         .filter(|word| word.starts_with("coffey_"))
@@ -222,21 +210,20 @@ fn named(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Neither asks for a metric that is not there, nor passes one over.
+/// Asserts that docs/operations.md and the dashboard name exactly the exported metrics.
 fn check_dashboard_and_docs(scrape: &Scrape) {
     let exported = exported(scrape);
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let docs = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    let docs = std::fs::read_to_string(repository("docs/operations.md")).unwrap();
     assert_eq!(named(&docs), exported);
 
-    let dashboard = std::fs::read(root.join("deploy/grafana/coffey.json")).unwrap();
+    let dashboard = std::fs::read(repository("deploy/grafana/coffey.json")).unwrap();
     let dashboard: Value = serde_json::from_slice(&dashboard).unwrap();
     let mut queries = String::new();
     for panel in dashboard["panels"].as_array().unwrap() {
         if panel["type"] == "row" {
             continue;
         }
-        // Whoever imports it has another Prometheus.
+        // Each user has another Prometheus.
         assert_eq!(panel["datasource"]["uid"], "${datasource}", "{panel:#}");
         for target in panel["targets"].as_array().unwrap() {
             queries.push_str(target["expr"].as_str().unwrap());
@@ -251,35 +238,27 @@ fn check_dashboard_and_docs(scrape: &Scrape) {
 }
 
 #[test]
-fn prometheus_sees_latents_being_written() {
+fn metrics_of_precompute_run_grow() {
     let folder = TempDir::new().unwrap();
     let output = format!("latents.output={}", text(&folder.path().join("latents")));
-    let config = "configs/precompute-quickstart.toml";
-    let args = ["precompute", "-c", config, "-s", &output];
-    let (scrapes, said) = scrape(Watched::start(&args));
+    let args = args("precompute", PRECOMPUTE, [output]);
+    let (scrapes, messages) = scrape(Watched::start(&args));
     check(&scrapes, false);
     let last = scrapes.last().unwrap();
     assert!(last.items("write") > 0.0 && last.items("train") == 0.0);
-    assert!(said.contains("\nlimit: encode, busy "), "{said}");
+    assert!(messages.contains("\nlimit: encode, busy "), "{messages}");
 }
 
 #[test]
-fn a_supervisor_is_told_which_stage_hangs() {
+fn healthz_names_hanging_stage() {
     // A server that never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let shards = format!("data.shards=http://{}/0.tar", silent.local_addr().unwrap());
-    let watched = Watched::start(&[
-        "bench",
-        "-c",
-        "configs/quickstart.toml",
-        "-s",
-        &shards,
-        "-s",
-        "train.stall_timeout=1",
-    ]);
+    let settings = [shards.as_str(), "train.stall_timeout=1"];
+    let watched = Watched::start(&args("bench", QUICKSTART, settings));
     assert_eq!(watched.get("/healthz").unwrap().status, 200);
     let begun = Instant::now();
-    let told = loop {
+    let (status, answer) = loop {
         let health = watched.get("/healthz").unwrap();
         if health.status != 200 {
             break (health.status, health.text());
@@ -288,21 +267,20 @@ fn a_supervisor_is_told_which_stage_hangs() {
         std::thread::sleep(Duration::from_millis(50));
     };
     assert!(begun.elapsed() > Duration::from_millis(500));
-    assert_eq!(told.0, 503);
-    assert!(told.1.contains("the fetch stage hangs"), "{}", told.1);
+    assert_eq!(status, 503);
+    assert!(answer.contains("the fetch stage hangs"), "{answer}");
     assert_eq!(watched.get("/nothing").unwrap().status, 404);
     let metrics = Scrape::parse(&watched.get("/metrics").unwrap().text());
     assert_eq!(metrics.value("coffey_stalled"), 1.0);
 }
 
 #[test]
-fn an_address_that_can_not_be_listened_on_is_a_wrong_configuration() {
+fn metrics_listen_refuses_unusable_address() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let bench = |listen: &str, words: &[&str]| {
         let listen = format!("metrics.listen={listen}");
-        let args = ["bench", "-c", "configs/quickstart.toml", "-s", &listen];
-        refuse(2, &args, words);
+        refuse(2, &args("bench", QUICKSTART, [listen]), words);
     };
     bench(&address, &["metrics.listen", &address, "in use", "port 0"]);
     bench(":9464", &["metrics.listen", "127.0.0.1:9464"]);

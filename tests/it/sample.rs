@@ -1,9 +1,9 @@
-//! Drives `sample` as a user does, on the quickstart's teacher and on a student made of it.
+//! `coffey sample` on the quickstart's teacher and on a student made of it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::support::{command, damaged, refuse, succeed, teacher, text};
+use crate::support::{command, messages, refuse, succeed, teacher, text, without_tensor};
 use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::{WEIGHTS_STEM, student_tensors};
 use coffey::models::{UNetConfig, Weights, save_model};
@@ -13,10 +13,7 @@ use tempfile::TempDir;
 
 const TEACHER: &str = "assets/quickstart/teacher";
 
-fn refs(args: &[String]) -> Vec<&str> {
-    args.iter().map(String::as_str).collect()
-}
-
+/// The arguments of `sample`.
 fn sample(model: &Path, out: &Path, more: &[&str]) -> Vec<String> {
     let args = ["sample", "--model", text(model), "--out", text(out)];
     args.iter()
@@ -34,13 +31,13 @@ fn write_npy(path: &Path, shape: &[u64], values: &[f32]) {
 }
 
 #[test]
-fn a_teacher_draws_the_same_image_again() {
+fn teacher_draws_same_image_for_same_seed() {
     let folder = TempDir::new().unwrap();
     let draw = |name: &str, more: &[&str]| {
         let out = folder.path().join(name);
         let prompt = ["--prompt", "red apple", "--guidance", "4"];
-        let said = succeed(&refs(&sample(&teacher(), &out, &[&prompt, more].concat())));
-        assert_eq!(said.trim_end(), text(&out));
+        let printed = succeed(&sample(&teacher(), &out, &[&prompt, more].concat()));
+        assert_eq!(printed.trim_end(), text(&out));
         image::open(&out).unwrap().into_rgb8()
     };
     let image = draw("a.png", &["--steps", "2"]);
@@ -62,7 +59,7 @@ fn a_teacher_draws_the_same_image_again() {
 }
 
 #[test]
-fn several_prompts_make_a_grid_of_the_same_images() {
+fn sample_grid_equals_single_images() {
     let folder = TempDir::new().unwrap();
     let noise: Vec<f32> = (0..4 * 16 * 16)
         .map(|i| ((i * 37 % 101) as f32 - 50.0) / 29.0)
@@ -72,11 +69,7 @@ fn several_prompts_make_a_grid_of_the_same_images() {
     let draw = |prompts: &[&str]| {
         let out = folder.path().join("image.png");
         let settings = ["--steps", "1", "--init-latents", text(&file), "--prompt"];
-        succeed(&refs(&sample(
-            &teacher(),
-            &out,
-            &[&settings, prompts].concat(),
-        )));
+        succeed(&sample(&teacher(), &out, &[&settings, prompts].concat()));
         image::open(&out).unwrap().into_rgb8()
     };
     let grid = draw(&["cat face", "red apple", "cat face"]);
@@ -93,7 +86,7 @@ fn several_prompts_make_a_grid_of_the_same_images() {
     assert!(largest <= Some(1), "{largest:?}");
 }
 
-/// A run's folder with a student that has learned nothing.
+/// A run's folder with an untrained student.
 fn student_run(folder: &TempDir) -> PathBuf {
     let run = folder.path().join("run");
     let unet = teacher().join("unet");
@@ -119,20 +112,18 @@ fn student_run(folder: &TempDir) -> PathBuf {
 }
 
 #[test]
-fn a_run_and_its_checkpoints_draw() {
+fn run_and_checkpoint_draw_same_image() {
     let folder = TempDir::new().unwrap();
     let run = student_run(&folder);
     let out = folder.path().join("image.png");
     let draw = |model: &Path, more: &[&str]| {
         let prompt = ["--prompt", "sunflower"];
         let args = sample(model, &out, &[&prompt, more].concat());
-        let output = command(&refs(&args)).output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(0), "{said}");
-        (image::open(&out).unwrap().into_rgb8(), said)
+        let printed = messages(command(&args));
+        (image::open(&out).unwrap().into_rgb8(), printed)
     };
-    let (image, said) = draw(&run, &[]);
-    assert!(said.contains("4 LCM steps"), "{said}");
+    let (image, printed) = draw(&run, &[]);
+    assert!(printed.contains("4 LCM steps"), "{printed}");
     assert_eq!(draw(&run.join("checkpoint-5"), &[]).0, image);
     assert_eq!(
         draw(&run, &["--teacher", TEACHER, "--unet", "unet"]).0,
@@ -146,12 +137,12 @@ fn a_run_and_its_checkpoints_draw() {
     std::fs::remove_file(run.join("run.json")).unwrap();
     refuse(
         1,
-        &refs(&sample(&run, &out, &["--prompt", "x"])),
+        &sample(&run, &out, &["--prompt", "x"]),
         &["text_encoder", "--teacher"],
     );
     refuse(
         1,
-        &refs(&sample(&run, &out, &["--prompt", "x", "--unet", "lora"])),
+        &sample(&run, &out, &["--prompt", "x", "--unet", "lora"]),
         &["no folder lora"],
     );
 }
@@ -163,11 +154,7 @@ fn sample_refuses_bad_options() {
     let wrong = |more: &[&str], words: &[&str]| {
         refuse(
             2,
-            &refs(&sample(
-                &teacher(),
-                &out,
-                &[&["--prompt", "x"], more].concat(),
-            )),
+            &sample(&teacher(), &out, &[&["--prompt", "x"], more].concat()),
             words,
         );
     };
@@ -218,13 +205,13 @@ fn sample_refuses_bad_options() {
 }
 
 #[test]
-fn sample_names_what_is_wrong_with_a_model() {
+fn sample_names_broken_model_file() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("image.png");
-    let pipeline = damaged(&folder, "vae", WEIGHTS_STEM, "decoder.conv_out.weight");
+    let pipeline = without_tensor(&folder, "vae", WEIGHTS_STEM, "decoder.conv_out.weight");
     refuse(
         1,
-        &refs(&sample(&pipeline, &out, &["--prompt", "x"])),
+        &sample(&pipeline, &out, &["--prompt", "x"]),
         &["decoder.conv_out.weight", "is missing"],
     );
     std::fs::write(
@@ -236,13 +223,13 @@ fn sample_names_what_is_wrong_with_a_model() {
     .unwrap();
     refuse(
         1,
-        &refs(&sample(&pipeline, &out, &["--prompt", "x"])),
+        &sample(&pipeline, &out, &["--prompt", "x"]),
         &["not a readable safetensors file"],
     );
     std::fs::remove_dir_all(pipeline.join("unet")).unwrap();
     refuse(
         1,
-        &refs(&sample(&pipeline, &out, &["--prompt", "x"])),
+        &sample(&pipeline, &out, &["--prompt", "x"]),
         &["no folder unet_target or unet"],
     );
 }

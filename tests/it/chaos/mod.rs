@@ -1,8 +1,7 @@
-//! Kills `precompute` ([`precompute`]) and `train` with SIGKILL at random moments, starts it again until it is done, and compares what it left with a run that
-//! nobody disturbed: every file of the finished student, every picture, every line of every record but its times.
+//! Kills `train` and `precompute` with SIGKILL at random moments, starts them again until they are done, and compares their files with
+//! those of an undisturbed run: the finished student, the pictures, and the records without times.
 //!
-//! The small ones run with all tests. At full size, the quickstart and 50 kills, into a folder and into S3:
-//! `cargo nextest run --release --test chaos --run-ignored only`; `COFFEY_CHAOS_KILLS` and `COFFEY_CHAOS_SEED` choose others.
+//! The modules `slow` run the quickstart with 50 kills; `COFFEY_CHAOS_KILLS` and `COFFEY_CHAOS_SEED` set the number and the seed.
 
 mod precompute;
 
@@ -12,18 +11,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::cloud::Cloud;
-use crate::support::cloud::proxy::clean;
-use crate::support::command;
-use serde_json::Value;
 use tempfile::TempDir;
 
-/// What a process says when it has loaded everything.
+use crate::support::cloud::Cloud;
+use crate::support::cloud::proxy::clean;
+use crate::support::{args, command, quickstart, text, timeless};
+
+/// The message of a process that has loaded everything.
 const STARTED: &str = "waiting for the first batch";
-/// A wait beyond which a test has failed.
+/// The wait after which a test fails.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Where the runs go.
+/// The output of the runs.
 enum Place {
     Folder(TempDir),
     S3(Cloud),
@@ -32,9 +31,7 @@ enum Place {
 impl Place {
     fn config(&self) -> PathBuf {
         match self {
-            Self::Folder(_) => {
-                Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/quickstart.toml")
-            }
+            Self::Folder(_) => quickstart(),
             Self::S3(cloud) => cloud.config.clone(),
         }
     }
@@ -42,12 +39,12 @@ impl Place {
     /// A run's `train.output`.
     fn output(&self, name: &str) -> String {
         match self {
-            Self::Folder(_) => self.files(name).to_str().unwrap().to_owned(),
+            Self::Folder(_) => text(&self.files(name)).to_owned(),
             Self::S3(_) => format!("s3://out/{name}/"),
         }
     }
 
-    /// Its files.
+    /// The folder of a run's files.
     fn files(&self, name: &str) -> PathBuf {
         match self {
             Self::Folder(folder) => folder.path().join(name),
@@ -62,7 +59,7 @@ impl Place {
         }
     }
 
-    /// Whether a checkpoint is half written.
+    /// Whether a checkpoint is partially written.
     fn saving(&self, name: &str) -> bool {
         let Ok(entries) = std::fs::read_dir(self.files(name)) else {
             return false;
@@ -70,7 +67,7 @@ impl Place {
         let half = |path: PathBuf| {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             let marked = path.join("state.json").exists();
-            // The server leaves empty folders of what was removed.
+            // The server keeps the empty folders of removed objects.
             let unmarked = || !marked && holds_a_file(&path);
             name.starts_with(".writing-") || name.starts_with("checkpoint-") && unmarked()
         };
@@ -78,7 +75,7 @@ impl Place {
     }
 }
 
-/// One process and what it says.
+/// A process whose messages go to a file.
 struct Process {
     child: Child,
     said: PathBuf,
@@ -102,14 +99,11 @@ impl Chaos {
             format!("train.max_steps={}", self.steps),
             format!("checkpoint.every={}", self.every),
         ];
-        let mut args = vec!["train", "-c", config.to_str().unwrap()];
-        for setting in own.iter().chain(&self.settings) {
-            args.extend(["-s", setting]);
-        }
-        Process::start(&args, said)
+        let settings = own.iter().chain(&self.settings);
+        Process::start(&args("train", text(&config), settings), said)
     }
 
-    /// Runs without a disturbance; how long it took to start, and then for each step.
+    /// Runs without kills; returns the time to the start of training and the time of each step.
     fn undisturbed(&self, name: &str) -> (Duration, Duration) {
         let begun = Instant::now();
         let mut trainer = self.start(name);
@@ -130,18 +124,18 @@ impl Chaos {
             let span = |whole: Duration, random: &mut fastrand::Rng| whole.mul_f64(random.f64());
             let moment = match random.u8(0..6) {
                 0 => {
-                    trainer.rest(span(start, &mut random));
+                    trainer.wait_for(span(start, &mut random));
                     "before the first step"
                 }
                 1 | 2 => {
                     trainer.wait_until(|_| self.place.saving("parts"));
-                    trainer.rest(span(step, &mut random));
+                    trainer.wait_for(span(step, &mut random));
                     "while saving"
                 }
                 _ => {
                     trainer.wait_until(|said| said.contains(STARTED));
-                    // A little more than from one checkpoint to the next: on average the run gets ahead, and not far.
-                    trainer.rest(span(self.every * step * 6 / 5, &mut random));
+                    // On average a little longer than half the time between checkpoints, so that the run makes slow progress.
+                    trainer.wait_for(span(self.every * step * 6 / 5, &mut random));
                     "while training"
                 }
             };
@@ -153,7 +147,7 @@ impl Chaos {
             kills += 1;
         }
         eprintln!("{kills} kills: {moments:?}");
-        assert!(kills * 2 >= self.kills, "{kills} kills before it was done");
+        assert!(kills * 2 >= self.kills, "the run ended after {kills} kills");
         self.start("parts").finish();
         self.compare();
     }
@@ -166,7 +160,7 @@ impl Chaos {
         assert_eq!(lines, expected);
         let skipped = |run: &Path| std::fs::read_to_string(run.join("skipped.jsonl")).unwrap();
         assert_eq!(skipped(&parts), skipped(&whole));
-        assert!(!skipped(&parts).is_empty(), "nothing was left out");
+        assert!(!skipped(&parts).is_empty(), "no sample was skipped");
         for folder in ["unet", "unet_target", "samples"] {
             let (found, expected) = (files(&parts.join(folder)), files(&whole.join(folder)));
             assert_eq!(
@@ -177,7 +171,10 @@ impl Chaos {
                 assert!(found[name] == *content, "{folder}/{name}");
             }
         }
-        assert!(!self.place.saving("parts"), "a checkpoint is half written");
+        assert!(
+            !self.place.saving("parts"),
+            "a checkpoint is partially written"
+        );
         if let Place::S3(cloud) = &self.place {
             assert_eq!(cloud.uploads(), 0);
         }
@@ -185,7 +182,7 @@ impl Chaos {
 }
 
 impl Process {
-    fn start(args: &[&str], said: PathBuf) -> Self {
+    fn start(args: &[String], said: PathBuf) -> Self {
         let child = command(args)
             .stdout(Stdio::null())
             .stderr(File::create(&said).unwrap())
@@ -194,10 +191,11 @@ impl Process {
         Self { child, said }
     }
 
-    fn runs(&mut self) -> bool {
+    fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Whether the process has ended; panics if it failed.
     fn ended(&mut self) -> bool {
         let status = self.child.try_wait().unwrap();
         if let Some(status) = status {
@@ -210,6 +208,7 @@ impl Process {
         std::fs::read_to_string(&self.said).unwrap_or_default()
     }
 
+    /// Waits until the messages satisfy `here` or the process has ended.
     fn wait_until(&mut self, here: impl Fn(&str) -> bool) {
         let begun = Instant::now();
         while !here(&self.said()) && !self.ended() {
@@ -218,15 +217,17 @@ impl Process {
         }
     }
 
-    fn rest(&mut self, time: Duration) {
+    /// Waits for `time` or until the process has ended.
+    fn wait_for(&mut self, time: Duration) {
         let begun = Instant::now();
         while begun.elapsed() < time && !self.ended() {
             std::thread::sleep(Duration::from_millis(2).min(time));
         }
     }
 
+    /// Sends SIGKILL.
     fn kill(mut self) {
-        self.child.kill().unwrap(); // SIGKILL
+        self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
@@ -236,39 +237,23 @@ impl Process {
     }
 }
 
-/// Every line but what depends on the clock.
-fn timeless(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    text.lines()
-        .map(|line| {
-            let mut line: Value = serde_json::from_str(line).unwrap();
-            for key in ["seconds", "samples_per_second", "limiting_stage"] {
-                line.as_object_mut().unwrap().remove(key);
-            }
-            line
-        })
-        .collect()
-}
-
 fn holds_a_file(path: &Path) -> bool {
     path.is_file()
         || std::fs::read_dir(path)
             .is_ok_and(|entries| entries.flatten().any(|entry| holds_a_file(&entry.path())))
 }
 
-/// The files of a folder and of those in it, with their content.
+/// The files below a folder, with their content.
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        match path.is_dir() {
-            true => found.extend(
-                files(&path)
-                    .into_iter()
-                    .map(|(file, content)| (format!("{name}/{file}"), content)),
-            ),
-            false => drop(found.insert(name, std::fs::read(path).unwrap())),
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            found.extend(inner.map(|(file, content)| (format!("{name}/{file}"), content)));
+        } else {
+            found.insert(name, std::fs::read(path).unwrap());
         }
     }
     found
@@ -295,7 +280,7 @@ fn small(place: Place) -> Chaos {
     }
 }
 
-/// The quickstart, with a checkpoint every five steps, and fewer captions drawn by the teacher at each start.
+/// The quickstart with a checkpoint every five steps, and with fewer captions for the endpoint error, which takes time at each start.
 fn full(place: Place) -> Chaos {
     let settings = [
         "report.endpoint_captions=8",
@@ -315,23 +300,27 @@ fn full(place: Place) -> Chaos {
 }
 
 #[test]
-fn a_run_in_a_folder_that_is_killed_again_and_again_is_the_run_that_never_was() {
+fn killed_run_in_folder_equals_undisturbed_run() {
     small(Place::Folder(TempDir::new().unwrap())).go();
 }
 
 #[test]
-fn a_run_in_s3_that_is_killed_again_and_again_is_the_run_that_never_was() {
+fn killed_run_in_s3_equals_undisturbed_run() {
     small(Place::S3(Cloud::start(clean()))).go();
 }
 
-#[test]
-#[ignore = "takes the better part of an hour"]
-fn the_quickstart_in_a_folder_survives_fifty_kills() {
-    full(Place::Folder(TempDir::new().unwrap())).go();
-}
+mod slow {
+    use super::*;
 
-#[test]
-#[ignore = "takes the better part of an hour"]
-fn the_quickstart_in_s3_survives_fifty_kills() {
-    full(Place::S3(Cloud::start(clean()))).go();
+    #[test]
+    #[ignore = "takes the better part of an hour"]
+    fn quickstart_in_folder_survives_50_kills() {
+        full(Place::Folder(TempDir::new().unwrap())).go();
+    }
+
+    #[test]
+    #[ignore = "takes the better part of an hour"]
+    fn quickstart_in_s3_survives_50_kills() {
+        full(Place::S3(Cloud::start(clean()))).go();
+    }
 }

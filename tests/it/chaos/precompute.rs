@@ -1,13 +1,15 @@
-//! Two processes share the shards, are killed at random moments and started again, at times twice at once; what they leave must
-//! be, byte for byte, what one process left that nobody disturbed.
+//! Two processes share the shards, are killed at random moments and started again, sometimes two of one rank at once. Their files
+//! must equal those of one undisturbed process, byte for byte.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use super::{Place, Process, files};
 use crate::support::cloud::Cloud;
 use crate::support::cloud::proxy::clean;
-use tempfile::TempDir;
+use crate::support::{self, text};
 
 const WORLD: usize = 2;
 
@@ -22,11 +24,9 @@ impl Chaos {
         let (config, scratch) = (self.place.config(), self.place.scratch());
         std::fs::create_dir_all(&scratch).unwrap();
         let output = format!("latents.output={}", self.place.output(name));
-        let mut all = vec!["precompute", "-c", config.to_str().unwrap()];
-        for setting in std::iter::once(&output).chain(&self.settings) {
-            all.extend(["-s", setting]);
-        }
-        all.extend(args);
+        let settings = std::iter::once(&output).chain(&self.settings);
+        let mut all = support::args("precompute", text(&config), settings);
+        all.extend(args.iter().map(|&arg| arg.to_owned()));
         Process::start(&all, scratch.join(said))
     }
 
@@ -35,7 +35,7 @@ impl Chaos {
         self.start("parts", said, &["--rank", &rank, "--world", &world])
     }
 
-    /// Whether all is there, by `--finish`.
+    /// Whether `--finish` finds all shards.
     fn finished(&self) -> bool {
         let mut process = self.start("parts", "finish", &["--finish"]);
         let success = process.child.wait().unwrap().success();
@@ -59,34 +59,35 @@ impl Chaos {
             let rank = random.usize(0..WORLD);
             let mut workers = vec![self.worker(rank, "one")];
             if round % 2 == 1 {
-                // Of the other rank, or a second one of the same.
+                // A process of the other rank, or a second one of the same rank.
                 workers.push(self.worker(random.usize(0..WORLD), "two"));
             }
-            // What a server has not got whole is not seen.
-            let seen = matches!(self.place, Place::Folder(_));
-            let moment = match seen && random.bool() {
-                true => "while writing",
-                false => "at any time",
+            // Partial objects are visible in a folder alone.
+            let visible = matches!(self.place, Place::Folder(_));
+            let moment = if visible && random.bool() {
+                "while writing"
+            } else {
+                "at any time"
             };
             let (begun, rest) = (Instant::now(), whole.mul_f64(random.f64()));
             let now = || match moment {
                 "while writing" => self.place.saving("parts"),
                 _ => begun.elapsed() > rest,
             };
-            while !now() && workers.iter_mut().any(Process::runs) {
+            while !now() && workers.iter_mut().any(Process::is_running) {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let alone = workers.len() == 1;
             for mut worker in workers {
-                if worker.runs() {
+                if worker.is_running() {
                     worker.kill();
                     *moments.entry(moment).or_default() += 1;
                     continue;
                 }
-                // Of two with one rank, the later takes the files away that the earlier writes.
-                let robbed = !alone && worker.said().contains("cleared away what this one wrote");
+                // Of two processes with one rank, the later removes the files that the earlier writes.
+                let replaced = !alone && worker.said().contains("cleared away what this one wrote");
                 assert!(
-                    worker.child.wait().unwrap().success() || robbed,
+                    worker.child.wait().unwrap().success() || replaced,
                     "{}",
                     worker.said()
                 );
@@ -109,7 +110,7 @@ impl Chaos {
         }
         assert!(
             expected.keys().any(|name| name.starts_with("skipped/")),
-            "nothing was left out"
+            "no sample was skipped"
         );
         if let Place::S3(cloud) = &self.place {
             assert_eq!(cloud.uploads(), 0);
@@ -117,7 +118,7 @@ impl Chaos {
     }
 }
 
-/// Batches that fill across the borders of shards, of which some samples are left out.
+/// Batches that span shards, with some samples skipped.
 fn small(place: Place) -> Chaos {
     let settings = ["encode.batch_size=7", "data.filter.max_caption_chars=14"];
     Chaos {
@@ -128,11 +129,11 @@ fn small(place: Place) -> Chaos {
 }
 
 #[test]
-fn latents_in_a_folder_are_the_same_after_any_number_of_kills() {
+fn killed_precompute_in_folder_equals_undisturbed_one() {
     small(Place::Folder(TempDir::new().unwrap())).go();
 }
 
 #[test]
-fn latents_in_s3_are_the_same_after_any_number_of_kills() {
+fn killed_precompute_in_s3_equals_undisturbed_one() {
     small(Place::S3(Cloud::start(clean()))).go();
 }

@@ -1,5 +1,5 @@
-//! A bucket `out` to write to and a bucket `emoji` of shards, on a real S3 server that outlives every trainer, behind a proxy
-//! that makes faults.
+//! A real S3 server that outlives every trainer, behind a proxy that injects faults: a bucket `emoji` of shards and a bucket `out` to
+//! write to.
 
 use std::path::{Path, PathBuf};
 
@@ -14,11 +14,11 @@ mod server;
 
 use proxy::{Proxy, Rule};
 
-/// The running server. It asks for requests signed with the key that [`super::command`] sets.
+/// The running server, which takes requests signed with the key that [`super::command`] sets.
 pub(crate) struct Cloud {
     pub(crate) proxy: Proxy,
     pub(crate) root: TempDir,
-    /// A configuration for the quickstart that reads and writes there.
+    /// The quickstart's configuration with this server as its S3 endpoint.
     pub(crate) config: PathBuf,
     _runtime: Runtime,
 }
@@ -27,8 +27,10 @@ impl Cloud {
     pub(crate) fn start(rule: Rule) -> Self {
         let root = tempfile::tempdir().unwrap();
         let served = root.path().join("served");
-        let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart");
-        super::copy(&assets.join("emoji"), &served.join("emoji"));
+        super::copy(
+            &super::repository("assets/quickstart/emoji"),
+            &served.join("emoji"),
+        );
         std::fs::create_dir(served.join("out")).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -38,17 +40,7 @@ impl Cloud {
         let upstream = server::serve(runtime.handle(), &served, &["test"]);
         let proxy = Proxy::start(runtime.handle(), upstream, rule);
         let config = root.path().join("cloud.toml");
-        let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/quickstart.toml");
-        let text = std::fs::read_to_string(text).unwrap();
-        let place = format!(
-            "endpoint_url = \"{}\"\npath_style = true\nmax_attempts = 4\nregion = \"us-east-1\" #",
-            proxy.endpoint
-        );
-        std::fs::write(
-            &config,
-            text.replace("embedded_root = ", &format!("{place} ")),
-        )
-        .unwrap();
+        write_config(&config, &proxy.endpoint, 4);
         Self {
             proxy,
             root,
@@ -57,12 +49,12 @@ impl Cloud {
         }
     }
 
-    /// What is under `out/`, as files.
+    /// The folder of the bucket `out`.
     pub(crate) fn out(&self) -> PathBuf {
         self.root.path().join("served/out")
     }
 
-    /// Uploads in parts that are neither completed nor aborted.
+    /// The number of uploads that are neither completed nor aborted.
     pub(crate) fn uploads(&self) -> usize {
         let entries = std::fs::read_dir(self.root.path().join("served")).unwrap();
         entries
@@ -72,4 +64,14 @@ impl Cloud {
             })
             .count()
     }
+}
+
+/// Writes the quickstart's configuration with `endpoint` instead of the embedded S3 server.
+pub(crate) fn write_config(path: &Path, endpoint: &str, max_attempts: u32) {
+    let text = std::fs::read_to_string(super::repository(super::QUICKSTART)).unwrap();
+    // The embedded server's key becomes a comment.
+    let keys = format!(
+        "endpoint_url = \"{endpoint}\"\npath_style = true\nmax_attempts = {max_attempts}\nregion = \"us-east-1\" # "
+    );
+    std::fs::write(path, text.replace("embedded_root = ", &keys)).unwrap();
 }

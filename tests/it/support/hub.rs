@@ -1,23 +1,25 @@
-//! A stand-in for the Hub on loopback: the routes that hf-hub uses, over a model's folder.
+//! A fake Hugging Face Hub on loopback that serves a model's folder by the routes that hf-hub uses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
-/// The only commit there is.
+/// The only commit.
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-/// The tag that names it, beside the branch `main`.
+/// A tag of the commit, beside the branch `main`.
 pub(crate) const TAG: &str = "v1.0";
-/// Files of at least this size are stored elsewhere, as the Hub does: they are answered by a redirect.
+/// Files of at least this size are answered by a redirect to the store, as by the Hub. Bytes.
 const LARGE: usize = 100_000;
 
-/// A request, as far as the tests ask for it.
+/// The parts of a request that tests look at.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) path: String,
@@ -25,18 +27,18 @@ pub(crate) struct Request {
     pub(crate) authorization: Option<String>,
 }
 
-/// How the Hub misbehaves.
+/// Faults and access rules of the fake Hub.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Manner {
-    /// Who may see the model: with a token, this one.
+pub(crate) struct Behavior {
+    /// The token that may see the model; `None` makes it public.
     pub(crate) token: Option<String>,
-    /// Shows the list of files to everyone all the same, as for a gated model.
+    /// Whether the list of files is public all the same, as for a gated model.
     pub(crate) gated: bool,
-    /// Ends the first answer with this file after half of it.
+    /// The file whose first answer ends after half of it.
     pub(crate) cut: Option<String>,
-    /// Sends half of this file and then nothing more, but keeps the connection.
+    /// The file of which half is sent and then nothing, on an open connection.
     pub(crate) silent: Option<String>,
-    /// Sends this file with another last byte.
+    /// The file that is sent with a wrong last byte.
     pub(crate) damaged: Option<String>,
 }
 
@@ -44,11 +46,11 @@ pub(crate) struct Manner {
 struct State {
     id: String,
     files: BTreeMap<String, Vec<u8>>,
-    manner: Mutex<Manner>,
+    behavior: Mutex<Behavior>,
     requests: Mutex<Vec<Request>>,
 }
 
-/// The running server; it ends with the test's process.
+/// The running server, which ends with the test's process.
 #[derive(Clone, Debug)]
 pub(crate) struct Hub {
     pub(crate) endpoint: String,
@@ -56,8 +58,8 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
-    /// Serves a folder as the model `id`, with files beside it that nobody needs.
-    pub(crate) fn start(id: &str, folder: &Path, manner: Manner) -> Self {
+    /// Serves a folder as the model `id`, with more files that must not be fetched.
+    pub(crate) fn start(id: &str, folder: &Path, behavior: Behavior) -> Self {
         let mut files = BTreeMap::new();
         read(folder, "", &mut files);
         for name in [
@@ -74,7 +76,7 @@ impl Hub {
         let state = Arc::new(State {
             id: id.to_owned(),
             files,
-            manner: Mutex::new(manner),
+            behavior: Mutex::new(behavior),
             requests: Mutex::default(),
         });
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
@@ -83,24 +85,24 @@ impl Hub {
         std::thread::spawn(move || {
             for socket in listener.incoming() {
                 let state = Arc::clone(&served);
-                // A client that goes away is no failure.
-                std::thread::spawn(move || drop(state.answer(socket.unwrap())));
+                // A client may close the connection at any time.
+                std::thread::spawn(move || state.answer(socket.unwrap()).ok());
             }
         });
         Self { endpoint, state }
     }
 
-    /// Behaves otherwise from now on.
-    pub(crate) fn behave(&self, manner: Manner) {
-        *self.state.manner.lock().unwrap() = manner;
+    /// Sets the behavior from the next request on.
+    pub(crate) fn behave(&self, behavior: Behavior) {
+        *self.state.behavior.lock().unwrap() = behavior;
     }
 
-    /// What was asked since the last time this was called.
+    /// Takes the requests since the last call.
     pub(crate) fn asked(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.requests.lock().unwrap())
     }
 
-    /// The files among what was asked, and which commit or branch they were asked of.
+    /// Takes the requests since the last call; returns the requested files, each with its commit or branch.
     pub(crate) fn asked_files(&self) -> BTreeSet<(String, String)> {
         let prefix = format!("/{}/resolve/", self.state.id);
         let requests = self.asked();
@@ -112,26 +114,67 @@ impl Hub {
     }
 }
 
+/// A user of the Hub: a folder for caches and runs, and the Hub's endpoint.
+pub(crate) struct User {
+    pub(crate) folder: TempDir,
+    endpoint: String,
+}
+
+impl User {
+    pub(crate) fn new(endpoint: &str) -> Self {
+        Self {
+            folder: TempDir::new().unwrap(),
+            endpoint: endpoint.to_owned(),
+        }
+    }
+
+    /// A path in the user's folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A command in the user's environment, without a token.
+    pub(crate) fn command(&self, args: &[impl AsRef<std::ffi::OsStr>]) -> Command {
+        let mut command = super::command(args);
+        for name in [
+            "HF_TOKEN",
+            "HF_TOKEN_PATH",
+            "HF_HUB_CACHE",
+            "HUGGINGFACE_HUB_CACHE",
+            "HF_HUB_OFFLINE",
+            "HF_HUB_DOWNLOAD_TIMEOUT",
+        ] {
+            command.env_remove(name);
+        }
+        command
+            .env("HF_ENDPOINT", &self.endpoint)
+            .env("HF_HOME", self.path("hf"))
+            .env("XDG_CACHE_HOME", self.path("cache"));
+        command
+    }
+}
+
 fn read(folder: &Path, prefix: &str, files: &mut BTreeMap<String, Vec<u8>>) {
     for entry in folder.read_dir().unwrap() {
         let path = entry.unwrap().path();
         let name = format!("{prefix}{}", path.file_name().unwrap().to_str().unwrap());
-        match path.is_dir() {
-            true => read(&path, &format!("{name}/"), files),
-            false => drop(files.insert(name, std::fs::read(&path).unwrap())),
+        if path.is_dir() {
+            read(&path, &format!("{name}/"), files);
+        } else {
+            files.insert(name, std::fs::read(&path).unwrap());
         }
     }
 }
 
-/// What to answer.
+/// An answer to a request.
 struct Answer {
     status: &'static str,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
-    /// Bytes of the body that are sent.
+    /// The number of bytes of the body that are sent.
     sent: usize,
-    /// Keeps the connection for so long after that.
-    then: Duration,
+    /// The time for which the connection stays open after that.
+    keep_open: Duration,
 }
 
 impl Answer {
@@ -140,7 +183,7 @@ impl Answer {
             status,
             headers,
             sent: body.len(),
-            then: Duration::ZERO,
+            keep_open: Duration::ZERO,
             body,
         }
     }
@@ -151,7 +194,7 @@ impl Answer {
 }
 
 impl State {
-    fn answer(&self, socket: TcpStream) -> std::io::Result<()> {
+    fn answer(&self, mut socket: TcpStream) -> std::io::Result<()> {
         let mut lines = BufReader::new(socket.try_clone()?).lines();
         let first = lines.next().unwrap_or(Ok(String::new()))?;
         let mut request = Request {
@@ -174,7 +217,6 @@ impl State {
         }
         self.requests.lock().unwrap().push(request.clone());
         let answer = self.decide(&request);
-        let mut socket = socket;
         write!(
             socket,
             "HTTP/1.1 {}\r\nconnection: close\r\n",
@@ -186,20 +228,25 @@ impl State {
         write!(socket, "content-length: {}\r\n\r\n", answer.body.len())?;
         socket.write_all(&answer.body[..answer.sent])?;
         socket.flush()?;
-        std::thread::sleep(answer.then);
+        std::thread::sleep(answer.keep_open);
         socket.shutdown(std::net::Shutdown::Write)?;
         // Closing with unread bytes would reset the connection.
-        socket.read_to_end(&mut Vec::new()).map(drop)
+        socket.read_to_end(&mut Vec::new())?;
+        Ok(())
     }
 
     fn decide(&self, request: &Request) -> Answer {
-        let manner = self.manner.lock().unwrap().clone();
+        let behavior = self.behavior.lock().unwrap().clone();
         let known = |revision: &str| ["main", TAG, COMMIT].contains(&revision);
-        let wanted = manner.token.as_ref().map(|token| format!("Bearer {token}"));
+        let wanted = behavior
+            .token
+            .as_ref()
+            .map(|token| format!("Bearer {token}"));
         let allowed = wanted.is_none() || wanted == request.authorization;
-        let refused = match request.authorization.is_some() {
-            true => "403 Forbidden",
-            false => "401 Unauthorized",
+        let refused = if request.authorization.is_some() {
+            "403 Forbidden"
+        } else {
+            "401 Unauthorized"
         };
         if let Some(revision) = request
             .path
@@ -211,10 +258,12 @@ impl State {
                 .map(|name| json!({"rfilename": name}))
                 .collect();
             let body = json!({"id": self.id, "sha": COMMIT, "siblings": siblings});
-            return match known(revision) {
-                _ if !allowed && !manner.gated => Answer::error(refused),
-                true => Answer::new("200 OK", Vec::new(), body.to_string().into_bytes()),
-                false => Answer::error("404 Not Found"),
+            return if !allowed && !behavior.gated {
+                Answer::error(refused)
+            } else if known(revision) {
+                Answer::new("200 OK", Vec::new(), body.to_string().into_bytes())
+            } else {
+                Answer::error("404 Not Found")
             };
         }
         let resolved = request.path.strip_prefix(&format!("/{}/resolve/", self.id));
@@ -239,27 +288,27 @@ impl State {
             }
             return self.part(
                 request,
-                &manner,
+                &behavior,
                 name,
                 vec![commit, ("etag", sha[..41].to_owned() + "\"")],
             );
         }
         match request.path.strip_prefix("/store/") {
             Some(name) if self.files.contains_key(name) => {
-                // hf-hub reads the commit and the ETag where a redirect within the host ends.
+                // hf-hub reads the commit and the ETag at the end of a redirect within the host.
                 let sha = format!("\"{:x}\"", Sha256::digest(&self.files[name]));
                 let headers = vec![("x-repo-commit", COMMIT.to_owned()), ("etag", sha)];
-                self.part(request, &manner, name, headers)
+                self.part(request, &behavior, name, headers)
             }
             _ => Answer::error("404 Not Found"),
         }
     }
 
-    /// The bytes of a file that were asked for.
+    /// The requested range of a file.
     fn part(
         &self,
         request: &Request,
-        manner: &Manner,
+        behavior: &Behavior,
         name: &str,
         mut headers: Vec<(&'static str, String)>,
     ) -> Answer {
@@ -277,9 +326,9 @@ impl State {
         if start >= total {
             return Answer::error("416 Range Not Satisfiable");
         }
-        // What is asked first is one byte, for its headers.
+        // hf-hub first requests one byte for its headers.
         let whole = end == total && total > 1;
-        if whole && is(&manner.damaged) {
+        if whole && is(&behavior.damaged) {
             bytes[total - 1] ^= 1;
         }
         headers.push((
@@ -287,13 +336,13 @@ impl State {
             format!("bytes {start}-{}/{total}", end - 1),
         ));
         let mut answer = Answer::new("206 Partial Content", headers, bytes[start..end].to_vec());
-        if whole && is(&manner.cut) {
-            self.manner.lock().unwrap().cut = None;
+        if whole && is(&behavior.cut) {
+            self.behavior.lock().unwrap().cut = None;
             answer.sent = answer.body.len() / 2;
         }
-        if whole && is(&manner.silent) {
+        if whole && is(&behavior.silent) {
             answer.sent = answer.body.len() / 2;
-            answer.then = Duration::from_secs(30);
+            answer.keep_open = Duration::from_secs(30);
         }
         answer
     }

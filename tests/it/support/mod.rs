@@ -5,30 +5,78 @@ pub(crate) mod hub;
 pub(crate) mod receiver;
 pub(crate) mod watched;
 
+use std::ffi::OsStr;
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output};
 
 use candle_core::{DType, Device};
 use coffey::models::{Weights, save_model};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The command with no scheduler's or cloud's variables set.
-pub(crate) fn command(args: &[&str]) -> Command {
+/// The configuration of most runs.
+pub(crate) const QUICKSTART: &str = "configs/quickstart.toml";
+pub(crate) const PRECOMPUTE: &str = "configs/precompute-quickstart.toml";
+/// Settings that leave out the pictures, which take time.
+pub(crate) const NO_PICTURES: [&str; 3] = [
+    "report.endpoint_captions=0",
+    "report.grid=false",
+    "validation.every=1000",
+];
+
+/// A path in the repository.
+pub(crate) fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The path of the quickstart's configuration.
+pub(crate) fn quickstart() -> PathBuf {
+    repository(QUICKSTART)
+}
+
+/// The quickstart's teacher.
+pub(crate) fn teacher() -> PathBuf {
+    repository("assets/quickstart/teacher")
+}
+
+/// A path for a command line.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The arguments `COMMAND -c CONFIG -s SETTING…`.
+pub(crate) fn args<S: AsRef<str>>(
+    command: &str,
+    config: &str,
+    settings: impl IntoIterator<Item = S>,
+) -> Vec<String> {
+    let mut args = [command, "-c", config].map(str::to_owned).to_vec();
+    for setting in settings {
+        args.extend(["-s".to_owned(), setting.as_ref().to_owned()]);
+    }
+    args
+}
+
+/// The command without the variables of schedulers and clouds.
+pub(crate) fn command(args: &[impl AsRef<OsStr>]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_coffey"));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
     for name in [
         "RANK",
         "WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
         "SLURM_PROCID",
         "SLURM_NTASKS",
+        "SLURM_ARRAY_TASK_ID",
+        "JOB_COMPLETION_INDEX",
         "AWS_ENDPOINT_URL",
         "AWS_ENDPOINT_URL_S3",
         "AWS_PROFILE",
     ] {
         command.env_remove(name);
     }
-    // Found, and not valid anywhere: the tests' servers ask for none.
+    // Credentials that only the tests' servers accept.
     command
         .env("AWS_ACCESS_KEY_ID", "test")
         .env("AWS_SECRET_ACCESS_KEY", "test")
@@ -42,85 +90,134 @@ pub(crate) fn texts(output: &Output) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
-/// Runs a command that must succeed; its standard output.
+/// Runs a command that must end with `code` and without a panic; returns its standard output and standard error.
 #[track_caller]
-pub(crate) fn succeed(args: &[&str]) -> String {
-    let output = command(args).output().unwrap();
+pub(crate) fn run(mut command: Command, code: i32) -> (String, String) {
+    let output = command.output().unwrap();
     let (out, err) = texts(&output);
-    assert_eq!(output.status.code(), Some(0), "{args:?}: {err}");
-    out
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {out}{err}");
+    assert!(!err.contains("panicked"), "{err}");
+    (out, err)
 }
 
-/// Runs a command that must end with `code` and one message that says every one of `words`.
+/// Runs a command that must succeed; returns its messages on standard error.
 #[track_caller]
-pub(crate) fn refuse(code: i32, args: &[&str], words: &[&str]) -> String {
-    let output = command(args).output().unwrap();
-    let (_, err) = texts(&output);
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {err}");
-    assert_eq!(
-        err.lines()
-            .filter(|line| line.starts_with("error: "))
-            .count(),
-        1,
-        "{args:?}: {err}"
-    );
-    assert!(!err.contains("panicked"), "{err}");
-    for word in words {
-        assert!(err.contains(word), "{args:?} should say {word:?}: {err}");
-    }
+pub(crate) fn messages(command: Command) -> String {
+    run(command, 0).1
+}
+
+/// Runs a command line that must succeed; returns its standard output.
+#[track_caller]
+pub(crate) fn succeed(args: &[impl AsRef<OsStr>]) -> String {
+    run(command(args), 0).0
+}
+
+/// The same with JSON as standard output.
+#[track_caller]
+pub(crate) fn succeed_json(args: &[impl AsRef<OsStr>]) -> Value {
+    serde_json::from_str(&succeed(args)).unwrap()
+}
+
+/// Runs a command that must end with `code` and one error message that contains all `words`; returns its standard error.
+#[track_caller]
+pub(crate) fn refused(command: Command, code: i32, words: &[&str]) -> String {
+    let (_, err) = run(command, code);
+    let errors = err.lines().filter(|line| line.starts_with("error: "));
+    assert_eq!(errors.count(), 1, "{err}");
+    says(&err, words);
     err
 }
 
-/// Runs a script of `tests/reference` with the Python that `COFFEY_PYTHON` names; without one, says that it did not and
-/// returns false.
+/// The same for a command line.
 #[track_caller]
-pub(crate) fn python(script: &str, args: &[&Path]) -> bool {
-    let Some(python) = std::env::var_os("COFFEY_PYTHON") else {
-        eprintln!("COFFEY_PYTHON is not set: {script} was not run");
-        return false;
-    };
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let script = folder.join("tests/reference").join(script);
-    let output = Command::new(python)
-        .current_dir(folder)
-        .arg(&script)
-        .args(args)
-        .output()
-        .unwrap();
-    let (out, err) = texts(&output);
-    assert!(
-        output.status.success(),
-        "{}:\n{out}\n{err}",
-        script.display()
-    );
-    true
+pub(crate) fn refuse(code: i32, args: &[impl AsRef<OsStr> + Debug], words: &[&str]) -> String {
+    refused(command(args), code, words)
 }
 
-/// Copies a folder with all that is in it.
+/// Asserts that a text contains all `words`.
+#[track_caller]
+pub(crate) fn says(text: &str, words: &[&str]) {
+    for word in words {
+        assert!(text.contains(word), "should contain {word:?}: {text}");
+    }
+}
+
+/// Sends SIGTERM.
+pub(crate) fn terminate(process: &Child) {
+    let id = process.id().to_string();
+    let kill = Command::new("kill").args(["-TERM", &id]).status().unwrap();
+    assert!(kill.success());
+}
+
+/// A variable that a test in a module `needs_python` or `needs_browser` needs.
+#[track_caller]
+pub(crate) fn needed(variable: &str) -> PathBuf {
+    match std::env::var_os(variable) {
+        Some(value) => value.into(),
+        None => panic!("{variable} is not set; README.md says how to run this test"),
+    }
+}
+
+/// Runs a script of `tests/reference` with the Python that `COFFEY_PYTHON` names.
+#[track_caller]
+pub(crate) fn python(script: &str, args: &[impl AsRef<OsStr>]) {
+    let mut command = Command::new(needed("COFFEY_PYTHON"));
+    command
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .arg(repository("tests/reference").join(script))
+        .args(args);
+    let output = command.output().unwrap();
+    let (out, err) = texts(&output);
+    assert!(output.status.success(), "{script}:\n{out}\n{err}");
+}
+
+/// Copies a folder with everything in it.
 pub(crate) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in from.read_dir().unwrap() {
         let entry = entry.unwrap();
         let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &target),
-            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
         }
     }
 }
 
-/// A path for a command line.
-pub(crate) fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+/// The lines of a run's `metrics.jsonl`.
+pub(crate) fn records(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
-/// The quickstart's teacher.
-pub(crate) fn teacher() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher")
+/// The lines of `metrics.jsonl` without the values that depend on the clock.
+pub(crate) fn timeless(run: &Path) -> Vec<Value> {
+    let mut lines = records(run);
+    for line in &mut lines {
+        for key in ["seconds", "samples_per_second", "limiting_stage"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+    }
+    lines
 }
 
-/// A copy of the teacher whose `part` lacks a tensor.
-pub(crate) fn damaged(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
+/// The number of steps in a run's `metrics.jsonl`; 0 before the file is there.
+pub(crate) fn steps_made(run: &Path) -> usize {
+    std::fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// Flips a bit of a file's last byte.
+pub(crate) fn damage(file: &Path) {
+    let mut bytes = std::fs::read(file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// A copy of the teacher in which `part` lacks a tensor.
+pub(crate) fn without_tensor(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
     let pipeline = folder.path().join("damaged");
     copy(&teacher(), &pipeline);
     let part = pipeline.join(part);

@@ -1,5 +1,5 @@
-//! A stand-in for the Hub on loopback that takes pushes: repositories, Git LFS's batch interface with a storage on another port,
-//! commits; and that hands out what it took to the Hub's own Python client.
+//! A fake Hugging Face Hub on loopback that takes pushes: repositories, commits, and Git LFS's batch interface with a store on another
+//! port. It serves the pushed files to the Hub's Python client.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -14,21 +14,21 @@ use sha2::{Digest, Sha256};
 
 /// The token that may write.
 pub(crate) const TOKEN: &str = "hf_not_to_be_seen";
-/// The commit that clients are told of.
+/// The commit that every answer names.
 const COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
-/// What a signed address carries.
+/// The query of a signed URL.
 const SIGNATURE: &str = "signature=not-to-be-seen-either";
 
-/// Answers other than the right one, for requests whose method and path contain `on`.
+/// Wrong answers to requests whose method and path contain `on`.
 #[derive(Clone, Debug)]
 pub(crate) struct Fault {
     pub(crate) on: &'static str,
-    /// The status; 0: what was asked is done, and the connection closed without an answer.
+    /// The status; with 0, the request is carried out and the connection closed without an answer.
     pub(crate) status: u16,
     pub(crate) times: usize,
 }
 
-/// A request that came.
+/// A received request.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) line: String,
@@ -40,9 +40,9 @@ pub(crate) struct Request {
 
 #[derive(Debug, Default)]
 struct Held {
-    /// The repository's files; absent: there is none.
+    /// The repository's files; `None` before it is created.
     files: Option<BTreeMap<String, Vec<u8>>>,
-    /// Large files by SHA-256, some with no commit that names them.
+    /// Large files by SHA-256, with or without a commit that names them.
     stored: BTreeMap<String, Vec<u8>>,
     parts: BTreeMap<(String, usize), Vec<u8>>,
     commits: usize,
@@ -59,7 +59,7 @@ struct State {
     held: Mutex<Held>,
 }
 
-/// The running servers; they end with the test's process.
+/// The running servers, which end with the test's process.
 #[derive(Clone, Debug)]
 pub(crate) struct Receiver {
     pub(crate) endpoint: String,
@@ -67,7 +67,7 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// For a repository `id` that is not there yet. Files of more than `chunk` bytes are taken in parts.
+    /// Starts without the repository `id`. Files of more than `chunk` bytes are taken in parts.
     pub(crate) fn start(id: &str, chunk: usize) -> Self {
         let listen = || TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = |l: &TcpListener| format!("http://{}", l.local_addr().unwrap());
@@ -84,8 +84,8 @@ impl Receiver {
             std::thread::spawn(move || {
                 for socket in listener.incoming() {
                     let state = Arc::clone(&state);
-                    // A client that goes away is no failure.
-                    std::thread::spawn(move || drop(state.serve(socket.unwrap(), to_storage)));
+                    // A client may close the connection at any time.
+                    std::thread::spawn(move || state.serve(socket.unwrap(), to_storage).ok());
                 }
             });
         }
@@ -100,12 +100,12 @@ impl Receiver {
         self.state.held.lock().unwrap().faults.push(fault);
     }
 
-    /// No faults any more.
+    /// Removes all faults.
     pub(crate) fn behave(&self) {
         self.state.held.lock().unwrap().faults.clear();
     }
 
-    /// What came since the last time this was called.
+    /// Takes the requests since the last call.
     pub(crate) fn asked(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.held.lock().unwrap().requests)
     }
@@ -118,7 +118,7 @@ impl Receiver {
         self.state.held.lock().unwrap().commits
     }
 
-    /// As if someone had written on a file.
+    /// Changes a file as an edit on the website does.
     pub(crate) fn edit(&self, name: &str, content: &[u8]) {
         let mut held = self.state.held.lock().unwrap();
         let files = held.files.as_mut().unwrap();
@@ -192,7 +192,8 @@ impl State {
         }
         socket.flush()?;
         socket.shutdown(std::net::Shutdown::Write)?;
-        socket.read_to_end(&mut Vec::new()).map(drop)
+        socket.read_to_end(&mut Vec::new())?;
+        Ok(())
     }
 
     fn answer(&self, request: &Request) -> Option<Answer> {
@@ -215,7 +216,7 @@ impl State {
                 self.decide(&mut held, request);
                 None
             }
-            // A server that repeats what it was sent.
+            // The answer repeats the request's token, which the client must not print.
             Some(status) => {
                 let sent = request.authorization.as_deref().unwrap_or("nothing");
                 Some(Answer::error(status, &format!("not now, you with {sent}")))
@@ -231,7 +232,7 @@ impl State {
         let body = || serde_json::from_slice::<Value>(&request.body).unwrap();
         let api = path.strip_prefix(&format!("/api/models/{}", self.id));
         if method != "POST" && !path.starts_with("/api/whoami") {
-            return self.hand_out(held, path);
+            return self.serve_file(held, path);
         }
         if let Some(oid) = path.strip_prefix("/complete/") {
             return complete(held, oid, &body());
@@ -261,9 +262,10 @@ impl State {
             (path, _) if path == verify => {
                 let object = body();
                 let stored = held.stored.get(object["oid"].as_str().unwrap());
-                match stored.is_some_and(|bytes| json!(bytes.len()) == object["size"]) {
-                    true => Answer::json(&json!({})),
-                    false => Answer::error(422, "not stored"),
+                if stored.is_some_and(|bytes| json!(bytes.len()) == object["size"]) {
+                    Answer::json(&json!({}))
+                } else {
+                    Answer::error(422, "not stored")
                 }
             }
             _ => Answer::error(404, "Sorry, we can't find the page you are looking for."),
@@ -279,17 +281,14 @@ impl State {
             let size = size.unwrap() as usize;
             let verify = json!({"href": format!("{}/{}/verify", self.endpoint, self.id)});
             let put = format!("{}/put/{oid}", self.storage);
-            let upload = match size > self.chunk {
-                false => {
-                    json!({"href": format!("{put}?{SIGNATURE}"), "header": {"x-kind": "weights"}})
+            let upload = if size > self.chunk {
+                let mut header = json!({"chunk_size": self.chunk.to_string()});
+                for part in 1..=size.div_ceil(self.chunk) {
+                    header[part.to_string()] = json!(format!("{put}/{part}?{SIGNATURE}"));
                 }
-                true => {
-                    let mut header = json!({"chunk_size": self.chunk.to_string()});
-                    for part in 1..=size.div_ceil(self.chunk) {
-                        header[part.to_string()] = json!(format!("{put}/{part}?{SIGNATURE}"));
-                    }
-                    json!({"href": format!("{}/complete/{oid}", self.endpoint), "header": header})
-                }
+                json!({"href": format!("{}/complete/{oid}", self.endpoint), "header": header})
+            } else {
+                json!({"href": format!("{put}?{SIGNATURE}"), "header": {"x-kind": "weights"}})
             };
             json!({"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}})
         };
@@ -326,8 +325,8 @@ impl State {
         Answer::json(&json!({"commitUrl": url, "commitOid": COMMIT}))
     }
 
-    /// To the Hub's own client.
-    fn hand_out(&self, held: &Held, path: &str) -> Answer {
+    /// Serves metadata and files to the Hub's client.
+    fn serve_file(&self, held: &Held, path: &str) -> Answer {
         let none = BTreeMap::new();
         let files = held.files.as_ref().unwrap_or(&none);
         let path = path.split('?').next().unwrap();
@@ -368,7 +367,7 @@ impl State {
     }
 }
 
-/// How files are kept: what is no text as large files.
+/// The upload mode of each file: large files for everything that is not text.
 fn modes(held: &Held, question: &Value) -> Answer {
     let Some(files) = &held.files else {
         return Answer::error(404, "Repository not found");
@@ -377,11 +376,12 @@ fn modes(held: &Held, question: &Value) -> Answer {
         let name = file["path"].as_str().unwrap();
         let sample = BASE64_STANDARD.decode(file["sample"].as_str().unwrap());
         let text = String::from_utf8(sample.unwrap()).is_ok_and(|sample| !sample.contains('\0'));
-        let oid = files.get(name).map(|content| match text {
-            false => format!("{:x}", Sha256::digest(content)),
-            true => {
+        let oid = files.get(name).map(|content| {
+            if text {
                 let blob = Sha1::new().chain_update(format!("blob {}\0", content.len()));
                 format!("{:x}", blob.chain_update(content).finalize())
+            } else {
+                format!("{:x}", Sha256::digest(content))
             }
         });
         let mode = if text { "regular" } else { "lfs" };
@@ -391,7 +391,7 @@ fn modes(held: &Held, question: &Value) -> Answer {
     Answer::json(&json!({"files": files.map(mode).collect::<Vec<_>>()}))
 }
 
-/// The storage: whole files, or parts of them.
+/// Stores a whole file or a part of one.
 fn store(held: &mut Held, request: &Request, path: &str) -> Answer {
     let Some(path) = path.strip_suffix(&format!("?{SIGNATURE}")) else {
         return Answer::error(403, "not signed");
@@ -413,7 +413,7 @@ fn store(held: &mut Held, request: &Request, path: &str) -> Answer {
         None if format!("{:x}", Sha256::digest(&content)) == path => {
             held.stored.insert(path.to_owned(), content);
         }
-        None => return Answer::error(400, "not what its name says"),
+        None => return Answer::error(400, "the content has another SHA-256"),
     }
     Answer {
         status: 200,
@@ -422,9 +422,9 @@ fn store(held: &mut Held, request: &Request, path: &str) -> Answer {
     }
 }
 
-fn complete(held: &mut Held, oid: &str, told: &Value) -> Answer {
+fn complete(held: &mut Held, oid: &str, body: &Value) -> Answer {
     let mut whole = Vec::new();
-    for (index, part) in told["parts"].as_array().unwrap().iter().enumerate() {
+    for (index, part) in body["parts"].as_array().unwrap().iter().enumerate() {
         assert_eq!(part["partNumber"], index + 1);
         let content = &held.parts[&(oid.to_owned(), index + 1)];
         assert_eq!(part["etag"], format!("\"{:x}\"", Sha256::digest(content)));

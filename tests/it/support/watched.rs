@@ -1,23 +1,23 @@
-//! A command that serves its page and its metrics, watched over HTTP on loopback.
+//! A running command whose page and metrics a test reads over HTTP on loopback.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, ChildStderr, Stdio};
 
 use super::command;
 
 /// A running command.
 pub(crate) struct Watched {
     child: Child,
-    said: BufReader<ChildStderr>,
-    /// Where it listens, as `127.0.0.1:40123`.
+    stderr: BufReader<ChildStderr>,
+    /// The address of the server, as `127.0.0.1:40123`.
     pub(crate) address: String,
 }
 
-/// What was answered.
+/// An HTTP answer.
 pub(crate) struct Answer {
     pub(crate) status: u16,
-    /// Status and headers, names in small letters.
+    /// The status line and headers, with names in lower case.
     pub(crate) head: String,
     pub(crate) body: Vec<u8>,
 }
@@ -29,23 +29,23 @@ impl Answer {
 }
 
 impl Watched {
-    /// Starts it and waits until it has said where it listens.
-    pub(crate) fn start(args: &[&str]) -> Self {
-        let listen = ["-s", "metrics.listen=127.0.0.1:0"];
-        let mut child = command(&[args, &listen].concat())
+    /// Starts a command and waits for the message with its address.
+    pub(crate) fn start(args: &[impl AsRef<std::ffi::OsStr>]) -> Self {
+        let mut child = command(args)
+            .args(["-s", "metrics.listen=127.0.0.1:0"])
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let mut watched = Self {
-            said: BufReader::new(child.stderr.take().unwrap()),
+            stderr: BufReader::new(child.stderr.take().unwrap()),
             child,
             address: String::new(),
         };
         let mut all = String::new();
         while watched.address.is_empty() {
             let begin = all.len();
-            assert_ne!(watched.said.read_line(&mut all).unwrap(), 0, "{all}");
+            assert_ne!(watched.stderr.read_line(&mut all).unwrap(), 0, "{all}");
             let line = all[begin..].trim_end();
             if let Some(url) = line.strip_prefix("metrics at http://") {
                 watched.address = url.strip_suffix("/metrics").unwrap().to_owned();
@@ -54,7 +54,7 @@ impl Watched {
         watched
     }
 
-    /// A connection on which `path` was asked for.
+    /// Opens a connection and requests `path`.
     pub(crate) fn open(&self, path: &str, host: &str) -> Option<TcpStream> {
         let mut socket = TcpStream::connect(&self.address).ok()?;
         let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
@@ -62,7 +62,7 @@ impl Watched {
         Some(socket)
     }
 
-    /// What is answered to one who came by the name `host`, unless the command has ended.
+    /// The answer to a request with the header `host`; `None` if the command has ended.
     pub(crate) fn ask(&self, path: &str, host: &str) -> Option<Answer> {
         let mut bytes = Vec::new();
         self.open(path, host)?.read_to_end(&mut bytes).ok()?;
@@ -73,29 +73,28 @@ impl Watched {
         Some(Answer { status, head, body })
     }
 
-    /// What is answered, unless the command has ended.
+    /// The answer to a request; `None` if the command has ended.
     pub(crate) fn get(&self, path: &str) -> Option<Answer> {
         self.ask(path, &self.address)
     }
 
-    /// Asks it to stop.
+    /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
-        let id = self.child.id().to_string();
-        let kill = Command::new("kill").args(["-TERM", &id]).status().unwrap();
-        assert!(kill.success());
+        super::terminate(&self.child);
     }
 
-    /// Waits for its end; its exit code, and what it said on standard error.
+    /// Waits for the end; returns the exit code and the rest of standard error.
     pub(crate) fn end(mut self) -> (Option<i32>, String) {
-        let mut said = String::new();
-        self.said.read_to_string(&mut said).unwrap();
-        (self.child.wait().unwrap().code(), said)
+        let mut messages = String::new();
+        self.stderr.read_to_string(&mut messages).unwrap();
+        (self.child.wait().unwrap().code(), messages)
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        let _ended = self.child.kill();
-        let _reaped = self.child.wait();
+        // The command may have ended and been waited for.
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
