@@ -11,11 +11,12 @@ use coffey_pipeline::{BatchContent, CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
 
 use super::data::{DataAccess, content, source_options, stream_config};
-use super::process::{cpu_time, peak_memory};
+
 use super::ranks::RankArgs;
 use super::watch::watch;
 use super::{ConfigArgs, Failure};
 use crate::monitor::Command;
+use crate::process::{cpu_time, peak_memory};
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]

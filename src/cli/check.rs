@@ -191,7 +191,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let vae = encoders.models.vae().config();
     let vae_downscale = vae.downscale();
     if let (Purpose::Precompute { .. }, Some(latents)) = (purpose, &config.latents) {
-        let side = config.image.resolution / vae_downscale;
+        let side = config.image.resolution as usize / vae_downscale;
         let (_, tokens, width) = encoders.models.encode_text(&[""])?.dims3()?;
         let seen = Seen {
             sample: &batch.samples[0],

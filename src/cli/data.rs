@@ -6,13 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, Content, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
-    SourceOptions, Sources, StreamConfig,
+    CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
 
 use super::Failure;
-use crate::config::{self, Config, DataKind, ModelRef};
+use crate::config::{Config, DataKind, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
 use crate::pretrained::{self, Models, Wanted};
 use crate::stop::Stop;
@@ -125,26 +124,11 @@ pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
 pub(super) fn source_options(config: &Config) -> SourceOptions {
     let data = &config.data;
     SourceOptions {
-        s3: s3_options(&config.s3),
+        s3: config.s3.clone(),
         cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
             folder: folder.clone(),
             limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),
         }),
-    }
-}
-
-/// The `[s3]` table.
-pub(super) fn s3_options(s3: &config::S3) -> S3Options {
-    S3Options {
-        endpoint_url: s3.endpoint_url.clone(),
-        region: s3.region.clone(),
-        path_style: s3.path_style,
-        anonymous: s3.anonymous,
-        requester_pays: s3.requester_pays,
-        ca_bundle: s3.ca_bundle.clone(),
-        max_attempts: s3.max_attempts,
-        embedded_root: s3.embedded_root.clone(),
-        ..S3Options::default()
     }
 }
 
@@ -162,7 +146,6 @@ pub(super) fn stream_config(
     batch_size: usize,
 ) -> StreamConfig {
     let Config { data, image, .. } = config;
-    let filter = data.filter.clone().unwrap_or_default();
     StreamConfig {
         shards,
         content: Content::Images,
@@ -179,33 +162,8 @@ pub(super) fn stream_config(
         decode_threads: data.decode_threads,
         prefetch_batches: data.prefetch_batches,
         max_bad_fraction: data.max_bad_fraction,
-        filter: coffey_pipeline::Filter {
-            min_size: filter.min_size,
-            max_pwatermark: filter.max_pwatermark,
-            max_punsafe: filter.max_punsafe,
-            min_similarity: filter.min_similarity,
-            min_aesthetic: filter.min_aesthetic,
-            min_caption_chars: filter.min_caption_chars,
-            max_caption_chars: filter.max_caption_chars,
-        },
-        image: ImageOptions {
-            resolution: image.resolution as u32,
-            interpolation: match image.interpolation {
-                config::Interpolation::Bilinear => Interpolation::Bilinear,
-                config::Interpolation::Bicubic => Interpolation::Bicubic,
-                config::Interpolation::Lanczos => Interpolation::Lanczos,
-                config::Interpolation::Box => Interpolation::Box,
-                config::Interpolation::Hamming => Interpolation::Hamming,
-                config::Interpolation::Nearest => Interpolation::Nearest,
-            },
-            crop: match image.crop {
-                config::Crop::Random => CropMode::Random,
-                config::Crop::Center => CropMode::Center,
-            },
-            flip: image.flip,
-            scaled_decode: image.scaled_decode,
-            ..ImageOptions::default()
-        },
+        filter: data.filter.clone().unwrap_or_default(),
+        image: *image,
         order,
         batch_size,
         seed: config.train.seed,

@@ -12,7 +12,7 @@ use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
 use serde::Serialize;
 
 use super::Failure;
-use super::data::{DataAccess, s3_options};
+use super::data::DataAccess;
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
 
@@ -140,11 +140,11 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             config.require_bench()?;
             let data = config.data;
             (
-                s3_options(&config.s3),
+                config.s3,
                 Wanted {
                     image_keys: data.image_keys,
                     caption_keys: data.caption_keys,
-                    resolution: Some(config.image.resolution as u32),
+                    resolution: Some(config.image.resolution),
                 },
                 data.shards,
             )

@@ -53,8 +53,8 @@ impl From<LatentError> for Failure {
 pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
     let config = args.config.load()?;
-    let paths = config.require_precompute()?;
-    let output = paths.latents.output.to_string_lossy();
+    let required = config.require_precompute()?;
+    let output = required.latents.output.to_string_lossy();
     if args.finish {
         return finish(&config, &output);
     }
@@ -66,7 +66,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = watch(&config, &data, Command::Precompute)?;
     let models = until_a_signal(&stop, || {
-        data.models(&config, paths.teacher, Wanted::encoding)
+        data.models(&config, &required.teacher, Wanted::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
     if shards.len() < part.world {
@@ -85,7 +85,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
         check_fit(&unet, &first, &config, &models.pipeline)?;
     }
-    let recipe = recipe(&config, paths.latents, fingerprint, &first, part)?;
+    let recipe = recipe(&config, &required.latents, fingerprint, &first, part)?;
     let place = data.sources.destination(&output, data.runtime.handle())?;
     let mut writer = LatentWriter::open(place, recipe, part, shards)?;
     let there = writer.manifest().shards.len();
@@ -110,7 +110,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let mut stream_config =
             stream_config(&config, shards, Order::Sequential, config.encode.batch_size);
         stream_config.max_samples = writer.remaining_samples();
-        stream_config.image.crops = paths.latents.crops;
+        stream_config.image.crops = required.latents.crops;
         let stream = Stream::open(
             stream_config,
             &data.sources,
@@ -184,7 +184,7 @@ fn recipe(
     part: Part,
 ) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
-    let side = config.image.resolution / vae.downscale();
+    let side = config.image.resolution as usize / vae.downscale();
     let (_, tokens, width) = encoders.encode_text(&[""])?.dims3()?;
     Ok(Recipe::new(
         config,

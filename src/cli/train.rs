@@ -22,7 +22,7 @@ pub(super) struct TrainArgs {
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
     let mut config = args.config.load()?;
-    let paths = config.require_train()?;
+    let required = config.require_train()?;
     let train_device = device::open(config.train.device)?;
     let encode_devices = config
         .encode
@@ -44,7 +44,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     }
     let (monitor, _server) = watch(&config, &access, Command::Train)?;
     let models = until_a_signal(&stop, || {
-        access.models(&config, paths.teacher, Wanted::training)
+        access.models(&config, &required.teacher, Wanted::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
@@ -53,7 +53,6 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     if let Some(latents) = &latents {
         latents.check(&models)?;
     }
-    let paths = config.require_train()?;
     let data = train::Data {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
@@ -70,7 +69,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     };
     match train::run(
         &config,
-        paths,
+        &required.output,
         &models,
         &data,
         (&train_device, &encode_devices),

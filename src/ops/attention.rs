@@ -3,13 +3,15 @@
 use candle_core::{Result, Shape, Tensor};
 use pulp::{Arch, Simd};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::cpu::{Real, dot, map_and_sum, max, real};
 use super::gemm::{Mat, MatMut, Threads, gemm};
 use super::kernel::{Kernel, apply3, has_kernel};
 
 /// How attention is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Attention {
     /// Blocks of queries at a time; the backward computes the weights anew. Nothing of size `N·M` outlives the call.
     MemoryEfficient,

@@ -5,7 +5,7 @@ mod pictures;
 mod prepare;
 mod save;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
@@ -28,7 +28,7 @@ use super::tracking::Tracker;
 use super::validation::Prompts;
 use super::watchdog::Watchdog;
 use super::{Distillation, StepInputs, Student, TrainError, io};
-use crate::config::{self, Config, Validation};
+use crate::config::{Config, Validation};
 use crate::encode::{EncodePool, EncodedBatch, Encoders, Worker};
 use crate::models::UNet;
 use crate::models::vae::sample_latents;
@@ -49,28 +49,21 @@ pub enum Outcome {
 
 /// Distils as a configuration says; see the module's documentation for what is left in the output folder.
 ///
-/// `models` are those the configuration names; `devices` are the trainer's and, one a worker, the encoders'.
+/// `output` is `train.output`; `models` are those the configuration names; `devices` are the trainer's and, one a worker, the encoders'.
 ///
 /// # Errors
 /// [`TrainError`]; a checkpoint that stands is never harmed.
 pub fn run(
     config: &Config,
-    paths: config::TrainPaths<'_>,
+    output: &Path,
     models: &Models,
     data: &Data<'_>,
     devices: (&Device, &[Device]),
     stop: &Stop,
 ) -> Result<Outcome, TrainError> {
     let mut progress = Progress::new(config.train.max_steps);
-    let outcome = Run::prepare(
-        config,
-        (paths.output, models),
-        data,
-        devices,
-        stop,
-        &progress,
-    )
-    .and_then(|run| run.drive(data, devices, stop, &mut progress));
+    let outcome = Run::prepare(config, (output, models), data, devices, stop, &progress)
+        .and_then(|run| run.drive(data, devices, stop, &mut progress));
     progress.finish();
     match outcome {
         Err(TrainError::Stopped) => Ok(Outcome::Stopped),

@@ -8,7 +8,7 @@ use super::data::Data;
 use super::output::Output;
 use super::progress::Progress;
 use super::{Distillation, Loss, TrainError, io};
-use crate::config::{Config, Difference, LossKind, Resume, Weight, in_s3};
+use crate::config::{Config, Difference, LossKind, Resume, ResumeEffect, in_s3};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
@@ -66,7 +66,7 @@ pub(crate) fn check_fit(
             vae.latent_channels, unet.in_channels, unet.out_channels
         ));
     }
-    let (side, needed) = (config.image.resolution, vae.downscale());
+    let (side, needed) = (config.image.resolution as usize, vae.downscale());
     if !side.is_multiple_of(needed) {
         return mismatch(format!(
             "image.resolution = {side} must be a multiple of {needed} for this autoencoder"
@@ -137,7 +137,7 @@ fn check_same_run(config: &Config, found: &Found, progress: &Progress) -> Result
         })?;
     let (contradictions, changes): (Vec<_>, Vec<_>) = differences
         .into_iter()
-        .partition(|difference| difference.weight == Weight::Contradicts);
+        .partition(|difference| difference.effect == ResumeEffect::OtherRun);
     let told = |difference: &Difference| {
         let Difference { key, was, now, .. } = difference;
         format!("{key} was {was} and is {now}")

@@ -7,10 +7,11 @@ use coffey_pipeline::Content;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::cli::process::available_memory;
-use crate::config::{Attention, Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
+use crate::config::{Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
+use crate::ops::Attention;
+use crate::process::available_memory;
 
 /// Bytes of an `f32`, which everything but the teacher is held in.
 const F32: u64 = 4;
@@ -79,7 +80,7 @@ impl MemoryPlan {
                 config,
                 parameters,
                 unet,
-                config.image.resolution / sizes.vae_downscale,
+                config.image.resolution as usize / sizes.vae_downscale,
             );
         }
         plan
@@ -95,7 +96,7 @@ impl MemoryPlan {
     }
 
     fn add_stream(&mut self, config: &Config, sizes: &Sizes<'_>) {
-        let (data, side) = (&config.data, config.image.resolution as u64);
+        let (data, side) = (&config.data, u64::from(config.image.resolution));
         // A sequential stream, as for latents, does not shuffle.
         if sizes.teacher.is_some() {
             let (samples, each) = (data.shuffle_buffer as u64, sizes.sample_bytes);
@@ -133,7 +134,7 @@ impl MemoryPlan {
     }
 
     fn add_encoders(&mut self, config: &Config, sizes: &Sizes<'_>) {
-        let side = config.image.resolution as u64;
+        let side = u64::from(config.image.resolution);
         let width = first_channels(sizes.vae_folder);
         let batch = match sizes.teacher {
             Some(_) => config.train.batch_size.min(config.encode.batch_size),

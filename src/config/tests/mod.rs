@@ -4,7 +4,10 @@ mod refusals;
 
 use std::path::Path;
 
+use coffey_pipeline::{CropMode, Interpolation};
+
 use super::*;
+use crate::config::parse::known_keys;
 
 const MINIMAL: &str = "[data]\nshards = \"s3://bucket/{0..3}.tar\"\n";
 
@@ -38,11 +41,11 @@ fn defaults_are_the_designs() {
         (None, 500)
     );
     assert_eq!(config.data.filter, None);
-    assert_eq!(config.s3, S3::default());
+    assert_eq!(config.s3, S3Options::default());
     assert_eq!(config.s3.max_attempts, 10);
     assert_eq!(config.image.resolution, 512);
     assert_eq!(config.image.interpolation, Interpolation::Bilinear);
-    assert_eq!(config.image.crop, Crop::Random);
+    assert_eq!(config.image.crop, CropMode::Random);
     assert_eq!(config.model.time_cond_proj_dim, 256);
     assert_eq!(config.encode.devices, [DeviceSpec::Cpu]);
     assert_eq!(config.encode.batch_size, 32);
@@ -148,13 +151,11 @@ fn required_paths_are_handed_out() {
         "train.output=runs/a",
         "latents.output=latents/a",
     ]);
-    let paths = config.require_train().unwrap();
-    assert_eq!(
-        (paths.teacher.as_str(), paths.output),
-        (".", Path::new("runs/a"))
-    );
-    let paths = config.require_precompute().unwrap();
-    assert_eq!(paths.latents.output, Path::new("latents/a"));
+    let required = config.require_train().unwrap();
+    assert_eq!(required.teacher.as_str(), ".");
+    assert_eq!(required.output, Path::new("runs/a"));
+    let required = config.require_precompute().unwrap();
+    assert_eq!(required.latents.output, Path::new("latents/a"));
 }
 
 #[test]
@@ -262,7 +263,7 @@ fn shipped_configurations_parse() {
 #[test]
 fn every_key_is_documented() {
     let page = include_str!("../../../docs/configuration.md");
-    for key in keys::known_keys() {
+    for key in known_keys() {
         assert!(
             page.contains(&format!("| `{key}` |")),
             "docs/configuration.md has no row for {key}"
@@ -281,7 +282,7 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
         ];
         let differences = with(&all.concat()).differences(&toml).unwrap();
         let told = differences.into_iter();
-        told.map(|d| (d.key, d.was, d.now, d.weight))
+        told.map(|d| (d.key, d.was, d.now, d.effect))
             .collect::<Vec<_>>()
     };
     let same = [
@@ -298,26 +299,31 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
         "encode.batch_size=2",
     ];
     assert_eq!(found(&same), []);
-    let one = |key: &str, was: &str, now: &str, weight| {
-        (key.to_owned(), was.to_owned(), now.to_owned(), weight)
+    let one = |key: &str, was: &str, now: &str, effect| {
+        (key.to_owned(), was.to_owned(), now.to_owned(), effect)
     };
     assert_eq!(
         found(&["image.resolution=64", "train.seed=3", "data.max_samples=5"]),
         [
-            one("data.max_samples", "unset", "5", Weight::Contradicts),
-            one("image.resolution", "512", "64", Weight::Contradicts),
-            one("train.seed", "453645634", "3", Weight::Contradicts),
+            one("data.max_samples", "unset", "5", ResumeEffect::OtherRun),
+            one("image.resolution", "512", "64", ResumeEffect::OtherRun),
+            one("train.seed", "453645634", "3", ResumeEffect::OtherRun),
         ]
     );
     assert_eq!(
         found(&["model.teacher=\"a/c\"", "optimizer.learning_rate=0.5"]),
         [
-            one("model.teacher", "\"a/b\"", "\"a/c\"", Weight::Contradicts),
+            one(
+                "model.teacher",
+                "\"a/b\"",
+                "\"a/c\"",
+                ResumeEffect::OtherRun
+            ),
             one(
                 "optimizer.learning_rate",
                 "0.000001",
                 "0.5",
-                Weight::Changes
+                ResumeEffect::LaterSteps
             ),
         ]
     );
@@ -326,7 +332,7 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
     let longer = with(&["optimizer.schedule=cosine", "train.max_steps=2000"]);
     let differences = longer.differences(&toml).unwrap();
     assert_eq!(differences.len(), 1);
-    assert_eq!(differences[0].weight, Weight::Changes);
+    assert_eq!(differences[0].effect, ResumeEffect::LaterSteps);
     // A key that an earlier version did not know has its default.
     let older = toml.replace("flip = false\n", "");
     assert_ne!(older, toml);

@@ -346,7 +346,7 @@ fn cuda_needs_a_cuda_build() {
 
 #[test]
 fn everything_not_built_is_refused_when_written_down() {
-    for row in unbuilt::UNBUILT {
+    for row in parse::NOT_BUILT {
         for value in row.words {
             let argument = format!("{}={value}", row.key);
             let error = parse(MINIMAL, &[&argument]).unwrap_err();

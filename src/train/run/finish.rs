@@ -42,7 +42,8 @@ impl Run<'_> {
         loss_curve(folder, self.log.records(), self.endpoint.as_ref())?;
         if let (true, Some((_, validation))) = (self.config.report.grid, &self.validation) {
             progress.say("drawing teacher and student side by side");
-            let side = self.config.image.resolution / self.encoders.vae().config().downscale();
+            let side =
+                self.config.image.resolution as usize / self.encoders.vae().config().downscale();
             let latent = [self.teacher.config().in_channels, side, side];
             let seeded = (self.config.train.seed, "comparison");
             let device = self.uncond.device();

@@ -9,7 +9,7 @@ use super::{Run, pictures, save};
 use crate::config::{self, Config, MixedPrecision};
 use crate::encode::Encoders;
 use crate::models::UNet;
-use crate::ops::{Attention, Keep};
+use crate::ops::Keep;
 use crate::pretrained::Models;
 use crate::stop::Stop;
 use crate::train::audit::Auditor;
@@ -43,10 +43,7 @@ impl<'a> Run<'a> {
         let distillation = distillation(config, pipeline)?;
         let encode_device = encode_devices.first().unwrap_or(device);
         let encoders = Encoders::load(pipeline, vae, encode_device, config.encode.batch_size)?;
-        let attention = match train.attention {
-            config::Attention::MemoryEfficient => Attention::MemoryEfficient,
-            config::Attention::Plain => Attention::Plain,
-        };
+        let attention = train.attention;
         let folder = pipeline.join("unet");
         let held = match train.teacher_dtype {
             config::FloatType::F32 => DType::F32,
@@ -122,7 +119,7 @@ impl<'a> Run<'a> {
             _ => None,
         };
 
-        let side = config.image.resolution / encoders.vae().config().downscale();
+        let side = config.image.resolution as usize / encoders.vae().config().downscale();
         let latent = [teacher.config().in_channels, side, side];
         let endpoint = match config.report.endpoint_captions {
             0 => None,
