@@ -9,10 +9,11 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::data::{DataAccess, source_options, stream_config, until_a_signal};
 use super::ranks::RankArgs;
-use super::watch::watch;
-use super::{ConfigArgs, Failure, device};
+use super::resources::{
+    DataAccess, exit_on_signal, open_device, source_options, start_monitor, stream_config,
+};
+use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodeError, EncodePool, Encoders};
 use crate::latents::{
@@ -64,8 +65,8 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, Command::Precompute)?;
-    let models = until_a_signal(&stop, || {
+    let (monitor, _server) = start_monitor(&config, &data, Command::Precompute)?;
+    let models = exit_on_signal(&stop, || {
         data.models(&config, &required.teacher, Wanted::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
@@ -167,7 +168,7 @@ fn finish(config: &Config, output: &str) -> Result<(), Failure> {
 }
 
 fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
-    let device = device::open(config.encode.devices[index])?;
+    let device = open_device(config.encode.devices[index])?;
     Ok(Encoders::load(
         &models.pipeline,
         models.vae.as_deref(),

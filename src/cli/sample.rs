@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 use image::RgbImage;
 
-use super::data::DataAccess;
-use super::{Failure, device};
+use super::Failure;
+use super::resources::{DataAccess, open_device};
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::diffusion::{
     BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
@@ -90,7 +90,7 @@ enum Scheduler {
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
-    let device = device::open(args.device)?;
+    let device = open_device(args.device)?;
     let parts = find_parts(&args)?;
     let schedule = NoiseSchedule::read(&parts.pipeline.join("scheduler"))?;
     let unet = UNet::load(&parts.unet, DType::F32, &device, Attention::Plain)?;

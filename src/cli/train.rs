@@ -3,9 +3,11 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, content, source_options, stream_config, until_a_signal};
-use super::watch::watch;
-use super::{ConfigArgs, Failure, device};
+use super::resources::{
+    DataAccess, content, exit_on_signal, open_device, open_devices, source_options, start_monitor,
+    stream_config,
+};
+use super::{ConfigArgs, Failure};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::Command;
 use crate::pretrained::Wanted;
@@ -23,13 +25,8 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
     let mut config = args.config.load()?;
     let required = config.require_train()?;
-    let train_device = device::open(config.train.device)?;
-    let encode_devices = config
-        .encode
-        .devices
-        .iter()
-        .map(|&d| device::open(d))
-        .collect::<Result<Vec<_>, _>>()?;
+    let train_device = open_device(config.train.device)?;
+    let encode_devices = open_devices(&config.encode.devices)?;
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {
@@ -42,8 +39,8 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
-    let (monitor, _server) = watch(&config, &access, Command::Train)?;
-    let models = until_a_signal(&stop, || {
+    let (monitor, _server) = start_monitor(&config, &access, Command::Train)?;
+    let models = exit_on_signal(&stop, || {
         access.models(&config, &required.teacher, Wanted::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));

@@ -1,9 +1,11 @@
-//! From the configuration to a running stream: what `train`, `precompute`, `check` and `bench` share.
+//! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use candle_core::Device;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
@@ -11,14 +13,15 @@ use coffey_pipeline::{
 use tokio::runtime::Runtime;
 
 use super::Failure;
-use crate::config::{Config, DataKind, ModelRef};
+use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::monitor::{Command, Monitor, Server};
 use crate::pretrained::{self, Models, Wanted};
 use crate::stop::Stop;
 
-/// The places data comes from, with the runtime their waiting happens on.
+/// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
-    // Declared first so that it goes first: the embedded server and the clients live on the runtime.
+    // Declared first so that it is dropped first: the embedded server and the clients live on the runtime.
     pub(super) sources: Sources,
     pub(super) runtime: Runtime,
     pub(super) metrics: FlowMetrics,
@@ -58,7 +61,7 @@ impl DataAccess {
         )?)
     }
 
-    /// The folder of a model.
+    /// The folder of a model, fetched if it is not on this machine.
     pub(super) fn model(
         &self,
         model: &ModelRef,
@@ -69,7 +72,7 @@ impl DataAccess {
         Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)
     }
 
-    /// The folder of an autoencoder.
+    /// The folder of an autoencoder, fetched if it is not on this machine.
     pub(super) fn vae(&self, model: &ModelRef) -> Result<PathBuf, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(pretrained::fetch_vae(model, sources, runtime)?)
@@ -80,7 +83,8 @@ impl DataAccess {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
     }
 
-    /// What there is to know of the shards of a configuration if they hold latents; `[image]` then says what those were made with.
+    /// The manifests of `shards` if the configuration says that they hold latents. Replaces `[image]` by the settings the latents were
+    /// made with.
     pub(super) fn latents(
         &self,
         config: &mut Config,
@@ -98,19 +102,20 @@ impl DataAccess {
 
 impl From<LatentSourceError> for Failure {
     fn from(error: LatentSourceError) -> Self {
-        match error.is_config() {
-            true => Self::Usage(error.into()),
-            false => Self::Failed(error.into()),
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
         }
     }
 }
 
-/// Does `work` that can be broken off anywhere, as fetching can: a signal ends the process at once.
-pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
+/// Runs `work`, which can be broken off anywhere, as fetching can: a signal ends the process at once.
+pub(super) fn exit_on_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
     let working = Arc::new(AtomicBool::new(true));
-    let still = Arc::clone(&working);
+    let still_working = Arc::clone(&working);
     stop.on_stop(move || {
-        if still.load(Ordering::SeqCst) {
+        if still_working.load(Ordering::SeqCst) {
             errln!("{}", Failure::STOPPED);
             std::process::exit(i32::from(Failure::Stopped.code()));
         }
@@ -120,7 +125,7 @@ pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The `[s3]` table, and of `[data]` the cache.
+/// `[s3]`, and the cache of `[data]`.
 pub(super) fn source_options(config: &Config) -> SourceOptions {
     let data = &config.data;
     SourceOptions {
@@ -132,20 +137,19 @@ pub(super) fn source_options(config: &Config) -> SourceOptions {
     }
 }
 
-/// What the stream is to read.
+/// What the shards hold, by their manifests if they hold latents.
 pub(super) fn content(latents: Option<&LatentSource>) -> Content {
     latents.map_or(Content::Images, LatentSource::content)
 }
 
-/// The `[data]`, `[data.filter]` and `[image]` tables for shards of images that were listed. For latents, only the content is
-/// another.
+/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content`.
 pub(super) fn stream_config(
     config: &Config,
     shards: Vec<ShardUrl>,
     order: Order,
     batch_size: usize,
 ) -> StreamConfig {
-    let Config { data, image, .. } = config;
+    let data = &config.data;
     StreamConfig {
         shards,
         content: Content::Images,
@@ -163,7 +167,7 @@ pub(super) fn stream_config(
         prefetch_batches: data.prefetch_batches,
         max_bad_fraction: data.max_bad_fraction,
         filter: data.filter.clone().unwrap_or_default(),
-        image: *image,
+        image: config.image,
         order,
         batch_size,
         seed: config.train.seed,
@@ -171,4 +175,43 @@ pub(super) fn stream_config(
         world: 1,
         resume: None,
     }
+}
+
+pub(super) fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
+    match spec {
+        DeviceSpec::Cpu => Ok(Device::Cpu),
+        DeviceSpec::Cuda(ordinal) => Device::new_cuda(ordinal)
+            .map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into())),
+    }
+}
+
+pub(super) fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Device>, Failure> {
+    specs.iter().map(|&spec| open_device(spec)).collect()
+}
+
+/// The monitor of a command, and its HTTP server if `[metrics]` asks for one. The server answers until it is dropped.
+pub(super) fn start_monitor(
+    config: &Config,
+    data: &DataAccess,
+    command: Command,
+) -> Result<(Monitor, Option<Server>), Failure> {
+    let output = match command {
+        Command::Train => config.train.output.as_ref(),
+        Command::Precompute => config.latents.as_ref().map(|latents| &latents.output),
+        Command::Bench => None,
+    };
+    let subject = match output {
+        Some(output) => output.display().to_string(),
+        None => "the data pipeline alone".to_owned(),
+    };
+    let timeout = Duration::from_secs(config.train.stall_timeout);
+    let monitor = Monitor::new(data.metrics.clone(), command, subject, timeout);
+    let Some(listen) = config.metrics.listen else {
+        return Ok((monitor, None));
+    };
+    let server = Server::start(listen.0, monitor.clone(), data.runtime.handle())
+        .map_err(|error| config.refuse_listen(listen, &error))?;
+    errln!("this run in a browser: http://{}/", server.address());
+    errln!("metrics at http://{}/metrics", server.address());
+    Ok((monitor, Some(server)))
 }
