@@ -1,4 +1,4 @@
-//! What a configuration that is right turns into.
+//! Valid configurations.
 
 mod refusals;
 
@@ -21,7 +21,7 @@ fn with(overrides: &[&str]) -> Config {
 }
 
 #[test]
-fn defaults_are_the_designs() {
+fn config_defaults() {
     let config = with(&[]);
     assert_eq!(config.data.shards, ["s3://bucket/{0..3}.tar"]);
     assert_eq!(config.data.kind, DataKind::Images);
@@ -73,7 +73,7 @@ fn defaults_are_the_designs() {
 }
 
 #[test]
-fn tables_given_in_part_have_the_rest_filled_in() {
+fn partial_tables_get_defaults() {
     let config = with(&[
         "validation.prompts=['red apple']",
         "latents.output=latents/a",
@@ -136,7 +136,7 @@ fn overrides_take_toml_values_and_bare_words() {
 }
 
 #[test]
-fn an_override_wins_over_the_file_and_can_complete_it() {
+fn override_takes_precedence_over_the_file() {
     let config = parse(
         "[train]\nmax_steps = 5\n",
         &["data.shards=a.tar", "train.max_steps=6"],
@@ -145,7 +145,7 @@ fn an_override_wins_over_the_file_and_can_complete_it() {
 }
 
 #[test]
-fn required_paths_are_handed_out() {
+fn required_keys_are_returned() {
     let config = with(&[
         "model.teacher=.",
         "train.output=runs/a",
@@ -159,7 +159,7 @@ fn required_paths_are_handed_out() {
 }
 
 #[test]
-fn limits_are_inside() {
+fn limits_are_inclusive() {
     with(&[
         "data.max_bad_fraction=1",
         "distill.w_min=15",
@@ -200,7 +200,7 @@ fn devices_and_resume_round_trip() {
 }
 
 #[test]
-fn the_built_value_beside_an_unbuilt_one_is_accepted() {
+fn built_words_are_accepted() {
     with(&[
         "data.kind=images",
         "encode.dtype=f32",
@@ -215,7 +215,7 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
 }
 
 #[test]
-fn what_is_written_out_reads_back_the_same() {
+fn config_toml_round_trips() {
     let config = with(&[
         "model.teacher=teacher",
         "train.output=runs/a",
@@ -272,7 +272,7 @@ fn every_key_is_documented() {
 }
 
 #[test]
-fn what_would_make_another_run_is_told_from_what_would_not() {
+fn differences_tell_other_runs_from_allowed_changes() {
     let run = with(&["model.teacher=\"a/b\"", "train.output=\"runs/a\""]);
     let toml = run.to_toml().unwrap();
     let found = |overrides: &[&str]| {
@@ -333,16 +333,20 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
     let differences = longer.differences(&toml).unwrap();
     assert_eq!(differences.len(), 1);
     assert_eq!(differences[0].effect, ResumeEffect::LaterSteps);
-    // A key that an earlier version did not know has its default.
+    // A key that an earlier version lacked has its default.
     let older = toml.replace("flip = false\n", "");
     assert_ne!(older, toml);
     let same = with(&["optimizer.schedule=cosine"]);
     assert_eq!(same.differences(&older).unwrap(), []);
+    // A key that a later version added is ignored.
+    let newer = toml.replace("[image]\n", "[image]\nadded_later = 1\n");
+    assert_ne!(newer, toml);
+    assert_eq!(same.differences(&newer).unwrap(), []);
     assert!(same.differences("data = 3").is_err());
 }
 
 #[test]
-fn places_in_s3_name_a_bucket() {
+fn s3_prefixes_name_a_bucket() {
     for key in ["train.output", "audit.dir", "checkpoint.resume"] {
         let setting = format!("{key}=s3:///runs");
         let error = parse(MINIMAL, &[&setting]).unwrap_err().to_string();
