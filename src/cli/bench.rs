@@ -25,8 +25,8 @@ pub(super) struct BenchArgs {
     /// Samples to read, in the order of training.
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
-    /// Then decode, resize and crop the same samples from memory on all cores, with nothing around it, and say how near the stream
-    /// comes to that.
+    /// Then decode, resize and crop the same samples from memory on all cores, without the stream, and print the stream's speed as a
+    /// share of that decode limit.
     #[arg(long)]
     limit: bool,
     /// Print one JSON object to standard output.
@@ -56,14 +56,14 @@ struct Measured {
     cache: Option<CacheCounts>,
     /// With `--limit`.
     #[serde(rename = "machine")]
-    decode_limit: Option<DecodeLimit>,
+    decode_limit: Option<DecodeLimitReport>,
     #[serde(flatten)]
     flow: FlowSnapshot,
 }
 
-/// The decode limit: how fast this machine decodes, resizes and crops the same samples from memory, with nothing around it.
+/// The decode limit: how fast this machine decodes, resizes and crops the same samples from memory, without the stream.
 #[derive(Serialize)]
-struct DecodeLimit {
+struct DecodeLimitReport {
     images: u64,
     threads: usize,
     images_per_second: f64,
@@ -73,7 +73,7 @@ struct DecodeLimit {
     reached: f64,
 }
 
-impl DecodeLimit {
+impl DecodeLimitReport {
     /// `stream` is the stream's speed. Images per second.
     fn new(alone: &Ceiling, stream: f64) -> Self {
         let images_per_second = alone.images as f64 / alone.elapsed.as_secs_f64();
@@ -144,7 +144,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let decode_limit = if args.limit {
         errln!("decoding the same samples from memory");
         let alone = ceiling(&settings, &data.sources, data.runtime.handle(), samples)?;
-        Some(DecodeLimit::new(&alone, images_per_second))
+        Some(DecodeLimitReport::new(&alone, images_per_second))
     } else {
         None
     };
@@ -343,7 +343,7 @@ mod tests {
             peak_memory_bytes: None,
             limiting_stage: flow.limiting_stage(),
             cache: Some(CacheCounts { hits: 3, misses: 1 }),
-            decode_limit: Some(DecodeLimit {
+            decode_limit: Some(DecodeLimitReport {
                 images: 10,
                 threads: 2,
                 images_per_second: 6.25,

@@ -31,15 +31,15 @@ struct Cli {
 enum Commands {
     /// Distil; resumes by itself from the newest checkpoint.
     Train(train::TrainArgs),
-    /// Image shards in, latent shards out, nothing else.
+    /// Encode image shards into latent shards.
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
     Sample(sample::SampleArgs),
-    /// Say what is in shards: samples, sizes, missing or broken parts; of latents shapes and statistics.
+    /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
     Inspect(inspect::InspectArgs),
     /// Dry run: configuration, credentials, first shard, models, memory plan, cost of a `precompute`.
     Check(check::CheckArgs),
-    /// Run the data pipeline alone and say which stage is the limit.
+    /// Run the data pipeline alone and name the stage that limits its speed.
     Bench(bench::BenchArgs),
 }
 
