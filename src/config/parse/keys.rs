@@ -22,7 +22,7 @@ struct KnownTable {
 
 /// Every table with its keys.
 fn known_tables() -> Vec<KnownTable> {
-    let mut tables: Vec<_> = [
+    let tables = [
         ("data", fields::<Data>()),
         ("data.filter", fields::<Filter>()),
         ("s3", fields::<S3Options>()),
@@ -40,20 +40,19 @@ fn known_tables() -> Vec<KnownTable> {
         ("hub", fields::<Hub>()),
         ("latents", fields::<Latents>()),
         ("audit", fields::<Audit>()),
-    ]
-    .map(|(name, keys)| KnownTable {
-        name,
-        keys: keys.to_vec(),
-    })
-    .into();
-    for index in 0..tables.len() {
-        let table = tables[index].name;
-        let names: Vec<_> = tables.iter().map(|other| other.name).collect();
-        tables[index]
-            .keys
-            .retain(|key| !names.contains(&join(table, key).as_str()));
-    }
+    ];
+    let names = tables.map(|(name, _)| name);
+    let is_table = |table, key| names.contains(&join(table, key).as_str());
     tables
+        .into_iter()
+        .map(|(name, fields)| {
+            let keys = fields.iter().copied().filter(|key| !is_table(name, key));
+            KnownTable {
+                name,
+                keys: keys.collect(),
+            }
+        })
+        .collect()
 }
 
 /// Every key in full.
@@ -67,11 +66,11 @@ pub(in crate::config) fn known_keys() -> Vec<String> {
 
 /// Refuses the first key of the document that is unknown.
 pub(super) fn refuse_unknown(document: &Document) -> Result<(), ConfigError> {
-    walk(document, &known_tables(), "", &document.root)
+    check_keys(document, &known_tables(), "", &document.root)
 }
 
 /// Checks the keys of `table`, whose own key is `prefix`.
-fn walk(
+fn check_keys(
     document: &Document,
     tables: &[KnownTable],
     prefix: &str,
@@ -87,7 +86,7 @@ fn walk(
                     needs: format!("a table, as [{path}]"),
                 });
             };
-            walk(document, tables, &path, inner)?;
+            check_keys(document, tables, &path, inner)?;
         } else if !tables
             .iter()
             .any(|known| known.name == prefix && known.keys.contains(&key.as_str()))
