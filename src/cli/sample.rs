@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 
-use super::data::DataAccess;
-use super::{Failure, device};
+use super::Failure;
+use super::resources::{DataAccess, open_device};
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
@@ -107,7 +107,7 @@ impl From<SampleError> for Failure {
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
-    let device = device::open(args.device)?;
+    let device = open_device(args.device)?;
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
     let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;

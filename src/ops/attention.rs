@@ -1,11 +1,13 @@
 //! Multi-head scaled dot-product attention.
 
 use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::{cpu, portable};
 
 /// How attention is computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Attention {
     /// Blocks of queries at a time; the backward computes the weights anew. Nothing of size `N·M` outlives the call.
     MemoryEfficient,

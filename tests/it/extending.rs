@@ -1,9 +1,4 @@
 //! Shows that an objective and an adaptation can be added without a change to `src/train`.
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "tests"
-)]
 
 use std::path::Path;
 use std::rc::Rc;

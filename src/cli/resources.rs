@@ -1,23 +1,25 @@
-//! From the configuration to a running stream: what `train`, `precompute`, `check` and `bench` share.
+//! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use candle_core::Device;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, Content, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
-    SourceOptions, Sources, StreamConfig,
+    CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
-use crate::config::{self, Config, DataKind, ModelRef};
+use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::monitor::{Command, Monitor, Server};
 use crate::pretrained::{self, Components, Models};
 
-/// The places data comes from, with the runtime their waiting happens on.
+/// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
-    // Declared first so that it goes first: the embedded server and the clients live on the runtime.
+    // Declared first so that it is dropped first: the embedded server and the clients live on the runtime.
     pub(super) sources: Sources,
     pub(super) runtime: Runtime,
     pub(super) metrics: FlowMetrics,
@@ -57,7 +59,7 @@ impl DataAccess {
         )?)
     }
 
-    /// The folder of a model.
+    /// The folder of a model, fetched if it is not on this machine.
     pub(super) fn model(
         &self,
         model: &ModelRef,
@@ -68,7 +70,7 @@ impl DataAccess {
         Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)
     }
 
-    /// The folder of an autoencoder.
+    /// The folder of an autoencoder, fetched if it is not on this machine.
     pub(super) fn vae(&self, model: &ModelRef) -> Result<PathBuf, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(pretrained::fetch_vae(model, sources, runtime)?)
@@ -96,7 +98,8 @@ impl DataAccess {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
     }
 
-    /// What there is to know of the shards of a configuration if they hold latents; `[image]` then says what those were made with.
+    /// The manifests of `shards` if the configuration says that they hold latents. Replaces `[image]` by the settings the latents were
+    /// made with.
     pub(super) fn latents(
         &self,
         config: &mut Config,
@@ -114,18 +117,19 @@ impl DataAccess {
 
 impl From<LatentSourceError> for Failure {
     fn from(error: LatentSourceError) -> Self {
-        match error.is_config() {
-            true => Self::Usage(error.into()),
-            false => Self::Failed(error.into()),
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
         }
     }
 }
 
-/// The `[s3]` table, and of `[data]` the cache.
+/// `[s3]`, and the cache of `[data]`.
 pub(super) fn source_options(config: &Config) -> SourceOptions {
     let data = &config.data;
     SourceOptions {
-        s3: s3_options(&config.s3),
+        s3: config.s3.clone(),
         cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
             folder: folder.clone(),
             limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),
@@ -133,36 +137,19 @@ pub(super) fn source_options(config: &Config) -> SourceOptions {
     }
 }
 
-/// The `[s3]` table.
-pub(super) fn s3_options(s3: &config::S3) -> S3Options {
-    S3Options {
-        endpoint_url: s3.endpoint_url.clone(),
-        region: s3.region.clone(),
-        path_style: s3.path_style,
-        anonymous: s3.anonymous,
-        requester_pays: s3.requester_pays,
-        ca_bundle: s3.ca_bundle.clone(),
-        max_attempts: s3.max_attempts,
-        embedded_root: s3.embedded_root.clone(),
-        ..S3Options::default()
-    }
-}
-
-/// What the stream is to read.
+/// What the shards hold, by their manifests if they hold latents.
 pub(super) fn content(latents: Option<&LatentSource>) -> Content {
     latents.map_or(Content::Images, LatentSource::content)
 }
 
-/// The `[data]`, `[data.filter]` and `[image]` tables for shards of images that were listed. For latents, only the content is
-/// another.
+/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content`.
 pub(super) fn stream_config(
     config: &Config,
     shards: Vec<ShardUrl>,
     order: Order,
     batch_size: usize,
 ) -> StreamConfig {
-    let Config { data, image, .. } = config;
-    let filter = data.filter.clone().unwrap_or_default();
+    let data = &config.data;
     StreamConfig {
         shards,
         content: Content::Images,
@@ -179,33 +166,8 @@ pub(super) fn stream_config(
         decode_threads: data.decode_threads,
         prefetch_batches: data.prefetch_batches,
         max_bad_fraction: data.max_bad_fraction,
-        filter: coffey_pipeline::Filter {
-            min_size: filter.min_size,
-            max_pwatermark: filter.max_pwatermark,
-            max_punsafe: filter.max_punsafe,
-            min_similarity: filter.min_similarity,
-            min_aesthetic: filter.min_aesthetic,
-            min_caption_chars: filter.min_caption_chars,
-            max_caption_chars: filter.max_caption_chars,
-        },
-        image: ImageOptions {
-            resolution: image.resolution as u32,
-            interpolation: match image.interpolation {
-                config::Interpolation::Bilinear => Interpolation::Bilinear,
-                config::Interpolation::Bicubic => Interpolation::Bicubic,
-                config::Interpolation::Lanczos => Interpolation::Lanczos,
-                config::Interpolation::Box => Interpolation::Box,
-                config::Interpolation::Hamming => Interpolation::Hamming,
-                config::Interpolation::Nearest => Interpolation::Nearest,
-            },
-            crop: match image.crop {
-                config::Crop::Random => CropMode::Random,
-                config::Crop::Center => CropMode::Center,
-            },
-            flip: image.flip,
-            scaled_decode: image.scaled_decode,
-            ..ImageOptions::default()
-        },
+        filter: data.filter.clone().unwrap_or_default(),
+        image: config.image,
         order,
         batch_size,
         seed: config.train.seed,
@@ -213,4 +175,43 @@ pub(super) fn stream_config(
         world: 1,
         resume: None,
     }
+}
+
+pub(super) fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
+    match spec {
+        DeviceSpec::Cpu => Ok(Device::Cpu),
+        DeviceSpec::Cuda(ordinal) => Device::new_cuda(ordinal)
+            .map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into())),
+    }
+}
+
+pub(super) fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Device>, Failure> {
+    specs.iter().map(|&spec| open_device(spec)).collect()
+}
+
+/// The monitor of a command, and its HTTP server if `[metrics]` asks for one. The server answers until it is dropped.
+pub(super) fn start_monitor(
+    config: &Config,
+    data: &DataAccess,
+    command: Command,
+) -> Result<(Monitor, Option<Server>), Failure> {
+    let output = match command {
+        Command::Train => config.train.output.as_ref(),
+        Command::Precompute => config.latents.as_ref().map(|latents| &latents.output),
+        Command::Bench => None,
+    };
+    let subject = match output {
+        Some(output) => output.display().to_string(),
+        None => "the data pipeline alone".to_owned(),
+    };
+    let timeout = Duration::from_secs(config.train.stall_timeout);
+    let monitor = Monitor::new(data.metrics.clone(), command, subject, timeout);
+    let Some(listen) = config.metrics.listen else {
+        return Ok((monitor, None));
+    };
+    let server = Server::start(listen.0, monitor.clone(), data.runtime.handle())
+        .map_err(|error| config.refuse_listen(listen, &error))?;
+    errln!("this run in a browser: http://{}/", server.address());
+    errln!("metrics at http://{}/metrics", server.address());
+    Ok((monitor, Some(server)))
 }

@@ -1,5 +1,5 @@
-//! A serde deserializer over a TOML value whose errors know the key, the value and what would be right, so that
-//! no message has to be taken apart again.
+//! A serde deserializer over a TOML value. Its errors hold the key, the kind of mistake and the allowed values as data,
+//! which the errors of the `toml` crate have only as text.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use serde::forward_to_deserialize_any;
 use toml::Value;
 
 use super::document::{Origin, join};
-use super::error::ConfigError;
+use crate::config::{ConfigError, required};
 
 /// Deserialises the table `root`.
 pub(super) fn decode<'de, T: Deserialize<'de>>(
@@ -22,7 +22,7 @@ pub(super) fn decode<'de, T: Deserialize<'de>>(
         path: "",
         value: root,
     };
-    T::deserialize(node).map_err(|fault| fault.report(root, origin))
+    T::deserialize(node).map_err(|error| error.report(root, origin))
 }
 
 /// The type of a value in words.
@@ -38,23 +38,23 @@ pub(super) fn type_name(value: &Value) -> &'static str {
     }
 }
 
-/// What is wrong with the value at `path`; the path is filled in on the way up, by the node that was read.
+/// A mistake in the value at `path`. The innermost node that was being read fills the path in.
 #[derive(Debug)]
-struct Fault {
+struct ValueError {
     path: Option<String>,
-    kind: FaultKind,
+    kind: ValueErrorKind,
 }
 
 #[derive(Debug)]
-enum FaultKind {
+enum ValueErrorKind {
     Type { needs: String },
     Choice { choices: String },
     Missing { key: &'static str },
     Other(String),
 }
 
-impl Fault {
-    fn new(kind: FaultKind) -> Self {
+impl ValueError {
+    fn new(kind: ValueErrorKind) -> Self {
         Self { path: None, kind }
     }
 
@@ -68,42 +68,26 @@ impl Fault {
         let found = lookup(root, &path);
         let entry = origin.entry(&path, found.map(ToString::to_string).unwrap_or_default());
         match self.kind {
-            FaultKind::Type { needs } => ConfigError::WrongType {
+            ValueErrorKind::Type { needs } => ConfigError::WrongType {
                 entry,
                 found: found.map_or("nothing", type_name),
                 needs,
             },
-            FaultKind::Choice { choices } => ConfigError::UnknownChoice { entry, choices },
-            FaultKind::Missing { key } => {
+            ValueErrorKind::Choice { choices } => ConfigError::UnknownChoice { entry, choices },
+            ValueErrorKind::Missing { key } => {
                 let key = join(&path, key);
                 ConfigError::Missing {
                     place: entry.place,
-                    meaning: required_meaning(&key),
+                    meaning: required::meaning(&key),
                     key,
                 }
             }
-            FaultKind::Other(needs) => ConfigError::Invalid { entry, needs },
+            ValueErrorKind::Other(needs) => ConfigError::Invalid { entry, needs },
         }
     }
 }
 
-/// What to fill in for a key without a default, for the error that names it.
-pub(super) fn required_meaning(key: &str) -> &'static str {
-    match key {
-        "data.shards" => r#"the URLs of the shards, as "s3://bucket/{00000..00009}.tar""#,
-        "model.teacher" => {
-            "the teacher in diffusers layout: a folder, s3://bucket/prefix or a Hub id as user/model"
-        }
-        "train.output" => {
-            r#"the folder of the run, as "runs/first", or a prefix, as "s3://bucket/runs/first/""#
-        }
-        "latents.output" => r#"the folder for the latent shards, as "latents/first""#,
-        "validation.prompts" => r#"the captions to draw, as ["red apple"]"#,
-        "audit.dir" => "the folder for the audit files",
-        _ => "it has no default",
-    }
-}
-
+/// The value at a full key, as `encode.devices[1]`.
 fn lookup<'a>(root: &'a Value, key: &str) -> Option<&'a Value> {
     let mut value = root;
     for part in key.split(['.', '[']).filter(|part| !part.is_empty()) {
@@ -115,7 +99,7 @@ fn lookup<'a>(root: &'a Value, key: &str) -> Option<&'a Value> {
     Some(value)
 }
 
-/// serde's name of a type in the reader's words.
+/// serde's name of an expected type, in the words of the documentation.
 fn plain(expected: &dyn Expected) -> String {
     let name = expected.to_string();
     match name.as_str() {
@@ -135,37 +119,37 @@ fn quoted(choices: &[&str]) -> String {
     quoted.join(", ")
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for ValueError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} at {:?}", self.kind, self.path)
     }
 }
 
-impl std::error::Error for Fault {}
+impl std::error::Error for ValueError {}
 
-impl Error for Fault {
+impl Error for ValueError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self::new(FaultKind::Other(message.to_string()))
+        Self::new(ValueErrorKind::Other(message.to_string()))
     }
 
     fn invalid_type(_: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::new(FaultKind::Type {
+        Self::new(ValueErrorKind::Type {
             needs: plain(expected),
         })
     }
 
     fn invalid_value(_: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::new(FaultKind::Other(format!("needs {}", plain(expected))))
+        Self::new(ValueErrorKind::Other(format!("needs {}", plain(expected))))
     }
 
     fn unknown_variant(_: &str, expected: &'static [&'static str]) -> Self {
-        Self::new(FaultKind::Choice {
+        Self::new(ValueErrorKind::Choice {
             choices: quoted(expected),
         })
     }
 
     fn missing_field(field: &'static str) -> Self {
-        Self::new(FaultKind::Missing { key: field })
+        Self::new(ValueErrorKind::Missing { key: field })
     }
 }
 
@@ -176,23 +160,26 @@ struct Node<'a, 'de> {
 }
 
 impl<'de> Node<'_, 'de> {
-    /// Reads what stands at the node; a fault from below that has no key yet is this one's.
-    fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, Fault> {
+    /// Deserialises the node; an error that has no path yet gets the path of this node.
+    fn read<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, ValueError> {
         let path = self.path;
-        seed.deserialize(self).map_err(|fault| fault.at(path))
+        seed.deserialize(self).map_err(|error| error.at(path))
     }
 }
 
 impl<'de> Deserializer<'de> for Node<'_, 'de> {
-    type Error = Fault;
+    type Error = ValueError;
 
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         match self.value {
             Value::String(text) => visitor.visit_borrowed_str(text),
             Value::Integer(number) => visitor.visit_i64(*number),
             Value::Float(number) => visitor.visit_f64(*number),
             Value::Boolean(truth) => visitor.visit_bool(*truth),
-            Value::Datetime(_) => Err(Fault::invalid_type(Unexpected::Other("date"), &visitor)),
+            Value::Datetime(_) => Err(ValueError::invalid_type(
+                Unexpected::Other("date"),
+                &visitor,
+            )),
             Value::Array(items) => visitor.visit_seq(Items {
                 path: self.path,
                 items,
@@ -206,7 +193,7 @@ impl<'de> Deserializer<'de> for Node<'_, 'de> {
         }
     }
 
-    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
         visitor.visit_some(self)
     }
 
@@ -214,7 +201,7 @@ impl<'de> Deserializer<'de> for Node<'_, 'de> {
         self,
         _: &'static str,
         visitor: V,
-    ) -> Result<V::Value, Fault> {
+    ) -> Result<V::Value, ValueError> {
         visitor.visit_newtype_struct(self)
     }
 
@@ -223,12 +210,12 @@ impl<'de> Deserializer<'de> for Node<'_, 'de> {
         _: &'static str,
         variants: &'static [&'static str],
         visitor: V,
-    ) -> Result<V::Value, Fault> {
+    ) -> Result<V::Value, ValueError> {
         let Value::String(text) = self.value else {
             let needs = format!("one of {}", quoted(variants));
-            return Err(Fault::new(FaultKind::Type { needs }));
+            return Err(ValueError::new(ValueErrorKind::Type { needs }));
         };
-        let word: StrDeserializer<'_, Fault> = text.as_str().into_deserializer();
+        let word: StrDeserializer<'_, ValueError> = text.as_str().into_deserializer();
         visitor.visit_enum(word)
     }
 
@@ -245,12 +232,12 @@ struct Items<'a, 'de> {
 }
 
 impl<'de> SeqAccess<'de> for Items<'_, 'de> {
-    type Error = Fault;
+    type Error = ValueError;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(
         &mut self,
         seed: T,
-    ) -> Result<Option<T::Value>, Fault> {
+    ) -> Result<Option<T::Value>, ValueError> {
         let Some(value) = self.items.get(self.next) else {
             return Ok(None);
         };
@@ -267,28 +254,31 @@ struct Entries<'a, 'de> {
 }
 
 impl<'de> MapAccess<'de> for Entries<'_, 'de> {
-    type Error = Fault;
+    type Error = ValueError;
 
     fn next_key_seed<K: DeserializeSeed<'de>>(
         &mut self,
         seed: K,
-    ) -> Result<Option<K::Value>, Fault> {
+    ) -> Result<Option<K::Value>, ValueError> {
         self.current = self
             .entries
             .next()
             .map(|(key, value)| (key.as_str(), value));
         match self.current {
             Some((key, _)) => {
-                let key: StrDeserializer<'_, Fault> = key.into_deserializer();
+                let key: StrDeserializer<'_, ValueError> = key.into_deserializer();
                 seed.deserialize(key).map(Some)
             }
             None => Ok(None),
         }
     }
 
-    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Fault> {
+    fn next_value_seed<V: DeserializeSeed<'de>>(
+        &mut self,
+        seed: V,
+    ) -> Result<V::Value, ValueError> {
         let Some((key, value)) = self.current.take() else {
-            return Err(Fault::custom("a value was asked for before its key"));
+            return Err(ValueError::custom("a value was asked for before its key"));
         };
         let path = join(self.path, key);
         Node { path: &path, value }.read(seed)

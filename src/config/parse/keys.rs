@@ -1,17 +1,17 @@
-//! Every key there is, read off the structs themselves, and the refusal of any other.
+//! The refusal of unknown keys, and of words whose feature is not built yet. The known keys are the fields of the structs.
 
 use std::fmt;
 
+use coffey_pipeline::{Filter, ImageOptions, S3Options};
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
 use super::decode::type_name;
 use super::document::{Document, join};
-use super::error::ConfigError;
-use super::{
-    Audit, Checkpoint, Data, Distill, Encode, Filter, Hub, Image, Latents, Metrics, Model,
-    Optimizer, Report, S3, Track, Train, Validation,
+use crate::config::{
+    Audit, Checkpoint, ConfigError, Data, Distill, Encode, Hub, Latents, Metrics, Model, Optimizer,
+    Report, Track, Train, Validation,
 };
 
 /// A table and the keys in it that are not tables.
@@ -22,11 +22,11 @@ struct KnownTable {
 
 /// Every table with its keys.
 fn known_tables() -> Vec<KnownTable> {
-    let mut tables: Vec<_> = [
+    let tables = [
         ("data", fields::<Data>()),
         ("data.filter", fields::<Filter>()),
-        ("s3", fields::<S3>()),
-        ("image", fields::<Image>()),
+        ("s3", fields::<S3Options>()),
+        ("image", fields::<ImageOptions>()),
         ("model", fields::<Model>()),
         ("encode", fields::<Encode>()),
         ("distill", fields::<Distill>()),
@@ -40,37 +40,37 @@ fn known_tables() -> Vec<KnownTable> {
         ("hub", fields::<Hub>()),
         ("latents", fields::<Latents>()),
         ("audit", fields::<Audit>()),
-    ]
-    .map(|(name, keys)| KnownTable {
-        name,
-        keys: keys.to_vec(),
-    })
-    .into();
-    for index in 0..tables.len() {
-        let table = tables[index].name;
-        let names: Vec<_> = tables.iter().map(|other| other.name).collect();
-        tables[index]
-            .keys
-            .retain(|key| !names.contains(&join(table, key).as_str()));
-    }
+    ];
+    let names = tables.map(|(name, _)| name);
+    let is_table = |table, key| names.contains(&join(table, key).as_str());
     tables
+        .into_iter()
+        .map(|(name, fields)| {
+            let keys = fields.iter().copied().filter(|key| !is_table(name, key));
+            KnownTable {
+                name,
+                keys: keys.collect(),
+            }
+        })
+        .collect()
 }
 
 /// Every key in full.
 #[cfg(test)]
-pub(super) fn known_keys() -> Vec<String> {
+pub(in crate::config) fn known_keys() -> Vec<String> {
     known_tables()
         .iter()
         .flat_map(|table| table.keys.iter().map(|key| join(table.name, key)))
         .collect()
 }
 
-/// Refuses the first key of the document that nobody reads.
+/// Refuses the first key of the document that is unknown.
 pub(super) fn refuse_unknown(document: &Document) -> Result<(), ConfigError> {
-    walk(document, &known_tables(), "", &document.root)
+    check_keys(document, &known_tables(), "", &document.root)
 }
 
-fn walk(
+/// Checks the keys of `table`, whose own key is `prefix`.
+fn check_keys(
     document: &Document,
     tables: &[KnownTable],
     prefix: &str,
@@ -86,7 +86,7 @@ fn walk(
                     needs: format!("a table, as [{path}]"),
                 });
             };
-            walk(document, tables, &path, inner)?;
+            check_keys(document, tables, &path, inner)?;
         } else if !tables
             .iter()
             .any(|known| known.name == prefix && known.keys.contains(&key.as_str()))
@@ -101,24 +101,62 @@ fn walk(
     Ok(())
 }
 
-/// The nearest known key: the same name in another table, else one of the same table that is spelled nearly so, else
-/// the nearest of all, else what the table knows.
+/// Words of one key whose feature this version does not have. When the feature is built, the row is deleted.
+#[derive(Debug)]
+pub(in crate::config) struct NotBuilt {
+    pub(in crate::config) key: &'static str,
+    pub(in crate::config) words: &'static [&'static str],
+    /// What to write instead.
+    pub(in crate::config) instead: &'static str,
+}
+
+pub(in crate::config) const NOT_BUILT: &[NotBuilt] = &[
+    NotBuilt {
+        key: "encode.dtype",
+        words: &["f16", "bf16"],
+        instead: r#"use "f32""#,
+    },
+    NotBuilt {
+        key: "encode.vae_dtype",
+        words: &["f16", "bf16"],
+        instead: r#"use "f32""#,
+    },
+];
+
+/// Refuses the first value of the document that is not built.
+pub(super) fn refuse_not_built(document: &Document) -> Result<(), ConfigError> {
+    for row in NOT_BUILT {
+        if let Some(value) = document.get(row.key)
+            && let Value::String(word) = value
+            && row.words.contains(&word.as_str())
+        {
+            return Err(ConfigError::NotBuilt {
+                entry: document.origin.entry(row.key, value),
+                instead: row.instead,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The nearest known key: the same name in another table, else a similar name in the same table, else a similar name in
+/// any table, else the list of the table's keys.
 fn hint(tables: &[KnownTable], prefix: &str, key: &str, is_table: bool) -> String {
-    /// Jaro-Winkler similarity from which two names count as one misspelled.
+    /// Jaro-Winkler similarity from which one name counts as a misspelling of another.
     const NEAR: f64 = 0.85;
     let all: Vec<(&str, &str)> = tables
         .iter()
         .flat_map(|table| table.keys.iter().map(|known| (table.name, *known)))
         .collect();
-    let likeness = |a: &str, b: &str| strsim::jaro_winkler(a, b);
+    let similarity = |a: &str, b: &str| strsim::jaro_winkler(a, b);
 
     if is_table {
         let path = join(prefix, key);
         let nearest = tables
             .iter()
-            .max_by(|a, b| likeness(a.name, &path).total_cmp(&likeness(b.name, &path)));
+            .max_by(|a, b| similarity(a.name, &path).total_cmp(&similarity(b.name, &path)));
         return match nearest {
-            Some(table) if likeness(table.name, &path) >= NEAR => {
+            Some(table) if similarity(table.name, &path) >= NEAR => {
                 format!("did you mean [{}]?", table.name)
             }
             _ => {
@@ -130,8 +168,8 @@ fn hint(tables: &[KnownTable], prefix: &str, key: &str, is_table: bool) -> Strin
     let near = |candidates: &[(&str, &str)]| {
         candidates
             .iter()
-            .max_by(|a, b| likeness(a.1, key).total_cmp(&likeness(b.1, key)))
-            .filter(|nearest| likeness(nearest.1, key) >= NEAR)
+            .max_by(|a, b| similarity(a.1, key).total_cmp(&similarity(b.1, key)))
+            .filter(|nearest| similarity(nearest.1, key) >= NEAR)
             .map(|(table, known)| format!("did you mean {table}.{known}?"))
     };
     let (here, elsewhere): (Vec<_>, Vec<_>) =
@@ -163,9 +201,10 @@ fn fields<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     }
 }
 
+/// A deserializer that fails with the field names it is asked for.
 struct FieldProbe;
 
-/// Carries the names out of the deserializer.
+/// The field names, carried out of `deserialize` as its error.
 #[derive(Debug)]
 struct Fields(&'static [&'static str]);
 

@@ -7,16 +7,15 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::error::{ConfigError, Entry, Place};
+use crate::config::error::{ConfigError, KeyValue, WrittenAt};
 
-/// Where each key was written. Two configurations that say the same are equal wherever they say it, so this is
-/// left out of comparisons.
+/// Where each key was written. All origins are equal, so that configurations compare by their values alone.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Origin {
+pub(in crate::config) struct Origin {
     file: String,
     lines: BTreeMap<String, usize>,
     arguments: BTreeMap<String, String>,
-    /// Every key with a value.
+    /// Keys that have a value in the file or in an override.
     written: BTreeSet<String>,
 }
 
@@ -27,41 +26,41 @@ impl PartialEq for Origin {
 }
 
 impl Origin {
-    /// Notes which keys have a value, once the overrides are in.
+    /// Records the keys that have a value, after the overrides are applied.
     pub(super) fn note(&mut self, root: &Table) {
         let mut keys = Vec::new();
         flatten("", root, &mut keys);
         self.written = keys.into_iter().map(|(key, _)| key).collect();
     }
 
-    /// Whether `key` was written down, and not filled in.
-    pub(super) fn has(&self, key: &str) -> bool {
+    /// Whether `key` was written down, not filled in with its default.
+    pub(in crate::config) fn has(&self, key: &str) -> bool {
         self.written.contains(key)
     }
 
-    /// Where `key` was written; the file alone when it was not. An item of a list (`encode.devices[1]`) is where its
-    /// list is, a key inside an overridden table where that override is.
-    pub(super) fn place(&self, key: &str) -> Place {
+    /// Where `key` was written; the file without a line when it was not. An item of a list (`encode.devices[1]`) has the
+    /// place of its list; a key inside an overridden table has the place of the override.
+    pub(in crate::config) fn place(&self, key: &str) -> WrittenAt {
         let key = key.split('[').next().unwrap_or(key);
         let mut prefix = key;
         loop {
             if let Some(argument) = self.arguments.get(prefix) {
-                return Place::Argument(argument.clone());
+                return WrittenAt::Argument(argument.clone());
             }
             match prefix.rfind('.') {
                 Some(dot) => prefix = &prefix[..dot],
                 None => break,
             }
         }
-        Place::File {
+        WrittenAt::File {
             file: self.file.clone(),
             line: self.lines.get(key).copied(),
         }
     }
 
-    /// `key` with its value, for a message.
-    pub(super) fn entry(&self, key: &str, value: impl Display) -> Box<Entry> {
-        Box::new(Entry {
+    /// `key` with its value, for an error.
+    pub(in crate::config) fn entry(&self, key: &str, value: impl Display) -> Box<KeyValue> {
+        Box::new(KeyValue {
             place: self.place(key),
             key: key.to_owned(),
             value: value.to_string(),
@@ -69,8 +68,8 @@ impl Origin {
     }
 
     /// The file as a whole.
-    pub(super) fn file(&self) -> Place {
-        Place::File {
+    pub(in crate::config) fn file(&self) -> WrittenAt {
+        WrittenAt::File {
             file: self.file.clone(),
             line: None,
         }
@@ -165,7 +164,7 @@ impl Document {
             };
             table = inner;
         }
-        // What an earlier argument said about a key inside this one no longer holds.
+        // This argument replaces earlier arguments for keys inside its table.
         let inside = format!("{key}.");
         self.origin
             .arguments
@@ -216,8 +215,8 @@ fn position(text: &str, span: Option<Range<usize>>) -> (usize, usize) {
     (line, column)
 }
 
-/// Every value of a table that is no table, by its key in full.
-pub(super) fn flatten(prefix: &str, table: &Table, into: &mut Vec<(String, Value)>) {
+/// Appends every value of `table` that is not a table, with its key in full.
+pub(in crate::config) fn flatten(prefix: &str, table: &Table, into: &mut Vec<(String, Value)>) {
     for (key, value) in table {
         let key = join(prefix, key);
         match value {
@@ -228,7 +227,7 @@ pub(super) fn flatten(prefix: &str, table: &Table, into: &mut Vec<(String, Value
 }
 
 /// `prefix.key`, or `key` at the top.
-pub(super) fn join(prefix: &str, key: &str) -> String {
+pub(in crate::config) fn join(prefix: &str, key: &str) -> String {
     if prefix.is_empty() {
         key.to_owned()
     } else {
