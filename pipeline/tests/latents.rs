@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use coffey_pipeline::{
-    Batch, BatchContent, Content, Cursor, LatentShapes, ShardUrl, StreamConfig, StreamError,
+    Batch, BatchData, Content, Cursor, LatentShapes, ShardUrl, StreamConfig, StreamError,
 };
 use half::f16;
 use npyz::{WriteOptions, WriterBuilder};
@@ -85,7 +85,7 @@ fn reading(shapes: LatentShapes, config: StreamConfig) -> StreamConfig {
 /// The first number of each sample's moments.
 #[allow(clippy::panic, reason = "a helper that fails is a test that fails")]
 fn marks(batch: &Batch) -> Vec<f32> {
-    let BatchContent::Latents { moments, .. } = &batch.content else {
+    let BatchData::Latents { moments, .. } = &batch.data else {
         panic!("pixels where latents were read")
     };
     assert_eq!(moments.values.len(), batch.samples.len() * MOMENTS);
@@ -147,10 +147,10 @@ fn arrays_belong_to_their_samples() {
                 })
                 .collect();
             assert_eq!(marks(&batch), expected);
-            let BatchContent::Latents {
+            let BatchData::Latents {
                 moments,
                 prompt_embeds,
-            } = batch.content
+            } = batch.data
             else {
                 panic!("pixels")
             };
@@ -306,11 +306,14 @@ fn of_several_crops_each_epoch_draws_its_own_and_always_the_same() {
     let mut drawn: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
     for batch in &batches {
         for (sample, mark) in batch.samples.iter().zip(marks(batch)) {
-            let crop = sample.crops[0];
+            let crop = sample.geometry.crops[0];
             let index = crop.top;
             assert_eq!(mark, index as f32);
             assert_eq!((crop.left, crop.flipped), (5 + index, index % 2 == 1));
-            assert_eq!((sample.original, sample.resized), ((64, 48), (21, 16)));
+            assert_eq!(
+                (sample.geometry.original, sample.geometry.resized),
+                ((64, 48), (21, 16))
+            );
             drawn
                 .entry(sample.key.to_string())
                 .or_default()

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use coffey_pipeline::flow::{Recent, Stage, channel};
-use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, ceiling};
+use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, decode_limit};
 use support::{Bench, config, picture, shard, tar_of, urls};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -139,11 +139,11 @@ fn a_slow_server_is_the_limit() {
 }
 
 #[test]
-fn the_ceiling_is_measured_over_the_streams_samples() {
+fn decode_limit_measures_the_streams_samples() {
     let folder = TempDir::new().unwrap();
     let bench = Bench::new(S3Options::default());
     let of = |config: &StreamConfig, samples| {
-        ceiling(config, &bench.sources, bench.runtime.handle(), samples)
+        decode_limit(config, &bench.sources, bench.runtime.handle(), samples)
     };
     let config = endless(pictures(folder.path(), 10, 300), 2);
     let found = of(&config, 25).unwrap();

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Batch, BatchContent, Content, ShardUrl, Stream, StreamConfig};
+use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
 
 use super::data::{DataAccess, content, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
@@ -170,7 +170,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
         let sample = &batch.samples[0];
-        let (width, height) = sample.original;
+        let (width, height) = sample.geometry.original;
         let what = match content {
             Content::Images => String::new(),
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
@@ -373,9 +373,9 @@ fn dry_run(
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
-    let stored = matches!(batch.content, BatchContent::Latents { .. });
+    let stored = matches!(batch.data, BatchData::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
-    let [moments, prompt_embeds] = Worker::from(encoders).encode(batch.content, &[caption])?;
+    let [moments, prompt_embeds] = Worker::from(encoders).encode(batch.data, &[caption])?;
     all_finite(&prompt_embeds, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {

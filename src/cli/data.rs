@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
     CacheOptions, Content, CropMode, FlowMetrics, ImageOptions, Interpolation, S3Options, ShardUrl,
@@ -13,7 +14,7 @@ use tokio::runtime::Runtime;
 
 use super::Failure;
 use crate::config::{self, Config, DataKind, ModelRef};
-use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::latents::{LatentSource, LatentSourceError};
 use crate::pretrained::{self, Models, Wanted};
 use crate::stop::Stop;
 
@@ -169,7 +170,7 @@ pub(super) fn stream_config(
         image_keys: data.image_keys.clone(),
         caption_keys: match data.kind {
             DataKind::Images => data.caption_keys.clone(),
-            DataKind::Latents => vec![latents::CAPTION_KEY.to_owned()],
+            DataKind::Latents => vec![CAPTION.to_owned()],
         },
         max_samples: data.max_samples,
         resample: data.resample_shards,

@@ -153,10 +153,8 @@ impl Encoders {
         let image = 3 * side * side;
         let encode = |levels: &[u8]| {
             let shape = (levels.len() / image, 3, side, side);
-            let mut values = Vec::new();
-            normalize(levels, &mut values);
             self.vae
-                .encode(&Tensor::from_vec(values, shape, &self.device)?)
+                .encode(&Tensor::from_vec(normalize(levels), shape, &self.device)?)
         };
         let moments: candle_core::Result<Vec<_>> = match self.device.is_cpu() {
             true => {

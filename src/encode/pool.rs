@@ -166,7 +166,7 @@ fn work(
 
 fn encode(worker: &Worker, batch: Batch) -> Encoded {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
-    let [moments, prompt_embeds] = worker.encode(batch.content, &captions)?;
+    let [moments, prompt_embeds] = worker.encode(batch.data, &captions)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use coffey_pipeline::{BatchContent, Halves};
+use coffey_pipeline::{BatchData, F16Array};
 
 use super::{EncodeError, Encoders, TextEncoder};
 use crate::config::{Data, TextFrom};
@@ -52,18 +52,18 @@ impl Worker {
     /// When a tensor operation fails.
     pub fn encode(
         &self,
-        content: BatchContent,
+        content: BatchData,
         captions: &[&str],
     ) -> Result<[Tensor; 2], EncodeError> {
         let (moments, stored) = match content {
-            BatchContent::Pixels { levels, resolution } => {
+            BatchData::Pixels { levels, resolution } => {
                 let Self::Images(encoders) = self else {
                     return Err(EncodeError::NoVae);
                 };
                 let side = resolution as usize;
                 (encoders.encode_pixels(&levels, side)?, None)
             }
-            BatchContent::Latents {
+            BatchData::Latents {
                 moments,
                 prompt_embeds,
             } => (tensor(moments)?, prompt_embeds),
@@ -83,8 +83,8 @@ impl Worker {
 }
 
 /// Stored arrays as f32: `[B, …]`.
-fn tensor<const D: usize>(halves: Halves<D>) -> Result<Tensor, EncodeError> {
-    let Halves { values, shape } = halves;
+fn tensor<const D: usize>(halves: F16Array<D>) -> Result<Tensor, EncodeError> {
+    let F16Array { values, shape } = halves;
     let each: usize = shape.iter().product();
     let batch = values.len() / each.max(1);
     let shape: Vec<usize> = std::iter::once(batch).chain(shape).collect();

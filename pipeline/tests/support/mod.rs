@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::{
-    Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, Sources, Stream,
+    Batch, BatchData, ImageOptions, Order, S3Options, ShardUrl, SourceError, Sources, Stream,
     StreamConfig, StreamError, expand,
 };
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
@@ -271,8 +271,8 @@ pub fn keys(batches: &[Batch]) -> Vec<String> {
 
 /// The pixels of a batch of images.
 pub fn pixels(batch: &Batch) -> &[u8] {
-    match &batch.content {
-        BatchContent::Pixels { levels, .. } => levels,
-        BatchContent::Latents { .. } => panic!("latents where images were read"),
+    match &batch.data {
+        BatchData::Pixels { levels, .. } => levels,
+        BatchData::Latents { .. } => panic!("latents where images were read"),
     }
 }
