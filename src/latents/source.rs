@@ -75,7 +75,7 @@ pub enum LatentSourceError {
     Mixed {
         /// A manifest.
         one: String,
-        /// What differs.
+        /// The value that differs.
         field: String,
         /// Its value there.
         value: String,
@@ -108,7 +108,7 @@ pub enum LatentSourceError {
     Unfit {
         /// The manifest.
         manifest: String,
-        /// What differs.
+        /// The value that differs.
         field: &'static str,
         /// Its value in the manifest.
         made: String,

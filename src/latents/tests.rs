@@ -183,13 +183,11 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     for file in fs::read_dir(folder).unwrap() {
         let path = file.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        match path.is_dir() {
-            true => found.extend(
-                files(&path)
-                    .into_iter()
-                    .map(|(file, content)| (format!("{name}/{file}"), content)),
-            ),
-            false => drop(found.insert(name, fs::read(path).unwrap())),
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            found.extend(inner.map(|(file, content)| (format!("{name}/{file}"), content)));
+        } else {
+            found.insert(name, fs::read(path).unwrap());
         }
     }
     found

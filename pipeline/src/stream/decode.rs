@@ -14,7 +14,7 @@ use super::event::{DecodeJob, StreamEvent};
 use super::kinds::{DecodeFailure, SampleKind};
 use super::sample::SampleMeta;
 
-/// Spreads neighbouring sample numbers over the 64 bits of the random key. Odd.
+/// Factor that spreads neighbouring sample numbers over the 64 bits of the random key. Odd.
 const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// State of one decode thread.

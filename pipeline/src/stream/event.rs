@@ -57,7 +57,7 @@ pub(super) struct DecodeJob<K: SampleKind> {
     pub(super) draw: Box<ShuffleDraw>,
 }
 
-/// What drawing a sample changed in the order. The batcher makes its cursors from these records.
+/// Record of a draw from the shuffle buffer, from which the batcher makes its cursors.
 #[derive(Debug)]
 pub(super) struct ShuffleDraw {
     /// Samples pushed to the shuffle buffer since the draw before.

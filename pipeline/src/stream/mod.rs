@@ -209,3 +209,97 @@ impl<D> Drop for Stream<D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor as ByteCursor;
+    use std::path::Path;
+
+    use image::{ImageFormat, RgbImage};
+
+    use super::*;
+    use crate::source::S3Options;
+
+    fn png() -> Vec<u8> {
+        let mut bytes = ByteCursor::new(Vec::new());
+        RgbImage::new(8, 8)
+            .write_to(&mut bytes, ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    }
+
+    /// A shard of ten samples. Sample 3 has a broken image, sample 5 no image, sample 7 no caption.
+    fn write_shard(path: &Path, name: &str) {
+        let mut tar = tar::Builder::new(std::fs::File::create(path).unwrap());
+        let mut append = |member: String, content: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            tar.append_data(&mut header, member, content).unwrap();
+        };
+        for n in 0..10 {
+            match n {
+                3 => append(format!("{name}{n}.png"), b"broken"),
+                5 => {}
+                _ => append(format!("{name}{n}.png"), &png()),
+            }
+            if n != 7 {
+                append(format!("{name}{n}.txt"), format!("{name} {n}").as_bytes());
+            }
+        }
+        tar.finish().unwrap();
+    }
+
+    fn captions<D>(stream: &Stream<D>) -> Vec<(u64, String)> {
+        let mut captions = Vec::new();
+        while let Some(batch) = stream.batches().recv_untimed() {
+            let samples = batch.unwrap().samples.into_iter();
+            captions.extend(samples.map(|sample| (sample.position, sample.caption)));
+            if captions.len() >= 60 {
+                break;
+            }
+        }
+        captions
+    }
+
+    #[test]
+    fn captions_stream_keeps_the_order_and_broken_images() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let paths = ["a", "b", "c"].map(|name| {
+            let path = folder.path().join(format!("{name}.tar"));
+            write_shard(&path, name);
+            path
+        });
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let metrics = FlowMetrics::new();
+        let sources = Sources::new(S3Options::default(), metrics.clone());
+        let sources = runtime.block_on(sources).unwrap();
+        for order in [Order::Sequential, Order::Shuffled] {
+            let config = StreamConfig {
+                shards: paths.iter().map(ShardUrl::file).collect(),
+                order,
+                shuffle_buffer: 8,
+                open_shards: 2,
+                batch_size: 4,
+                max_bad_fraction: 1.0,
+                ..StreamConfig::default()
+            };
+            let images = Stream::open(config.clone(), &sources, &metrics, runtime.handle());
+            let images = captions(&images.unwrap());
+            let only = Stream::open_captions(config, &sources, &metrics, runtime.handle());
+            let only = captions(&only.unwrap());
+            let (broken, decodable): (Vec<_>, Vec<_>) = only
+                .iter()
+                .cloned()
+                .partition(|(_, caption)| caption.ends_with('3'));
+            let compared = images.len().min(decodable.len());
+            assert!(compared >= 21, "{images:?} {decodable:?}");
+            assert_eq!(images[..compared], decodable[..compared], "{order:?}");
+            assert!(broken.len() >= 3, "{only:?}");
+            assert!(
+                only.iter()
+                    .all(|(_, caption)| !caption.ends_with(['5', '7']))
+            );
+        }
+    }
+}

@@ -31,7 +31,7 @@ const SAMPLES_ITEMS: usize = 32;
 /// Fetched pieces are joined to this size, because servers send pieces as small as 4 KiB.
 const GATHERED_BYTES: usize = 64 << 10;
 
-/// What is needed to open a shard.
+/// Shared objects that opening a shard needs.
 #[derive(Debug, Clone)]
 pub(crate) struct ReaderContext {
     pub(crate) sources: Sources,

@@ -19,7 +19,7 @@ pub(super) struct Reread<K: SampleKind> {
     pub(super) buffer: Vec<SelectedSample<K>>,
 }
 
-/// What is needed from one shard.
+/// Samples that are needed from one shard.
 struct NeededShard {
     pass: ShardPass,
     /// Samples that were in the buffer, by their number in the shard.
