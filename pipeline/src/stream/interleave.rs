@@ -290,7 +290,7 @@ impl<K: SampleKind> Interleaver<K> {
             reason,
             read: self.read,
         })?;
-        if !self.selected_any && self.selector.is_hopeless() {
+        if !self.selected_any && self.selector.lacks_json_key() {
             return Err(self.nothing_usable());
         }
         Ok(())

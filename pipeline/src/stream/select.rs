@@ -99,8 +99,8 @@ impl<K: SampleKind> SampleSelector<K> {
         self.filter.count(reason);
     }
 
-    /// Whether the filter can be given up, if no sample has passed so far.
-    pub(super) fn is_hopeless(&self) -> bool {
+    /// Whether some filter rule's json key has not appeared in the first [`MISSING_KEY_AFTER`] samples.
+    pub(super) fn lacks_json_key(&self) -> bool {
         self.filter.lacks_a_key_after(MISSING_KEY_AFTER)
     }
 
