@@ -10,6 +10,7 @@
 mod bench;
 mod chaos;
 mod check;
+mod extending;
 mod inspect;
 mod latents;
 mod model_sources;

@@ -184,7 +184,10 @@ fn hub_files_are_fetched_once_and_only_if_needed() {
     let mut unreachable = encode(&user, "d", &[&teacher]);
     unreachable.env("HF_ENDPOINT", "http://127.0.0.1:9");
     let printed = messages(unreachable);
-    assert!(printed.contains("taking what the cache has"), "{printed}");
+    assert!(
+        printed.contains("using the files in the cache"),
+        "{printed}"
+    );
     assert!(hub.asked().is_empty());
     let mut offline = encode(&user, "e", &["model.teacher=someone/other"]);
     offline.env("HF_HUB_OFFLINE", "1");

@@ -147,7 +147,7 @@ fn failed_push_keeps_run_and_names_command() {
         &[
             "HTTP 413: not now, you with Bearer REDACTED",
             &by_hand,
-            "finished and whole",
+            "the run is complete in",
         ],
     );
     assert!(user.path("run").join(WEIGHTS).is_file());

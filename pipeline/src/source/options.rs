@@ -1,15 +1,16 @@
-//! How places are reached, and what is kept of them.
+//! Options of [`Sources`](super::Sources): how S3 is reached, and what is cached on disk.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Everything that [`Sources`](super::Sources) can be told. [`S3Options`] alone are turned into these
-/// by `into()`.
+use serde::{Deserialize, Serialize};
+
+/// Every option of [`Sources`](super::Sources). `S3Options::into()` makes these without a cache.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SourceOptions {
     /// How to reach S3.
     pub s3: S3Options,
-    /// Keep remote shards on local disk; `None`: don't.
+    /// Local disk cache of remote shards; `None`: no cache.
     pub cache: Option<CacheOptions>,
 }
 
@@ -19,41 +20,48 @@ impl From<S3Options> for SourceOptions {
     }
 }
 
-/// A folder in which shards from S3 and HTTP are kept for the next time they are read.
+/// A folder in which shards from S3 and HTTP are kept until they are read again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheOptions {
     /// The folder. Any number of processes may share it.
     pub folder: PathBuf,
-    /// Most that it may hold. Bytes.
+    /// Most bytes it may hold.
     pub limit_bytes: u64,
 }
 
-/// How to reach S3. What is left unset the AWS default chain decides (environment, profile, web
-/// identity, instance metadata).
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// How S3 is reached. The AWS default chain (environment, profile, web identity, instance metadata) decides what is unset.
+///
+/// Deserialises from the table `[s3]` of a configuration; every field left out has its default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct S3Options {
-    /// Another server than AWS: `https://host:port`.
+    /// URL of an S3-compatible server, `https://host:port`; AWS when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint_url: Option<String>,
     /// Region of the buckets.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
-    /// Put the bucket into the path and not into the host name, as many S3-compatible servers need.
+    /// `http://host/bucket/key` in place of `http://bucket.host/key`, as many S3-compatible servers need.
     pub path_style: bool,
-    /// Send requests unsigned: for public buckets.
+    /// Send unsigned requests, for public buckets.
     pub anonymous: bool,
-    /// Agree to pay for requests, where a bucket asks for that.
+    /// Pay for requests to requester-pays buckets.
     pub requester_pays: bool,
-    /// Most requests that may fail at one place of a shard; at least 1. Reading another MiB gives
-    /// them back, so that a long shard is not ended by faults that each passed.
-    pub max_attempts: u32,
-    /// A PEM file of authorities to trust besides the system's, for S3 and for `https://` shards; unset:
-    /// the file that `AWS_CA_BUNDLE` names, if any.
+    /// PEM file of authorities trusted besides the system's, for S3 and for `https://` shards; the file
+    /// named by `AWS_CA_BUNDLE` when unset.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_bundle: Option<PathBuf>,
-    /// How long a server may stay silent before a request is given up and repeated. One that sends
-    /// less than 1 KiB/s over twice this time counts as silent. Only waiting for the server counts,
-    /// never a slow consumer.
-    pub stall_timeout: Duration,
-    /// Serve this folder's subfolders as buckets from a server inside the process, and use that.
+    /// Most failed requests at one place of a shard before an error; at least 1. Another MiB read
+    /// resets the count, so that a long shard is not ended by faults that each passed.
+    pub max_attempts: u32,
+    /// Serve this folder's subfolders as buckets from a server inside the process, and read from it.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub embedded_root: Option<PathBuf>,
+    /// How long a server may stay silent before a request is given up and repeated. A server that sends
+    /// less than 1 KiB/s over twice this time counts as silent. Only waiting for the server counts,
+    /// never a slow consumer. Not a key of `[s3]`.
+    #[serde(skip)]
+    pub stall_timeout: Duration,
 }
 
 impl Default for S3Options {
@@ -64,10 +72,10 @@ impl Default for S3Options {
             path_style: false,
             anonymous: false,
             requester_pays: false,
-            max_attempts: 10,
             ca_bundle: None,
-            stall_timeout: Duration::from_secs(30),
+            max_attempts: 10,
             embedded_root: None,
+            stall_timeout: Duration::from_secs(30),
         }
     }
 }
