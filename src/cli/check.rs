@@ -19,17 +19,17 @@ use super::resources::{
 use super::{ConfigArgs, Failure};
 use crate::config::{Config, ConfigError, ModelRef, PrecomputeRequired, TrainRequired, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::{Encoders, Worker};
+use crate::encode::{EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{Conditioning, UNet, UNetConfig, Weights};
+use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
 use crate::pretrained::{Models as ModelFolders, Wanted};
-use crate::stop::Stop;
-use crate::train::{check_fit, distillation};
+use crate::train::lcm_schedule;
 use cost::{Cost, SampleSizes};
 use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
+use tokio_util::sync::CancellationToken;
 
 /// Samples of the first shard whose mean size is measured.
 const PROBED_SAMPLES: usize = 16;
@@ -117,7 +117,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     })?;
     if let (Purpose::Train(_), Some(push)) = (&purpose, Push::prepare(&config.hub).transpose()) {
         report.step("hub", || {
-            let target = push?.check(&Stop::default())?;
+            let target = push?.check(&CancellationToken::new())?;
             Ok(((), format!("`coffey train` {target}")))
         })?;
     }
@@ -176,7 +176,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     let vae_downscale = vae.downscale();
     if let Purpose::Precompute(PrecomputeRequired { latents, .. }) = &purpose {
         let side = config.image.resolution as usize / vae_downscale;
-        let (_, tokens, width) = encoders.models.encode_text(&[""])?.dims3()?;
+        let (_, tokens, width) = encoders.models.encode_text(&[""])?.hidden.dims3()?;
         let sizes = SampleSizes {
             sample: &batch.samples[0],
             bytes: sample_bytes,
@@ -195,7 +195,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);
         let done = dry_run(
             batch,
-            encoders.models,
+            &encoders.models,
             unet,
             &open_device(config.train.device)?,
         )?;
@@ -316,10 +316,16 @@ fn load_teacher(
     pipeline: &Path,
     encoders: &Encoders,
 ) -> Result<(LoadedTeacher, String), Failure> {
-    let schedule = distillation(config, pipeline)?.schedule;
+    let schedule = lcm_schedule(config, pipeline)?;
     let folder = pipeline.join("unet");
     let unet_config = UNetConfig::read(&folder)?;
-    check_fit(&unet_config, encoders, config, pipeline)?;
+    check_fit(&PipelineParts {
+        folder: pipeline,
+        unet: &unet_config,
+        vae: encoders.vae().config(),
+        text_width: encoders.text_width(),
+        resolution: config.image.resolution as usize,
+    })?;
     let device = open_device(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
     let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
@@ -344,14 +350,17 @@ fn load_teacher(
 /// Encodes what the sample lacks (latents, embeddings) and passes it through the teacher once. Returns the step's message.
 fn dry_run(
     batch: Batch,
-    encoders: Encoders,
+    encoders: &Encoders,
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
     let stored = matches!(batch.content, BatchContent::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
-    let [moments, prompt_embeds] = Worker::from(encoders).encode(batch.content, &[caption])?;
-    all_finite(&prompt_embeds, "the text encoder")?;
+    let EncoderOutput {
+        moments,
+        conditioning,
+    } = encoders.encode(batch.content, &[caption])?;
+    all_finite(&conditioning.hidden, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {
         return Ok("one sample encoded");
@@ -360,10 +369,7 @@ fn dry_run(
         .narrow(1, 0, unet.config().in_channels)?
         .contiguous()?
         .to_device(device)?;
-    let conditioning = Conditioning {
-        prompt_embeds: prompt_embeds.to_device(device)?,
-        guidance_embedding: None,
-    };
+    let conditioning = conditioning.to_device(device)?;
     all_finite(&unet.forward(&latents, &[0], &conditioning)?, "the teacher")?;
     Ok(if stored {
         "one sample read and passed through the teacher"

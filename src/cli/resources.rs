@@ -1,8 +1,6 @@
 //! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use candle_core::Device;
@@ -11,13 +9,13 @@ use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
 use crate::monitor::{Command, Monitor, Server};
 use crate::pretrained::{self, Models, Wanted};
-use crate::stop::Stop;
 
 /// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
@@ -78,6 +76,23 @@ impl DataAccess {
         Ok(pretrained::fetch_vae(model, sources, runtime)?)
     }
 
+    /// Does `work` that can be interrupted anywhere, as fetching can: a signal ends the process at once.
+    pub(super) fn until_cancelled<T>(
+        &self,
+        cancel: &CancellationToken,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        let cancelled = cancel.clone().cancelled_owned();
+        let exit = self.runtime.spawn(async {
+            cancelled.await;
+            errln!("{}", Failure::STOPPED);
+            std::process::exit(i32::from(Failure::Stopped.code()));
+        });
+        let result = work();
+        exit.abort();
+        result
+    }
+
     /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
     pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
@@ -108,21 +123,6 @@ impl From<LatentSourceError> for Failure {
             Self::Failed(error.into())
         }
     }
-}
-
-/// Runs `work`, which can be broken off anywhere, as fetching can: a signal ends the process at once.
-pub(super) fn exit_on_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
-    let working = Arc::new(AtomicBool::new(true));
-    let still_working = Arc::clone(&working);
-    stop.on_stop(move || {
-        if still_working.load(Ordering::SeqCst) {
-            errln!("{}", Failure::STOPPED);
-            std::process::exit(i32::from(Failure::Stopped.code()));
-        }
-    });
-    let result = work();
-    working.store(false, Ordering::SeqCst);
-    result
 }
 
 /// `[s3]`, and the cache of `[data]`.

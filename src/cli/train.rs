@@ -4,15 +4,14 @@ use clap::Args;
 use coffey_pipeline::Stream;
 
 use super::resources::{
-    DataAccess, content, exit_on_signal, open_device, open_devices, source_options, start_monitor,
-    stream_config,
+    DataAccess, content, open_device, open_devices, source_options, start_monitor, stream_config,
 };
 use super::{ConfigArgs, Failure};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::Command;
 use crate::pretrained::Wanted;
-use crate::stop::Stop;
-use crate::train::{self, Outcome, TrainError};
+use crate::signals::cancel_on_signals;
+use crate::train::{self, Outcome, RunOptions, Services, TrainError};
 
 /// Options of `coffey train`.
 #[derive(Args, Debug)]
@@ -22,7 +21,7 @@ pub(super) struct TrainArgs {
 }
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
-    let stop = Stop::on_signals()?;
+    let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
     let required = config.require_train()?;
     let train_device = open_device(config.train.device)?;
@@ -30,17 +29,17 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {
-        match push.check(&stop) {
+        match push.check(&cancel) {
             Ok(said) => errln!("when it is done, this run {said}"),
             Err(error @ (HubError::WrongToken { .. } | HubError::Stopped)) => {
                 return Err(error.into());
             }
-            // It may be back when the run is done.
+            // The Hub may be reachable when the run is done.
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
     let (monitor, _server) = start_monitor(&config, &access, Command::Train)?;
-    let models = exit_on_signal(&stop, || {
+    let models = access.until_cancelled(&cancel, || {
         access.models(&config, &required.teacher, Wanted::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
@@ -50,7 +49,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     if let Some(latents) = &latents {
         latents.check(&models)?;
     }
-    let data = train::Data {
+    let services = Services {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
             (stream.content, stream.resume) = (content(latents.as_ref()), resume);
@@ -61,27 +60,32 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
                 access.runtime.handle(),
             )
         }),
+        shards: shards.clone(),
         destination: Box::new(|target| access.sources.destination(target, access.runtime.handle())),
         monitor,
+        runtime: access.runtime.handle().clone(),
+        cancel: cancel.clone(),
     };
-    match train::run(
-        &config,
-        &required.output,
-        &models,
-        &data,
-        (&train_device, &encode_devices),
-        &stop,
-    )? {
+    let options = RunOptions {
+        config: &config,
+        output: &required.output,
+        models: &models,
+        device: &train_device,
+        encode_devices: &encode_devices,
+    };
+    match train::run(&options, &services)? {
         Outcome::Done(output) => {
             outln!("{}", output.display());
-            push.map_or(Ok(()), |push| said(push.run(&config, &output, &stop)))
+            push.map_or(Ok(()), |push| {
+                report_push(push.run(&config, &output, &cancel))
+            })
         }
         Outcome::Stopped => Err(Failure::Stopped),
     }
 }
 
-/// Says how a push ended.
-fn said(pushed: Result<Pushed, PushError>) -> Result<(), Failure> {
+/// Prints how a push ended.
+fn report_push(pushed: Result<Pushed, PushError>) -> Result<(), Failure> {
     match pushed {
         Ok(Pushed::Commit(url)) => errln!("pushed: {url}"),
         Ok(Pushed::Unchanged) => errln!("pushed: the repository holds the same already"),
