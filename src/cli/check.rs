@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use coffey_pipeline::flow::{FlowMetrics, Stage};
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Batch, BatchContent, Content, ShardUrl, Stream, StreamConfig};
+use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
     DataAccess, content, open_device, open_devices, source_options, stream_config,
@@ -24,7 +24,7 @@ use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
-use crate::pretrained::{Models as ModelFolders, Wanted};
+use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::lcm_schedule;
 use cost::{Cost, SampleSizes};
 use memory::{MemoryPlan, Sizes};
@@ -124,8 +124,8 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     let (data, models) = report.step("models", || {
         let data = DataAccess::open(source_options(&config))?;
         let wanted = match &purpose {
-            Purpose::Train(_) => Wanted::training,
-            Purpose::Precompute(_) => Wanted::encoding,
+            Purpose::Train(_) => Components::training,
+            Purpose::Precompute(_) => Components::encoding,
         };
         let models = data.models(&config, purpose.teacher(), wanted)?;
         let folders = [Some(&models.pipeline), models.vae.as_ref()]
@@ -154,7 +154,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
         let sample = &batch.samples[0];
-        let (width, height) = sample.original;
+        let (width, height) = sample.geometry.original;
         let what = match content {
             Content::Images => String::new(),
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
@@ -328,7 +328,7 @@ fn load_teacher(
     })?;
     let device = open_device(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
-    let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
+    let unet = UNet::new(weights.builder(), &unet_config, Attention::Plain)?;
     weights.expect_all_taken(&[])?;
     let parameters = parameters(&weights, |_| true);
     let message = format!(
@@ -354,12 +354,12 @@ fn dry_run(
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
-    let stored = matches!(batch.content, BatchContent::Latents { .. });
+    let stored = matches!(batch.data, BatchData::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
     let EncoderOutput {
         moments,
         conditioning,
-    } = encoders.encode(batch.content, &[caption])?;
+    } = encoders.encode(batch.data, &[caption])?;
     all_finite(&conditioning.hidden, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {

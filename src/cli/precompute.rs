@@ -19,7 +19,7 @@ use crate::latents::{
 use crate::models::{PipelineParts, UNetConfig, check_fit};
 use crate::monitor::Command;
 use crate::precompute::{PrecomputeError, counted, write_latents};
-use crate::pretrained::{Models, Wanted};
+use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
 
@@ -73,7 +73,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = start_monitor(&config, &data, Command::Precompute)?;
     let models = data.until_cancelled(&cancel, || {
-        data.models(&config, &required.teacher, Wanted::encoding)
+        data.models(&config, &required.teacher, Components::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
     if shards.len() < rank.world {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use candle_core::Device;
+use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
@@ -13,9 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
-use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::latents::{LatentSource, LatentSourceError};
 use crate::monitor::{Command, Monitor, Server};
-use crate::pretrained::{self, Models, Wanted};
+use crate::pretrained::{self, Components, Models};
 
 /// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
@@ -47,7 +48,7 @@ impl DataAccess {
         &self,
         config: &Config,
         teacher: &ModelRef,
-        wanted: impl FnOnce(bool) -> Wanted,
+        wanted: impl FnOnce(bool) -> Components,
     ) -> Result<Models, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(Models::fetch(
@@ -64,7 +65,7 @@ impl DataAccess {
         &self,
         model: &ModelRef,
         revision: &str,
-        wanted: &Wanted,
+        wanted: &Components,
     ) -> Result<PathBuf, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
         Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)
@@ -156,7 +157,7 @@ pub(super) fn stream_config(
         image_keys: data.image_keys.clone(),
         caption_keys: match data.kind {
             DataKind::Images => data.caption_keys.clone(),
-            DataKind::Latents => vec![latents::CAPTION_KEY.to_owned()],
+            DataKind::Latents => vec![CAPTION.to_owned()],
         },
         max_samples: data.max_samples,
         resample: data.resample_shards,

@@ -9,7 +9,7 @@ use super::resources::{
 use super::{ConfigArgs, Failure};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::Command;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunOptions, Services, TrainError};
 
@@ -40,7 +40,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     }
     let (monitor, _server) = start_monitor(&config, &access, Command::Train)?;
     let models = access.until_cancelled(&cancel, || {
-        access.models(&config, &required.teacher, Wanted::training)
+        access.models(&config, &required.teacher, Components::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;

@@ -10,12 +10,12 @@ use super::TrainError;
 use super::observers::TeacherSampler;
 use super::run::RunOptions;
 use crate::adaptation::{ForwardOptions, Full};
-use crate::config::{Config, FloatType, LossKind, MixedPrecision};
+use crate::config::{self, Config, LossKind, MixedPrecision};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::{PipelineParts, UNet, check_fit};
 use crate::objective::{Lcm, Loss};
-use crate::ops::Keep;
+use crate::ops::Activations;
 
 /// The frozen parts of a run.
 #[derive(Debug)]
@@ -95,9 +95,9 @@ pub(super) fn load_encoders(
 
 fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNet, TrainError> {
     let dtype = match config.train.teacher_dtype {
-        FloatType::F32 => DType::F32,
-        FloatType::F16 => DType::F16,
-        FloatType::Bf16 => DType::BF16,
+        config::FloatType::F32 => DType::F32,
+        config::FloatType::F16 => DType::F16,
+        config::FloatType::Bf16 => DType::BF16,
     };
     let teacher = UNet::load(
         &pipeline.join("unet"),
@@ -116,10 +116,10 @@ pub(super) fn load_student(
     let config = options.config;
     let forward = ForwardOptions {
         attention: config.train.attention,
-        keep: if config.train.gradient_checkpointing {
-            Keep::Nothing
+        activations: if config.train.gradient_checkpointing {
+            Activations::Recompute
         } else {
-            Keep::All
+            Activations::Keep
         },
         compute: compute_dtype(config),
     };

@@ -1,0 +1,128 @@
+//! The plan of an epoch: which shards a rank reads, and in which order.
+
+use serde::{Deserialize, Serialize};
+
+use super::rng::{index_below, rng};
+
+/// Order of the samples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// For training: endless epochs, shards permuted anew in each (or drawn with replacement),
+    /// several read at once and interleaved, then a shuffle buffer.
+    #[default]
+    Shuffled,
+    /// For reading everything once: this rank's shards in the given order, one after the other, samples in
+    /// the shard's order.
+    Sequential,
+}
+
+/// One rank's share of an epoch.
+#[derive(Debug, Clone, Copy)]
+pub struct EpochPlan {
+    /// The run's seed.
+    pub seed: u64,
+    /// Shards in all.
+    pub shards: usize,
+    /// This process among `world`.
+    pub rank: usize,
+    /// Processes that share the shards.
+    pub world: usize,
+    /// Order of the shards.
+    pub order: Order,
+    /// Draw shards with replacement instead of each once. Shuffled order only.
+    pub resample: bool,
+}
+
+impl EpochPlan {
+    /// The shards (indices into the list) this rank reads in `epoch`, in order.
+    ///
+    /// Shard `i` of the epoch's order goes to rank `i % world`: over all ranks every shard is read
+    /// once (without resampling), by one rank.
+    #[must_use]
+    pub fn shards(&self, epoch: u64) -> Vec<usize> {
+        let mut all: Vec<usize> = match (self.order, self.resample) {
+            (Order::Sequential, _) => (0..self.shards).collect(),
+            (Order::Shuffled, false) => {
+                let mut rng = rng(self.seed, "shard permutation", epoch, 0);
+                let mut all: Vec<usize> = (0..self.shards).collect();
+                for last in (1..all.len()).rev() {
+                    all.swap(last, index_below(&mut rng, last + 1));
+                }
+                all
+            }
+            (Order::Shuffled, true) => {
+                let mut rng = rng(self.seed, "shard resampling", epoch, 0);
+                (0..self.shards)
+                    .map(|_| index_below(&mut rng, self.shards))
+                    .collect()
+            }
+        };
+        let mut index = 0;
+        all.retain(|_| {
+            let mine = index % self.world == self.rank;
+            index += 1;
+            mine
+        });
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(rank: usize, world: usize) -> EpochPlan {
+        EpochPlan {
+            seed: 7,
+            shards: 23,
+            rank,
+            world,
+            order: Order::Shuffled,
+            resample: false,
+        }
+    }
+
+    #[test]
+    fn plan_shares_an_epoch_between_ranks() {
+        for world in [1, 2, 5, 23] {
+            for epoch in 0..3 {
+                let mut all: Vec<usize> = (0..world)
+                    .flat_map(|rank| plan(rank, world).shards(epoch))
+                    .collect();
+                all.sort_unstable();
+                assert_eq!(all, (0..23).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ_and_repeat() {
+        let a = plan(0, 1);
+        assert_eq!(a.shards(4), a.shards(4));
+        assert_ne!(a.shards(0), a.shards(1));
+        assert_ne!(a.shards(0), EpochPlan { seed: 8, ..a }.shards(0));
+    }
+
+    #[test]
+    fn plan_keeps_the_given_order_when_sequential() {
+        let plan = EpochPlan {
+            order: Order::Sequential,
+            ..plan(1, 4)
+        };
+        assert_eq!(plan.shards(0), [1, 5, 9, 13, 17, 21]);
+        assert_eq!(plan.shards(9), plan.shards(0));
+    }
+
+    #[test]
+    fn plan_resamples_with_replacement() {
+        let plan = EpochPlan {
+            resample: true,
+            ..plan(0, 1)
+        };
+        let drawn = plan.shards(0);
+        let distinct: std::collections::BTreeSet<_> = drawn.iter().collect();
+        assert_eq!(drawn.len(), 23);
+        assert!(distinct.len() < 23);
+    }
+}
