@@ -143,24 +143,21 @@ impl MemoryPlan {
             None => config.encode.batch_size,
         };
         let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
-        if let (Some(_), Some(&first)) = (sizes.teacher, config.encode.devices.first()) {
-            let whole = sizes.text_encoder + sizes.vae;
-            let how = format!("{}, for pictures and figures", of(whole));
-            self.add(first, "VAE and text encoder", whole * F32, how);
-        }
-        let (what, parameters) = match sizes.content {
-            Content::Images => (
-                "encoders",
-                sizes.text_encoder + sizes.vae - sizes.vae_decoder,
-            ),
-            Content::Latents(shapes) if shapes.prompt_embeds.is_none() => {
-                ("text encoder", sizes.text_encoder)
-            }
-            Content::Latents(_) => return,
+        let encoders = sizes.text_encoder + sizes.vae - sizes.vae_decoder;
+        let (images, stored) = match sizes.content {
+            Content::Images => (true, false),
+            Content::Latents(shapes) => (false, shapes.prompt_embeds.is_some()),
         };
-        for &device in &config.encode.devices {
-            self.add(device, what, parameters * F32, of(parameters));
-            if matches!(sizes.content, Content::Images) {
+        for (i, &device) in config.encode.devices.iter().enumerate() {
+            // Training decodes pictures with the encoders of the first thread.
+            if sizes.teacher.is_some() && i == 0 {
+                let parameters = sizes.text_encoder + sizes.vae;
+                let how = format!("{}, for pictures too", of(parameters));
+                self.add(device, "encoders", parameters * F32, how);
+            } else if !stored {
+                self.add(device, "encoders", encoders * F32, of(encoders));
+            }
+            if images {
                 let images =
                     Encoders::images_at_once(device == DeviceSpec::Cpu, batch, side as usize);
                 let maps = HELD_BY_VAE * width * side * side * F32;
