@@ -7,11 +7,11 @@ use std::io::Read;
 
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
+use crate::net::content_range as read_content_range;
 use crate::shard::{
     Filter, FilterState, Found, Grouped, Sample, ShardUrl, TAIL_BYTES, TarOptions, expand,
     read_samples,
 };
-use crate::source::content_range as read_content_range;
 use crate::stream::parse_json;
 
 const MAX_MEMBER_BYTES: u64 = 1 << 14;

@@ -10,7 +10,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
-use coffey_pipeline::destination::{Destination, Facts, ObjectWriter, PartOptions};
+use coffey_pipeline::destination::{Destination, ObjectMeta, ObjectWriter, PartOptions};
 use coffey_pipeline::{S3Options, SourceError};
 use sha2::{Digest, Sha256};
 use support::proxy::{Fault, chance_writing, clean, script};
@@ -104,7 +104,7 @@ fn what_is_written_is_read_back_from_both_places() {
         place.remove("some/0.bin").unwrap();
         let error = place.read("some/0.bin").unwrap_err();
         assert!(matches!(error, SourceError::NotFound { .. }), "{error}");
-        assert_eq!(place.facts("some/0.bin").unwrap(), None);
+        assert_eq!(place.head("some/0.bin").unwrap(), None);
         for name in ["", "/x", "a//b", "../x", "a/."] {
             let error = place.write(name, b"").unwrap_err();
             assert!(matches!(error, SourceError::Unsupported { .. }), "{error}");
@@ -125,10 +125,10 @@ fn metadata_goes_with_the_object() {
         let mut writer = place.create_with("x.tar", metadata.clone()).unwrap();
         fill(&mut writer, &content(1, size)).unwrap();
         writer.finish().unwrap();
-        let Facts {
+        let ObjectMeta {
             size: found,
             metadata,
-        } = place.facts("x.tar").unwrap().unwrap();
+        } = place.head("x.tar").unwrap().unwrap();
         assert_eq!((found, metadata["recipe"].as_str()), (size as u64, "abc"));
     }
 }
@@ -173,11 +173,17 @@ fn a_fault_on_one_in_five_requests_does_not_show() {
         assert_eq!(place.list("").unwrap().len(), 12);
         place.remove("3.bin").unwrap();
         assert_eq!(place.list("").unwrap().len(), 11);
-        retries += bench.metrics.snapshot().s3_retries.values().sum::<u64>();
+        retries += bench
+            .sources
+            .s3_server()
+            .counts()
+            .retries
+            .values()
+            .sum::<u64>();
         // What is begun twice because an answer was lost is for the next start to clear.
-        place.clear_unfinished(|_| true).unwrap();
+        place.abort_incomplete_uploads(|_| true).unwrap();
         server.proxy.follow(clean());
-        place.clear_unfinished(|_| true).unwrap();
+        place.abort_incomplete_uploads(|_| true).unwrap();
         assert_eq!(leftovers(&server), [""; 0], "seed {seed}");
     }
     assert!(retries > 20, "{retries} retries");
@@ -290,9 +296,9 @@ fn what_a_killed_process_left_is_cleared_and_others_uploads_are_not() {
         }
         assert_eq!(place.list("").unwrap(), []);
         let mine = |name: &str| name.starts_with("mine/");
-        assert_eq!(place.clear_unfinished(mine).unwrap(), 2);
-        assert_eq!(place.clear_unfinished(mine).unwrap(), 0);
-        assert_eq!(place.clear_unfinished(|_| true).unwrap(), 1);
+        assert_eq!(place.abort_incomplete_uploads(mine).unwrap(), 2);
+        assert_eq!(place.abort_incomplete_uploads(mine).unwrap(), 0);
+        assert_eq!(place.abort_incomplete_uploads(|_| true).unwrap(), 1);
     }
     assert_eq!(leftovers(&server), [""; 0]);
     // Not every server lists uploads.
@@ -301,7 +307,7 @@ fn what_a_killed_process_left_is_cleared_and_others_uploads_are_not() {
             .then_some(Fault::Status(501, "NotImplemented"))
     }));
     let place = to(&bench, "s3://data/run");
-    assert_eq!(place.clear_unfinished(|_| true).unwrap(), 0);
+    assert_eq!(place.abort_incomplete_uploads(|_| true).unwrap(), 0);
 }
 
 #[test]

@@ -7,7 +7,8 @@ mod support;
 use std::path::Path;
 use std::time::Duration;
 
-use coffey_pipeline::flow::{Recent, Stage, channel};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, channel};
+use coffey_pipeline::stages::{FlowChannel, Stage};
 use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, ceiling};
 use support::{Bench, config, picture, shard, tar_of, urls};
 use tempfile::TempDir;
@@ -46,7 +47,7 @@ fn limits(
 ) -> [Option<Stage>; 2] {
     let stream = bench.open(config).unwrap();
     let metrics = &bench.metrics;
-    let (encoded, ready) = channel(metrics, "encoded", 2);
+    let (encoded, ready) = channel(metrics, FlowChannel::Encoded.name(), 2);
     let (encode, train) = (metrics.stage(Stage::Encode), metrics.stage(Stage::Train));
     let mut recent = Recent::default();
     let mut last = None;
@@ -64,7 +65,7 @@ fn limits(
         for _ in 0..batches {
             ready.recv_blocking(&train).unwrap();
             train.work(|| std::thread::sleep(training));
-            last = recent.mark(metrics);
+            last = recent.mark(metrics).and_then(FlowSnapshot::limiting_stage);
         }
         ready.close();
         stream.batches().close();

@@ -2,7 +2,7 @@
 
 mod support;
 
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{ImageOptions, StreamConfig};
 use support::{Bench, bucket, config};
 

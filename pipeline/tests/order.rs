@@ -159,7 +159,7 @@ fn resuming_reads_no_shard_that_is_through() {
     bench.batches(config(Some(cursor)), 1).unwrap();
     // Two in turn, the one after them, and what four buffered samples can belong to; then what one
     // batch and the bounded channels behind it read on.
-    let requests: u64 = bench.metrics.snapshot().s3_requests.values().sum();
+    let requests: u64 = bench.sources.s3_server().counts().requests.values().sum();
     assert!(requests < 25, "{requests}");
 }
 
@@ -483,7 +483,7 @@ fn dropping_a_stream_ends_it_promptly() {
 
 #[test]
 fn stages_report_what_they_did() {
-    use coffey_pipeline::flow::Stage;
+    use coffey_pipeline::stages::Stage;
     let root = tempfile::tempdir().unwrap();
     let shards = bucket(root.path(), 2, |_| 6);
     let bench = Bench::embedded(root.path());
@@ -503,5 +503,5 @@ fn stages_report_what_they_did() {
     assert!(snapshot.stage(Stage::Fetch).bytes > 0);
     assert!(snapshot.stage(Stage::Decode).bytes > 0);
     assert!(snapshot.limiting_stage().is_some());
-    assert_eq!(snapshot.s3_requests["ok"], 2);
+    assert_eq!(bench.sources.s3_server().counts().requests["ok"], 2);
 }

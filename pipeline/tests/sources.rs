@@ -149,9 +149,7 @@ fn a_root_that_is_no_folder_is_refused() {
         embedded_root: Some("/nowhere".into()),
         ..S3Options::default()
     };
-    let made = bench
-        .runtime
-        .block_on(Sources::new(options, bench.metrics.clone()));
+    let made = bench.runtime.block_on(Sources::new(options));
     let text = made.unwrap_err().to_string();
     assert!(
         text.starts_with("[s3] embedded_root = \"/nowhere\": is not a folder"),

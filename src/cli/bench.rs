@@ -4,9 +4,11 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage, StageSnapshot};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, StageSnapshot};
 use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
+use coffey_pipeline::source::S3Counts;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{BatchContent, CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
 
@@ -15,7 +17,7 @@ use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
 use super::watch::watch;
 use super::{ConfigArgs, Failure};
-use crate::monitor::Command;
+use crate::monitor::StreamingCommand;
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]
@@ -60,6 +62,8 @@ struct Measured {
     machine: Option<Machine>,
     #[serde(flatten)]
     flow: FlowSnapshot,
+    #[serde(flatten)]
+    s3: S3Counts,
 }
 
 /// The machine's own limit.
@@ -93,7 +97,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let (part, _) = args.ranks.resolve()?;
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, Command::Bench)?;
+    let (monitor, _server) = watch(&config, &data, StreamingCommand::Bench)?;
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
@@ -137,6 +141,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     }
     let (elapsed, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu_before);
     let flow = data.metrics.snapshot();
+    let s3 = data.sources.s3_server().counts();
     let overall = recent.overall(&data.metrics);
     let limiting_stage = overall.and_then(|flow| flow.limiting_stage());
     monitor.rest();
@@ -168,6 +173,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         machine,
         cache: data.sources.cache_counts(),
         flow,
+        s3,
     };
     match args.json {
         true => outln!(
@@ -234,16 +240,17 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             cpu_seconds,
         } = stage;
         // Fetching waits on the network's threads, which are not the stage's own.
-        let [cpu, per_image] = match stage {
-            Stage::Fetch => ["-".to_owned(), "-".to_owned()],
-            _ => [
+        let [cpu, per_image] = if *stage == Stage::Fetch.name() {
+            ["-".to_owned(), "-".to_owned()]
+        } else {
+            [
                 format!("{cpu_seconds:.2}"),
                 format!("{:.3}", cpu_seconds * per_image),
-            ],
+            ]
         };
         line(format_args!(
             "{:<8} {items:>9} {:>10.2} {busy_seconds:>9.2} {starved_seconds:>10.2} {blocked_seconds:>10.2} {cpu:>8} {per_image:>12} {:>7.0}",
-            stage.name(),
+            stage,
             *bytes as f64 / 1e6,
             busy * 100.0
         ));
@@ -292,7 +299,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
     }
     for (name, counts) in [
         ("left out", &measured.flow.skipped),
-        ("repeated requests", &measured.flow.s3_retries),
+        ("repeated requests", &measured.s3.retries),
     ] {
         if !counts.is_empty() {
             let list: Vec<String> = counts
@@ -358,6 +365,7 @@ mod tests {
                 reached: 0.8,
             }),
             flow,
+            s3: S3Counts::default(),
         };
         let text = describe(&measured, false);
         let row: Vec<&str> = text

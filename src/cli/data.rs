@@ -33,12 +33,11 @@ impl DataAccess {
             .enable_all()
             .thread_name("network")
             .build()?;
-        let metrics = FlowMetrics::new();
-        let sources = runtime.block_on(Sources::new(options, metrics.clone()))?;
+        let sources = runtime.block_on(Sources::new(options))?;
         Ok(Self {
             sources,
             runtime,
-            metrics,
+            metrics: FlowMetrics::new(),
         })
     }
 

@@ -4,8 +4,9 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowMetrics, FlowSnapshot, Recent, Stage};
+use coffey_pipeline::flow::{FlowMetrics, FlowSnapshot, Recent};
 use coffey_pipeline::order::Order;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Stream, StreamError};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -19,7 +20,7 @@ use crate::latents::{
     Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Part, Recipe, join,
 };
 use crate::models::UNetConfig;
-use crate::monitor::{Command, Monitor};
+use crate::monitor::{Monitor, StreamingCommand};
 use crate::pretrained::{Models, Wanted};
 use crate::stop::Stop;
 use crate::train::check_fit;
@@ -64,7 +65,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, Command::Precompute)?;
+    let (monitor, _server) = watch(&config, &data, StreamingCommand::Precompute)?;
     let models = until_a_signal(&stop, || {
         data.models(&config, paths.teacher, Wanted::encoding)
     })?;
@@ -321,6 +322,7 @@ impl Progress {
         self.samples += samples;
         self.shards_done += shards;
         let limit = self.recent.mark(metrics);
+        let limit = limit.and_then(FlowSnapshot::limiting_stage);
         if self.bar.is_none() && self.last_line.elapsed() < LINE_EVERY {
             return;
         }

@@ -7,7 +7,7 @@ use super::data::{DataAccess, content, source_options, stream_config, until_a_si
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
-use crate::monitor::Command;
+use crate::monitor::StreamingCommand;
 use crate::pretrained::Wanted;
 use crate::stop::Stop;
 use crate::train::{self, Outcome, TrainError};
@@ -42,7 +42,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
-    let (monitor, _server) = watch(&config, &access, Command::Train)?;
+    let (monitor, _server) = watch(&config, &access, StreamingCommand::Train)?;
     let models = until_a_signal(&stop, || {
         access.models(&config, paths.teacher, Wanted::training)
     })?;

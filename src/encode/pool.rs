@@ -4,8 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use candle_core::Tensor;
-use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, Stage, StageHandle, channel};
+use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, StageHandle, channel};
 use coffey_pipeline::order::Cursor;
+use coffey_pipeline::stages::{FlowChannel, Stage};
 use coffey_pipeline::{Batch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
 
 use super::{EncodeError, Worker};
@@ -67,8 +68,8 @@ impl EncodePool {
         for (i, worker) in workers.into_iter().enumerate() {
             let worker = worker.into();
             let stage = metrics.stage(Stage::Encode);
-            let (input, jobs) = channel(metrics, "encode", 1);
-            let (results, output) = channel(metrics, "encoded", READY_PER_THREAD);
+            let (input, jobs) = channel(metrics, FlowChannel::Encode.name(), 1);
+            let (results, output) = channel(metrics, FlowChannel::Encoded.name(), READY_PER_THREAD);
             senders.push(input);
             pool.inputs.push(jobs.clone());
             pool.outputs.push(output);

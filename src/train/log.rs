@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
 
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::lines::Lines;

@@ -31,7 +31,7 @@ pub use student::{Passes, Student};
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 
 use crate::diffusion::ScheduleError;
 use crate::encode::EncodeError;

@@ -9,9 +9,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use coffey_pipeline::flow::{Recent, Stage, StageHandle};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, StageHandle};
 use coffey_pipeline::order::rng::index_below;
 use coffey_pipeline::order::{Cursor, Order};
+use coffey_pipeline::stages::Stage;
 
 use super::audit::Auditor;
 use super::checkpoint::Saver;
@@ -279,7 +280,10 @@ impl Run<'_> {
             endpoint_error: None,
             samples_per_second: count as f64 / started.elapsed().as_secs_f64(),
             seconds: begun.elapsed().as_secs_f64(),
-            limiting_stage: self.recent.mark(stage.metrics()),
+            limiting_stage: self
+                .recent
+                .mark(stage.metrics())
+                .and_then(FlowSnapshot::limiting_stage),
         };
         let report = &self.config.report;
         if let Some(endpoint) = &self.endpoint

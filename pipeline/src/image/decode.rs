@@ -17,7 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use super::jpeg::Jpeg;
-use crate::flow::panic_message;
+use crate::panic::panic_message;
 
 /// Why an image can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

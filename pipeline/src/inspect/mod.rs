@@ -9,11 +9,13 @@ use std::sync::{Arc, mpsc};
 
 use serde::Serialize;
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-use crate::flow::{Cancel, FlowMetrics, Stage};
+use crate::flow::FlowMetrics;
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::shard::{PassedOver, Sample, ShardUrl, Why};
 use crate::source::Sources;
+use crate::stages::Stage;
 use crate::stream::{
     LATENT, Note, OpenShard, PROMPT_EMBEDS, ReaderContext, ShardEvent, StreamError, parse_json,
 };
@@ -208,7 +210,7 @@ pub async fn shard(
     let (sender, notes) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
-        metrics: FlowMetrics::new(),
+        metrics: FlowMetrics::private(),
         runtime: Handle::current(),
         max_member_bytes: ImageOptions::default().max_bytes,
         notes: Some(sender),
@@ -223,7 +225,7 @@ pub async fn shard(
     };
     let url = url.clone();
     // Should the caller lose interest, the thread stops with it.
-    let guard = CancelOnDrop(Cancel::new());
+    let guard = CancelOnDrop(CancellationToken::new());
     let cancel = guard.0.clone();
     let work = move || {
         let open =
@@ -241,7 +243,7 @@ pub async fn shard(
     })
 }
 
-struct CancelOnDrop(Cancel);
+struct CancelOnDrop(CancellationToken);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -260,7 +262,7 @@ impl Inspector {
         mut self,
         open: OpenShard,
         notes: &mpsc::Receiver<Note>,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<ShardReport, StreamError> {
         while let Some(event) = open.next(cancel) {
             match event {

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::flow::{Closed, OrderedReceiver, Sender, Stage, StageHandle, panic_message};
+use crate::flow::{Closed, OrderedReceiver, Sender, StageHandle};
 use crate::order::{Cursor, Order, OrderIdentity, Place, SampleRef, Tally, Visit};
+use crate::panic::panic_message;
 use crate::shard::FilterReport;
+use crate::stages::Stage;
 
 use super::config::StreamConfig;
 use super::content::BatchContent;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use super::config::StreamConfig;
 use super::error::StreamError;
@@ -12,8 +13,10 @@ use super::interleave::Interleaver;
 use super::prepare::Preparer;
 use super::reader::ReaderContext;
 use super::step::{Job, Step};
-use crate::flow::{Cancel, FlowMetrics, Stage, ordered_map, panic_message};
+use crate::flow::{FlowMetrics, ordered_map};
+use crate::panic::panic_message;
 use crate::source::Sources;
+use crate::stages::{DECODE_CHANNELS, Stage};
 
 /// Compressed images held at once, at most. Bytes.
 const HELD_BYTES: usize = 512 << 20;
@@ -48,7 +51,7 @@ pub fn ceiling(
     let images = jobs.len() as u64;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = Mutex::new(jobs.into_iter());
-    let metrics = FlowMetrics::new();
+    let metrics = FlowMetrics::private();
     metrics.count_cpu();
     let stage = metrics.stage(Stage::Decode);
     let preparer = Preparer::new(config, stage.clone());
@@ -91,8 +94,8 @@ fn collect(
     samples: u64,
 ) -> Result<Vec<Job>, StreamError> {
     config.validate()?;
-    let metrics = FlowMetrics::new();
-    let cancel = Cancel::new();
+    let metrics = FlowMetrics::private();
+    let cancel = CancellationToken::new();
     let held = Arc::new(Mutex::new(Held::default()));
     let keep = || {
         let held = Arc::clone(&held);
@@ -106,8 +109,9 @@ fn collect(
     };
     let stage = metrics.stage(Stage::Decode);
     // One thread keeps them in order.
-    let (steps, results, mut threads) = ordered_map(&metrics, &stage, 1, WINDOW, keep)
-        .map_err(|error| StreamError::threads(&error))?;
+    let (steps, results, mut threads) =
+        ordered_map(&metrics, &stage, DECODE_CHANNELS, 1, WINDOW, keep)
+            .map_err(|error| StreamError::threads(&error))?;
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: metrics.clone(),

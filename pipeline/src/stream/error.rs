@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::flow::Stage;
 use crate::order::CursorMismatch;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
+use crate::stages::Stage;
 
 use super::batch::{ShardSummary, SkippedSample};
 

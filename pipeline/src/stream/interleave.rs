@@ -7,11 +7,15 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use crate::flow::{Cancel, Closed, OrderedSender, Stage, StageHandle, panic_message};
+use tokio_util::sync::CancellationToken;
+
+use crate::flow::{Closed, OrderedSender, StageHandle};
 use crate::order::{
     Capacity, Drawn, OpenVisit, Order, Place, SampleRef, Schedule, ShuffleBuffer, Turn, Visit,
 };
+use crate::panic::panic_message;
 use crate::shard::{FilterState, Sample};
+use crate::stages::Stage;
 
 use super::config::StreamConfig;
 use super::error::StreamError;
@@ -52,7 +56,7 @@ pub(super) struct Interleaver {
     pub(super) config: StreamConfig,
     pub(super) context: ReaderContext,
     steps: OrderedSender<Job, Step>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     schedule: Schedule,
     ahead: VecDeque<Ahead>,
     pub(super) slots: Vec<Slot>,
@@ -79,7 +83,7 @@ impl Interleaver {
         config: StreamConfig,
         context: ReaderContext,
         steps: OrderedSender<Job, Step>,
-        cancel: Cancel,
+        cancel: CancellationToken,
     ) -> Self {
         let items = match config.order {
             Order::Shuffled => config.shuffle_buffer,

@@ -42,10 +42,12 @@ pub(crate) use step::parse_json;
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-use crate::flow::{Cancel, FlowMetrics, Receiver, Stage, channel, ordered_map};
+use crate::flow::{FlowMetrics, Receiver, channel, ordered_map};
 use crate::shard::ShardUrl;
 use crate::source::Sources;
+use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
 
 use batch::Batcher;
 use interleave::Interleaver;
@@ -56,7 +58,7 @@ use prepare::Preparer;
 pub struct Stream {
     batches: Receiver<Result<Batch, StreamError>>,
     shards: Vec<ShardUrl>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -74,8 +76,12 @@ impl Stream {
         runtime: &Handle,
     ) -> Result<Self, StreamError> {
         let identity = config.validate()?;
-        let cancel = Cancel::new();
-        let (sender, batches) = channel(metrics, "batches", config.prefetch_batches);
+        let cancel = CancellationToken::new();
+        let (sender, batches) = channel(
+            metrics,
+            FlowChannel::Batches.name(),
+            config.prefetch_batches,
+        );
         // Enough that a slow image doesn't leave the other threads without work.
         let window = 2 * config.decode_threads.max(1) + 8;
         let decode = metrics.stage(Stage::Decode);
@@ -84,9 +90,15 @@ impl Stream {
             let mut preparer = preparer.clone();
             move |job| preparer.prepare(job)
         };
-        let (steps, results, mut threads) =
-            ordered_map(metrics, &decode, config.decode_threads, window, make_work)
-                .map_err(|error| StreamError::threads(&error))?;
+        let (steps, results, mut threads) = ordered_map(
+            metrics,
+            &decode,
+            DECODE_CHANNELS,
+            config.decode_threads,
+            window,
+            make_work,
+        )
+        .map_err(|error| StreamError::threads(&error))?;
         let context = ReaderContext {
             sources: sources.clone(),
             metrics: metrics.clone(),

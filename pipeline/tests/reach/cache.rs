@@ -97,9 +97,7 @@ fn bench(web: &Web, folder: Option<(&Path, u64)>) -> Bench {
             limit_bytes,
         }),
     };
-    let sources = runtime
-        .block_on(Sources::new(options, metrics.clone()))
-        .unwrap();
+    let sources = runtime.block_on(Sources::new(options)).unwrap();
     Bench {
         runtime,
         sources,

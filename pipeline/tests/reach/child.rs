@@ -164,7 +164,7 @@ fn streams_until_the_end() {
         ..config(urls(&given(URL)))
     });
     let stream = stream.unwrap();
-    let consumer = bench.metrics.stage(coffey_pipeline::flow::Stage::Train);
+    let consumer = bench.metrics.stage(coffey_pipeline::stages::Stage::Train);
     let mut batches = 0;
     while let Some(batch) = stream.batches().recv_blocking(&consumer) {
         match batch {

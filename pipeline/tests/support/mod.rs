@@ -18,7 +18,8 @@ use std::io::Cursor;
 use std::path::Path;
 use std::time::Duration;
 
-use coffey_pipeline::flow::{FlowMetrics, Stage};
+use coffey_pipeline::flow::FlowMetrics;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
     Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, Sources, Stream,
     StreamConfig, StreamError, expand,
@@ -142,9 +143,7 @@ impl Bench {
             .build()
             .unwrap();
         let metrics = FlowMetrics::new();
-        let sources = runtime
-            .block_on(Sources::new(options, metrics.clone()))
-            .unwrap();
+        let sources = runtime.block_on(Sources::new(options)).unwrap();
         Self {
             runtime,
             sources,
