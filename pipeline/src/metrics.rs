@@ -4,16 +4,14 @@
 //! crate chooses the recorder; without one they cost next to nothing. Two kinds of numbers are also
 //! read back by the program and therefore have a store of their own:
 //! - events that a command reports (skipped samples, S3 requests) are counted by an [`EventCounter`];
-//! - the stage clock is read every second, and [`export`] writes it to the recorder when a value is
-//!   asked for.
+//! - the stage clock is read every second, and [`FlowSnapshot::export`](crate::flow::FlowSnapshot::export)
+//!   writes it to the recorder when a value is asked for.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use ::metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
-
-use crate::flow::FlowSnapshot;
+use ::metrics::{Unit, counter, describe_counter, describe_gauge};
 
 /// Items a stage finished.
 pub const STAGE_ITEMS: &str = "coffey_stage_items_total";
@@ -121,23 +119,6 @@ pub fn describe() {
     }
     for (name, unit, help) in GAUGES {
         describe_gauge!(name, unit, help);
-    }
-}
-
-/// Writes the stage clock and the fill of the channels to the current recorder. Skipped samples and S3
-/// requests are recorded when they happen.
-pub fn export(flow: &FlowSnapshot) {
-    for stage in &flow.stages {
-        let name = stage.stage;
-        counter!(STAGE_ITEMS, "stage" => name).absolute(stage.items);
-        counter!(STAGE_BYTES, "stage" => name).absolute(stage.bytes);
-        gauge!(STAGE_BUSY, "stage" => name).set(stage.busy_seconds);
-        gauge!(STAGE_STARVED, "stage" => name).set(stage.starved_seconds);
-        gauge!(STAGE_BLOCKED, "stage" => name).set(stage.blocked_seconds);
-    }
-    for (name, channel) in &flow.channels {
-        gauge!(CHANNEL_ITEMS, "channel" => name.clone()).set(channel.items as f64);
-        gauge!(CHANNEL_CAPACITY, "channel" => name.clone()).set(channel.capacity as f64);
     }
 }
 

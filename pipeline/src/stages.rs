@@ -6,10 +6,14 @@
 
 use std::fmt;
 
+use ::metrics::{counter, gauge};
 use serde::Serialize;
 
 use crate::flow::{FlowMetrics, FlowSnapshot, OrderedNames, StageHandle, StageSnapshot};
-use crate::metrics::{EventCounter, SAMPLES_SKIPPED};
+use crate::metrics::{
+    CHANNEL_CAPACITY, CHANNEL_ITEMS, EventCounter, SAMPLES_SKIPPED, STAGE_BLOCKED, STAGE_BUSY,
+    STAGE_BYTES, STAGE_ITEMS, STAGE_STARVED,
+};
 
 /// The stages a sample passes, in that order. The last three belong to the trainer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -198,6 +202,23 @@ impl FlowSnapshot {
         &self.stages[stage as usize]
     }
 
+    /// Writes the stage clock and the fill of the channels to the current recorder of the
+    /// [`metrics`](::metrics) facade. Skipped samples and S3 requests are recorded when they happen.
+    pub fn export(&self) {
+        for stage in &self.stages {
+            let name = stage.stage;
+            counter!(STAGE_ITEMS, "stage" => name).absolute(stage.items);
+            counter!(STAGE_BYTES, "stage" => name).absolute(stage.bytes);
+            gauge!(STAGE_BUSY, "stage" => name).set(stage.busy_seconds);
+            gauge!(STAGE_STARVED, "stage" => name).set(stage.starved_seconds);
+            gauge!(STAGE_BLOCKED, "stage" => name).set(stage.blocked_seconds);
+        }
+        for (name, channel) in &self.channels {
+            gauge!(CHANNEL_ITEMS, "channel" => name.clone()).set(channel.items as f64);
+            gauge!(CHANNEL_CAPACITY, "channel" => name.clone()).set(channel.capacity as f64);
+        }
+    }
+
     /// The stage that limits the others: the one whose threads wait least. A stage that was active for
     /// less than a tenth of the time, such as fetching a few small shards, is left out. `None` before
     /// any stage ran.
@@ -229,6 +250,8 @@ mod tests {
 
     use super::*;
     use crate::flow::channel;
+    use metrics_util::MetricKind;
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
 
     #[test]
     fn stage_names_are_the_metrics_labels() {
@@ -245,6 +268,40 @@ mod tests {
             assert_eq!(Stage::ALL[stage as usize], stage);
             assert_eq!(serde_json::to_value(stage).unwrap(), stage.name());
         }
+    }
+
+    #[test]
+    fn export_and_skips_reach_the_recorder_in_place() {
+        let recorder = DebuggingRecorder::new();
+        ::metrics::with_local_recorder(&recorder, || {
+            let metrics = FlowMetrics::new();
+            let fetch = metrics.stage(Stage::Fetch);
+            fetch.add_items(3);
+            fetch.add_busy(Duration::from_millis(1500));
+            let (_sender, _receiver) = channel::<u8>(&metrics, FlowChannel::Batches.name(), 4);
+            metrics.skip("no_image");
+            metrics.skip("no_image");
+            FlowMetrics::private().skip("no_image");
+            metrics.snapshot().export();
+        });
+        let values: Vec<_> = recorder.snapshotter().snapshot().into_vec();
+        let value = |kind: MetricKind, name: &str, label: &str| {
+            let found = values.iter().find(|(key, ..)| {
+                let key_kind = key.kind();
+                let key = key.key();
+                let has_label = key.labels().any(|l| l.value() == label);
+                key_kind == kind && key.name() == name && has_label
+            });
+            match &found.unwrap().3 {
+                DebugValue::Counter(count) => *count as f64,
+                DebugValue::Gauge(value) => value.into_inner(),
+                DebugValue::Histogram(_) => panic!("{name} is a histogram"),
+            }
+        };
+        assert_eq!(value(MetricKind::Counter, STAGE_ITEMS, "fetch"), 3.0);
+        assert_eq!(value(MetricKind::Gauge, STAGE_BUSY, "fetch"), 1.5);
+        assert_eq!(value(MetricKind::Gauge, CHANNEL_CAPACITY, "batches"), 4.0);
+        assert_eq!(value(MetricKind::Counter, SAMPLES_SKIPPED, "no_image"), 2.0);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use coffey_pipeline::metrics::{STALLED, describe, export};
+use coffey_pipeline::metrics::{STALLED, describe};
 use metrics::{gauge, set_global_recorder, with_local_recorder};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
@@ -38,7 +38,7 @@ impl Monitor {
         let now = recorder();
         let (flow, stalled) = (self.flow().snapshot(), self.stalled().is_some());
         with_local_recorder(&now, || {
-            export(&flow);
+            flow.export();
             gauge!(STALLED).set(f64::from(u8::from(stalled)));
         });
         events().render() + &now.handle().render()
