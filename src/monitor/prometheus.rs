@@ -21,7 +21,7 @@ fn recorder() -> PrometheusRecorder {
 /// The recorder of the process's events; installed by the first call.
 ///
 /// If the process has another recorder, events go there and `/metrics` lacks them.
-pub(super) fn events() -> &'static PrometheusHandle {
+pub(super) fn event_recorder() -> &'static PrometheusHandle {
     static EVENTS: OnceLock<PrometheusHandle> = OnceLock::new();
     EVENTS.get_or_init(|| {
         let recorder = recorder();
@@ -34,13 +34,13 @@ pub(super) fn events() -> &'static PrometheusHandle {
 impl Monitor {
     /// The text of `/metrics`: events so far, and the stages, channels and health as they are now.
     pub(super) fn prometheus(&self) -> String {
-        // A recorder of its own: a channel that is gone must not leave its last fill behind.
+        // A new recorder: a closed channel must not leave its last fill behind.
         let now = recorder();
         let (flow, stalled) = (self.flow().snapshot(), self.stalled().is_some());
         with_local_recorder(&now, || {
             flow.export();
             gauge!(STALLED).set(f64::from(u8::from(stalled)));
         });
-        events().render() + &now.handle().render()
+        event_recorder().render() + &now.handle().render()
     }
 }

@@ -24,11 +24,11 @@ use super::status::{PageUpdate, RunStatus};
 use super::{Monitor, Stalled, page};
 
 /// Time between two events. They also serve as keep-alive messages.
-const EVERY: Duration = Duration::from_secs(1);
+const EVENT_INTERVAL: Duration = Duration::from_secs(1);
 /// Most pages open at once.
-const PAGES: usize = 32;
-/// How long the end of a command waits for open pages to receive the last event.
-const FAREWELL: Duration = Duration::from_millis(300);
+const MAX_PAGES: usize = 32;
+/// Longest wait for open pages to receive the last event.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// The running server. On drop it sends open pages the end of the run.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Server {
     pub fn start(listen: SocketAddr, monitor: Monitor, runtime: &Handle) -> std::io::Result<Self> {
         let listener = runtime.block_on(TcpListener::bind(listen))?;
         let address = listener.local_addr()?;
-        prometheus::events();
+        prometheus::event_recorder();
         let policy = HeaderValue::try_from(page::policy()).map_err(std::io::Error::other)?;
         let (publisher, status) = watch::channel(Arc::new(monitor.status()));
         let mut router = Router::new()
@@ -70,7 +70,7 @@ impl Server {
                 monitor: monitor.clone(),
                 policy,
                 status,
-                pages: Arc::new(Semaphore::new(PAGES)),
+                pages: Arc::new(Semaphore::new(MAX_PAGES)),
             })
             .layer(from_fn(add_headers));
         if address.ip().is_loopback() {
@@ -102,7 +102,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         // The end is signalled by dropping the sender.
         drop(self.over.take());
-        let shutdown = async { tokio::time::timeout(FAREWELL, &mut self.task).await };
+        let shutdown = async { tokio::time::timeout(SHUTDOWN_TIMEOUT, &mut self.task).await };
         // A server that is too slow is aborted.
         self.runtime.block_on(shutdown).ok();
         self.task.abort();
@@ -115,7 +115,10 @@ async fn publish(
     status: watch::Sender<Arc<RunStatus>>,
     mut end: oneshot::Receiver<()>,
 ) {
-    while tokio::time::timeout(EVERY, &mut end).await.is_err() {
+    while tokio::time::timeout(EVENT_INTERVAL, &mut end)
+        .await
+        .is_err()
+    {
         status.send_replace(Arc::new(monitor.status()));
     }
     status.send_replace(Arc::new(monitor.status()));
@@ -191,7 +194,7 @@ async fn events(State(server): State<ServerState>) -> Response {
     match Arc::clone(&server.pages).try_acquire_owned() {
         Ok(permit) => Sse::new(updates(server, permit)).into_response(),
         Err(_full) => {
-            let text = format!("{PAGES} pages look on already\n");
+            let text = format!("{MAX_PAGES} pages are open already\n");
             (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
         }
     }

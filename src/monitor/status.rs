@@ -96,7 +96,7 @@ struct ChannelStatus {
 
 #[derive(Debug, Serialize)]
 struct CheckpointStatus {
-    /// How long saving took.
+    /// Time that saving took.
     seconds: f64,
     seconds_ago: f64,
 }

@@ -19,10 +19,10 @@ struct Counters {
     cpu_ns: AtomicU64,
 }
 
-/// A channel's fill, asked for when a snapshot is taken; `None` once the channel is gone.
+/// Reads a channel's fill for a snapshot; `None` once the channel is closed and dropped.
 type Probe = Box<dyn Fn() -> Option<usize> + Send>;
 
-struct Watched {
+struct WatchedChannel {
     name: &'static str,
     capacity: usize,
     probe: Probe,
@@ -36,7 +36,7 @@ struct Registry {
     names: &'static [&'static str],
     /// One entry a name.
     stages: Box<[Counters]>,
-    channels: Mutex<Vec<Watched>>,
+    channels: Mutex<Vec<WatchedChannel>>,
     skipped: EventCounter,
 }
 
@@ -105,14 +105,14 @@ impl FlowMetrics {
         let probe = move || weak.upgrade().map(|sender| sender.len());
         let mut channels = lock(&self.0.channels);
         channels.retain(|channel| (channel.probe)().is_some());
-        channels.push(Watched {
+        channels.push(WatchedChannel {
             name,
             capacity,
             probe: Box::new(probe),
         });
     }
 
-    /// Everything counted so far, as plain numbers.
+    /// The numbers so far.
     #[must_use]
     pub fn snapshot(&self) -> FlowSnapshot {
         let seconds =

@@ -1,4 +1,4 @@
-//! What the stages did lately: the window that a progress line reads its limit from.
+//! The recent work of the stages: the window that the limit in a progress line is read from.
 
 use std::collections::VecDeque;
 
@@ -58,19 +58,19 @@ impl Recent {
         self.first.is_some()
     }
 
-    /// What happened between the oldest mark of the window and the newest.
+    /// The difference between the oldest mark of the window and the newest.
     #[must_use]
     pub fn window(&self) -> Option<&FlowSnapshot> {
         self.window.as_ref()
     }
 
-    /// What happened between the oldest mark of the window and `now`.
+    /// The difference between the oldest mark of the window and `now`.
     #[must_use]
     pub fn until(&self, now: &FlowSnapshot) -> Option<FlowSnapshot> {
         self.marks.front().map(|then| now.since(then))
     }
 
-    /// What happened since the first mark.
+    /// The difference between the first mark and now.
     #[must_use]
     pub fn overall(&self, metrics: &FlowMetrics) -> Option<FlowSnapshot> {
         let first = self.first.as_ref()?;

@@ -16,7 +16,7 @@ pub enum SourceError {
         url: String,
         /// The server's answer.
         cause: String,
-        /// What else to check.
+        /// Further things to check.
         hint: &'static str,
     },
     /// The server denies access.
@@ -26,7 +26,7 @@ pub enum SourceError {
         url: String,
         /// The server's answer.
         cause: String,
-        /// What to set.
+        /// The setting that helps.
         hint: &'static str,
     },
     /// No credentials were found to sign with.
@@ -60,7 +60,7 @@ pub enum SourceError {
         endpoint: String,
         /// The fault.
         cause: String,
-        /// What to set.
+        /// The setting that helps.
         hint: &'static str,
     },
     /// The certificate file can't be used.
@@ -127,7 +127,7 @@ pub enum SourceError {
         attempts: u32,
         /// The last failure.
         cause: String,
-        /// What else to check.
+        /// Further things to check.
         hint: &'static str,
     },
     /// Passing faults used up the retry budget of a stretch of the object.

@@ -1,5 +1,5 @@
-//! What every access to a server shares: errors, certificates, the form of a response, the record of a
-//! server and the retry budget.
+//! The parts shared by every access to a server: errors, certificates, the form of a response, the
+//! record of a server and the retry budget.
 //!
 //! Below [`source`](crate::source), [`destination`](crate::destination) and [`s3`](crate::s3); it makes
 //! no request itself.

@@ -8,7 +8,7 @@ use super::error::causes;
 #[derive(Debug)]
 pub(crate) struct GetResult {
     pub(crate) body: Body,
-    /// Where in the object the body begins. Bytes.
+    /// Offset of the body in the object. Bytes.
     pub(crate) start: u64,
     /// Size of the whole object. Bytes.
     pub(crate) total: Option<u64>,

@@ -29,7 +29,7 @@ pub(crate) struct RetryOptions {
     pub(crate) first_delay: Duration,
 }
 
-/// How a request failed.
+/// The failure of a request.
 #[derive(Debug)]
 pub(crate) enum RequestFailure {
     /// A retry would not help.

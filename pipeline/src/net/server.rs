@@ -1,4 +1,4 @@
-//! What this process has seen of a server.
+//! The record of a server: whether it has answered, and counts of requests.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -78,5 +78,30 @@ impl ServerRecord {
     /// Counts a repeated request by its reason.
     pub(crate) fn record_retry(&self, reason: &'static str) {
         self.0.retries.add(reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics_util::debugging::DebuggingRecorder;
+
+    use super::*;
+
+    #[test]
+    fn server_record_counts_s3_in_the_recorder() {
+        let recorder = DebuggingRecorder::new();
+        let (s3, http) = (ServerRecord::s3(), ServerRecord::http());
+        ::metrics::with_local_recorder(&recorder, || {
+            s3.record_request("ok");
+            s3.record_retry("idle");
+            s3.record_retry("idle");
+            http.record_request("ok");
+            http.record_retry("idle");
+        });
+        let values = recorder.snapshotter().snapshot().into_vec();
+        let names: Vec<_> = values.iter().map(|(key, ..)| key.key().name()).collect();
+        assert_eq!(names, [S3_REQUESTS, S3_RETRIES]);
+        assert_eq!(s3.counts().requests["ok"], 1);
+        assert_eq!(s3.counts().retries["idle"], 2);
     }
 }

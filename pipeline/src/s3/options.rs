@@ -1,9 +1,9 @@
-//! How to reach S3.
+//! Access to S3: server, credentials, limits.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How to reach S3. The AWS default chain (environment, profile, web identity, instance metadata)
+/// Access to S3. The AWS default chain (environment, profile, web identity, instance metadata)
 /// decides about unset fields.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct S3Options {
@@ -23,7 +23,7 @@ pub struct S3Options {
     /// A PEM file of authorities to trust besides the system's, for S3 and for `https://` shards; if
     /// unset, the file that `AWS_CA_BUNDLE` names.
     pub ca_bundle: Option<PathBuf>,
-    /// How long a server may stay silent before a request is repeated. Less than 1 KiB/s over twice
+    /// Longest silence of a server before a request is repeated. Less than 1 KiB/s over twice
     /// this time counts as silence. Only the time spent waiting for the server counts, never a slow
     /// consumer.
     pub stall_timeout: Duration,

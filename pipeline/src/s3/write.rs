@@ -55,7 +55,7 @@ pub(crate) struct UploadMarker {
 #[derive(Debug)]
 pub(crate) struct IncompleteUploads {
     pub(crate) uploads: Vec<UploadMarker>,
-    /// Where the next page begins; `None` on the last page.
+    /// Start of the next page; `None` on the last page.
     pub(crate) next: Option<UploadMarker>,
 }
 

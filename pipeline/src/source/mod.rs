@@ -175,7 +175,7 @@ impl Sources {
         &self.0.s3_server
     }
 
-    /// How S3 is reached.
+    /// The options of the access to S3.
     #[must_use]
     pub fn options(&self) -> &S3Options {
         &self.0.options

@@ -7,7 +7,7 @@ use crate::s3::S3Options;
 /// Options of [`Sources`](super::Sources). `into()` makes them of [`S3Options`] alone.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SourceOptions {
-    /// How to reach S3.
+    /// Access to S3.
     pub s3: S3Options,
     /// Keep remote shards on local disk; `None`: no cache.
     pub cache: Option<CacheOptions>,
