@@ -7,6 +7,7 @@ mod support;
 mod cache;
 mod child;
 mod credentials;
+mod recorder;
 mod stdin;
 mod tls;
 mod web;
