@@ -7,7 +7,9 @@
 #[macro_use]
 mod say;
 
+pub mod adaptation;
 pub mod cli;
+pub mod conditioning;
 pub mod config;
 pub mod diffusion;
 pub mod draw;
@@ -17,10 +19,16 @@ pub mod hub;
 pub mod latents;
 pub mod models;
 pub mod monitor;
+pub mod objective;
 pub mod ops;
+pub mod params;
+pub mod precompute;
 pub mod pretrained;
 mod process;
+mod progress;
 pub mod random;
-pub mod stop;
+pub mod ranks;
+pub mod sample;
+pub mod signals;
 pub mod track;
 pub mod train;

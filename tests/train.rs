@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use coffey::models::{Conditioning, UNet};
+use coffey::models::{Conditioning, Denoiser, UNet};
 use coffey::ops::Attention;
 use coffey::random::{generator, normal};
 use serde_json::Value;
@@ -144,10 +144,7 @@ fn write_forward(unet: &Path, path: &Path) {
     let sample = normal(&mut rng, &[2, config.in_channels, 16, 24], cpu).unwrap();
     let embeds = normal(&mut rng, &[2, 77, config.cross_attention_dim], cpu).unwrap();
     let guidance = normal(&mut rng, &[2, config.time_cond_proj_dim.unwrap()], cpu).unwrap();
-    let conditioning = Conditioning {
-        prompt_embeds: embeds.clone(),
-        guidance_embedding: Some(guidance.clone()),
-    };
+    let conditioning = Conditioning::text(embeds.clone()).with_guidance(Some(guidance.clone()));
     let output = network.forward(&sample, &[19, 999], &conditioning).unwrap();
     let tensors = HashMap::from([
         ("sample", sample),

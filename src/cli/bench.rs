@@ -95,7 +95,7 @@ impl Machine {
 pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let mut config = args.config.load()?;
     config.require_bench()?;
-    let (part, _) = args.ranks.resolve()?;
+    let rank = args.ranks.resolve()?.rank;
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = watch(&config, &data, StreamingCommand::Bench)?;
     data.metrics.count_cpu();
@@ -110,7 +110,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         config.data.decode_threads
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
-    (stream.rank, stream.world) = (part.rank, part.world);
+    (stream.rank, stream.world) = (rank.index, rank.world);
     stream.content = content(latents.as_ref());
     let settings = stream.clone();
 

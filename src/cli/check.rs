@@ -18,17 +18,17 @@ use super::data::{DataAccess, content, source_options, stream_config};
 use super::{ConfigArgs, Failure, device};
 use crate::config::{Config, ModelRef, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::{Encoders, Worker};
+use crate::encode::{EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{Conditioning, UNet, UNetConfig, Weights};
+use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
 use crate::pretrained::{Models as ModelFolders, Wanted};
-use crate::stop::Stop;
-use crate::train::{check_fit, distillation};
+use crate::train::lcm_schedule;
 use cost::{Cost, Seen};
 use memory::{MemoryPlan, Sizes};
 use report::Report;
+use tokio_util::sync::CancellationToken;
 
 /// Samples of the first shard that the mean size is taken from.
 const PROBED_SAMPLES: usize = 16;
@@ -131,7 +131,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let purpose = Purpose::of(&config)?;
     if let (Purpose::Train { .. }, Some(push)) = (purpose, Push::prepare(&config.hub).transpose()) {
         report.step("hub", || {
-            let said = push?.check(&Stop::default())?;
+            let said = push?.check(&CancellationToken::new())?;
             Ok(((), format!("`coffey train` {said}")))
         })?;
     }
@@ -193,7 +193,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     let vae_downscale = vae.downscale();
     if let (Purpose::Precompute { .. }, Some(latents)) = (purpose, &config.latents) {
         let side = config.image.resolution / vae_downscale;
-        let (_, tokens, width) = encoders.models.encode_text(&[""])?.dims3()?;
+        let (_, tokens, width) = encoders.models.encode_text(&[""])?.hidden.dims3()?;
         let seen = Seen {
             sample: &batch.samples[0],
             bytes: sample_bytes,
@@ -212,7 +212,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);
         let done = dry_run(
             batch,
-            encoders.models,
+            &encoders.models,
             unet,
             &device::open(config.train.device)?,
         )?;
@@ -342,10 +342,16 @@ fn load_teacher(
     pipeline: &Path,
     encoders: &Encoders,
 ) -> Result<(LoadedTeacher, String), Failure> {
-    let schedule = distillation(config, pipeline)?.schedule;
+    let schedule = lcm_schedule(config, pipeline)?;
     let folder = pipeline.join("unet");
     let unet_config = UNetConfig::read(&folder)?;
-    check_fit(&unet_config, encoders, config, pipeline)?;
+    check_fit(&PipelineParts {
+        folder: pipeline,
+        unet: &unet_config,
+        vae: encoders.vae().config(),
+        text_width: encoders.text_width(),
+        resolution: config.image.resolution,
+    })?;
     let device = device::open(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
     let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
@@ -370,14 +376,17 @@ fn load_teacher(
 /// Encodes one sample, as far as it is not, and lets the teacher look at it once. Says what was done.
 fn dry_run(
     batch: Batch,
-    encoders: Encoders,
+    encoders: &Encoders,
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
     let stored = matches!(batch.content, BatchContent::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
-    let [moments, prompt_embeds] = Worker::from(encoders).encode(batch.content, &[caption])?;
-    all_finite(&prompt_embeds, "the text encoder")?;
+    let EncoderOutput {
+        moments,
+        conditioning,
+    } = encoders.encode(batch.content, &[caption])?;
+    all_finite(&conditioning.hidden, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {
         return Ok("one sample encoded");
@@ -386,10 +395,7 @@ fn dry_run(
         .narrow(1, 0, unet.config().in_channels)?
         .contiguous()?
         .to_device(device)?;
-    let conditioning = Conditioning {
-        prompt_embeds: prompt_embeds.to_device(device)?,
-        guidance_embedding: None,
-    };
+    let conditioning = conditioning.to_device(device)?;
     all_finite(&unet.forward(&latents, &[0], &conditioning)?, "the teacher")?;
     Ok(match stored {
         true => "one sample read and passed through the teacher",

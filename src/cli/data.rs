@@ -1,8 +1,6 @@
 //! From the configuration to a running stream: what `train`, `precompute`, `check` and `bench` share.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
@@ -10,12 +8,12 @@ use coffey_pipeline::{
     SourceOptions, Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::config::{self, Config, DataKind, ModelRef};
 use crate::latents::{self, LatentSource, LatentSourceError};
 use crate::pretrained::{self, Models, Wanted};
-use crate::stop::Stop;
 
 /// The places data comes from, with the runtime their waiting happens on.
 pub(super) struct DataAccess {
@@ -75,6 +73,23 @@ impl DataAccess {
         Ok(pretrained::fetch_vae(model, sources, runtime)?)
     }
 
+    /// Does `work` that can be interrupted anywhere, as fetching can: a signal ends the process at once.
+    pub(super) fn until_cancelled<T>(
+        &self,
+        cancel: &CancellationToken,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        let cancelled = cancel.clone().cancelled_owned();
+        let exit = self.runtime.spawn(async {
+            cancelled.await;
+            errln!("{}", Failure::STOPPED);
+            std::process::exit(i32::from(Failure::Stopped.code()));
+        });
+        let result = work();
+        exit.abort();
+        result
+    }
+
     /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
     pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
@@ -103,21 +118,6 @@ impl From<LatentSourceError> for Failure {
             false => Self::Failed(error.into()),
         }
     }
-}
-
-/// Does `work` that can be broken off anywhere, as fetching can: a signal ends the process at once.
-pub(super) fn until_a_signal<T>(stop: &Stop, work: impl FnOnce() -> T) -> T {
-    let working = Arc::new(AtomicBool::new(true));
-    let still = Arc::clone(&working);
-    stop.on_stop(move || {
-        if still.load(Ordering::SeqCst) {
-            errln!("{}", Failure::STOPPED);
-            std::process::exit(i32::from(Failure::Stopped.code()));
-        }
-    });
-    let result = work();
-    working.store(false, Ordering::SeqCst);
-    result
 }
 
 /// The `[s3]` table, and of `[data]` the cache.

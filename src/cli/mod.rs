@@ -74,6 +74,12 @@ pub(crate) enum Failure {
     Stopped,
 }
 
+impl From<crate::models::PipelineMismatch> for Failure {
+    fn from(error: crate::models::PipelineMismatch) -> Self {
+        Self::Usage(error.into())
+    }
+}
+
 impl Failure {
     const STOPPED: &str = "stopped by a signal; run the same command to go on";
 

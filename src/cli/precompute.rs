@@ -1,34 +1,30 @@
 //! `coffey precompute`: image shards in, latent shards out.
 
-use std::io::IsTerminal;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowMetrics, FlowSnapshot, Recent};
+use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Stream, StreamError};
-use indicatif::{ProgressBar, ProgressStyle};
 
-use super::data::{DataAccess, source_options, stream_config, until_a_signal};
+use super::data::{DataAccess, source_options, stream_config};
 use super::ranks::RankArgs;
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::config::{self, Config};
-use crate::encode::{EncodeError, EncodePool, Encoders};
+use crate::encode::{EncodePool, Encoders};
 use crate::latents::{
-    Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Part, Recipe, join,
+    Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Recipe, join,
 };
-use crate::models::UNetConfig;
-use crate::monitor::{Monitor, StreamingCommand};
+use crate::models::{PipelineParts, UNetConfig, check_fit};
+use crate::monitor::StreamingCommand;
+use crate::precompute::{PrecomputeError, counted, write_latents};
 use crate::pretrained::{Models, Wanted};
-use crate::stop::Stop;
-use crate::train::check_fit;
+use crate::ranks::{Rank, RankOrigin};
+use crate::signals::cancel_on_signals;
 
-/// Time between two lines of progress where there is no terminal to draw a bar on.
-const LINE_EVERY: Duration = Duration::from_secs(10);
-
-/// How many missing shards are named.
+/// Number of missing shards that a message names.
 const MISSING_NAMED: usize = 10;
 
 #[derive(Args, Debug)]
@@ -44,34 +40,45 @@ pub(super) struct PrecomputeArgs {
 
 impl From<LatentError> for Failure {
     fn from(error: LatentError) -> Self {
-        match error.is_config() {
-            true => Self::Usage(error.into()),
-            false => Self::Failed(error.into()),
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
+        }
+    }
+}
+
+impl From<PrecomputeError> for Failure {
+    fn from(error: PrecomputeError) -> Self {
+        match error {
+            PrecomputeError::Encode(error) => error.into(),
+            PrecomputeError::Latents(error) => error.into(),
+            PrecomputeError::Stopped => Self::Stopped,
         }
     }
 }
 
 pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
-    let stop = Stop::on_signals()?;
+    let cancel = cancel_on_signals()?;
     let config = args.config.load()?;
     let paths = config.require_precompute()?;
     let output = paths.latents.output.to_string_lossy();
     if args.finish {
         return finish(&config, &output);
     }
-    let (part, origin) = args.ranks.resolve()?;
-    if let Some(origin) = origin {
-        errln!("rank {} of {}, from {origin}", part.rank, part.world);
+    let RankOrigin { rank, origin } = args.ranks.resolve()?;
+    if rank.world > 1 {
+        errln!("rank {} of {}, from {origin}", rank.index, rank.world);
     }
 
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = watch(&config, &data, StreamingCommand::Precompute)?;
-    let models = until_a_signal(&stop, || {
+    let models = data.until_cancelled(&cancel, || {
         data.models(&config, paths.teacher, Wanted::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
-    if shards.len() < part.world {
-        let (shards, world) = (shards.len(), part.world);
+    if shards.len() < rank.world {
+        let (shards, world) = (shards.len(), rank.world);
         return Err(StreamError::TooFewShards { shards, world }.into());
     }
     errln!(
@@ -79,16 +86,22 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         counted(shards.len(), "shard"),
         models.pipeline.display()
     );
-    // Before the encoders are loaded: it reads all weights, once more in memory.
+    // Before the encoders are loaded: it reads all weights into memory once.
     let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;
     let first = load_encoders(&config, &models, 0)?;
-    // Whoever trains on these needs a UNet that takes them. One that coffey does not build can be trained elsewhere.
+    // The UNet trained on the latents must take them. A UNet that coffey does not build can be trained elsewhere.
     if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
-        check_fit(&unet, &first, &config, &models.pipeline)?;
+        check_fit(&PipelineParts {
+            folder: &models.pipeline,
+            unet: &unet,
+            vae: first.vae().config(),
+            text_width: first.text_width(),
+            resolution: config.image.resolution,
+        })?;
     }
-    let recipe = recipe(&config, paths.latents, fingerprint, &first, part)?;
+    let recipe = recipe(&config, paths.latents, fingerprint, &first, rank)?;
     let place = data.sources.destination(&output, data.runtime.handle())?;
-    let mut writer = LatentWriter::open(place, recipe, part, shards)?;
+    let mut writer = LatentWriter::open(place, recipe, rank, shards)?;
     let there = writer.manifest().shards.len();
     if there > 0 {
         errln!(
@@ -100,13 +113,13 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let started = Instant::now();
     let mut flow = None;
     if !writer.remaining().is_empty() && writer.remaining_samples() != Some(0) {
+        let others = 1..config.encode.devices.len();
+        let others = others.map(|index| load_encoders(&config, &models, index));
         let encoders = std::iter::once(Ok(first))
-            .chain(
-                (1..config.encode.devices.len())
-                    .map(|index| load_encoders(&config, &models, index)),
-            )
+            .chain(others)
+            .map(|encoders| Ok(Arc::new(encoders?.without_decoder())))
             .collect::<Result<Vec<_>, Failure>>()?;
-        // The writer knows which shards are left of this part: to the stream they are all there is.
+        // The stream reads only the shards of this rank that are left.
         let shards = writer.remaining().to_vec();
         let mut stream_config =
             stream_config(&config, shards, Order::Sequential, config.encode.batch_size);
@@ -118,8 +131,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             &data.metrics,
             data.runtime.handle(),
         )?;
-        let pool = EncodePool::start(stream, encoders, &data.metrics)?;
-        flow = write_all(pool, &mut writer, &monitor, &stop)?;
+        let runtime = data.runtime.handle();
+        let pool = EncodePool::start(stream, encoders, &data.metrics, runtime)?;
+        flow = write_latents(pool, &mut writer, &monitor, &cancel)?;
     }
     summarize(writer.manifest(), there, started.elapsed(), flow);
     let missing = writer.finish()?.missing;
@@ -133,7 +147,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `--finish`: neither models nor images are looked at.
+/// `--finish`: joins manifests without reading models or images.
 fn finish(config: &Config, output: &str) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(config))?;
     let shards = data.shards(&config.data.shards)?;
@@ -182,11 +196,11 @@ fn recipe(
     latents: &config::Latents,
     fingerprint: Fingerprint,
     encoders: &Encoders,
-    part: Part,
+    rank: Rank,
 ) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
     let side = config.image.resolution / vae.downscale();
-    let (_, tokens, width) = encoders.encode_text(&[""])?.dims3()?;
+    let (_, tokens, width) = encoders.encode_text(&[""])?.hidden.dims3()?;
     Ok(Recipe::new(
         config,
         latents.text,
@@ -197,59 +211,8 @@ fn recipe(
             scaling_factor: vae.scaling_factor,
         },
         [tokens, width],
-        part.world,
+        rank.world,
     ))
-}
-
-/// Writes what the pool makes, to its end or until a stop is asked for; what the stages did since the first batch.
-fn write_all(
-    mut pool: EncodePool,
-    writer: &mut LatentWriter,
-    monitor: &Monitor,
-    stop: &Stop,
-) -> Result<Option<FlowSnapshot>, Failure> {
-    let interrupter = pool.interrupter();
-    stop.on_stop(move || interrupter.interrupt());
-    let metrics = monitor.flow();
-    let stage = metrics.stage(Stage::Write);
-    let mut progress = Progress::start(writer.remaining().len());
-    monitor.expect("shards", 0, progress.shards as u64);
-    monitor.beat();
-    while !stop.asked()
-        && let Some(batch) = pool.next(&stage)
-    {
-        let (samples, finished) = match batch {
-            Ok(batch) => (batch.samples.len(), stage.work(|| writer.write(&batch))?),
-            Err(EncodeError::Stream(error)) => match &*error {
-                // Of the shards that were left none holds anything, but of those before them some do.
-                StreamError::NothingUsable {
-                    shards, skipped, ..
-                } if writer.manifest().samples() > 0 => (0, writer.finish_shards(skipped, shards)?),
-                _ => return Err((*error).into()),
-            },
-            Err(other) => return Err(other.into()),
-        };
-        stage.add_items(samples as u64);
-        for name in &finished {
-            let entry = &writer.manifest().shards[name];
-            stage.add_bytes(entry.bytes);
-            if let Some(cause) = &entry.broken {
-                let samples = counted(entry.samples as usize, "sample");
-                progress.say(&format!(
-                    "warning: {} is broken after {samples}: {cause}",
-                    entry.source
-                ));
-            }
-        }
-        progress.update(samples, finished.len(), metrics);
-        monitor.advance(progress.shards_done as u64);
-        monitor.beat();
-    }
-    monitor.rest();
-    match stop.asked() {
-        true => Err(Failure::Stopped),
-        false => Ok(progress.recent.overall(metrics)),
-    }
 }
 
 fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, flow: Option<FlowSnapshot>) {
@@ -276,86 +239,5 @@ fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, flow: Option<
     {
         let busy = flow.stage(limit).busy_share().unwrap_or(0.0);
         errln!("limit: {limit}, busy {:.0} % of its time", 100.0 * busy);
-    }
-}
-
-fn counted(count: usize, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
-}
-
-/// A bar on a terminal, a line now and then elsewhere.
-struct Progress {
-    bar: Option<ProgressBar>,
-    shards: usize,
-    shards_done: usize,
-    samples: usize,
-    started: Instant,
-    last_line: Instant,
-    recent: Recent,
-}
-
-impl Progress {
-    fn start(shards: usize) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(shards as u64);
-            if let Ok(style) =
-                ProgressStyle::with_template("{spinner} {wide_bar} {pos}/{len} shards  {msg}")
-            {
-                bar.set_style(style);
-            }
-            bar.set_message("encoding the first batch");
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        });
-        Self {
-            bar,
-            shards,
-            shards_done: 0,
-            samples: 0,
-            started: Instant::now(),
-            last_line: Instant::now(),
-            recent: Recent::default(),
-        }
-    }
-
-    fn update(&mut self, samples: usize, shards: usize, metrics: &FlowMetrics) {
-        self.samples += samples;
-        self.shards_done += shards;
-        let limit = self.recent.mark(metrics);
-        let limit = limit.and_then(FlowSnapshot::limiting_stage);
-        if self.bar.is_none() && self.last_line.elapsed() < LINE_EVERY {
-            return;
-        }
-        let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
-        let limit = limit.map_or(String::new(), |stage| format!("  limit: {stage}"));
-        let message = format!(
-            "{}  {rate:.1} samples/s{limit}",
-            counted(self.samples, "sample")
-        );
-        match &self.bar {
-            Some(bar) => {
-                bar.set_position(self.shards_done as u64);
-                bar.set_message(message);
-            }
-            None => {
-                errln!("{}/{} shards  {message}", self.shards_done, self.shards);
-                self.last_line = Instant::now();
-            }
-        }
-    }
-
-    fn say(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| errln!("{line}")),
-            None => errln!("{line}"),
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
     }
 }

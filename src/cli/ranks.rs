@@ -1,11 +1,11 @@
-//! Which process this is among those that share the shards: from the command line or from the scheduler's environment.
+//! `--rank` and `--world`.
 
 use clap::Args;
 
 use super::Failure;
-use crate::latents::Part;
+use crate::ranks::{RankOrigin, from_environment};
 
-/// `--rank` and `--world`.
+/// `--rank` and `--world`; without them the launcher's environment decides.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct RankArgs {
     /// Which of the processes that share the shards this is, from 0; without it, what the scheduler says.
@@ -17,198 +17,12 @@ pub(super) struct RankArgs {
 }
 
 impl RankArgs {
-    /// The part, and where it was read from unless there is one process alone.
-    pub(super) fn resolve(&self) -> Result<(Part, Option<String>), Failure> {
+    /// The rank of this process, and what it was read from.
+    pub(super) fn resolve(&self) -> Result<RankOrigin, Failure> {
         let found = match (self.rank, self.world) {
-            (Some(rank), Some(world)) => Found::new(rank, world, "--rank and --world"),
+            (Some(rank), Some(world)) => RankOrigin::new(rank, world, "--rank and --world"),
             _ => from_environment(|name| std::env::var(name).ok()),
         };
-        found
-            .map(|found| (found.part, (found.part.world > 1).then_some(found.origin)))
-            .map_err(|message| Failure::Usage(message.into()))
-    }
-}
-
-/// A part and the names of what said so.
-#[derive(Debug, PartialEq)]
-struct Found {
-    part: Part,
-    origin: String,
-}
-
-impl Found {
-    fn new(rank: usize, world: usize, origin: &str) -> Result<Self, String> {
-        if rank >= world {
-            return Err(format!(
-                "{origin}: rank {rank} of {world}: ranks count from 0 to the number of processes less 1"
-            ));
-        }
-        Ok(Self {
-            part: Part { rank, world },
-            origin: origin.to_owned(),
-        })
-    }
-}
-
-/// Variables that name a rank and a world, by launcher, the most specific first.
-const PAIRS: [(&str, &str); 4] = [
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("RANK", "WORLD_SIZE"),
-    ("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
-    ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
-];
-
-/// The part that a scheduler gave this process; all of it if there is no scheduler.
-fn from_environment(get: impl Fn(&str) -> Option<String>) -> Result<Found, String> {
-    let env = Environment(&get);
-    for (rank, world) in PAIRS {
-        if let Some((rank_value, world_value)) = env.pair(rank, world)? {
-            return Found::new(rank_value, world_value, &format!("{rank} and {world}"));
-        }
-    }
-    // Kubernetes says which pod of an indexed job this is, but not of how many.
-    if env.number("JOB_COMPLETION_INDEX")?.is_some() {
-        return Err(
-            "JOB_COMPLETION_INDEX is set and JOB_COMPLETIONS is not: set it to the job's spec.completions, \
-             or give --rank and --world"
-                .to_owned(),
-        );
-    }
-    let array = env.slurm_array()?;
-    let tasks = env.pair("SLURM_PROCID", "SLURM_NTASKS")?;
-    // Every task of every job of an array has its own part.
-    match (array, tasks) {
-        (Some((job, jobs)), Some((task, tasks))) if tasks > 1 => Found::new(
-            job * tasks + task,
-            jobs * tasks,
-            "SLURM_ARRAY_TASK_ID, SLURM_ARRAY_TASK_COUNT, SLURM_PROCID and SLURM_NTASKS",
-        ),
-        (Some((job, jobs)), _) => {
-            Found::new(job, jobs, "SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT")
-        }
-        (None, Some((task, tasks))) => Found::new(task, tasks, "SLURM_PROCID and SLURM_NTASKS"),
-        (None, None) => Found::new(0, 1, ""),
-    }
-}
-
-struct Environment<'a>(&'a dyn Fn(&str) -> Option<String>);
-
-impl Environment<'_> {
-    fn number(&self, name: &str) -> Result<Option<usize>, String> {
-        (self.0)(name)
-            .map(|value| {
-                let number = value.trim().parse();
-                number.map_err(|_| format!("{name} = {value:?} is not a whole number; unset it or give --rank and --world"))
-            })
-            .transpose()
-    }
-
-    /// Both variables, or nothing: one alone is some other program's.
-    fn pair(&self, rank: &str, world: &str) -> Result<Option<(usize, usize)>, String> {
-        match ((self.0)(rank), (self.0)(world)) {
-            (Some(_), Some(_)) => Ok(self.number(rank)?.zip(self.number(world)?)),
-            _ => Ok(None),
-        }
-    }
-
-    /// Number and count of this job in a Slurm array, whose ids may start anywhere and leave even gaps.
-    fn slurm_array(&self) -> Result<Option<(usize, usize)>, String> {
-        let Some((id, count)) = self.pair("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")? else {
-            return Ok(None);
-        };
-        let first = self.number("SLURM_ARRAY_TASK_MIN")?.unwrap_or(0);
-        let last = self
-            .number("SLURM_ARRAY_TASK_MAX")?
-            .unwrap_or(first + count.saturating_sub(1));
-        let even = match (last.saturating_sub(first), count.saturating_sub(1)) {
-            (_, 0) => Some(1),
-            (span, gaps) if span % gaps == 0 => Some(span / gaps),
-            _ => None,
-        };
-        match even {
-            Some(step) if step > 0 && id >= first && (id - first) % step == 0 => {
-                Ok(Some(((id - first) / step, count)))
-            }
-            _ => Err(format!(
-                "the ids of the Slurm array, {first} to {last}, are not evenly spaced for {count} jobs: \
-                 give --rank and --world"
-            )),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn found(variables: &[(&str, &str)]) -> Result<(usize, usize), String> {
-        let get = |name: &str| {
-            let variable = variables.iter().find(|(n, _)| *n == name);
-            variable.map(|(_, value)| (*value).to_owned())
-        };
-        from_environment(get).map(|found| (found.part.rank, found.part.world))
-    }
-
-    #[test]
-    fn every_scheduler_is_understood() {
-        assert_eq!(found(&[]), Ok((0, 1)));
-        assert_eq!(found(&[("RANK", "3"), ("WORLD_SIZE", "8")]), Ok((3, 8)));
-        assert_eq!(
-            found(&[("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")]),
-            Ok((1, 2))
-        );
-        assert_eq!(
-            found(&[("JOB_COMPLETION_INDEX", "4"), ("JOB_COMPLETIONS", "5")]),
-            Ok((4, 5))
-        );
-        assert_eq!(
-            found(&[
-                ("AWS_BATCH_JOB_ARRAY_INDEX", "0"),
-                ("AWS_BATCH_JOB_ARRAY_SIZE", "9")
-            ]),
-            Ok((0, 9))
-        );
-        assert_eq!(
-            found(&[("SLURM_PROCID", "2"), ("SLURM_NTASKS", "4")]),
-            Ok((2, 4))
-        );
-    }
-
-    #[test]
-    fn slurm_arrays_may_start_anywhere_and_hold_several_tasks() {
-        let array = [
-            ("SLURM_ARRAY_TASK_ID", "14"),
-            ("SLURM_ARRAY_TASK_COUNT", "3"),
-            ("SLURM_ARRAY_TASK_MIN", "10"),
-            ("SLURM_ARRAY_TASK_MAX", "14"),
-        ];
-        assert_eq!(found(&array), Ok((2, 3)));
-        let one_task = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1")];
-        assert_eq!(found(&[&array[..], &one_task].concat()), Ok((2, 3)));
-        let two_tasks = [("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2")];
-        assert_eq!(found(&[&array[..], &two_tasks].concat()), Ok((5, 6)));
-        let uneven = [
-            ("SLURM_ARRAY_TASK_ID", "3"),
-            ("SLURM_ARRAY_TASK_COUNT", "3"),
-            ("SLURM_ARRAY_TASK_MIN", "1"),
-            ("SLURM_ARRAY_TASK_MAX", "8"),
-        ];
-        assert!(found(&uneven).unwrap_err().contains("1 to 8"));
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
-        let refused = |variables: &[(&str, &str)]| found(variables).unwrap_err();
-        assert!(
-            refused(&[("RANK", "8"), ("WORLD_SIZE", "8")])
-                .contains("RANK and WORLD_SIZE: rank 8 of 8")
-        );
-        assert!(refused(&[("RANK", "x"), ("WORLD_SIZE", "8")]).contains("RANK = \"x\""));
-        assert!(refused(&[("JOB_COMPLETION_INDEX", "1")]).contains("JOB_COMPLETIONS"));
-        assert_eq!(
-            found(&[("RANK", "x")]),
-            Ok((0, 1)),
-            "a variable alone is another program's"
-        );
+        found.map_err(|error| Failure::Usage(error.into()))
     }
 }

@@ -1,29 +1,27 @@
 //! `coffey sample`: images from a prompt, drawn by a student or by a teacher.
 
-mod latents;
-mod parts;
+mod init_latents;
+mod pipeline_folders;
 
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
-use image::RgbImage;
 
 use super::data::DataAccess;
 use super::{Failure, device};
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
-use crate::diffusion::{
-    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, StudentPredictor, TeacherPredictor,
-};
-use crate::draw::{pixels_to_images, plain_grid, save_png};
+use crate::diffusion::{LcmSampler, NoiseSchedule};
+use crate::draw::{plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Wanted;
 use crate::random::{generator, normal};
-use parts::{Parts, environments_s3};
+use crate::sample::{Generator, SampleError, SampleScheduler};
+use pipeline_folders::{PipelineFolders, environments_s3};
 
-/// Images drawn at once; more prompts are drawn one part after another.
+/// Number of images drawn together.
 const CHUNK: usize = 8;
 /// Steps where --steps is not given.
 const LCM_STEPS: usize = 4;
@@ -78,7 +76,7 @@ pub(super) struct SampleArgs {
     out: PathBuf,
 }
 
-/// How to come from noise to latents.
+/// Sampler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Scheduler {
     /// The multistep sampler of Latent Consistency Models.
@@ -87,15 +85,34 @@ enum Scheduler {
     Ddim,
 }
 
+impl From<Scheduler> for SampleScheduler {
+    fn from(scheduler: Scheduler) -> Self {
+        match scheduler {
+            Scheduler::Lcm => Self::Lcm,
+            Scheduler::Ddim => Self::Ddim,
+        }
+    }
+}
+
+impl From<SampleError> for Failure {
+    fn from(error: SampleError) -> Self {
+        match error {
+            SampleError::Encode(error) => error.into(),
+            SampleError::Tensor(error) => error.into(),
+            SampleError::Cancelled => Self::Stopped,
+        }
+    }
+}
+
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
     let device = device::open(args.device)?;
-    let parts = find_parts(&args)?;
-    let schedule = NoiseSchedule::read(&parts.pipeline.join("scheduler"))?;
-    let unet = UNet::load(&parts.unet, DType::F32, &device, Attention::Plain)?;
-    let encoders = Encoders::load(&parts.pipeline, parts.vae.as_deref(), &device, CHUNK)?;
-    parts.fit(unet.config(), &encoders)?;
+    let folders = find_folders(&args)?;
+    let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
+    let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
+    let encoders = Encoders::load(&folders.pipeline, folders.vae.as_deref(), &device, CHUNK)?;
+    folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;
     let noise = initial_noise(&args, &unet, &encoders, &device)?;
@@ -105,25 +122,26 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
             1 => "one image".to_owned(),
             n => format!("{n} images"),
         },
-        parts.unet.display(),
+        folders.unet.display(),
         plan.steps,
         plan.scheduler
             .to_possible_value()
             .map_or(String::new(), |v| v.get_name().to_uppercase()),
         args.guidance
     );
-    let artist = Artist {
-        unet: &unet,
+    let generator = Generator {
+        denoiser: &unet,
         encoders: &encoders,
         schedule: &schedule,
-        plan,
+        scheduler: plan.scheduler.into(),
+        steps: plan.steps,
         guidance: args.guidance,
         seed: args.seed,
     };
     let mut images = Vec::new();
     for (i, prompts) in args.prompt.chunks(CHUNK).enumerate() {
         let noise = noise.narrow(0, i * CHUNK, prompts.len())?;
-        images.extend(artist.draw(prompts, i * CHUNK, &noise)?);
+        images.extend(generator.draw(prompts, i * CHUNK, &noise)?);
     }
     let columns = (images.len() as f64).sqrt().ceil() as usize;
     save_png(&plain_grid(&images, columns), &args.out)?;
@@ -131,7 +149,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What is wrong whatever the model is.
+/// Checks the options that do not depend on the model.
 fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     let wrong = |message: String| Err(Failure::Usage(message.into()));
     let mut on_hub = false;
@@ -169,8 +187,8 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The folders of everything that is needed, fetched if they are not on this machine.
-fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
+/// Folders of everything that is needed, fetched if they are not on this machine.
+fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
     let wanted = Wanted::drawing(args.unet.as_deref(), args.teacher.is_none());
@@ -181,16 +199,17 @@ fn find_parts(args: &SampleArgs) -> Result<Parts, Failure> {
         _ => revision,
     };
     let teacher = args.teacher.as_ref().map(|teacher| (teacher, teachers));
-    Parts::find(&model, teacher, args.unet.as_deref(), |request| {
+    PipelineFolders::find(&model, teacher, args.unet.as_deref(), |request| {
         let access = DataAccess::open(request.s3.clone())?;
-        match request.only_vae {
-            true => access.vae(request.model),
-            false => access.model(request.model, request.revision, &Wanted::surroundings()),
+        if request.only_vae {
+            access.vae(request.model)
+        } else {
+            access.model(request.model, request.revision, &Wanted::surroundings())
         }
     })
 }
 
-/// What the options leave open, decided by the model.
+/// Sampler and steps, by the options or by the model.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     scheduler: Scheduler,
@@ -223,7 +242,7 @@ impl Plan {
     }
 }
 
-/// Noise for every prompt, `[B, C, h, w]`: drawn from the seed, or read.
+/// Noise `[B, C, h, w]`, one sample a prompt: drawn from the seed, or read.
 fn initial_noise(
     args: &SampleArgs,
     unet: &UNet,
@@ -241,9 +260,9 @@ fn initial_noise(
     let (height, width) = (side("height", args.height)?, side("width", args.width)?);
     let (prompts, channels) = (args.prompt.len(), config.in_channels);
     if let Some(path) = &args.init_latents {
-        let read = latents::read(
+        let read = init_latents::read(
             path,
-            latents::Wanted {
+            init_latents::NoiseShape {
                 prompts,
                 channels,
                 height,
@@ -268,69 +287,4 @@ fn initial_noise(
         })
         .collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&each, 0)?)
-}
-
-/// Models and settings, ready to draw.
-struct Artist<'a> {
-    unet: &'a UNet,
-    encoders: &'a Encoders,
-    schedule: &'a NoiseSchedule,
-    plan: Plan,
-    guidance: f64,
-    seed: u64,
-}
-
-impl Artist<'_> {
-    /// Images of a few prompts, of which the first is number `first` of all; `noise`: `[B, C, h, w]`.
-    fn draw(
-        &self,
-        prompts: &[String],
-        first: usize,
-        noise: &Tensor,
-    ) -> Result<Vec<RgbImage>, Failure> {
-        let prompt_embeds = self.encoders.encode_text(prompts)?;
-        let steps = self.plan.steps;
-        let student = StudentPredictor {
-            unet: self.unet,
-            prompt_embeds: &prompt_embeds,
-            guidance: self.guidance,
-        };
-        let latents = match self.plan.scheduler {
-            Scheduler::Lcm => {
-                let sampler = LcmSampler::new(self.schedule, BoundaryScaling::default(), steps);
-                sampler.sample(&student, noise, |step| self.renoise(first, step, noise))?
-            }
-            Scheduler::Ddim if self.unet.config().time_cond_proj_dim.is_some() => {
-                DdimSampler::new(self.schedule, steps).sample(&student, noise)?
-            }
-            Scheduler::Ddim => {
-                let uncond_prompt_embeds = self.encoders.encode_text(&vec![""; prompts.len()])?;
-                let teacher = TeacherPredictor {
-                    unet: self.unet,
-                    prompt_embeds: &prompt_embeds,
-                    uncond_prompt_embeds: &uncond_prompt_embeds,
-                    guidance: self.guidance,
-                };
-                DdimSampler::new(self.schedule, steps).sample(&teacher, noise)?
-            }
-        };
-        let vae = self.encoders.vae();
-        let pixels = vae.decode(&(latents * (1.0 / vae.config().scaling_factor))?)?;
-        Ok(pixels_to_images(&pixels)?)
-    }
-
-    /// Fresh noise after a step, each prompt's own, however prompts are put together.
-    fn renoise(&self, first: usize, step: usize, like: &Tensor) -> candle_core::Result<Tensor> {
-        let shape = [&[1], &like.dims()[1..]].concat();
-        let each = (first..first + like.dim(0)?)
-            .map(|i| {
-                normal(
-                    &mut generator(self.seed, "renoise", i as u64, step as u64),
-                    &shape,
-                    like.device(),
-                )
-            })
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::cat(&each, 0)
-    }
 }

@@ -3,14 +3,14 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, content, source_options, stream_config, until_a_signal};
+use super::data::{DataAccess, content, source_options, stream_config};
 use super::watch::watch;
 use super::{ConfigArgs, Failure, device};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Wanted;
-use crate::stop::Stop;
-use crate::train::{self, Outcome, TrainError};
+use crate::signals::cancel_on_signals;
+use crate::train::{self, Outcome, RunOptions, Services, TrainError};
 
 /// Options of `coffey train`.
 #[derive(Args, Debug)]
@@ -20,7 +20,7 @@ pub(super) struct TrainArgs {
 }
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
-    let stop = Stop::on_signals()?;
+    let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
     let paths = config.require_train()?;
     let train_device = device::open(config.train.device)?;
@@ -33,17 +33,17 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {
-        match push.check(&stop) {
+        match push.check(&cancel) {
             Ok(said) => errln!("when it is done, this run {said}"),
             Err(error @ (HubError::WrongToken { .. } | HubError::Stopped)) => {
                 return Err(error.into());
             }
-            // It may be back when the run is done.
+            // The Hub may be reachable when the run is done.
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
     let (monitor, _server) = watch(&config, &access, StreamingCommand::Train)?;
-    let models = until_a_signal(&stop, || {
+    let models = access.until_cancelled(&cancel, || {
         access.models(&config, paths.teacher, Wanted::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
@@ -54,7 +54,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         latents.check(&models)?;
     }
     let paths = config.require_train()?;
-    let data = train::Data {
+    let services = Services {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
             (stream.content, stream.resume) = (content(latents.as_ref()), resume);
@@ -65,27 +65,32 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
                 access.runtime.handle(),
             )
         }),
+        shards: shards.clone(),
         destination: Box::new(|target| access.sources.destination(target, access.runtime.handle())),
         monitor,
+        runtime: access.runtime.handle().clone(),
+        cancel: cancel.clone(),
     };
-    match train::run(
-        &config,
-        paths,
-        &models,
-        &data,
-        (&train_device, &encode_devices),
-        &stop,
-    )? {
+    let options = RunOptions {
+        config: &config,
+        output: paths.output,
+        models: &models,
+        device: &train_device,
+        encode_devices: &encode_devices,
+    };
+    match train::run(&options, &services)? {
         Outcome::Done(output) => {
             outln!("{}", output.display());
-            push.map_or(Ok(()), |push| said(push.run(&config, &output, &stop)))
+            push.map_or(Ok(()), |push| {
+                report_push(push.run(&config, &output, &cancel))
+            })
         }
         Outcome::Stopped => Err(Failure::Stopped),
     }
 }
 
-/// Says how a push ended.
-fn said(pushed: Result<Pushed, PushError>) -> Result<(), Failure> {
+/// Prints how a push ended.
+fn report_push(pushed: Result<Pushed, PushError>) -> Result<(), Failure> {
     match pushed {
         Ok(Pushed::Commit(url)) => errln!("pushed: {url}"),
         Ok(Pushed::Unchanged) => errln!("pushed: the repository holds the same already"),

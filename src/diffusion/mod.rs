@@ -11,7 +11,9 @@ mod solver;
 
 pub use boundary::BoundaryScaling;
 pub use guidance::guidance_embedding;
-pub use sampler::{DdimSampler, LcmSampler, NoisePredictor, StudentPredictor, TeacherPredictor};
+pub use sampler::{
+    DdimSampler, LcmSampler, NoisePredictor, Sampler, StudentPredictor, TeacherPredictor,
+};
 pub use schedule::{NoiseSchedule, Prediction, ScheduleError};
 pub use solver::DdimSolver;
 

@@ -1,13 +1,30 @@
 //! Samplers: DDIM with classifier-free guidance for teachers, the LCM sampler for students.
 
+use std::fmt;
+
 use candle_core::{Result, Tensor};
 
 use super::{BoundaryScaling, NoiseSchedule, guidance_embedding};
-use crate::models::{Conditioning, UNet};
+use crate::models::{Conditioning, Denoiser};
 
-/// A network asked for its raw output at one timestep for the whole batch.
+/// From noise to latents in a fixed number of steps.
+pub trait Sampler: fmt::Debug {
+    /// From standard normal noise `[B, C, h, w]` to scaled latents of that shape. A stochastic sampler asks `renoise(i)` for
+    /// the noise it adds after step `i`, of the same shape; a deterministic one never does.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn sample(
+        &self,
+        predictor: &dyn NoisePredictor,
+        noise: &Tensor,
+        renoise: &mut dyn FnMut(usize) -> Result<Tensor>,
+    ) -> Result<Tensor>;
+}
+
+/// A network with its conditioning, asked for its raw output at one timestep for the whole batch.
 pub trait NoisePredictor {
-    /// Output for noisy latents `[B, C, h, w]` at `timestep`.
+    /// Output for noisy latents `[B, C, h, w]` at `timestep`, of the same shape.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -18,11 +35,11 @@ pub trait NoisePredictor {
 #[derive(Debug)]
 pub struct TeacherPredictor<'a> {
     /// The teacher.
-    pub unet: &'a UNet,
-    /// Text embeddings, `[B, T, C]`.
-    pub prompt_embeds: &'a Tensor,
-    /// Embeddings of the empty caption, `[B, T, C]`.
-    pub uncond_prompt_embeds: &'a Tensor,
+    pub denoiser: &'a dyn Denoiser,
+    /// Conditioning on the captions, `B` samples.
+    pub conditioning: &'a Conditioning,
+    /// Conditioning on empty captions, `B` samples.
+    pub unconditional: &'a Conditioning,
     /// Guidance scale; 1 or less turns guidance off.
     pub guidance: f64,
 }
@@ -30,18 +47,12 @@ pub struct TeacherPredictor<'a> {
 impl NoisePredictor for TeacherPredictor<'_> {
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
         let timesteps = vec![timestep; latents.dim(0)?];
-        let run = |embeds: &Tensor| {
-            let conditioning = Conditioning {
-                prompt_embeds: embeds.clone(),
-                guidance_embedding: None,
-            };
-            self.unet.forward(latents, &timesteps, &conditioning)
-        };
-        let cond = run(self.prompt_embeds)?;
+        let run = |on: &Conditioning| self.denoiser.forward(latents, &timesteps, on);
+        let cond = run(self.conditioning)?;
         if self.guidance <= 1.0 {
             return Ok(cond);
         }
-        let uncond = run(self.uncond_prompt_embeds)?;
+        let uncond = run(self.unconditional)?;
         &uncond + ((cond - &uncond)? * self.guidance)?
     }
 }
@@ -51,9 +62,9 @@ impl NoisePredictor for TeacherPredictor<'_> {
 #[derive(Debug)]
 pub struct StudentPredictor<'a> {
     /// The student.
-    pub unet: &'a UNet,
-    /// Text embeddings, `[B, T, C]`.
-    pub prompt_embeds: &'a Tensor,
+    pub denoiser: &'a dyn Denoiser,
+    /// Conditioning on the captions, `B` samples.
+    pub conditioning: &'a Conditioning,
     /// Guidance scale.
     pub guidance: f64,
 }
@@ -61,14 +72,14 @@ pub struct StudentPredictor<'a> {
 impl NoisePredictor for StudentPredictor<'_> {
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
         let b = latents.dim(0)?;
-        let width = self.unet.config().time_cond_proj_dim;
+        let width = self.denoiser.guidance_width();
         let embedding =
             width.map(|w| guidance_embedding(&vec![self.guidance - 1.0; b], w, latents.device()));
-        let conditioning = Conditioning {
-            prompt_embeds: self.prompt_embeds.clone(),
-            guidance_embedding: embedding.transpose()?,
-        };
-        self.unet
+        let conditioning = self
+            .conditioning
+            .clone()
+            .with_guidance(embedding.transpose()?);
+        self.denoiser
             .forward(latents, &vec![timestep; b], &conditioning)
     }
 }
@@ -93,11 +104,22 @@ impl<'a> DdimSampler<'a> {
         }
     }
 
-    /// From noise `[B, C, h, w]` to scaled latents.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn sample(&self, predictor: &impl NoisePredictor, noise: &Tensor) -> Result<Tensor> {
+    fn step(&self, output: &Tensor, x: &Tensor, t: i64, previous: i64) -> Result<Tensor> {
+        let each = vec![t; x.dim(0)?];
+        let original = self.schedule.predicted_original(output, x, &each)?;
+        let noise = self.schedule.predicted_noise(output, x, &each)?;
+        let alpha = self.schedule.alpha_cumprod(previous);
+        (original * alpha.sqrt())? + (noise * (1.0 - alpha).sqrt())?
+    }
+}
+
+impl Sampler for DdimSampler<'_> {
+    fn sample(
+        &self,
+        predictor: &dyn NoisePredictor,
+        noise: &Tensor,
+        _renoise: &mut dyn FnMut(usize) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let stride = (self.schedule.len() / self.timesteps.len()) as i64;
         let mut x = noise.clone();
         for &t in &self.timesteps {
@@ -105,14 +127,6 @@ impl<'a> DdimSampler<'a> {
             x = self.step(&output, &x, t, t - stride)?;
         }
         Ok(x)
-    }
-
-    fn step(&self, output: &Tensor, x: &Tensor, t: i64, previous: i64) -> Result<Tensor> {
-        let each = vec![t; x.dim(0)?];
-        let original = self.schedule.predicted_original(output, x, &each)?;
-        let noise = self.schedule.predicted_noise(output, x, &each)?;
-        let alpha = self.schedule.alpha_cumprod(previous);
-        (original * alpha.sqrt())? + (noise * (1.0 - alpha).sqrt())?
     }
 }
 
@@ -142,16 +156,21 @@ impl<'a> LcmSampler<'a> {
         }
     }
 
-    /// From noise `[B, C, h, w]` to scaled latents. `renoise(i)` gives the noise added after step `i`, shaped as `noise`; it is
-    /// asked for every step but the last.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn sample(
+    fn denoise(&self, output: &Tensor, x: &Tensor, t: i64) -> Result<Tensor> {
+        let original = self
+            .schedule
+            .predicted_original(output, x, &vec![t; x.dim(0)?])?;
+        let (skip, out) = self.boundary.at(t);
+        (x * skip)? + (original * out)?
+    }
+}
+
+impl Sampler for LcmSampler<'_> {
+    fn sample(
         &self,
-        predictor: &impl NoisePredictor,
+        predictor: &dyn NoisePredictor,
         noise: &Tensor,
-        mut renoise: impl FnMut(usize) -> Result<Tensor>,
+        renoise: &mut dyn FnMut(usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let mut x = noise.clone();
         for (i, &t) in self.timesteps.iter().enumerate() {
@@ -166,14 +185,6 @@ impl<'a> LcmSampler<'a> {
             };
         }
         Ok(x)
-    }
-
-    fn denoise(&self, output: &Tensor, x: &Tensor, t: i64) -> Result<Tensor> {
-        let original = self
-            .schedule
-            .predicted_original(output, x, &vec![t; x.dim(0)?])?;
-        let (skip, out) = self.boundary.at(t);
-        (x * skip)? + (original * out)?
     }
 }
 

@@ -1,21 +1,24 @@
 //! The frozen encoders of a pipeline on one device.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::image::normalize;
+use coffey_pipeline::{BatchContent, Halves};
 use rayon::prelude::*;
 
-use super::TextEncoder;
-use crate::models::{AutoencoderKl, ModelError};
+use crate::conditioning::{TextEncoder, TextEncoderError};
+use crate::models::{AutoencoderKl, Conditioning, ModelError};
 
-/// Pixels of the images that go through the autoencoder as a batch on the CPU, where that changes nothing of what comes out: more
-/// would no longer fit a core's cache.
-const PIXELS_TOGETHER: usize = 1 << 14;
-/// Pixels of the batches that go through it side by side: a small image is not enough work for several threads, and of large
-/// ones each takes much memory.
-const PIXELS_SIDE_BY_SIDE: usize = 1 << 16;
+/// Pixels of the images that pass the autoencoder as one batch on the CPU, where batching changes no bit of the result. More
+/// pixels no longer fit a core's cache.
+const PIXELS_PER_BATCH: usize = 1 << 14;
+/// Pixels of the batches that pass the autoencoder in parallel on the CPU. One small image is not enough work for several
+/// threads; large images in parallel need too much memory.
+const PIXELS_IN_PARALLEL: usize = 1 << 16;
 
+/// How many images of `side`² pixels have at most `pixels` pixels; at least one.
 fn images_within(pixels: usize, side: usize) -> usize {
     (pixels / (side * side)).max(1)
 }
@@ -37,18 +40,18 @@ pub enum EncodeError {
     /// The stream ended in an error.
     #[error(transparent)]
     Stream(Box<coffey_pipeline::StreamError>),
-    /// The system gives no more threads.
+    /// The system starts no more threads.
     #[error("can't start an encoder thread: {0}")]
     Thread(#[from] std::io::Error),
-    /// A thread of the pool was given images and has no VAE.
-    #[error("a batch of images reached a thread without a VAE, by a fault in coffey")]
-    NoVae,
-    /// A thread of the pool was given captions and has no text encoder.
-    #[error("captions reached a thread without a text encoder, by a fault in coffey")]
-    NoTextEncoder,
-    /// A thread of the pool ended without a word.
-    #[error("an encoder thread ended by a fault in coffey")]
+    /// An encoder thread panicked.
+    #[error("an encoder thread panicked: a fault in coffey")]
     Panicked,
+    /// The wait for a batch was cancelled.
+    #[error("the wait for the next batch was cancelled")]
+    Cancelled,
+    /// No batch came in time.
+    #[error("no batch came in {} s", .0.as_secs())]
+    TimedOut(Duration),
 }
 
 impl From<coffey_pipeline::StreamError> for EncodeError {
@@ -58,14 +61,14 @@ impl From<coffey_pipeline::StreamError> for EncodeError {
 }
 
 impl EncodeError {
-    /// What a failed tensor operation on `device` is.
-    pub(super) fn on(device: &Device) -> impl FnOnce(candle_core::Error) -> Self {
+    /// Turns a failed tensor operation on `device` into an error that names the device.
+    fn on(device: &Device) -> impl FnOnce(candle_core::Error) -> Self {
         let device = format!("{:?}", device.location());
         move |source| Self::Tensor { device, source }
     }
 }
 
-/// Autoencoder, text encoder and tokenizer of a pipeline.
+/// Autoencoder, text encoder and tokenizer of a pipeline on one device.
 #[derive(Debug)]
 pub struct Encoders {
     vae: AutoencoderKl,
@@ -74,14 +77,23 @@ pub struct Encoders {
     vae_batch: usize,
 }
 
+/// A batch after the encoders, on the device that made it.
+#[derive(Clone, Debug)]
+pub struct EncoderOutput {
+    /// Mean and log-variance of the latents, unscaled: `[B·crops, 2C, h, w]` f32, a sample's crops one after another.
+    pub moments: Tensor,
+    /// Conditioning on the captions, `B` samples.
+    pub conditioning: Conditioning,
+}
+
 impl Encoders {
-    /// Loads them from a pipeline's folder, the autoencoder from `vae` if that is given.
+    /// Loads the encoders of the pipeline in the folder `pipeline`; the autoencoder from `vae` if it is given.
     ///
-    /// At most `vae_batch` images go through the autoencoder at once. On the CPU what comes out does not depend on it: small images
-    /// go side by side, large ones in turn.
+    /// On a GPU at most `vae_batch` images pass the autoencoder at once. On the CPU the results do not depend on it: small
+    /// images are encoded in parallel, large images in turn.
     ///
     /// # Errors
-    /// When a folder does not hold what it should.
+    /// When a file is missing, or is not of such a model.
     pub fn load(
         pipeline: &Path,
         vae: Option<&Path>,
@@ -97,7 +109,7 @@ impl Encoders {
         })
     }
 
-    /// What encodes, alone.
+    /// The same encoders without the autoencoder's decoder, which only drawing needs.
     #[must_use]
     pub fn without_decoder(self) -> Self {
         Self {
@@ -106,15 +118,16 @@ impl Encoders {
         }
     }
 
-    /// How many images of a batch of `vae_batch` go through the autoencoder at the same time, all threads together.
+    /// Number of images of a batch of `vae_batch` that pass the autoencoder at the same time, all threads together.
     pub fn images_at_once(on_cpu: bool, vae_batch: usize, side: usize) -> usize {
-        match on_cpu {
-            true => images_within(PIXELS_SIDE_BY_SIDE, side).min(vae_batch),
-            false => vae_batch,
+        if on_cpu {
+            images_within(PIXELS_IN_PARALLEL, side).min(vae_batch)
+        } else {
+            vae_batch
         }
     }
 
-    /// The folders the weights come from: autoencoder, text encoder.
+    /// Folders that the weights are read from: autoencoder, text encoder.
     pub fn folders(pipeline: &Path, vae: Option<&Path>) -> [PathBuf; 2] {
         [
             vae.map_or_else(|| pipeline.join("vae"), Path::to_owned),
@@ -132,20 +145,51 @@ impl Encoders {
         &self.device
     }
 
-    /// Width of the text embeddings.
+    /// Width of the text encoder's hidden states.
     pub fn text_width(&self) -> usize {
         self.text.width()
     }
 
-    /// Text embeddings of captions: `[B, 77, width]`.
+    /// Encodes the parts of a batch that are not stored in its shards.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn encode_text<S: AsRef<str>>(&self, captions: &[S]) -> Result<Tensor, EncodeError> {
-        self.text.encode(captions)
+    pub fn encode(
+        &self,
+        content: BatchContent,
+        captions: &[&str],
+    ) -> Result<EncoderOutput, EncodeError> {
+        let (moments, stored) = match content {
+            BatchContent::Pixels { levels, resolution } => {
+                (self.encode_pixels(&levels, resolution as usize)?, None)
+            }
+            BatchContent::Latents {
+                moments,
+                prompt_embeds,
+            } => (stored_tensor(moments)?, prompt_embeds),
+        };
+        let conditioning = match stored {
+            Some(embeds) => Conditioning::text(stored_tensor(embeds)?),
+            None => self.encode_text(captions)?,
+        };
+        Ok(EncoderOutput {
+            moments,
+            conditioning,
+        })
     }
 
-    /// Moments of the latents of images: `pixels` holds `[N, 3, side, side]`, 8 bit → `[N, 2C, side/f, side/f]`.
+    /// Conditioning on captions; see [`TextEncoder::encode`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn encode_text<S: AsRef<str>>(&self, captions: &[S]) -> Result<Conditioning, EncodeError> {
+        self.text.encode(captions).map_err(|error| match error {
+            TextEncoderError::Tokenizer(error) => error.into(),
+            TextEncoderError::Tensor(error) => EncodeError::on(&self.device)(error),
+        })
+    }
+
+    /// Moments of the latents of images: `pixels` holds `[N, 3, side, side]` u8 → `[N, 2C, side/f, side/f]` f32.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -158,21 +202,45 @@ impl Encoders {
             self.vae
                 .encode(&Tensor::from_vec(values, shape, &self.device)?)
         };
-        let moments: candle_core::Result<Vec<_>> = match self.device.is_cpu() {
-            true => {
-                let together = match self.vae.encodes_alike(side) {
-                    true => images_within(PIXELS_TOGETHER, side),
-                    false => 1,
-                };
-                let side_by_side = images_within(PIXELS_SIDE_BY_SIDE, side).div_ceil(together);
-                let batches = pixels.par_chunks(together * image);
-                let in_turn = batches.len().div_ceil(side_by_side);
-                batches.with_min_len(in_turn).map(encode).collect()
-            }
-            false => pixels.chunks(self.vae_batch * image).map(encode).collect(),
+        let moments: candle_core::Result<Vec<_>> = if self.device.is_cpu() {
+            let per_batch = if self.vae.encodes_alike(side) {
+                images_within(PIXELS_PER_BATCH, side)
+            } else {
+                1
+            };
+            let in_parallel = images_within(PIXELS_IN_PARALLEL, side).div_ceil(per_batch);
+            let batches = pixels.par_chunks(per_batch * image);
+            let in_turn = batches.len().div_ceil(in_parallel);
+            batches.with_min_len(in_turn).map(encode).collect()
+        } else {
+            pixels.chunks(self.vae_batch * image).map(encode).collect()
         };
         moments
             .and_then(|moments| Tensor::cat(&moments, 0))
             .map_err(EncodeError::on(&self.device))
     }
+
+    /// Images of scaled latents: `[B, C, h, w]` → `[B, 3, f·h, f·w]` f32 in -1 to 1.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn decode_latents(&self, latents: &Tensor) -> Result<Tensor, EncodeError> {
+        let decode = || {
+            let latents = latents.to_device(&self.device)?.to_dtype(DType::F32)?;
+            self.vae
+                .decode(&(latents * (1.0 / self.vae.config().scaling_factor))?)
+        };
+        decode().map_err(EncodeError::on(&self.device))
+    }
+}
+
+/// Stored f16 arrays as an f32 tensor `[B, …]` on the CPU.
+fn stored_tensor<const D: usize>(halves: Halves<D>) -> Result<Tensor, EncodeError> {
+    let Halves { values, shape } = halves;
+    let each: usize = shape.iter().product();
+    let batch = values.len() / each.max(1);
+    let shape: Vec<usize> = std::iter::once(batch).chain(shape).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu)
+        .and_then(|tensor| tensor.to_dtype(DType::F32))
+        .map_err(EncodeError::on(&Device::Cpu))
 }

@@ -1,60 +1,67 @@
-//! Threads that encode, dealt to and collected from in turn.
+//! Encoder threads, dealt to and collected from in turn.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use candle_core::Tensor;
 use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, StageHandle, channel};
 use coffey_pipeline::order::Cursor;
 use coffey_pipeline::stages::{FlowChannel, Stage};
 use coffey_pipeline::{Batch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-use super::{EncodeError, Worker};
+use super::{EncodeError, EncoderOutput, Encoders};
+use crate::models::Conditioning;
 
-/// A batch ready for training or for writing, on the CPU.
+/// A batch ready for training or for writing, on the device of the thread that encoded it.
 #[derive(Debug)]
 pub struct EncodedBatch {
-    /// Its number in the stream, from 0.
+    /// Number of the batch in the stream, from 0.
     pub index: u64,
-    /// What is known of each sample.
+    /// Caption, size, crop and origin of each sample.
     pub samples: Vec<SampleMeta>,
     /// Mean and log-variance of the latents, unscaled: `[B·crops, 2C, h, w]` f32, a sample's crops one after another.
     pub moments: Tensor,
-    /// Text embeddings: `[B, 77, width]` f32.
-    pub prompt_embeds: Tensor,
-    /// The place in the stream right after this batch.
+    /// Conditioning on the captions, `B` samples.
+    pub conditioning: Conditioning,
+    /// Position in the stream right after this batch.
     pub cursor: Cursor,
-    /// Samples left out since the batch before, in the order of the stream.
+    /// Samples skipped since the batch before, in stream order.
     pub skipped: Vec<SkippedSample>,
-    /// Shards of which nothing more will come.
+    /// Shards that were read to their end since the batch before.
     pub finished_shards: Vec<ShardSummary>,
 }
 
-type Encoded = Result<EncodedBatch, EncodeError>;
+type EncodeResult = Result<EncodedBatch, EncodeError>;
 
-/// Batches each thread may have finished before they are asked for.
+/// EncoderOutput batches that each thread may hold ready.
 const READY_PER_THREAD: usize = 2;
 
-/// A stream with encoders behind it. Dropping it stops all threads and waits for them.
+/// A stream with encoders behind it. Dropping the pool stops all threads and waits for them.
 #[derive(Debug)]
 pub struct EncodePool {
-    outputs: Vec<Receiver<Encoded>>,
+    outputs: Vec<Receiver<EncodeResult>>,
     next: usize,
     ended: bool,
     inputs: Vec<Receiver<Result<Batch, StreamError>>>,
     threads: Vec<JoinHandle<()>>,
     stream: Stream,
+    runtime: Handle,
 }
 
 impl EncodePool {
-    /// Starts a thread for each of `workers`, fed by `stream`.
+    /// Starts one thread for each of `encoders`, fed by `stream`. Waits run on `runtime`.
     ///
     /// # Errors
     /// When a thread can't be started.
     pub fn start(
         stream: Stream,
-        workers: Vec<impl Into<Worker>>,
+        encoders: Vec<Arc<Encoders>>,
         metrics: &FlowMetrics,
+        runtime: &Handle,
     ) -> Result<Self, EncodeError> {
         let mut pool = Self {
             outputs: Vec::new(),
@@ -63,10 +70,10 @@ impl EncodePool {
             inputs: Vec::new(),
             threads: Vec::new(),
             stream,
+            runtime: runtime.clone(),
         };
         let mut senders = Vec::new();
-        for (i, worker) in workers.into_iter().enumerate() {
-            let worker = worker.into();
+        for (i, encoders) in encoders.into_iter().enumerate() {
             let stage = metrics.stage(Stage::Encode);
             let (input, jobs) = channel(metrics, FlowChannel::Encode.name(), 1);
             let (results, output) = channel(metrics, FlowChannel::Encoded.name(), READY_PER_THREAD);
@@ -75,7 +82,7 @@ impl EncodePool {
             pool.outputs.push(output);
             let thread = std::thread::Builder::new().name(format!("encode-{i}"));
             pool.threads
-                .push(thread.spawn(move || work(&worker, &jobs, &results, &stage))?);
+                .push(thread.spawn(move || work(&encoders, &jobs, &results, &stage))?);
         }
         let batches = pool.stream.batches().clone();
         let stage = metrics.stage(Stage::Batch);
@@ -93,39 +100,38 @@ impl EncodePool {
         Ok(pool)
     }
 
-    /// The next batch in order; waiting counts as `stage` being starved. `None` at the stream's end, or after
-    /// [`Interrupter::interrupt`].
-    pub fn next(&mut self, stage: &StageHandle) -> Option<Encoded> {
+    /// The next batch in stream order; `None` at the stream's end. The wait counts as `stage` being starved.
+    ///
+    /// # Errors
+    /// [`EncodeError::Cancelled`] once `cancel` is cancelled, [`EncodeError::TimedOut`] after waiting for `timeout`; else the error
+    /// that ended the stream or an encoder.
+    pub fn next(
+        &mut self,
+        stage: &StageHandle,
+        cancel: &CancellationToken,
+        timeout: Duration,
+    ) -> Result<Option<EncodedBatch>, EncodeError> {
         if self.ended {
-            return None;
+            return Ok(None);
         }
-        let batch = self.outputs[self.next].recv_blocking(stage);
+        let output = &self.outputs[self.next];
+        let received = self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => Err(EncodeError::Cancelled),
+                received = tokio::time::timeout(timeout, output.recv(stage)) => {
+                    received.map_err(|_| EncodeError::TimedOut(timeout))
+                }
+            }
+        });
         self.next = (self.next + 1) % self.outputs.len();
-        self.ended = !matches!(batch, Some(Ok(_)));
-        batch
+        self.ended = !matches!(received, Ok(Some(Ok(_))));
+        received?.transpose()
     }
 
-    /// A handle that wakes [`Self::next`] from another thread.
-    pub fn interrupter(&self) -> Interrupter {
-        Interrupter(self.outputs.clone())
-    }
-
-    /// The stream behind the pool.
+    /// The stream that feeds the pool.
     pub fn stream(&self) -> &Stream {
         &self.stream
-    }
-}
-
-/// Ends the wait for the next batch.
-#[derive(Clone, Debug)]
-pub struct Interrupter(Vec<Receiver<Encoded>>);
-
-impl Interrupter {
-    /// Closes the pool's outputs: whoever waits for a batch gets none.
-    pub fn interrupt(&self) {
-        for output in &self.0 {
-            output.close();
-        }
     }
 }
 
@@ -139,20 +145,21 @@ impl Drop for EncodePool {
         }
         self.stream.batches().close();
         for thread in self.threads.drain(..) {
-            let _panicked = thread.join();
+            // A panic was caught and sent as an error.
+            let _ = thread.join();
         }
     }
 }
 
 fn work(
-    worker: &Worker,
+    encoders: &Encoders,
     jobs: &Receiver<Result<Batch, StreamError>>,
-    results: &Sender<Encoded>,
+    results: &Sender<EncodeResult>,
     stage: &StageHandle,
 ) {
     while let Some(job) = jobs.recv_blocking(stage) {
         let encoded = job.map_err(EncodeError::from).and_then(|batch| {
-            let caught = || catch_unwind(AssertUnwindSafe(|| encode(worker, batch)));
+            let caught = || catch_unwind(AssertUnwindSafe(|| encode(encoders, batch)));
             stage.work(caught).unwrap_or(Err(EncodeError::Panicked))
         });
         if let Ok(batch) = &encoded {
@@ -165,14 +172,17 @@ fn work(
     }
 }
 
-fn encode(worker: &Worker, batch: Batch) -> Encoded {
+fn encode(encoders: &Encoders, batch: Batch) -> EncodeResult {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
-    let [moments, prompt_embeds] = worker.encode(batch.content, &captions)?;
+    let EncoderOutput {
+        moments,
+        conditioning,
+    } = encoders.encode(batch.content, &captions)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,
         moments,
-        prompt_embeds,
+        conditioning,
         cursor: batch.cursor,
         skipped: batch.skipped,
         finished_shards: batch.finished_shards,

@@ -12,7 +12,7 @@ use ureq::SendBody;
 use ureq::http::{Request, Response};
 
 use super::{HubError, Settings, io};
-use crate::stop::Stop;
+use tokio_util::sync::CancellationToken;
 
 /// Tries of one request before it is given up.
 pub(super) const MAX_ATTEMPTS: u32 = 5;
@@ -95,7 +95,12 @@ impl Attempts {
     }
 
     /// Waits before the next attempt; an error if there is none.
-    pub(super) fn next(&mut self, fault: Fault, what: &str, stop: &Stop) -> Result<(), HubError> {
+    pub(super) fn next(
+        &mut self,
+        fault: Fault,
+        what: &str,
+        stop: &CancellationToken,
+    ) -> Result<(), HubError> {
         self.made += 1;
         let (cause, asked) = match fault {
             Fault::Final(error) => return Err(error),
@@ -111,7 +116,7 @@ impl Attempts {
         let until = Instant::now() + asked.unwrap_or(self.delay).min(LONGEST_DELAY);
         self.delay *= 2;
         while Instant::now() < until {
-            if stop.asked() {
+            if stop.is_cancelled() {
                 return Err(HubError::Stopped);
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -125,12 +130,12 @@ impl Attempts {
 pub(super) struct Client<'a> {
     pub(super) settings: &'a Settings,
     pub(super) id: &'a str,
-    pub(super) stop: &'a Stop,
+    pub(super) stop: &'a CancellationToken,
     agent: Agent,
 }
 
 impl<'a> Client<'a> {
-    pub(super) fn new(settings: &'a Settings, id: &'a str, stop: &'a Stop) -> Self {
+    pub(super) fn new(settings: &'a Settings, id: &'a str, stop: &'a CancellationToken) -> Self {
         let agent = Agent::config_builder()
             .http_status_as_error(false)
             // A body can't be sent twice, and a token must not follow.
@@ -173,7 +178,7 @@ impl<'a> Client<'a> {
 
     /// Makes a request.
     pub(super) fn once(&self, call: &Call<'_>) -> Result<Answer, Fault> {
-        if self.stop.asked() {
+        if self.stop.is_cancelled() {
             return Err(Fault::Final(HubError::Stopped));
         }
         let own = self.is_own(call.url);
@@ -259,7 +264,7 @@ impl<'a> Client<'a> {
             }
         };
         sent.map_err(|error| match error {
-            _ if self.stop.asked() => Fault::Final(HubError::Stopped),
+            _ if self.stop.is_cancelled() => Fault::Final(HubError::Stopped),
             // Their words may hold an address with a signature in it.
             ureq::Error::BadUri(_) | ureq::Error::Http(_) => self.unusable(call),
             error => Fault::Passing(error.to_string(), None),
@@ -307,11 +312,11 @@ struct Watched<'a, R> {
     length: u64,
     done: u64,
     said: Instant,
-    stop: &'a Stop,
+    stop: &'a CancellationToken,
 }
 
 impl<'a, R> Watched<'a, R> {
-    fn new(inner: R, what: &'a str, length: u64, stop: &'a Stop) -> Self {
+    fn new(inner: R, what: &'a str, length: u64, stop: &'a CancellationToken) -> Self {
         Self {
             inner,
             what,
@@ -325,7 +330,7 @@ impl<'a, R> Watched<'a, R> {
 
 impl<R: Read> Read for Watched<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.stop.asked() {
+        if self.stop.is_cancelled() {
             return Err(std::io::Error::other("stopped"));
         }
         let read = self.inner.read(buffer)?;

@@ -9,7 +9,7 @@ use super::client::{Attempts, Body, Call, Client, Fault};
 use super::files::{Upload, store};
 use super::{Card, HubError, Settings};
 use crate::config::{self, Config};
-use crate::stop::Stop;
+use tokio_util::sync::CancellationToken;
 
 const JSON: &str = "application/json";
 /// The line of a commit's message, as in the reference.
@@ -93,7 +93,7 @@ impl Push {
     ///
     /// # Errors
     /// [`HubError::WrongToken`] for a token it does not know; others when it can't be asked.
-    pub fn check(&self, stop: &Stop) -> Result<String, HubError> {
+    pub fn check(&self, stop: &CancellationToken) -> Result<String, HubError> {
         #[derive(Deserialize)]
         struct Who {
             name: String,
@@ -116,7 +116,12 @@ impl Push {
     ///
     /// # Errors
     /// [`PushError`], which says how to go on.
-    pub fn run(&self, config: &Config, folder: &Path, stop: &Stop) -> Result<Pushed, PushError> {
+    pub fn run(
+        &self,
+        config: &Config,
+        folder: &Path,
+        stop: &CancellationToken,
+    ) -> Result<Pushed, PushError> {
         let card = Card {
             config,
             id: &self.id,
@@ -132,7 +137,12 @@ impl Push {
         })
     }
 
-    fn push(&self, folder: &Path, names: &[String], stop: &Stop) -> Result<Pushed, HubError> {
+    fn push(
+        &self,
+        folder: &Path,
+        names: &[String],
+        stop: &CancellationToken,
+    ) -> Result<Pushed, HubError> {
         let (id, endpoint) = (&self.id, &self.settings.endpoint);
         errln!("pushing to {id} at {endpoint}");
         let uploads = names

@@ -56,6 +56,6 @@ pub use fingerprint::Fingerprint;
 pub use manifest::{
     FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
 };
-pub use parts::{Joined, Part, join};
+pub use parts::{Joined, join};
 pub use source::{LatentSource, LatentSourceError, manifests};
 pub use writer::LatentWriter;

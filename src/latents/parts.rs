@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::{Manifest, Recipe, ShardEntry};
 use super::{LatentError, skipped};
+use crate::ranks::Rank;
 
 /// The manifest of the whole.
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -17,45 +18,31 @@ pub(super) const MANIFEST: &str = "manifest.json";
 const LISTINGS: usize = 5;
 const HASH_BUFFER: usize = 1 << 18;
 
-/// This process among those that share the shards.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// From 0.
-    pub rank: usize,
-    /// How many there are.
-    pub world: usize,
+/// The name of the manifest of a rank.
+pub(super) fn manifest_name(rank: Rank) -> String {
+    match rank.world {
+        1 => MANIFEST.to_owned(),
+        world => format!("manifest-{}-of-{world}.json", rank.index),
+    }
 }
 
-impl Part {
-    /// All of it: there is one process.
-    pub const WHOLE: Self = Self { rank: 0, world: 1 };
+/// The shards of a rank, in order, as the stream deals them.
+pub(super) fn shards_of(rank: Rank, all: &[ShardUrl]) -> impl Iterator<Item = &ShardUrl> {
+    let plan = EpochPlan {
+        seed: 0,
+        shards: all.len(),
+        rank: rank.index,
+        world: rank.world,
+        order: Order::Sequential,
+        resample: false,
+    };
+    plan.shards(0).into_iter().map(|index| &all[index])
+}
 
-    /// The name of this process's manifest.
-    pub(super) fn manifest(self) -> String {
-        match self.world {
-            1 => MANIFEST.to_owned(),
-            world => format!("manifest-{}-of-{world}.json", self.rank),
-        }
-    }
-
-    /// Those of all processes' shards that are this one's, in order, as the stream would deal them.
-    pub(super) fn shards(self, all: &[ShardUrl]) -> impl Iterator<Item = &ShardUrl> {
-        let plan = EpochPlan {
-            seed: 0,
-            shards: all.len(),
-            rank: self.rank,
-            world: self.world,
-            order: Order::Sequential,
-            resample: false,
-        };
-        plan.shards(0).into_iter().map(|index| &all[index])
-    }
-
-    /// This process's share of `max_samples`.
-    pub(super) fn share(self, max_samples: u64) -> u64 {
-        let (rank, world) = (self.rank as u64, self.world as u64);
-        max_samples / world + u64::from(rank < max_samples % world)
-    }
+/// A rank's share of `max_samples`.
+pub(super) fn share_of(rank: Rank, max_samples: u64) -> u64 {
+    let (index, world) = (rank.index as u64, rank.world as u64);
+    max_samples / world + u64::from(index < max_samples % world)
 }
 
 /// What a place holds: its manifests and the sizes of its objects.
@@ -211,9 +198,9 @@ impl Manifest {
         let selection = &self.recipe.selection;
         let world = selection.world.unwrap_or(1);
         let used_up: BTreeSet<String> = (0..world)
-            .map(|rank| Part { rank, world })
-            .filter(|&part| self.remaining_samples(part, shards) == Some(0))
-            .flat_map(|part| part.shards(shards).map(ShardUrl::name))
+            .filter_map(|index| Rank::new(index, world))
+            .filter(|&rank| self.remaining_samples(rank, shards) == Some(0))
+            .flat_map(|rank| shards_of(rank, shards).map(ShardUrl::name))
             .collect();
         let there = |name: &String| self.shards.contains_key(name) || used_up.contains(name);
         let missing = shards.iter().filter(|url| !there(&url.name()));
@@ -221,10 +208,9 @@ impl Manifest {
     }
 
     /// What a process may still read of its share of `max_samples`; `None`: all there is.
-    pub(super) fn remaining_samples(&self, part: Part, shards: &[ShardUrl]) -> Option<u64> {
-        let share = part.share(self.recipe.selection.max_samples?);
-        let read: u64 = part
-            .shards(shards)
+    pub(super) fn remaining_samples(&self, rank: Rank, shards: &[ShardUrl]) -> Option<u64> {
+        let share = share_of(rank, self.recipe.selection.max_samples?);
+        let read: u64 = shards_of(rank, shards)
             .filter_map(|url| self.shards.get(&url.name()))
             .map(ShardEntry::counted)
             .sum();

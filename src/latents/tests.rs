@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
-use coffey_pipeline::flow::FlowMetrics;
+use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
@@ -16,10 +18,13 @@ use npyz::half::f16;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
+use super::parts::shards_of;
 use super::*;
 use crate::config::{Config, TextKind};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
+use crate::ranks::Rank;
 
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -98,9 +103,13 @@ fn pool(
         ..StreamConfig::default()
     };
     let stream = Stream::open(config, &sources, &metrics, runtime.handle()).unwrap();
-    let encoders =
-        (0..workers).map(|_| Encoders::load(&teacher(), None, &Device::Cpu, 32).unwrap());
-    EncodePool::start(stream, encoders.collect(), &metrics).unwrap()
+    let encoders = Arc::new(Encoders::load(&teacher(), None, &Device::Cpu, 32).unwrap());
+    let encoders = vec![encoders; workers];
+    EncodePool::start(stream, encoders, &metrics, runtime.handle()).unwrap()
+}
+
+fn next(pool: &mut EncodePool, stage: &StageHandle) -> Result<Option<EncodedBatch>, EncodeError> {
+    pool.next(stage, &CancellationToken::new(), Duration::MAX)
 }
 
 fn batches(
@@ -111,9 +120,7 @@ fn batches(
 ) -> Vec<EncodedBatch> {
     let mut pool = pool(shards, max_samples, batch_size, workers);
     let stage = FlowMetrics::new().stage(Stage::Write);
-    std::iter::from_fn(|| pool.next(&stage))
-        .map(Result::unwrap)
-        .collect()
+    std::iter::from_fn(|| next(&mut pool, &stage).unwrap()).collect()
 }
 
 /// Writes what is left of a part to its shards; their names.
@@ -125,7 +132,7 @@ fn work(writer: &mut LatentWriter, batch_size: usize, workers: usize) -> Vec<Str
     let mut pool = pool(&remaining, max, batch_size, workers);
     let stage = FlowMetrics::new().stage(Stage::Write);
     let mut names = Vec::new();
-    while let Some(batch) = pool.next(&stage) {
+    while let Some(batch) = next(&mut pool, &stage).transpose() {
         let finished = match batch {
             Ok(batch) => writer.write(&batch),
             Err(EncodeError::Stream(error)) => match *error {
@@ -158,11 +165,11 @@ fn recipe(text: TextKind) -> Recipe {
 fn open(
     output: &Path,
     recipe: Recipe,
-    part: Part,
+    rank: Rank,
     shards: &[ShardUrl],
 ) -> Result<LatentWriter, LatentError> {
     let place = coffey_pipeline::Destination::folder(output);
-    LatentWriter::open(place, recipe, part, shards.to_vec())
+    LatentWriter::open(place, recipe, rank, shards.to_vec())
 }
 
 fn precompute(
@@ -172,7 +179,7 @@ fn precompute(
     batch_size: usize,
     workers: usize,
 ) -> Vec<String> {
-    let mut writer = open(output, recipe.clone(), Part::WHOLE, shards).unwrap();
+    let mut writer = open(output, recipe.clone(), Rank::SOLO, shards).unwrap();
     let names = work(&mut writer, batch_size, workers);
     assert!(writer.finish().unwrap().missing.is_empty());
     names
@@ -243,7 +250,7 @@ fn shards_hold_what_was_encoded() {
         );
         assert_eq!(
             array(&members[1].1),
-            (vec![77, 64], halves(&encoded.prompt_embeds, row))
+            (vec![77, 64], halves(&encoded.conditioning.hidden, row))
         );
         assert_eq!(members[2].1, sample.caption.as_bytes());
         let json: Value = serde_json::from_slice(&members[3].1).unwrap();
@@ -337,7 +344,7 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
             whole.path().join("out"),
         );
         precompute(&whole, &recipe, &shards, 4, 1);
-        let mut writer = open(&output, recipe.clone(), Part::WHOLE, &shards).unwrap();
+        let mut writer = open(&output, recipe.clone(), Rank::SOLO, &shards).unwrap();
         for batch in &batches(&shards, max_samples, 4, 1)[..2] {
             writer.write(batch).unwrap();
         }
@@ -380,17 +387,9 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
 fn what_differs_is_refused_with_both_values() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    drop(
-        open(
-            output.path(),
-            recipe(TextKind::Embeds),
-            Part::WHOLE,
-            &shards,
-        )
-        .unwrap(),
-    );
+    drop(open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap());
     let refused = |recipe: Recipe| {
-        let error = open(output.path(), recipe, Part::WHOLE, &shards).unwrap_err();
+        let error = open(output.path(), recipe, Rank::SOLO, &shards).unwrap_err();
         assert!(error.is_config());
         error.to_string()
     };
@@ -424,13 +423,13 @@ fn files_in_the_way_are_refused() {
         open(folder, recipe(TextKind::Embeds), part, shards).map(|_| ())
     };
     let before = files(folder.path());
-    let error = open(folder.path(), Part::WHOLE, &shards)
+    let error = open(folder.path(), Rank::SOLO, &shards)
         .unwrap_err()
         .to_string();
     assert!(error.contains("a.tar is already there"), "{error}");
     assert!(files(folder.path()) == before);
     let twice = [ShardUrl::file("x/a.tar"), ShardUrl::file("y/a.tar")];
-    let error = open(folder.path(), Part::WHOLE, &twice)
+    let error = open(folder.path(), Rank::SOLO, &twice)
         .unwrap_err()
         .to_string();
     assert!(
@@ -439,7 +438,7 @@ fn files_in_the_way_are_refused() {
     );
     let output = folder.path().join("out");
     precompute(&output, &recipe(TextKind::Embeds), &shards[..1], 5, 1);
-    let error = open(&output, Part::WHOLE, &twice[..1])
+    let error = open(&output, Rank::SOLO, &twice[..1])
         .unwrap_err()
         .to_string();
     assert!(
@@ -452,7 +451,7 @@ fn files_in_the_way_are_refused() {
         ("{", "EOF"),
     ] {
         fs::write(output.join("manifest.json"), text).unwrap();
-        let error = open(&output, Part::WHOLE, &shards).unwrap_err();
+        let error = open(&output, Rank::SOLO, &shards).unwrap_err();
         assert!(
             error.to_string().contains(words) && !error.is_config(),
             "{error}"
@@ -469,7 +468,7 @@ fn the_last_process_joins_what_all_wrote() {
     for order in [[0, 1], [1, 0]] {
         let output = TempDir::new().unwrap();
         let open = |rank, world| {
-            let part = Part { rank, world };
+            let part = Rank { index: rank, world };
             open(output.path(), recipe.clone(), part, &shards).unwrap()
         };
         let [first, last] = order;
@@ -477,11 +476,14 @@ fn the_last_process_joins_what_all_wrote() {
         work(&mut writer, 16, 1);
         let place = coffey_pipeline::Destination::folder(output.path());
         let missing = writer.finish().unwrap().missing;
-        let of_last = Part {
-            rank: last,
+        let of_last = Rank {
+            index: last,
             world: 2,
         };
-        assert!(missing.iter().eq(of_last.shards(&shards)), "{missing:?}");
+        assert!(
+            missing.iter().eq(shards_of(of_last, &shards)),
+            "{missing:?}"
+        );
         assert_eq!(join(&place, &shards).unwrap().missing, missing);
         let mut writer = open(last, 2);
         assert_eq!(writer.remaining(), missing);
@@ -514,10 +516,10 @@ fn another_number_of_processes_takes_over_what_is_there() {
     let shards = inputs(input.path());
     let recipe = recipe(TextKind::Embeds);
     precompute(alone.path(), &recipe, &shards, 4, 1);
-    let part = Part { rank: 1, world: 2 };
+    let part = Rank { index: 1, world: 2 };
     let mut writer = open(output.path(), recipe.clone(), part, &shards).unwrap();
     work(&mut writer, 16, 1);
-    let writer = open(output.path(), recipe.clone(), Part::WHOLE, &shards).unwrap();
+    let writer = open(output.path(), recipe.clone(), Rank::SOLO, &shards).unwrap();
     assert_eq!(writer.remaining(), [shards[0].clone(), shards[2].clone()]);
     drop(writer);
     precompute(output.path(), &recipe, &shards, 16, 1);
@@ -538,7 +540,16 @@ fn a_share_of_the_samples_belongs_to_a_number_of_processes() {
         recipe
     };
     for rank in [0, 1] {
-        let mut writer = open(output.path(), recipe(2), Part { rank, world: 2 }, &shards).unwrap();
+        let mut writer = open(
+            output.path(),
+            recipe(2),
+            Rank {
+                index: rank,
+                world: 2,
+            },
+            &shards,
+        )
+        .unwrap();
         work(&mut writer, 16, 1);
         // Three samples of a.tar are the share of the first: c.tar is not missing.
         let missing = writer.finish().unwrap().missing;
@@ -552,7 +563,7 @@ fn a_share_of_the_samples_belongs_to_a_number_of_processes() {
     let error = open(
         output.path(),
         recipe(3),
-        Part { rank: 0, world: 3 },
+        Rank { index: 0, world: 3 },
         &shards,
     )
     .unwrap_err();
@@ -600,7 +611,7 @@ fn numbers_that_f16_cannot_hold_end_the_run_before_the_shard() {
         let mut writer = open(
             output.path(),
             recipe(TextKind::Embeds),
-            Part::WHOLE,
+            Rank::SOLO,
             &shards[..1],
         )
         .unwrap();

@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use coffey_pipeline::destination::Destination;
 use coffey_pipeline::{ShardSummary, ShardUrl, SkippedSample};
 
 use super::LatentError;
 use super::manifest::{Manifest, Recipe, ShardEntry};
-use super::parts::{Inventory, Joined, Part, join};
+use super::parts::{Inventory, Joined, join, manifest_name, shards_of};
 use super::sample::{NotF16, json_with_crop, npy, to_f16};
 use super::shard::ShardFile;
 use super::skipped::{self, Skipped};
 use crate::encode::EncodedBatch;
+use crate::ranks::Rank;
 
 /// A sample's extensions with their contents, in the order of the shard.
 type Members = Vec<(&'static str, Vec<u8>)>;
@@ -22,7 +23,7 @@ type Members = Vec<(&'static str, Vec<u8>)>;
 #[derive(Debug)]
 pub struct LatentWriter {
     place: Destination,
-    part: Part,
+    rank: Rank,
     /// Those of all processes.
     shards: Vec<ShardUrl>,
     /// As it is in the place, once there is something to write.
@@ -44,7 +45,7 @@ impl LatentWriter {
     pub fn open(
         place: Destination,
         recipe: Recipe,
-        part: Part,
+        rank: Rank,
         shards: Vec<ShardUrl>,
     ) -> Result<Self, LatentError> {
         check_names(&shards)?;
@@ -52,12 +53,12 @@ impl LatentWriter {
         inventory.check(&recipe)?;
         let finished = inventory.finished()?;
         let mut manifest = Manifest::new(recipe);
-        if part == Part::WHOLE {
+        if rank == Rank::SOLO {
             // Shards of an earlier, longer list of inputs stay listed.
             manifest.shards = finished.clone();
         }
         let mut remaining = Vec::new();
-        for url in part.shards(&shards) {
+        for url in shards_of(rank, &shards) {
             let name = url.name();
             inventory.check_free(&name)?;
             inventory.check_source(url)?;
@@ -74,11 +75,11 @@ impl LatentWriter {
                 .collect();
             place.abort_incomplete_uploads(|object| own.contains(object))?;
             // From here on the place is known to hold latents.
-            manifest.write(&place, &part.manifest())?;
+            manifest.write(&place, &manifest_name(rank))?;
         }
         Ok(Self {
             place,
-            part,
+            rank,
             shards,
             manifest,
             remaining,
@@ -99,7 +100,7 @@ impl LatentWriter {
 
     /// What this process may still read of its share of `max_samples`; `None`: all there is.
     pub fn remaining_samples(&self) -> Option<u64> {
-        self.manifest.remaining_samples(self.part, &self.shards)
+        self.manifest.remaining_samples(self.rank, &self.shards)
     }
 
     /// Appends a batch to its shards and finishes those that end with it. Returns the names of those.
@@ -150,7 +151,7 @@ impl LatentWriter {
         let embeds = match &recipe.prompt_embeds_shape {
             Some(shape) => Some((
                 shape,
-                rows(&batch.prompt_embeds, batch.samples.len(), shape)?,
+                rows(&batch.conditioning.hidden, batch.samples.len(), shape)?,
             )),
             None => None,
         };
@@ -225,7 +226,8 @@ impl LatentWriter {
             sha256: written.sha256,
         };
         self.manifest.shards.insert(name.clone(), entry);
-        self.manifest.write(&self.place, &self.part.manifest())?;
+        self.manifest
+            .write(&self.place, &manifest_name(self.rank))?;
         Ok(name)
     }
 }
@@ -237,7 +239,7 @@ fn rows(tensor: &Tensor, count: usize, shape: &[usize]) -> Result<Vec<Vec<f32>>,
         let message = format!("shape {:?}, expected {expected:?}", tensor.dims());
         return Err(candle_core::Error::Msg(message).into());
     }
-    Ok(tensor.flatten_from(1)?.to_vec2()?)
+    Ok(tensor.flatten_from(1)?.to_device(&Device::Cpu)?.to_vec2()?)
 }
 
 /// Refuses inputs that would meet in one output, or have no name to give it.

@@ -69,10 +69,8 @@ fn unet_outputs_and_gradients_equal_diffusers() -> Result<()> {
                 .unwrap()
                 .with_keep(keep);
             weights.expect_all_taken(&[]).unwrap();
-            let conditioning = Conditioning {
-                prompt_embeds: golden["encoder_hidden_states"].clone(),
-                guidance_embedding: golden.get("timestep_cond").cloned(),
-            };
+            let conditioning = Conditioning::text(golden["encoder_hidden_states"].clone())
+                .with_guidance(golden.get("timestep_cond").cloned());
             let output = unet.forward(
                 &golden["sample"],
                 &golden["timestep"].to_vec1()?,

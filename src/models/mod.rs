@@ -7,10 +7,12 @@ mod activation;
 mod blocks;
 pub mod clip;
 mod config;
+mod denoiser;
 #[cfg(test)]
 mod golden;
 mod layers;
 mod mapped;
+mod pipeline;
 #[cfg(test)]
 mod tests;
 pub mod tokenizer;
@@ -21,8 +23,10 @@ mod weights;
 
 pub use clip::ClipTextModel;
 pub(crate) use config::nearest_key;
+pub use denoiser::{Conditioning, Denoiser};
+pub use pipeline::{PipelineMismatch, PipelineParts, check_fit};
 pub use tokenizer::ClipTokenizer;
-pub use unet::{Conditioning, UNet, UNetConfig};
+pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weights::{Scope, Weights, config_text, model_metadata, save_model, write_safetensors};
 

@@ -16,20 +16,11 @@ use self::time::TimeEmbedding;
 use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
-use super::{ModelError, Scope, Weights};
+use super::{Conditioning, Denoiser, ModelError, Scope, Weights};
 use crate::ops::{self, Attention, Keep, segment};
 
 /// The stem of the weight files of diffusers' models.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
-
-/// What a UNet is conditioned on besides latents and timesteps. A struct, so that other models can add to it.
-#[derive(Clone, Debug)]
-pub struct Conditioning {
-    /// Text embeddings, `[B, T, cross_attention_dim]`.
-    pub prompt_embeds: Tensor,
-    /// Embedding of the guidance scale, `[B, time_cond_proj_dim]`, for students.
-    pub guidance_embedding: Option<Tensor>,
-}
 
 #[derive(Clone, Debug)]
 struct Level {
@@ -229,23 +220,6 @@ impl UNet {
         &self.config
     }
 
-    /// The raw prediction for noisy latents.
-    ///
-    /// `latents`: `[B, in_channels, h, w]`, of any size; `timesteps`: one a sample → `[B, out_channels, h, w]` in the latents'
-    /// type. As `UNet2DConditionModel.forward`. Unless [`Self::computing_in`] says otherwise, weights held in 16 bits are computed
-    /// with in `f32` on the CPU, and in 16 bits elsewhere.
-    ///
-    /// # Errors
-    /// When the shapes do not fit the network.
-    pub fn forward(
-        &self,
-        latents: &Tensor,
-        timesteps: &[i64],
-        conditioning: &Conditioning,
-    ) -> Result<Tensor> {
-        ops::in_pool(|| self.run(latents, timesteps, conditioning))
-    }
-
     fn run(
         &self,
         latents: &Tensor,
@@ -262,9 +236,14 @@ impl UNet {
             (None, held) => held,
         };
         let mut x = ops::cast(latents, dtype)?;
-        let guidance = conditioning.guidance_embedding.as_ref();
+        if conditioning.pooled.is_some() || conditioning.size.is_some() {
+            candle_core::bail!(
+                "this UNet takes no pooled text embedding and no size ids (no addition_embed_type)"
+            );
+        }
+        let guidance = conditioning.guidance.as_ref();
         let guidance = guidance.map(|g| ops::cast(g, dtype)).transpose()?;
-        let context = ops::cast(&conditioning.prompt_embeds, dtype)?;
+        let context = ops::cast(&conditioning.hidden, dtype)?;
         let given = Given {
             time: self
                 .time_embedding
@@ -311,6 +290,24 @@ impl UNet {
         self.conv_out
             .forward(&self.conv_norm_out.forward_activated(&x, activation)?)?
             .to_dtype(latents.dtype())
+    }
+}
+
+impl Denoiser for UNet {
+    /// As diffusers' `UNet2DConditionModel.forward`. `latents`: `[B, in_channels, h, w]`, of any size → `[B, out_channels, h, w]`.
+    /// Unless [`UNet::computing_in`] says otherwise, weights held in 16 bits are computed with in `f32` on the CPU, and in 16 bits
+    /// elsewhere.
+    fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[i64],
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        ops::in_pool(|| self.run(latents, timesteps, conditioning))
+    }
+
+    fn guidance_width(&self) -> Option<usize> {
+        self.config.time_cond_proj_dim
     }
 }
 

@@ -1,10 +1,10 @@
-//! Dynamic loss scaling: small gradients must not vanish in 16 bits, large ones must not overflow.
+//! Dynamic loss scaling, so that in 16 bits small gradients do not vanish and large ones do not overflow.
 
 use serde::{Deserialize, Serialize};
 
 /// The factor of the loss in mixed-precision training with `fp16`: `torch.amp.GradScaler` with its defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct LossScale {
+pub struct LossScale {
     factor: f64,
     /// Steps made since the factor last changed.
     steps: u64,
@@ -14,7 +14,7 @@ impl LossScale {
     const START: f64 = 65_536.0;
     /// Steps after which the factor is doubled.
     const GROWS_AFTER: u64 = 2000;
-    /// Below this it is not the scale that makes numbers overflow.
+    /// Below this factor the scale is not the cause of an overflow.
     const LEAST: f64 = 1.0;
 
     pub(super) fn new() -> Self {
@@ -24,17 +24,17 @@ impl LossScale {
         }
     }
 
-    /// What the loss is multiplied by.
-    pub(super) fn factor(self) -> f64 {
+    /// Factor of the loss.
+    pub fn factor(self) -> f64 {
         self.factor
     }
 
-    /// Whether it fell so far that lowering it does not help.
-    pub(super) fn exhausted(self) -> bool {
+    /// Whether the factor is so small that lowering it does not help.
+    pub fn exhausted(self) -> bool {
         self.factor < Self::LEAST
     }
 
-    /// After a step whose gradients were finite or not: doubled after enough finite ones, halved by others.
+    /// Updates the factor after a step: halved if its gradients were not finite, doubled after enough finite steps.
     pub(super) fn update(&mut self, finite: bool) {
         self.steps += 1;
         if !finite {
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_factor_follows_that_of_pytorch() {
+    fn loss_scale_follows_pytorch() {
         // torch.amp.GradScaler over the same steps: 65536, halved twice, then 2000 finite steps double it.
         let mut scale = LossScale::new();
         scale.update(true);

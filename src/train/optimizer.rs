@@ -7,34 +7,31 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::loss_scale::LossScale;
-use super::student::Variables;
 use crate::config::{self, OptimizerKind};
 use crate::ops::{self, AdamWStep, BlockMoments, BlockQuantized};
-
-/// Gradients by variable name.
-pub(super) type Gradients = BTreeMap<String, Tensor>;
+use crate::params::{Grads, ParamSet};
 
 /// Variables with fewer elements keep their moments in `f32`, as in bitsandbytes.
 const SMALLEST_QUANTIZED: usize = 4096;
 
 /// `torch.optim.AdamW` or bitsandbytes' `AdamW8bit`, `torch.nn.utils.clip_grad_norm_` and `torch.amp.GradScaler`.
 #[derive(Debug)]
-pub(super) struct AdamW {
+pub struct AdamW {
     settings: config::Optimizer,
     moments: BTreeMap<String, Moments>,
-    numbers: Numbers,
+    numbers: OptimizerState,
 }
 
-/// What a checkpoint keeps of an optimiser besides tensors.
+/// What a checkpoint holds of an optimiser besides tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Numbers {
-    /// Steps made; those that overflowed are not among them.
+pub struct OptimizerState {
+    /// Steps made, without those that overflowed.
     steps: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     loss_scale: Option<LossScale>,
 }
 
-/// The averages of a variable's gradient and of its square.
+/// Moving averages of a variable's gradient and of its square.
 #[derive(Debug)]
 enum Moments {
     Full { first: Var, second: Var },
@@ -43,17 +40,16 @@ enum Moments {
 
 const FIRST: &str = "exp_avg.";
 const SECOND: &str = "exp_avg_sq.";
-/// The scales of moments in 8 bits.
+/// Block scales of moments in 8 bits.
 const FIRST_ABSMAX: &str = "exp_avg_absmax.";
 const SECOND_ABSMAX: &str = "exp_avg_sq_absmax.";
 
 impl AdamW {
-    /// An optimiser before its first step; `scaled` gives it a loss scale.
-    pub(super) fn new(
-        settings: &config::Optimizer,
-        variables: &Variables,
-        scaled: bool,
-    ) -> Result<Self> {
+    /// An optimiser before its first step; with `scaled` it has a loss scale.
+    ///
+    /// # Errors
+    /// When the moments can't be allocated.
+    pub fn new(settings: &config::Optimizer, variables: &ParamSet, scaled: bool) -> Result<Self> {
         let moments = |var: &Var| -> Result<Moments> {
             let (n, device) = (var.elem_count(), var.device());
             if settings.kind == OptimizerKind::AdamW8bit && n >= SMALLEST_QUANTIZED {
@@ -71,7 +67,7 @@ impl AdamW {
                 .iter()
                 .map(|(name, var)| Ok((name.clone(), moments(var)?)))
                 .collect::<Result<_>>()?,
-            numbers: Numbers {
+            numbers: OptimizerState {
                 steps: 0,
                 loss_scale: scaled.then(LossScale::new),
             },
@@ -79,35 +75,41 @@ impl AdamW {
     }
 
     /// Steps made.
-    pub(super) fn steps(&self) -> u64 {
+    pub fn steps(&self) -> u64 {
         self.numbers.steps
     }
 
-    /// The loss scale, if the loss is scaled.
-    pub(super) fn loss_scale(&self) -> Option<LossScale> {
+    /// Loss scale, if the loss is scaled.
+    pub fn loss_scale(&self) -> Option<LossScale> {
         self.numbers.loss_scale
     }
 
-    /// What the loss was multiplied by for the gradients.
+    /// Factor of the loss that the gradients belong to.
     fn factor(&self) -> f64 {
         self.loss_scale().map_or(1.0, LossScale::factor)
     }
 
-    /// The global norm of the loss's gradients, given those of the scaled loss.
-    pub(super) fn norm(&self, gradients: &Gradients) -> Result<f64> {
+    /// Global norm of the gradients of the loss, from those of the scaled loss.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn norm(&self, gradients: &Grads) -> Result<f64> {
         let gradients: Vec<&Tensor> = gradients.values().collect();
         let squares = gradients.into_par_iter().map(ops::squared_norm);
-        // Collected before it is summed: the order of the sum must not depend on the threads.
+        // Collected before summation: the order of the sum must not depend on threads.
         let squares: Vec<f64> = squares.collect::<Result<_>>()?;
         Ok(squares.iter().sum::<f64>().sqrt() / self.factor())
     }
 
-    /// One step with the gradients of the scaled loss. `norm` is the global norm of the loss's; above `max_grad_norm` they are
-    /// scaled down to it. Where the loss is scaled and the norm not finite, nothing is changed but the scale.
-    pub(super) fn step(
+    /// One step with the gradients of the scaled loss. `norm` is the global norm of the loss's gradients; above `max_grad_norm`
+    /// the gradients are scaled down to it. If the loss is scaled and the norm is not finite, only the scale changes.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn step(
         &mut self,
-        variables: &Variables,
-        gradients: &Gradients,
+        variables: &ParamSet,
+        gradients: &Grads,
         norm: f64,
         rate: f64,
     ) -> Result<()> {
@@ -130,7 +132,7 @@ impl AdamW {
             step: self.numbers.steps,
         };
         let updates: Vec<_> = variables.iter().zip(self.moments.values_mut()).collect();
-        // All tensors at once: most are too small for every core.
+        // In parallel over tensors: most are too small to be split.
         updates
             .into_par_iter()
             .try_for_each(|((name, var), moments)| {
@@ -148,14 +150,14 @@ impl AdamW {
             })
     }
 
-    /// What there is besides [`Self::state`].
-    pub(super) fn numbers(&self) -> Numbers {
+    /// The numbers besides [`Self::state`].
+    pub fn numbers(&self) -> OptimizerState {
         self.numbers
     }
 
-    /// Both moments of every variable, by the names of PyTorch's state. Those of the next step replace them or are
-    /// written over them.
-    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
+    /// Both moments of every variable, by the names of PyTorch's state. The tensors may share storage that the next step
+    /// overwrites.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = Vec::new();
         for (name, moments) in &self.moments {
             let mut add = |prefix: &str, t: Tensor| state.push((format!("{prefix}{name}"), t));
@@ -175,11 +177,14 @@ impl AdamW {
         state
     }
 
-    /// Takes up the state that [`Self::state`] and [`Self::numbers`] gave; what is wrong with it, if it does not fit.
-    pub(super) fn restore(
+    /// Restores what [`Self::state`] and [`Self::numbers`] gave. Returns what is wrong with it if it does not fit.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn restore(
         &mut self,
         saved: &HashMap<String, Tensor>,
-        numbers: Numbers,
+        numbers: OptimizerState,
     ) -> Result<Option<String>> {
         for (name, like) in self.state() {
             match saved.get(&name) {
@@ -230,15 +235,15 @@ mod tests {
     use super::*;
 
     /// A variable large enough for 8 bits, a small one, their gradients, and an optimiser of both kinds of moments.
-    fn parts() -> Result<(Variables, Gradients, AdamW)> {
+    fn parts() -> Result<(ParamSet, Grads, AdamW)> {
         let sizes = [("large", SMALLEST_QUANTIZED), ("small", 3)];
-        let (mut variables, mut gradients) = (Variables::new(), Gradients::new());
-        for (name, n) in sizes {
-            let var = Var::ones(n, DType::F32, &Device::Cpu)?;
-            variables.insert(name.to_owned(), var);
-            let gradient = Tensor::full(2f32, n, &Device::Cpu)?;
-            gradients.insert(name.to_owned(), gradient);
-        }
+        let filled = |value: f32| -> Result<Grads> {
+            let tensors = sizes.iter();
+            tensors
+                .map(|&(name, n)| Ok((name.to_owned(), Tensor::full(value, n, &Device::Cpu)?)))
+                .collect()
+        };
+        let (variables, gradients) = (ParamSet::new(&filled(1.0)?)?, filled(2.0)?);
         let settings = config::Optimizer {
             kind: OptimizerKind::AdamW8bit,
             learning_rate: 0.1,
@@ -248,12 +253,12 @@ mod tests {
         Ok((variables, gradients, optimizer))
     }
 
-    fn values(variables: &Variables) -> Result<Vec<Vec<f32>>> {
-        variables.values().map(|v| v.to_vec1::<f32>()).collect()
+    fn values(variables: &ParamSet) -> Result<Vec<Vec<f32>>> {
+        variables.iter().map(|(_, v)| v.to_vec1::<f32>()).collect()
     }
 
     #[test]
-    fn an_overflow_changes_nothing_but_the_scale() -> Result<()> {
+    fn adamw_overflow_changes_the_scale_alone() -> Result<()> {
         let (variables, mut gradients, mut optimizer) = parts()?;
         let (before, scale) = (values(&variables)?, optimizer.factor());
         gradients.insert(
@@ -268,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_of_the_scaled_loss_are_scaled_back() -> Result<()> {
+    fn adamw_norm_is_that_of_the_unscaled_loss() -> Result<()> {
         let (_, gradients, optimizer) = parts()?;
         let elements = (SMALLEST_QUANTIZED + 3) as f64;
         let want = 2.0 * elements.sqrt() / optimizer.factor();
@@ -277,12 +282,12 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_optimizer_makes_the_same_steps() -> Result<()> {
+    fn adamw_restored_makes_the_same_steps() -> Result<()> {
         let (variables, gradients, mut first) = parts()?;
         first.step(&variables, &gradients, first.norm(&gradients)?, 0.1)?;
         let (again, _, mut second) = parts()?;
-        for (name, var) in &again {
-            var.set(variables[name].as_tensor())?;
+        for ((_, var), (_, trained)) in again.iter().zip(variables.iter()) {
+            var.set(trained.as_tensor())?;
         }
         let mut saved: HashMap<String, Tensor> = HashMap::new();
         for (name, tensor) in first.state() {

@@ -1,43 +1,48 @@
-//! The loop: from the stream of batches to a finished student.
+//! A run: from the stream of batches to a finished student.
 
-mod finish;
-mod pictures;
-mod prepare;
-mod save;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
-
-use candle_core::{Device, Tensor};
-use coffey_pipeline::flow::{FlowSnapshot, Recent, StageHandle};
-use coffey_pipeline::order::rng::index_below;
-use coffey_pipeline::order::{Cursor, Order};
+use candle_core::Device;
+use coffey_pipeline::flow::{Recent, StageHandle};
+use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 
-use super::audit::Auditor;
 use super::checkpoint::Saver;
-use super::data::Data;
-use super::learning_rate::learning_rate;
-use super::log::{MetricsLog, StepRecord};
-use super::loss_scale::LossScale;
-use super::optimizer::{AdamW, Gradients};
-use super::output::Output;
-use super::progress::Progress;
-use super::report::Endpoint;
-use super::skipped::SkippedLog;
-use super::tracking::Tracker;
-use super::validation::Prompts;
-use super::watchdog::Watchdog;
-use super::{Distillation, StepInputs, Student, TrainError, io};
-use crate::config::{self, Config, Validation};
-use crate::encode::{EncodePool, EncodedBatch, Encoders, Worker};
-use crate::models::UNet;
-use crate::models::vae::sample_latents;
-use crate::monitor::Monitor;
-use crate::ops;
+use super::observers::{
+    AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
+    LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure,
+};
+use super::parts::{RunParts, load_encoders, load_student};
+use super::resume::{describe_run, moved_teacher, restore_optimizer, resume_from};
+use super::run_dir::RunDir;
+use super::{
+    AdamW, Ending, Observers, RunView, Services, TrainError, TrainState, Trainer, TrainerOptions,
+};
+use crate::adaptation::Adaptation;
+use crate::config::{Config, MixedPrecision, TextFrom};
+use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
-use crate::random::{generator, normal, uniform};
-use crate::stop::Stop;
+use crate::progress::{Progress, ProgressOptions};
+use crate::ranks::Solo;
+use crate::sample::Prompts;
+
+/// What a run is made from.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// Folder of the run, or an `s3://` prefix.
+    pub output: &'a Path,
+    /// The models that the configuration names.
+    pub models: &'a Models,
+    /// Device of teacher and student.
+    pub device: &'a Device,
+    /// Devices of the encoders, one a thread.
+    pub encode_devices: &'a [Device],
+}
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,352 +53,365 @@ pub enum Outcome {
     Stopped,
 }
 
-/// Distils as a configuration says; see the module's documentation for what is left in the output folder.
-///
-/// `models` are those the configuration names; `devices` are the trainer's and, one a worker, the encoders'.
+/// Distils as a configuration says. `docs/formats.md` describes what is left in the output folder.
 ///
 /// # Errors
-/// [`TrainError`]; a checkpoint that stands is never harmed.
-pub fn run(
-    config: &Config,
-    paths: config::TrainPaths<'_>,
-    models: &Models,
-    data: &Data<'_>,
-    devices: (&Device, &[Device]),
-    stop: &Stop,
-) -> Result<Outcome, TrainError> {
-    let mut progress = Progress::new(config.train.max_steps);
-    let outcome = Run::prepare(
-        config,
-        (paths.output, models),
-        data,
-        devices,
-        stop,
-        &progress,
-    )
-    .and_then(|run| run.drive(data, devices, stop, &mut progress));
-    progress.finish();
-    match outcome {
+/// [`TrainError`]; an error never damages a checkpoint that was saved before.
+pub fn run(options: &RunOptions<'_>, services: &Services<'_>) -> Result<Outcome, TrainError> {
+    let progress = Rc::new(Progress::new(ProgressOptions {
+        total: options.config.train.max_steps,
+        template: "{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg} eta {eta}",
+        line_every: Duration::from_secs(5),
+    }));
+    match Run::prepare(options, services, progress).and_then(Run::drive) {
         Err(TrainError::Stopped) => Ok(Outcome::Stopped),
         outcome => outcome,
     }
 }
 
-/// Everything the loop needs, loaded and checked.
+/// A run, loaded and checked.
 struct Run<'a> {
-    config: &'a Config,
-    models: &'a Models,
-    distillation: Distillation,
-    encoders: Encoders,
-    /// Embedding of the empty caption, `[1, T, width]`.
-    uncond: Tensor,
-    teacher: UNet,
-    student: Student,
-    optimizer: AdamW,
-    saver: Saver,
-    configuration: String,
-    log: MetricsLog,
-    skipped: SkippedLog,
-    tracker: Tracker,
-    monitor: Monitor,
-    /// What limits the run.
-    recent: Recent,
-    endpoint: Option<Endpoint>,
-    validation: Option<(Prompts, &'a Validation)>,
-    auditor: Option<Auditor>,
-    step: u64,
-    samples: u64,
-    cursor: Option<Cursor>,
-    /// The step of the newest checkpoint.
-    saved: Option<u64>,
-    /// The last to go: it is this process's until the saver has written its last.
-    output: Output,
+    options: &'a RunOptions<'a>,
+    services: &'a Services<'a>,
+    encoders: Arc<Encoders>,
+    trainer: Trainer,
+    observers: Observers,
+    saver: Rc<Saver>,
+    /// Declared last: the lock on the output must outlive the saver.
+    output: RunDir,
 }
 
-impl Run<'_> {
-    fn drive(
-        mut self,
-        data: &Data<'_>,
-        (device, encode_devices): (&Device, &[Device]),
-        stop: &Stop,
-        progress: &mut Progress,
-    ) -> Result<Outcome, TrainError> {
-        let Config { train, .. } = self.config;
-        if self.step < train.max_steps {
-            let stream = (data.open)(Order::Shuffled, train.batch_size, self.cursor.clone())?;
-            let Config { data, encode, .. } = self.config;
-            let workers = encode_devices
-                .iter()
-                .map(|device| Worker::load(data, self.models, device, encode.batch_size))
-                .collect::<Result<Vec<_>, _>>()?;
-            let metrics = self.monitor.flow().clone();
-            let mut pool = EncodePool::start(stream, workers, &metrics)?;
-            let wake = pool.interrupter();
-            stop.on_stop(move || wake.interrupt());
-            let wake = pool.interrupter();
-            let watchdog = Watchdog::start(Duration::from_secs(train.stall_timeout), move || {
-                wake.interrupt()
-            })
-            .map_err(io(self.output.place()))?;
-            progress.start_at(self.step);
-            progress.say("waiting for the first batch");
-            let stage = metrics.stage(Stage::Train);
-            let (begun, first) = (Instant::now(), self.step);
-            self.monitor.expect("steps", self.step, train.max_steps);
-            self.monitor.beat();
-            self.missing_grids(progress, stop)?;
-            while self.step < train.max_steps {
-                if stop.asked() {
-                    self.save_at_the_end(progress)?;
-                    self.summarize(progress, first, begun);
-                    return Ok(Outcome::Stopped);
-                }
-                match self.one_step(&mut pool, &watchdog, &stage, device, begun) {
-                    Err(TrainError::StreamEnded { .. }) if stop.asked() => continue,
-                    Err(TrainError::StreamEnded { .. }) if watchdog.barked() => {
-                        return Err(TrainError::Stalled {
-                            seconds: train.stall_timeout,
-                            stage: metrics.snapshot().hanging_stage(Stage::Train),
-                        });
-                    }
-                    made => {
-                        let record = made?;
-                        progress.step(&record);
-                        self.tracker.step(&record, progress);
-                    }
-                }
-                self.after_step(progress, stop)?;
-                self.monitor.beat();
-            }
-            self.monitor.rest();
-            self.summarize(progress, first, begun);
-        }
-        self.finish(progress, stop)
-    }
-
-    /// Makes one step and records it.
-    fn one_step(
-        &mut self,
-        pool: &mut EncodePool,
-        watchdog: &Watchdog,
-        stage: &StageHandle,
-        device: &Device,
-        begun: Instant,
-    ) -> Result<StepRecord, TrainError> {
-        let started = Instant::now();
-        let train = &self.config.train;
-        let step = self.step + 1;
-        let failed = |source| TrainError::Step { step, source };
-        let loss_scale = self.optimizer.loss_scale();
-        if loss_scale.is_some_and(LossScale::exhausted) {
-            return Err(TrainError::NotFinite {
-                step,
-                what: "a gradient, whatever the loss scale,".to_owned(),
-            });
-        }
-        let factor = loss_scale.map(LossScale::factor);
-        let (mut gradients, mut loss, mut count) = (Gradients::new(), 0.0, 0);
-        let mut held = None; // the last micro-batch, until the gradient norm is known
-        let (mut reached, mut skipped) = (None, Vec::new());
-        for micro in 0..train.gradient_accumulation {
-            watchdog.watch();
-            let next = pool.next(stage);
-            watchdog.rest();
-            let mut batch = next.ok_or(TrainError::StreamEnded { step })??;
-            skipped.append(&mut batch.skipped);
-            count += batch.samples.len() as u64;
-            let epoch = batch.samples.last().map_or(0, |s| s.epoch);
-            reached = Some((batch.cursor.clone(), epoch));
-            let (inputs, outputs, value) = stage
-                .work(|| {
-                    let inputs = self.draw(step, micro, batch, device)?;
-                    let outputs = self.distillation.forward(
-                        self.student.unet(),
-                        self.student.target(),
-                        &self.teacher,
-                        &inputs,
-                    )?;
-                    let share = factor.unwrap_or(1.0) / train.gradient_accumulation as f64;
-                    let scaled = (&outputs.loss * share)?;
-                    self.accumulate(&mut gradients, ops::backward(&scaled)?)?;
-                    let value = f64::from(outputs.loss.to_scalar::<f32>()?);
-                    Ok((inputs, outputs, value))
-                })
-                .map_err(failed)?;
-            if !value.is_finite() && factor.is_none() {
-                return Err(TrainError::NotFinite {
-                    step,
-                    what: "the loss".to_owned(),
-                });
-            }
-            loss += value / train.gradient_accumulation as f64;
-            if let Some(auditor) = self.auditor.as_ref().filter(|a| a.covers(step)) {
-                if micro + 1 == train.gradient_accumulation {
-                    held = Some((inputs, outputs));
-                } else {
-                    auditor.record((step, micro), &inputs, &outputs, None)?;
-                }
-            }
-        }
-        self.check_gradients(&gradients)?;
-        // As accelerate: a step that overflowed does not count for the schedule.
-        let made = self.optimizer.steps() + 1;
-        let rate = learning_rate(&self.config.optimizer, made, train.max_steps);
-        let norm = stage.work(|| self.optimizer.norm(&gradients));
-        let norm = match loss.is_finite() {
-            true => norm.map_err(failed)?,
-            false => f64::NAN,
-        };
-        if !norm.is_finite() && factor.is_none() {
-            return Err(TrainError::NotFinite {
-                step,
-                what: "the gradient".to_owned(),
-            });
-        }
-        if let (Some(auditor), Some((inputs, outputs))) = (&self.auditor, held) {
-            let micro = train.gradient_accumulation - 1;
-            auditor.record((step, micro), &inputs, &outputs, Some((norm, rate)))?;
-        }
-        stage
-            .work(|| {
-                self.optimizer
-                    .step(self.student.variables(), &gradients, norm, rate)?;
-                self.student.update_target(self.config.distill.ema_decay)
-            })
-            .map_err(failed)?;
-        if let Some(auditor) = &self.auditor {
-            auditor.end_of_step(step, &self.student)?;
-        }
-        self.step = step;
-        self.samples += count;
-        stage.add_items(count);
-        let epoch = reached.as_ref().map_or(0, |(_, epoch)| *epoch);
-        self.cursor = reached.map(|(cursor, _)| cursor);
-        let mut record = StepRecord {
-            step,
-            loss,
-            lr: rate,
-            grad_norm: norm,
-            loss_scale: factor,
-            samples: self.samples,
-            epoch,
-            endpoint_error: None,
-            samples_per_second: count as f64 / started.elapsed().as_secs_f64(),
-            seconds: begun.elapsed().as_secs_f64(),
-            limiting_stage: self
-                .recent
-                .mark(stage.metrics())
-                .and_then(FlowSnapshot::limiting_stage),
-        };
-        let report = &self.config.report;
-        if let Some(endpoint) = &self.endpoint
-            && (step.is_multiple_of(report.endpoint_every) || step == train.max_steps)
-        {
-            let never = Stop::default();
-            record.endpoint_error =
-                Some(endpoint.of(self.student.target(), &self.distillation, &never)?);
-        }
-        self.skipped.write(step, pool.stream().shards(), &skipped);
-        self.log.write(record.clone());
-        self.monitor.step((&record).into());
-        Ok(record)
-    }
-
-    /// Draws a step's random numbers, all keyed by the step and the micro-batch.
-    fn draw(
-        &self,
-        step: u64,
-        micro: usize,
-        batch: EncodedBatch,
-        device: &Device,
-    ) -> candle_core::Result<StepInputs> {
-        let distill = &self.config.distill;
-        let generator = |purpose| generator(self.config.train.seed, purpose, step, micro as u64);
-        let moments = batch.moments.to_device(device)?;
-        let (b, c, h, w) = moments.dims4()?;
-        let shape = [b, c / 2, h, w];
-        let posterior = normal(&mut generator("posterior"), &shape, device)?;
-        let factor = self.encoders.vae().config().scaling_factor;
-        let mut rng = generator("timestep");
-        let index = (0..b)
-            .map(|_| index_below(&mut rng, self.distillation.solver.len()))
-            .collect();
-        let mut rng = generator("guidance");
-        let weights = (0..b)
-            .map(|_| uniform(&mut rng, distill.w_min, distill.w_max))
-            .collect();
-        let mut rng = generator("empty prompt");
-        let prompt_embeds = batch.prompt_embeds.to_device(device)?;
-        let embeds = (0..b)
-            .map(
-                |i| match uniform(&mut rng, 0.0, 1.0) < distill.proportion_empty_prompts {
-                    true => Ok(self.uncond.clone()),
-                    false => prompt_embeds.narrow(0, i, 1),
-                },
-            )
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        let (_, t, width) = self.uncond.dims3()?;
-        Ok(StepInputs {
-            latents: sample_latents(&moments, &posterior, factor)?,
-            noise: normal(&mut generator("noise"), &shape, device)?,
-            index,
-            w: weights,
-            prompt_embeds: Tensor::cat(&embeds, 0)?,
-            uncond_prompt_embeds: self.uncond.broadcast_as((b, t, width))?.contiguous()?,
+impl<'a> Run<'a> {
+    /// Loads and checks everything, and resumes from a checkpoint if there is one.
+    fn prepare(
+        options: &'a RunOptions<'a>,
+        services: &'a Services<'a>,
+        progress: Rc<Progress>,
+    ) -> Result<Self, TrainError> {
+        let config = options.config;
+        let pipeline = options.models.pipeline.display();
+        progress.say(format!("loading the teacher {pipeline}"));
+        let parts = RunParts::load(options)?;
+        let output = RunDir::open(config, options.output, services)?;
+        let saver = Rc::new(Saver::new(
+            output.checkpoints(config.checkpoint.keep),
+            output.records(),
+        ));
+        let state = load_state(options, services, &output, &saver, &progress)?;
+        let observers = observers(options, services, &parts, &output, &saver, &state, progress)?;
+        let trainer = Trainer::new(
+            Box::new(parts.objective),
+            parts.teacher.denoiser,
+            state,
+            Box::new(Solo),
+            TrainerOptions {
+                seed: config.train.seed,
+                max_steps: config.train.max_steps,
+                gradient_accumulation: config.train.gradient_accumulation,
+                ema_decay: config.distill.ema_decay,
+                optimizer: config.optimizer.clone(),
+            },
+            services.monitor.flow().stage(Stage::Train),
+        );
+        Ok(Self {
+            options,
+            services,
+            encoders: parts.encoders,
+            trainer,
+            observers,
+            saver,
+            output,
         })
     }
 
-    /// Adds the gradients of a micro-batch to those of earlier ones.
-    fn accumulate(
-        &self,
-        gradients: &mut Gradients,
-        mut found: ops::Gradients,
-    ) -> candle_core::Result<()> {
-        for (name, var) in self.student.variables() {
-            let Some(gradient) = found.remove(var) else {
-                continue;
-            };
-            let sum = match gradients.remove(name) {
-                Some(earlier) => earlier.add(&gradient)?,
-                None => gradient,
-            };
-            gradients.insert(name.clone(), sum);
+    /// Makes the steps that are left and ends the run.
+    fn drive(mut self) -> Result<Outcome, TrainError> {
+        let ending = if self.trainer.state().step < self.options.config.train.max_steps {
+            self.steps()?
+        } else {
+            Ending::Done
+        };
+        let (trainer, cancel) = (&self.trainer, &self.services.cancel);
+        self.observers.on_end(ending, &view(trainer, cancel))?;
+        if ending == Ending::Stopped {
+            return Ok(Outcome::Stopped);
         }
-        Ok(())
+        let step = self.trainer.state().step;
+        self.saver.records().upload().map_err(|cause| {
+            TrainError::not_saved("metrics and pictures".to_owned(), cause, Some(step))
+        })?;
+        let place = self.output.place().to_owned();
+        self.output.close();
+        Ok(Outcome::Done(place))
     }
 
-    /// Every variable must have a gradient: candle drops some without an error.
-    fn check_gradients(&self, gradients: &Gradients) -> Result<(), TrainError> {
-        let missing = |name: &&String| !gradients.contains_key(*name);
-        let names: Vec<&str> = self
-            .student
-            .variables()
-            .keys()
-            .filter(missing)
-            .map(String::as_str)
-            .collect();
-        match names.is_empty() {
-            true => Ok(()),
-            false => Err(TrainError::NoGradient {
-                names: names.join(", "),
+    /// Feeds the trainer from a stream until all steps are made or a stop is asked for.
+    fn steps(&mut self) -> Result<Ending, TrainError> {
+        let (train, cancel) = (&self.options.config.train, &self.services.cancel);
+        let state = self.trainer.state();
+        let stream = (self.services.open)(Order::Shuffled, train.batch_size, state.cursor.clone())?;
+        let monitor = &self.services.monitor;
+        let encoders = pool_encoders(self.options, &self.encoders)?;
+        let pool = EncodePool::start(stream, encoders, monitor.flow(), &self.services.runtime)?;
+        let mut batches = Batches {
+            pool,
+            stage: monitor.flow().stage(Stage::Train),
+            services: self.services,
+            stall_timeout: Duration::from_secs(train.stall_timeout),
+        };
+        self.observers.on_start(&view(&self.trainer, cancel))?;
+        while self.trainer.state().step < train.max_steps {
+            if cancel.is_cancelled() {
+                return Ok(Ending::Stopped);
+            }
+            let step = self.trainer.state().step + 1;
+            let traces = self.observers.wants_traces(step);
+            let mut report = match self.trainer.step(&mut || batches.next(step), traces) {
+                Err(TrainError::Stopped) => return Ok(Ending::Stopped),
+                made => made?,
+            };
+            let run = view(&self.trainer, cancel);
+            self.observers.on_step(&mut report, &run)?;
+            monitor.beat();
+        }
+        Ok(Ending::Done)
+    }
+}
+
+fn view<'a>(trainer: &'a Trainer, cancel: &'a tokio_util::sync::CancellationToken) -> RunView<'a> {
+    RunView {
+        state: trainer.state(),
+        objective: trainer.objective(),
+        cancel,
+    }
+}
+
+/// The batches of a run.
+struct Batches<'a> {
+    pool: EncodePool,
+    stage: StageHandle,
+    services: &'a Services<'a>,
+    stall_timeout: Duration,
+}
+
+impl Batches<'_> {
+    /// The next batch, for `step`; a stop or a stalled stream ends the wait.
+    fn next(&mut self, step: u64) -> Result<EncodedBatch, TrainError> {
+        let (cancel, timeout) = (&self.services.cancel, self.stall_timeout);
+        match self.pool.next(&self.stage, cancel, timeout) {
+            Ok(batch) => batch.ok_or(TrainError::StreamEnded { step }),
+            Err(EncodeError::Cancelled) => Err(TrainError::Stopped),
+            Err(EncodeError::TimedOut(timeout)) => Err(TrainError::Stalled {
+                seconds: timeout.as_secs(),
+                stage: self.stage.metrics().snapshot().hanging_stage(Stage::Train),
             }),
+            Err(error) => Err(error.into()),
         }
     }
+}
 
-    /// Checkpoints, grids and curves that are due.
-    fn after_step(&mut self, progress: &Progress, stop: &Stop) -> Result<(), TrainError> {
-        self.saves_that_are_over(progress);
-        let troubles = [self.log.trouble(), self.skipped.trouble()];
-        for error in troubles.into_iter().flatten() {
-            progress.say(format!(
-                "warning: {error}; the lines are kept and written when that is possible again"
-            ));
-        }
-        // First what can be lost, then what can be drawn again.
-        let due = self.step.is_multiple_of(self.config.checkpoint.every);
-        if due && self.step < self.config.train.max_steps {
-            self.save(progress)?;
-        }
-        self.grids(progress, stop)
+/// Encoders of the pool's threads: those of the run for the first device, others for the rest. Stored latents with stored
+/// embeddings need no second thread.
+fn pool_encoders(
+    options: &RunOptions<'_>,
+    encoders: &Arc<Encoders>,
+) -> Result<Vec<Arc<Encoders>>, TrainError> {
+    let stored = options.config.data.latents() == Some(TextFrom::Embeds);
+    let devices = options.encode_devices.iter().skip(1);
+    let devices = devices.take(if stored { 0 } else { usize::MAX });
+    let mut all = vec![Arc::clone(encoders)];
+    for device in devices {
+        let encoders = load_encoders(options, device)?.without_decoder();
+        all.push(Arc::new(encoders));
     }
+    Ok(all)
+}
+
+/// The state of the checkpoint to resume from, or the state before the first step.
+fn load_state(
+    options: &RunOptions<'_>,
+    services: &Services<'_>,
+    output: &RunDir,
+    saver: &Saver,
+    progress: &Progress,
+) -> Result<TrainState, TrainError> {
+    let config = options.config;
+    saver.checkpoints().clear_unfinished()?;
+    let found = resume_from(config, saver.checkpoints(), output, services, progress)?;
+    let folder = found.as_ref().map(|found| found.folder.as_path());
+    let student = load_student(options, folder)?;
+    let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
+    let optimizer = AdamW::new(&config.optimizer, student.params(), scaled)?;
+    let mut state = TrainState::new(Box::new(student), optimizer);
+    if let Some(found) = found {
+        restore_optimizer(&found, &mut state.optimizer, options.device)?;
+        (state.step, state.samples) = (found.state.step, found.state.samples);
+        state.cursor = Some(found.state.cursor);
+    }
+    saver.records().fetch()?;
+    Ok(state)
+}
+
+/// The observers of a run, in the order in which they see a step.
+fn observers(
+    options: &RunOptions<'_>,
+    services: &Services<'_>,
+    parts: &RunParts,
+    output: &RunDir,
+    saver: &Rc<Saver>,
+    state: &TrainState,
+    progress: Rc<Progress>,
+) -> Result<Observers, TrainError> {
+    let RunOptions { config, models, .. } = options;
+    let (folder, monitor) = (output.folder(), &services.monitor);
+    let max_steps = config.train.max_steps;
+    let (metrics_log, records) = MetricsLog::open(folder, state.step, Rc::clone(&progress))?;
+    monitor.resume(records.iter().map(Into::into));
+    let shards = services.shards.clone();
+    let skipped_log = SkippedLog::open(folder, state.step, shards, Rc::clone(&progress))?;
+    let configuration = config
+        .to_toml()
+        .map_err(|error| TrainError::Mismatch(error.to_string()))?;
+    let tensorboard = config.track.tensorboard.then(|| {
+        let (step, progress) = (state.step, Rc::clone(&progress));
+        TensorBoard::open(folder, step, &records, &configuration, progress)
+    });
+    if state.step > 0
+        && let Some(warning) = moved_teacher(folder, config, models)
+    {
+        progress.say(warning);
+    }
+    describe_run(folder, config, models, &configuration)?;
+
+    let mut observers = Observers::default();
+    observers.push(Console {
+        progress: Rc::clone(&progress),
+        max_steps,
+        skipped: skipped_log.counts(),
+        metrics: monitor.flow().clone(),
+        recent: Recent::default(),
+        begun: None,
+    });
+    if let (Some(audit), 0) = (&config.audit, state.step) {
+        let folder = (services.destination)(&audit.dir.to_string_lossy())?;
+        let steps = audit.steps.min(max_steps);
+        let student = &*state.student;
+        let audit = AuditWriter::start(folder, steps, config, &parts.objective, student)?;
+        observers.push(audit);
+    }
+    let endpoint = endpoint_error(options, services, parts, &progress)?;
+    if let Some(error) = &endpoint {
+        observers.push(Endpoint {
+            error: Rc::clone(error),
+            every: config.report.endpoint_every,
+            max_steps,
+        });
+    }
+    observers.push(skipped_log);
+    observers.push(metrics_log);
+    let reporter = MonitorReporter {
+        monitor: monitor.clone(),
+        folder: folder.to_owned(),
+        max_steps,
+    };
+    if let Some(validation) = &config.validation {
+        reporter.show_grid(state.step - state.step % validation.every);
+    }
+    observers.push(reporter);
+    if let Some(tensorboard) = tensorboard {
+        observers.push(tensorboard);
+    }
+    observers.push(Checkpoints {
+        saver: Rc::clone(saver),
+        every: config.checkpoint.every,
+        background: config.checkpoint.background,
+        max_steps,
+        configuration,
+        output: output.place().to_owned(),
+        newest: (state.step > 0).then_some(state.step),
+        monitor: monitor.clone(),
+        progress: Rc::clone(&progress),
+    });
+    observers.push(LossCurve {
+        folder: folder.to_owned(),
+        records,
+        endpoint: endpoint.clone(),
+        progress: Rc::clone(&progress),
+    });
+    let prompts = |captions: &[String], repeats, purpose| {
+        let (seed, latent) = (config.train.seed, parts.latent);
+        let encoders = &parts.encoders;
+        Prompts::new(
+            encoders,
+            captions,
+            repeats,
+            latent,
+            seed,
+            purpose,
+            options.device,
+        )
+    };
+    let mut grid = None;
+    if let Some(validation) = &config.validation {
+        let repeats = validation.images_per_prompt;
+        observers.push(Grids {
+            folder: folder.to_owned(),
+            validation: validation.clone(),
+            prompts: prompts(&validation.prompts, repeats, "validation")?,
+            encoders: Arc::clone(&parts.encoders),
+            progress: Rc::clone(&progress),
+        });
+        if config.report.grid {
+            grid = Some(ComparisonGrid {
+                folder: folder.to_owned(),
+                prompts: prompts(&validation.prompts, 1, "comparison")?,
+                labels: validation.prompts.clone(),
+                guidance: config.report.guidance,
+                teacher: parts.teacher.clone(),
+                encoders: Arc::clone(&parts.encoders),
+            });
+        }
+    }
+    observers.push(Comparison {
+        grid,
+        endpoint,
+        progress,
+    });
+    Ok(observers)
+}
+
+/// The endpoint error, with the teacher's samples drawn; `None` where it is off.
+fn endpoint_error(
+    options: &RunOptions<'_>,
+    services: &Services<'_>,
+    parts: &RunParts,
+    progress: &Progress,
+) -> Result<Option<Rc<EndpointError>>, TrainError> {
+    let config = options.config;
+    let wanted = config.report.endpoint_captions;
+    if wanted == 0 {
+        return Ok(None);
+    }
+    progress.say(format!(
+        "drawing the teacher's endpoints of {wanted} captions"
+    ));
+    let captions = services.first_captions(wanted)?;
+    let (seed, latent, device) = (config.train.seed, parts.latent, options.device);
+    let prompts = Prompts::new(
+        &parts.encoders,
+        &captions,
+        1,
+        latent,
+        seed,
+        "endpoint",
+        device,
+    )?;
+    let guidance = config.report.guidance;
+    let error = EndpointError::new(prompts, guidance, &parts.teacher, &services.cancel)?;
+    progress.say(format!(
+        "endpoint error of the teacher: {} in 1 step, {} in 4 steps",
+        figure(error.teacher_1_step),
+        figure(error.teacher_4_steps)
+    ));
+    Ok(Some(Rc::new(error)))
 }

@@ -156,6 +156,11 @@ impl<T> Receiver<T> {
     pub fn recv_untimed(&self) -> Option<T> {
         self.0.recv_blocking().ok()
     }
+
+    /// As [`Receiver::recv_untimed`], for a task.
+    pub async fn recv_untimed_async(&self) -> Option<T> {
+        self.0.recv().await.ok()
+    }
 }
 
 #[cfg(test)]

@@ -1,34 +1,35 @@
-//! Checkpoints: `checkpoint-N/` holds the student, the target, the optimiser and the place in the data, whole or not at all.
+//! Checkpoints: `checkpoint-N/` holds the student, its moving average, the optimiser and the position in the data, whole or not
+//! at all.
 //!
 //! In a folder a checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed. In S3 its files
-//! are written where they belong and `state.json` last: a checkpoint without it is none. Either way `state.json` carries the
-//! checksum of every other file, and old checkpoints go only after the new one stands.
+//! are written in place and `state.json` last: without it there is no checkpoint. Either way `state.json` holds the checksum of
+//! every other file, and old checkpoints are removed only after the new one is complete.
 
-mod aside;
+mod atomic_dir;
 mod saver;
 mod snapshot;
 mod store;
 
 pub(super) use saver::{Saved, Saver};
 pub(super) use snapshot::{Snapshot, write_model};
-pub(super) use store::{Checkpoints, Found, fetch, open};
+pub(super) use store::{CheckpointStore, SavedRun, fetch, open};
 
 use std::collections::BTreeMap;
 
 use coffey_pipeline::order::Cursor;
 use serde::{Deserialize, Serialize};
 
-use super::TrainError;
-use super::optimizer::Numbers;
+use super::optimizer::OptimizerState;
+use super::{TrainError, TrainState};
 
-/// Counts up when an older coffey could not read what is written.
+/// Format of `state.json`; raised when an older coffey could not read it.
 const FORMAT: u32 = 3;
 const STATE: &str = "state.json";
 /// The optimiser's tensors.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
 
-/// What every version of [`State`] begins with.
+/// The first field of every version of [`CheckpointState`].
 #[derive(Deserialize)]
 struct Format {
     format: u32,
@@ -36,15 +37,15 @@ struct Format {
 
 /// What a checkpoint holds besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct State {
+pub(super) struct CheckpointState {
     format: u32,
     /// Steps made.
     pub(super) step: u64,
     /// Samples trained on.
     pub(super) samples: u64,
-    /// The optimiser's own numbers.
-    pub(super) optimizer: Numbers,
-    /// The place in the stream after the last batch of that step.
+    /// The optimiser's numbers.
+    pub(super) optimizer: OptimizerState,
+    /// Position in the stream after the last batch of that step.
     pub(super) cursor: Cursor,
     /// The run's configuration.
     pub(super) configuration: String,
@@ -52,22 +53,18 @@ pub(super) struct State {
     checksums: BTreeMap<String, String>,
 }
 
-impl State {
-    pub(super) fn new(
-        (step, samples): (u64, u64),
-        optimizer: Numbers,
-        cursor: Cursor,
-        configuration: String,
-    ) -> Self {
-        Self {
+impl CheckpointState {
+    /// `None` before the first step.
+    fn new(state: &TrainState, configuration: &str) -> Option<Self> {
+        Some(Self {
             format: FORMAT,
-            step,
-            samples,
-            optimizer,
-            cursor,
-            configuration,
+            step: state.step,
+            samples: state.samples,
+            optimizer: state.optimizer.numbers(),
+            cursor: state.cursor.clone()?,
+            configuration: configuration.to_owned(),
             checksums: BTreeMap::new(),
-        }
+        })
     }
 
     /// Reads the `state.json` of the checkpoint at `place`.

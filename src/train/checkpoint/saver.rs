@@ -1,85 +1,87 @@
-//! Saving while training goes on: one checkpoint at a time, on a thread of its own.
+//! Saving checkpoints, on a thread of their own if training is to go on meanwhile.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{Checkpoints, Snapshot};
+use super::{CheckpointStore, Snapshot};
 use crate::train::TrainError;
-use crate::train::output::Records;
+use crate::train::run_dir::RunRecords;
 
-/// A checkpoint that stands.
+/// A checkpoint that was saved.
 #[derive(Debug)]
 pub(in crate::train) struct Saved {
     pub(in crate::train) step: u64,
-    /// Where it stands.
+    /// Folder or prefix of the checkpoint.
     pub(in crate::train) place: String,
-    /// From the snapshot until it stood.
+    /// Time from the snapshot until the checkpoint was complete.
     pub(in crate::train) time: Duration,
-    /// Why older ones that should have gone are still there.
-    pub(in crate::train) older: Option<TrainError>,
+    /// Why older checkpoints could not be removed.
+    pub(in crate::train) not_pruned: Option<TrainError>,
 }
 
-/// What came of saving a step.
-pub(in crate::train) type Outcome = (u64, Result<Saved, TrainError>);
+/// The result of saving a step.
+pub(in crate::train) type SaveOutcome = (u64, Result<Saved, TrainError>);
 
-/// Who writes a run's checkpoints.
+/// Saves the checkpoints of a run, one at a time.
 #[derive(Debug)]
 pub(in crate::train) struct Saver {
-    work: Arc<Work>,
-    running: Option<(u64, JoinHandle<Result<Saved, TrainError>>)>,
+    target: Arc<SaveTarget>,
+    running: RefCell<Option<(u64, JoinHandle<Result<Saved, TrainError>>)>>,
 }
 
 #[derive(Debug)]
-struct Work {
-    checkpoints: Checkpoints,
-    records: Records,
+struct SaveTarget {
+    checkpoints: CheckpointStore,
+    records: RunRecords,
 }
 
 impl Saver {
-    pub(in crate::train) fn new(checkpoints: Checkpoints, records: Records) -> Self {
+    pub(in crate::train) fn new(checkpoints: CheckpointStore, records: RunRecords) -> Self {
         Self {
-            work: Arc::new(Work {
+            target: Arc::new(SaveTarget {
                 checkpoints,
                 records,
             }),
-            running: None,
+            running: RefCell::new(None),
         }
     }
 
-    pub(in crate::train) fn checkpoints(&self) -> &Checkpoints {
-        &self.work.checkpoints
+    pub(in crate::train) fn checkpoints(&self) -> &CheckpointStore {
+        &self.target.checkpoints
     }
 
-    pub(in crate::train) fn records(&self) -> &Records {
-        &self.work.records
+    pub(in crate::train) fn records(&self) -> &RunRecords {
+        &self.target.records
     }
 
-    /// Saves on this thread. None may be under way.
+    /// Saves on this thread. No other save may be running.
     pub(in crate::train) fn save(&self, snapshot: &Snapshot) -> Result<Saved, TrainError> {
-        self.work.save(snapshot, Instant::now())
+        self.target.save(snapshot, Instant::now())
     }
 
-    /// Saves on a thread of its own. None may be under way.
-    pub(in crate::train) fn begin(&mut self, snapshot: Snapshot) -> std::io::Result<()> {
-        let (work, step, begun) = (Arc::clone(&self.work), snapshot.step(), Instant::now());
+    /// Starts a save on a thread of its own. No other save may be running.
+    pub(in crate::train) fn begin(&self, snapshot: Snapshot) -> std::io::Result<()> {
+        let (target, step, begun) = (Arc::clone(&self.target), snapshot.step(), Instant::now());
         let thread = std::thread::Builder::new()
             .name("checkpoint".to_owned())
-            .spawn(move || work.save(&snapshot, begun))?;
-        self.running = Some((step, thread));
+            .spawn(move || target.save(&snapshot, begun))?;
+        self.running.replace(Some((step, thread)));
         Ok(())
     }
 
-    /// What came of the save under way, if it is over.
-    pub(in crate::train) fn over(&mut self) -> Option<Outcome> {
-        match &self.running {
-            Some((_, thread)) if thread.is_finished() => self.wait(),
-            _ => None,
-        }
+    /// The result of a save in the background that has finished.
+    pub(in crate::train) fn poll(&self) -> Option<SaveOutcome> {
+        let finished = match &*self.running.borrow() {
+            Some((_, thread)) => thread.is_finished(),
+            None => false,
+        };
+        if finished { self.wait() } else { None }
     }
 
-    /// What comes of the save under way, if there is one.
-    pub(in crate::train) fn wait(&mut self) -> Option<Outcome> {
+    /// Waits for the save in the background, if there is one.
+    pub(in crate::train) fn wait(&self) -> Option<SaveOutcome> {
         let (step, thread) = self.running.take()?;
         let outcome = thread.join();
         Some((
@@ -90,15 +92,16 @@ impl Saver {
 }
 
 impl Drop for Saver {
-    /// A checkpoint that is being written when a run ends in an error is worth the wait.
+    /// Waits for a save in progress, also when the run ends in an error.
     fn drop(&mut self) {
         if let Some((_, thread)) = self.running.take() {
-            let _panicked = thread.join();
+            // The run reports its own error.
+            let _ = thread.join();
         }
     }
 }
 
-impl Work {
+impl SaveTarget {
     fn save(&self, snapshot: &Snapshot, begun: Instant) -> Result<Saved, TrainError> {
         let step = snapshot.step();
         let place = self.checkpoints.save(snapshot, || self.records.upload())?;
@@ -106,7 +109,7 @@ impl Work {
             step,
             place,
             time: begun.elapsed(),
-            older: self.checkpoints.prune(step).err(),
+            not_pruned: self.checkpoints.prune(step).err(),
         })
     }
 }

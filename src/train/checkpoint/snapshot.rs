@@ -1,116 +1,104 @@
-//! What a checkpoint is written from: the run at one step, while the run itself may go on.
+//! What a checkpoint is written from: the training state at one step.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use candle_core::{Device, Result, Tensor};
 use coffey_pipeline::{Destination, SourceError};
 use serde_json::{Map, Value};
 
-use super::{OPTIMIZER, STATE, State};
+use super::{CheckpointState, OPTIMIZER, STATE};
+use crate::adaptation::ModelFolder;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{config_text, model_metadata, write_safetensors};
-use crate::train::optimizer::AdamW;
-use crate::train::{Student, TrainError};
+use crate::params::Tensors;
+use crate::train::{TrainError, TrainState};
 
-type Tensors = BTreeMap<String, Tensor>;
-
-/// A run at one step.
+/// A training state at one step, as it is written.
 #[derive(Debug)]
 pub(in crate::train) struct Snapshot {
-    model: Map<String, Value>,
-    online: Tensors,
-    target: Tensors,
+    folders: Vec<ModelFolder>,
     optimizer: Tensors,
-    pub(super) state: State,
+    pub(super) state: CheckpointState,
 }
 
 impl Snapshot {
-    /// Takes one. With `copied`, of everything into main memory, so that training can go on; otherwise it shows whatever the
-    /// tensors hold when it is written.
-    pub(in crate::train) fn take(
-        student: &Student,
-        optimizer: &AdamW,
-        state: State,
-        copied: bool,
-    ) -> Result<Self> {
-        let copy = |tensor: Tensor| match (copied, tensor.device()) {
-            (false, _) => Ok(tensor),
-            (true, Device::Cpu) => tensor.copy(),
-            (true, _) => tensor.to_device(&Device::Cpu),
-        };
-        let all = |tensors: Tensors| -> Result<Tensors> {
-            let copies = tensors.into_iter();
-            copies.map(|(name, t)| Ok((name, copy(t)?))).collect()
-        };
-        Ok(Self {
-            model: student.unet().config().to_json().clone(),
-            online: all(student.online())?,
-            target: all(student.average())?,
-            optimizer: all(optimizer.state().into_iter().collect())?,
-            state,
+    /// The state as it is now; `None` before the first step. Its tensors share the storage of those that are trained: see
+    /// [`Snapshot::copied`].
+    pub(in crate::train) fn of(state: &TrainState, configuration: &str) -> Option<Self> {
+        Some(Self {
+            folders: state.student.folders(),
+            optimizer: state.optimizer.state().into_iter().collect(),
+            state: CheckpointState::new(state, configuration)?,
         })
     }
 
-    /// Memory that a copy takes. Bytes.
-    pub(in crate::train) fn bytes(student: &Student, optimizer: &AdamW) -> u64 {
-        let size = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-        let models: u64 = [student.online(), student.average()]
-            .iter()
-            .flat_map(BTreeMap::values)
-            .map(size)
-            .sum();
-        models + optimizer.state().iter().map(|(_, t)| size(t)).sum::<u64>()
+    /// A copy in main memory, which training does not change.
+    pub(in crate::train) fn copied(self) -> Result<Self> {
+        let copy = |tensor: Tensor| {
+            if tensor.device().is_cpu() {
+                tensor.copy()
+            } else {
+                tensor.to_device(&Device::Cpu)
+            }
+        };
+        let copy_all = |tensors: Tensors| -> Result<Tensors> {
+            let tensors = tensors.into_iter();
+            tensors
+                .map(|(name, tensor)| Ok((name, copy(tensor)?)))
+                .collect()
+        };
+        let folders = self.folders.into_iter().map(|folder| {
+            Ok(ModelFolder {
+                tensors: copy_all(folder.tensors)?,
+                ..folder
+            })
+        });
+        Ok(Self {
+            folders: folders.collect::<Result<_>>()?,
+            optimizer: copy_all(self.optimizer)?,
+            state: self.state,
+        })
     }
 
-    /// The step it is of.
+    /// The step of the state.
     pub(in crate::train) fn step(&self) -> u64 {
         self.state.step
     }
 
-    /// Writes every file but `state.json`, under names that begin with `below`; the state with their checksums.
+    /// Writes every file but `state.json`, under names that begin with `below`. Returns the state with their checksums.
     pub(super) fn write(
         &self,
         destination: &Destination,
         below: &str,
-    ) -> std::result::Result<State, TrainError> {
+    ) -> std::result::Result<CheckpointState, TrainError> {
         let mut state = self.state.clone();
         let mut note = |name: &str, checksum: String| {
             state.checksums.insert(name.to_owned(), checksum);
         };
-        for (folder, tensors) in [("unet", &self.online), ("unet_target", &self.target)] {
-            let place = format!("{below}{folder}/");
-            for (name, checksum) in write_model(destination, &place, &self.model, tensors)? {
-                note(&format!("{folder}/{name}"), checksum);
+        for folder in &self.folders {
+            let place = format!("{below}{}/", folder.name);
+            let written = write_model(destination, &place, &folder.config, &folder.tensors)?;
+            for (name, checksum) in written {
+                note(&format!("{}/{name}", folder.name), checksum);
             }
         }
         let name = format!("{below}{OPTIMIZER}");
-        note(
-            OPTIMIZER,
-            write_tensors(destination, &name, &self.optimizer, None)?,
-        );
+        let checksum = write_tensors(destination, &name, &self.optimizer, None)?;
+        note(OPTIMIZER, checksum);
         Ok(state)
     }
 
-    /// Writes a folder in diffusers layout for the online student and one for the target.
-    pub(super) fn write_finished(
-        &self,
-        mut write: impl FnMut(
-            &str,
-            &Map<String, Value>,
-            &Tensors,
-        ) -> std::result::Result<(), TrainError>,
-    ) -> std::result::Result<(), TrainError> {
-        write("unet", &self.model, &self.online)?;
-        write("unet_target", &self.model, &self.target)
+    /// The models in diffusers layout.
+    pub(super) fn folders(&self) -> &[ModelFolder] {
+        &self.folders
     }
 }
 
-/// `state.json`, which makes a checkpoint of the files it speaks of.
+/// Writes `state.json`, which completes a checkpoint.
 pub(super) fn write_state(
     destination: &Destination,
     below: &str,
-    state: &State,
+    state: &CheckpointState,
 ) -> std::result::Result<(), TrainError> {
     let name = format!("{below}{STATE}");
     let json = serde_json::to_vec_pretty(state)
@@ -119,8 +107,8 @@ pub(super) fn write_state(
     Ok(())
 }
 
-/// A model in diffusers layout, under names that begin with `below`; the checksum of each file by the rest of its name.
-/// `config.json` comes last: a folder with it is whole.
+/// Writes a model in diffusers layout, under names that begin with `below`. Returns the checksum of each file by the rest of its
+/// name. `config.json` is written last: a folder with it is whole.
 pub(in crate::train) fn write_model(
     destination: &Destination,
     below: &str,

@@ -1,4 +1,4 @@
-//! Where a run's checkpoints are, how one comes to stand there, and which is the newest that is whole.
+//! The checkpoints of a run, in a folder or under a prefix in S3: writing, listing, verifying, removing.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -8,66 +8,66 @@ use coffey_pipeline::{Destination, SourceError};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::aside::{ASIDE, write_aside};
+use super::atomic_dir::{UNFINISHED, write_dir_atomically};
 use super::snapshot::{write_model, write_state};
-use super::{PREFIX, STATE, Snapshot, State, damaged, not_as_written};
+use super::{CheckpointState, PREFIX, STATE, Snapshot, damaged, not_as_written};
 use crate::train::{TrainError, io};
 
-/// A whole checkpoint.
+/// A checkpoint whose files all have their checksums.
 #[derive(Debug)]
-pub(in crate::train) struct Found {
-    /// Where it stands, for messages.
+pub(in crate::train) struct SavedRun {
+    /// Where the checkpoint is, for messages.
     pub(in crate::train) place: String,
-    /// The folder to read it from: its own, or that which it was fetched into.
+    /// Folder to read from: the checkpoint's own, or the one it was fetched into.
     pub(in crate::train) folder: PathBuf,
-    pub(in crate::train) state: State,
-    /// Removed when it has been read.
+    pub(in crate::train) state: CheckpointState,
+    /// Removed on drop.
     _fetched: Option<TempDir>,
 }
 
 /// A run's checkpoints.
 #[derive(Debug)]
-pub(in crate::train) struct Checkpoints {
-    place: Place,
+pub(in crate::train) struct CheckpointStore {
+    location: Location,
     keep: usize,
 }
 
 #[derive(Debug)]
-enum Place {
+enum Location {
     Folder(PathBuf),
     /// A prefix in S3, and the folder that checkpoints are fetched into.
     Remote(Destination, PathBuf),
 }
 
-impl Checkpoints {
-    /// Those in a folder.
+impl CheckpointStore {
+    /// Checkpoints in a folder.
     pub(in crate::train) fn in_folder(folder: &Path, keep: usize) -> Self {
         Self {
-            place: Place::Folder(folder.to_owned()),
+            location: Location::Folder(folder.to_owned()),
             keep: keep.max(1),
         }
     }
 
-    /// Those under a prefix in S3.
+    /// Checkpoints under a prefix in S3, fetched into `scratch` for reading.
     pub(in crate::train) fn remote(destination: Destination, scratch: &Path, keep: usize) -> Self {
         Self {
-            place: Place::Remote(destination, scratch.to_owned()),
+            location: Location::Remote(destination, scratch.to_owned()),
             keep: keep.max(1),
         }
     }
 
-    /// Removes what a killed run left half written.
+    /// Removes unfinished checkpoints that a killed run left.
     pub(in crate::train) fn clear_unfinished(&self) -> Result<(), TrainError> {
-        match &self.place {
-            Place::Folder(folder) => {
+        match &self.location {
+            Location::Folder(folder) => {
                 for entry in fs::read_dir(folder).map_err(io(folder))? {
                     let entry = entry.map_err(io(folder))?;
-                    if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+                    if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
                         fs::remove_dir_all(entry.path()).map_err(io(&entry.path()))?;
                     }
                 }
             }
-            Place::Remote(destination, _) => {
+            Location::Remote(destination, _) => {
                 destination.abort_incomplete_uploads(is_ours)?;
                 let entries = destination.list(PREFIX)?;
                 let steps = marked(entries.iter().map(|entry| entry.name.as_str()));
@@ -81,26 +81,26 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Writes the checkpoint of a step; where it stands. In S3 `before` is done when all of it but `state.json` is there.
+    /// Writes a checkpoint and returns its place. In S3 `before` runs when every file but `state.json` is written.
     pub(in crate::train) fn save(
         &self,
         snapshot: &Snapshot,
         before: impl FnOnce() -> Result<(), TrainError>,
     ) -> Result<String, TrainError> {
         let name = format!("{PREFIX}{}", snapshot.step());
-        match &self.place {
-            Place::Folder(folder) => {
+        match &self.location {
+            Location::Folder(folder) => {
                 let place = folder.join(name);
-                write_aside(&place, |aside| {
-                    let aside = Destination::folder(aside);
-                    let state = snapshot.write(&aside, "")?;
-                    write_state(&aside, "", &state)
+                write_dir_atomically(&place, |unfinished| {
+                    let unfinished = Destination::folder(unfinished);
+                    let state = snapshot.write(&unfinished, "")?;
+                    write_state(&unfinished, "", &state)
                 })?;
                 Ok(place.display().to_string())
             }
-            Place::Remote(destination, _) => {
+            Location::Remote(destination, _) => {
                 let below = format!("{name}/");
-                // What stands there under this name, as of a run that went on from an earlier place, is none from now on.
+                // A checkpoint of this name, left by a run that resumed from an earlier step, is invalid from now on.
                 destination.remove(&format!("{below}{STATE}"))?;
                 let state = snapshot.write(destination, &below)?;
                 before()?;
@@ -110,24 +110,29 @@ impl Checkpoints {
         }
     }
 
-    /// Writes the finished student, and its moving average beside it.
+    /// Writes the finished student beside the checkpoints.
     pub(in crate::train) fn finish(&self, snapshot: &Snapshot) -> Result<(), TrainError> {
-        snapshot.write_finished(|name, config, tensors| match &self.place {
-            Place::Folder(folder) => write_aside(&folder.join(name), |aside| {
-                write_model(&Destination::folder(aside), "", config, tensors)?;
-                Ok(())
-            }),
-            Place::Remote(destination, _) => {
-                write_model(destination, &format!("{name}/"), config, tensors)?;
-                Ok(())
+        for model in snapshot.folders() {
+            let (config, tensors) = (&model.config, &model.tensors);
+            match &self.location {
+                Location::Folder(folder) => {
+                    write_dir_atomically(&folder.join(model.name), |unfinished| {
+                        write_model(&Destination::folder(unfinished), "", config, tensors)?;
+                        Ok(())
+                    })?;
+                }
+                Location::Remote(destination, _) => {
+                    write_model(destination, &format!("{}/", model.name), config, tensors)?;
+                }
             }
-        })
+        }
+        Ok(())
     }
 
     /// Every checkpoint's step, ascending.
     pub(in crate::train) fn steps(&self) -> Result<Vec<u64>, TrainError> {
-        let mut steps = match &self.place {
-            Place::Folder(folder) => {
+        let mut steps = match &self.location {
+            Location::Folder(folder) => {
                 let entries = match fs::read_dir(folder) {
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
                     entries => entries.map_err(io(folder))?,
@@ -139,7 +144,7 @@ impl Checkpoints {
                 }
                 steps
             }
-            Place::Remote(destination, _) => {
+            Location::Remote(destination, _) => {
                 let entries = destination.list(PREFIX)?;
                 marked(entries.iter().map(|entry| entry.name.as_str()))
             }
@@ -148,16 +153,16 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// The newest checkpoint that is whole, and for each newer one what is wrong with it.
+    /// The newest undamaged checkpoint, and the fault of each newer one.
     pub(in crate::train) fn newest_whole(
         &self,
-    ) -> Result<(Option<Found>, Vec<TrainError>), TrainError> {
+    ) -> Result<(Option<SavedRun>, Vec<TrainError>), TrainError> {
         let mut wrong = Vec::new();
         for step in self.steps()?.into_iter().rev() {
             let name = format!("{PREFIX}{step}");
-            let found = match &self.place {
-                Place::Folder(folder) => open(&folder.join(name)),
-                Place::Remote(destination, scratch) => fetch(destination, &name, scratch),
+            let found = match &self.location {
+                Location::Folder(folder) => open(&folder.join(name)),
+                Location::Remote(destination, scratch) => fetch(destination, &name, scratch),
             };
             match found {
                 Ok(found) => return Ok((Some(found), wrong)),
@@ -168,20 +173,20 @@ impl Checkpoints {
         Ok((None, wrong))
     }
 
-    /// Removes the oldest checkpoints up to `newest`, which was just written. Later ones, left by a run that went on from
-    /// an earlier place, are not counted: they may be damaged.
+    /// Removes the oldest checkpoints up to `newest`, which was just written. Later checkpoints, left by a run that resumed from
+    /// an earlier step, are not counted: they may be damaged.
     pub(in crate::train) fn prune(&self, newest: u64) -> Result<(), TrainError> {
         let mut steps = self.steps()?;
         steps.retain(|&step| step <= newest);
         for step in &steps[..steps.len().saturating_sub(self.keep)] {
             let name = format!("{PREFIX}{step}");
-            match &self.place {
-                Place::Folder(folder) => {
+            match &self.location {
+                Location::Folder(folder) => {
                     let path = folder.join(name);
                     fs::remove_dir_all(&path).map_err(io(&path))?;
                 }
-                Place::Remote(destination, _) => {
-                    // First what makes a checkpoint of it.
+                Location::Remote(destination, _) => {
+                    // Without state.json it is no checkpoint, whatever else remains.
                     destination.remove(&format!("{name}/{STATE}"))?;
                     for entry in destination.list(&format!("{name}/"))? {
                         destination.remove(&entry.name)?;
@@ -193,13 +198,13 @@ impl Checkpoints {
     }
 }
 
-/// The step of the checkpoint that a file is in.
+/// Step of the checkpoint that a file belongs to.
 fn step_of(name: &str) -> Option<u64> {
     let (step, _) = name.strip_prefix(PREFIX)?.split_once('/')?;
     step.parse().ok()
 }
 
-/// The steps of checkpoints that have their `state.json`.
+/// Steps of the checkpoints that have a `state.json`.
 fn marked<'a>(names: impl Iterator<Item = &'a str>) -> Vec<u64> {
     names
         .filter(|name| name.ends_with(&format!("/{STATE}")))
@@ -207,7 +212,7 @@ fn marked<'a>(names: impl Iterator<Item = &'a str>) -> Vec<u64> {
         .collect()
 }
 
-/// Whether an object under a run's prefix is one that a run writes in parts.
+/// Whether a run uploads an object of this name in parts.
 fn is_ours(name: &str) -> bool {
     let finished = ["unet/", "unet_target/"];
     step_of(name).is_some()
@@ -215,11 +220,11 @@ fn is_ours(name: &str) -> bool {
         || name.ends_with(".jsonl") && !name.contains('/')
 }
 
-/// Reads a checkpoint's state and checks every file against its checksum.
-pub(in crate::train) fn open(path: &Path) -> Result<Found, TrainError> {
+/// Reads the state of the checkpoint in `path` and verifies every file against its checksum.
+pub(in crate::train) fn open(path: &Path) -> Result<SavedRun, TrainError> {
     let place = path.display().to_string();
     let text = fs::read(path.join(STATE)).map_err(|e| damaged(&place, format!("{STATE}: {e}")))?;
-    let state = State::read(&place, &text)?;
+    let state = CheckpointState::read(&place, &text)?;
     for (name, expected) in &state.checksums {
         let path = path.join(name);
         let found = File::open(&path)
@@ -229,7 +234,7 @@ pub(in crate::train) fn open(path: &Path) -> Result<Found, TrainError> {
             return Err(not_as_written(&place, name));
         }
     }
-    Ok(Found {
+    Ok(SavedRun {
         place,
         folder: path.to_owned(),
         state,
@@ -237,12 +242,12 @@ pub(in crate::train) fn open(path: &Path) -> Result<Found, TrainError> {
     })
 }
 
-/// Fetches the checkpoint `name` into a folder of its own below `scratch`, checking every file against its checksum.
+/// Fetches the checkpoint `name` into a new folder below `scratch` and verifies every file against its checksum.
 pub(in crate::train) fn fetch(
     destination: &Destination,
     name: &str,
     scratch: &Path,
-) -> Result<Found, TrainError> {
+) -> Result<SavedRun, TrainError> {
     let place = destination.place(name);
     let broken = |file: &str, error: SourceError| match error {
         SourceError::NotFound { .. } => damaged(&place, format!("{file} is missing")),
@@ -251,7 +256,7 @@ pub(in crate::train) fn fetch(
     let text = destination
         .read(&format!("{name}/{STATE}"))
         .map_err(|e| broken(STATE, e))?;
-    let state = State::read(&place, &text)?;
+    let state = CheckpointState::read(&place, &text)?;
     let fetched = tempfile::Builder::new()
         .prefix(".fetched-")
         .tempdir_in(scratch)
@@ -272,7 +277,7 @@ pub(in crate::train) fn fetch(
             return Err(not_as_written(&place, file));
         }
     }
-    Ok(Found {
+    Ok(SavedRun {
         place,
         folder: fetched.path().to_owned(),
         state,
@@ -280,7 +285,7 @@ pub(in crate::train) fn fetch(
     })
 }
 
-/// Copies to the end; the SHA-256 of what was copied.
+/// Copies to the end. Returns the SHA-256 of the bytes.
 fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     let mut piece = vec![0; 1 << 20];

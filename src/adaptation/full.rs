@@ -1,0 +1,139 @@
+//! Training every tensor of a UNet, with an exponential moving average of all of them.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+
+use super::{Adaptation, ModelFolder};
+use crate::models::unet::{WEIGHTS_STEM, student_tensors};
+use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights};
+use crate::ops::{Attention, Keep};
+use crate::params::{ParamSet, Tensors};
+use crate::random::{generator, uniform};
+
+/// Folder of the student in a checkpoint and in a finished run.
+const UNET: &str = "unet";
+/// Folder of its moving average.
+const UNET_TARGET: &str = "unet_target";
+
+/// How a student's forward passes are computed.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardOptions {
+    /// Implementation of attention.
+    pub attention: Attention,
+    /// What the blocks of the trained network keep for the backward pass.
+    pub keep: Keep,
+    /// Type to compute in; `None`: the weights' f32.
+    pub compute: Option<DType>,
+}
+
+/// A UNet of which every tensor is trained, and its exponential moving average.
+#[derive(Debug)]
+pub struct Full {
+    params: ParamSet,
+    target_params: ParamSet,
+    student: UNet,
+    frozen_student: UNet,
+    target: UNet,
+}
+
+impl Full {
+    /// A student that starts as the teacher in `folder`, with a new guidance embedding of width `guidance_width` if the teacher
+    /// has none, drawn as `torch.nn.Linear` initialises.
+    ///
+    /// # Errors
+    /// When the teacher can't be read.
+    pub fn from_teacher(
+        folder: &Path,
+        guidance_width: usize,
+        seed: u64,
+        device: &Device,
+        options: ForwardOptions,
+    ) -> Result<Self, ModelError> {
+        let config = UNetConfig::read(folder)?.with_guidance_embedding(guidance_width);
+        let teacher = Weights::load(folder, WEIGHTS_STEM, DType::F32, device)?.into_tensors();
+        let tensors = student_tensors(teacher, &config, |n, bound| {
+            let mut rng = generator(seed, "cond_proj", 0, 0);
+            let bound = f64::from(bound);
+            (0..n)
+                .map(|_| uniform(&mut rng, -bound, bound) as f32)
+                .collect()
+        })?;
+        Self::new(&config, &tensors, &tensors, folder, options)
+    }
+
+    /// The student in the `unet/` and `unet_target/` of a checkpoint.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn load(
+        checkpoint: &Path,
+        device: &Device,
+        options: ForwardOptions,
+    ) -> Result<Self, ModelError> {
+        let folder = checkpoint.join(UNET);
+        let config = UNetConfig::read(&folder)?;
+        let load = |folder: &Path| {
+            Weights::load(folder, WEIGHTS_STEM, DType::F32, device).map(Weights::into_tensors)
+        };
+        let (params, target) = (load(&folder)?, load(&checkpoint.join(UNET_TARGET))?);
+        Self::new(&config, &params, &target, checkpoint, options)
+    }
+
+    fn new(
+        config: &UNetConfig,
+        params: &Tensors,
+        target: &Tensors,
+        origin: &Path,
+        options: ForwardOptions,
+    ) -> Result<Self, ModelError> {
+        let build = |tensors: Tensors| {
+            let weights = Weights::new(tensors, origin);
+            let unet = UNet::new(&weights.root(), config, options.attention)?;
+            weights.expect_all_taken(&[])?;
+            Ok::<_, ModelError>(unet.computing_in(options.compute))
+        };
+        let (params, target_params) = (ParamSet::new(params)?, ParamSet::new(target)?);
+        Ok(Self {
+            student: build(params.tracked())?.with_keep(options.keep),
+            frozen_student: build(params.detached())?,
+            target: build(target_params.detached())?,
+            params,
+            target_params,
+        })
+    }
+}
+
+impl Adaptation for Full {
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn target_params(&self) -> Option<&ParamSet> {
+        Some(&self.target_params)
+    }
+
+    fn student(&self) -> &dyn Denoiser {
+        &self.student
+    }
+
+    fn frozen_student(&self) -> &dyn Denoiser {
+        &self.frozen_student
+    }
+
+    fn target(&self) -> &dyn Denoiser {
+        &self.target
+    }
+
+    fn folders(&self) -> Vec<ModelFolder> {
+        let folder = |name, params: &ParamSet| ModelFolder {
+            name,
+            config: self.student.config().to_json().clone(),
+            tensors: params.detached(),
+        };
+        vec![
+            folder(UNET, &self.params),
+            folder(UNET_TARGET, &self.target_params),
+        ]
+    }
+}

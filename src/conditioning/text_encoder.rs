@@ -1,0 +1,56 @@
+//! A frozen text encoder with its tokenizer on one device.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+
+use crate::models::{ClipTextModel, ClipTokenizer, Conditioning, ModelError};
+
+/// Why captions could not be encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum TextEncoderError {
+    /// The tokenizer failed.
+    #[error(transparent)]
+    Tokenizer(#[from] ModelError),
+    /// The text encoder failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Text encoder and tokenizer of a pipeline.
+#[derive(Debug)]
+pub struct TextEncoder {
+    model: ClipTextModel,
+    tokenizer: ClipTokenizer,
+}
+
+impl TextEncoder {
+    /// Loads `text_encoder/` and `tokenizer/` of the pipeline in the folder `pipeline`.
+    ///
+    /// # Errors
+    /// When a file is missing or does not describe a CLIP text encoder.
+    pub fn load(pipeline: &Path, device: &Device) -> Result<Self, ModelError> {
+        Ok(Self {
+            model: ClipTextModel::load(&pipeline.join("text_encoder"), DType::F32, device)?,
+            tokenizer: ClipTokenizer::load(&pipeline.join("tokenizer"))?,
+        })
+    }
+
+    /// Width `W` of the hidden states.
+    pub fn width(&self) -> usize {
+        self.model.width()
+    }
+
+    /// Conditioning on `B` captions: hidden states `[B, T, W]` f32 on the encoder's device, where `T` is the tokenizer's
+    /// `model_max_length`.
+    ///
+    /// # Errors
+    /// When a caption can't be tokenized or a tensor operation fails.
+    pub fn encode<S: AsRef<str>>(&self, captions: &[S]) -> Result<Conditioning, TextEncoderError> {
+        let ids: Vec<Vec<u32>> = captions
+            .iter()
+            .map(|caption| self.tokenizer.encode(caption.as_ref()))
+            .collect::<Result<_, _>>()?;
+        Ok(Conditioning::text(self.model.forward(&ids)?))
+    }
+}

@@ -1,0 +1,127 @@
+//! Precompute: the loop from the encode pool to latent shards.
+
+use std::time::{Duration, Instant};
+
+use coffey_pipeline::StreamError;
+use coffey_pipeline::flow::{FlowSnapshot, Recent};
+use coffey_pipeline::stages::Stage;
+use tokio_util::sync::CancellationToken;
+
+use crate::encode::{EncodeError, EncodePool};
+use crate::latents::{LatentError, LatentWriter};
+use crate::monitor::Monitor;
+use crate::progress::{Progress, ProgressOptions};
+
+/// Why precomputing ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum PrecomputeError {
+    /// The data or its encoding failed.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// A latent shard or a manifest could not be written.
+    #[error(transparent)]
+    Latents(#[from] LatentError),
+    /// A stop was asked for: finished shards stand.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// Writes the batches of `pool` to latent shards until the stream ends. Returns the stages' times since the first batch.
+///
+/// # Errors
+/// [`PrecomputeError::Stopped`] once `cancel` is cancelled; otherwise when encoding or writing fails. Shards that are not
+/// finished are dropped.
+pub fn write_latents(
+    mut pool: EncodePool,
+    writer: &mut LatentWriter,
+    monitor: &Monitor,
+    cancel: &CancellationToken,
+) -> Result<Option<FlowSnapshot>, PrecomputeError> {
+    let metrics = monitor.flow();
+    let stage = metrics.stage(Stage::Write);
+    let mut totals = Totals::new(writer.remaining().len());
+    monitor.expect("shards", 0, totals.shards as u64);
+    monitor.beat();
+    loop {
+        let (samples, finished) = match pool.next(&stage, cancel, Duration::MAX) {
+            Ok(Some(batch)) => (batch.samples.len(), stage.work(|| writer.write(&batch))?),
+            Ok(None) => break,
+            Err(EncodeError::Cancelled) => return Err(PrecomputeError::Stopped),
+            Err(EncodeError::Stream(error)) => match *error {
+                // The shards that were left hold no usable sample, but earlier ones do.
+                StreamError::NothingUsable {
+                    ref shards,
+                    ref skipped,
+                    ..
+                } if writer.manifest().samples() > 0 => (0, writer.finish_shards(skipped, shards)?),
+                error => return Err(EncodeError::from(error).into()),
+            },
+            Err(other) => return Err(other.into()),
+        };
+        stage.add_items(samples as u64);
+        for name in &finished {
+            let entry = &writer.manifest().shards[name];
+            stage.add_bytes(entry.bytes);
+            if let Some(cause) = &entry.broken {
+                totals.progress.say(format!(
+                    "warning: {} is broken after {}: {cause}",
+                    entry.source,
+                    counted(entry.samples as usize, "sample")
+                ));
+            }
+        }
+        totals.add(samples, finished.len(), monitor);
+        monitor.beat();
+    }
+    monitor.rest();
+    Ok(totals.recent.overall(metrics))
+}
+
+/// `count` and its noun, in the plural unless it is one.
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// What was written so far, and its display.
+struct Totals {
+    shards: usize,
+    shards_done: usize,
+    samples: usize,
+    started: Instant,
+    recent: Recent,
+    progress: Progress,
+}
+
+impl Totals {
+    fn new(shards: usize) -> Self {
+        Self {
+            shards,
+            shards_done: 0,
+            samples: 0,
+            started: Instant::now(),
+            recent: Recent::default(),
+            progress: Progress::new(ProgressOptions {
+                total: shards as u64,
+                template: "{spinner} {wide_bar} {pos}/{len} shards  {msg}",
+                line_every: Duration::from_secs(10),
+            }),
+        }
+    }
+
+    fn add(&mut self, samples: usize, shards: usize, monitor: &Monitor) {
+        self.samples += samples;
+        self.shards_done += shards;
+        monitor.advance(self.shards_done as u64);
+        let limit = self.recent.mark(monitor.flow());
+        let limit = limit.and_then(FlowSnapshot::limiting_stage);
+        let limit = limit.map_or(String::new(), |stage| format!("  limit: {stage}"));
+        let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
+        let message = format!(
+            "{}  {rate:.1} samples/s{limit}",
+            counted(self.samples, "sample")
+        );
+        self.progress.update(self.shards_done as u64, &message, || {
+            format!("{}/{} shards  {message}", self.shards_done, self.shards)
+        });
+    }
+}

@@ -1,0 +1,122 @@
+//! Captions with fixed noise, so that samples of different steps and networks can be compared.
+
+use candle_core::{Device, Tensor};
+use tokio_util::sync::CancellationToken;
+
+use super::{CHUNK, SampleError};
+use crate::diffusion::{NoisePredictor, Sampler, StudentPredictor, TeacherPredictor};
+use crate::encode::Encoders;
+use crate::models::{Conditioning, Denoiser};
+use crate::random::{generator, normal};
+
+/// Captions, encoded once, with the noise that each sample starts from.
+#[derive(Debug)]
+pub struct Prompts {
+    conditioning: Conditioning,
+    noise: Tensor,
+    seed: u64,
+    purpose: &'static str,
+}
+
+/// How a network is guided.
+#[derive(Clone, Copy, Debug)]
+pub enum Guidance<'a> {
+    /// The scale is embedded into the network: a student.
+    Embedded(f64),
+    /// Classifier-free guidance against the conditioning on the empty caption, one sample: a teacher.
+    ClassifierFree {
+        /// Guidance scale; 1 or less turns guidance off.
+        scale: f64,
+        /// Conditioning on the empty caption, one sample.
+        unconditional: &'a Conditioning,
+    },
+}
+
+impl Prompts {
+    /// Each caption `repeats` times. The noise of a latent, of shape `[C, h, w]`, is drawn from `seed`, `purpose` and the
+    /// sample's number.
+    ///
+    /// # Errors
+    /// When the captions can't be encoded.
+    pub fn new(
+        encoders: &Encoders,
+        captions: &[String],
+        repeats: usize,
+        [c, h, w]: [usize; 3],
+        seed: u64,
+        purpose: &'static str,
+        device: &Device,
+    ) -> Result<Self, SampleError> {
+        let repeated: Vec<&String> = captions
+            .iter()
+            .flat_map(|caption| std::iter::repeat_n(caption, repeats))
+            .collect();
+        let noise = (0..repeated.len())
+            .map(|i| {
+                let mut rng = generator(seed, purpose, i as u64, 0);
+                normal(&mut rng, &[1, c, h, w], device)
+            })
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        let conditioning = repeated
+            .chunks(CHUNK)
+            .map(|captions| Ok(encoders.encode_text(captions)?.to_device(device)?))
+            .collect::<Result<Vec<_>, SampleError>>()?;
+        Ok(Self {
+            conditioning: Conditioning::cat(&conditioning)?,
+            noise: Tensor::cat(&noise, 0)?,
+            seed,
+            purpose,
+        })
+    }
+
+    /// Number of samples.
+    pub fn count(&self) -> usize {
+        self.noise.dims()[0]
+    }
+
+    /// Samples of a network, scaled latents `[count, C, h, w]`.
+    ///
+    /// # Errors
+    /// [`SampleError::Cancelled`] once `cancel` is cancelled; otherwise when a tensor operation fails.
+    pub fn sample(
+        &self,
+        denoiser: &dyn Denoiser,
+        guidance: Guidance<'_>,
+        sampler: &dyn Sampler,
+        cancel: &CancellationToken,
+    ) -> Result<Tensor, SampleError> {
+        let mut parts = Vec::new();
+        for from in (0..self.count()).step_by(CHUNK) {
+            if cancel.is_cancelled() {
+                return Err(SampleError::Cancelled);
+            }
+            let count = CHUNK.min(self.count() - from);
+            let conditioning = &self.conditioning.narrow(from, count)?;
+            let noise = self.noise.narrow(0, from, count)?;
+            let mut renoise = |step: usize| {
+                let step = 1 + step as u64;
+                let mut rng = generator(self.seed, self.purpose, from as u64, step);
+                normal(&mut rng, noise.dims(), noise.device())
+            };
+            let mut draw =
+                |predictor: &dyn NoisePredictor| sampler.sample(predictor, &noise, &mut renoise);
+            parts.push(match guidance {
+                Guidance::Embedded(guidance) => draw(&StudentPredictor {
+                    denoiser,
+                    conditioning,
+                    guidance,
+                }),
+                Guidance::ClassifierFree {
+                    scale,
+                    unconditional,
+                } => draw(&TeacherPredictor {
+                    denoiser,
+                    conditioning,
+                    unconditional: &unconditional.repeat(count)?,
+                    guidance: scale,
+                }),
+            }?);
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+}

@@ -1,0 +1,119 @@
+//! The end of a run: teacher and student side by side, and the endpoint error of both.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::endpoint::ENDPOINT_STEPS;
+use super::{
+    Earlier, Ending, EndpointError, Observer, RunView, StepReport, TeacherSampler, figure,
+};
+use crate::draw::{grid, save_png};
+use crate::encode::Encoders;
+use crate::progress::Progress;
+use crate::sample::{Guidance, Prompts, decode_images};
+use crate::train::TrainError;
+
+/// What `samples/comparison.png` is drawn from.
+#[derive(Debug)]
+pub(in crate::train) struct ComparisonGrid {
+    /// Folder of the run.
+    pub(in crate::train) folder: PathBuf,
+    pub(in crate::train) prompts: Prompts,
+    /// The captions of the prompts.
+    pub(in crate::train) labels: Vec<String>,
+    pub(in crate::train) guidance: f64,
+    pub(in crate::train) teacher: TeacherSampler,
+    pub(in crate::train) encoders: Arc<Encoders>,
+}
+
+/// Draws the comparison and reports the endpoint error when a run is done.
+#[derive(Debug)]
+pub(in crate::train) struct Comparison {
+    pub(in crate::train) grid: Option<ComparisonGrid>,
+    pub(in crate::train) endpoint: Option<Rc<EndpointError>>,
+    pub(in crate::train) progress: Rc<Progress>,
+}
+
+impl ComparisonGrid {
+    /// For each prompt the teacher in 50 and 4 steps and the student (its moving average) in 4 and 1, from the same noise.
+    fn draw(&self, run: &RunView<'_>) -> Result<(), TrainError> {
+        let teacher = |steps| {
+            self.teacher
+                .sample(&self.prompts, steps, self.guidance, run.cancel)
+        };
+        let student = |steps| {
+            let sampler = run.objective.sampler(steps);
+            let guidance = Guidance::Embedded(self.guidance);
+            let target = run.state.student.target();
+            let drawn = self.prompts.sample(target, guidance, &*sampler, run.cancel);
+            drawn.map_err(TrainError::from)
+        };
+        let columns = [
+            teacher(ENDPOINT_STEPS)?,
+            teacher(4)?,
+            student(4)?,
+            student(1)?,
+        ];
+        let columns = columns
+            .iter()
+            .map(|latents| decode_images(&self.encoders, latents))
+            .collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<_> = (0..self.prompts.count())
+            .map(|i| columns.iter().map(|images| images[i].clone()).collect())
+            .collect();
+        let titles = [
+            "teacher, 50 steps",
+            "teacher, 4 steps",
+            "student, 4 steps",
+            "student, 1 step",
+        ];
+        let picture = grid(&rows, &self.labels, &titles.map(str::to_owned));
+        Ok(save_png(
+            &picture,
+            &self.folder.join("samples/comparison.png"),
+        )?)
+    }
+}
+
+impl Observer for Comparison {
+    fn on_step(
+        &mut self,
+        _report: &mut StepReport,
+        _run: &RunView<'_>,
+        _earlier: &mut Earlier<'_>,
+    ) -> Result<(), TrainError> {
+        Ok(())
+    }
+
+    fn on_end(
+        &mut self,
+        ending: Ending,
+        run: &RunView<'_>,
+        _earlier: &mut Earlier<'_>,
+    ) -> Result<(), TrainError> {
+        if ending == Ending::Stopped {
+            return Ok(());
+        }
+        if let Some(grid) = &self.grid {
+            self.progress
+                .say("drawing teacher and student side by side");
+            grid.draw(run)?;
+            self.progress.say("drew samples/comparison.png");
+        }
+        if let Some(endpoint) = &self.endpoint {
+            let target = run.state.student.target();
+            let student = endpoint.of(target, run.objective, run.cancel)?;
+            let (one, four) = (endpoint.teacher_1_step, endpoint.teacher_4_steps);
+            self.progress.say(format!(
+                "endpoint error: student in 1 step {} · teacher in 1 step {} · teacher in 4 steps {} (student / teacher in 1 \
+                 step: {:.2})",
+                figure(student),
+                figure(one),
+                figure(four),
+                student / one
+            ));
+        }
+        Ok(())
+    }
+}

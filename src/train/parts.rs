@@ -1,0 +1,161 @@
+//! The parts of a run: teacher, objective and student, as configuration and models say.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::TrainError;
+use super::observers::TeacherSampler;
+use super::run::RunOptions;
+use crate::adaptation::{ForwardOptions, Full};
+use crate::config::{self, Config, LossKind, MixedPrecision};
+use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
+use crate::encode::Encoders;
+use crate::models::{PipelineParts, UNet, check_fit};
+use crate::objective::{Lcm, Loss};
+use crate::ops::{Attention, Keep};
+
+/// The frozen parts of a run.
+#[derive(Debug)]
+pub(super) struct RunParts {
+    /// Encoders for pictures and figures, shared with the encode pool.
+    pub(super) encoders: Arc<Encoders>,
+    /// Teacher with the conditioning on the empty caption.
+    pub(super) teacher: TeacherSampler,
+    pub(super) objective: Lcm,
+    /// Shape of a latent, `[C, h, w]`.
+    pub(super) latent: [usize; 3],
+}
+
+impl RunParts {
+    /// Loads the teacher and the encoders, and checks that they fit together.
+    pub(super) fn load(options: &RunOptions<'_>) -> Result<Self, TrainError> {
+        let config = options.config;
+        let pipeline = options.models.pipeline.as_path();
+        let schedule = lcm_schedule(config, pipeline)?;
+        let encode_device = options.encode_devices.first().unwrap_or(options.device);
+        let encoders = Arc::new(load_encoders(options, encode_device)?);
+        let teacher = load_teacher(config, pipeline, options.device)?;
+        let vae = encoders.vae().config();
+        check_fit(&PipelineParts {
+            folder: pipeline,
+            unet: teacher.config(),
+            vae,
+            text_width: encoders.text_width(),
+            resolution: config.image.resolution,
+        })?;
+        let unconditional = encoders.encode_text(&[""])?.to_device(options.device)?;
+        let side = config.image.resolution / vae.downscale();
+        let latent = [teacher.config().in_channels, side, side];
+        let distill = &config.distill;
+        let objective = Lcm {
+            solver: DdimSolver::new(&schedule, distill.num_ddim_timesteps),
+            schedule: schedule.clone(),
+            boundary: BoundaryScaling {
+                timestep_scaling: distill.timestep_scaling,
+                ..BoundaryScaling::default()
+            },
+            loss: match distill.loss {
+                LossKind::Huber => Loss::Huber { c: distill.huber_c },
+                LossKind::L2 => Loss::L2,
+            },
+            guidance: distill.w_min..distill.w_max,
+            empty_prompts: distill.proportion_empty_prompts,
+            unconditional: unconditional.clone(),
+            latent_scale: vae.scaling_factor,
+        };
+        Ok(Self {
+            encoders,
+            teacher: TeacherSampler {
+                denoiser: Rc::new(teacher),
+                unconditional,
+                schedule,
+            },
+            objective,
+            latent,
+        })
+    }
+}
+
+/// Encoders of the run's models on `device`.
+pub(super) fn load_encoders(
+    options: &RunOptions<'_>,
+    device: &Device,
+) -> Result<Encoders, TrainError> {
+    let (models, batch_size) = (options.models, options.config.encode.batch_size);
+    Ok(Encoders::load(
+        &models.pipeline,
+        models.vae.as_deref(),
+        device,
+        batch_size,
+    )?)
+}
+
+fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNet, TrainError> {
+    let dtype = match config.train.teacher_dtype {
+        config::FloatType::F32 => DType::F32,
+        config::FloatType::F16 => DType::F16,
+        config::FloatType::Bf16 => DType::BF16,
+    };
+    let teacher = UNet::load(&pipeline.join("unet"), dtype, device, attention(config))?;
+    Ok(teacher.computing_in(compute_dtype(config)))
+}
+
+/// The student of a run: that of `checkpoint` if there is one, else a new one from the teacher.
+pub(super) fn load_student(
+    options: &RunOptions<'_>,
+    checkpoint: Option<&Path>,
+) -> Result<Full, TrainError> {
+    let config = options.config;
+    let forward = ForwardOptions {
+        attention: attention(config),
+        keep: if config.train.gradient_checkpointing {
+            Keep::Nothing
+        } else {
+            Keep::All
+        },
+        compute: compute_dtype(config),
+    };
+    let student = match checkpoint {
+        Some(folder) => Full::load(folder, options.device, forward),
+        None => Full::from_teacher(
+            &options.models.pipeline.join("unet"),
+            config.model.time_cond_proj_dim,
+            config.train.seed,
+            options.device,
+            forward,
+        ),
+    };
+    Ok(student?)
+}
+
+fn attention(config: &Config) -> Attention {
+    match config.train.attention {
+        config::Attention::MemoryEfficient => Attention::MemoryEfficient,
+        config::Attention::Plain => Attention::Plain,
+    }
+}
+
+/// Type to compute in, where it is not that of the weights.
+fn compute_dtype(config: &Config) -> Option<DType> {
+    match config.train.mixed_precision {
+        MixedPrecision::No => None,
+        MixedPrecision::Fp16 => Some(DType::F16),
+        MixedPrecision::Bf16 => Some(DType::BF16),
+    }
+}
+
+/// The teacher's noise schedule, if `distill.num_ddim_timesteps` divides it.
+pub(crate) fn lcm_schedule(config: &Config, pipeline: &Path) -> Result<NoiseSchedule, TrainError> {
+    let solver_steps = config.distill.num_ddim_timesteps;
+    let schedule = NoiseSchedule::read(&pipeline.join("scheduler"))?;
+    if schedule.len().is_multiple_of(solver_steps) {
+        return Ok(schedule);
+    }
+    Err(TrainError::Mismatch(format!(
+        "distill.num_ddim_timesteps = {solver_steps} does not divide the teacher's {} timesteps",
+        schedule.len()
+    )))
+}

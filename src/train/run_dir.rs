@@ -1,0 +1,225 @@
+//! The output of a run: a folder, or a prefix in S3 with a local folder for files that grow step by step.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use coffey_pipeline::Destination;
+use sha2::{Digest, Sha256};
+
+use super::checkpoint::CheckpointStore;
+use super::{Services, TrainError, io};
+use crate::config::{Config, in_s3};
+
+/// The output of a run, locked by this process.
+#[derive(Debug)]
+pub(super) struct RunDir {
+    /// Folder or `s3://` prefix, as configured.
+    place: PathBuf,
+    /// Local folder of the records.
+    folder: PathBuf,
+    remote: Option<Destination>,
+    /// Remove the local folder when the run is done.
+    temporary: bool,
+    /// Locked while this process writes to the output.
+    _lock: File,
+}
+
+impl RunDir {
+    /// Locks the output for this process. S3 has no lock: the user must not give one prefix to two runs.
+    pub(super) fn open(
+        config: &Config,
+        place: &Path,
+        services: &Services<'_>,
+    ) -> Result<Self, TrainError> {
+        if !in_s3(place) {
+            fs::create_dir_all(place).map_err(io(place))?;
+            return Ok(Self {
+                place: place.to_owned(),
+                folder: place.to_owned(),
+                remote: None,
+                temporary: false,
+                _lock: lock(place, place)?,
+            });
+        }
+        let name = place.to_string_lossy();
+        let server = config.s3.endpoint_url.as_deref().unwrap_or_default();
+        let hash = Sha256::digest(format!("{server}\n{}", name.trim_end_matches('/')));
+        let hash: String = hash.iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let scratch = config.train.scratch.clone();
+        let temporary = scratch.is_none();
+        let folder = scratch
+            .unwrap_or_else(std::env::temp_dir)
+            .join(format!("coffey-{hash}"));
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+        let lock = lock(&folder, place)?;
+        // S3 holds the run. Local files of a killed run may be newer: its steps are made again.
+        empty(&folder)?;
+        Ok(Self {
+            place: place.to_owned(),
+            remote: Some((services.destination)(&name)?),
+            folder,
+            temporary,
+            _lock: lock,
+        })
+    }
+
+    /// Folder or `s3://` prefix, for messages.
+    pub(super) fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Local folder that records and pictures are written to.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(super) fn checkpoints(&self, keep: usize) -> CheckpointStore {
+        match &self.remote {
+            None => CheckpointStore::in_folder(&self.folder, keep),
+            Some(remote) => CheckpointStore::remote(remote.clone(), &self.folder, keep),
+        }
+    }
+
+    pub(super) fn records(&self) -> RunRecords {
+        RunRecords {
+            folder: self.folder.clone(),
+            remote: self.remote.clone(),
+            uploaded: Mutex::default(),
+        }
+    }
+
+    /// Ends the run: everything is at its destination.
+    pub(super) fn close(self) {
+        if self.temporary && self.remote.is_some() {
+            // A temporary folder; leaving it behind is harmless.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Locks a folder until the returned file is closed: two runs in one folder would destroy each other's checkpoints.
+fn lock(folder: &Path, place: &Path) -> Result<File, TrainError> {
+    let path = folder.join(LOCK);
+    let file = File::create(&path).map_err(io(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
+            "{}: another process is training into this folder",
+            place.display()
+        ))),
+        Err(TryLockError::Error(source)) => Err(io(&path)(source)),
+    }
+}
+
+const LOCK: &str = ".lock";
+
+/// Removes everything but the lock.
+fn empty(folder: &Path) -> Result<(), TrainError> {
+    for entry in fs::read_dir(folder).map_err(io(folder))? {
+        let entry = entry.map_err(io(folder))?;
+        let path = entry.path();
+        if entry.file_name() == LOCK {
+            continue;
+        }
+        let removed = if entry.file_type().map_err(io(&path))?.is_dir() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.map_err(io(&path))?;
+    }
+    Ok(())
+}
+
+/// Files of a run besides models: metrics, pictures, its description. They are uploaded to S3 with each checkpoint.
+#[derive(Debug)]
+pub(super) struct RunRecords {
+    folder: PathBuf,
+    remote: Option<Destination>,
+    /// Versions of the local files that were uploaded.
+    uploaded: Mutex<BTreeMap<String, Version>>,
+}
+
+/// Size and modification time of a file.
+type Version = (u64, Option<SystemTime>);
+
+fn version(path: &Path) -> std::io::Result<Version> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.len(), metadata.modified().ok()))
+}
+
+impl RunRecords {
+    /// Downloads the records of a run in S3. Pictures of samples are not downloaded: they are never read.
+    pub(super) fn fetch(&self) -> Result<(), TrainError> {
+        let Some(remote) = &self.remote else {
+            return Ok(());
+        };
+        for entry in remote.list("")? {
+            if !is_record(&entry.name) {
+                continue;
+            }
+            let path = self.folder.join(&entry.name);
+            let content = remote.read(&entry.name)?;
+            fs::write(&path, content).map_err(io(&path))?;
+            let now = version(&path).map_err(io(&path))?;
+            self.uploaded().insert(entry.name, now);
+        }
+        Ok(())
+    }
+
+    /// Uploads changed files and removes deleted ones. A file that grows meanwhile may be uploaded with an incomplete last line, of
+    /// a step after the checkpoint's.
+    pub(super) fn upload(&self) -> Result<(), TrainError> {
+        let Some(remote) = &self.remote else {
+            return Ok(());
+        };
+        let local = Destination::folder(&self.folder);
+        let here = local.list("")?;
+        for entry in here.iter().filter(|entry| !is_hidden(&entry.name)) {
+            let path = self.folder.join(&entry.name);
+            let Ok(now) = version(&path) else {
+                continue; // removed since it was listed
+            };
+            if self.uploaded().get(&entry.name) == Some(&now) {
+                continue;
+            }
+            let mut from = local.open(&entry.name)?;
+            let mut to = remote.create(&entry.name)?;
+            std::io::copy(&mut from, &mut to).map_err(|e| remote.failed(&entry.name, e))?;
+            to.finish()?;
+            self.uploaded().insert(entry.name.clone(), now);
+        }
+        let gone: Vec<String> = {
+            let names: BTreeSet<&str> = here.iter().map(|entry| entry.name.as_str()).collect();
+            let uploaded = self.uploaded();
+            let gone = uploaded
+                .keys()
+                .filter(|name| !names.contains(name.as_str()));
+            gone.cloned().collect()
+        };
+        for name in gone {
+            remote.remove(&name)?;
+            self.uploaded().remove(&name);
+        }
+        Ok(())
+    }
+
+    fn uploaded(&self) -> MutexGuard<'_, BTreeMap<String, Version>> {
+        self.uploaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether an object of this name under a run's prefix is one of its records.
+fn is_record(name: &str) -> bool {
+    let endings = [".jsonl", ".json", ".toml", ".png"];
+    let known = endings.iter().any(|ending| name.ends_with(ending));
+    (known || name.starts_with("events.out.tfevents.")) && !name.contains('/') && !is_hidden(name)
+}
+
+/// Whether a file is a lock, or is being written or fetched.
+fn is_hidden(name: &str) -> bool {
+    name.split('/').any(|part| part.starts_with('.'))
+}

@@ -1,0 +1,61 @@
+//! What a run uses of its process: streams of data, destinations, the monitor.
+
+use std::collections::BTreeSet;
+
+use coffey_pipeline::order::{Cursor, Order};
+use coffey_pipeline::{Destination, ShardUrl, SourceError, Stream, StreamError};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::TrainError;
+use crate::monitor::Monitor;
+
+/// What a run uses of its process.
+pub struct Services<'a> {
+    /// The shards of the streams.
+    pub shards: Vec<ShardUrl>,
+    /// Opens a stream of the shards: in training order from a cursor, or every sample once in order. Arguments: order, batch
+    /// size, cursor.
+    #[allow(clippy::type_complexity)]
+    pub open: Box<dyn Fn(Order, usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    /// Opens a folder or an `s3://` prefix for writing.
+    #[allow(clippy::type_complexity)]
+    pub destination: Box<dyn Fn(&str) -> Result<Destination, SourceError> + 'a>,
+    /// What the run and its stages report to.
+    pub monitor: Monitor,
+    /// The runtime that waits run on.
+    pub runtime: Handle,
+    /// Cancelled when the run is to stop.
+    pub cancel: CancellationToken,
+}
+
+impl std::fmt::Debug for Services<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services").finish_non_exhaustive()
+    }
+}
+
+impl Services<'_> {
+    /// The first `wanted` distinct captions of the data, in the order of the shards.
+    pub(super) fn first_captions(&self, wanted: usize) -> Result<Vec<String>, TrainError> {
+        let stream = (self.open)(Order::Sequential, wanted.min(64), None)?;
+        let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
+        loop {
+            let next = self.runtime.block_on(async {
+                let next = stream.batches().recv_untimed_async();
+                self.cancel.run_until_cancelled(next).await
+            });
+            let Some(batch) = next.ok_or(TrainError::Stopped)? else {
+                return Ok(captions);
+            };
+            for sample in batch?.samples {
+                if captions.len() < wanted && seen.insert(sample.caption.clone()) {
+                    captions.push(sample.caption);
+                }
+            }
+            if captions.len() == wanted {
+                return Ok(captions);
+            }
+        }
+    }
+}

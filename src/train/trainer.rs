@@ -1,0 +1,247 @@
+//! The training step: from batches to updated variables.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use candle_core::Result;
+use coffey_pipeline::SkippedSample;
+use coffey_pipeline::flow::StageHandle;
+
+use super::learning_rate::learning_rate;
+use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
+use crate::config;
+use crate::encode::EncodedBatch;
+use crate::models::Denoiser;
+use crate::objective::{Networks, Objective, StepKey, Trace};
+use crate::ops;
+use crate::params::Grads;
+use crate::ranks::Collective;
+
+/// Settings of the step.
+#[derive(Clone, Debug)]
+pub struct TrainerOptions {
+    /// Seed of all random numbers.
+    pub seed: u64,
+    /// Steps of the whole run, over which the learning-rate schedule extends.
+    pub max_steps: u64,
+    /// Micro-batches a step.
+    pub gradient_accumulation: usize,
+    /// Decay of the student's moving average, if it has one.
+    pub ema_decay: f64,
+    /// Learning rate, its schedule, and the norm that gradients are clipped to.
+    pub optimizer: config::Optimizer,
+}
+
+/// Makes the steps of a run.
+#[derive(Debug)]
+pub struct Trainer {
+    objective: Box<dyn Objective>,
+    teacher: Rc<dyn Denoiser>,
+    state: TrainState,
+    collective: Box<dyn Collective>,
+    options: TrainerOptions,
+    stage: StageHandle,
+    begun: Instant,
+}
+
+/// Sums over the micro-batches of a step.
+#[derive(Default)]
+struct StepSums {
+    gradients: Grads,
+    /// Mean loss.
+    loss: f64,
+    samples: u64,
+    /// Epoch of the last sample.
+    epoch: u64,
+    traces: Vec<Trace>,
+    skipped: Vec<SkippedSample>,
+}
+
+impl Trainer {
+    /// A trainer that continues from `state`. `stage` accounts the time it works.
+    pub fn new(
+        objective: Box<dyn Objective>,
+        teacher: Rc<dyn Denoiser>,
+        state: TrainState,
+        collective: Box<dyn Collective>,
+        options: TrainerOptions,
+        stage: StageHandle,
+    ) -> Self {
+        Self {
+            objective,
+            teacher,
+            state,
+            collective,
+            options,
+            stage,
+            begun: Instant::now(),
+        }
+    }
+
+    /// What is trained, after the last step.
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    /// What is minimised.
+    pub fn objective(&self) -> &dyn Objective {
+        &*self.objective
+    }
+
+    /// Makes one step over the micro-batches that `next_batch` gives. Keeps their traces if asked to.
+    ///
+    /// # Errors
+    /// Those of `next_batch`; [`TrainError::NotFinite`]; when a tensor operation fails. The state is then that of the step before.
+    pub fn step(
+        &mut self,
+        next_batch: &mut dyn FnMut() -> std::result::Result<EncodedBatch, TrainError>,
+        keep_traces: bool,
+    ) -> std::result::Result<StepReport, TrainError> {
+        let started = Instant::now();
+        let step = self.state.step + 1;
+        let failed = |source| TrainError::Step { step, source };
+        let loss_scale = self.loss_scale(step)?;
+        let mut sums = StepSums::default();
+        let mut cursor = None;
+        for micro_batch in 0..self.options.gradient_accumulation {
+            let batch = next_batch()?;
+            let key = self.key(step, micro_batch);
+            let work = || self.micro_batch(&batch, &key, loss_scale.unwrap_or(1.0), &mut sums);
+            let (loss, trace) = self.stage.work(work).map_err(failed)?;
+            self.check_finite(step, "the loss", loss)?;
+            if keep_traces {
+                sums.traces.push(trace);
+            }
+            sums.samples += batch.samples.len() as u64;
+            sums.epoch = batch.samples.last().map_or(0, |sample| sample.epoch);
+            sums.skipped.extend(batch.skipped);
+            cursor = Some(batch.cursor);
+        }
+        let mut gradients = std::mem::take(&mut sums.gradients);
+        self.collective.reduce(&mut gradients).map_err(failed)?;
+        let loss = self.collective.mean(sums.loss).map_err(failed)?;
+        self.check_gradients(&gradients)?;
+        // As accelerate: a step that overflowed does not advance the schedule.
+        let schedule_step = self.state.optimizer.steps() + 1;
+        let (options, max_steps) = (&self.options.optimizer, self.options.max_steps);
+        let rate = learning_rate(options, schedule_step, max_steps);
+        let stage = self.stage.clone();
+        let norm = stage.work(|| self.norm(&gradients, loss)).map_err(failed)?;
+        self.check_finite(step, "the gradient", norm)?;
+        stage
+            .work(|| self.update(&gradients, norm, rate))
+            .map_err(failed)?;
+        self.state.step = step;
+        self.state.samples += sums.samples;
+        self.state.cursor = cursor;
+        self.stage.add_items(sums.samples);
+        Ok(StepReport {
+            record: StepRecord {
+                step,
+                loss,
+                lr: rate,
+                grad_norm: norm,
+                loss_scale,
+                samples: self.state.samples,
+                epoch: sums.epoch,
+                endpoint_error: None,
+                samples_per_second: sums.samples as f64 / started.elapsed().as_secs_f64(),
+                seconds: self.begun.elapsed().as_secs_f64(),
+                limiting_stage: None,
+            },
+            traces: sums.traces,
+            skipped: sums.skipped,
+        })
+    }
+
+    fn key(&self, step: u64, micro_batch: usize) -> StepKey {
+        StepKey {
+            seed: self.options.seed,
+            step,
+            micro_batch: micro_batch as u64,
+        }
+    }
+
+    /// Forward and backward pass of one micro-batch: adds its gradients and its loss to the sums. Returns its loss and trace.
+    fn micro_batch(
+        &self,
+        batch: &EncodedBatch,
+        key: &StepKey,
+        loss_scale: f64,
+        sums: &mut StepSums,
+    ) -> Result<(f64, Trace)> {
+        let student = &self.state.student;
+        let networks = Networks {
+            student: student.student(),
+            target: student.target(),
+            teacher: &*self.teacher,
+        };
+        let output = self.objective.step(&networks, batch, key)?;
+        let micro_batches = self.options.gradient_accumulation as f64;
+        let scaled = (&output.loss * (loss_scale / micro_batches))?;
+        let gradients = ops::backward(&scaled)?;
+        student
+            .params()
+            .accumulate(&mut sums.gradients, gradients)?;
+        let loss = f64::from(output.loss.to_scalar::<f32>()?);
+        sums.loss += loss / micro_batches;
+        Ok((loss, output.trace))
+    }
+
+    /// Global norm of the gradients before clipping; NaN if the loss is not finite.
+    fn norm(&self, gradients: &Grads, loss: f64) -> Result<f64> {
+        let norm = self.state.optimizer.norm(gradients)?;
+        Ok(if loss.is_finite() { norm } else { f64::NAN })
+    }
+
+    /// Updates the variables, then their moving average.
+    fn update(&mut self, gradients: &Grads, norm: f64, rate: f64) -> Result<()> {
+        let TrainState {
+            student, optimizer, ..
+        } = &mut self.state;
+        optimizer.step(student.params(), gradients, norm, rate)?;
+        match student.target_params() {
+            Some(target) => target.follow(student.params(), self.options.ema_decay),
+            None => Ok(()),
+        }
+    }
+
+    /// Factor of the loss, if it is scaled.
+    fn loss_scale(&self, step: u64) -> std::result::Result<Option<f64>, TrainError> {
+        let scale = self.state.optimizer.loss_scale();
+        if scale.is_some_and(LossScale::exhausted) {
+            return Err(TrainError::NotFinite {
+                step,
+                what: "a gradient, whatever the loss scale,".to_owned(),
+            });
+        }
+        Ok(scale.map(LossScale::factor))
+    }
+
+    /// Refuses a number that is not finite, unless the loss is scaled: the loss scale is lowered then.
+    fn check_finite(
+        &self,
+        step: u64,
+        what: &str,
+        number: f64,
+    ) -> std::result::Result<(), TrainError> {
+        if number.is_finite() || self.state.optimizer.loss_scale().is_some() {
+            return Ok(());
+        }
+        Err(TrainError::NotFinite {
+            step,
+            what: what.to_owned(),
+        })
+    }
+
+    /// Refuses variables without a gradient: candle drops some gradients without an error.
+    fn check_gradients(&self, gradients: &Grads) -> std::result::Result<(), TrainError> {
+        let names = self.state.student.params().without_gradient(gradients);
+        if names.is_empty() {
+            return Ok(());
+        }
+        Err(TrainError::NoGradient {
+            names: names.join(", "),
+        })
+    }
+}
