@@ -14,8 +14,8 @@ FROM ${BUILD_BASE} AS build
 ARG FEATURES=""
 WORKDIR /build
 
-# Dependencies in a layer of their own: they are built again only when a manifest or the lock file changes. Targets that the
-# manifests name must exist for cargo to read them, so each gets an empty source.
+# Dependencies have their own layer, which is built again only when a manifest or the lock file changes. cargo needs the source
+# files of all targets in the manifests, so each gets an empty file.
 COPY Cargo.toml Cargo.lock ./
 COPY pipeline/Cargo.toml pipeline/
 RUN set -eu; \
@@ -34,7 +34,7 @@ RUN set -eu; \
 
 COPY src src
 COPY pipeline/src pipeline/src
-# The sources may be older than what was just built of the empty ones; cargo goes by the time.
+# cargo compares modification times, and the copied sources may be older than the build of the empty files.
 RUN set -eu; \
     find src pipeline/src -name '*.rs' -exec touch {} +; \
     cargo build --release --locked --bin coffey --features "$FEATURES"; \
@@ -53,7 +53,7 @@ COPY LICENSE ./
 COPY configs configs
 COPY assets/quickstart assets/quickstart
 
-# The only place that is written to: -s train.output=/data/… or -s latents.output=/data/…
+# The only writable folder: -s train.output=/data/… or -s latents.output=/data/…
 VOLUME ["/data"]
 USER 10001:10001
 ENTRYPOINT ["coffey"]

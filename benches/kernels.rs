@@ -1,5 +1,6 @@
-//! The seconds of each operation of `coffey::ops`, forward and backward, one JSON line a case: coffey's side of
-//! `kernels_vs_pytorch.py`, which reads the same `kernels.json`.
+//! Measures the seconds of each operation of `coffey::ops`, forward and backward; prints one JSON line a case.
+//!
+//! This is coffey's side of `kernels_vs_pytorch.py`, which reads the same `kernels.json`.
 //!
 //! `cargo bench --bench kernels -- [--seconds 0.3] [--only WORD]`; `RAYON_NUM_THREADS` sets the threads.
 
@@ -18,10 +19,10 @@ struct Args {
     /// Seconds spent on each case
     #[arg(long, default_value_t = 0.3)]
     seconds: f64,
-    /// Only cases whose name has this in it
+    /// Only cases whose name contains this
     #[arg(long, default_value = "")]
     only: String,
-    /// What cargo says to every benchmark
+    /// Passed by cargo to every benchmark
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -140,8 +141,16 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Median seconds of a forward pass that records a graph and of the backward pass after it, both over `seconds`.
-fn measure(kernel: &Kernel, seconds: f64) -> candle_core::Result<(f64, f64)> {
+/// Median seconds of a pass.
+struct Timing {
+    /// The forward pass, which records a graph.
+    forward: f64,
+    /// The backward pass after it.
+    backward: f64,
+}
+
+/// Repeats both passes for at least `seconds`.
+fn measure(kernel: &Kernel, seconds: f64) -> candle_core::Result<Timing> {
     let variables = kernel
         .shapes()
         .into_iter()
@@ -165,7 +174,10 @@ fn measure(kernel: &Kernel, seconds: f64) -> candle_core::Result<(f64, f64)> {
         }
         begun = begun.or(Some(end)); // the first pass warms up
     }
-    Ok((median(forward), median(backward)))
+    Ok(Timing {
+        forward: median(forward),
+        backward: median(backward),
+    })
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -173,7 +185,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let cases: Vec<Case> = serde_json::from_str(include_str!("kernels.json"))?;
     for case in cases.iter().filter(|case| case.name.contains(&args.only)) {
         // As in a step: inside the pool.
-        let (forward, backward) = ops::in_pool(|| measure(&case.kernel, args.seconds))?;
+        let Timing { forward, backward } = ops::in_pool(|| measure(&case.kernel, args.seconds))?;
         println!(
             "{}",
             json!({ "name": case.name, "forward": forward, "backward": backward })

@@ -3,10 +3,10 @@
     python benches/kernels_vs_pytorch.py [--threads 2] [--rounds 3] [--seconds 0.3] [--only WORD] [--out FILE.json]
 
 Run it from the repository's root, with the packages of `tests/reference/requirements.txt`. The shapes are those of
-`kernels.json`. The two take turns, each time in a fresh process that spends `--seconds` on each shape: a forward
+`kernels.json`. Both sides alternate, each time in a new process that spends `--seconds` on each shape: a forward
 pass that records a graph, then the backward pass to all operands, in f32. A figure is the median over the rounds of
-the medians. Columns: milliseconds of both, coffey's speed over PyTorch's (above 1: coffey is faster) and, where an
-operation is mostly multiplication, GFLOP/s of both (2 for a multiply-add; a backward pass counts as two forward).
+the medians. Columns: milliseconds of both, coffey's speed divided by PyTorch's (above 1: coffey is faster) and, for
+operations that are mostly multiplications, GFLOP/s of both (2 for a multiply-add; a backward pass counts as two forward).
 """
 
 import argparse
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def flops(case):
-    """Of one forward pass; none for what is bound by memory."""
+    """Floating-point operations of one forward pass; none for operations bound by memory."""
     c = case
     match c["kind"]:
         case "conv2d":
@@ -38,7 +38,7 @@ def flops(case):
 
 
 def pytorch_case(case):
-    """The operands' shapes, and the operation as diffusers has it."""
+    """Shapes of the operands, and the operation as in diffusers."""
     import torch.nn.functional as F
 
     c = case
@@ -70,11 +70,11 @@ def pytorch_case(case):
                 return hidden * F.gelu(gate)
 
             return [(c["rows"], 2 * c["width"])], geglu
-    raise SystemExit(f"kernels.json has the kind {c['kind']}, which isn't known here")
+    raise SystemExit(f"unknown kind in kernels.json: {c['kind']}")
 
 
 def pytorch(args):
-    """PyTorch's side: a JSON line for each case."""
+    """PyTorch's side: prints a JSON line for each case."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -104,7 +104,7 @@ def cases(args):
 
 
 def bench_binary():
-    """Builds coffey's side; where it is."""
+    """Builds coffey's side and returns its path."""
     command = ["cargo", "build", "--release", "--locked", "--bench", "kernels", "--message-format=json"]
     built = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, check=True)
     messages = [json.loads(line) for line in built.stdout.splitlines()]
@@ -119,10 +119,10 @@ def lines(command, threads):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="of each side")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--seconds", type=float, default=0.3, help="spent on each case in each turn")
-    parser.add_argument("--only", default="", help="only cases whose name has this in it")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time of each case in each run")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--binary", type=Path, help="a built `kernels` bench, instead of building it")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--pytorch", action="store_true", help=argparse.SUPPRESS)  # the PyTorch process itself
@@ -135,7 +135,7 @@ def main():
         parser.error(f"no case of kernels.json has {args.only!r} in its name")
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"the machine is busy (load {load:.1f}): these figures won't say much", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}): the figures are unreliable", file=sys.stderr)
     both = ["--seconds", args.seconds, f"--only={args.only}"]
     sides = {
         "coffey": [args.binary or bench_binary(), *both],

@@ -2,10 +2,10 @@
 
     python benches/latents_vs_images.py [--coffey target/release/coffey] [--threads 2] [--rounds 3] [--out FILE.json]
 
-Run it from the repository's root; Python needs no packages. `coffey precompute` writes the quickstart's latents once; then, by
-turns, `coffey train` from the images, from latents with their embeddings, and from latents with captions that are encoded anew. Each turn is
-a short and a long run in fresh processes, without pictures and figures; what the long run has more is one pass over the 459 samples,
-and rate and CPU time are those of the difference. The losses of the first steps must agree: a run from latents has the numbers of
+Run it from the repository's root; Python needs no packages. `coffey precompute` writes the quickstart's latents once. Then `coffey train` alternates
+between the images, latents with their embeddings, and latents with captions (encoded again). Each turn is
+a short and a long run in new processes, without pictures and figures. The long run has one additional pass over the 459 samples;
+rate and CPU time are those of this pass. The losses of the first steps must agree: a run from latents has the numbers of
 the run from images, up to f16.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from step_vs_pytorch import CONFIG, timed
 
 BATCH = 16
-# Steps of the short run, and of the long one, which has one pass over 459 samples more.
+# Steps of the short run, and of the long run, which has one additional pass over 459 samples.
 STEPS = [4, 33]
 SIDES = {
     "images": {},
@@ -58,9 +58,9 @@ def losses(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coffey", type=Path, default=Path("target/release/coffey"), help="the release binary")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--threads", type=int, default=2, help="threads of arithmetic")
-    parser.add_argument("--scratch", type=Path, help="where runs and latents go, instead of the system's folder")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads")
+    parser.add_argument("--scratch", type=Path, help="folder for runs and latents, instead of the system's temporary folder")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     report = {"machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "load_at_start": os.getloadavg()[0]}}
@@ -92,7 +92,7 @@ def main():
     for side, found in first.items():
         apart = max(abs(a - b) / abs(b) for a, b in zip(found, first["images"], strict=True))
         if apart > 1e-2:
-            raise SystemExit(f"{side}: the losses of the first {few} steps are {apart:.2g} from those of the images")
+            raise SystemExit(f"{side}: the losses of the first {few} steps differ by {apart:.2g} from those of the images")
     print(f"{'':24}{'samples/s':>12}{'CPU ms':>12}{'peak MiB':>12}")
     for side, runs in sides.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in ("samples_per_second", "cpu_ms_per_sample")}

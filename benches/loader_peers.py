@@ -1,7 +1,7 @@
 """The loaders that `loader_vs_peers.py` measures, each in a process of its own: `python benches/loader_peers.py NAME`.
 
 Each is a generator of f32 batches `[16, 3, 512, 512]`, made from a job: `urls` of the shards, number of `samples`, and
-what the loader wants besides. They run for one pass over the shards at least.
+settings of the loader. Each runs for at least one pass over the shards.
 """
 
 import io
@@ -30,8 +30,8 @@ def reference_transform(image):
 
 
 class Batches:
-    """u8 [B, H, W, C] as f32 [B, C, H, W] of -1 to 1, in buffers that are used in turn: fresh memory for each batch
-    would double the time this takes."""
+    """Converts u8 [B, H, W, C] to f32 [B, C, H, W] in -1..1, in reused buffers: new memory for each batch would double
+    the time."""
 
     def __init__(self, count):
         import torch
@@ -49,7 +49,7 @@ class Batches:
 
 def webdataset_batches(job):
     """The stages of the reference's `SDText2ImageDataset`. Its grouping of members differs from webdataset's own only
-    where a shard names a member twice."""
+    if a shard has a member twice."""
     import webdataset as wds
     from torch.utils.data import default_collate
 
@@ -77,7 +77,7 @@ def webdataset_batches(job):
 
 
 def streaming_batches(job):
-    """MosaicML Streaming on a first pass: what is downloaded stays in its local cache."""
+    """MosaicML Streaming on a first pass; downloads stay in its local cache."""
     import torch
     from PIL import Image
     from streaming import StreamingDataset
@@ -89,7 +89,7 @@ def streaming_batches(job):
             image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
             return reference_transform(image), sample["txt"]
 
-    # It signs its requests, which a server without credentials refuses.
+    # It signs its requests; a server without credentials refuses signed requests.
     S3Downloader._create_s3_client = partialmethod(S3Downloader._create_s3_client, unsigned=True)
     os.environ |= {"S3_ENDPOINT_URL": job["endpoint"], "AWS_DEFAULT_REGION": "us-east-1"}
     options = {"shuffle": True, "shuffle_block_size": BUFFER, "batch_size": BATCH}
@@ -100,7 +100,7 @@ def streaming_batches(job):
 
 
 def datago_batches(job):
-    """datago's own crop and resize to one aspect ratio, its raw buffers."""
+    """datago with its own crop and resize to one aspect ratio, and its raw buffers."""
     import numpy
     from datago import DatagoClient
 
@@ -187,13 +187,13 @@ MODULES = {
 
 
 def main(name):
-    """A peer's turn, spoken with its parent line by line: "ready", "done", the result."""
+    """Runs a loader; prints to its parent "ready", "done" and the result, one line each."""
     import torch
     import torchvision.transforms.functional  # noqa: F401
 
     __import__(MODULES[name])
     job = json.loads(sys.stdin.readline())
-    torch.set_num_threads(1)  # the batch's arithmetic: its threads would take the decoders' cores
+    torch.set_num_threads(1)  # for the arithmetic on batches: more threads would take the decoders' cores
     print("ready", flush=True)
     sys.stdin.readline()
     batches, wanted = PEERS[name][0](job), job["samples"] // BATCH
@@ -208,7 +208,7 @@ def main(name):
     for batch in (first, last):
         fine = batch.shape == (BATCH, 3, SIDE, SIDE) and batch.dtype == torch.float32 and batch.is_contiguous()
         if not fine or batch.min() < -1 or batch.max() > 1 or batch.std() < 0.1:
-            raise SystemExit(f"{name}: not the batch that was asked for: {batch.shape} {batch.dtype}")
+            raise SystemExit(f"{name}: unexpected batch: {batch.shape} {batch.dtype}")
     result = {"first_batch_seconds": begun - start, "elapsed_seconds": ended - start}
     print(json.dumps(result), flush=True)
     batches.close()

@@ -1,17 +1,17 @@
-"""Loading images from S3: `coffey bench` against the loaders that people use, on this machine, in one run.
+"""Loading images from S3: `coffey bench` against other loaders, on this machine, in one run.
 
     python benches/loader_vs_peers.py --corpus DIR --server s3s-fs [--coffey target/release/coffey] [--only NAME,...]
         [--rounds 3] [--samples N] [--out FILE.json] [-s KEY=VALUE ...] [--lock FILE]
 
-`benches/README.md` says what to install. DIR holds shards of JPEG, text and json as LAION's are. They are uploaded to
+`benches/README.md` lists what to install. DIR has shards of JPEG, text and json in LAION's layout. They are uploaded to
 an S3 server on loopback (s3s-fs, no credentials), which shares the machine's cores with the loader. All loaders do the
 same work with the same shards:
 
     S3 or HTTP -> JPEG decoding -> shorter side 512, antialiased bilinear -> random 512 x 512 crop -> -1..1
     -> batches of 16, [16, 3, 512, 512] in f32
 
-    coffey         `coffey bench`, shards drawn with replacement, shuffle buffer of 1,000; every JPEG decoded in full
-    coffey-scaled  the same with `image.scaled_decode`: large JPEGs are decoded at a half, a quarter or an eighth
+    coffey         `coffey bench`, shards drawn with replacement, shuffle buffer of 1,000; every JPEG at full size
+    coffey-scaled  the same with `image.scaled_decode`: large JPEGs are decoded at 1/2, 1/4 or 1/8
     webdataset     the loader of diffusers' `train_lcm_distill_sd_wds.py`: the same stages with the same settings, 2
                    workers, Pillow and torchvision; `pipe:curl` in place of its slower `pipe:aws s3 cp`
     streaming      MosaicML Streaming: the same photographs as MDS shards, made beforehand and served from the same
@@ -19,14 +19,14 @@ same work with the same shards:
     datago         Photoroom's datago over HTTP; its only resize is Lanczos, its only crop the centre; no shuffle buffer
     spdl           Meta's SPDL over HTTP, FFmpeg's decoder and `scale` filter (bilinear); no shuffle buffer
 
-They take turns (`--rounds` times), each in a fresh process. What is measured of one turn:
+The loaders alternate (`--rounds` times), each in a new process. Each run measures:
 
-    images/s       all samples but those of the first batch, over the time from the first batch to the last
-    first batch    seconds from the making of the loader (modules are imported already) to the first batch
-    CPU            milliseconds an image of the loader with its child processes, and of the server, from the making of
-                   the loader to the last batch
-    RSS, PSS       MiB: the largest sum over the loader's processes; RSS (each 0.1 s) counts a page once for each
-                   process that has it, PSS (each second) once in all. Imported modules are included
+    images/s       all samples except those of the first batch, divided by the time from the first batch to the last
+    first batch    seconds from the construction of the loader (after the import of modules) to the first batch
+    CPU            milliseconds an image of the loader with its child processes, and of the server, from the construction
+                   of the loader to the last batch
+    RSS, PSS       MiB: the largest sum over the loader's processes; RSS (every 0.1 s) counts a shared page once for each
+                   process, PSS (every second) once in total. Imported modules are included
 
 The table has the medians of the rounds, the file all rounds.
 """
@@ -68,7 +68,7 @@ PACKAGES = {
 
 
 def tree(pid):
-    """A process and all below it."""
+    """A process and its descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -78,7 +78,7 @@ def tree(pid):
 
 
 def cpu_seconds(pid):
-    """What a process, all below it and those of them that have ended have used."""
+    """CPU seconds of a process and its descendants, including ended ones."""
     total = 0
     for each in tree(pid):
         with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ def cpu_seconds(pid):
 
 
 def resident(pid, shared_once):
-    """Memory of a process and all below it, in bytes: RSS, or PSS where pages that are shared count once in all."""
+    """Memory of a process and its descendants in bytes: RSS, or PSS, which counts shared pages once in total."""
     total = 0
     for each in tree(pid):
         with contextlib.suppress(OSError):
@@ -101,7 +101,7 @@ def resident(pid, shared_once):
 
 
 class Peak:
-    """Samples the memory of a process tree until it is left."""
+    """Context manager that samples the memory of a process tree."""
 
     def __init__(self, pid):
         self.pid, self.rss, self.pss, self.ended = pid, 0, 0, threading.Event()
@@ -128,7 +128,7 @@ class Peak:
 
 
 def end(process):
-    """Ends a process that leads a group, with all in the group."""
+    """Ends a process group."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
     with contextlib.suppress(ProcessLookupError):
@@ -142,7 +142,7 @@ def speed(measured, samples):
 
 
 def peer_run(name, job, server, log):
-    """A peer's turn in a process of its own."""
+    """Runs a peer in a process of its own."""
     command = [sys.executable, str(HERE / "loader_peers.py"), name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with log.open("w") as errors:
@@ -177,7 +177,7 @@ def peer_run(name, job, server, log):
 
 
 def coffey_run(args, name, job, server, log):
-    """`coffey bench`; what it says of its stages is kept."""
+    """Runs `coffey bench`; the result includes its stages."""
     config = log.with_suffix(".toml")
     config.touch()
     settings = {
@@ -204,7 +204,7 @@ def coffey_run(args, name, job, server, log):
         with Peak(process.pid) as peak:
             said = process.stdout.read()
             _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)  # it is reaped: Popen need not wait
+    process.returncode = os.waitstatus_to_exitcode(status)  # already reaped: Popen must not wait
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text()[-3000:]}")
     told, served = json.loads(said), cpu_seconds(server) - server_before
@@ -219,7 +219,7 @@ def coffey_run(args, name, job, server, log):
 
 @contextlib.contextmanager
 def serve(binary, root, log):
-    """The S3 server on a free port of loopback: its process id and address."""
+    """Starts the S3 server on a free loopback port; yields its process id and address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with log.open("w") as output:
@@ -241,7 +241,7 @@ def serve(binary, root, log):
 
 
 def upload(files, bucket, root, endpoint):
-    """Puts files into a bucket over HTTP: s3s-fs knows the ETag of what it was sent; of any other file it would compute
+    """Uploads files to a bucket over HTTP: s3s-fs stores the ETag of an uploaded file; for any other file it computes
     the MD5 again for every request."""
     (root / bucket).mkdir()
     for file in files:
@@ -264,7 +264,7 @@ def samples_of(shard):
 
 
 def write_mds(shards, folder):
-    """The corpus as MosaicML's shards, as large as the tars are."""
+    """Writes the corpus as MosaicML's shards, with the sizes of the tars."""
     from streaming import MDSWriter
 
     limit = statistics.mean(shard.stat().st_size for shard in shards)
@@ -287,7 +287,7 @@ COLUMNS = {
 
 
 def machine():
-    """What it ran on."""
+    """CPU, cores, memory and kernel."""
     name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -298,7 +298,7 @@ def machine():
 
 
 def table(report):
-    """Medians, and coffey's speed as a multiple of each."""
+    """Medians, and coffey's speed divided by that of each loader."""
     names = list(report["loaders"])
     multiples = [name for name in names if name in COFFEY]
     heads = [*COLUMNS, *(f"{name} / it" for name in multiples)]
@@ -316,13 +316,13 @@ def table(report):
 
 
 def add(loader, made):
-    """One more turn of a loader, and its medians anew."""
+    """Adds a run of a loader and updates its medians."""
     loader["runs"].append(made)
     loader["median"] = {key: statistics.median(run[key] for run in loader["runs"]) for key, _ in COLUMNS.values()}
 
 
 def compare(args, chosen, shards, scratch):
-    """All turns of all loaders; the report as it is written to `--out`."""
+    """Runs all loaders; returns the report for `--out`."""
     count = 0
     for shard in shards:
         with tarfile.open(shard) as members:
@@ -385,14 +385,14 @@ def main():
     parser.add_argument("--server", type=Path, default=Path("s3s-fs"), help="the S3 server's binary")
     parser.add_argument("--coffey", type=Path, default=Path("target/release/coffey"), help="the release binary")
     parser.add_argument("--only", help=f"some of {','.join(everything)}; unset: all")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--samples", type=int, help="of each turn, at most one pass; unset: one pass")
-    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="handed on to coffey")
-    parser.add_argument("--lock", type=Path, help="a file locked (flock) during each turn, on a machine that is shared")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each loader")
+    parser.add_argument("--samples", type=int, help="images of each run, at most one pass; unset: one pass")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="passed to coffey")
+    parser.add_argument("--lock", type=Path, help="a file to lock (flock) during each run, on a shared machine")
     parser.add_argument(
-        "--scratch", type=Path, help="where the server's files and caches go, three times the corpus's size"
+        "--scratch", type=Path, help="folder for the server's files and caches, three times the corpus's size"
     )
-    parser.add_argument("--out", type=Path, help="JSON file for all figures, written after each turn")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures, written after each run")
     args = parser.parse_args()
     if not args.corpus or not (shards := sorted(args.corpus.glob("*.tar"))):
         parser.error("--corpus: a folder with .tar shards")
@@ -403,7 +403,7 @@ def main():
     if args.rounds < 1:
         parser.error("--rounds must be 1 or more")
     if (load := os.getloadavg()[0]) > 0.5:
-        print(f"the machine is busy (load {load:.1f}): these figures won't say much", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}): the figures are unreliable", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         report = compare(args, chosen, shards, Path(scratch))
     where = report["machine"]

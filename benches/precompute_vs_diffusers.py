@@ -4,21 +4,21 @@
         [--rounds N] [--out FILE.json]
 
 Run it from the repository's root, with the packages of `tests/reference/requirements.txt`, webdataset and pillow. The
-input is the quickstart's shards of captioned emoji, several times over. The cases:
+input is several copies of the quickstart's shards of captioned emoji. The cases:
 
     small   the quickstart's own VAE and text encoder, 64 px, batch 16
     sd15    a VAE and a text encoder of Stable Diffusion 1.5's shapes with random weights, 256 px, batch 4
 
-Both sides read the shards from the disk, decode with the alpha on white, resize bilinearly, cut the middle out, encode in f32 and
+Both sides read the shards from the disk, decode them with alpha on white, resize bilinearly, crop the centre, encode in f32 and
 write tars of f16 npy, caption and json:
 
     coffey    `coffey precompute`
     PyTorch   webdataset, Pillow, AutoencoderKL, CLIPTextModel and `webdataset.TarWriter` under `torch.inference_mode`, images
               prepared by one DataLoader worker
 
-Each turn is a fresh process; each side makes a short and a long run a round. The rate is the samples that the long run has more, divided by the
-seconds it takes more: loading is not part of it. The peak is the largest resident set of the long run's processes one by one
-(`wait4`; a DataLoader worker's is not added to its parent's). What both made is compared before anything is reported.
+Each run is a new process; in each round each side makes a short and a long run. The rate is the additional samples of the long run divided by
+its additional seconds, so it excludes loading. The peak is the largest resident set of a single process of the long run
+(`wait4`; a DataLoader worker's is not added to its parent's). The outputs of both sides are compared before any figure is reported.
 """
 
 import argparse
@@ -38,17 +38,17 @@ import numpy as np
 from step_vs_pytorch import HERE, REFERENCE, timed
 
 ASSETS = HERE.parent / "assets" / "quickstart"
-# Samples of the short and of the long run, copies of the quickstart's four shards, turns of each side.
+# Samples of the short and of the long run, copies of the quickstart's four shards, runs of each side.
 CASES = {
     "small": {"pixels": 64, "batch": 16, "samples": [400, 6400], "copies": 14, "rounds": 3},
     "sd15": {"pixels": 256, "batch": 4, "samples": [4, 24], "copies": 1, "rounds": 2},
 }
-# Of the largest value of an array: f16 keeps 11 bits, and sums are made in another order.
+# Relative to the largest value of an array: f16 keeps 11 bits, and the order of sums differs.
 ALLOWED = 4e-3
 
 
 def square(image, side):
-    """The image's middle, its shorter side resized to `side`: f32 `[3, side, side]` from -1 to 1."""
+    """Resizes the shorter side to `side` and crops the centre: f32 `[3, side, side]` in -1..1."""
     from PIL import Image
 
     if image.mode != "RGB":
@@ -65,7 +65,7 @@ def square(image, side):
 
 
 def pytorch_precompute(args):
-    """The PyTorch process: what a user of diffusers writes."""
+    """The PyTorch process: typical code of a diffusers user."""
     import torch
     import webdataset as wds
     from diffusers import AutoencoderKL
@@ -109,7 +109,7 @@ def pytorch_precompute(args):
 
 
 def run(args, side, case, samples, teacher, shards, folder):
-    """One process; what it used."""
+    """Runs a process; returns its use of resources."""
     latents = folder / f"latents-{samples}"
     if side == "coffey":
         settings = {
@@ -130,7 +130,7 @@ def run(args, side, case, samples, teacher, shards, folder):
 
 
 def arrays(latents):
-    """Every sample's moments and embeddings, in order."""
+    """Moments and embeddings of every sample, in order."""
     import webdataset as wds
 
     found = []
@@ -144,11 +144,11 @@ def arrays(latents):
 def check_equal(ours, theirs, name):
     ours, theirs = arrays(ours), arrays(theirs)
     if [sample[0] for sample in ours] != [sample[0] for sample in theirs]:
-        raise SystemExit(f"{name}: the sides have other samples: {len(ours)} and {len(theirs)}")
+        raise SystemExit(f"{name}: the sides have different samples: {len(ours)} and {len(theirs)}")
     for (key, *one), (_, *other) in zip(ours, theirs, strict=True):
         for what, a, b in zip(("moments", "embeddings"), one, other, strict=True):
             if np.abs(a - b).max() > ALLOWED * np.abs(b).max():
-                raise SystemExit(f"{name}: {key}: the {what} are {np.abs(a - b).max():.3g} apart")
+                raise SystemExit(f"{name}: {key}: the {what} differ by {np.abs(a - b).max():.3g}")
 
 
 def compare(args, name, case, scratch):
@@ -174,12 +174,12 @@ def compare(args, name, case, scratch):
             long, made[side] = run(args, side, case, many, teacher, shards, folder)
             rate = (many - few) / (long["wall_seconds"] - short["wall_seconds"])
             runs.append({"samples_per_second": rate, "short": short, "long": long})
-        # In a process of its own: one that is started later counts this one's memory as its own until it runs.
+        # In a process of its own: Linux counts the parent's memory in the peak of a child until it starts its program.
         check = multiprocessing.get_context("spawn").Process(target=check_equal, args=(made["coffey"], made["PyTorch"], name))
         check.start()
         check.join()
         if check.exitcode != 0:
-            raise SystemExit(f"{name}: not compared: the sides' latents differ, or could not be read")
+            raise SystemExit(f"{name}: no figures: the sides' latents differ or can't be read")
     report = {"case": case}
     for side, runs in sides.items():
         report[side] = {
@@ -193,11 +193,11 @@ def compare(args, name, case, scratch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="may be given again; unset: both")
+    parser.add_argument("--case", action="append", choices=CASES, help="can be repeated; unset: both")
     parser.add_argument("--coffey", type=Path, default=Path("target/release/coffey"), help="the release binary")
-    parser.add_argument("--rounds", type=int, help="turns of each side, instead of the case's")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side's arithmetic")
-    parser.add_argument("--scratch", type=Path, help="where models and shards go (sd15: 4 GB), instead of the system's folder")
+    parser.add_argument("--rounds", type=int, help="runs of each side, instead of the case's")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads of each side")
+    parser.add_argument("--scratch", type=Path, help="folder for models and shards (sd15: 4 GB)")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     # The PyTorch process itself.
     parser.add_argument("--pytorch", action="store_true", help=argparse.SUPPRESS)

@@ -7,23 +7,23 @@ Run it from the repository's root, with the packages of `tests/reference/require
 
     small       a UNet of 64 and 128 channels with random weights, 16 x 16 latents, batch 16
     sd15        a UNet of Stable Diffusion 1.5's shapes with random weights, 32 x 32 latents, batch 1
-    sd15-thin   the same with one layer a block, for a machine on which PyTorch's side of sd15 does not fit
+    sd15-thin   the same with one layer a block, for a machine with too little memory for PyTorch's side of sd15
     quickstart  the quickstart's own teacher, 16 x 16 latents, batch 16
 
-For each case `tests/reference/make_pipeline.py` makes the teacher: its VAE and text encoder are as small as can be,
-so that coffey's encoding costs next to nothing (not so in quickstart). `coffey train` makes the steps once with an
-audit, untimed: the student and the inputs that PyTorch starts from. Then the two take turns, each time in a fresh
-process, which makes the same steps from the same start, in f32:
+For each case `tests/reference/make_pipeline.py` makes the teacher, with a very small VAE and text encoder, so that
+coffey's encoding takes little time (except in quickstart). `coffey train` makes the steps once with an
+audit, untimed: it records the student and the inputs for PyTorch. Then both sides alternate, each time in a new
+process that makes the same steps from the same start, in f32:
 
     coffey   `coffey train` without an audit, validation or report; `samples_per_second` of its `metrics.jsonl`.
-             It is ended when the last step is in that file: saving is not part of it.
-    PyTorch  the step of `tests/reference`, from recorded latents and embeddings that are loaded before the clock
+             The process is ended when the last step is in that file, so the figure excludes saving.
+    PyTorch  the step of `tests/reference`, from recorded latents and embeddings, loaded before the timer
              starts: teacher twice and target without a graph, student forward and backward, clipping, fused AdamW,
-             average.
+             moving average.
 
 A rate is the median of all steps after the first (sd15) or first two, a peak the largest resident set of the process
-(`wait4`). Where there are several rounds the table has the median of the rates and the largest peak; the file has
-them all. `-s` settings go to coffey; PyTorch follows `train.gradient_checkpointing` and `train.teacher_dtype`.
+(`wait4`). With several rounds the table has the median of the rates and the largest peak; the file has
+all of them. `-s` settings go to coffey; PyTorch follows `train.gradient_checkpointing` and `train.teacher_dtype`.
 """
 
 import argparse
@@ -42,11 +42,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE.parent / "tests" / "reference"
 CONFIG = HERE.parent / "configs" / "quickstart.toml"
-NEVER = 10**9  # as a number of steps
+NEVER = 10**9  # steps
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
-# shape and options of make_pipeline.py, pixels a side, batch, steps, those of them that warm up, rounds, and GiB that
-# must be free: both sides hold teacher, student, target, gradients and two moments in f32.
+# Shape and options of make_pipeline.py, pixels a side, batch, steps, warm-up steps, rounds, and GiB of free memory:
+# both sides have teacher, student, target, gradients and two moments in f32.
 CASES = {
     "small": {"pipeline": ["small", "--encoders", "tiny"], "pixels": 64, "batch": 16}
     | {"steps": 12, "warm_up": 2, "rounds": 3, "gib": 2},
@@ -63,7 +63,7 @@ CASES = {
 
 
 class Cast:
-    """A teacher with weights of a smaller type, as `--cast_teacher_unet` and autocast have it."""
+    """A teacher with 16-bit weights, as with `--cast_teacher_unet` and autocast."""
 
     def __init__(self, teacher, dtype):
         self.teacher, self.dtype = teacher.to(dtype), dtype
@@ -78,7 +78,7 @@ class Cast:
 
 
 def pytorch_steps(args):
-    """Makes the audited steps; samples per second of each."""
+    """Makes the audited steps; returns the samples per second of each."""
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
@@ -127,8 +127,8 @@ def pytorch_steps(args):
 
 
 def timed(command, threads, log, done=lambda: False):
-    """Runs a process to its end, or until `done`; what it used. Linux counts a parent's peak in its child's: this one
-    stays small."""
+    """Runs a process to its end, or until `done`; returns its use of resources. Linux counts a parent's peak in its child's, so
+    this process must stay small."""
     variables = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     with log.open("wb") as output:
         words, env = [str(part) for part in command], os.environ | variables
@@ -140,7 +140,7 @@ def timed(command, threads, log, done=lambda: False):
                 process.kill()
                 stopped = True
             time.sleep(0.02)
-    process.returncode = os.waitstatus_to_exitcode(status)  # it is reaped: Popen need not wait
+    process.returncode = os.waitstatus_to_exitcode(status)  # already reaped: Popen must not wait
     if process.returncode and not stopped:
         raise SystemExit(f"{' '.join(words)}\nended with {process.returncode}:\n{log.read_text()[-2000:]}")
     return {
@@ -151,7 +151,7 @@ def timed(command, threads, log, done=lambda: False):
 
 
 def coffey_run(args, case, teacher, folder, audit=None):
-    """The first steps of one `coffey train`."""
+    """Runs the first steps of `coffey train`."""
     settings = {
         "train.output": folder / "run",
         "train.max_steps": NEVER,
@@ -180,7 +180,7 @@ def coffey_run(args, case, teacher, folder, audit=None):
 
 
 def pytorch_run(args, case, folder, audit):
-    """The audited steps in a process of their own."""
+    """Runs the audited steps in PyTorch, in a process of its own."""
     result = folder / "result.json"
     options = ["--threads", args.threads, "--steps", case["steps"], *(part for word in args.set for part in ("-s", word))]
     if args.channels_last:
@@ -197,7 +197,7 @@ def summary(runs, warm_up):
 
 
 def compare(args, name, case, scratch):
-    """Both sides of a case, by turns; the report as it is written to `--out`."""
+    """Runs both sides of a case alternately; returns the report for `--out`."""
     sides, audit = {"coffey": [], "PyTorch": []}, scratch / "audit"
 
     def folder(name):
@@ -220,12 +220,12 @@ def compare(args, name, case, scratch):
             else:
                 runs.append(coffey_run(args, case, teacher, here))
             shutil.rmtree(here)
-    # Half types of a teacher round differently on the two sides.
+    # 16-bit teachers round differently on the two sides.
     allowed = 0.2 if any("teacher_dtype" in word for word in args.set) else 0.01
     for side, runs in sides.items():
         apart = max(abs(a / b - 1) for run in runs for a, b in zip(run["loss"], recorded["loss"], strict=True))
         if apart > allowed:
-            raise SystemExit(f"{name}: {side} made other steps than were recorded: a loss is {apart:.1%} apart")
+            raise SystemExit(f"{name}: {side}: the steps differ from the recorded ones: a loss differs by {apart:.1%}")
     ours, theirs = (summary(runs, case["warm_up"]) for runs in sides.values())
     theirs["imports_mib"] = max(run["imports_bytes"] for run in sides["PyTorch"]) / 2**20
     return {
@@ -237,7 +237,7 @@ def compare(args, name, case, scratch):
 
 
 def available_gib():
-    """Memory that can be had; infinite where the system does not say."""
+    """Available memory; infinite if unknown."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) / 2**20
@@ -247,14 +247,14 @@ def available_gib():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="may be given again; unset: small and sd15")
+    parser.add_argument("--case", action="append", choices=CASES, help="can be repeated; unset: small and sd15")
     parser.add_argument("--coffey", type=Path, default=Path("target/release/coffey"), help="the release binary")
-    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="handed on to coffey")
-    parser.add_argument("--steps", type=int, help="of each run, instead of the case's")
-    parser.add_argument("--rounds", type=int, help="turns of each side, instead of the case's")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each side's arithmetic")
-    parser.add_argument("--channels-last", action="store_true", help="PyTorch's models in that memory format")
-    parser.add_argument("--scratch", type=Path, help="where the models go (sd15: 10 GB), instead of the system's folder")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="passed to coffey")
+    parser.add_argument("--steps", type=int, help="steps of each run, instead of the case's")
+    parser.add_argument("--rounds", type=int, help="runs of each side, instead of the case's")
+    parser.add_argument("--threads", type=int, default=2, help="compute threads of each side")
+    parser.add_argument("--channels-last", action="store_true", help="PyTorch's models use this memory format")
+    parser.add_argument("--scratch", type=Path, help="folder for the models (sd15: 10 GB)")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("--pytorch", type=Path, metavar="AUDIT", help=argparse.SUPPRESS)  # the PyTorch process itself
     args = parser.parse_args()
@@ -271,7 +271,7 @@ def main():
             parser.error(f"{name} needs about {case['gib']} GiB of free memory, there are {free:.1f}")
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"the machine is busy (load {load:.1f}): these figures won't say much", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}): the figures are unreliable", file=sys.stderr)
     report = {
         "machine": {"cpus": os.cpu_count(), "arch": platform.machine(), "load_at_start": load},
         "arguments": {"threads": args.threads, "set": args.set, "channels_last": args.channels_last},

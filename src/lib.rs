@@ -1,11 +1,12 @@
 //! coffey distils a latent diffusion model into a Latent Consistency Model from a stream of captioned images.
 //!
-//! The data's way: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns those into latents and text embeddings,
-//! [`train`] distils from them, or [`latents`] writes them to shards. [`monitor`] lets others look on, [`track`] records for them. [`pretrained`] brings models
-//! here, [`hub`] takes the finished student there, [`models`] are the networks, built over the layers of [`ops`]; [`diffusion`] is the mathematics; [`config`] and [`cli`] are the edges.
+//! Data flow: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns pixel batches into latents and text
+//! embeddings, and [`train`] distils from them or [`latents`] writes them to shards. [`pretrained`] fetches models and [`hub`] pushes
+//! the finished student. [`models`] has the networks, built from the layers of [`ops`]; [`diffusion`] has the mathematics. [`monitor`] serves a run's
+//! state over HTTP, [`track`] writes TensorBoard events. [`config`] and [`cli`] are the user's side.
 
 #[macro_use]
-mod say;
+mod print;
 
 pub mod adaptation;
 pub mod cli;
@@ -14,7 +15,6 @@ pub mod config;
 pub mod diffusion;
 pub mod draw;
 pub mod encode;
-mod environment;
 pub mod hub;
 pub mod latents;
 pub mod models;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 use rayon::prelude::*;
 
@@ -55,7 +56,7 @@ impl ParamSet {
     ///
     /// # Errors
     /// When two gradients of one variable can't be added.
-    pub fn accumulate(&self, sums: &mut Grads, mut found: ops::Gradients) -> Result<()> {
+    pub fn accumulate(&self, sums: &mut Grads, mut found: GradStore) -> Result<()> {
         for (name, var) in &self.0 {
             let Some(gradient) = found.remove(var) else {
                 continue;

@@ -1,33 +1,54 @@
-//! What the system says of this process and of its memory.
+//! Facts from the operating system about this process: environment variables, the cache folder, CPU time, memory.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Processor time this process has used, over all its threads.
+/// Value of an environment variable; an empty value counts as unset.
+pub(crate) fn env_var(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// `$XDG_CACHE_HOME`, else `~/.cache`; `None` if neither variable is set.
+pub(crate) fn cache_dir(env_var: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(env_var("HOME")?).join(".cache"));
+    env_var("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)
+}
+
+/// An environment of the given variables alone, for functions that take `env_var`.
+#[cfg(test)]
+pub(crate) fn env_of(variables: &[(&str, &str)]) -> impl Fn(&str) -> Option<String> {
+    let variables: std::collections::HashMap<String, String> = variables
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
+    move |name| variables.get(name).cloned()
+}
+
+/// CPU time of this process, summed over its threads.
 pub(crate) fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// The most memory this process has held at once, in bytes; `None` where the system doesn't say.
+/// Peak resident memory of this process in bytes; `None` where `/proc` does not have it.
 pub(crate) fn peak_memory() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM:")
 }
 
-/// Memory that this process could take, in bytes: what of the machine's is free or can be freed, and of that what its
-/// control group may still use; `None` where the system doesn't say.
+/// Memory in bytes that this process can still allocate: the machine's available memory, limited by what its control group
+/// has left. `None` where `/proc` does not have it.
 pub(crate) fn available_memory() -> Option<u64> {
     let free = kilobytes("/proc/meminfo", "MemAvailable:")?;
     Some(free.min(left_to_group(Path::new("/sys/fs/cgroup")).unwrap_or(u64::MAX)))
 }
 
-/// What is left of a control group's memory limit, as a container has one; `None` without a limit.
+/// Bytes left of a control group's (a container's) memory limit; `None` without a limit.
 fn left_to_group(folder: &Path) -> Option<u64> {
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
     let number = |text: String| text.trim().parse::<u64>().ok();
     let limit = number(read("memory.max")?)?;
     let used = number(read("memory.current")?)?;
-    // Files that were read and may be dropped count as used.
+    // `memory.current` includes cached file pages, which the kernel can drop.
     let droppable = read("memory.stat")
         .and_then(|stat| {
             let line = stat
@@ -51,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_group_has_what_its_limit_leaves() {
+    fn control_group_memory_is_limit_minus_use() {
         let folder = tempfile::tempdir().unwrap();
         let write =
             |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
@@ -66,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn linux_says_all_of_it() {
+    fn process_figures_are_known_on_linux() {
         assert!(peak_memory().unwrap() > 1 << 16);
         assert!(available_memory().unwrap() > 1 << 20);
         let before = cpu_time();

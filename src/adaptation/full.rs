@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 use super::{Adaptation, ModelFolder};
 use crate::models::unet::{WEIGHTS_STEM, student_tensors};
 use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights};
-use crate::ops::{Attention, Keep};
+use crate::ops::{Activations, Attention};
 use crate::params::{ParamSet, Tensors};
 use crate::random::{generator, uniform};
 
@@ -22,7 +22,7 @@ pub struct ForwardOptions {
     /// Implementation of attention.
     pub attention: Attention,
     /// What the blocks of the trained network keep for the backward pass.
-    pub keep: Keep,
+    pub activations: Activations,
     /// Type to compute in; `None`: the weights' f32.
     pub compute: Option<DType>,
 }
@@ -89,13 +89,13 @@ impl Full {
     ) -> Result<Self, ModelError> {
         let build = |tensors: Tensors| {
             let weights = Weights::new(tensors, origin);
-            let unet = UNet::new(&weights.root(), config, options.attention)?;
+            let unet = UNet::new(weights.builder(), config, options.attention)?;
             weights.expect_all_taken(&[])?;
             Ok::<_, ModelError>(unet.computing_in(options.compute))
         };
         let (params, target_params) = (ParamSet::new(params)?, ParamSet::new(target)?);
         Ok(Self {
-            student: build(params.tracked())?.with_keep(options.keep),
+            student: build(params.tracked())?.with_activations(options.activations),
             frozen_student: build(params.detached())?,
             target: build(target_params.detached())?,
             params,

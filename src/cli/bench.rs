@@ -1,6 +1,5 @@
-//! `coffey bench`: the data pipeline alone, and which of its stages is the limit.
+//! `coffey bench`: the data pipeline alone, and which of its stages limits the speed.
 
-use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -12,12 +11,11 @@ use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{BatchContent, CacheCounts, Ceiling, Stream, ceiling};
 use serde::Serialize;
 
-use super::data::{DataAccess, content, source_options, stream_config};
-use super::process::{cpu_time, peak_memory};
 use super::ranks::RankArgs;
-use super::watch::watch;
+use super::resources::{DataAccess, content, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
 use crate::monitor::StreamingCommand;
+use crate::process::{cpu_time, peak_memory};
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]
@@ -29,8 +27,8 @@ pub(super) struct BenchArgs {
     /// Samples to read, in the order of training.
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     samples: u64,
-    /// Then decode, resize and crop the same samples from memory on all cores, with nothing around it, and say how near the stream
-    /// comes to that.
+    /// Then decode, resize and crop the same samples from memory on all cores, without the stream, and print the stream's speed as a
+    /// share of that decode limit.
     #[arg(long)]
     limit: bool,
     /// Print one JSON object to standard output.
@@ -38,7 +36,7 @@ pub(super) struct BenchArgs {
     json: bool,
 }
 
-/// What was measured.
+/// The measurements. Field names are the keys of `--json`.
 #[derive(Serialize)]
 struct Measured {
     samples: u64,
@@ -47,38 +45,40 @@ struct Measured {
     elapsed_seconds: f64,
     first_batch_seconds: f64,
     images_per_second: f64,
-    /// Fetched, compressed.
+    /// Compressed megabytes (10⁶ bytes) fetched.
     megabytes_per_second: f64,
-    /// Of the whole process, the embedded S3 server included.
+    /// CPU time of the whole process, including the embedded S3 server.
     cpu_ms_per_image: f64,
-    /// Of the process besides the stages: network and TLS, the embedded S3 server.
+    /// CPU time outside the stages: network and TLS, the embedded S3 server.
     other_cpu_seconds: f64,
     peak_memory_bytes: Option<u64>,
-    /// Since the first batch.
+    /// The limiting stage after the first batch.
     limiting_stage: Option<Stage>,
-    /// Of the shards' cache, if there is one.
+    /// Hits and misses of the shard cache, if there is one.
     cache: Option<CacheCounts>,
-    /// What the machine could do, if that was asked for.
-    machine: Option<Machine>,
+    /// With `--limit`.
+    #[serde(rename = "machine")]
+    decode_limit: Option<DecodeLimitReport>,
     #[serde(flatten)]
     flow: FlowSnapshot,
     #[serde(flatten)]
     s3: S3Counts,
 }
 
-/// The machine's own limit.
+/// The decode limit: how fast this machine decodes, resizes and crops the same samples from memory, without the stream.
 #[derive(Serialize)]
-struct Machine {
+struct DecodeLimitReport {
     images: u64,
     threads: usize,
     images_per_second: f64,
-    /// Of decoding, resizing and cropping alone.
+    /// CPU time of decoding, resizing and cropping alone.
     cpu_ms_per_image: f64,
-    /// The stream's speed as a part of it, 0 to 1.
+    /// The stream's speed divided by the decode limit.
     reached: f64,
 }
 
-impl Machine {
+impl DecodeLimitReport {
+    /// `stream` is the stream's speed. Images per second.
     fn new(alone: &Ceiling, stream: f64) -> Self {
         let images_per_second = alone.images as f64 / alone.elapsed.as_secs_f64();
         Self {
@@ -97,7 +97,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let rank = args.ranks.resolve()?.rank;
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, StreamingCommand::Bench)?;
+    let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Bench)?;
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
@@ -116,7 +116,6 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
 
     let (cpu_before, start) = (cpu_time(), Instant::now());
     let stream = Stream::open(stream, &data.sources, &data.metrics, data.runtime.handle())?;
-    // Nobody trains here; the stage only has to be some consumer.
     let consumer = data.metrics.stage(Stage::Train);
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
     let (mut recent, mut values) = (Recent::default(), Vec::new());
@@ -147,13 +146,12 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     monitor.rest();
     drop(stream);
     let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());
-    let machine = match args.limit {
-        true => {
-            errln!("decoding the same samples from memory");
-            let alone = ceiling(&settings, &data.sources, data.runtime.handle(), samples)?;
-            Some(Machine::new(&alone, images_per_second))
-        }
-        false => None,
+    let decode_limit = if args.limit {
+        errln!("decoding the same samples from memory");
+        let alone = ceiling(&settings, &data.sources, data.runtime.handle(), samples)?;
+        Some(DecodeLimitReport::new(&alone, images_per_second))
+    } else {
+        None
     };
 
     let per_sample = 1.0 / samples.max(1) as f64;
@@ -170,22 +168,21 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         other_cpu_seconds: (cpu.as_secs_f64() - staged).max(0.0),
         peak_memory_bytes,
         limiting_stage,
-        machine,
+        decode_limit,
         cache: data.sources.cache_counts(),
         flow,
         s3,
     };
-    match args.json {
-        true => outln!(
-            "{:#}",
-            serde_json::to_value(&measured).map_err(std::io::Error::from)?
-        ),
-        false => out!("{}", describe(&measured, config.s3.embedded_root.is_some())),
+    if args.json {
+        let value = serde_json::to_value(&measured).map_err(std::io::Error::from)?;
+        outln!("{value:#}");
+    } else {
+        out!("{}", describe(&measured, config.s3.embedded_root.is_some()));
     }
     Ok(())
 }
 
-/// The stream's last step, which is the consumer's: numbers as the models read them.
+/// Converts a batch to f32, as the models read it.
 fn as_f32(content: &BatchContent, values: &mut Vec<f32>) {
     match content {
         BatchContent::Pixels { levels, .. } => normalize(levels, values),
@@ -209,9 +206,7 @@ fn as_f32(content: &BatchContent, values: &mut Vec<f32>) {
 fn describe(measured: &Measured, embedded: bool) -> String {
     let mut text = String::new();
     let per_image = 1e3 / measured.samples.max(1) as f64;
-    let mut line = |line: std::fmt::Arguments<'_>| {
-        let _infallible = writeln!(text, "{line}");
-    };
+    let mut line = |line: std::fmt::Arguments<'_>| text.push_str(&format!("{line}\n"));
     line(format_args!(
         "{:<8} {:>9} {:>10} {:>9} {:>10} {:>10} {:>8} {:>12} {:>7}",
         "stage",
@@ -239,7 +234,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             blocked_seconds,
             cpu_seconds,
         } = stage;
-        // Fetching waits on the network's threads, which are not the stage's own.
+        // The network's threads do the fetching; their CPU time is not measured per stage.
         let [cpu, per_image] = if *stage == Stage::Fetch.name() {
             ["-".to_owned(), "-".to_owned()]
         } else {
@@ -260,9 +255,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
          waits for the network, and its CPU time is in \"besides the stages\"; train is only the conversion of batches to f32"
     ));
     line(format_args!(""));
-    let mut fact = |name: &str, value: String| {
-        let _infallible = writeln!(text, "{name:<20} {value}");
-    };
+    let mut fact = |name: &str, value: String| text.push_str(&format!("{name:<20} {value}\n"));
     fact(
         "speed",
         format!(
@@ -315,15 +308,15 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             format!("{stage}: its threads wait least for others"),
         );
     }
-    if let Some(machine) = &measured.machine {
+    if let Some(limit) = &measured.decode_limit {
         fact(
             "machine",
             format!(
                 "{:.1} images/s are decoded, resized and cropped from memory by {} threads, {:.2} ms of CPU each; the stream reached {:.0} %",
-                machine.images_per_second,
-                machine.threads,
-                machine.cpu_ms_per_image,
-                machine.reached * 100.0
+                limit.images_per_second,
+                limit.threads,
+                limit.cpu_ms_per_image,
+                limit.reached * 100.0
             ),
         );
     }
@@ -336,7 +329,7 @@ mod tests {
     use coffey_pipeline::FlowMetrics;
 
     #[test]
-    fn stages_that_worked_are_in_the_table() {
+    fn bench_table_lists_stages_that_worked() {
         let metrics = FlowMetrics::new();
         let decode = metrics.stage(Stage::Decode);
         decode.add_items(10);
@@ -357,7 +350,7 @@ mod tests {
             peak_memory_bytes: None,
             limiting_stage: flow.limiting_stage(),
             cache: Some(CacheCounts { hits: 3, misses: 1 }),
-            machine: Some(Machine {
+            decode_limit: Some(DecodeLimitReport {
                 images: 10,
                 threads: 2,
                 images_per_second: 6.25,

@@ -1,4 +1,4 @@
-//! `coffey check`: everything a run needs, tried once, without the run.
+//! `coffey check`: a dry run. Tries once everything that `train` or `precompute` needs.
 
 mod cost;
 mod memory;
@@ -14,23 +14,25 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Batch, BatchContent, Content, ShardUrl, Stream, StreamConfig};
 
-use super::data::{DataAccess, content, source_options, stream_config};
-use super::{ConfigArgs, Failure, device};
-use crate::config::{Config, ModelRef, in_s3};
+use super::resources::{
+    DataAccess, content, open_device, open_devices, source_options, stream_config,
+};
+use super::{ConfigArgs, Failure};
+use crate::config::{Config, ConfigError, ModelRef, PrecomputeRequired, TrainRequired, in_s3};
 use crate::diffusion::Prediction;
 use crate::encode::{EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
-use crate::pretrained::{Models as ModelFolders, Wanted};
+use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::lcm_schedule;
-use cost::{Cost, Seen};
+use cost::{Cost, SampleSizes};
 use memory::{MemoryPlan, Sizes};
-use report::Report;
+use report::CheckReport;
 use tokio_util::sync::CancellationToken;
 
-/// Samples of the first shard that the mean size is taken from.
+/// Samples of the first shard whose mean size is measured.
 const PROBED_SAMPLES: usize = 16;
 /// Stem of the weight files of transformers' models.
 const TEXT_ENCODER_STEM: &str = "model";
@@ -48,53 +50,41 @@ pub(super) struct CheckArgs {
     print_config: bool,
 }
 
-/// What the configuration is for: training, unless it only says where latents go.
-#[derive(Clone, Copy, Debug)]
-enum Purpose<'a> {
-    Train {
-        teacher: &'a ModelRef,
-        output: &'a Path,
-    },
-    Precompute {
-        teacher: &'a ModelRef,
-        output: &'a Path,
-    },
+/// The command that is checked: `train`, unless the configuration only says where latents go.
+#[derive(Debug)]
+enum Purpose {
+    Train(TrainRequired),
+    Precompute(PrecomputeRequired),
 }
 
-impl<'a> Purpose<'a> {
-    fn of(config: &'a Config) -> Result<Self, Failure> {
+impl Purpose {
+    fn of(config: &Config) -> Result<Self, ConfigError> {
         if config.train.output.is_none() && config.latents.is_some() {
-            let paths = config.require_precompute()?;
-            return Ok(Self::Precompute {
-                teacher: paths.teacher,
-                output: &paths.latents.output,
-            });
-        }
-        let paths = config.require_train()?;
-        Ok(Self::Train {
-            teacher: paths.teacher,
-            output: paths.output,
-        })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Train { .. } => "train",
-            Self::Precompute { .. } => "precompute",
+            config.require_precompute().map(Self::Precompute)
+        } else {
+            config.require_train().map(Self::Train)
         }
     }
 
-    fn teacher(self) -> &'a ModelRef {
+    fn command(&self) -> &'static str {
         match self {
-            Self::Train { teacher, .. } | Self::Precompute { teacher, .. } => teacher,
+            Self::Train(_) => "train",
+            Self::Precompute(_) => "precompute",
+        }
+    }
+
+    fn teacher(&self) -> &ModelRef {
+        match self {
+            Self::Train(required) => &required.teacher,
+            Self::Precompute(required) => &required.teacher,
         }
     }
 
     /// The folder to be written, and the key that names it.
-    fn output(self) -> (&'static str, &'a Path) {
+    fn output(&self) -> (&'static str, &Path) {
         match self {
-            Self::Train { output, .. } => ("train.output", output),
-            Self::Precompute { output, .. } => ("latents.output", output),
+            Self::Train(required) => ("train.output", &required.output),
+            Self::Precompute(required) => ("latents.output", &required.latents.output),
         }
     }
 }
@@ -106,54 +96,49 @@ pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
         out!("{}", toml.map_err(|error| Failure::Usage(error.into()))?);
         return Ok(());
     }
-    let mut report = Report::new(args.json);
-    let checked = check(&args.config, &mut report);
+    let mut report = CheckReport::new(args.json);
+    let result = check(&args.config, &mut report);
     if args.json {
-        outln!(
-            "{:#}",
-            serde_json::to_value(&report).map_err(std::io::Error::from)?
-        );
+        let value = serde_json::to_value(&report).map_err(std::io::Error::from)?;
+        outln!("{value:#}");
     }
-    checked
+    result
 }
 
-fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
-    let mut config = report.step("configuration", || {
+fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
+    let (mut config, purpose) = report.step("configuration", || {
         let config = args.load()?;
         let purpose = Purpose::of(&config)?;
-        let said = format!(
+        let message = format!(
             "{} is valid, for `coffey {}`",
             args.config.display(),
-            purpose.name()
+            purpose.command()
         );
-        Ok((config, said))
+        Ok(((config, purpose), message))
     })?;
-    let purpose = Purpose::of(&config)?;
-    if let (Purpose::Train { .. }, Some(push)) = (purpose, Push::prepare(&config.hub).transpose()) {
+    if let (Purpose::Train(_), Some(push)) = (&purpose, Push::prepare(&config.hub).transpose()) {
         report.step("hub", || {
-            let said = push?.check(&CancellationToken::new())?;
-            Ok(((), format!("`coffey train` {said}")))
+            let target = push?.check(&CancellationToken::new())?;
+            Ok(((), format!("`coffey train` {target}")))
         })?;
     }
     let (data, models) = report.step("models", || {
         let data = DataAccess::open(source_options(&config))?;
-        let wanted = match purpose {
-            Purpose::Train { .. } => Wanted::training,
-            Purpose::Precompute { .. } => Wanted::encoding,
+        let wanted = match &purpose {
+            Purpose::Train(_) => Components::training,
+            Purpose::Precompute(_) => Components::encoding,
         };
         let models = data.models(&config, purpose.teacher(), wanted)?;
-        let said = [Some(&models.pipeline), models.vae.as_ref()];
-        let said = said
+        let folders = [Some(&models.pipeline), models.vae.as_ref()]
             .into_iter()
-            .flatten()
-            .map(|folder| folder.display().to_string());
-        let said = said.collect::<Vec<_>>().join(", VAE ");
-        Ok(((data, models), said))
+            .flatten();
+        let folders: Vec<_> = folders.map(|folder| folder.display().to_string()).collect();
+        Ok(((data, models), folders.join(", VAE ")))
     })?;
     let shards = report.step("sources", || {
         let shards = data.shards(&config.data.shards)?;
-        let said = format!("shards: {}, the first is {}", shards.len(), shards[0]);
-        Ok((shards, said))
+        let message = format!("shards: {}, the first is {}", shards.len(), shards[0]);
+        Ok((shards, message))
     })?;
     let latents = match config.data.latents() {
         None => None,
@@ -162,11 +147,10 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
             if let Some(latents) = &latents {
                 latents.check(&models)?;
             }
-            let said = "the manifests list all shards; made with the configured models";
-            Ok((latents, said.to_owned()))
+            let message = "the manifests list all shards; made with the configured models";
+            Ok((latents, message.to_owned()))
         })?,
     };
-    let purpose = Purpose::of(&config)?;
     let content = content(latents.as_ref());
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
@@ -176,34 +160,34 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
             Content::Images => String::new(),
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
         };
-        let said = format!(
+        let message = format!(
             "{}: {what}{width}x{height} pixels, {:?}",
             sample.key, sample.caption
         );
-        Ok(((batch, sample_bytes), said))
+        Ok(((batch, sample_bytes), message))
     })?;
     let encoders = report.step("encoders", || load_encoders(&config, &models))?;
-    let teacher = match purpose {
-        Purpose::Train { .. } => Some(report.step("teacher", || {
+    let teacher = match &purpose {
+        Purpose::Train(_) => Some(report.step("teacher", || {
             load_teacher(&config, &models.pipeline, &encoders.models)
         })?),
-        Purpose::Precompute { .. } => None,
+        Purpose::Precompute(_) => None,
     };
     let vae = encoders.models.vae().config();
     let vae_downscale = vae.downscale();
-    if let (Purpose::Precompute { .. }, Some(latents)) = (purpose, &config.latents) {
-        let side = config.image.resolution / vae_downscale;
+    if let Purpose::Precompute(PrecomputeRequired { latents, .. }) = &purpose {
+        let side = config.image.resolution as usize / vae_downscale;
         let (_, tokens, width) = encoders.models.encode_text(&[""])?.hidden.dims3()?;
-        let seen = Seen {
+        let sizes = SampleSizes {
             sample: &batch.samples[0],
             bytes: sample_bytes,
             latent: [2 * vae.latent_channels, side, side],
             prompt_embeds: [tokens, width],
         };
         let cost = report.step("cost", || {
-            let cost = Cost::estimate(&config, latents, &seen, &shards, &data)?;
-            let said = cost.said();
-            Ok((cost, said))
+            let cost = Cost::estimate(&config, latents, &sizes, &shards, &data)?;
+            let message = cost.message();
+            Ok((cost, message))
         })?;
         report.cost(cost);
     }
@@ -214,7 +198,7 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
             batch,
             &encoders.models,
             unet,
-            &device::open(config.train.device)?,
+            &open_device(config.train.device)?,
         )?;
         Ok((
             (),
@@ -236,23 +220,19 @@ fn check(args: &ConfigArgs, report: &mut Report) -> Result<(), Failure> {
     report.memory(MemoryPlan::new(&config, &sizes));
     report.step("output", || {
         let (key, folder) = purpose.output();
-        let tried = match in_s3(folder) {
-            true => writable_prefix(folder, &data),
-            false => writable(folder).map_err(Failure::from),
-        };
-        match tried {
-            Ok(()) => Ok(((), format!("{} can be written", folder.display()))),
-            // What a server says already names the place; its refusal is a failure, not a mistake in the file.
-            Err(failure) if in_s3(folder) => Err(failure),
-            Err(Failure::Failed(error) | Failure::Usage(error)) => Err(Failure::Usage(
-                format!("{key} = {folder:?}: can't be written: {error}").into(),
-            )),
-            Err(stopped) => Err(stopped),
+        if in_s3(folder) {
+            // The server's error names the prefix. It is a failure, not a mistake in the file.
+            check_prefix_writable(folder, &data)?;
+        } else {
+            check_folder_writable(folder).map_err(|error| {
+                Failure::Usage(format!("{key} = {folder:?}: can't be written: {error}").into())
+            })?;
         }
+        Ok(((), format!("{} can be written", folder.display())))
     })
 }
 
-/// The first sample that a run can use, ready for the encoders, and the mean size of samples in the shard, in bytes.
+/// The first sample that a run can use, as a batch, and the mean size of the first samples in the shard in bytes.
 fn first_sample(
     config: &Config,
     content: Content,
@@ -298,12 +278,7 @@ fn load_encoders(
     config: &Config,
     folders: &ModelFolders,
 ) -> Result<(LoadedEncoders, String), Failure> {
-    let devices = config
-        .encode
-        .devices
-        .iter()
-        .map(|&spec| device::open(spec))
-        .collect::<Result<Vec<_>, _>>()?;
+    let devices = open_devices(&config.encode.devices)?;
     let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
     let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
@@ -321,7 +296,7 @@ fn load_encoders(
         models,
     };
     let latents = loaded.models.vae().config();
-    let said = format!(
+    let message = format!(
         "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer",
         millions(loaded.text_parameters),
         loaded.models.text_width(),
@@ -329,7 +304,7 @@ fn load_encoders(
         latents.latent_channels,
         latents.downscale()
     );
-    Ok((loaded, said))
+    Ok((loaded, message))
 }
 
 struct LoadedTeacher {
@@ -350,14 +325,14 @@ fn load_teacher(
         unet: &unet_config,
         vae: encoders.vae().config(),
         text_width: encoders.text_width(),
-        resolution: config.image.resolution,
+        resolution: config.image.resolution as usize,
     })?;
-    let device = device::open(config.train.device)?;
+    let device = open_device(config.train.device)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
-    let unet = UNet::new(&weights.root(), &unet_config, Attention::Plain)?;
+    let unet = UNet::new(weights.builder(), &unet_config, Attention::Plain)?;
     weights.expect_all_taken(&[])?;
     let parameters = parameters(&weights, |_| true);
-    let said = format!(
+    let message = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
         millions(parameters),
         unet_config.cross_attention_dim,
@@ -370,10 +345,10 @@ fn load_teacher(
             Prediction::VPrediction => "the velocity",
         }
     );
-    Ok((LoadedTeacher { unet, parameters }, said))
+    Ok((LoadedTeacher { unet, parameters }, message))
 }
 
-/// Encodes one sample, as far as it is not, and lets the teacher look at it once. Says what was done.
+/// Encodes what the sample lacks (latents, embeddings) and passes it through the teacher once. Returns the step's message.
 fn dry_run(
     batch: Batch,
     encoders: &Encoders,
@@ -397,9 +372,10 @@ fn dry_run(
         .to_device(device)?;
     let conditioning = conditioning.to_device(device)?;
     all_finite(&unet.forward(&latents, &[0], &conditioning)?, "the teacher")?;
-    Ok(match stored {
-        true => "one sample read and passed through the teacher",
-        false => "one sample encoded and passed through the teacher",
+    Ok(if stored {
+        "one sample read and passed through the teacher"
+    } else {
+        "one sample encoded and passed through the teacher"
     })
 }
 
@@ -409,15 +385,15 @@ fn all_finite(tensor: &Tensor, model: &str) -> Result<(), Failure> {
         .sum_all()?
         .to_dtype(DType::F32)?
         .to_scalar::<f32>()?;
-    match sum.is_finite() {
-        true => Ok(()),
-        false => Err(Failure::Failed(
-            format!("{model} makes numbers that are not finite; its weights are damaged").into(),
-        )),
+    if sum.is_finite() {
+        return Ok(());
     }
+    Err(Failure::Failed(
+        format!("{model} makes numbers that are not finite; its weights are damaged").into(),
+    ))
 }
 
-/// Numbers in the tensors whose names are `wanted`.
+/// Number of parameters in the tensors whose names are `wanted`.
 fn parameters(weights: &Weights, wanted: impl Fn(&str) -> bool) -> u64 {
     let floats = weights
         .tensors()
@@ -430,8 +406,8 @@ fn millions(parameters: u64) -> String {
     format!("{:.1} M parameters", parameters as f64 / 1e6)
 }
 
-/// Whether objects can be written under a prefix in S3, and removed. Leaves nothing behind.
-fn writable_prefix(prefix: &Path, data: &DataAccess) -> Result<(), Failure> {
+/// Writes an object under a prefix in S3 and removes it.
+fn check_prefix_writable(prefix: &Path, data: &DataAccess) -> Result<(), Failure> {
     const PROBE: &str = ".coffey-check";
     let runtime = data.runtime.handle();
     let place = data
@@ -441,18 +417,18 @@ fn writable_prefix(prefix: &Path, data: &DataAccess) -> Result<(), Failure> {
     Ok(place.remove(PROBE)?)
 }
 
-/// Whether a folder can be written, or made. Leaves nothing behind.
-fn writable(folder: &Path) -> std::io::Result<()> {
+/// Checks that a folder can be written, or created. Leaves nothing behind.
+fn check_folder_writable(folder: &Path) -> std::io::Result<()> {
     let folder = std::path::absolute(folder)?;
-    let there = folder.ancestors().find(|ancestor| ancestor.exists());
-    let there = there.unwrap_or(Path::new("/"));
-    if !there.is_dir() {
+    let existing = folder.ancestors().find(|ancestor| ancestor.exists());
+    let existing = existing.unwrap_or(Path::new("/"));
+    if !existing.is_dir() {
         return Err(std::io::Error::other(format!(
             "{} is not a folder",
-            there.display()
+            existing.display()
         )));
     }
-    tempfile::tempfile_in(there).map(drop)
+    tempfile::tempfile_in(existing).map(drop)
 }
 
 #[cfg(test)]
@@ -460,12 +436,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_that_can_be_made_is_writable() {
+    fn folder_that_can_be_created_is_writable() {
         let root = tempfile::tempdir().unwrap();
-        writable(&root.path().join("a/b/c")).unwrap();
+        check_folder_writable(&root.path().join("a/b/c")).unwrap();
         assert_eq!(root.path().read_dir().unwrap().count(), 0);
         std::fs::write(root.path().join("file"), "").unwrap();
-        let error = writable(&root.path().join("file/below")).unwrap_err();
+        let error = check_folder_writable(&root.path().join("file/below")).unwrap_err();
         assert!(
             error.to_string().contains("file is not a folder"),
             "{error}"

@@ -1,7 +1,6 @@
-//! `coffey inspect`: what is in shards.
+//! `coffey inspect`: the contents of shards, and their problems.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -12,11 +11,11 @@ use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
 use serde::Serialize;
 
 use super::Failure;
-use super::data::{DataAccess, s3_options};
+use super::resources::DataAccess;
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
 
-/// Problems of one kind in one shard that are listed for people; JSON lists all.
+/// Problems of one kind in one shard that the text output lists; JSON lists all.
 const LISTED_PROBLEMS: usize = 3;
 
 /// Options of `coffey inspect`.
@@ -42,24 +41,24 @@ pub(super) struct InspectArgs {
     json: bool,
 }
 
-/// Everything that is printed.
+/// The whole output. Field names are the keys of `--json`.
 #[derive(Default, Serialize)]
-struct Report {
+struct InspectReport {
     shards: Vec<ShardReport>,
     unreadable: Vec<Unreadable>,
-    /// Of latent shards, by place.
+    /// Recipes of latent shards, by the URL of their manifest.
     manifests: BTreeMap<String, Recipe>,
     totals: Totals,
 }
 
-/// A shard that could not be read at all.
+/// A shard that can't be read at all.
 #[derive(Serialize)]
 struct Unreadable {
     url: String,
     error: String,
 }
 
-/// Sums over the shards that could be read.
+/// Sums over the readable shards.
 #[derive(Default, Serialize)]
 struct Totals {
     shards: u64,
@@ -140,11 +139,11 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             config.require_bench()?;
             let data = config.data;
             (
-                s3_options(&config.s3),
+                config.s3,
                 Wanted {
                     image_keys: data.image_keys,
                     caption_keys: data.caption_keys,
-                    resolution: Some(config.image.resolution as u32),
+                    resolution: Some(config.image.resolution),
                 },
                 data.shards,
             )
@@ -166,7 +165,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     };
     let data = DataAccess::open(options)?;
     let shards = data.shards(&urls)?;
-    let mut report = Report::default();
+    let mut report = InspectReport::default();
     let mut across = Across::default();
     let mut manifests = Manifests::default();
     for url in &shards {
@@ -192,16 +191,15 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         }
     }
     report.manifests = manifests.recipes();
-    match args.json {
-        true => outln!(
-            "{:#}",
-            serde_json::to_value(&report).map_err(std::io::Error::from)?
-        ),
-        false => out!(
+    if args.json {
+        let value = serde_json::to_value(&report).map_err(std::io::Error::from)?;
+        outln!("{value:#}");
+    } else {
+        out!(
             "{}{}",
             describe_totals(&report.totals),
             describe_manifests(&report.manifests)
-        ),
+        );
     }
     match report.unreadable.len() {
         0 => Ok(()),
@@ -215,27 +213,28 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     }
 }
 
-/// The manifests beside latent shards, each place read once.
+/// The manifests beside latent shards. Each folder is read once.
 #[derive(Default)]
-struct Manifests(Vec<Place>);
+struct Manifests(Vec<FolderManifests>);
 
-/// A folder or prefix with its manifests, each with its URL, or why they can't be read.
-struct Place {
+struct FolderManifests {
+    /// Folder or prefix.
     folder: ShardUrl,
+    /// Each manifest with its URL, or the error when they can't be read.
     manifests: Result<Vec<(String, Manifest)>, String>,
 }
 
 impl Manifests {
-    /// Adds what the manifests say otherwise of a shard to its problems.
+    /// Adds to the shard's problems where it differs from its manifest.
     fn check(&mut self, url: &ShardUrl, shard: &mut ShardReport, data: &DataAccess) {
         let Some(folder) = url.folder() else {
             return;
         };
-        let known = self.0.iter().position(|place| place.folder == folder);
+        let known = self.0.iter().position(|known| known.folder == folder);
         let index = known.unwrap_or_else(|| {
             let read = manifests(&folder, &data.sources, data.runtime.handle());
             let manifests = read.map_err(|error| super::with_causes(&error));
-            self.0.push(Place { folder, manifests });
+            self.0.push(FolderManifests { folder, manifests });
             self.0.len() - 1
         });
         let name = url.name();
@@ -257,14 +256,17 @@ impl Manifests {
     }
 
     fn recipes(self) -> BTreeMap<String, Recipe> {
-        let read = self.0.into_iter().filter_map(|place| place.manifests.ok());
+        let read = self
+            .0
+            .into_iter()
+            .filter_map(|folder| folder.manifests.ok());
         read.flatten()
-            .map(|(place, manifest)| (place, manifest.recipe))
+            .map(|(url, manifest)| (url, manifest.recipe))
             .collect()
     }
 }
 
-/// Where a shard is not what its manifest says.
+/// Differences between a shard and its entry in the manifest.
 fn differences(recipe: &Recipe, entry: &ShardEntry, shard: &ShardReport) -> Vec<String> {
     let mut found = Vec::new();
     for (what, listed, here) in [
@@ -296,48 +298,56 @@ fn differences(recipe: &Recipe, entry: &ShardEntry, shard: &ShardReport) -> Vec<
 
 fn describe_manifests(manifests: &BTreeMap<String, Recipe>) -> String {
     let mut text = String::new();
-    for (place, recipe) in manifests {
+    for (url, recipe) in manifests {
         let Recipe {
             fingerprint, image, ..
         } = recipe;
-        let _infallible = writeln!(
-            text,
-            "{place}\n  vae       {}\n  text      {}\n  images    {} pixels, {} to a sample\n  latents   {:?}, to be multiplied by {}",
+        text.push_str(&format!(
+            "{url}\n  vae       {}\n  text      {}\n  images    {} pixels, {} to a sample\n  latents   {:?}, to be multiplied by {}\n",
             fingerprint.vae,
             fingerprint.text_encoder,
             image.resolution,
             image.crops,
             recipe.latent.shape,
             recipe.latent.scaling_factor,
-        );
+        ));
     }
     text
 }
 
 fn describe(shard: &ShardReport) -> String {
     let mut text = format!("{}\n", shard.url);
-    contents(
-        &mut text,
-        (shard.samples, shard.bytes, &shard.members, &shard.formats),
-        [&shard.width, &shard.height, &shard.caption_chars],
-    );
-    latents(&mut text, shard.latents.as_ref());
-    passed_over(&mut text, &shard.passed_over);
+    let contents = Contents {
+        samples: shard.samples,
+        bytes: shard.bytes,
+        members: &shard.members,
+        formats: &shard.formats,
+        width: &shard.width,
+        height: &shard.height,
+        caption_chars: &shard.caption_chars,
+    };
+    describe_contents(&mut text, &contents);
+    describe_latents(&mut text, shard.latents.as_ref());
+    describe_passed_over(&mut text, &shard.passed_over);
     if let Some(broken) = &shard.broken {
-        let _infallible = writeln!(text, "  broken    {broken}");
+        text.push_str(&format!("  broken    {broken}\n"));
     }
     let mut kinds = BTreeMap::<ProblemKind, Vec<&inspect::Problem>>::new();
     for problem in &shard.problems {
         kinds.entry(problem.kind).or_default().push(problem);
     }
     for (kind, problems) in kinds {
-        let _infallible = writeln!(text, "  problem   {}: {}", kind.name(), problems.len());
+        text.push_str(&format!(
+            "  problem   {}: {}\n",
+            kind.name(),
+            problems.len()
+        ));
         for problem in problems.iter().take(LISTED_PROBLEMS) {
             let separator = if problem.key.is_empty() { "" } else { " " };
-            let _infallible = writeln!(text, "    {}{separator}{}", problem.key, problem.what);
+            text.push_str(&format!("    {}{separator}{}\n", problem.key, problem.what));
         }
         if let Some(more) = problems.len().checked_sub(LISTED_PROBLEMS + 1) {
-            let _infallible = writeln!(text, "    and {} more; --json lists them", more + 1);
+            text.push_str(&format!("    and {} more; --json lists them\n", more + 1));
         }
     }
     text
@@ -345,18 +355,18 @@ fn describe(shard: &ShardReport) -> String {
 
 fn describe_totals(totals: &Totals) -> String {
     let mut text = format!("total\n  shards    {}\n", totals.shards);
-    contents(
-        &mut text,
-        (
-            totals.samples,
-            totals.bytes,
-            &totals.members,
-            &totals.formats,
-        ),
-        [&totals.width, &totals.height, &totals.caption_chars],
-    );
-    latents(&mut text, totals.latents.as_ref());
-    passed_over(&mut text, &totals.passed_over);
+    let contents = Contents {
+        samples: totals.samples,
+        bytes: totals.bytes,
+        members: &totals.members,
+        formats: &totals.formats,
+        width: &totals.width,
+        height: &totals.height,
+        caption_chars: &totals.caption_chars,
+    };
+    describe_contents(&mut text, &contents);
+    describe_latents(&mut text, totals.latents.as_ref());
+    describe_passed_over(&mut text, &totals.passed_over);
     let shards = [
         (totals.unreadable_shards, "unreadable shards"),
         (totals.broken_shards, "broken shards"),
@@ -369,33 +379,32 @@ fn describe_totals(totals: &Totals) -> String {
     let found: Vec<String> = shards
         .chain(kinds.map(|(kind, count)| format!("{count} {}", kind.name())))
         .collect();
-    let found = match found.is_empty() {
-        true => "none".to_owned(),
-        false => found.join(", "),
+    let found = if found.is_empty() {
+        "none".to_owned()
+    } else {
+        found.join(", ")
     };
-    let _infallible = writeln!(text, "  problems  {found}");
+    text.push_str(&format!("  problems  {found}\n"));
     text
 }
 
-/// The line on members that belong to no sample, if there are any.
-fn passed_over(text: &mut String, counts: &BTreeMap<&'static str, u64>) {
+/// Appends the line on members that belong to no sample, if there are any.
+fn describe_passed_over(text: &mut String, counts: &BTreeMap<&'static str, u64>) {
     let parts: Vec<String> = counts
         .iter()
         .map(|(name, count)| format!("{count} x {name}"))
         .collect();
     if !parts.is_empty() {
-        let _infallible = writeln!(text, "  passed over  {}", parts.join("; "));
+        text.push_str(&format!("  passed over  {}\n", parts.join("; ")));
     }
 }
 
-/// The lines on latents, if there are any.
-fn latents(text: &mut String, report: Option<&LatentReport>) {
+/// Appends the lines on latents, if there are any.
+fn describe_latents(text: &mut String, report: Option<&LatentReport>) {
     let Some(report) = report else {
         return;
     };
-    let mut line = |name: &str, value: String| {
-        let _infallible = writeln!(text, "  {name:<9} {value}");
-    };
+    let mut line = |name: &str, value: String| text.push_str(&format!("  {name:<9} {value}\n"));
     for (array, count) in &report.arrays {
         line("arrays", format!("{count} {array}"));
     }
@@ -415,39 +424,51 @@ fn latents(text: &mut String, report: Option<&LatentReport>) {
     }
 }
 
-/// The lines that a shard and the totals have in common.
-fn contents(
-    text: &mut String,
-    (samples, bytes, members, formats): (u64, u64, &BTreeMap<String, u64>, &BTreeMap<String, u64>),
-    [width, height, caption_chars]: [&Spread; 3],
-) {
+/// What a shard and the totals have in common.
+struct Contents<'a> {
+    samples: u64,
+    bytes: u64,
+    members: &'a BTreeMap<String, u64>,
+    formats: &'a BTreeMap<String, u64>,
+    width: &'a Spread,
+    height: &'a Spread,
+    caption_chars: &'a Spread,
+}
+
+fn describe_contents(text: &mut String, contents: &Contents<'_>) {
     let list = |counts: &BTreeMap<String, u64>| {
         let parts: Vec<String> = counts
             .iter()
             .map(|(name, count)| format!("{count} {name}"))
             .collect();
-        match parts.is_empty() {
-            true => "none".to_owned(),
-            false => parts.join(", "),
+        if parts.is_empty() {
+            "none".to_owned()
+        } else {
+            parts.join(", ")
         }
     };
     let range =
         |spread: &Spread| format!("{}-{} (mean {:.0})", spread.min, spread.max, spread.mean);
-    let mut line = |name: &str, value: String| {
-        let _infallible = writeln!(text, "  {name:<9} {value}");
-    };
+    let mut line = |name: &str, value: String| text.push_str(&format!("  {name:<9} {value}\n"));
     line(
         "samples",
-        format!("{samples} in {:.2} MB", bytes as f64 / 1e6),
+        format!(
+            "{} in {:.2} MB",
+            contents.samples,
+            contents.bytes as f64 / 1e6
+        ),
     );
-    line("members", list(members));
-    line("images", list(formats));
-    if width.count > 0 {
-        line("width", format!("{} pixels", range(width)));
-        line("height", format!("{} pixels", range(height)));
+    line("members", list(contents.members));
+    line("images", list(contents.formats));
+    if contents.width.count > 0 {
+        line("width", format!("{} pixels", range(contents.width)));
+        line("height", format!("{} pixels", range(contents.height)));
     }
-    if caption_chars.count > 0 {
-        line("captions", format!("{} characters", range(caption_chars)));
+    if contents.caption_chars.count > 0 {
+        line(
+            "captions",
+            format!("{} characters", range(contents.caption_chars)),
+        );
     }
 }
 
@@ -462,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_merge_as_if_they_were_one() {
+    fn spreads_merge_as_one_range() {
         let mut total = Spread::default();
         for part in [
             spread(2, 10, 20, 15.0),
@@ -475,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_are_grouped_and_long_lists_of_them_cut() {
+    fn problems_are_grouped_and_long_lists_are_cut() {
         let problem = |kind, key: usize| Problem {
             kind,
             key: format!("key{key}"),

@@ -1,18 +1,16 @@
-//! The command line: one file a subcommand, each thin over the library.
+//! The command line: one file per subcommand, each thin over the library.
 //!
-//! Results go to standard output, everything said to a person to standard error. Exit codes: 0 done, 1 failed, 2 the command
-//! line or the configuration is wrong, 143 stopped by a signal after saving.
+//! Results go to standard output, messages for people to standard error. Exit codes: 0 done, 1 failed, 2 the command line or the
+//! configuration is wrong, 143 stopped by a signal after saving.
 
 mod bench;
 mod check;
-mod data;
-mod device;
 mod inspect;
 mod precompute;
 mod ranks;
+mod resources;
 mod sample;
 mod train;
-mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,33 +18,32 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
-use crate::process;
 
 /// Streams captioned images out of S3 and distils a latent diffusion model into a Latent Consistency Model.
 #[derive(Debug, Parser)]
 #[command(name = "coffey", version, about)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Commands,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum Commands {
     /// Distil; resumes by itself from the newest checkpoint.
     Train(train::TrainArgs),
-    /// Image shards in, latent shards out, nothing else.
+    /// Encode image shards into latent shards.
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
     Sample(sample::SampleArgs),
-    /// Say what is in shards: samples, sizes, missing or broken parts; of latents shapes and statistics.
+    /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
     Inspect(inspect::InspectArgs),
     /// Dry run: configuration, credentials, first shard, models, memory plan, cost of a `precompute`.
     Check(check::CheckArgs),
-    /// Run the data pipeline alone and say which stage is the limit.
+    /// Run the data pipeline alone and name the stage that limits its speed.
     Bench(bench::BenchArgs),
 }
 
-/// The configuration file and what is laid over it.
+/// The configuration file and its overrides.
 #[derive(Args, Clone, Debug)]
 struct ConfigArgs {
     /// Configuration file (TOML).
@@ -63,14 +60,14 @@ impl ConfigArgs {
     }
 }
 
-/// How a command ended without doing what it was asked to.
+/// Why a command did not finish its work, and with which exit code.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The command line or the configuration is wrong.
     Usage(Box<dyn std::error::Error>),
     /// The work failed.
     Failed(Box<dyn std::error::Error>),
-    /// A signal stopped it; what there was is saved.
+    /// A signal stopped the command, after it saved its state.
     Stopped,
 }
 
@@ -100,9 +97,10 @@ impl From<ConfigError> for Failure {
 
 impl From<coffey_pipeline::StreamError> for Failure {
     fn from(error: coffey_pipeline::StreamError) -> Self {
-        match error.is_config() {
-            true => Self::Usage(error.into()),
-            false => Self::Failed(error.into()),
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
         }
     }
 }
@@ -115,9 +113,10 @@ impl From<coffey_pipeline::SourceError> for Failure {
 
 impl From<crate::pretrained::PretrainedError> for Failure {
     fn from(error: crate::pretrained::PretrainedError) -> Self {
-        match error.is_config() {
-            true => Self::Usage(error.into()),
-            false => Self::Failed(error.into()),
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
         }
     }
 }
@@ -155,13 +154,14 @@ failed_from!(
 pub fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        // Help and version are no errors; clap's own codes are 0 and 2.
+        // Help and version come as an error with code 0, usage errors with code 2.
         Err(error) => {
-            let _unprintable = error.print();
+            // A closed pipe does not change the exit code.
+            let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    // The stream's warnings, as a shard that is cut off.
+    // For warnings of the stream, such as a truncated shard.
     tracing_subscriber::fmt()
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .with_writer(std::io::stderr)
@@ -169,12 +169,12 @@ pub fn run() -> ExitCode {
         .with_target(false)
         .init();
     let result = match cli.command {
-        Command::Train(args) => train::run(args),
-        Command::Precompute(args) => precompute::run(args),
-        Command::Sample(args) => sample::run(args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Check(args) => check::run(args),
-        Command::Bench(args) => bench::run(args),
+        Commands::Train(args) => train::run(args),
+        Commands::Precompute(args) => precompute::run(args),
+        Commands::Sample(args) => sample::run(args),
+        Commands::Inspect(args) => inspect::run(args),
+        Commands::Check(args) => check::run(args),
+        Commands::Bench(args) => bench::run(args),
     };
     let Err(failure) = result else {
         return ExitCode::SUCCESS;
@@ -188,7 +188,7 @@ pub fn run() -> ExitCode {
     ExitCode::from(failure.code())
 }
 
-/// One readable message: the error and those causes that it does not already state.
+/// One readable message: the error, followed by every cause that its text does not contain.
 fn with_causes(error: &dyn std::error::Error) -> String {
     let mut message = error.to_string();
     let mut cause = error.source();

@@ -8,10 +8,9 @@ use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamError};
 
-use super::data::{DataAccess, source_options, stream_config};
 use super::ranks::RankArgs;
-use super::watch::watch;
-use super::{ConfigArgs, Failure, device};
+use super::resources::{DataAccess, open_device, source_options, start_monitor, stream_config};
+use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodePool, Encoders};
 use crate::latents::{
@@ -20,7 +19,7 @@ use crate::latents::{
 use crate::models::{PipelineParts, UNetConfig, check_fit};
 use crate::monitor::StreamingCommand;
 use crate::precompute::{PrecomputeError, counted, write_latents};
-use crate::pretrained::{Models, Wanted};
+use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
 
@@ -61,8 +60,8 @@ impl From<PrecomputeError> for Failure {
 pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let config = args.config.load()?;
-    let paths = config.require_precompute()?;
-    let output = paths.latents.output.to_string_lossy();
+    let required = config.require_precompute()?;
+    let output = required.latents.output.to_string_lossy();
     if args.finish {
         return finish(&config, &output);
     }
@@ -72,9 +71,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = watch(&config, &data, StreamingCommand::Precompute)?;
+    let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Precompute)?;
     let models = data.until_cancelled(&cancel, || {
-        data.models(&config, paths.teacher, Wanted::encoding)
+        data.models(&config, &required.teacher, Components::encoding)
     })?;
     let shards = data.shards(&config.data.shards)?;
     if shards.len() < rank.world {
@@ -96,10 +95,10 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             unet: &unet,
             vae: first.vae().config(),
             text_width: first.text_width(),
-            resolution: config.image.resolution,
+            resolution: config.image.resolution as usize,
         })?;
     }
-    let recipe = recipe(&config, paths.latents, fingerprint, &first, rank)?;
+    let recipe = recipe(&config, &required.latents, fingerprint, &first, rank)?;
     let place = data.sources.destination(&output, data.runtime.handle())?;
     let mut writer = LatentWriter::open(place, recipe, rank, shards)?;
     let there = writer.manifest().shards.len();
@@ -124,7 +123,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let mut stream_config =
             stream_config(&config, shards, Order::Sequential, config.encode.batch_size);
         stream_config.max_samples = writer.remaining_samples();
-        stream_config.image.crops = paths.latents.crops;
+        stream_config.image.crops = required.latents.crops;
         let stream = Stream::open(
             stream_config,
             &data.sources,
@@ -182,7 +181,7 @@ fn finish(config: &Config, output: &str) -> Result<(), Failure> {
 }
 
 fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
-    let device = device::open(config.encode.devices[index])?;
+    let device = open_device(config.encode.devices[index])?;
     Ok(Encoders::load(
         &models.pipeline,
         models.vae.as_deref(),
@@ -199,7 +198,7 @@ fn recipe(
     rank: Rank,
 ) -> Result<Recipe, Failure> {
     let vae = encoders.vae().config();
-    let side = config.image.resolution / vae.downscale();
+    let side = config.image.resolution as usize / vae.downscale();
     let (_, tokens, width) = encoders.encode_text(&[""])?.hidden.dims3()?;
     Ok(Recipe::new(
         config,

@@ -8,15 +8,15 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 
-use super::data::DataAccess;
-use super::{Failure, device};
+use super::Failure;
+use super::resources::{DataAccess, open_device};
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
 use crate::encode::Encoders;
 use crate::models::UNet;
 use crate::ops::Attention;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::random::{generator, normal};
 use crate::sample::{Generator, SampleError, SampleScheduler};
 use pipeline_folders::{PipelineFolders, environments_s3};
@@ -107,7 +107,7 @@ impl From<SampleError> for Failure {
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
-    let device = device::open(args.device)?;
+    let device = open_device(args.device)?;
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
     let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
@@ -191,7 +191,7 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
 fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
-    let wanted = Wanted::drawing(args.unet.as_deref(), args.teacher.is_none());
+    let wanted = Components::sampling(args.unet.as_deref(), args.teacher.is_none());
     let access = DataAccess::open(environments_s3())?;
     let model = access.model(&args.model, revision, &wanted)?;
     let teachers = match args.model.place() {
@@ -204,7 +204,7 @@ fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
         if request.only_vae {
             access.vae(request.model)
         } else {
-            access.model(request.model, request.revision, &Wanted::surroundings())
+            access.model(request.model, request.revision, &Components::without_unet())
         }
     })
 }

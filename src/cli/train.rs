@@ -3,12 +3,13 @@
 use clap::Args;
 use coffey_pipeline::Stream;
 
-use super::data::{DataAccess, content, source_options, stream_config};
-use super::watch::watch;
-use super::{ConfigArgs, Failure, device};
+use super::resources::{
+    DataAccess, content, open_device, open_devices, source_options, start_monitor, stream_config,
+};
+use super::{ConfigArgs, Failure};
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::StreamingCommand;
-use crate::pretrained::Wanted;
+use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunOptions, Services, TrainError};
 
@@ -22,14 +23,9 @@ pub(super) struct TrainArgs {
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
-    let paths = config.require_train()?;
-    let train_device = device::open(config.train.device)?;
-    let encode_devices = config
-        .encode
-        .devices
-        .iter()
-        .map(|&d| device::open(d))
-        .collect::<Result<Vec<_>, _>>()?;
+    let required = config.require_train()?;
+    let train_device = open_device(config.train.device)?;
+    let encode_devices = open_devices(&config.encode.devices)?;
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {
@@ -42,9 +38,9 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
-    let (monitor, _server) = watch(&config, &access, StreamingCommand::Train)?;
+    let (monitor, _server) = start_monitor(&config, &access, StreamingCommand::Train)?;
     let models = access.until_cancelled(&cancel, || {
-        access.models(&config, paths.teacher, Wanted::training)
+        access.models(&config, &required.teacher, Components::training)
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
@@ -53,7 +49,6 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     if let Some(latents) = &latents {
         latents.check(&models)?;
     }
-    let paths = config.require_train()?;
     let services = Services {
         open: Box::new(|order, batch_size, resume| {
             let mut stream = stream_config(&config, shards.clone(), order, batch_size);
@@ -73,7 +68,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     };
     let options = RunOptions {
         config: &config,
-        output: paths.output,
+        output: &required.output,
         models: &models,
         device: &train_device,
         encode_devices: &encode_devices,

@@ -1,8 +1,8 @@
-//! What can be wrong with a configuration, each in a sentence that says where, what, and what would be right.
+//! Mistakes in a configuration. Each message says where the key was written, what is wrong, and what would be right.
 
 use std::fmt;
 
-/// Why a configuration can't be used. Every variant is the user's to fix, so the command line exits with code 2.
+/// Why a configuration can't be used. The user can fix every variant, so the command line exits with code 2.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -11,7 +11,7 @@ pub enum ConfigError {
     Read {
         /// The file asked for.
         file: String,
-        /// What the operating system said.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// The file is not TOML.
@@ -23,7 +23,7 @@ pub enum ConfigError {
         line: usize,
         /// Column in characters, from 1.
         column: usize,
-        /// What the parser said.
+        /// The parser's message.
         message: String,
     },
     /// A `-s` argument is not `key=value`, or its value is not TOML.
@@ -34,57 +34,57 @@ pub enum ConfigError {
         /// What is wrong with it and what would be right.
         message: String,
     },
-    /// A key nobody reads.
+    /// A key that does not exist.
     #[error("{place}: unknown key {key}; {hint}")]
     UnknownKey {
         /// Where it was written.
-        place: Place,
+        place: WrittenAt,
         /// The key in full, as `train.max_step`.
         key: String,
-        /// The nearest known key, or what the table knows.
+        /// The nearest known key, or the list of the table's keys.
         hint: String,
     },
     /// A value of the wrong type.
     #[error("{entry}: wrong type: found {found}, needs {needs}")]
     WrongType {
         /// The key and its value.
-        entry: Box<Entry>,
+        entry: Box<KeyValue>,
         /// The type found.
         found: &'static str,
         /// The type needed.
         needs: String,
     },
-    /// A word which is none of those the key can be.
+    /// A word that is not one of the key's choices.
     #[error("{entry}: unknown value; choose one of {choices}")]
     UnknownChoice {
         /// The key and its value.
-        entry: Box<Entry>,
+        entry: Box<KeyValue>,
         /// Every choice, quoted and separated by commas.
         choices: String,
     },
-    /// A value of the right type which can't be used.
+    /// A value of the right type that can't be used.
     #[error("{entry}: {needs}")]
     Invalid {
         /// The key and its value.
-        entry: Box<Entry>,
-        /// What it has to be.
+        entry: Box<KeyValue>,
+        /// What the value has to be.
         needs: String,
     },
     /// A required key is absent.
     #[error("{place}: missing required key {key}: {meaning}")]
     Missing {
         /// The configuration file.
-        place: Place,
+        place: WrittenAt,
         /// The key in full.
         key: String,
-        /// What the key says, so that the reader can fill it in.
+        /// What to write for the key.
         meaning: &'static str,
     },
     /// A value whose feature this version does not have.
     #[error("{entry}: not built yet; {instead}")]
     NotBuilt {
         /// The key and its value.
-        entry: Box<Entry>,
+        entry: Box<KeyValue>,
         /// What to write instead.
         instead: &'static str,
     },
@@ -94,7 +94,7 @@ pub enum ConfigError {
     )]
     WithoutFeature {
         /// The key and its value.
-        entry: Box<Entry>,
+        entry: Box<KeyValue>,
         /// The feature in words.
         what: &'static str,
         /// What to write instead.
@@ -106,22 +106,22 @@ pub enum ConfigError {
     #[error("{entry}: no such folder")]
     NoFolder {
         /// The key and its value.
-        entry: Box<Entry>,
+        entry: Box<KeyValue>,
     },
 }
 
 /// One key with its value, and where it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub struct KeyValue {
     /// Where it was written.
-    pub place: Place,
+    pub place: WrittenAt,
     /// The key in full, as `train.max_steps`.
     pub key: String,
     /// The value as TOML.
     pub value: String,
 }
 
-impl fmt::Display for Entry {
+impl fmt::Display for KeyValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: key {} = {}", self.place, self.key, self.value)
     }
@@ -129,7 +129,7 @@ impl fmt::Display for Entry {
 
 /// Where a value was written: a line of the file, or a `-s` argument.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum WrittenAt {
     /// The configuration file; without a line where the value is a default or absent.
     File {
         /// The file's name as given.
@@ -141,7 +141,7 @@ pub enum Place {
     Argument(String),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for WrittenAt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File { file, line: None } => f.write_str(file),

@@ -1,62 +1,79 @@
 //! The configuration: one TOML file plus `-s key=value` overrides, turned into structs whose every value is in range.
 //!
-//! This module owns the keys, their defaults, their limits and the words in which a mistake is explained. It never
-//! opens anything but the file itself and never decides what a value is used for.
+//! This module owns the keys, their defaults, their limits and the messages for a mistake. It opens no file but the
+//! configuration and does not decide what a value is used for.
 //!
-//! A file goes through five passes, each in its own file: text and overrides become one table that knows where each
-//! key was written (`document`); keys nobody reads are refused (`keys`), and so are values whose feature is not built
-//! yet (`unbuilt`); the table becomes structs (`decode`); the values are checked (`validate`).
+//! Each table has a file of its name with its keys, defaults and limits; `[s3]`, `[image]` and `[data.filter]` are option types of
+//! [`coffey_pipeline`]. `parse` turns text into structs, `limits` checks the values, `required` checks what one
+//! command needs besides, and `resume` compares the configuration with that of a checkpoint.
 
-mod decode;
-mod document;
+mod audit;
+mod checkpoint;
+mod data;
+mod distill;
+mod encode;
 mod error;
-mod input;
-mod keys;
-mod made_with;
+mod hub;
+mod image;
+mod latents;
+mod limits;
+mod metrics;
+mod model;
 mod model_ref;
-mod models;
-mod reports;
+mod optimizer;
+mod parse;
+mod report;
+mod required;
 mod resume;
+mod s3;
 #[cfg(test)]
 mod tests;
-mod training;
-mod unbuilt;
-mod validate;
+mod track;
+mod train;
+mod validation;
 mod values;
 
 use std::path::Path;
 
+use coffey_pipeline::{ImageOptions, S3Options};
 use serde::{Deserialize, Serialize};
-use toml::Value;
 
-use document::{Document, Origin};
-pub use error::{ConfigError, Entry, Place};
-pub use input::{Data, Filter, Image, S3};
+pub use audit::Audit;
+pub use checkpoint::{Checkpoint, Resume};
+pub use data::{Data, DataKind, TextFrom};
+pub use distill::{Distill, LossKind};
+pub use encode::Encode;
+pub use error::{ConfigError, KeyValue, WrittenAt};
+pub use hub::Hub;
+pub use latents::{Latents, TextKind};
+pub use metrics::{Listen, Metrics};
+pub use model::Model;
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
-pub use models::{Distill, Encode, Model};
-pub use reports::{Audit, Hub, Latents, Metrics, Report, Track, Validation};
-pub use resume::{Difference, Weight};
-pub use training::{Checkpoint, Optimizer, Train};
-pub use validate::{PrecomputePaths, TrainPaths};
-pub use values::{
-    Attention, Crop, DataKind, DeviceSpec, FloatType, Interpolation, Listen, LossKind,
-    MixedPrecision, OptimizerKind, Resume, Schedule, TextFrom, TextKind, in_s3,
-};
+pub use optimizer::{Optimizer, OptimizerKind, Schedule};
+use parse::Origin;
+pub use report::Report;
+pub use required::{PrecomputeRequired, TrainRequired};
+pub use resume::{Difference, ResumeEffect};
+pub use track::Track;
+pub use train::{MixedPrecision, Train};
+pub use validation::Validation;
+pub use values::{DeviceSpec, FloatType, in_s3};
 
 /// A whole configuration, valid and with every default filled in.
 ///
-/// It serialises to what [`Config::parse`] reads. Where each value was written is kept for the messages of
-/// `require_*`, but is neither serialised nor compared.
+/// It serialises to text that [`Config::parse`] reads. Where each value was written is kept for the messages of
+/// `require_*`; it is neither serialised nor compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// `[data]`
+    #[serde(default)]
     pub data: Data,
     /// `[s3]`
     #[serde(default)]
-    pub s3: S3,
+    pub s3: S3Options,
     /// `[image]`
     #[serde(default)]
-    pub image: Image,
+    pub image: ImageOptions,
     /// `[model]`
     #[serde(default)]
     pub model: Model,
@@ -119,20 +136,8 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, file_name: &str, overrides: &[String]) -> Result<Self, ConfigError> {
-        let document = Document::parse(text, file_name, overrides)?;
-        keys::refuse_unknown(&document)?;
-        unbuilt::refuse(&document)?;
-        let Document {
-            mut root,
-            mut origin,
-        } = document;
-        origin.note(&root);
-        // So that an empty file is told about the key it lacks, not about a table.
-        root.entry("data")
-            .or_insert_with(|| Value::Table(toml::Table::new()));
-        let mut config: Self = decode::decode(&Value::Table(root), &origin)?;
-        config.origin = origin;
-        validate::validate(&config)?;
+        let mut config = parse::parse(text, file_name, overrides)?;
+        limits::check(&config)?;
         config.data.text_from = config.data.latents();
         Ok(config)
     }

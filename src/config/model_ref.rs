@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A model's name as it was written. What it stands for is decided when it is asked for: a folder that exists wins over a Hub
-/// id of the same name.
+/// A model's name as it was written. [`ModelRef::place`] decides what it stands for: a folder that exists takes precedence
+/// over a Hub id of the same name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ModelRef(String);
@@ -24,16 +24,16 @@ pub enum ModelPlace {
     Hub(String),
 }
 
-/// Why a name stands for no model.
+/// Why a name is not a model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ModelRefError {
-    /// Neither a folder nor anything else a model can be.
+    /// Not a folder that exists, an S3 prefix or a Hub id.
     #[error(
         "no such folder; a model is a folder in diffusers layout, s3://bucket/prefix or a Hub id as user/model{}",
         if *home { "; \"~\" is not expanded, write the path in full" } else { "" }
     )]
     NoFolder {
-        /// Whether it starts with `~`.
+        /// Whether the name starts with `~`.
         home: bool,
     },
     /// A file.
@@ -60,18 +60,18 @@ impl ModelRef {
         &self.0
     }
 
-    /// Where the model is, as far as can be told without asking a server.
+    /// Where the model is. Asks no server: a Hub id need not exist.
     ///
     /// # Errors
-    /// [`ModelRefError`] when it is none of the three.
+    /// [`ModelRefError`] when the name is none of the three.
     pub fn place(&self) -> Result<ModelPlace, ModelRefError> {
         let text = self.0.as_str();
         if let Some(rest) = text.strip_prefix("s3://") {
             let prefix = rest.trim_end_matches('/');
-            return match prefix.is_empty() || prefix.starts_with('/') {
-                true => Err(ModelRefError::NoBucket),
-                false => Ok(ModelPlace::S3(format!("s3://{prefix}/"))),
-            };
+            if prefix.is_empty() || prefix.starts_with('/') {
+                return Err(ModelRefError::NoBucket);
+            }
+            return Ok(ModelPlace::S3(format!("s3://{prefix}/")));
         }
         let path = Path::new(text);
         if path.is_dir() {
@@ -85,16 +85,16 @@ impl ModelRef {
         if path.is_file() {
             return Err(ModelRefError::File);
         }
-        match is_hub_id(text) {
-            true => Ok(ModelPlace::Hub(text.to_owned())),
-            false => Err(ModelRefError::NoFolder {
-                home: text.starts_with('~'),
-            }),
+        if is_hub_id(text) {
+            return Ok(ModelPlace::Hub(text.to_owned()));
         }
+        Err(ModelRefError::NoFolder {
+            home: text.starts_with('~'),
+        })
     }
 }
 
-/// `name/name`, as the Hub names its repositories.
+/// Whether `text` has the form of a Hub id, `name/name`.
 pub(super) fn is_hub_id(text: &str) -> bool {
     let name = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -112,7 +112,6 @@ impl From<String> for ModelRef {
     }
 }
 
-/// For the command line.
 impl FromStr for ModelRef {
     type Err = Infallible;
 
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_a_folder_a_prefix_or_a_hub_id() {
+    fn model_ref_is_a_folder_a_prefix_or_a_hub_id() {
         // Unit tests run in the repository's root, where src/models is a folder that looks like a Hub id.
         for folder in ["src", "src/models", "./src", "."] {
             assert_eq!(place(folder), Ok(ModelPlace::Folder(folder.into())));
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_of_them_says_what_would_be_right() {
+    fn model_ref_error_says_what_would_be_right() {
         for text in [
             "nowhere",
             "/no/such",

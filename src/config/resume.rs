@@ -1,36 +1,35 @@
-//! Which keys may change while a run goes on: two configurations that would make different students are not one run.
+//! The keys that may change when a run resumes. A change that would make another student is refused.
 
 use toml::{Table, Value};
 
 use super::Config;
-use super::document::flatten;
-use super::values::Schedule;
+use super::parse::flatten;
 
-/// What a key that differs means to a run that goes on.
+/// The effect of a changed key on a run that resumes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Weight {
-    /// It would be another run.
-    Contradicts,
-    /// It is meant to be changed on the way, and changes the steps that follow.
-    Changes,
+pub enum ResumeEffect {
+    /// The result would be that of another run: refused.
+    OtherRun,
+    /// The change is allowed, and changes the steps that follow.
+    LaterSteps,
 }
 
-/// A key that differs between a run's configuration and the one it goes on with.
+/// A key that differs between the configuration in a checkpoint and the configuration it is resumed with.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Difference {
     /// The key in full.
     pub key: String,
-    /// Its value in the run so far, as TOML; `unset` if it had none.
+    /// Its value in the checkpoint, as TOML; `unset` if it had none.
     pub was: String,
     /// Its value now.
     pub now: String,
-    /// What that means.
-    pub weight: Weight,
+    /// The effect on the run.
+    pub effect: ResumeEffect,
 }
 
-/// Keys, and tables with all that is in them, which change no number of the steps: what is read or written where, how fast, and
-/// what is shown. The shards are compared by the stream's cursor, however they are written down here.
-const HARMLESS: &[&str] = &[
+/// Keys, and whole tables, that change no number of the steps: where data is read and results are written, how fast, and
+/// what is shown. The stream's cursor compares the shards, however `data.shards` is written.
+const WITHOUT_EFFECT: &[&str] = &[
     "audit",
     "checkpoint",
     "data.cache_dir",
@@ -55,8 +54,8 @@ const HARMLESS: &[&str] = &[
     "validation",
 ];
 
-/// What a person may turn while a run goes on, as when the loss is no longer finite.
-const CHANGING: &[&str] = &["optimizer.learning_rate", "optimizer.max_grad_norm"];
+/// Keys that may be changed on purpose in the middle of a run, as when the loss is no longer finite.
+const ADJUSTABLE: &[&str] = &["optimizer.learning_rate", "optimizer.max_grad_norm"];
 
 fn is_one_of(key: &str, list: &[&str]) -> bool {
     list.iter().any(|known| {
@@ -66,11 +65,11 @@ fn is_one_of(key: &str, list: &[&str]) -> bool {
 }
 
 impl Config {
-    /// What differs from the configuration a run was made with so far (its TOML) and matters, in the order of the keys. Keys
-    /// that `earlier` does not have yet count with their defaults.
+    /// Keys with an effect on the run that differ from `earlier`, the TOML of a checkpoint's configuration, sorted by key. A key
+    /// that `earlier` lacks has its default.
     ///
     /// # Errors
-    /// In words, when `earlier` can't be read.
+    /// A message, when `earlier` can't be parsed.
     pub fn differences(&self, earlier: &str) -> Result<Vec<Difference>, String> {
         let earlier: Self = toml::from_str(earlier).map_err(|error| error.to_string())?;
         let (mut was, mut now) = (Vec::new(), Vec::new());
@@ -89,29 +88,29 @@ impl Config {
             .into_iter()
             .filter_map(|key| {
                 let (was, now) = (value(&was, key), value(&now, key));
-                let weight = self.weight(key)?;
+                let effect = self.effect(key)?;
                 (was != now).then(|| Difference {
                     key: key.clone(),
                     was,
                     now,
-                    weight,
+                    effect,
                 })
             })
             .collect())
     }
 
-    fn weight(&self, key: &str) -> Option<Weight> {
-        let ends_with_the_run = !matches!(
-            self.optimizer.schedule,
-            Schedule::Constant | Schedule::ConstantWithWarmup
-        );
+    /// The effect of a change of `key`; `None` for a key without effect.
+    fn effect(&self, key: &str) -> Option<ResumeEffect> {
         if key == "train.max_steps" {
-            return ends_with_the_run.then_some(Weight::Changes);
+            let effect = self.optimizer.schedule.depends_on_max_steps();
+            return effect.then_some(ResumeEffect::LaterSteps);
         }
-        match is_one_of(key, HARMLESS) {
-            true => None,
-            false if is_one_of(key, CHANGING) => Some(Weight::Changes),
-            false => Some(Weight::Contradicts),
+        if is_one_of(key, WITHOUT_EFFECT) {
+            None
+        } else if is_one_of(key, ADJUSTABLE) {
+            Some(ResumeEffect::LaterSteps)
+        } else {
+            Some(ResumeEffect::OtherRun)
         }
     }
 }

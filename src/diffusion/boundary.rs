@@ -7,7 +7,7 @@
 pub struct BoundaryScaling {
     /// Standard deviation of the data.
     pub sigma_data: f64,
-    /// Timesteps are multiplied by this: the larger, the smaller the share of the input after timestep 0.
+    /// Factor of timesteps: the larger it is, the smaller is the share of the input after timestep 0.
     pub timestep_scaling: f64,
 }
 
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equals_diffusers() {
+    fn boundary_scalings_equal_diffusers() {
         let golden = &golden::load()["boundary_scalings"];
         let t: Vec<i64> = golden::numbers(&golden["t"])
             .into_iter()

@@ -1,13 +1,13 @@
-//! The embedding of the guidance scale that a student is conditioned on.
+//! The embedding of the guidance scale, an input of students.
 
 use candle_core::{Device, Result, Tensor};
 
-/// Sinusoidal embedding of guidance weights `w` (classifier-free guidance's scale minus one): `[B, width]`.
+/// Sinusoidal embedding of `B` guidance weights `w` (classifier-free guidance's scale minus one): `[B, width]` f32.
 ///
-/// As `guidance_scale_embedding` in diffusers' `train_lcm_distill_sd_wds.py`, in `f32`.
+/// As `guidance_scale_embedding` in diffusers' `train_lcm_distill_sd_wds.py`.
 ///
 /// # Errors
-/// When the device can't hold it.
+/// When the device is out of memory.
 pub fn guidance_embedding(w: &[f64], width: usize, device: &Device) -> Result<Tensor> {
     let half = width / 2;
     let rate = 10000f32.ln() / (half.max(2) - 1) as f32;
@@ -28,7 +28,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equals_diffusers() -> Result<()> {
+    fn guidance_embedding_equals_diffusers() -> Result<()> {
         let golden = &golden::load()["guidance_scale_embedding"];
         let w = golden::numbers(&golden["w"]);
         for width in [8, 9, 64] {

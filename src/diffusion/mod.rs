@@ -1,7 +1,7 @@
 //! The mathematics of diffusion and of Latent Consistency Models: pure functions over tensors.
 //!
-//! Noise schedules, the DDIM solver of the distillation step, boundary scalings, the guidance embedding and the samplers. It
-//! draws no random numbers: noise comes in as an argument.
+//! This module owns noise schedules, the DDIM solver of the distillation step, boundary scalings, the guidance embedding and
+//! the samplers. It never draws a random number: noise is an argument.
 
 mod boundary;
 mod guidance;
@@ -19,13 +19,16 @@ pub use solver::DdimSolver;
 
 use candle_core::{Result, Tensor};
 
-/// One number a sample as a tensor that broadcasts over `like`: `[B, 1, 1, 1]` in its dtype and on its device.
+/// One number for each sample, as a tensor that broadcasts over `like` `[B, C, h, w]`: `[B, 1, 1, 1]` in its dtype and on its
+/// device.
 pub(crate) fn per_sample(values: &[f64], like: &Tensor) -> Result<Tensor> {
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
     Tensor::from_vec(values, (like.dim(0)?, 1, 1, 1), like.device())?.to_dtype(like.dtype())
 }
 
-/// `a·x + b·y` with one `a` and one `b` a sample.
+/// `a·x + b·y` with one `a` and one `b` for each sample.
+///
+/// `x` and `y`: `[B, C, h, w]` → the same shape and dtype.
 pub(crate) fn mix(a: &[f64], x: &Tensor, b: &[f64], y: &Tensor) -> Result<Tensor> {
     x.broadcast_mul(&per_sample(a, x)?)? + y.broadcast_mul(&per_sample(b, y)?)?
 }

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use super::mix;
 use crate::models::{did_you_mean, nearest_key};
 
-/// What a network predicts.
+/// The prediction type of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Prediction {
@@ -19,7 +19,7 @@ pub enum Prediction {
     VPrediction,
 }
 
-/// What can be wrong with a scheduler's configuration.
+/// Faults of a scheduler's configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
     /// It can't be read.
@@ -30,17 +30,17 @@ pub enum ScheduleError {
         /// The cause.
         source: std::io::Error,
     },
-    /// It is not what it should be.
+    /// It is malformed or describes no schedule.
     #[error("{path}: {message}")]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong and what would be right.
+        /// The fault and its remedy.
         message: String,
     },
 }
 
-/// The keys of diffusers' schedulers. A pipeline may name any of them, and their other keys belong to sampling alone.
+/// The keys of diffusers' schedulers. A pipeline may name any scheduler; the keys that [`File`] lacks matter to sampling alone.
 const KEYS: &[&str] = &[
     "algorithm_type",
     "beta_end",
@@ -89,7 +89,7 @@ const KEYS: &[&str] = &[
     "variance_type",
 ];
 
-/// `scheduler_config.json`, as far as it decides the schedule, with `DDPMScheduler`'s defaults.
+/// The keys of `scheduler_config.json` that decide the schedule, with `DDPMScheduler`'s defaults.
 #[derive(serde::Deserialize)]
 #[serde(default)]
 struct File {
@@ -118,7 +118,7 @@ impl Default for File {
     }
 }
 
-/// The forward process: how much of the data and of the noise a timestep holds.
+/// The forward process: the shares of data and noise at each timestep.
 #[derive(Clone, Debug)]
 pub struct NoiseSchedule {
     alphas_cumprod: Vec<f64>,
@@ -143,7 +143,7 @@ impl NoiseSchedule {
     fn parse(text: &str) -> std::result::Result<Self, String> {
         let map: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(text).map_err(|e| e.to_string())?;
-        // Keys that begin with an underscore are notes of the library that wrote the file.
+        // Keys with a leading underscore are notes of the library that wrote the file.
         let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());
         if let Some(key) = map.keys().find(unknown) {
             let hint = did_you_mean(nearest_key(key, KEYS));
@@ -219,17 +219,17 @@ impl NoiseSchedule {
         self.alphas_cumprod.len()
     }
 
-    /// Never true: a schedule has at least two timesteps.
+    /// Always false: a schedule has at least two timesteps.
     pub fn is_empty(&self) -> bool {
         self.alphas_cumprod.is_empty()
     }
 
-    /// What the network predicts.
+    /// The network's prediction type.
     pub fn prediction(&self) -> Prediction {
         self.prediction
     }
 
-    /// `ᾱ` at a timestep, `1` (or the first one, as the configuration says) before the first.
+    /// `ᾱ` at a timestep; before the first, `1` or the first `ᾱ`, as `set_alpha_to_one` says.
     pub fn alpha_cumprod(&self, timestep: i64) -> f64 {
         match usize::try_from(timestep) {
             Ok(t) => self.alphas_cumprod[t.min(self.len() - 1)],
@@ -243,7 +243,9 @@ impl NoiseSchedule {
         each.map(|a| (a.sqrt(), (1.0 - a).sqrt())).unzip()
     }
 
-    /// Latents at a timestep: `α·x₀ + σ·ε`. As `DDPMScheduler.add_noise`.
+    /// Noisy latents: `α·x₀ + σ·ε`. As `DDPMScheduler.add_noise`.
+    ///
+    /// `latents` and `noise`: `[B, C, h, w]`; `timesteps`: one for each sample → `[B, C, h, w]` in their dtype.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -252,7 +254,10 @@ impl NoiseSchedule {
         mix(&alphas, latents, &sigmas, noise)
     }
 
-    /// The clean latents that a network's `output` at noisy latents `x` stands for. As `get_predicted_original_sample`.
+    /// The clean latents that a network's `output` at noisy latents `x` stands for. As `get_predicted_original_sample` of
+    /// diffusers' `train_lcm_distill_sd_wds.py`.
+    ///
+    /// `output` and `x`: `[B, C, h, w]`; `timesteps`: one for each sample → `[B, C, h, w]` in their dtype.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -277,7 +282,10 @@ impl NoiseSchedule {
         }
     }
 
-    /// The noise that a network's `output` at noisy latents `x` stands for. As `get_predicted_noise`.
+    /// The noise that a network's `output` at noisy latents `x` stands for. As `get_predicted_noise` of diffusers'
+    /// `train_lcm_distill_sd_wds.py`.
+    ///
+    /// `output` and `x`: `[B, C, h, w]`; `timesteps`: one for each sample → `[B, C, h, w]` in their dtype.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -310,9 +318,12 @@ fn linspace(from: f64, to: f64, n: usize) -> Vec<f64> {
     let (from, to) = (single(from), single(to));
     let last = n.max(2) - 1;
     let step = single(single(to - from) / last as f64);
-    let at = |i: usize| match i < n / 2 {
-        true => from + step * i as f64,
-        false => to - step * (last - i) as f64,
+    let at = |i: usize| {
+        if i < n / 2 {
+            from + step * i as f64
+        } else {
+            to - step * (last - i) as f64
+        }
     };
     (0..n).map(|i| single(at(i))).collect()
 }
@@ -333,8 +344,8 @@ fn from_alpha_bar(n: usize, bar: impl Fn(f64) -> f64) -> Vec<f64> {
         .collect()
 }
 
-/// Moves the last timestep to pure noise (Lin et al. 2023, algorithm 1). As diffusers' `rescale_zero_terminal_snr`, whose
-/// roundings matter where little of the latents is left.
+/// Moves the last timestep to pure noise (Lin et al. 2023, algorithm 1). As diffusers' `rescale_zero_terminal_snr`; its
+/// roundings matter near the end, where the share of the latents is small.
 fn rescale_zero_terminal_snr(betas: &[f64]) -> Vec<f64> {
     let roots: Vec<f64> = cumulative(betas)
         .map(|bar| single(single(bar).sqrt()))
@@ -429,7 +440,7 @@ pub(super) mod tests {
             for (t, want) in golden[key].as_object().unwrap() {
                 let (t, want) = (t.parse().unwrap(), want.as_f64().unwrap());
                 let got = schedule.alpha_cumprod(t);
-                // Relative to each number: what is left of the latents near the end is small, and divided by.
+                // Relative to each number: those near the end are small, and divided by.
                 assert!(
                     (got - want).abs() <= 2e-5 * want.abs(),
                     "{key} at {t}: got {got}, diffusers has {want}"
@@ -439,7 +450,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn configurations_that_make_no_schedule_are_refused() {
+    fn schedule_refuses_configurations_that_make_none() {
         for (text, words) in [
             (
                 r#"{"beta_schedule": "cosine"}"#,

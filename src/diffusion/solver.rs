@@ -43,6 +43,8 @@ impl DdimSolver {
 
     /// One DDIM step (Song et al. 2021, equation 12 with η = 0) from the timestep of each sample's index to the one before.
     ///
+    /// `predicted_original` and `predicted_noise`: `[B, C, h, w]`; `index`: one for each sample → `[B, C, h, w]` in their dtype.
+    ///
     /// # Errors
     /// When the shapes do not fit.
     pub fn step(
@@ -65,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equals_the_reference_solver() -> Result<()> {
+    fn ddim_solver_equals_the_reference() -> Result<()> {
         let schedule = scaled_linear_schedule();
         for steps in [50, 13] {
             let golden = &golden::load()["ddim_solver"][steps.to_string()];

@@ -1,4 +1,4 @@
-//! An image to draw on with `embedded-graphics`, and text in its fonts.
+//! An image as a drawing target of `embedded-graphics`, and text in its fonts.
 
 use std::convert::Infallible;
 
@@ -13,7 +13,7 @@ pub(super) const WHITE: Rgb888 = Rgb888::WHITE;
 pub(super) const INK: Rgb888 = Rgb888::new(0x22, 0x26, 0x2b);
 pub(super) const GREY: Rgb888 = Rgb888::new(0x6b, 0x72, 0x7a);
 
-/// A white image that `embedded-graphics` draws on; what lies outside it is left out.
+/// A drawing target of `embedded-graphics`; pixels outside the image are ignored.
 pub(super) struct Canvas {
     image: RgbImage,
 }
@@ -31,7 +31,7 @@ impl Canvas {
         self.image
     }
 
-    /// Copies a picture to a place.
+    /// Copies an image; `at` is its upper left corner.
     pub(super) fn paste(&mut self, picture: &RgbImage, at: Point) {
         image::imageops::replace(&mut self.image, picture, at.x.into(), at.y.into());
     }
@@ -40,7 +40,7 @@ impl Canvas {
         let Ok(_) = what.draw(self);
     }
 
-    /// One line of text, aligned at `at` and centred on its height.
+    /// Draws one line of text, aligned horizontally and centred vertically at `at`.
     pub(super) fn text(
         &mut self,
         text: &str,
@@ -89,7 +89,7 @@ impl DrawTarget for Canvas {
     }
 }
 
-/// The text with `?` for what the fonts have no picture of.
+/// Replaces characters that the fonts lack by `?`.
 fn ascii(text: &str) -> String {
     let printable = |c: char| c == ' ' || c.is_ascii_graphic();
     text.chars()
@@ -101,8 +101,8 @@ fn ascii(text: &str) -> String {
         .collect()
 }
 
-/// The text in lines of at most `columns` characters, broken between words where that is possible; what does not fit into
-/// `rows` lines is cut and ends in dots.
+/// Wraps text to lines of at most `columns` characters, between words where possible. Text beyond `rows` lines is replaced
+/// by dots.
 pub(super) fn wrap(text: &str, columns: usize, rows: usize) -> Vec<String> {
     let columns = columns.max(4);
     let mut lines = vec![String::new()];
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_wrapped_at_words_and_cut_at_the_end() {
+    fn wrap_breaks_at_words_and_truncates() {
         assert_eq!(wrap("a red apple", 6, 3), ["a red", "apple"]);
         assert_eq!(
             wrap("antidisestablishment now", 8, 5),
@@ -155,12 +155,12 @@ mod tests {
     }
 
     #[test]
-    fn other_letters_become_question_marks() {
+    fn ascii_replaces_other_characters() {
         assert_eq!(ascii("na\u{ef}ve\ncaf\u{e9} \u{1f600}"), "na?ve caf? ?");
     }
 
     #[test]
-    fn drawing_outside_is_left_out() {
+    fn canvas_ignores_pixels_outside() {
         let mut canvas = Canvas::new(4, 4);
         let pixels = [(-1, 0), (0, 9), (2, 2)].map(|(x, y)| Pixel(Point::new(x, y), Rgb888::BLACK));
         let Ok(()) = canvas.draw_iter(pixels);

@@ -1,4 +1,4 @@
-//! Curves over training steps: a panel for each, on a logarithmic scale.
+//! Curves over training steps: one panel a curve, on a logarithmic scale.
 
 use embedded_graphics::mono_font::ascii::{FONT_7X13, FONT_9X15_BOLD};
 use embedded_graphics::pixelcolor::Rgb888;
@@ -13,17 +13,17 @@ use super::canvas::{Canvas, GREY, INK, WHITE};
 /// Size of a panel. Pixels.
 const WIDTH: i32 = 900;
 const HEIGHT: i32 = 460;
-/// From the panel's edges to the plot. Pixels.
+/// Margins between the panel's edges and the plot. Pixels.
 const LEFT: i32 = 76;
 const RIGHT: i32 = 24;
 const TOP: i32 = 44;
 const BOTTOM: i32 = 50;
-/// Lines are drawn this much larger and shrunk, which smooths their edges.
+/// Antialiasing: lines are drawn enlarged by this factor and scaled down.
 const OVERSAMPLING: i32 = 3;
-/// Fewer points than this are marked one by one and not smoothed.
+/// A curve with fewer points has a dot for each and no smoothed line.
 const FEW: usize = 40;
-/// The smoothed line averages this part of the points.
-const SMOOTHED_PART: usize = 20;
+/// The smoothing window has the number of points divided by this.
+const SMOOTHING_DIVISOR: usize = 20;
 
 const FRAME: Rgb888 = Rgb888::new(0xc4, 0xc9, 0xcf);
 const GRID: Rgb888 = Rgb888::new(0xe8, 0xea, 0xed);
@@ -39,17 +39,17 @@ const REFERENCES: [Rgb888; 4] = [
 /// One quantity over the steps of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Curve {
-    /// What it is, with its unit if it has one.
+    /// Name of the quantity, with its unit.
     pub title: String,
-    /// Step and value. Values that a logarithmic scale can't show (not finite, zero or less) are left out.
+    /// Step and value. Values that are not finite or not above zero are left out.
     pub points: Vec<(u64, f64)>,
-    /// Draw a smoothed line over the values, if there are many.
+    /// Draw a smoothed line over many points.
     pub smoothed: bool,
-    /// Values to compare with, each a horizontal line with its label.
+    /// Label and value of horizontal reference lines.
     pub references: Vec<(String, f64)>,
 }
 
-/// A panel for each curve, below each other, all over the same range of steps.
+/// Draws one panel for each curve, from top to bottom, all with the same range of steps.
 pub fn curves(curves: &[Curve]) -> RgbImage {
     let last = curves
         .iter()
@@ -82,14 +82,14 @@ pub fn curves(curves: &[Curve]) -> RgbImage {
     canvas.into_image()
 }
 
-/// Where a curve's values come to lie.
+/// Layout of one curve's panel.
 struct Panel<'a> {
     curve: &'a Curve,
     points: Vec<(u64, f64)>,
     references: Vec<&'a (String, f64)>,
     top: i32,
     last: u64,
-    /// Decimal logarithms of the values at the lower and the upper edge.
+    /// Base-10 logarithms of the values at the plot's lower and upper edge.
     low: f64,
     high: f64,
 }
@@ -129,7 +129,7 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// The plot's edges: left, right, top, bottom.
+    /// Edges of the plot: left, right, top, bottom. Pixels.
     fn frame(&self) -> [i32; 4] {
         [
             LEFT,
@@ -178,16 +178,16 @@ impl<'a> Panel<'a> {
                 );
             }
         }
-        let place = |&(step, value): &(u64, f64)| large(self.x(step as f64), self.y(value));
-        let places: Vec<Point> = self.points.iter().map(place).collect();
+        let position = |&(step, value): &(u64, f64)| large(self.x(step as f64), self.y(value));
+        let positions: Vec<Point> = self.points.iter().map(position).collect();
         let smooth = self.curve.smoothed && self.points.len() >= FEW;
         let (color, width) = if smooth { (RAW, 1.0) } else { (LINE, 2.0) };
-        canvas.draw(&Polyline::new(&places).into_styled(stroke(color, width)));
+        canvas.draw(&Polyline::new(&positions).into_styled(stroke(color, width)));
         if smooth {
-            let line: Vec<Point> = smoothed(&self.points).iter().map(place).collect();
+            let line: Vec<Point> = smoothed(&self.points).iter().map(position).collect();
             canvas.draw(&Polyline::new(&line).into_styled(stroke(LINE, 2.4)));
         } else if self.points.len() < FEW {
-            for at in places {
+            for at in positions {
                 let dot = Circle::with_center(at, (7 * OVERSAMPLING) as u32);
                 canvas.draw(&dot.into_styled(PrimitiveStyle::with_fill(LINE)));
             }
@@ -204,12 +204,12 @@ impl<'a> Panel<'a> {
             INK,
             Alignment::Left,
         );
-        let said = match self.points.last() {
+        let last_value = match self.points.last() {
             Some(&(step, value)) => format!("log scale   step {step}: {}", short(value)),
-            None => "nothing measured".to_owned(),
+            None => "no values".to_owned(),
         };
         canvas.text(
-            &said,
+            &last_value,
             Point::new(right, top - 20),
             &FONT_7X13,
             GREY,
@@ -233,7 +233,7 @@ impl<'a> Panel<'a> {
         self.draw_reference_labels(canvas);
     }
 
-    /// Labels stand above their lines at the right end, or under them where another label is.
+    /// Draws each label at the right end of its line, above it or, where another label is in the way, below it.
     fn draw_reference_labels(&self, canvas: &mut Canvas) {
         let right = self.frame()[1];
         let mut taken: Vec<i32> = Vec::new();
@@ -245,7 +245,7 @@ impl<'a> Panel<'a> {
             taken.push(y);
             let width = text.chars().count() as u32 * FONT_7X13.character_size.width;
             let corner = Point::new(right - 8 - width as i32, y - 7);
-            // So that it can be read over the curve.
+            // A white background keeps the label readable over the curve.
             canvas.draw(
                 &Rectangle::new(corner, Size::new(width, 14))
                     .into_styled(PrimitiveStyle::with_fill(WHITE)),
@@ -261,10 +261,10 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Each value replaced by that of a straight line through it and its neighbours, in logarithms as it is drawn. A line and not a
-/// mean, so that the ends are not bent.
+/// Local linear regression of the logarithms: each value is replaced by the value of a line fitted to it and its neighbours. A mean
+/// would bend the ends of the curve.
 fn smoothed(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
-    let reach = points.len() / SMOOTHED_PART / 2 + 1;
+    let reach = points.len() / SMOOTHING_DIVISOR / 2 + 1;
     (0..points.len())
         .map(|i| {
             let near = &points[i.saturating_sub(reach)..points.len().min(i + reach + 1)];
@@ -288,7 +288,7 @@ fn smoothed(points: &[(u64, f64)]) -> Vec<(u64, f64)> {
         .collect()
 }
 
-/// Round values between two decimal logarithms: powers of ten, with more between them the nearer the two are.
+/// Round values between two base-10 logarithms: powers of ten, with more values between them for a small range.
 fn value_ticks(low: f64, high: f64) -> Vec<f64> {
     const MANTISSAS: [&[u32]; 3] = [&[1], &[1, 2, 5], &[1, 2, 3, 4, 5, 6, 7, 8, 9]];
     let decades = low.floor() as i32..=high.ceil() as i32;
@@ -322,7 +322,7 @@ fn step_ticks(last: u64) -> Vec<u64> {
     (0..=last / step).map(|i| i * step).collect()
 }
 
-/// The least of 1, 2, 5, 10 … and their tenths that is not below `least`.
+/// The smallest 1, 2 or 5 times a power of ten that is not below `least`.
 fn round_step(least: f64) -> f64 {
     let decade = 10f64.powf(least.log10().floor());
     let step = [1.0, 2.0, 5.0]
@@ -332,14 +332,15 @@ fn round_step(least: f64) -> f64 {
     step.unwrap_or(10.0 * decade)
 }
 
-/// A number in three digits or so.
+/// A number with about three significant digits.
 fn short(value: f64) -> String {
     if (1e-3..1e5).contains(&value) {
         let decimals = (2 - value.log10().floor() as i32).clamp(0, 6) as usize;
         let text = format!("{value:.decimals$}");
-        match text.contains('.') {
-            true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-            false => text,
+        if text.contains('.') {
+            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        } else {
+            text
         }
     } else {
         let text = format!("{value:.2e}");
@@ -389,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn values_without_a_logarithm_are_left_out() {
+    fn curves_leave_out_values_without_a_logarithm() {
         let curve = Curve {
             title: "loss".to_owned(),
             points: vec![(1, f64::NAN), (2, 0.0), (3, -1.0), (4, f64::INFINITY)],

@@ -1,4 +1,4 @@
-//! Pictures beside and below each other, with or without labels.
+//! Grids of images, with or without labels.
 
 use embedded_graphics::mono_font::MonoFont;
 use embedded_graphics::mono_font::ascii::{FONT_7X13, FONT_7X13_BOLD};
@@ -9,19 +9,19 @@ use image::{Rgb, RgbImage};
 
 use super::canvas::{Canvas, INK, wrap};
 
-/// Pictures smaller than this are enlarged by a whole factor. Pixels.
+/// Images smaller than this are enlarged by a whole factor. Pixels.
 const READABLE: u32 = 128;
-/// Between pictures, and around all of them. Pixels.
+/// Space between and around images. Pixels.
 const GAP: u32 = 6;
-/// Width of the column of row labels. Pixels.
+/// Width of the row labels. Pixels.
 const LABEL_WIDTH: u32 = 150;
-/// From one line of a label to the next. Pixels.
+/// Line height of a label. Pixels.
 const LINE: u32 = 15;
-/// Lines of a column's label at most.
+/// Maximum number of lines of a column label.
 const COLUMN_LINES: usize = 2;
 
-/// A grid with a label left of each row and above each column, on white. Small pictures are enlarged by a whole factor, so that
-/// the grid can be read. Without row labels (or column labels) no place is kept for them.
+/// A grid on white with a label left of each row and above each column. Small images are enlarged by a whole factor. Empty
+/// label lists take no space.
 pub fn grid(rows: &[Vec<RgbImage>], row_labels: &[String], column_labels: &[String]) -> RgbImage {
     let (width, height) = largest(rows.iter().flatten());
     let factor = READABLE.div_ceil(width.max(height).max(1));
@@ -57,7 +57,7 @@ pub fn grid(rows: &[Vec<RgbImage>], row_labels: &[String], column_labels: &[Stri
         Point::new(x as i32, y as i32)
     };
     for (column, lines) in column_labels.iter().enumerate() {
-        // Labels stand on the pictures, however many lines each has.
+        // Labels are aligned at the bottom.
         let above = (header_lines as i32 - lines.len() as i32) * LINE as i32;
         let at = Point::new(corner(0, column).x + width as i32 / 2, GAP as i32 + above);
         label(&mut canvas, lines, at, &FONT_7X13_BOLD, Alignment::Center);
@@ -85,7 +85,7 @@ pub fn grid(rows: &[Vec<RgbImage>], row_labels: &[String], column_labels: &[Stri
     canvas.into_image()
 }
 
-/// Pictures in rows of `columns`, edge to edge and as they are: a single one comes out unchanged.
+/// Images in rows of `columns`, without gaps and unscaled: a single image is returned unchanged.
 pub fn plain_grid(pictures: &[RgbImage], columns: usize) -> RgbImage {
     let columns = columns.clamp(1, pictures.len().max(1));
     let (width, height) = largest(pictures.iter());
@@ -109,7 +109,7 @@ fn columns_in(width: u32, font: &MonoFont<'_>) -> usize {
     (width / (font.character_size.width + font.character_spacing)) as usize
 }
 
-/// Lines below each other; `at` is the upper end of the first.
+/// Draws lines of text; `at` is the top of the first line.
 fn label(
     canvas: &mut Canvas,
     lines: &[String],
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn small_pictures_are_enlarged_by_a_whole_factor() {
+    fn grid_enlarges_small_images_by_a_whole_factor() {
         let rows = [
             vec![picture(64, 64, 200), picture(64, 64, 100)],
             vec![picture(64, 64, 50)],
@@ -158,20 +158,20 @@ mod tests {
     }
 
     #[test]
-    fn readable_pictures_keep_their_size() {
+    fn grid_keeps_the_size_of_large_images() {
         let image = grid(&[vec![picture(130, 100, 200)]], &[], &[]);
         assert_eq!(image.dimensions(), (130 + 2 * GAP, 100 + 2 * GAP));
         assert_eq!(count(&image, 200), 130 * 100);
     }
 
     #[test]
-    fn nothing_to_draw_is_no_fault() {
-        let _empty = grid(&[], &[], &[]);
+    fn empty_grids_are_drawn() {
+        assert_eq!(grid(&[], &[], &[]).dimensions(), (GAP, GAP));
         assert_eq!(plain_grid(&[], 3).dimensions(), (0, 0));
     }
 
     #[test]
-    fn a_plain_picture_is_unchanged() {
+    fn plain_grid_keeps_a_single_image() {
         let one = picture(5, 7, 10);
         assert_eq!(plain_grid(std::slice::from_ref(&one), 4), one);
         let five: Vec<RgbImage> = (1..=5).map(|i| picture(5, 7, i)).collect();

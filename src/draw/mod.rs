@@ -1,7 +1,6 @@
-//! Pictures for people: sample grids and loss curves, as PNG files.
+//! Sample grids and loss curves as PNG files.
 //!
-//! Works on plain images and numbers; the one place that knows tensors is [`pixels_to_images`]. It never decides what is drawn,
-//! only how.
+//! This module works on images and numbers; only [`pixels_to_images`] takes a tensor. It never decides what is drawn.
 
 mod canvas;
 mod curves;
@@ -16,7 +15,7 @@ use image::{ImageFormat, RgbImage};
 pub use curves::{Curve, curves};
 pub use grid::{grid, plain_grid};
 
-/// Why a picture could not be written.
+/// A PNG file could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("can't write the picture {path}: {source}")]
 pub struct SaveError {
@@ -26,7 +25,7 @@ pub struct SaveError {
     pub source: std::io::Error,
 }
 
-/// Images of pixels `[B, 3, H, W]` in [-1, 1]; what lies outside is clamped. As diffusers' `VaeImageProcessor`.
+/// `B` images from pixels `[B, 3, H, W]` of any float dtype, clamped to [-1, 1]. As diffusers' `VaeImageProcessor`.
 ///
 /// # Errors
 /// When the tensor has another shape.
@@ -57,18 +56,18 @@ pub fn pixels_to_images(pixels: &Tensor) -> candle_core::Result<Vec<RgbImage>> {
         .collect()
 }
 
-/// Writes a PNG file that appears whole or not at all; its folder is created.
+/// Writes a PNG file atomically; creates its folder.
 ///
 /// # Errors
-/// When the folder can't be written.
+/// When the folder or the file can't be written.
 pub fn save_png(picture: &RgbImage, path: &Path) -> Result<(), SaveError> {
-    write_aside(picture, path).map_err(|source| SaveError {
+    write_atomically(picture, path).map_err(|source| SaveError {
         path: path.to_owned(),
         source,
     })
 }
 
-fn write_aside(picture: &RgbImage, path: &Path) -> std::io::Result<()> {
+fn write_atomically(picture: &RgbImage, path: &Path) -> std::io::Result<()> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
@@ -76,7 +75,7 @@ fn write_aside(picture: &RgbImage, path: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let mut builder = tempfile::Builder::new();
     builder.prefix(".picture-");
-    // A temporary file is for its owner alone; a picture is for whom the umask says.
+    // The umask applies to mode 0666. The default of temporary files is 0600.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let file = builder.tempfile_in(folder)?;
@@ -96,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pixels_are_rounded_as_diffusers_does() {
+    fn pixels_are_rounded_as_in_diffusers() {
         let values = [-2.0f32, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 0.25];
         // Red, green and blue planes of one row of eight pixels.
         let data: Vec<f32> = (0..3).flat_map(|_| values).collect();
@@ -113,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_and_batch_keep_their_places() {
+    fn pixels_keep_channel_and_batch_order() {
         let data: Vec<f32> = [[1f32, -1.0, -1.0], [-1.0, -1.0, 1.0]].concat();
         let pixels = Tensor::from_vec(data, (2, 3, 1, 1), &Device::Cpu).unwrap();
         let images = pixels_to_images(&pixels).unwrap();
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_whole_and_replace_older_ones() {
+    fn png_files_replace_older_ones_atomically() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/picture.png");
         for side in [3, 5] {

@@ -1,54 +1,53 @@
-//! The model card, `README.md`: what was distilled, from which data, how it went, and how to draw with it.
+//! The model card, `README.md`: the teacher, the data, the training figures, and code that draws with the student.
 //!
-//! It is written from a finished run's folder and its configuration. What only concerns the machine (folders, servers,
-//! signatures in URLs) is left out: the card is public.
+//! It is written from a finished run's folder and its configuration. The card is public: it never shows folders, servers or
+//! signatures in URLs.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
 
-use super::public::{Teacher, place, public, public_url};
+use super::public::{PublicModel, public_config, public_model, public_url};
 use super::{HubError, io};
 use crate::config::{Config, LossKind, Model};
 
-/// Steps whose mean the last loss is.
-const LAST: usize = 100;
-/// Steps that a student is for.
-const STEPS: usize = 4;
-/// A finished run, to be shown to others.
+/// Steps that the card's loss is averaged over.
+const LOSS_STEPS: usize = 100;
+/// Sampling steps of the card's example.
+const SAMPLING_STEPS: usize = 4;
+
+/// The model card of a finished run.
 #[derive(Clone, Copy, Debug)]
 pub struct Card<'a> {
-    /// What the run was told to do.
+    /// The run's configuration.
     pub config: &'a Config,
-    /// The repository it goes to.
+    /// The repository on the Hub.
     pub id: &'a str,
     /// The run's folder.
     pub folder: &'a Path,
 }
 
-/// What the card takes from a line of `metrics.jsonl`.
+/// Keys of a line of `metrics.jsonl` that the card uses.
 #[derive(Deserialize)]
-struct Line {
+struct MetricsLine {
     step: u64,
     loss: f64,
     samples: u64,
     endpoint_error: Option<f64>,
 }
 
-/// What the card takes from `run.json`.
+/// Keys of `run.json` that the card uses.
 #[derive(Deserialize)]
-struct Run {
+struct RunInfo {
     revision: Option<String>,
 }
 
 impl Card<'_> {
-    /// The card's file, in the run's folder and in the repository.
+    /// File name of the card, in the run's folder and in the repository.
     pub const NAME: &'static str = "README.md";
 
-    /// The files of a push, by their paths in the folder: the card, the student and its moving average, and the pictures the
-    /// card shows.
+    /// Paths in the run's folder of the files to push: the card, the student, its moving average, and the card's pictures.
     pub fn files(&self) -> Vec<String> {
         let mut files = vec![Self::NAME.to_owned(), "loss.png".to_owned()];
         for model in ["unet", "unet_target"] {
@@ -63,7 +62,7 @@ impl Card<'_> {
     /// Writes the card into the run's folder.
     ///
     /// # Errors
-    /// When a file of the run can't be read, or the card not written.
+    /// When a file of the run can't be read or the card can't be written.
     pub fn write(&self) -> Result<(), HubError> {
         let path = self.folder.join(Self::NAME);
         fs::write(&path, self.text()?).map_err(io(&path))
@@ -75,11 +74,10 @@ impl Card<'_> {
         let mut text = front_matter(&teacher);
         let name = self.id.rsplit('/').next().unwrap_or(self.id);
         let (linked, note) = match &teacher {
-            Teacher::Hub(id) => (format!("[{id}](https://huggingface.co/{id})"), ""),
-            Teacher::Elsewhere(name) => (format!("`{name}`"), ", a model that is not on the Hub"),
+            PublicModel::Hub(id) => (format!("[{id}](https://huggingface.co/{id})"), ""),
+            PublicModel::Private(name) => (format!("`{name}`"), ", a model that is not on the Hub"),
         };
-        let _infallible = write!(
-            text,
+        text += &format!(
             "\n# {name}\n\nA Latent Consistency Model: the UNet of {linked}{note}, distilled so that one to eight steps make an \
              image. Trained with coffey {}.\n\n",
             env!("CARGO_PKG_VERSION")
@@ -89,29 +87,28 @@ impl Card<'_> {
         if !pictures.is_empty() {
             text += "\n## Samples\n";
             for (file, about) in &pictures {
-                let _infallible = write!(text, "\n{about}\n\n![{about}]({file})\n");
+                text += &format!("\n{about}\n\n![{about}]({file})\n");
             }
         }
         text += &self.data();
         text += &self.training(&lines);
-        let configuration = public(self.config, &teacher);
-        let _infallible = write!(
-            text,
+        let configuration = public_config(self.config, &teacher);
+        text += &format!(
             "\n<details><summary>Configuration</summary>\n\n{}\n</details>\n",
             code_block(&configuration)
         );
         Ok(text)
     }
 
-    fn teacher(&self) -> Teacher {
+    fn teacher(&self) -> PublicModel {
         self.config
             .model
             .teacher
             .as_ref()
-            .map_or(Teacher::Elsewhere("a teacher".to_owned()), place)
+            .map_or(PublicModel::Private("a teacher".to_owned()), public_model)
     }
 
-    fn lines(&self) -> Result<Vec<Line>, HubError> {
+    fn lines(&self) -> Result<Vec<MetricsLine>, HubError> {
         let path = self.folder.join("metrics.jsonl");
         let text = fs::read_to_string(&path).map_err(io(&path))?;
         text.lines()
@@ -119,7 +116,7 @@ impl Card<'_> {
             .collect()
     }
 
-    /// The newest pictures, and what each shows.
+    /// Path and caption of the newest pictures.
     fn pictures(&self) -> Vec<(String, &'static str)> {
         let comparison = "samples/comparison.png";
         if self.folder.join(comparison).is_file() {
@@ -147,41 +144,34 @@ impl Card<'_> {
             .collect()
     }
 
-    fn usage(&self, teacher: &Teacher) -> Result<String, HubError> {
+    fn usage(&self, teacher: &PublicModel) -> Result<String, HubError> {
         let Config { distill, model, .. } = self.config;
         let mut arguments = match teacher {
-            Teacher::Hub(id) => format!("{id:?}"),
-            Teacher::Elsewhere(_) => "teacher".to_owned(),
+            PublicModel::Hub(id) => format!("{id:?}"),
+            PublicModel::Private(_) => "teacher".to_owned(),
         };
         let mut code = String::new();
-        if let Teacher::Elsewhere(name) = teacher {
-            let _infallible = writeln!(
-                code,
-                "teacher = {name:?}  # its folder, in diffusers layout"
-            );
+        if let PublicModel::Private(name) = teacher {
+            code += &format!("teacher = {name:?}  # its folder, in diffusers layout\n");
         } else if let Some(revision) = self.revision()? {
-            let _infallible = write!(arguments, ", revision={revision:?}");
+            arguments += &format!(", revision={revision:?}");
         }
-        let _infallible = writeln!(
-            code,
+        code += &format!(
             "# unet_target is its moving average\nunet = UNet2DConditionModel.from_pretrained({:?}, subfolder=\"unet\", \
-             torch_dtype=dtype)",
+             torch_dtype=dtype)\n",
             self.id
         );
         arguments += ", unet=unet";
         let mut imports = "DiffusionPipeline, LCMScheduler, UNet2DConditionModel".to_owned();
-        if let Some(Teacher::Hub(id)) = model.vae.as_ref().map(place) {
+        if let Some(PublicModel::Hub(id)) = model.vae.as_ref().map(public_model) {
             imports.insert_str(0, "AutoencoderKL, ");
-            let _infallible = writeln!(
-                code,
-                "vae = AutoencoderKL.from_pretrained({id:?}, torch_dtype=dtype)"
-            );
+            code += &format!("vae = AutoencoderKL.from_pretrained({id:?}, torch_dtype=dtype)\n");
             arguments += ", vae=vae";
         }
         let validation = self.config.validation.as_ref();
         let prompt = validation.and_then(|v| v.prompts.first());
         let prompt = prompt.map_or("a lighthouse at dusk", String::as_str);
-        // Samplers speak of one more than the student was told.
+        // diffusers' `guidance_scale` is w + 1, where the student was trained with w.
         let (least, most) = (distill.w_min + 1.0, distill.w_max + 1.0);
         let guidance = validation.map_or(8.0, |v| v.guidance).max(least).min(most);
         Ok(format!(
@@ -198,26 +188,26 @@ pipeline.scheduler = LCMScheduler.from_config(
     pipeline.scheduler.config, original_inference_steps={}, timestep_scaling={:?}
 )
 image = pipeline(
-    {}, num_inference_steps={STEPS}, guidance_scale={guidance:?}, height={side}, width={side}
+    {}, num_inference_steps={SAMPLING_STEPS}, guidance_scale={guidance:?}, height={side}, width={side}
 ).images[0]
 image.save("image.png")
 ```
 
-One to eight steps; guidance from {least} to {most}, which costs nothing: the student was told it while it was trained.
+One to eight steps; guidance from {least} to {most}. Guidance costs no second forward pass: it is an input of the student.
 "#,
             distill.num_ddim_timesteps,
             distill.timestep_scaling,
-            // JSON's strings are Python's.
+            // A JSON string is a valid Python string.
             serde_json::Value::from(prompt),
             side = self.config.image.resolution,
         ))
     }
 
-    /// The teacher's commit or branch, unless it is the usual one.
+    /// The teacher's commit or branch, unless it is `main`.
     fn revision(&self) -> Result<Option<String>, HubError> {
         let path = self.folder.join("run.json");
         let text = fs::read_to_string(&path).map_err(io(&path))?;
-        let run: Run = serde_json::from_str(&text).map_err(|error| io(&path)(error.into()))?;
+        let run: RunInfo = serde_json::from_str(&text).map_err(|error| io(&path)(error.into()))?;
         Ok(run.revision.filter(|revision| revision != Model::MAIN))
     }
 
@@ -226,7 +216,7 @@ One to eight steps; guidance from {least} to {most}, which costs nothing: the st
         let shards: Vec<String> = data.shards.iter().map(|shard| public_url(shard)).collect();
         let filter = match &data.filter {
             None => "every sample with a caption",
-            Some(_) => "those that pass `data.filter` of the configuration below",
+            Some(_) => "samples that pass `data.filter` of the configuration below",
         };
         format!(
             "\n## Data\n\n- WebDataset shards: {}\n- Samples: {filter}\n- Resolution: {side} x {side}\n",
@@ -239,7 +229,7 @@ One to eight steps; guidance from {least} to {most}, which costs nothing: the st
         )
     }
 
-    fn training(&self, lines: &[Line]) -> String {
+    fn training(&self, lines: &[MetricsLine]) -> String {
         let Config {
             train,
             distill,
@@ -264,7 +254,7 @@ One to eight steps; guidance from {least} to {most}, which costs nothing: the st
         if let Some(last) = lines.last() {
             rows.insert(0, ("steps".to_owned(), last.step.to_string()));
             rows.insert(1, ("samples seen".to_owned(), last.samples.to_string()));
-            let tail = &lines[lines.len().saturating_sub(LAST)..];
+            let tail = &lines[lines.len().saturating_sub(LOSS_STEPS)..];
             let mean = tail.iter().map(|line| line.loss).sum::<f64>() / tail.len() as f64;
             rows.push((
                 format!("loss, mean of the last {} steps", tail.len()),
@@ -281,18 +271,18 @@ One to eight steps; guidance from {least} to {most}, which costs nothing: the st
         }
         let mut text = "\n## Training\n\n| | |\n| --- | --- |\n".to_owned();
         for (what, value) in rows {
-            let _infallible = writeln!(text, "| {what} | {value} |");
+            text += &format!("| {what} | {value} |\n");
         }
         text += "\n![Loss](loss.png)\n";
         text
     }
 }
 
-/// No licence is named: the teacher's and the data's are for people to judge.
-fn front_matter(teacher: &Teacher) -> String {
+/// Names no licence: it depends on the teacher's and the data's, which the user has to judge.
+fn front_matter(teacher: &PublicModel) -> String {
     let base = match teacher {
-        Teacher::Hub(id) => format!("base_model: {id}\n"),
-        Teacher::Elsewhere(_) => String::new(),
+        PublicModel::Hub(id) => format!("base_model: {id}\n"),
+        PublicModel::Private(_) => String::new(),
     };
     format!(
         "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{base}tags:\n- latent-consistency-model\n- text-to-image\n- \
@@ -331,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_card_tells_what_was_done_and_nothing_of_the_machine() {
+    fn card_shows_the_run_and_hides_the_machine() {
         let folder = tempfile::tempdir().unwrap();
         finished(folder.path());
         let config = config(&[
@@ -353,7 +343,7 @@ mod tests {
         for private in ["/home", "secret", "signature", "internal", "me:secret"] {
             assert!(!text.contains(private), "{private}: {text}");
         }
-        for told in [
+        for expected in [
             "base_model: user/teacher\n",
             "\n# student\n",
             "https://host/{0..3}.tar",
@@ -367,7 +357,7 @@ mod tests {
             "mean of the last 3 steps | 0.50000 |",
             "vae = \"vae\"",
         ] {
-            assert!(text.contains(told), "{told}: {text}");
+            assert!(text.contains(expected), "{expected}: {text}");
         }
         assert!(
             !text.contains("license") && !text.contains("samples/"),
@@ -376,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_pictures_go_with_it() {
+    fn card_shows_the_newest_pictures() {
         let folder = tempfile::tempdir().unwrap();
         finished(folder.path());
         let config = config(&["model.teacher=somewhere"]);

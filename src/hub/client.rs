@@ -1,4 +1,4 @@
-//! Requests to the Hub and to the storage it names: retried where a failure may pass, ended by silence and by a stop.
+//! Requests to the Hub and to the storage it names, with retries, an idle timeout and an end at a stop.
 
 use std::fs::File;
 use std::io::{Read, Seek as _, SeekFrom};
@@ -11,121 +11,67 @@ use ureq::Agent;
 use ureq::SendBody;
 use ureq::http::{Request, Response};
 
+use super::retry::{self, AttemptError, MAX_ATTEMPTS};
 use super::{HubError, Settings, io};
 use tokio_util::sync::CancellationToken;
 
-/// Tries of one request before it is given up.
-pub(super) const MAX_ATTEMPTS: u32 = 5;
-const FIRST_DELAY: Duration = Duration::from_millis(250);
-/// However long the Hub asks to be left alone.
-const LONGEST_DELAY: Duration = Duration::from_secs(60);
-/// The largest answer that is read; a list of addresses for the parts of large files. Bytes.
-const MAX_ANSWER: u64 = 64 << 20;
-/// How much of a server's words is repeated. Characters.
-const MAX_SAID: usize = 300;
-/// Time between two lines about the same file.
-const LINE_EVERY: Duration = Duration::from_secs(10);
-/// Type of Git LFS's messages.
+/// Largest response body that is read: the LFS batch response has an address for each part of each file. Bytes.
+const MAX_RESPONSE: u64 = 64 << 20;
+/// Longest server message in an error. Characters.
+const MAX_MESSAGE: usize = 300;
+/// Time between two progress lines about one file.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// Content type of Git LFS messages.
 pub(super) const LFS: &str = "application/vnd.git-lfs+json";
 
-/// What is sent.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Body<'a> {
-    Nothing,
-    /// A text and its type.
-    Text(&'a str, &'static str),
-    /// A part of a file: where it begins, and its length.
-    Part(&'a Path, u64, u64),
+pub(super) enum RequestBody<'a> {
+    Empty,
+    Text {
+        text: &'a str,
+        content_type: &'static str,
+    },
+    /// `length` bytes of a file from `offset` on.
+    FilePart {
+        path: &'a Path,
+        offset: u64,
+        length: u64,
+    },
 }
 
 /// A request.
 #[derive(Debug)]
 pub(super) struct Call<'a> {
-    /// What is asked for, as in "can't …".
+    /// The action, to follow "can't" in an error.
     pub(super) what: String,
     pub(super) method: &'static str,
     pub(super) url: &'a str,
-    /// Headers besides those every request has.
+    /// Headers besides authorization, content type and length.
     pub(super) headers: Vec<(&'a str, &'a str)>,
-    pub(super) body: Body<'a>,
-    /// Answers that are no failures, besides 2xx.
+    pub(super) body: RequestBody<'a>,
+    /// Status codes that are not errors, besides 2xx.
     pub(super) expects: &'static [u16],
 }
 
-/// An answer that is no failure.
+/// A response that is not an error.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct HubResponse {
     what: String,
     pub(super) status: u16,
     pub(super) etag: Option<String>,
     text: String,
 }
 
-impl Answer {
+impl HubResponse {
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T, HubError> {
-        serde_json::from_str(&self.text).map_err(|error| HubError::Answer {
+        serde_json::from_str(&self.text).map_err(|error| HubError::InvalidResponse {
             what: self.what.clone(),
             cause: error.to_string(),
         })
     }
 }
 
-/// How a request failed.
-#[derive(Debug)]
-pub(super) enum Fault {
-    /// Repeating won't help.
-    Final(HubError),
-    /// It may pass, after the time that the server asks for.
-    Passing(String, Option<Duration>),
-}
-
-/// Waits between attempts, each longer than the one before.
-#[derive(Debug)]
-pub(super) struct Attempts {
-    made: u32,
-    delay: Duration,
-}
-
-impl Attempts {
-    pub(super) fn new() -> Self {
-        Self {
-            made: 0,
-            delay: FIRST_DELAY,
-        }
-    }
-
-    /// Waits before the next attempt; an error if there is none.
-    pub(super) fn next(
-        &mut self,
-        fault: Fault,
-        what: &str,
-        stop: &CancellationToken,
-    ) -> Result<(), HubError> {
-        self.made += 1;
-        let (cause, asked) = match fault {
-            Fault::Final(error) => return Err(error),
-            Fault::Passing(cause, asked) => (cause, asked),
-        };
-        if self.made >= MAX_ATTEMPTS {
-            return Err(HubError::Unreachable {
-                what: what.to_owned(),
-                attempts: self.made,
-                cause,
-            });
-        }
-        let until = Instant::now() + asked.unwrap_or(self.delay).min(LONGEST_DELAY);
-        self.delay *= 2;
-        while Instant::now() < until {
-            if stop.is_cancelled() {
-                return Err(HubError::Stopped);
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
-/// Makes requests about one repository.
+/// Sends requests about one repository.
 #[derive(Debug)]
 pub(super) struct Client<'a> {
     pub(super) settings: &'a Settings,
@@ -138,11 +84,11 @@ impl<'a> Client<'a> {
     pub(super) fn new(settings: &'a Settings, id: &'a str, stop: &'a CancellationToken) -> Self {
         let agent = Agent::config_builder()
             .http_status_as_error(false)
-            // A body can't be sent twice, and a token must not follow.
+            // A streamed body can't be sent again, and the token must not go to another host.
             .max_redirects(0)
-            .timeout_connect(Some(settings.silence))
-            .timeout_per_read(Some(settings.silence))
-            .timeout_per_write(Some(settings.silence))
+            .timeout_connect(Some(settings.idle_timeout))
+            .timeout_per_read(Some(settings.idle_timeout))
+            .timeout_per_write(Some(settings.idle_timeout))
             .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
@@ -154,32 +100,39 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// An address of the Hub.
+    /// URL of a path on the Hub.
     pub(super) fn url(&self, path: &str) -> String {
         format!("{}/{path}", self.settings.endpoint)
     }
 
-    /// Whether an address is the Hub's own, which the token may go to.
+    /// Whether a URL is on the Hub itself; only then the token is sent.
     fn is_own(&self, url: &str) -> bool {
         url.strip_prefix(&self.settings.endpoint)
             .is_some_and(|rest| rest.starts_with('/'))
     }
 
-    /// Makes a request until it works or the attempts are spent.
-    pub(super) fn call(&self, call: &Call<'_>) -> Result<Answer, HubError> {
-        let mut attempts = Attempts::new();
-        loop {
-            match self.once(call) {
-                Ok(answer) => return Ok(answer),
-                Err(fault) => attempts.next(fault, &call.what, self.stop)?,
-            }
-        }
+    /// Sends a request, with retries.
+    pub(super) fn call(&self, call: &Call<'_>) -> Result<HubResponse, HubError> {
+        self.retry(&call.what, || self.once(call))
     }
 
-    /// Makes a request.
-    pub(super) fn once(&self, call: &Call<'_>) -> Result<Answer, Fault> {
+    /// Retries `attempt`; `what` is the action, to follow "can't" in the error.
+    pub(super) fn retry<T>(
+        &self,
+        what: &str,
+        attempt: impl FnMut() -> Result<T, AttemptError<HubError>>,
+    ) -> Result<T, HubError> {
+        retry::retry(self.stop, attempt, |cause| HubError::Unreachable {
+            what: what.to_owned(),
+            attempts: MAX_ATTEMPTS,
+            cause,
+        })
+    }
+
+    /// Sends a request once.
+    pub(super) fn once(&self, call: &Call<'_>) -> Result<HubResponse, AttemptError<HubError>> {
         if self.stop.is_cancelled() {
-            return Err(Fault::Final(HubError::Stopped));
+            return Err(AttemptError::Permanent(HubError::Stopped));
         }
         let own = self.is_own(call.url);
         let mut response = self.send(call, own)?;
@@ -187,51 +140,56 @@ impl<'a> Client<'a> {
             let value = response.headers().get(name)?.to_str().ok()?;
             Some(value.to_owned())
         };
-        let (etag, wait) = (header("etag"), header("retry-after"));
-        let said = header("x-error-message");
+        let (etag, retry_after) = (header("etag"), header("retry-after"));
+        let message = header("x-error-message");
         let status = response.status().as_u16();
-        let body = response.body_mut().with_config().limit(MAX_ANSWER);
+        let body = response.body_mut().with_config().limit(MAX_RESPONSE);
         let text = body.read_to_string();
         if (200..300).contains(&status) || call.expects.contains(&status) {
-            let text = text.map_err(|error| Fault::Passing(error.to_string(), None))?;
-            return Ok(Answer {
+            let text = text.map_err(AttemptError::transient)?;
+            return Ok(HubResponse {
                 what: call.what.clone(),
                 status,
                 etag,
                 text,
             });
         }
-        let said = self.said(said, &text.unwrap_or_default());
-        Err(match status {
-            401 if own => Fault::Final(HubError::WrongToken {
+        let message = self.error_message(message, &text.unwrap_or_default());
+        let what = call.what.clone();
+        Err(AttemptError::Permanent(match status {
+            401 if own => HubError::WrongToken {
                 endpoint: self.settings.endpoint.clone(),
-            }),
-            403 if own => Fault::Final(HubError::Forbidden {
+            },
+            403 if own => HubError::Forbidden {
                 endpoint: self.settings.endpoint.clone(),
                 id: self.id.to_owned(),
-                what: call.what.clone(),
-                said,
-            }),
-            301 | 302 | 307 | 308 if own => Fault::Final(HubError::Moved {
-                what: call.what.clone(),
+                what,
+                message,
+            },
+            301 | 302 | 307 | 308 if own => HubError::Moved {
+                what,
                 id: self.id.to_owned(),
-            }),
+            },
             408 | 429 | 500 | 502 | 503 | 504 => {
-                let wait = wait.and_then(|seconds| seconds.parse().ok());
-                Fault::Passing(
-                    format!("HTTP {status}{said}"),
-                    wait.map(Duration::from_secs),
-                )
+                let seconds = retry_after.and_then(|seconds| seconds.parse().ok());
+                return Err(AttemptError::Transient {
+                    cause: format!("HTTP {status}{message}"),
+                    retry_after: seconds.map(Duration::from_secs),
+                });
             }
-            status => Fault::Final(HubError::Refused {
-                what: call.what.clone(),
+            status => HubError::Refused {
+                what,
                 status,
-                said,
-            }),
-        })
+                message,
+            },
+        }))
     }
 
-    fn send(&self, call: &Call<'_>, own: bool) -> Result<Response<ureq::Body>, Fault> {
+    fn send(
+        &self,
+        call: &Call<'_>,
+        own: bool,
+    ) -> Result<Response<ureq::Body>, AttemptError<HubError>> {
         let mut request = Request::builder().method(call.method).uri(call.url);
         if let (true, Some(token)) = (own, &self.settings.token) {
             request = request.header("authorization", format!("Bearer {}", token.secret()));
@@ -240,103 +198,107 @@ impl<'a> Client<'a> {
             request = request.header(*name, *value);
         }
         let sent = match call.body {
-            Body::Nothing => {
-                let request = request.body(()).map_err(|_| self.unusable(call))?;
+            RequestBody::Empty => {
+                let request = request.body(()).map_err(|_| invalid_request(call))?;
                 self.agent.run(request)
             }
-            Body::Text(text, kind) => {
-                let request = request.header("content-type", kind).body(text);
-                self.agent.run(request.map_err(|_| self.unusable(call))?)
+            RequestBody::Text { text, content_type } => {
+                let request = request.header("content-type", content_type).body(text);
+                self.agent.run(request.map_err(|_| invalid_request(call))?)
             }
-            Body::Part(path, from, length) => {
+            RequestBody::FilePart {
+                path,
+                offset,
+                length,
+            } => {
                 let opened = File::open(path).and_then(|mut file| {
-                    file.seek(SeekFrom::Start(from))?;
+                    file.seek(SeekFrom::Start(offset))?;
                     Ok(file.take(length))
                 });
-                let file = opened.map_err(|error| Fault::Final(io(path)(error)))?;
-                let mut reader = Watched::new(file, &call.what, length, self.stop);
-                // Storage takes no body of unknown length.
+                let file = opened.map_err(|error| AttemptError::Permanent(io(path)(error)))?;
+                let mut reader = ProgressReader::new(file, &call.what, length, self.stop);
+                // The storage refuses bodies of unknown length.
                 let request = request
                     .header("content-length", length)
                     .body(SendBody::from_reader(&mut reader))
-                    .map_err(|_| self.unusable(call))?;
+                    .map_err(|_| invalid_request(call))?;
                 self.agent.run(request)
             }
         };
         sent.map_err(|error| match error {
-            _ if self.stop.is_cancelled() => Fault::Final(HubError::Stopped),
-            // Their words may hold an address with a signature in it.
-            ureq::Error::BadUri(_) | ureq::Error::Http(_) => self.unusable(call),
-            error => Fault::Passing(error.to_string(), None),
+            _ if self.stop.is_cancelled() => AttemptError::Permanent(HubError::Stopped),
+            // These errors print the URL, which may hold a signature.
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) => invalid_request(call),
+            error => AttemptError::transient(error),
         })
     }
 
-    fn unusable(&self, call: &Call<'_>) -> Fault {
-        Fault::Final(HubError::Answer {
-            what: call.what.clone(),
-            cause: "an address or a header can't be used".to_owned(),
-        })
-    }
-
-    /// What a server says of its refusal.
-    fn said(&self, header: Option<String>, body: &str) -> String {
+    /// `: ` and the server's message from the response's body or header; empty without a message.
+    fn error_message(&self, header: Option<String>, body: &str) -> String {
         #[derive(serde::Deserialize)]
-        struct Said {
+        struct ErrorBody {
             error: Option<String>,
             message: Option<String>,
         }
-        let json: Option<Said> = serde_json::from_str(body).ok();
-        let said = json.and_then(|said| said.error.or(said.message)).or(header);
-        let Some(said) = said.filter(|said| !said.trim().is_empty()) else {
+        let json: Option<ErrorBody> = serde_json::from_str(body).ok();
+        let message = json.and_then(|body| body.error.or(body.message)).or(header);
+        let Some(message) = message.filter(|message| !message.trim().is_empty()) else {
             return String::new();
         };
-        self.repeated(&said)
+        self.quoted(&message)
     }
 
-    /// A server's words, on one line and after a colon: not all of them, and not the token.
-    pub(super) fn repeated(&self, said: &str) -> String {
-        let said = match &self.settings.token {
-            Some(token) => token.redact(said),
-            None => said.to_owned(),
+    /// `: ` and a server's message: on one line, shortened, without the token.
+    pub(super) fn quoted(&self, message: &str) -> String {
+        let message = match &self.settings.token {
+            Some(token) => token.redact(message),
+            None => message.to_owned(),
         };
-        let line = said.split_whitespace().collect::<Vec<_>>().join(" ");
-        let shown: String = line.chars().take(MAX_SAID).collect();
+        let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let shown: String = line.chars().take(MAX_MESSAGE).collect();
         format!(": {shown}")
     }
 }
 
-/// A body on its way: says how far it is while it takes long, and ends when a stop is asked for.
-struct Watched<'a, R> {
+fn invalid_request(call: &Call<'_>) -> AttemptError<HubError> {
+    AttemptError::Permanent(HubError::InvalidResponse {
+        what: call.what.clone(),
+        cause: "it names an invalid URL or header".to_owned(),
+    })
+}
+
+/// An upload that prints its progress, and fails when a stop is asked for.
+struct ProgressReader<'a, R> {
     inner: R,
     what: &'a str,
     length: u64,
     done: u64,
-    said: Instant,
+    printed: Instant,
     stop: &'a CancellationToken,
 }
 
-impl<'a, R> Watched<'a, R> {
+impl<'a, R> ProgressReader<'a, R> {
     fn new(inner: R, what: &'a str, length: u64, stop: &'a CancellationToken) -> Self {
         Self {
             inner,
             what,
             length,
             done: 0,
-            said: Instant::now(),
+            printed: Instant::now(),
             stop,
         }
     }
 }
 
-impl<R: Read> Read for Watched<'_, R> {
+impl<R: Read> Read for ProgressReader<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         if self.stop.is_cancelled() {
             return Err(std::io::Error::other("stopped"));
         }
         let read = self.inner.read(buffer)?;
         self.done += read as u64;
-        if self.said.elapsed() >= LINE_EVERY {
-            self.said = Instant::now();
+        if self.printed.elapsed() >= PROGRESS_INTERVAL {
+            self.printed = Instant::now();
             errln!(
                 "  {}: {} of {}",
                 self.what,

@@ -1,4 +1,4 @@
-//! The files of a push, and their way into the storage of large files: Git LFS's batch interface, in one part or in several.
+//! The files of a push, and their upload to the storage of large files: the Git LFS batch API, in one part or in several.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,34 +13,34 @@ use serde_json::{Map, Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use super::client::{Body, Call, Client, LFS};
+use super::client::{Call, Client, LFS, RequestBody};
 use super::{HubError, io};
 
-/// What the Hub looks at to tell a text from a binary file. Bytes.
+/// Start of a file by which the Hub tells text from binary. Bytes.
 const SAMPLE: u64 = 512;
-/// Files above this go into the storage of large files in any case, since the rest of a commit is one message. Bytes.
+/// Files above this size always go to the storage of large files: the others are sent in one message. Bytes.
 const MAX_REGULAR: u64 = 5 << 20;
 
-/// A file to be pushed.
+/// A file to push.
 #[derive(Debug)]
-pub(super) struct Upload {
-    /// Its path in the repository, with slashes.
+pub(super) struct HubFile {
+    /// Path in the repository, with slashes.
     pub(super) name: String,
     pub(super) path: PathBuf,
     pub(super) size: u64,
     pub(super) sha256: String,
-    /// Its name as a blob of Git, if it is small.
-    git: Option<String>,
+    /// Git blob id (SHA-1) of a file up to [`MAX_REGULAR`].
+    git_id: Option<String>,
 }
 
-impl Upload {
-    /// Reads a file of `folder` through once.
+impl HubFile {
+    /// Reads a file of `folder` and computes its hashes.
     pub(super) fn new(folder: &Path, name: &str) -> Result<Self, HubError> {
         let path = folder.join(name);
         let mut file = fs::File::open(&path).map_err(io(&path))?;
         let size = file.metadata().map_err(io(&path))?.len();
         let mut hash = Sha256::new();
-        let git = if size <= MAX_REGULAR {
+        let git_id = if size <= MAX_REGULAR {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).map_err(io(&path))?;
             hash.update(&bytes);
@@ -55,12 +55,12 @@ impl Upload {
             path,
             size,
             sha256: format!("{:x}", hash.finalize()),
-            git,
+            git_id,
         })
     }
 
-    /// The line of the Hub's question how to store it.
-    pub(super) fn question(&self) -> Result<Value, HubError> {
+    /// Entry of the `preupload` request, which asks how the Hub stores the file.
+    pub(super) fn preupload_entry(&self) -> Result<Value, HubError> {
         let mut sample = Vec::new();
         fs::File::open(&self.path)
             .and_then(|file| file.take(SAMPLE).read_to_end(&mut sample))
@@ -69,19 +69,19 @@ impl Upload {
         Ok(json!({"path": self.name, "sample": sample, "size": self.size}))
     }
 
-    /// Whether a file of the repository is the same as this one.
-    pub(super) fn is(&self, oid: &str) -> bool {
-        oid == self.sha256 || self.git.as_deref() == Some(oid)
+    /// Whether `oid`, a SHA-256 or a Git blob id, is this file's.
+    pub(super) fn has_oid(&self, oid: &str) -> bool {
+        oid == self.sha256 || self.git_id.as_deref() == Some(oid)
     }
 
-    /// Whether it goes into the storage of large files, if the Hub wishes so for it.
-    pub(super) fn is_large(&self, wished: bool) -> bool {
-        // The storage takes no empty files.
-        self.size > 0 && (wished || self.git.is_none())
+    /// Whether the file goes to the storage of large files; `lfs`: the Hub asks for it.
+    pub(super) fn is_large(&self, lfs: bool) -> bool {
+        // The storage refuses empty files.
+        self.size > 0 && (lfs || self.git_id.is_none())
     }
 
-    /// Its line in a commit.
-    pub(super) fn line(&self, large: bool) -> Result<Value, HubError> {
+    /// The file's line in a commit.
+    pub(super) fn commit_line(&self, large: bool) -> Result<Value, HubError> {
         if large {
             let value = json!({
                 "path": self.name, "algo": "sha256", "oid": self.sha256, "size": self.size,
@@ -96,98 +96,99 @@ impl Upload {
 }
 
 #[derive(Deserialize)]
-struct Batch {
-    objects: Vec<Object>,
+struct LfsBatch {
+    objects: Vec<LfsObject>,
 }
 
 #[derive(Deserialize)]
-struct Object {
+struct LfsObject {
     oid: String,
-    actions: Option<Actions>,
-    error: Option<ObjectError>,
+    actions: Option<LfsActions>,
+    error: Option<LfsError>,
 }
 
 #[derive(Deserialize)]
-struct ObjectError {
+struct LfsError {
     code: u16,
     message: String,
 }
 
 #[derive(Deserialize)]
-struct Actions {
-    upload: Option<Action>,
-    verify: Option<Action>,
+struct LfsActions {
+    upload: Option<LfsAction>,
+    verify: Option<LfsAction>,
 }
 
 #[derive(Deserialize)]
-struct Action {
+struct LfsAction {
     href: String,
     header: Option<Map<String, Value>>,
 }
 
-/// Brings files into the storage of large files; those it has are not sent.
-pub(super) fn store(client: &Client<'_>, uploads: &[&Upload]) -> Result<(), HubError> {
-    // Two files may be the same.
-    let mut wanted: BTreeMap<&str, &Upload> = BTreeMap::new();
-    for upload in uploads {
-        wanted.entry(&upload.sha256).or_insert(upload);
+/// Uploads files to the storage of large files, except those it already has.
+pub(super) fn store(client: &Client<'_>, files: &[&HubFile]) -> Result<(), HubError> {
+    // By content: two files may be equal.
+    let mut by_hash: BTreeMap<&str, &HubFile> = BTreeMap::new();
+    for file in files {
+        by_hash.entry(&file.sha256).or_insert(file);
     }
-    if wanted.is_empty() {
+    if by_hash.is_empty() {
         return Ok(());
     }
-    let objects: Vec<Value> = wanted
+    let objects: Vec<Value> = by_hash
         .values()
-        .map(|upload| json!({"oid": upload.sha256, "size": upload.size}))
+        .map(|file| json!({"oid": file.sha256, "size": file.size}))
         .collect();
-    let question = json!({
+    let request = json!({
         "operation": "upload",
         "transfers": ["basic", "multipart"],
         "objects": objects,
         "hash_algo": "sha256",
         "ref": {"name": "main"},
-    });
+    })
+    .to_string();
     let call = Call {
-        what: "ask where the weights go".to_owned(),
+        what: "ask where to upload the weights".to_owned(),
         method: "POST",
         url: &client.url(&format!("{}.git/info/lfs/objects/batch", client.id)),
         headers: vec![("accept", LFS)],
-        body: Body::Text(&question.to_string(), LFS),
+        body: lfs_body(&request),
         expects: &[],
     };
-    let batch: Batch = client.call(&call)?.json()?;
+    let batch: LfsBatch = client.call(&call)?.json()?;
     let answered: BTreeSet<&str> = batch.objects.iter().map(|o| o.oid.as_str()).collect();
-    if let Some(upload) = wanted.values().find(|u| !answered.contains(&*u.sha256)) {
-        return Err(HubError::Answer {
+    if let Some(file) = by_hash.values().find(|f| !answered.contains(&*f.sha256)) {
+        return Err(HubError::InvalidResponse {
             what: call.what,
-            cause: format!("nothing is said of {}", upload.name),
+            cause: format!("it does not list {}", file.name),
         });
     }
     for object in &batch.objects {
-        let Some(upload) = wanted.get(object.oid.as_str()) else {
+        let Some(file) = by_hash.get(object.oid.as_str()) else {
             continue;
         };
         if let Some(error) = &object.error {
             return Err(HubError::Refused {
-                what: format!("store {}", upload.name),
+                what: format!("store {}", file.name),
                 status: error.code,
-                said: client.repeated(&error.message),
+                message: client.quoted(&error.message),
             });
         }
         let actions = object.actions.as_ref();
         let Some(action) = actions.and_then(|actions| actions.upload.as_ref()) else {
-            errln!("  {}: the Hub has it already", upload.name);
+            errln!("  {}: the Hub already has it", file.name);
             continue;
         };
-        errln!("  {}: {}", upload.name, DecimalBytes(upload.size));
-        send(client, upload, action)?;
+        errln!("  {}: {}", file.name, DecimalBytes(file.size));
+        send(client, file, action)?;
         if let Some(verify) = actions.and_then(|actions| actions.verify.as_ref()) {
-            let body = json!({"oid": upload.sha256, "size": upload.size}).to_string();
+            let body = json!({"oid": file.sha256, "size": file.size}).to_string();
             client.call(&Call {
-                what: format!("have {} checked", upload.name),
+                what: format!("verify {}", file.name),
                 method: "POST",
-                url: &own_address(client, &verify.href),
+                url: &on_endpoint(client, &verify.href),
                 headers: vec![("accept", LFS)],
-                body: Body::Text(&body, LFS),
+                body: lfs_body(&body),
                 expects: &[],
             })?;
         }
@@ -195,31 +196,42 @@ pub(super) fn store(client: &Client<'_>, uploads: &[&Upload]) -> Result<(), HubE
     Ok(())
 }
 
-/// A mirror may hand on the Hub's own addresses.
-fn own_address(client: &Client<'_>, url: &str) -> String {
+fn lfs_body(text: &str) -> RequestBody<'_> {
+    RequestBody::Text {
+        text,
+        content_type: LFS,
+    }
+}
+
+/// The URL on the configured endpoint: a mirror may pass on URLs of the Hub.
+fn on_endpoint(client: &Client<'_>, url: &str) -> String {
     match url.strip_prefix("https://huggingface.co/") {
         Some(path) => client.url(path),
         None => url.to_owned(),
     }
 }
 
-fn send(client: &Client<'_>, upload: &Upload, action: &Action) -> Result<(), HubError> {
+fn send(client: &Client<'_>, file: &HubFile, action: &LfsAction) -> Result<(), HubError> {
     let none = Map::new();
     let header = action.header.as_ref().unwrap_or(&none);
-    let href = own_address(client, &action.href);
+    let href = on_endpoint(client, &action.href);
     match header.get("chunk_size") {
-        Some(chunk) => send_parts(client, upload, header, &href, chunk),
+        Some(chunk) => send_parts(client, file, header, &href, chunk),
         None => {
             let headers = header.iter();
             let headers =
                 headers.filter_map(|(name, value)| Some((name.as_str(), value.as_str()?)));
             client
                 .call(&Call {
-                    what: format!("store {}", upload.name),
+                    what: format!("store {}", file.name),
                     method: "PUT",
                     url: &href,
                     headers: headers.collect(),
-                    body: Body::Part(&upload.path, 0, upload.size),
+                    body: RequestBody::FilePart {
+                        path: &file.path,
+                        offset: 0,
+                        length: file.size,
+                    },
                     expects: &[],
                 })
                 .map(drop)
@@ -227,16 +239,16 @@ fn send(client: &Client<'_>, upload: &Upload, action: &Action) -> Result<(), Hub
     }
 }
 
-/// The header holds the parts' addresses by number; `complete` is told their ETags.
+/// Uploads a file in parts of `chunk` bytes. `header` has the URL of each part by its number; the parts' ETags go to `complete`.
 fn send_parts(
     client: &Client<'_>,
-    upload: &Upload,
+    file: &HubFile,
     header: &Map<String, Value>,
     complete: &str,
     chunk: &Value,
 ) -> Result<(), HubError> {
-    let what = format!("store {}", upload.name);
-    let wrong = |cause: &str| HubError::Answer {
+    let what = format!("store {}", file.name);
+    let invalid = |cause: &str| HubError::InvalidResponse {
         what: what.clone(),
         cause: cause.to_owned(),
     };
@@ -244,37 +256,41 @@ fn send_parts(
         .as_u64()
         .or_else(|| chunk.as_str()?.parse().ok())
         .filter(|&chunk| chunk > 0)
-        .ok_or_else(|| wrong("chunk_size is no number"))?;
+        .ok_or_else(|| invalid("chunk_size is not a number"))?;
     let urls: BTreeMap<u64, &str> = header
         .iter()
         .filter_map(|(number, url)| Some((number.parse().ok()?, url.as_str()?)))
         .collect();
-    let count = upload.size.div_ceil(chunk);
+    let count = file.size.div_ceil(chunk);
     if !urls.keys().copied().eq(1..=count) {
-        return Err(wrong("the parts' addresses don't cover the file"));
+        return Err(invalid("the URLs of the parts don't cover the file"));
     }
     let mut parts = Vec::new();
     for (number, url) in &urls {
-        let from = (number - 1) * chunk;
-        let answer = client.call(&Call {
-            what: format!("store part {number} of {count} of {}", upload.name),
+        let offset = (number - 1) * chunk;
+        let response = client.call(&Call {
+            what: format!("store part {number} of {count} of {}", file.name),
             method: "PUT",
             url,
             headers: Vec::new(),
-            body: Body::Part(&upload.path, from, chunk.min(upload.size - from)),
+            body: RequestBody::FilePart {
+                path: &file.path,
+                offset,
+                length: chunk.min(file.size - offset),
+            },
             expects: &[],
         })?;
-        let etag = answer.etag.ok_or_else(|| wrong("a part has no ETag"))?;
+        let etag = response.etag.ok_or_else(|| invalid("a part has no ETag"))?;
         parts.push(json!({"partNumber": number, "etag": etag}));
     }
-    let body = json!({"oid": upload.sha256, "parts": parts}).to_string();
+    let body = json!({"oid": file.sha256, "parts": parts}).to_string();
     client
         .call(&Call {
-            what: format!("put the parts of {} together", upload.name),
+            what: format!("join the parts of {}", file.name),
             method: "POST",
             url: complete,
             headers: vec![("accept", LFS)],
-            body: Body::Text(&body, LFS),
+            body: lfs_body(&body),
             expects: &[],
         })
         .map(drop)
@@ -285,28 +301,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_known_by_both_of_its_names() {
+    fn hub_file_matches_sha256_and_git_id() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("a.txt"), "hello\n").unwrap();
-        let upload = Upload::new(folder.path(), "a.txt").unwrap();
-        // As `git hash-object` and `sha256sum` say.
-        assert!(upload.is("ce013625030ba8dba906f756967f9e9ca394464a"));
-        assert!(upload.is("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"));
-        assert!(!upload.is("ce013625030ba8dba906f756967f9e9ca394464b"));
-        assert!(upload.is_large(true) && !upload.is_large(false));
-        let line = upload.line(false).unwrap();
+        let file = HubFile::new(folder.path(), "a.txt").unwrap();
+        // Printed by `git hash-object` and `sha256sum`.
+        assert!(file.has_oid("ce013625030ba8dba906f756967f9e9ca394464a"));
+        assert!(file.has_oid("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"));
+        assert!(!file.has_oid("ce013625030ba8dba906f756967f9e9ca394464b"));
+        assert!(file.is_large(true) && !file.is_large(false));
+        let line = file.commit_line(false).unwrap();
         assert_eq!(line["value"]["content"], "aGVsbG8K");
-        assert_eq!(upload.question().unwrap()["sample"], "aGVsbG8K");
-        assert!(Upload::new(folder.path(), "b.txt").is_err());
+        assert_eq!(file.preupload_entry().unwrap()["sample"], "aGVsbG8K");
+        assert!(HubFile::new(folder.path(), "b.txt").is_err());
     }
 
     #[test]
-    fn size_decides_where_the_hub_does_not() {
+    fn large_files_are_large_whatever_the_hub_asks() {
         let folder = tempfile::tempdir().unwrap();
         let file = fs::File::create(folder.path().join("large")).unwrap();
         file.set_len(MAX_REGULAR + 1).unwrap();
         fs::write(folder.path().join("empty"), "").unwrap();
-        assert!(Upload::new(folder.path(), "large").unwrap().is_large(false));
-        assert!(!Upload::new(folder.path(), "empty").unwrap().is_large(true));
+        assert!(
+            HubFile::new(folder.path(), "large")
+                .unwrap()
+                .is_large(false)
+        );
+        assert!(!HubFile::new(folder.path(), "empty").unwrap().is_large(true));
     }
 }

@@ -1,28 +1,30 @@
-//! The Hugging Face Hub: where it is and who we are there ([`Settings`]), and the upload of a finished run ([`Push`]).
+//! The Hugging Face Hub: its address and the user's token ([`Settings`]), and the upload of a finished run ([`Push`]).
 //!
-//! Fetching models is [`pretrained`](crate::pretrained)'s. Nothing here changes a run's weights, and the token leaves this
-//! module in one header of requests to the Hub itself, in nothing that is said or written.
+//! [`pretrained`](crate::pretrained) fetches models. This module never changes a run's weights. The token is sent in the
+//! authorization header of requests to the Hub itself, and is never printed or written to a file.
 
 mod card;
 mod client;
 mod files;
 mod public;
 mod push;
+mod retry;
 mod settings;
 
 pub use card::Card;
 pub use push::{Push, PushError, Pushed};
-pub use settings::{Settings, SettingsError, Token};
+pub(crate) use retry::{AttemptError, MAX_ATTEMPTS, retry};
+pub use settings::{HubToken, Settings, SettingsError};
 
 use std::path::{Path, PathBuf};
 
-/// Why the Hub did not do what it was asked to.
+/// Why a request to the Hub failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// The environment says something that can't be used.
+    /// An environment variable has an invalid value.
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    /// Nobody may write without a token.
+    /// A push needs a token.
     #[error(
         "hub.push_to = \"{id}\": there is no token; set HF_TOKEN to one that may write there, or log in with `hf auth login`, or \
          leave hub.push_to out"
@@ -31,68 +33,68 @@ pub enum HubError {
         /// The repository.
         id: String,
     },
-    /// Asked to push and not to go to the network.
+    /// A push is configured, and the environment forbids the network.
     #[error("hub.push_to = \"{id}\": HF_HUB_OFFLINE is set; unset it, or leave hub.push_to out")]
     Offline {
         /// The repository.
         id: String,
     },
-    /// The token is not known.
+    /// The Hub does not know the token.
     #[error(
-        "{endpoint} does not accept the token (HTTP 401); set HF_TOKEN to a valid one, or log in anew with `hf auth login`"
+        "{endpoint} does not accept the token (HTTP 401); set HF_TOKEN to a valid one, or log in again with `hf auth login`"
     )]
     WrongToken {
         /// The Hub's address.
         endpoint: String,
     },
-    /// The token may not do this.
+    /// The token lacks a permission.
     #[error(
-        "{endpoint} does not let this token {what} (HTTP 403){said}; it has to be one with write access to {id}"
+        "{endpoint} does not let this token {what} (HTTP 403){message}; the token needs write access to {id}"
     )]
     Forbidden {
         /// The Hub's address.
         endpoint: String,
         /// The repository.
         id: String,
-        /// What was asked for.
+        /// The action.
         what: String,
-        /// The Hub's own words, after a colon, or nothing.
-        said: String,
+        /// `: ` and the Hub's message, or empty.
+        message: String,
     },
-    /// An answer that repeating won't change.
-    #[error("can't {what}: HTTP {status}{said}")]
+    /// An HTTP status that a retry won't change.
+    #[error("can't {what}: HTTP {status}{message}")]
     Refused {
-        /// What was asked for.
+        /// The action.
         what: String,
-        /// The answer.
+        /// HTTP status.
         status: u16,
-        /// The server's own words, after a colon, or nothing.
-        said: String,
+        /// `: ` and the server's message, or empty.
+        message: String,
     },
-    /// The repository has another name now.
-    #[error("can't {what}: {id} has moved; set hub.push_to to the name it has now")]
+    /// The repository was renamed.
+    #[error("can't {what}: {id} has moved; set hub.push_to to its new name")]
     Moved {
-        /// What was asked for.
+        /// The action.
         what: String,
         /// The repository.
         id: String,
     },
-    /// Failures that might have passed, and did not.
+    /// All attempts failed.
     #[error("can't {what} ({attempts} attempts): {cause}")]
     Unreachable {
-        /// What was asked for.
+        /// The action.
         what: String,
-        /// How often it was tried.
+        /// Number of attempts.
         attempts: u32,
         /// The last failure.
         cause: String,
     },
-    /// An answer that can't be understood.
-    #[error("can't {what}: the answer is not what the Hub's interface promises: {cause}")]
-    Answer {
-        /// What was asked for.
+    /// A response that does not follow the Hub's interface.
+    #[error("can't {what}: the response does not follow the Hub's interface: {cause}")]
+    InvalidResponse {
+        /// The action.
         what: String,
-        /// What is wrong with it.
+        /// The fault.
         cause: String,
     },
     /// A file of the run can't be read or written.
@@ -109,7 +111,7 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// Whether the configuration or the environment is at fault, as can be told without asking a server.
+    /// Whether the cause is in the configuration or the environment (exit code 2).
     pub fn is_config(&self) -> bool {
         matches!(
             self,
@@ -118,7 +120,7 @@ impl HubError {
     }
 }
 
-/// Adds the path to an i/o error.
+/// Adds the path to an I/O error.
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> HubError {
     let path = path.to_owned();
     move |source| HubError::Io { path, source }

@@ -1,10 +1,10 @@
-//! What of a run strangers may read: names without the machine's folders, URLs without secrets.
+//! The part of a configuration that a public model card may show: names without local folders, URLs without secrets.
 
 use toml::{Table, Value};
 
 use crate::config::{Config, ModelPlace, ModelRef};
 
-/// Keys and tables that concern the machine alone.
+/// Keys and tables that describe the machine.
 const PRIVATE: [&str; 13] = [
     "s3",
     "metrics",
@@ -21,25 +21,26 @@ const PRIVATE: [&str; 13] = [
     "train.device",
 ];
 
-/// The teacher, as strangers can find it.
-pub(super) enum Teacher {
+/// A model as a public card names it.
+pub(super) enum PublicModel {
+    /// Id on the Hub.
     Hub(String),
-    /// On no public place; its name alone.
-    Elsewhere(String),
+    /// Last part of the path of a model that is not on the Hub.
+    Private(String),
 }
 
-pub(super) fn place(model: &ModelRef) -> Teacher {
+pub(super) fn public_model(model: &ModelRef) -> PublicModel {
     match model.place() {
-        Ok(ModelPlace::Hub(id)) => Teacher::Hub(id),
+        Ok(ModelPlace::Hub(id)) => PublicModel::Hub(id),
         _ => {
             let name = model.as_str().trim_end_matches('/').rsplit('/').next();
-            Teacher::Elsewhere(name.unwrap_or_default().to_owned())
+            PublicModel::Private(name.unwrap_or_default().to_owned())
         }
     }
 }
 
-/// The configuration without what concerns the machine.
-pub(super) fn public(config: &Config, teacher: &Teacher) -> String {
+/// The configuration as TOML, without [`PRIVATE`] keys and with public names and URLs.
+pub(super) fn public_config(config: &Config, teacher: &PublicModel) -> String {
     let mut table = Table::try_from(config).unwrap_or_default();
     for key in PRIVATE {
         match key.split_once('.') {
@@ -58,8 +59,8 @@ pub(super) fn public(config: &Config, teacher: &Teacher) -> String {
             inner.insert(key.to_owned(), value);
         }
     };
-    let shown = |place: &Teacher| match place {
-        Teacher::Hub(name) | Teacher::Elsewhere(name) => Value::from(name.as_str()),
+    let name = |model: &PublicModel| match model {
+        PublicModel::Hub(name) | PublicModel::Private(name) => Value::from(name.as_str()),
     };
     let shards = config
         .data
@@ -67,14 +68,14 @@ pub(super) fn public(config: &Config, teacher: &Teacher) -> String {
         .iter()
         .map(|s| Value::from(public_url(s)));
     set("data", "shards", Value::Array(shards.collect()));
-    set("model", "teacher", shown(teacher));
+    set("model", "teacher", name(teacher));
     if let Some(vae) = &config.model.vae {
-        set("model", "vae", shown(&place(vae)));
+        set("model", "vae", name(&public_model(vae)));
     }
     toml::to_string(&table).unwrap_or_default()
 }
 
-/// A shard's URL or pattern without secrets: no query, no user, no command around it; of a local path the last part alone.
+/// A shard's URL or pattern without query, user and `pipe:` command; only the file name of a local path.
 pub(super) fn public_url(shard: &str) -> String {
     let parts = shard.split("::").map(|part| {
         let part = part.trim();
@@ -97,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_keep_their_pattern_and_lose_their_secrets() {
+    fn public_urls_keep_patterns_and_drop_secrets() {
         for (shard, shown) in [
             (
                 "s3://bucket/{00000..01210}.tar",

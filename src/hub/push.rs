@@ -1,41 +1,41 @@
-//! A finished run to its repository: one commit with all of its files, or none.
+//! Push of a finished run to its Hub repository, in one commit.
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::client::{Attempts, Body, Call, Client, Fault};
-use super::files::{Upload, store};
-use super::{Card, HubError, Settings};
+use super::client::{Call, Client, RequestBody};
+use super::files::{HubFile, store};
+use super::{AttemptError, Card, HubError, Settings};
 use crate::config::{self, Config};
 use tokio_util::sync::CancellationToken;
 
 const JSON: &str = "application/json";
-/// The line of a commit's message, as in the reference.
+/// Commit message, as in the reference.
 const MESSAGE: &str = "End of training";
 
-/// The wish to push, checked as far as can be done without asking anyone.
+/// A configured push, checked as far as possible without a request.
 #[derive(Debug)]
 pub struct Push {
     id: String,
     settings: Settings,
 }
 
-/// How a push ended.
+/// Result of a push.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Pushed {
-    /// With a commit; its address.
+    /// URL of the commit.
     Commit(String),
-    /// The repository held the same already.
+    /// The repository already had the same files.
     Unchanged,
 }
 
-/// A push that failed; the run in its folder is whole.
+/// A push that failed; the run's folder is complete.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{id}: not pushed: {source}\nthe run is finished and whole in {}; start it again to push again (no step is made anew), or push \
-     by hand:\n  {command}",
+    "{id}: not pushed: {source}\nthe run is complete in {}; start it again to push again (no step is repeated), or push by \
+     hand:\n  {command}",
     folder.display()
 )]
 pub struct PushError {
@@ -43,31 +43,32 @@ pub struct PushError {
     pub id: String,
     /// The run's folder.
     pub folder: PathBuf,
-    /// What pushes it by hand.
+    /// The `hf upload` command for the same push.
     pub command: String,
     /// The cause.
     pub source: HubError,
 }
 
 #[derive(Deserialize)]
-struct Modes {
-    files: Vec<Mode>,
+struct PreuploadResponse {
+    files: Vec<PreuploadFile>,
 }
 
-/// How the Hub stores a file.
+/// The Hub's answer on one file.
 #[derive(Deserialize)]
-struct Mode {
+struct PreuploadFile {
     path: String,
+    /// `lfs` or `regular`.
     #[serde(rename = "uploadMode")]
     mode: String,
     #[serde(rename = "shouldIgnore", default)]
     ignored: bool,
-    /// What the repository holds under that name.
+    /// Id of the repository's file at this path.
     oid: Option<String>,
 }
 
 impl Push {
-    /// Whether the configuration asks for a push, and whether there is a token for it.
+    /// The configured push, if any.
     ///
     /// # Errors
     /// [`HubError::NoToken`], [`HubError::Offline`] and [`HubError::Settings`].
@@ -89,33 +90,33 @@ impl Push {
         }
     }
 
-    /// Asks the Hub whose token it is; a sentence for people.
+    /// Asks the Hub for the token's user and returns a message with the user's name.
     ///
     /// # Errors
-    /// [`HubError::WrongToken`] for a token it does not know; others when it can't be asked.
+    /// [`HubError::WrongToken`] for an unknown token; others when the request fails.
     pub fn check(&self, stop: &CancellationToken) -> Result<String, HubError> {
         #[derive(Deserialize)]
-        struct Who {
+        struct WhoAmI {
             name: String,
         }
         let client = Client::new(&self.settings, &self.id, stop);
-        let answer = client.call(&Call {
+        let response = client.call(&Call {
             what: format!("ask {} whose token it is", self.settings.endpoint),
             method: "GET",
             url: &client.url("api/whoami-v2"),
             headers: Vec::new(),
-            body: Body::Nothing,
+            body: RequestBody::Empty,
             expects: &[],
         })?;
-        let Who { name } = answer.json()?;
+        let WhoAmI { name } = response.json()?;
         let (id, endpoint) = (&self.id, &self.settings.endpoint);
         Ok(format!("pushes to {id} at {endpoint} as {name}"))
     }
 
-    /// Writes the card of the finished run in `folder` and pushes both. Blocks.
+    /// Writes the model card of the finished run in `folder` and pushes run and card. Blocks.
     ///
     /// # Errors
-    /// [`PushError`], which says how to go on.
+    /// [`PushError`], with a command that repeats the push.
     pub fn run(
         &self,
         config: &Config,
@@ -132,7 +133,7 @@ impl Push {
         pushed.map_err(|source| PushError {
             id: self.id.clone(),
             folder: folder.to_owned(),
-            command: self.by_hand(folder, &names),
+            command: self.command(folder, &names),
             source,
         })
     }
@@ -145,76 +146,97 @@ impl Push {
     ) -> Result<Pushed, HubError> {
         let (id, endpoint) = (&self.id, &self.settings.endpoint);
         errln!("pushing to {id} at {endpoint}");
-        let uploads = names
+        let files = names
             .iter()
-            .map(|name| Upload::new(folder, name))
+            .map(|name| HubFile::new(folder, name))
             .collect::<Result<Vec<_>, _>>()?;
         let client = Client::new(&self.settings, id, stop);
-        let mut attempts = Attempts::new();
-        loop {
-            // Asked anew after each failed commit: the answer to one that was made may have been lost.
-            let changed = changed(&self.modes(&client, &uploads)?, &uploads)?;
+        client.retry(&format!("commit to {id}"), || {
+            // Every attempt starts here: the commit may have succeeded and its response been lost.
+            let changed = self
+                .changed(&client, &files)
+                .map_err(AttemptError::Permanent)?;
             if changed.is_empty() {
                 return Ok(Pushed::Unchanged);
             }
-            let large: Vec<&Upload> = changed
+            let large: Vec<&HubFile> = changed
                 .iter()
-                .filter(|(_, large)| *large)
-                .map(|(upload, _)| *upload)
+                .filter(|change| change.large)
+                .map(|change| change.file)
                 .collect();
-            store(&client, &large)?;
-            match self.commit(&client, &changed) {
-                Ok(url) => return Ok(Pushed::Commit(url)),
-                Err(fault) => attempts.next(fault, &format!("commit to {id}"), stop)?,
-            }
-        }
+            store(&client, &large).map_err(AttemptError::Permanent)?;
+            self.commit(&client, &changed).map(Pushed::Commit)
+        })
     }
 
-    /// How the Hub would store the files; the repository is made if there is none.
-    fn modes(&self, client: &Client<'_>, uploads: &[Upload]) -> Result<Vec<Mode>, HubError> {
-        let files = uploads
+    /// The files to commit. Creates the repository if there is none.
+    fn changed<'f>(
+        &self,
+        client: &Client<'_>,
+        files: &'f [HubFile],
+    ) -> Result<Vec<Change<'f>>, HubError> {
+        changed(&self.preupload(client, files)?, files)
+    }
+
+    /// Asks the Hub how it stores the files. Creates the repository if there is none.
+    fn preupload(
+        &self,
+        client: &Client<'_>,
+        files: &[HubFile],
+    ) -> Result<Vec<PreuploadFile>, HubError> {
+        let entries = files
             .iter()
-            .map(Upload::question)
+            .map(HubFile::preupload_entry)
             .collect::<Result<Vec<Value>, _>>()?;
-        let question = json!({"files": files}).to_string();
+        let request = json!({"files": entries}).to_string();
         let ask = |expects| {
             client.call(&Call {
                 what: format!("ask how {} stores the files", self.id),
                 method: "POST",
                 url: &client.url(&format!("api/models/{}/preupload/main", self.id)),
                 headers: Vec::new(),
-                body: Body::Text(&question, JSON),
+                body: RequestBody::Text {
+                    text: &request,
+                    content_type: JSON,
+                },
                 expects,
             })
         };
-        let mut answer = ask(&[404])?;
-        if answer.status == 404 {
+        let mut response = ask(&[404])?;
+        if response.status == 404 {
             self.create(client)?;
-            answer = ask(&[])?;
+            response = ask(&[])?;
         }
-        Ok(answer.json::<Modes>()?.files)
+        Ok(response.json::<PreuploadResponse>()?.files)
     }
 
     fn create(&self, client: &Client<'_>) -> Result<(), HubError> {
         let (organization, name) = self.id.split_once('/').unwrap_or(("", &self.id));
-        let question = json!({"name": name, "organization": organization, "type": "model"});
-        let answer = client.call(&Call {
+        let request = json!({"name": name, "organization": organization, "type": "model"});
+        let response = client.call(&Call {
             what: format!("create {}", self.id),
             method: "POST",
             url: &client.url("api/repos/create"),
             headers: Vec::new(),
-            body: Body::Text(&question.to_string(), JSON),
-            // It was created meanwhile, or by an attempt whose answer was lost.
+            body: RequestBody::Text {
+                text: &request.to_string(),
+                content_type: JSON,
+            },
+            // It exists: created meanwhile, or by an attempt whose response was lost.
             expects: &[409],
         })?;
-        if answer.status != 409 {
+        if response.status != 409 {
             errln!("  created {}", self.id);
         }
         Ok(())
     }
 
-    /// Commits; the address of the commit.
-    fn commit(&self, client: &Client<'_>, changed: &[(&Upload, bool)]) -> Result<String, Fault> {
+    /// Commits once, without retries; returns the URL of the commit.
+    fn commit(
+        &self,
+        client: &Client<'_>,
+        changed: &[Change<'_>],
+    ) -> Result<String, AttemptError<HubError>> {
         #[derive(Deserialize)]
         struct Committed {
             #[serde(rename = "commitUrl")]
@@ -222,24 +244,27 @@ impl Push {
         }
         let header = json!({"key": "header", "value": {"summary": MESSAGE, "description": ""}});
         let mut lines = format!("{header}\n");
-        for (upload, large) in changed {
-            let line = upload.line(*large).map_err(Fault::Final)?;
-            lines += &format!("{line}\n");
+        for change in changed {
+            let line = change.file.commit_line(change.large);
+            lines += &format!("{}\n", line.map_err(AttemptError::Permanent)?);
         }
-        let answer = client.once(&Call {
+        let response = client.once(&Call {
             what: format!("commit to {}", self.id),
             method: "POST",
             url: &client.url(&format!("api/models/{}/commit/main", self.id)),
             headers: Vec::new(),
-            body: Body::Text(&lines, "application/x-ndjson"),
+            body: RequestBody::Text {
+                text: &lines,
+                content_type: "application/x-ndjson",
+            },
             expects: &[],
         })?;
-        let Committed { url } = answer.json().map_err(Fault::Final)?;
+        let Committed { url } = response.json().map_err(AttemptError::Permanent)?;
         Ok(url)
     }
 
-    /// What pushes the same files with the Hub's own tool.
-    fn by_hand(&self, folder: &Path, names: &[String]) -> String {
+    /// The `hf upload` command that pushes the same files.
+    fn command(&self, folder: &Path, names: &[String]) -> String {
         let mut command = String::new();
         if self.settings.endpoint != Settings::PUBLIC {
             command += &format!("HF_ENDPOINT={} ", quoted(&self.settings.endpoint));
@@ -253,31 +278,45 @@ impl Push {
     }
 }
 
-/// The files that the repository does not hold yet, and which of them are large. A card that someone has written on since is
-/// left as it is while the rest is the same.
-fn changed<'a>(modes: &[Mode], uploads: &'a [Upload]) -> Result<Vec<(&'a Upload, bool)>, HubError> {
+/// A file to commit.
+struct Change<'a> {
+    file: &'a HubFile,
+    /// Whether the content goes to the storage of large files.
+    large: bool,
+}
+
+/// The files whose content differs from the repository's. A card that differs (someone may have edited it) is replaced only
+/// together with other files.
+fn changed<'a>(
+    answers: &[PreuploadFile],
+    files: &'a [HubFile],
+) -> Result<Vec<Change<'a>>, HubError> {
     let mut changed = Vec::new();
     let mut card = None;
-    for upload in uploads {
-        let mode = modes.iter().find(|mode| mode.path == upload.name);
-        let mode = mode.ok_or_else(|| HubError::Answer {
+    for file in files {
+        let answer = answers.iter().find(|answer| answer.path == file.name);
+        let answer = answer.ok_or_else(|| HubError::InvalidResponse {
             what: "ask how the files are stored".to_owned(),
-            cause: format!("nothing is said of {}", upload.name),
+            cause: format!("it does not list {}", file.name),
         })?;
-        if mode.ignored {
+        if answer.ignored {
             errln!(
-                "warning: {}: left out, as the repository's .gitignore says",
-                upload.name
+                "warning: {}: not pushed: the repository's .gitignore excludes it",
+                file.name
             );
             continue;
         }
-        if mode.oid.as_deref().is_some_and(|oid| upload.is(oid)) {
+        if answer.oid.as_deref().is_some_and(|oid| file.has_oid(oid)) {
             continue;
         }
-        let entry = (upload, upload.is_large(mode.mode == "lfs"));
-        match upload.name == Card::NAME && mode.oid.is_some() {
-            true => card = Some(entry),
-            false => changed.push(entry),
+        let change = Change {
+            file,
+            large: file.is_large(answer.mode == "lfs"),
+        };
+        if file.name == Card::NAME && answer.oid.is_some() {
+            card = Some(change);
+        } else {
+            changed.push(change);
         }
     }
     if !changed.is_empty() {
@@ -286,47 +325,45 @@ fn changed<'a>(modes: &[Mode], uploads: &'a [Upload]) -> Result<Vec<(&'a Upload,
     Ok(changed)
 }
 
-/// A word for a shell.
+/// A word, quoted for a shell where necessary.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', r"'\''")),
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::env_of;
 
-    fn settings(pairs: &[(&str, &str)]) -> Settings {
-        let found = |name: &str| {
-            let pair = pairs.iter().find(|(key, _)| *key == name);
-            pair.map(|(_, value)| (*value).to_owned())
-        };
-        Settings::new(found).unwrap()
+    fn push(variables: &[(&str, &str)]) -> Result<Push, HubError> {
+        Push::new("user/model", Settings::new(env_of(variables))?)
     }
 
     #[test]
-    fn nothing_is_pushed_without_a_token_or_offline() {
-        let wish = |pairs: &[(&str, &str)]| Push::new("user/model", settings(pairs));
-        let error = wish(&[]).unwrap_err();
+    fn push_needs_a_token_and_the_network() {
+        let error = push(&[]).unwrap_err();
         assert!(error.is_config() && error.to_string().contains("HF_TOKEN"));
-        let error = wish(&[("HF_TOKEN", "hf_x"), ("HF_HUB_OFFLINE", "1")]).unwrap_err();
+        let error = push(&[("HF_TOKEN", "hf_x"), ("HF_HUB_OFFLINE", "1")]).unwrap_err();
         assert!(error.is_config() && error.to_string().contains("HF_HUB_OFFLINE"));
-        wish(&[("HF_TOKEN", "hf_x")]).unwrap();
+        push(&[("HF_TOKEN", "hf_x")]).unwrap();
     }
 
     #[test]
-    fn a_push_by_hand_can_be_copied_into_a_shell() {
-        let push = |pairs: &[(&str, &str)]| Push::new("user/model", settings(pairs)).unwrap();
+    fn push_command_is_quoted_for_a_shell() {
         let names = ["README.md".to_owned(), "unet/a.json".to_owned()];
         assert_eq!(
-            push(&[("HF_TOKEN", "hf_x")]).by_hand(Path::new("runs/it's one"), &names),
+            push(&[("HF_TOKEN", "hf_x")])
+                .unwrap()
+                .command(Path::new("runs/it's one"), &names),
             r"hf upload user/model 'runs/it'\''s one' . --include README.md --include unet/a.json"
         );
         let mirror = push(&[("HF_TOKEN", "hf_x"), ("HF_ENDPOINT", "http://mirror:80/")]);
-        let command = mirror.by_hand(Path::new("a"), &[]);
+        let command = mirror.unwrap().command(Path::new("a"), &[]);
         assert_eq!(
             command,
             "HF_ENDPOINT=http://mirror:80 hf upload user/model a ."
@@ -334,20 +371,20 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_committed_and_a_card_with_it() {
+    fn push_commits_changed_files_and_the_card_with_them() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("README.md"), "card").unwrap();
         std::fs::write(folder.path().join("weights"), "abc").unwrap();
-        let uploads = ["README.md", "weights"].map(|n| Upload::new(folder.path(), n).unwrap());
-        let mode = |path: &str, mode: &str, oid: Option<&str>, ignored: bool| Mode {
+        let files = ["README.md", "weights"].map(|n| HubFile::new(folder.path(), n).unwrap());
+        let mode = |path: &str, mode: &str, oid: Option<&str>, ignored: bool| PreuploadFile {
             path: path.to_owned(),
             mode: mode.to_owned(),
             ignored,
             oid: oid.map(str::to_owned),
         };
-        let names = |modes: &[Mode]| {
-            let changed = changed(modes, &uploads).unwrap();
-            let names = changed.iter().map(|(u, large)| (u.name.clone(), *large));
+        let names = |answers: &[PreuploadFile]| {
+            let changed = changed(answers, &files).unwrap();
+            let names = changed.iter().map(|c| (c.file.name.clone(), c.large));
             names.collect::<Vec<_>>()
         };
         let (card, weights) = ("README.md".to_owned(), "weights".to_owned());
@@ -359,7 +396,7 @@ mod tests {
             names(&new),
             [(card.clone(), false), (weights.clone(), true)]
         );
-        let same = &uploads[1].sha256;
+        let same = &files[1].sha256;
         let edited = [
             mode("README.md", "regular", Some("edited"), false),
             mode("weights", "lfs", Some(same), false),
@@ -375,6 +412,6 @@ mod tests {
             mode("weights", "lfs", None, true),
         ];
         assert_eq!(names(&ignored), [(card, false)]);
-        assert!(changed(&ignored[..1], &uploads).is_err());
+        assert!(changed(&ignored[..1], &files).is_err());
     }
 }

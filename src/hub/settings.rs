@@ -1,16 +1,16 @@
-//! Where the Hub is and who we are there, by the variables that `huggingface_hub` reads.
+//! The Hub's address and the user's token, from the environment variables that `huggingface_hub` reads.
 
 use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::environment;
+use crate::process;
 
-/// Silence after which the Hub is given up, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise.
-const SILENCE: Duration = Duration::from_secs(60);
+/// Default of `HF_HUB_DOWNLOAD_TIMEOUT`.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// An environment variable says something that can't be used.
+/// An environment variable has an invalid value.
 #[derive(Debug, thiserror::Error)]
 #[error("the environment variable {name} = {value:?}: {needs}")]
 pub struct SettingsError {
@@ -18,61 +18,61 @@ pub struct SettingsError {
     pub name: &'static str,
     /// Its value.
     pub value: String,
-    /// What it has to be.
+    /// The requirement.
     pub needs: &'static str,
 }
 
-/// What says who we are. It is shown nowhere.
+/// Access token of a user. `Debug` does not show it.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token(String);
+pub struct HubToken(String);
 
-impl Token {
+impl HubToken {
     /// The token itself, for the header of a request.
     pub(crate) fn secret(&self) -> &str {
         &self.0
     }
 
-    /// A text that someone else wrote, without the token.
+    /// `text` with the token replaced by `REDACTED`.
     pub(crate) fn redact(&self, text: &str) -> String {
         text.replace(&self.0, "REDACTED")
     }
 }
 
-impl fmt::Debug for Token {
+impl fmt::Debug for HubToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token(REDACTED)")
+        f.write_str("HubToken(REDACTED)")
     }
 }
 
-/// The Hub, as the environment says.
+/// Settings of the Hub from the environment.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Its address, without a slash at the end.
+    /// URL, without a slash at the end.
     pub endpoint: String,
-    /// Who we are, if anyone.
-    pub token: Option<Token>,
-    /// Whether nobody is to be asked.
+    /// The user's token.
+    pub token: Option<HubToken>,
+    /// `HF_HUB_OFFLINE`: no request may be sent.
     pub offline: bool,
-    /// Silence after which a request is given up.
-    pub silence: Duration,
-    /// `HF_HOME`, if it is known where that is.
+    /// Time without a received or sent byte after which a request fails.
+    pub idle_timeout: Duration,
+    /// `HF_HOME`; `None` where neither it nor a home folder is set.
     pub home: Option<PathBuf>,
 }
 
 impl Settings {
-    /// The Hub everyone knows.
+    /// URL of the public Hub.
     pub const PUBLIC: &str = "https://huggingface.co";
 
     /// Reads `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_OFFLINE` and `HF_HUB_DOWNLOAD_TIMEOUT`.
     ///
     /// # Errors
-    /// When one of them says what can't be used.
+    /// When one of them has an invalid value.
     pub fn from_env() -> Result<Self, SettingsError> {
-        Self::new(environment::variable)
+        Self::new(process::env_var)
     }
 
-    pub(crate) fn new(variable: impl Fn(&str) -> Option<String>) -> Result<Self, SettingsError> {
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| Self::PUBLIC.to_owned());
+    pub(crate) fn new(env_var: impl Fn(&str) -> Option<String>) -> Result<Self, SettingsError> {
+        let endpoint = env_var("HF_ENDPOINT").unwrap_or_else(|| Self::PUBLIC.to_owned());
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             return Err(SettingsError {
                 name: "HF_ENDPOINT",
@@ -80,8 +80,8 @@ impl Settings {
                 needs: "must start with http:// or https://",
             });
         }
-        let silence = match variable("HF_HUB_DOWNLOAD_TIMEOUT") {
-            None => SILENCE,
+        let idle_timeout = match env_var("HF_HUB_DOWNLOAD_TIMEOUT") {
+            None => IDLE_TIMEOUT,
             Some(value) => match value.parse() {
                 Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
                 _ => {
@@ -93,11 +93,11 @@ impl Settings {
                 }
             },
         };
-        let home = variable("HF_HOME")
+        let home = env_var("HF_HOME")
             .map(PathBuf::from)
-            .or_else(|| Some(environment::caches(&variable)?.join("huggingface")));
-        let token = variable("HF_TOKEN").or_else(|| {
-            let path = match variable("HF_TOKEN_PATH") {
+            .or_else(|| Some(process::cache_dir(&env_var)?.join("huggingface")));
+        let token = env_var("HF_TOKEN").or_else(|| {
+            let path = match env_var("HF_TOKEN_PATH") {
                 Some(path) => PathBuf::from(path),
                 None => home.as_ref()?.join("token"),
             };
@@ -109,10 +109,10 @@ impl Settings {
             token: token
                 .map(|token| token.trim().to_owned())
                 .filter(|token| !token.is_empty())
-                .map(Token),
-            offline: variable("HF_HUB_OFFLINE")
+                .map(HubToken),
+            offline: env_var("HF_HUB_OFFLINE")
                 .is_some_and(|value| yes.contains(&value.to_uppercase().as_str())),
-            silence,
+            idle_timeout,
             home,
         })
     }
@@ -121,17 +121,15 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::env_of;
     use std::path::Path;
 
-    fn settings(pairs: &[(&str, &str)]) -> Result<Settings, SettingsError> {
-        Settings::new(|name| {
-            let found = pairs.iter().find(|(key, _)| *key == name);
-            found.map(|(_, value)| (*value).to_owned())
-        })
+    fn settings(variables: &[(&str, &str)]) -> Result<Settings, SettingsError> {
+        Settings::new(env_of(variables))
     }
 
     #[test]
-    fn the_environment_decides() {
+    fn settings_come_from_the_environment() {
         let plain = settings(&[("HOME", "/h")]).unwrap();
         assert_eq!(plain.endpoint, Settings::PUBLIC);
         assert_eq!(
@@ -150,10 +148,10 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(full.endpoint, "http://mirror");
-        assert_eq!(full.token, Some(Token("hf_file".to_owned())));
-        assert!(full.offline && full.silence == Duration::from_secs(7));
+        assert_eq!(full.token, Some(HubToken("hf_file".to_owned())));
+        assert!(full.offline && full.idle_timeout == Duration::from_secs(7));
         let named = settings(&[("HF_HOME", path), ("HF_TOKEN", "hf_env")]).unwrap();
-        assert_eq!(named.token, Some(Token("hf_env".to_owned())));
+        assert_eq!(named.token, Some(HubToken("hf_env".to_owned())));
         for wrong in [
             ("HF_ENDPOINT", "mirror"),
             ("HF_HUB_DOWNLOAD_TIMEOUT", "soon"),
@@ -165,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_not_shown() {
+    fn token_is_redacted() {
         let shown = settings(&[("HF_TOKEN", "hf_secret")]).unwrap();
         assert!(!format!("{shown:?}").contains("hf_secret"));
         let token = shown.token.unwrap();

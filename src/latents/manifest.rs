@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use coffey_pipeline::destination::Destination;
+use coffey_pipeline::{CropMode, Filter, Interpolation};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Fingerprint, LatentError};
-use crate::config::{Config, Crop, Filter, Interpolation, TextKind};
+use crate::config::{Config, TextKind};
 
 /// The version of the format that is written, and the only one that is read.
 pub const FORMAT_VERSION: u32 = 1;
@@ -57,11 +58,11 @@ pub struct LatentLayout {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageRecipe {
     /// Side of the square. Pixels.
-    pub resolution: usize,
+    pub resolution: u32,
     /// Resampling filter.
     pub interpolation: Interpolation,
     /// Which square was kept.
-    pub crop: Crop,
+    pub crop: CropMode,
     /// Crops of each sample.
     pub crops: usize,
     /// Whether half of the images are mirrored.
@@ -129,7 +130,7 @@ impl Recipe {
         world: usize,
     ) -> Self {
         let Config { data, image, .. } = config;
-        let random = image.crop == Crop::Random || image.flip;
+        let random = image.crop == CropMode::Random || image.flip;
         Self {
             fingerprint,
             latent,

@@ -40,7 +40,7 @@ pub(super) fn npy(shape: &[usize], values: Vec<f16>) -> std::io::Result<Vec<u8>>
 }
 
 /// The sample's json with what was done to its image. With several crops, what belongs to a crop is a list.
-pub(super) fn json_with_crop(sample: &SampleMeta, side: usize) -> Value {
+pub(super) fn json_with_crop(sample: &SampleMeta, side: u32) -> Value {
     let of_crop = |value: fn(&CropWindow) -> Value| match sample.crops.as_slice() {
         [crop] => value(crop),
         crops => crops.iter().map(value).collect(),

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use coffey_pipeline::{Content, LatentShapes, ShardUrl, SourceError, Sources};
+use coffey_pipeline::{Content, ImageOptions, LatentShapes, ShardUrl, SourceError, Sources};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
 use super::manifest::difference;
 use super::parts::{MANIFEST, is_manifest};
 use super::{Fingerprint, Manifest, Recipe};
-use crate::config::{Config, ConfigError, Image, TextFrom};
+use crate::config::{Config, ConfigError, TextFrom};
 use crate::encode::Encoders;
 use crate::models::vae::VaeConfig;
 use crate::models::{ModelError, UNetConfig};
@@ -230,14 +230,15 @@ impl LatentSource {
     /// When the configuration says something else.
     pub fn settle(&self, config: &mut Config) -> Result<(), LatentSourceError> {
         let made = &self.recipe.image;
-        let image = Image {
+        let image = ImageOptions {
             resolution: made.resolution,
             interpolation: made.interpolation,
             crop: made.crop,
             flip: made.flip,
             scaled_decode: made.scaled_decode,
+            ..ImageOptions::default()
         };
-        Ok(config.take_over(image, &self.manifest)?)
+        Ok(config.adopt_image_settings(image, &self.manifest)?)
     }
 
     /// Refuses latents that other weights made than those of `models`, or that its networks don't take.
@@ -260,7 +261,7 @@ impl LatentSource {
         };
         let vae_key = vae.map_or("model.teacher (or model.vae)", |_| "model.vae");
         let vae = VaeConfig::read(&vae_folder)?;
-        let side = self.recipe.image.resolution / vae.downscale();
+        let side = self.recipe.image.resolution as usize / vae.downscale();
         let (made, now) = (
             self.recipe.latent.shape,
             [2 * vae.latent_channels, side, side],

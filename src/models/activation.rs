@@ -1,8 +1,12 @@
 //! The activation functions that a `config.json` may name.
+//!
+//! `candle_nn::Activation` is not used: it lacks the quick GELU, and its Mish overflows where `eˣ` does.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Module, Result, Tensor};
 
-/// An activation of diffusers' `get_activation`.
+use crate::ops;
+
+/// An activation of diffusers' `get_activation` or transformers' `ACT2FN`. As a [`Module`] it keeps shape and dtype.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Activation {
     /// `x·σ(x)`; diffusers also calls it swish.
@@ -11,16 +15,20 @@ pub(super) enum Activation {
     Mish,
     /// The exact GELU, `x·Φ(x)`.
     Gelu,
+    /// `x·σ(1.702·x)`, of text encoders only.
+    QuickGelu,
     /// `max(x, 0)`.
     Relu,
 }
 
 impl Activation {
-    /// The names that [`Activation::named`] knows.
-    pub(super) const NAMES: &'static str = "\"silu\", \"swish\", \"mish\", \"gelu\", \"relu\"";
+    /// The names that [`Activation::of_diffusers`] knows.
+    pub(super) const DIFFUSERS: &'static str = "\"silu\", \"swish\", \"mish\", \"gelu\", \"relu\"";
+    /// The names that [`Activation::of_clip`] knows.
+    pub(super) const CLIP: &'static str = "\"quick_gelu\", \"gelu\"";
 
-    /// By diffusers' name, whose case does not matter.
-    pub(super) fn named(name: &str) -> Option<Self> {
+    /// By diffusers' name, in upper or lower case.
+    pub(super) fn of_diffusers(name: &str) -> Option<Self> {
         match name.to_lowercase().as_str() {
             "silu" | "swish" => Some(Self::Silu),
             "mish" => Some(Self::Mish),
@@ -30,7 +38,18 @@ impl Activation {
         }
     }
 
-    pub(super) fn forward(self, x: &Tensor) -> Result<Tensor> {
+    /// By the name that a CLIP text encoder's `hidden_act` gives.
+    pub(super) fn of_clip(name: &str) -> Option<Self> {
+        match name {
+            "quick_gelu" => Some(Self::QuickGelu),
+            "gelu" => Some(Self::Gelu),
+            _ => None,
+        }
+    }
+}
+
+impl Module for Activation {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Silu => x.silu(),
             Self::Mish => {
@@ -40,6 +59,7 @@ impl Activation {
                 x.mul(&n.div(&(&n + 2.0)?)?)
             }
             Self::Gelu => x.gelu_erf(),
+            Self::QuickGelu => ops::quick_gelu(x),
             Self::Relu => x.relu(),
         }
     }

@@ -1,10 +1,10 @@
 //! Residual blocks and resampling, shared by the UNet and the autoencoder.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Module, Result, Tensor};
+use candle_nn::VarBuilder;
 
 use super::activation::Activation;
 use super::layers::{Conv2d, GroupNorm, Linear};
-use super::{ModelError, Scope};
 use crate::ops;
 
 /// Normalisation settings of a model's residual blocks.
@@ -14,16 +14,16 @@ pub(super) struct NormConfig {
     pub(super) eps: f64,
 }
 
-/// How a residual block takes the time embedding in: diffusers' `time_embedding_norm`.
+/// How a residual block uses the time embedding: diffusers' `time_embedding_norm`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TimeConfig {
     /// Width of the time embedding.
     pub(super) width: usize,
-    /// Whether it scales and shifts the second normalisation instead of being added before it.
+    /// Whether it scales and shifts the second normalisation; else it is added before that.
     pub(super) scale_shift: bool,
 }
 
-/// What a model's residual blocks have in common.
+/// Settings that a model's residual blocks share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ResnetConfig {
     pub(super) norm: NormConfig,
@@ -47,28 +47,28 @@ pub(super) struct ResnetBlock {
 
 impl ResnetBlock {
     pub(super) fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         inputs: usize,
         outputs: usize,
         config: &ResnetConfig,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         let time = |time: TimeConfig| {
             let width = if time.scale_shift {
                 2 * outputs
             } else {
                 outputs
             };
-            Linear::new(&scope.sub("time_emb_proj"), time.width, width)
+            Linear::new(vb.pp("time_emb_proj"), time.width, width)
         };
         let norm = config.norm;
         Ok(Self {
-            norm1: GroupNorm::new(&scope.sub("norm1"), inputs, norm.groups, norm.eps)?,
-            conv1: Conv2d::same3(&scope.sub("conv1"), inputs, outputs)?,
+            norm1: GroupNorm::new(vb.pp("norm1"), inputs, norm.groups, norm.eps)?,
+            conv1: Conv2d::same3(vb.pp("conv1"), inputs, outputs)?,
             time_emb_proj: config.time.map(time).transpose()?,
-            norm2: GroupNorm::new(&scope.sub("norm2"), outputs, norm.groups, norm.eps)?,
-            conv2: Conv2d::same3(&scope.sub("conv2"), outputs, outputs)?,
+            norm2: GroupNorm::new(vb.pp("norm2"), outputs, norm.groups, norm.eps)?,
+            conv2: Conv2d::same3(vb.pp("conv2"), outputs, outputs)?,
             conv_shortcut: (inputs != outputs)
-                .then(|| Conv2d::pointwise(&scope.sub("conv_shortcut"), inputs, outputs))
+                .then(|| Conv2d::pointwise(vb.pp("conv_shortcut"), inputs, outputs))
                 .transpose()?,
             config: *config,
         })
@@ -80,33 +80,30 @@ impl ResnetBlock {
         let activation = self.config.activation;
         let normed = self.norm1.forward_activated(x, activation)?;
         let time = match (&self.time_emb_proj, time) {
-            (Some(proj), Some(time)) => Some(proj.forward(time)?),
+            (Some(proj), Some(time)) => Some(time.apply(proj)?),
             _ => None,
         };
-        let mut h = match (time, self.config.time) {
+        let h = match (time, self.config.time) {
             (Some(time), Some(TimeConfig { scale_shift, .. })) if scale_shift => {
                 let time = time.unsqueeze(2)?.unsqueeze(3)?;
                 let halves = time.chunk(2, 1)?;
-                let scaled = self
-                    .norm2
-                    .forward(&self.conv1.forward(&normed)?)?
+                normed
+                    .apply(&self.conv1)?
+                    .apply(&self.norm2)?
                     .broadcast_mul(&(&halves[0] + 1.0)?)?
-                    .broadcast_add(&halves[1])?;
-                activation.forward(&scaled)?
+                    .broadcast_add(&halves[1])?
+                    .apply(&activation)?
             }
             (time, _) => {
                 let h = match time {
                     Some(time) => self.conv1.forward_shifted(&normed, &time)?,
-                    None => self.conv1.forward(&normed)?,
+                    None => normed.apply(&self.conv1)?,
                 };
                 self.norm2.forward_activated(&h, activation)?
             }
         };
-        h = self.conv2.forward(&h)?;
-        let sum = match &self.conv_shortcut {
-            Some(shortcut) => shortcut.forward(x)?.add(&h),
-            None => x.add(&h),
-        }?;
+        let h = h.apply(&self.conv2)?;
+        let sum = x.apply(&self.conv_shortcut.as_ref())?.add(&h)?;
         if self.config.output_scale == 1.0 {
             Ok(sum)
         } else {
@@ -124,23 +121,22 @@ pub(super) struct Downsample {
 
 impl Downsample {
     /// `padding` 1 pads all sides, 0 the right and the bottom only.
-    pub(super) fn new(
-        scope: &Scope<'_>,
-        channels: usize,
-        padding: usize,
-    ) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(vb: VarBuilder<'_>, channels: usize, padding: usize) -> Result<Self> {
         Ok(Self {
-            conv: Conv2d::new(&scope.sub("conv"), channels, channels, 3, 2, padding)?,
+            conv: Conv2d::new(vb.pp("conv"), channels, channels, 3, 2, padding)?,
             asymmetric: padding == 0,
         })
     }
+}
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+impl Module for Downsample {
+    /// `[B, C, H, W]` → `[B, C, ⌈H/2⌉, ⌈W/2⌉]`, with `asymmetric` `⌊H/2⌋` and `⌊W/2⌋`.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.asymmetric {
             let padded = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
-            self.conv.forward(&padded)
+            padded.apply(&self.conv)
         } else {
-            self.conv.forward(x)
+            x.apply(&self.conv)
         }
     }
 }
@@ -152,25 +148,27 @@ pub(super) struct Upsample {
 }
 
 impl Upsample {
-    pub(super) fn new(scope: &Scope<'_>, channels: usize) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(vb: VarBuilder<'_>, channels: usize) -> Result<Self> {
         Ok(Self {
-            conv: Conv2d::same3(&scope.sub("conv"), channels, channels)?,
+            conv: Conv2d::same3(vb.pp("conv"), channels, channels)?,
         })
     }
 
-    /// To twice the size.
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.conv.forward(&ops::upsample_nearest_2x(x)?)
-    }
-
-    /// To height and width `size`, which is not twice that of `x` where a feature map of odd sides was halved.
+    /// `[B, C, H, W]` → `[B, C, size.0, size.1]`. `size` is not twice that of `x` where a feature map of odd sides was halved.
     pub(super) fn forward_to(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         if size == (2 * h, 2 * w) {
-            return self.forward(x);
+            return x.apply(self);
         }
         let resized = nearest(&nearest(x, 2, size.0)?, 3, size.1)?;
-        self.conv.forward(&resized)
+        resized.apply(&self.conv)
+    }
+}
+
+impl Module for Upsample {
+    /// `[B, C, H, W]` → `[B, C, 2H, 2W]`.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::upsample_nearest_2x(x)?.apply(&self.conv)
     }
 }
 

@@ -3,19 +3,16 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{Embedding, VarBuilder, embedding};
 use serde_json::json;
 
+use super::activation::Activation;
 use super::config::ConfigFile;
 use super::layers::{LayerNorm, Linear};
-use super::{ModelError, Scope, Weights};
+use super::{ModelError, Weights};
 use crate::ops::{self, Attention};
 
-#[derive(Clone, Copy, Debug)]
-enum Activation {
-    QuickGelu,
-    Gelu,
-}
-
+/// transformers' `CLIPEncoderLayer`.
 #[derive(Clone, Debug)]
 struct Layer {
     layer_norm1: LayerNorm,
@@ -29,45 +26,41 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(
-        scope: &Scope<'_>,
-        width: usize,
-        hidden: usize,
-        eps: f64,
-    ) -> std::result::Result<Self, ModelError> {
-        let attention = |name: &str| Linear::new(&scope.sub("self_attn").sub(name), width, width);
+    fn new(vb: VarBuilder<'_>, width: usize, hidden: usize, eps: f64) -> Result<Self> {
+        let attention = |name: &str| Linear::new(vb.pp("self_attn").pp(name), width, width);
         Ok(Self {
-            layer_norm1: LayerNorm::new(&scope.sub("layer_norm1"), width, eps)?,
+            layer_norm1: LayerNorm::new(vb.pp("layer_norm1"), width, eps)?,
             q_proj: attention("q_proj")?,
             k_proj: attention("k_proj")?,
             v_proj: attention("v_proj")?,
             out_proj: attention("out_proj")?,
-            layer_norm2: LayerNorm::new(&scope.sub("layer_norm2"), width, eps)?,
-            fc1: Linear::new(&scope.sub("mlp.fc1"), width, hidden)?,
-            fc2: Linear::new(&scope.sub("mlp.fc2"), hidden, width)?,
+            layer_norm2: LayerNorm::new(vb.pp("layer_norm2"), width, eps)?,
+            fc1: Linear::new(vb.pp("mlp.fc1"), width, hidden)?,
+            fc2: Linear::new(vb.pp("mlp.fc2"), hidden, width)?,
         })
     }
 
+    /// `x`: `[B, T, width]` → the same shape. The attention is causal.
     fn forward(&self, x: &Tensor, heads: usize, activation: Activation) -> Result<Tensor> {
-        let normed = self.layer_norm1.forward(x)?;
-        let (q, k) = (self.q_proj.forward(&normed)?, self.k_proj.forward(&normed)?);
-        let v = self.v_proj.forward(&normed)?;
+        let normed = x.apply(&self.layer_norm1)?;
+        let q = normed.apply(&self.q_proj)?;
+        let k = normed.apply(&self.k_proj)?;
+        let v = normed.apply(&self.v_proj)?;
         let attended = ops::attention(&q, &k, &v, heads, true, Attention::MemoryEfficient)?;
-        let x = self.out_proj.forward(&attended)?.add(x)?;
-        let hidden = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        let hidden = match activation {
-            Activation::QuickGelu => ops::quick_gelu(&hidden)?,
-            Activation::Gelu => hidden.gelu_erf()?,
-        };
-        self.fc2.forward(&hidden)?.add(&x)
+        let x = attended.apply(&self.out_proj)?.add(x)?;
+        x.apply(&self.layer_norm2)?
+            .apply(&self.fc1)?
+            .apply(&activation)?
+            .apply(&self.fc2)?
+            .add(&x)
     }
 }
 
 /// transformers' `CLIPTextModel`, up to `last_hidden_state`.
 #[derive(Clone, Debug)]
 pub struct ClipTextModel {
-    token_embedding: Tensor,
-    position_embedding: Tensor,
+    token_embedding: Embedding,
+    position_embedding: Embedding,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
     heads: usize,
@@ -97,78 +90,74 @@ impl ClipTextModel {
             ));
         }
         let eps = file.get("layer_norm_eps", 1e-5)?;
-        let activation = match file.get("hidden_act", "quick_gelu".to_owned())?.as_str() {
-            "quick_gelu" => Activation::QuickGelu,
-            "gelu" => Activation::Gelu,
-            other => {
-                return Err(file.unsupported(
-                    "hidden_act",
-                    format!("\"{other}\""),
-                    "\"quick_gelu\", \"gelu\"",
-                ));
-            }
+        let name: String = file.get("hidden_act", "quick_gelu".to_owned())?;
+        let Some(activation) = Activation::of_clip(&name) else {
+            return Err(file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
         };
         let weights = Weights::load(folder, "model", dtype, device)?;
         // transformers 5 drops the text_model prefix, older versions write it.
-        let root = weights.root();
-        let scope = if root.has("text_model") {
-            root.sub("text_model")
+        let root = weights.builder();
+        let prefixed = root.contains_tensor("text_model.embeddings.token_embedding.weight");
+        let vb = if prefixed {
+            root.pp("text_model")
         } else {
             root
         };
-        let embeddings = scope.sub("embeddings");
+        let embeddings = vb.pp("embeddings");
         let vocab = file.get("vocab_size", 49408)?;
         let positions = file.get("max_position_embeddings", 77)?;
         let model = Self {
-            token_embedding: embeddings.get("token_embedding.weight", &[vocab, width])?,
-            position_embedding: embeddings.get("position_embedding.weight", &[positions, width])?,
+            token_embedding: embedding(vocab, width, embeddings.pp("token_embedding"))?,
+            position_embedding: embedding(positions, width, embeddings.pp("position_embedding"))?,
             layers: (0..file.get("num_hidden_layers", 12)?)
-                .map(|i: usize| Layer::new(&scope.sub("encoder.layers").sub(i), width, hidden, eps))
-                .collect::<std::result::Result<_, _>>()?,
-            final_layer_norm: LayerNorm::new(&scope.sub("final_layer_norm"), width, eps)?,
+                .map(|i: usize| Layer::new(vb.pp("encoder.layers").pp(i), width, hidden, eps))
+                .collect::<Result<_>>()?,
+            final_layer_norm: LayerNorm::new(vb.pp("final_layer_norm"), width, eps)?,
             heads,
             activation,
         };
-        // A table of 0, 1, 2 … of older versions, and what CLIPTextModelWithProjection has besides.
+        // Older versions write a table of 0, 1, 2 …; CLIPTextModelWithProjection has a projection.
         weights.expect_all_taken(&["embeddings.position_ids", "text_projection.weight"])?;
         Ok(model)
     }
 
     /// Width of the embeddings.
     pub fn width(&self) -> usize {
-        self.token_embedding.dims()[1]
+        self.token_embedding.hidden_size()
     }
 
-    /// `last_hidden_state` of `ids`: `B` rows of equal length `T` → `[B, T, width]`.
+    /// `last_hidden_state` of transformers' `CLIPTextModel.forward`.
+    ///
+    /// `ids`: `B` rows of one length `T` → `[B, T, width]` in the dtype of the weights.
     ///
     /// # Errors
     /// When an id is not in the vocabulary or a row is too long.
     pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
-        let (vocabulary, positions) = (
-            self.token_embedding.dim(0)?,
-            self.position_embedding.dim(0)?,
-        );
+        let tokens = self.token_embedding.embeddings();
+        let positions = self.position_embedding.embeddings();
+        let vocabulary = tokens.dim(0)?;
         if let Some(id) = flat.iter().find(|&&id| id as usize >= vocabulary) {
             candle_core::bail!(
                 "token {id} is not in the text encoder's vocabulary of {vocabulary}: the tokenizer is another model's"
             );
         }
-        if t > positions {
-            candle_core::bail!("{t} tokens, but the text encoder has {positions} positions");
+        if t > positions.dim(0)? {
+            candle_core::bail!(
+                "{t} tokens, but the text encoder has {} positions",
+                positions.dim(0)?
+            );
         }
-        let ids = Tensor::from_vec(flat, b * t, self.token_embedding.device())?;
-        let tokens = self
-            .token_embedding
-            .index_select(&ids, 0)?
-            .reshape((b, t, self.width()))?;
-        let mut x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, t)?)?;
+        let ids = Tensor::from_vec(flat, (b, t), tokens.device())?;
+        let mut x = ids
+            .apply(&self.token_embedding)?
+            .broadcast_add(&positions.narrow(0, 0, t)?)?;
         ops::in_pool(|| {
             for layer in &self.layers {
                 x = layer.forward(&x, self.heads, self.activation)?;
             }
-            self.final_layer_norm.forward(&x)
+            x.apply(&self.final_layer_norm)
         })
     }
 }

@@ -33,7 +33,7 @@ impl ConfigFile {
     pub(super) fn read_class(folder: &Path, class: &Class) -> Result<Self, ModelError> {
         let file = Self::read(folder)?;
         file.only("_class_name", &[Value::from(class.name)])?;
-        // Keys that begin with an underscore are notes of the library that wrote the file.
+        // Keys with a leading underscore are notes of the library that wrote the file.
         let unknown = |key: &&String| !key.starts_with('_') && !class.keys.contains(&key.as_str());
         match file.map.keys().find(unknown) {
             None => Ok(file),
@@ -51,7 +51,7 @@ impl ConfigFile {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    /// A key with its default. Null is refused: in diffusers it would not stand for the default.
+    /// A key with its default. Null is refused: in diffusers it does not stand for the default.
     pub(super) fn get<T: serde::de::DeserializeOwned>(
         &self,
         key: &str,
@@ -63,7 +63,7 @@ impl ConfigFile {
         self.optional(key).map(|v| v.unwrap_or(default))
     }
 
-    /// Whether a key is there and null.
+    /// Whether a key is present and null.
     pub(super) fn is_null(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(Value::is_null)
     }
@@ -86,9 +86,9 @@ impl ConfigFile {
         let Some(name) = self.optional::<String>(key)? else {
             return Ok(None);
         };
-        match Activation::named(&name) {
+        match Activation::of_diffusers(&name) {
             Some(activation) => Ok(Some(activation)),
-            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::NAMES)),
+            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::DIFFUSERS)),
         }
     }
 
@@ -103,17 +103,14 @@ impl ConfigFile {
     /// `norm_num_groups`, which must divide `channels`.
     pub(super) fn groups(&self, channels: &[usize]) -> Result<usize, ModelError> {
         let groups: usize = self.get("norm_num_groups", 32)?;
-        match groups == 0 || channels.iter().any(|c| c % groups != 0) {
-            true => Err(self.unsupported(
-                "norm_num_groups",
-                groups,
-                format!("a divisor of every one of {channels:?}"),
-            )),
-            false => Ok(groups),
+        if groups == 0 || channels.iter().any(|c| c % groups != 0) {
+            let known = format!("a divisor of every one of {channels:?}");
+            return Err(self.unsupported("norm_num_groups", groups, known));
         }
+        Ok(groups)
     }
 
-    /// Refuses a key that is there with any but the supported values.
+    /// Refuses a key with any but the supported values; an absent key passes.
     pub(super) fn only(&self, key: &str, supported: &[Value]) -> Result<(), ModelError> {
         match self.value(key) {
             Some(value) if !supported.contains(value) => Err(self.unsupported(
@@ -134,14 +131,15 @@ impl ConfigFile {
 
     /// Refuses a list of `block_out_channels` that describes no network.
     pub(super) fn refuse_levels(&self, channels: &[usize]) -> Result<(), ModelError> {
-        match channels.is_empty() || channels.contains(&0) {
-            true => Err(self.unsupported(
+        if channels.is_empty() || channels.contains(&0) {
+            let found = format!("{channels:?}");
+            return Err(self.unsupported(
                 "block_out_channels",
-                format!("{channels:?}"),
+                found,
                 "one or more numbers above 0",
-            )),
-            false => Ok(()),
+            ));
         }
+        Ok(())
     }
 
     pub(super) fn invalid(&self, message: String) -> ModelError {
@@ -151,7 +149,7 @@ impl ConfigFile {
         }
     }
 
-    /// An error that names a key, its value and what would be right.
+    /// An error that names a key, its value and the supported values.
     pub(super) fn unsupported(
         &self,
         key: &str,
@@ -167,9 +165,9 @@ impl ConfigFile {
     }
 }
 
-/// The known key that an unknown one most likely stands for.
+/// The known key of the nearest spelling, if one is near.
 pub(crate) fn nearest_key(key: &str, known: &[&'static str]) -> Option<&'static str> {
-    /// Jaro-Winkler similarity from which two names count as one misspelled.
+    /// Least Jaro-Winkler similarity of a misspelled key.
     const NEAR: f64 = 0.8;
     known
         .iter()

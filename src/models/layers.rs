@@ -1,13 +1,19 @@
 //! Layers that hold parameters: thin structs over the functions of [`crate::ops`].
+//!
+//! Each reads `weight` and `bias` from a builder: this file is the one place where a parameter becomes part of a network.
+//! A parameter may be held in another type than the network computes in, which is that of `x`; it is cast where it is used.
+//!
+//! candle-nn's layers of the same names are not used: its `LayerNorm` has no gradient, its `Conv2d` a slow one, and all
+//! compute in the type that the parameters are held in.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::VarBuilder;
 
 use super::activation::Activation;
-use super::{ModelError, Scope};
 use crate::ops;
 
-/// A parameter in the type of `x`, in which a network computes; it may be held in another.
-pub(super) fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+/// A parameter in the type of `x`.
+fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
     ops::cast(parameter, x.dtype())
 }
 
@@ -19,7 +25,7 @@ fn norm_like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// An affine map over the last dimension.
+/// `torch.nn.Linear`: `[…, inputs]` → `[…, outputs]`.
 #[derive(Clone, Debug)]
 pub(super) struct Linear {
     weight: Tensor,
@@ -27,36 +33,32 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    pub(super) fn new(
-        scope: &Scope<'_>,
-        inputs: usize,
-        outputs: usize,
-    ) -> std::result::Result<Self, ModelError> {
-        let bias = Some(scope.get("bias", &[outputs])?);
+    /// `weight`: `[outputs, inputs]`, `bias`: `[outputs]`.
+    pub(super) fn new(vb: VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Self> {
+        let bias = Some(vb.get(outputs, "bias")?);
         Ok(Self {
             bias,
-            ..Self::without_bias(scope, inputs, outputs)?
+            ..Self::without_bias(vb, inputs, outputs)?
         })
     }
 
-    pub(super) fn without_bias(
-        scope: &Scope<'_>,
-        inputs: usize,
-        outputs: usize,
-    ) -> std::result::Result<Self, ModelError> {
+    /// `weight`: `[outputs, inputs]`.
+    pub(super) fn without_bias(vb: VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            weight: scope.get("weight", &[outputs, inputs])?,
+            weight: vb.get((outputs, inputs), "weight")?,
             bias: None,
         })
     }
+}
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+impl Module for Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(|bias| like(bias, x)).transpose()?;
         ops::linear(x, &like(&self.weight, x)?, bias.as_ref())
     }
 }
 
-/// A square-kernel convolution.
+/// `torch.nn.Conv2d` with a square kernel: `[B, inputs, H, W]` → `[B, outputs, H', W']`.
 #[derive(Clone, Debug)]
 pub(super) struct Conv2d {
     weight: Tensor,
@@ -66,70 +68,68 @@ pub(super) struct Conv2d {
 }
 
 impl Conv2d {
+    /// `weight`: `[outputs, inputs, kernel, kernel]`, `bias`: `[outputs]`.
     pub(super) fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         inputs: usize,
         outputs: usize,
         kernel: usize,
         stride: usize,
         padding: usize,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         Ok(Self {
-            weight: scope.get("weight", &[outputs, inputs, kernel, kernel])?,
-            bias: scope.get("bias", &[outputs])?,
+            weight: vb.get((outputs, inputs, kernel, kernel), "weight")?,
+            bias: vb.get(outputs, "bias")?,
             stride,
             padding,
         })
     }
 
-    /// A convolution with an odd kernel that keeps the size.
+    /// A convolution with an odd kernel that keeps height and width.
     pub(super) fn same(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         inputs: usize,
         outputs: usize,
         kernel: usize,
-    ) -> std::result::Result<Self, ModelError> {
-        Self::new(scope, inputs, outputs, kernel, 1, kernel / 2)
+    ) -> Result<Self> {
+        Self::new(vb, inputs, outputs, kernel, 1, kernel / 2)
     }
 
-    /// A 3x3 convolution that keeps the size.
-    pub(super) fn same3(
-        scope: &Scope<'_>,
-        inputs: usize,
-        outputs: usize,
-    ) -> std::result::Result<Self, ModelError> {
-        Self::same(scope, inputs, outputs, 3)
+    /// A 3x3 convolution that keeps height and width.
+    pub(super) fn same3(vb: VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Self> {
+        Self::same(vb, inputs, outputs, 3)
     }
 
-    /// A convolution of single pixels.
-    pub(super) fn pointwise(
-        scope: &Scope<'_>,
-        inputs: usize,
-        outputs: usize,
-    ) -> std::result::Result<Self, ModelError> {
-        Self::new(scope, inputs, outputs, 1, 1, 0)
+    /// A 1x1 convolution.
+    pub(super) fn pointwise(vb: VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Self> {
+        Self::same(vb, inputs, outputs, 1)
     }
 
-    /// The type its weights are held in.
+    /// The type that the weights are held in.
     pub(super) fn dtype(&self) -> DType {
         self.weight.dtype()
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
-        ops::conv2d(x, &weight, Some(&bias), self.stride, self.padding)
+    /// As [`Module::forward`], plus `shift` `[B, outputs]` on the channels of each image.
+    pub(super) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        let bias = shift.broadcast_add(&like(&self.bias, x)?)?;
+        self.convolve(x, &bias)
     }
 
-    /// As [`Self::forward`], plus `shift` `[B, outputs]` on each image's channels.
-    pub(super) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (like(&self.weight, x)?, like(&self.bias, x)?);
-        let bias = shift.broadcast_add(&bias)?;
-        ops::conv2d(x, &weight, Some(&bias), self.stride, self.padding)
+    fn convolve(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+        let weight = like(&self.weight, x)?;
+        ops::conv2d(x, &weight, Some(bias), self.stride, self.padding)
+    }
+}
+
+impl Module for Conv2d {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.convolve(x, &like(&self.bias, x)?)
     }
 }
 
 /// An affine map of channels between a feature map and tokens: a 1x1 convolution or, with `use_linear_projection`, a linear
-/// layer, which is the same but for the shape its weight is written in.
+/// layer. The two differ in the shape of the stored weight only.
 #[derive(Clone, Debug)]
 pub(super) struct Projection {
     weight: Tensor,
@@ -137,17 +137,18 @@ pub(super) struct Projection {
 }
 
 impl Projection {
+    /// `weight`: `[outputs, inputs]` if `linear`, else `[outputs, inputs, 1, 1]`; `bias`: `[outputs]`.
     pub(super) fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         inputs: usize,
         outputs: usize,
         linear: bool,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         let shape = [outputs, inputs, 1, 1];
         let shape = if linear { &shape[..2] } else { &shape[..] };
         Ok(Self {
-            weight: scope.get("weight", shape)?,
-            bias: scope.get("bias", &[outputs])?,
+            weight: vb.get(shape, "weight")?,
+            bias: vb.get(outputs, "bias")?,
         })
     }
 
@@ -156,13 +157,13 @@ impl Projection {
         ops::map_to_tokens(x, &like(&self.weight, x)?, &like(&self.bias, x)?)
     }
 
-    /// `[B, H·W, inputs]` → `[B, outputs, H, W]`.
+    /// `[B, H·W, inputs]` → `[B, outputs, H, W]`; `size` is `(H, W)`.
     pub(super) fn to_map(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
         ops::tokens_to_map(x, &like(&self.weight, x)?, &like(&self.bias, x)?, size)
     }
 }
 
-/// Group normalisation, with an activation after it on demand.
+/// `torch.nn.GroupNorm`: `[B, channels, …]` → the same shape.
 #[derive(Clone, Debug)]
 pub(super) struct GroupNorm {
     weight: Tensor,
@@ -172,39 +173,42 @@ pub(super) struct GroupNorm {
 }
 
 impl GroupNorm {
+    /// `weight` and `bias`: `[channels]`.
     pub(super) fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         channels: usize,
         groups: usize,
         eps: f64,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         Ok(Self {
-            weight: scope.get("weight", &[channels])?,
-            bias: scope.get("bias", &[channels])?,
+            weight: vb.get(channels, "weight")?,
+            bias: vb.get(channels, "bias")?,
             groups,
             eps,
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.normalise(x, false)
+    /// The activation of the normalised `x`; SiLU is fused with the normalisation.
+    pub(super) fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        match activation {
+            Activation::Silu => self.normalise(x, true),
+            other => self.forward(x)?.apply(&other),
+        }
     }
 
     fn normalise(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
         let (weight, bias) = (norm_like(&self.weight, x)?, norm_like(&self.bias, x)?);
         ops::group_norm(x, &weight, &bias, self.groups, self.eps, silu)
     }
+}
 
-    /// A SiLU is fused with the normalisation.
-    pub(super) fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        match activation {
-            Activation::Silu => self.normalise(x, true),
-            other => other.forward(&self.forward(x)?),
-        }
+impl Module for GroupNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.normalise(x, false)
     }
 }
 
-/// Layer normalisation over the last dimension.
+/// `torch.nn.LayerNorm` over the last dimension: `[…, width]` → the same shape.
 #[derive(Clone, Debug)]
 pub(super) struct LayerNorm {
     weight: Tensor,
@@ -213,19 +217,18 @@ pub(super) struct LayerNorm {
 }
 
 impl LayerNorm {
-    pub(super) fn new(
-        scope: &Scope<'_>,
-        width: usize,
-        eps: f64,
-    ) -> std::result::Result<Self, ModelError> {
+    /// `weight` and `bias`: `[width]`.
+    pub(super) fn new(vb: VarBuilder<'_>, width: usize, eps: f64) -> Result<Self> {
         Ok(Self {
-            weight: scope.get("weight", &[width])?,
-            bias: scope.get("bias", &[width])?,
+            weight: vb.get(width, "weight")?,
+            bias: vb.get(width, "bias")?,
             eps,
         })
     }
+}
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+impl Module for LayerNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (norm_like(&self.weight, x)?, norm_like(&self.bias, x)?);
         ops::layer_norm(x, &weight, &bias, self.eps)
     }

@@ -1,6 +1,6 @@
-//! Safetensors files as memory maps: a tensor is copied out of the page cache once, and the file is never held besides.
+//! Safetensors files as memory maps: a tensor is copied out of the page cache once, and the file itself is never in memory.
 //!
-//! Mapping a file is `unsafe`, and with `ops::gemm` this is the only module of the library that is.
+//! Mapping a file is `unsafe`; besides `ops::cpu::gemm` this is the only module of the library with `unsafe` code.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -13,7 +13,7 @@ use safetensors::{SafeTensorError, SafeTensors};
 
 use super::ModelError;
 
-/// Calls `each` with every tensor of a safetensors file and its name, one after the other, on the CPU and as stored.
+/// Calls `each` with the name and the tensor, on the CPU and as stored, of every tensor of a safetensors file.
 ///
 /// # Errors
 /// When the file can't be read or is damaged, and what `each` returns.
@@ -44,7 +44,7 @@ pub(super) fn for_each_tensor(
             .map_err(|e| damaged(format!("tensor \"{name}\": {e}")))?;
         let bytes = view.data();
         let offset = bytes.as_ptr().addr() - map.as_ptr().addr();
-        // What is copied need not stay mapped: else the file would count as this process's memory until the end.
+        // A copied page need not stay mapped: else the file would count as this process's memory until the end.
         // SAFETY: dropping pages of a read-only map of a file loses nothing; they are read again if they are touched again.
         let dropped =
             unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };

@@ -1,10 +1,11 @@
 //! The networks of a Stable Diffusion pipeline, built from a folder in diffusers layout and written back to one.
 //!
-//! Each model is a struct of layers with `new(scope, config)` and `forward`; layers and parameters are named as in the
-//! checkpoints. Models know nothing of training: they are built over any set of named tensors, frozen or variable.
+//! Each model is a struct of layers with `new(vb, config)` and `forward`; layers and parameters are named as in the
+//! checkpoints. A network is built over any set of named tensors, frozen or variable. This module never trains one.
 
 mod activation;
 mod blocks;
+mod builder;
 pub mod clip;
 mod config;
 mod denoiser;
@@ -28,11 +29,11 @@ pub use pipeline::{PipelineMismatch, PipelineParts, check_fit};
 pub use tokenizer::ClipTokenizer;
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
-pub use weights::{Scope, Weights, config_text, model_metadata, save_model, write_safetensors};
+pub use weights::{Weights, config_text, model_metadata, save_model, write_safetensors};
 
 use std::path::PathBuf;
 
-/// What can be wrong with a model folder.
+/// Faults of a model folder.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file can't be read or written.
@@ -43,7 +44,7 @@ pub enum ModelError {
         /// The cause.
         source: std::io::Error,
     },
-    /// No weights in a folder that should hold some.
+    /// A folder without weights.
     #[error("{folder}: no weights found; expected {expected} (diffusers layout)")]
     NoWeights {
         /// The folder.
@@ -59,15 +60,15 @@ pub enum ModelError {
         /// The cause.
         message: String,
     },
-    /// A `config.json` is not what it should be.
+    /// A `config.json` is malformed or describes no model.
     #[error("{path}: {message}")]
     Config {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it and what would be right.
+        /// The fault and its remedy.
         message: String,
     },
-    /// A key of `config.json` asks for something coffey does not build.
+    /// A key of `config.json` has a value that coffey does not build.
     #[error("{path}: \"{key}\": {found} is not supported; supported: {supported}")]
     Unsupported {
         /// The file.
@@ -76,7 +77,7 @@ pub enum ModelError {
         key: String,
         /// Its value.
         found: String,
-        /// What coffey builds.
+        /// The values that coffey builds.
         supported: String,
     },
     /// A key of `config.json` that its class does not have: misspelled, or of a model that coffey does not know.
@@ -88,10 +89,10 @@ pub enum ModelError {
         key: String,
         /// diffusers' class.
         class: &'static str,
-        /// The key of the class that is spelled nearly so.
+        /// The key of the class with the nearest spelling.
         nearest: Option<&'static str>,
     },
-    /// A tensor that the configuration calls for is not there.
+    /// A tensor that the configuration needs is missing.
     #[error(
         "{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}"
     )]
@@ -103,7 +104,7 @@ pub enum ModelError {
         /// The shape the configuration needs.
         needed: Vec<usize>,
     },
-    /// A tensor has another shape than the configuration calls for.
+    /// A tensor has another shape than the configuration needs.
     #[error("{origin}: tensor \"{name}\" has shape {found:?}; the configuration needs {needed:?}")]
     WrongShape {
         /// The file or folder.
@@ -115,12 +116,12 @@ pub enum ModelError {
         /// The shape the configuration needs.
         needed: Vec<usize>,
     },
-    /// Tensors that nothing in the configuration uses.
+    /// Tensors that the configuration does not use.
     #[error("{origin}: tensors that the configuration has no place for: {}", names.join(", "))]
     UnexpectedTensors {
         /// The file or folder.
         origin: PathBuf,
-        /// Some of the tensors.
+        /// The first few of the tensors.
         names: Vec<String>,
     },
     /// A tokenizer's files do not make a tokenizer.
@@ -133,7 +134,7 @@ pub enum ModelError {
     },
     /// A tensor operation failed.
     #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
 }
 
 /// The end of a message about an unknown key.

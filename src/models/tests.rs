@@ -7,16 +7,11 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 use tempfile::{TempDir, tempdir};
 
+use super::golden::folder as golden;
 use super::*;
 use crate::ops::Attention;
 
 const STEM: &str = unet::WEIGHTS_STEM;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name)
-}
 
 fn tensors(dtype: DType) -> BTreeMap<String, Tensor> {
     let weights = Weights::load(&golden("unet-one-level"), STEM, dtype, &Device::Cpu).unwrap();
@@ -66,7 +61,7 @@ fn refused(folder: &Path, words: &[&str]) {
 }
 
 #[test]
-fn tensors_written_one_by_one_are_the_file_of_the_reference() {
+fn write_safetensors_equals_the_reference_writer() {
     let cpu = &Device::Cpu;
     let tensors = BTreeMap::from([
         ("b".to_owned(), Tensor::new(&[1f32, 2.0, 3.0], cpu).unwrap()),
@@ -82,7 +77,7 @@ fn tensors_written_one_by_one_are_the_file_of_the_reference() {
 }
 
 #[test]
-fn weights_are_read_from_every_layout_and_dtype() {
+fn weights_load_from_every_layout_and_dtype() {
     let want = tensors(DType::F32);
     for (name, sharded) in [
         ("diffusion_pytorch_model.safetensors", false),
@@ -92,9 +87,10 @@ fn weights_are_read_from_every_layout_and_dtype() {
     ] {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let folder = with_config("unet-one-level", |_| {});
-            match sharded {
-                true => save_shards(folder.path(), name, &tensors(dtype)),
-                false => save(folder.path().join(name), &tensors(dtype)),
+            if sharded {
+                save_shards(folder.path(), name, &tensors(dtype));
+            } else {
+                save(folder.path().join(name), &tensors(dtype));
             }
             load_unet(folder.path()).unwrap();
             let got = Weights::load(folder.path(), STEM, DType::F32, &Device::Cpu).unwrap();
@@ -113,7 +109,7 @@ fn weights_are_read_from_every_layout_and_dtype() {
 }
 
 #[test]
-fn damaged_files_are_named() {
+fn weights_name_damaged_files() {
     let folder = with_config("unet-one-level", |_| {});
     refused(
         folder.path(),
@@ -149,7 +145,7 @@ fn damaged_files_are_named() {
 }
 
 #[test]
-fn tensors_that_do_not_fit_are_named_with_their_shard() {
+fn weights_name_the_shard_of_tensors_that_do_not_fit() {
     let change = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
         let folder = with_config("unet-one-level", |_| {});
         let mut tensors = tensors(DType::F16);
@@ -174,7 +170,7 @@ fn tensors_that_do_not_fit_are_named_with_their_shard() {
 }
 
 #[test]
-fn keys_that_are_not_built_are_refused_by_name() {
+fn config_refuses_keys_that_are_not_built_by_name() {
     for (key, value, words) in [
         ("act_fn", json!("elu"), &["elu", "mish"][..]),
         ("act_func", json!("silu"), &["did you mean \"act_fn\""]),
@@ -297,7 +293,7 @@ fn keys_that_are_not_built_are_refused_by_name() {
 }
 
 #[test]
-fn keys_without_effect_and_defaults_are_read() {
+fn config_reads_defaults_and_keys_without_effect() {
     let folder = tempdir().unwrap();
     std::fs::write(
         folder.path().join("config.json"),
@@ -317,7 +313,7 @@ fn keys_without_effect_and_defaults_are_read() {
 }
 
 #[test]
-fn text_encoders_that_are_not_built_are_refused_by_name() {
+fn text_encoder_refuses_what_is_not_built_by_name() {
     for (key, value) in [
         ("hidden_act", json!("gelu_new")),
         ("model_type", json!("clip")),

@@ -1,4 +1,4 @@
-//! CLIP's tokenizer: captions to 77 token ids.
+//! CLIP's tokenizer: captions to token ids, 77 by default.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,26 +35,26 @@ struct TokenizerConfig {
     model_max_length: Option<f64>,
     /// Tokens by id, as transformers writes them since 4.34.
     #[serde(default)]
-    added_tokens_decoder: BTreeMap<u32, Token>,
+    added_tokens_decoder: BTreeMap<u32, SpecialToken>,
 }
 
 /// The special tokens of `tokenizer_config.json` and, in older folders, of `special_tokens_map.json`.
 #[derive(Default, serde::Deserialize)]
 struct SpecialTokens {
     #[serde(default)]
-    bos_token: Option<Token>,
+    bos_token: Option<SpecialToken>,
     #[serde(default)]
-    eos_token: Option<Token>,
+    eos_token: Option<SpecialToken>,
     #[serde(default)]
-    unk_token: Option<Token>,
+    unk_token: Option<SpecialToken>,
     #[serde(default)]
-    pad_token: Option<Token>,
+    pad_token: Option<SpecialToken>,
 }
 
-/// A token by name, or with how it is found in a text.
+/// A token by name, or with the rules by which it is found in a text.
 #[derive(Clone, serde::Deserialize)]
 #[serde(untagged)]
-enum Token {
+enum SpecialToken {
     Plain(String),
     Full {
         content: String,
@@ -69,7 +69,7 @@ enum Token {
     },
 }
 
-impl Token {
+impl SpecialToken {
     fn content(&self) -> &str {
         match self {
             Self::Plain(content) | Self::Full { content, .. } => content,
@@ -96,7 +96,7 @@ impl Token {
 }
 
 impl TokenizerConfig {
-    /// Reads `tokenizer_config.json`, if there is one, and what it leaves to `special_tokens_map.json`.
+    /// Reads `tokenizer_config.json`, if there is one, and the tokens that it leaves to `special_tokens_map.json`.
     fn read(folder: &Path) -> Result<Self, ModelError> {
         let read = |name: &str| {
             let path = folder.join(name);
@@ -124,16 +124,16 @@ impl TokenizerConfig {
         Ok(config)
     }
 
-    /// The tokens that are found in a text before it is split into words, in the order they are added: of two with the same
-    /// content the later counts. As transformers', which drops repetitions first.
+    /// The tokens that are found in a text before it is split into words, in the order in which they are added: of two with the
+    /// same content the later counts. As in transformers, which drops repetitions first.
     fn added_tokens(&self) -> Vec<AddedToken> {
-        let plain = |token: &Option<Token>, default: &str| {
+        let plain = |token: &Option<SpecialToken>, default: &str| {
             token
                 .clone()
-                .unwrap_or_else(|| Token::Plain(default.to_owned()))
+                .unwrap_or_else(|| SpecialToken::Plain(default.to_owned()))
         };
         let special = &self.special;
-        let mut tokens: Vec<Token> = self.added_tokens_decoder.values().cloned().collect();
+        let mut tokens: Vec<SpecialToken> = self.added_tokens_decoder.values().cloned().collect();
         for token in [
             plain(&special.bos_token, START),
             plain(&special.eos_token, END),
@@ -146,7 +146,7 @@ impl TokenizerConfig {
             }
         }
         let mut added: Vec<AddedToken> = Vec::new();
-        for token in tokens.iter().map(Token::added) {
+        for token in tokens.iter().map(SpecialToken::added) {
             if !added.contains(&token) {
                 added.push(token);
             }
@@ -167,12 +167,12 @@ impl ClipTokenizer {
         };
         let file = |name: &str| -> Result<String, ModelError> {
             let path = folder.join(name);
-            match path.is_file() {
-                true => Ok(path.to_string_lossy().into_owned()),
-                false => Err(error(format!(
+            if !path.is_file() {
+                return Err(error(format!(
                     "{name} is missing; a CLIP tokenizer has vocab.json and merges.txt"
-                ))),
+                )));
             }
+            Ok(path.to_string_lossy().into_owned())
         };
         let bpe = BPE::from_file(&file("vocab.json")?, &file("merges.txt")?)
             .unk_token(END.to_owned())
@@ -202,7 +202,7 @@ impl ClipTokenizer {
             ));
         }
         let pad = config.special.pad_token.as_ref();
-        let pad = pad.map_or(END, Token::content).to_owned();
+        let pad = pad.map_or(END, SpecialToken::content).to_owned();
         tokenizer
             .add_special_tokens(config.added_tokens())
             .map_err(|e| error(e.to_string()))?;
@@ -223,8 +223,8 @@ impl ClipTokenizer {
         })
     }
 
-    /// Ids of a caption: start, tokens, end, padding; longer captions are cut. As `CLIPTokenizer(…, padding="max_length",
-    /// truncation=True)`.
+    /// Ids of a caption, `model_max_length` of them: start, tokens, end, padding; longer captions are cut. As transformers'
+    /// `CLIPTokenizer(…, padding="max_length", truncation=True)`.
     ///
     /// # Errors
     /// When the text can't be tokenized, which no text should cause.

@@ -10,18 +10,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
 
 use self::config::LevelConfig;
 use self::time::TimeEmbedding;
 use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
-use super::{Conditioning, Denoiser, ModelError, Scope, Weights};
-use crate::ops::{self, Attention, Keep, segment};
+use super::{Conditioning, Denoiser, ModelError, Weights};
+use crate::ops::{self, Activations, Attention, activation_checkpoint};
 
 /// The stem of the weight files of diffusers' models.
 pub const WEIGHTS_STEM: &str = "diffusion_pytorch_model";
 
+/// The blocks at one resolution.
 #[derive(Clone, Debug)]
 struct Level {
     resnets: Vec<Arc<ResnetBlock>>,
@@ -29,64 +31,64 @@ struct Level {
 }
 
 impl Level {
-    /// `inputs`: the channels each residual block takes in.
+    /// `inputs` gives the input channels of the `i`-th residual block.
     fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         level: &LevelConfig,
         inputs: impl Fn(usize) -> usize,
         resnet: &ResnetConfig,
         config: &UNetConfig,
         attention: Attention,
-    ) -> std::result::Result<Self, ModelError> {
+    ) -> Result<Self> {
         let resnet = |i| {
-            let scope = scope.sub("resnets").sub(i);
-            ResnetBlock::new(&scope, inputs(i), level.channels, resnet).map(Arc::new)
+            let vb = vb.pp("resnets").pp(i);
+            ResnetBlock::new(vb, inputs(i), level.channels, resnet).map(Arc::new)
         };
         let transformers = config.transformers(level, attention);
         Ok(Self {
-            resnets: (0..level.resnets)
-                .map(resnet)
-                .collect::<std::result::Result<_, _>>()?,
+            resnets: (0..level.resnets).map(resnet).collect::<Result<_>>()?,
             attentions: transformers
                 .iter()
                 .enumerate()
                 .map(|(i, transformer)| {
-                    Transformer2d::new(&scope.sub("attentions").sub(i), transformer).map(Arc::new)
+                    Transformer2d::new(vb.pp("attentions").pp(i), transformer).map(Arc::new)
                 })
-                .collect::<std::result::Result<_, _>>()?,
+                .collect::<Result<_>>()?,
         })
     }
 
-    /// The `i`-th residual block and the transformer after it, if there is one; each is a unit of recomputation, as in
+    /// The `i`-th residual block and the transformer after it, if any. Each is a unit of activation checkpointing, as in
     /// diffusers.
+    ///
+    /// `x`: `[B, C, H, W]` → `[B, channels, H, W]`.
     fn layer(&self, i: usize, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let block = Arc::clone(&self.resnets[i]);
-        let x = segment(x, &given.time, given.keep, move |x, time| {
+        let x = activation_checkpoint(x, &given.time, given.activations, move |x, time| {
             block.forward(x, Some(time))
         })?;
         let Some(block) = self.attentions.get(i) else {
             return Ok(x);
         };
         let block = Arc::clone(block);
-        segment(&x, given.context, given.keep, move |x, context| {
+        activation_checkpoint(&x, given.context, given.activations, move |x, context| {
             block.forward(x, context)
         })
     }
 }
 
-/// What every block of a forward pass is given besides its input.
+/// The operands that all blocks of a forward pass share.
 struct Given<'a> {
     time: Tensor,
     context: &'a Tensor,
-    keep: Keep,
+    activations: Activations,
 }
 
 /// diffusers' `UNet2DConditionModel`.
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
-    keep: Keep,
-    /// The type to compute in, where it is not that of the weights.
+    activations: Activations,
+    /// The type to compute in, if it is not that of the weights.
     compute: Option<DType>,
     time_embedding: TimeEmbedding,
     conv_in: Conv2d,
@@ -110,17 +112,17 @@ impl UNet {
     ) -> std::result::Result<Self, ModelError> {
         let config = UNetConfig::read(folder)?;
         let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
-        let unet = Self::new(&weights.root(), &config, attention)?;
+        let unet = Self::new(weights.builder(), &config, attention)?;
         weights.expect_all_taken(&[])?;
         Ok(unet)
     }
 
-    /// Builds the network over the tensors of a scope, frozen or variable.
+    /// Builds the network over the tensors of `vb`, frozen or variable.
     ///
     /// # Errors
-    /// When a tensor is missing or of another shape.
+    /// When a tensor is missing or has another shape.
     pub fn new(
-        scope: &Scope<'_>,
+        vb: VarBuilder<'_>,
         config: &UNetConfig,
         attention: Attention,
     ) -> std::result::Result<Self, ModelError> {
@@ -131,15 +133,15 @@ impl UNet {
 
         let mut down = Vec::with_capacity(levels);
         for (i, level) in config.down.iter().enumerate() {
-            let scope = scope.sub("down_blocks").sub(i);
+            let vb = vb.pp("down_blocks").pp(i);
             let inputs = |j| match j {
                 0 => channels[i.saturating_sub(1)],
                 _ => level.channels,
             };
-            let blocks = Level::new(&scope, level, inputs, &resnet, config, attention)?;
+            let blocks = Level::new(vb.clone(), level, inputs, &resnet, config, attention)?;
             let padding = config.downsample_padding;
             let downsample = (i + 1 < levels)
-                .then(|| Downsample::new(&scope.sub("downsamplers.0"), level.channels, padding))
+                .then(|| Downsample::new(vb.pp("downsamplers.0"), level.channels, padding))
                 .transpose()?;
             down.push((blocks, downsample));
         }
@@ -152,65 +154,59 @@ impl UNet {
             .mid
             .as_ref()
             .map(|level| {
-                let scope = scope.sub("mid_block");
+                let vb = vb.pp("mid_block");
                 let inputs = |_| level.channels;
-                Level::new(&scope, level, inputs, &mid_resnet, config, attention)
+                Level::new(vb, level, inputs, &mid_resnet, config, attention)
             })
             .transpose()?;
 
         let mut up = Vec::with_capacity(levels);
         for (i, level) in config.up.iter().enumerate() {
-            let scope = scope.sub("up_blocks").sub(i);
+            let vb = vb.pp("up_blocks").pp(i);
             let above = channels[levels - 1 - i.saturating_sub(1)];
             let below = channels[(levels - 1 - i).saturating_sub(1)];
-            // What comes from the blocks before, and the skip connection.
+            // The channels from the blocks before, and those of the skip connection.
             let inputs = |j| {
                 let first = if j == 0 { above } else { level.channels };
-                let skip = match j + 1 == level.resnets {
-                    true => below,
-                    false => level.channels,
+                let skip = if j + 1 == level.resnets {
+                    below
+                } else {
+                    level.channels
                 };
                 first + skip
             };
-            let blocks = Level::new(&scope, level, inputs, &resnet, config, attention)?;
+            let blocks = Level::new(vb.clone(), level, inputs, &resnet, config, attention)?;
             let upsample = (i + 1 < levels)
-                .then(|| Upsample::new(&scope.sub("upsamplers.0"), level.channels))
+                .then(|| Upsample::new(vb.pp("upsamplers.0"), level.channels))
                 .transpose()?;
             up.push((blocks, upsample));
         }
 
         let (kernel_in, kernel_out) = (config.conv_in_kernel, config.conv_out_kernel);
         Ok(Self {
-            time_embedding: TimeEmbedding::new(&scope.sub("time_embedding"), config)?,
-            conv_in: Conv2d::same(&scope.sub("conv_in"), config.in_channels, base, kernel_in)?,
+            time_embedding: TimeEmbedding::new(vb.pp("time_embedding"), config)?,
+            conv_in: Conv2d::same(vb.pp("conv_in"), config.in_channels, base, kernel_in)?,
             down,
             mid,
             up,
-            conv_norm_out: GroupNorm::new(
-                &scope.sub("conv_norm_out"),
-                base,
-                norm.groups,
-                norm.eps,
-            )?,
-            conv_out: Conv2d::same(
-                &scope.sub("conv_out"),
-                base,
-                config.out_channels,
-                kernel_out,
-            )?,
+            conv_norm_out: GroupNorm::new(vb.pp("conv_norm_out"), base, norm.groups, norm.eps)?,
+            conv_out: Conv2d::same(vb.pp("conv_out"), base, config.out_channels, kernel_out)?,
             config: config.clone(),
-            keep: Keep::All,
+            activations: Activations::Keep,
             compute: None,
         })
     }
 
-    /// The same network, with what its blocks keep for the backward pass: [`Keep::Nothing`] is gradient checkpointing.
-    pub fn with_keep(self, keep: Keep) -> Self {
-        Self { keep, ..self }
+    /// The same network, which keeps or recomputes the activations of its blocks in the backward pass.
+    pub fn with_activations(self, activations: Activations) -> Self {
+        Self {
+            activations,
+            ..self
+        }
     }
 
-    /// The same network, computing in the given type whatever its weights are held in: they are cast where they are used, and norms,
-    /// the softmax of attention and sums stay in `f32`. PyTorch's autocast.
+    /// The same network, which computes in the given type: weights are cast where they are used, and norms, the softmax of
+    /// attention and sums stay in `f32`. As PyTorch's autocast.
     pub fn computing_in(self, compute: Option<DType>) -> Self {
         Self { compute, ..self }
     }
@@ -249,13 +245,13 @@ impl UNet {
                 .time_embedding
                 .forward(timesteps, guidance.as_ref(), &x)?,
             context: &context,
-            keep: self.keep,
+            activations: self.activations,
         };
 
         if self.config.center_input {
             x = x.affine(2.0, -1.0)?;
         }
-        x = self.conv_in.forward(&x)?;
+        x = x.apply(&self.conv_in)?;
         let mut skips = vec![x.clone()];
         for (level, downsample) in &self.down {
             for i in 0..level.resnets.len() {
@@ -263,7 +259,7 @@ impl UNet {
                 skips.push(x.clone());
             }
             if let Some(downsample) = downsample {
-                x = downsample.forward(&x)?;
+                x = x.apply(downsample)?;
                 skips.push(x.clone());
             }
         }
@@ -287,8 +283,9 @@ impl UNet {
             }
         }
         let activation = self.config.resnet.activation;
-        self.conv_out
-            .forward(&self.conv_norm_out.forward_activated(&x, activation)?)?
+        self.conv_norm_out
+            .forward_activated(&x, activation)?
+            .apply(&self.conv_out)?
             .to_dtype(latents.dtype())
     }
 }

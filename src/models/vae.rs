@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, DType, Device, Module, Result, Tensor};
+use candle_nn::VarBuilder;
 use serde_json::json;
 
 use super::activation::Activation;
@@ -10,7 +11,7 @@ use super::blocks::{Downsample, NormConfig, ResnetBlock, ResnetConfig, Upsample}
 use super::config::{Class, ConfigFile};
 use super::layers::{Conv2d, GroupNorm, Projection};
 use super::unet::WEIGHTS_STEM;
-use super::{ModelError, Scope, Weights};
+use super::{ModelError, Weights};
 use crate::ops::{self, Attention};
 
 const CLASS: Class = Class {
@@ -19,7 +20,7 @@ const CLASS: Class = Class {
         "act_fn",
         "block_out_channels",
         "down_block_types",
-        "force_upcast", // to f32, in which coffey computes
+        "force_upcast", // to f32, the type that coffey computes in
         "in_channels",
         "latent_channels",
         "latents_mean",
@@ -42,7 +43,7 @@ const CLASS: Class = Class {
 pub struct VaeConfig {
     /// Channels of the latents.
     pub latent_channels: usize,
-    /// Latents times this have about unit variance; what the UNet sees.
+    /// Factor that gives latents about unit variance, as the UNet takes them.
     pub scaling_factor: f64,
     block_out_channels: Vec<usize>,
     layers_per_block: usize,
@@ -97,7 +98,7 @@ impl VaeConfig {
         })
     }
 
-    /// Pixels to a latent, along one side.
+    /// Pixels of a latent along one side.
     pub fn downscale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
@@ -114,38 +115,41 @@ struct MidAttention {
 }
 
 impl MidAttention {
-    fn new(
-        scope: &Scope<'_>,
-        channels: usize,
-        norm: NormConfig,
-    ) -> std::result::Result<Self, ModelError> {
+    fn new(vb: VarBuilder<'_>, channels: usize, norm: NormConfig) -> Result<Self> {
         // Files from before diffusers 0.18 say query, key, value and proj_attn.
         let linear = |new: &str, old: &str| {
-            let name = if scope.has(old) { old } else { new };
-            Projection::new(&scope.sub(name), channels, channels, true)
+            let old = vb.pp(old);
+            let vb = if old.contains_tensor("weight") {
+                old
+            } else {
+                vb.pp(new)
+            };
+            Projection::new(vb, channels, channels, true)
         };
         Ok(Self {
-            group_norm: GroupNorm::new(&scope.sub("group_norm"), channels, norm.groups, norm.eps)?,
+            group_norm: GroupNorm::new(vb.pp("group_norm"), channels, norm.groups, norm.eps)?,
             to_q: linear("to_q", "query")?,
             to_k: linear("to_k", "key")?,
             to_v: linear("to_v", "value")?,
             to_out: linear("to_out.0", "proj_attn")?,
         })
     }
+}
 
+impl Module for MidAttention {
+    /// `[B, C, H, W]` → the same shape.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
-        let normed = self.group_norm.forward(x)?;
-        let (q, k, v) = (
-            self.to_q.to_tokens(&normed)?,
-            self.to_k.to_tokens(&normed)?,
-            self.to_v.to_tokens(&normed)?,
-        );
+        let normed = x.apply(&self.group_norm)?;
+        let q = self.to_q.to_tokens(&normed)?;
+        let k = self.to_k.to_tokens(&normed)?;
+        let v = self.to_v.to_tokens(&normed)?;
         let out = ops::attention(&q, &k, &v, 1, false, Attention::MemoryEfficient)?;
         self.to_out.to_map(&out, (h, w))?.add(x)
     }
 }
 
+/// diffusers' `UNetMidBlock2D` without a time embedding.
 #[derive(Clone, Debug)]
 struct Mid {
     resnets: [ResnetBlock; 2],
@@ -153,35 +157,31 @@ struct Mid {
 }
 
 impl Mid {
-    fn new(
-        scope: &Scope<'_>,
-        channels: usize,
-        config: &VaeConfig,
-    ) -> std::result::Result<Self, ModelError> {
+    fn new(vb: VarBuilder<'_>, channels: usize, config: &VaeConfig) -> Result<Self> {
         let resnet = |i| {
-            let scope = scope.sub("resnets").sub(i);
-            ResnetBlock::new(&scope, channels, channels, &config.resnet)
+            let vb = vb.pp("resnets").pp(i);
+            ResnetBlock::new(vb, channels, channels, &config.resnet)
         };
         Ok(Self {
             resnets: [resnet(0)?, resnet(1)?],
             attention: config
                 .mid_attention
-                .then(|| {
-                    MidAttention::new(&scope.sub("attentions.0"), channels, config.resnet.norm)
-                })
+                .then(|| MidAttention::new(vb.pp("attentions.0"), channels, config.resnet.norm))
                 .transpose()?,
         })
     }
+}
 
+impl Module for Mid {
+    /// `[B, C, H, W]` → the same shape.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.resnets[0].forward(x, None)?;
-        if let Some(attention) = &self.attention {
-            x = attention.forward(&x)?;
-        }
+        let x = self.resnets[0].forward(x, None)?;
+        let x = x.apply(&self.attention.as_ref())?;
         self.resnets[1].forward(&x, None)
     }
 }
 
+/// diffusers' `Encoder`, with the convolution after it.
 #[derive(Clone, Debug)]
 struct Encoder {
     conv_in: Conv2d,
@@ -192,6 +192,7 @@ struct Encoder {
     quant_conv: Option<Conv2d>,
 }
 
+/// diffusers' `Decoder`, with the convolution before it.
 #[derive(Clone, Debug)]
 struct Decoder {
     post_quant_conv: Option<Conv2d>,
@@ -223,15 +224,15 @@ impl AutoencoderKl {
         let config = VaeConfig::read(folder)?;
         let weights = Weights::load(folder, WEIGHTS_STEM, dtype, device)?;
         let vae = Self {
-            encoder: Encoder::new(&weights.root(), &config)?,
-            decoder: Some(Decoder::new(&weights.root(), &config)?),
+            encoder: Encoder::new(&weights.builder(), &config)?,
+            decoder: Some(Decoder::new(&weights.builder(), &config)?),
             config,
         };
         weights.expect_all_taken(&[])?;
         Ok(vae)
     }
 
-    /// What encodes, alone: more than half of the weights are the decoder's.
+    /// The encoder alone: more than half of the weights are the decoder's.
     #[must_use]
     pub fn without_decoder(self) -> Self {
         Self {
@@ -247,7 +248,8 @@ impl AutoencoderKl {
 
     /// Moments of the latents' distribution: mean, then log-variance, unscaled.
     ///
-    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]`. As `AutoencoderKL.encode(…).latent_dist.parameters`.
+    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]` in the dtype of the pixels. As diffusers'
+    /// `AutoencoderKL.encode(…).latent_dist.parameters`.
     ///
     /// # Errors
     /// When the shapes do not fit.
@@ -255,7 +257,7 @@ impl AutoencoderKl {
         ops::in_pool(|| self.run_encoder(pixels))
     }
 
-    /// Whether images of this side are encoded in a batch as each would be alone, to the bit, on the CPU.
+    /// Whether a batch of images of this side is encoded on the CPU to the bits that each image would give alone.
     pub fn encodes_alike(&self, side: usize) -> bool {
         let widest = self.config.block_out_channels.iter().max();
         ops::convolves_alike(
@@ -266,32 +268,29 @@ impl AutoencoderKl {
 
     fn run_encoder(&self, pixels: &Tensor) -> Result<Tensor> {
         let encoder = &self.encoder;
-        let mut x = encoder.conv_in.forward(pixels)?;
+        let mut x = pixels.apply(&encoder.conv_in)?;
         for (resnets, downsample) in &encoder.down {
             for resnet in resnets {
                 x = resnet.forward(&x, None)?;
             }
-            if let Some(downsample) = downsample {
-                x = downsample.forward(&x)?;
-            }
+            x = x.apply(&downsample.as_ref())?;
         }
-        x = encoder.mid.forward(&x)?;
-        // Here diffusers takes SiLU whatever act_fn says.
-        x = encoder.conv_out.forward(
-            &encoder
-                .conv_norm_out
-                .forward_activated(&x, Activation::Silu)?,
-        )?;
-        match &encoder.quant_conv {
-            Some(conv) => conv.forward(&x),
-            None => Ok(x),
-        }
+        let x = x.apply(&encoder.mid)?;
+        // diffusers takes SiLU here whatever act_fn says.
+        encoder
+            .conv_norm_out
+            .forward_activated(&x, Activation::Silu)?
+            .apply(&encoder.conv_out)?
+            .apply(&encoder.quant_conv.as_ref())
     }
 
-    /// Pixels of unscaled latents: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about [-1, 1]. As `AutoencoderKL.decode`.
+    /// Pixels of unscaled latents.
+    ///
+    /// `latents`: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about in [-1, 1], in the dtype of the latents. As diffusers'
+    /// `AutoencoderKL.decode`.
     ///
     /// # Errors
-    /// When the shapes do not fit, and [`without_decoder`](Self::without_decoder).
+    /// When the shapes do not fit, or after [`without_decoder`](Self::without_decoder).
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         ops::in_pool(|| self.run_decoder(latents))
     }
@@ -300,87 +299,83 @@ impl AutoencoderKl {
         let Some(decoder) = &self.decoder else {
             candle_core::bail!("an autoencoder without its decoder can't decode");
         };
-        let mut x = match &decoder.post_quant_conv {
-            Some(conv) => conv.forward(latents)?,
-            None => latents.clone(),
-        };
-        x = decoder.mid.forward(&decoder.conv_in.forward(&x)?)?;
+        let mut x = latents
+            .apply(&decoder.post_quant_conv.as_ref())?
+            .apply(&decoder.conv_in)?
+            .apply(&decoder.mid)?;
         for (resnets, upsample) in &decoder.up {
             for resnet in resnets {
                 x = resnet.forward(&x, None)?;
             }
-            if let Some(upsample) = upsample {
-                x = upsample.forward(&x)?;
-            }
+            x = x.apply(&upsample.as_ref())?;
         }
-        decoder.conv_out.forward(
-            &decoder
-                .conv_norm_out
-                .forward_activated(&x, Activation::Silu)?,
-        )
+        decoder
+            .conv_norm_out
+            .forward_activated(&x, Activation::Silu)?
+            .apply(&decoder.conv_out)
     }
 }
 
 impl Encoder {
-    fn new(root: &Scope<'_>, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
-        let scope = root.sub("encoder");
+    fn new(root: &VarBuilder<'_>, config: &VaeConfig) -> Result<Self> {
+        let vb = root.pp("encoder");
         let channels = &config.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let moments = 2 * config.latent_channels;
         let mut down = Vec::new();
         for (level, &outputs) in channels.iter().enumerate() {
-            let scope = scope.sub("down_blocks").sub(level);
+            let vb = vb.pp("down_blocks").pp(level);
             let inputs = channels[level.saturating_sub(1)];
             let resnets = (0..config.layers_per_block)
                 .map(|i| {
                     let inputs = if i == 0 { inputs } else { outputs };
-                    let scope = scope.sub("resnets").sub(i);
-                    ResnetBlock::new(&scope, inputs, outputs, &config.resnet)
+                    let vb = vb.pp("resnets").pp(i);
+                    ResnetBlock::new(vb, inputs, outputs, &config.resnet)
                 })
-                .collect::<std::result::Result<_, _>>()?;
+                .collect::<Result<_>>()?;
             let downsample = (level + 1 < channels.len())
-                .then(|| Downsample::new(&scope.sub("downsamplers.0"), outputs, 0))
+                .then(|| Downsample::new(vb.pp("downsamplers.0"), outputs, 0))
                 .transpose()?;
             down.push((resnets, downsample));
         }
         Ok(Self {
-            conv_in: Conv2d::same3(&scope.sub("conv_in"), 3, first)?,
+            conv_in: Conv2d::same3(vb.pp("conv_in"), 3, first)?,
             down,
-            mid: Mid::new(&scope.sub("mid_block"), last, config)?,
+            mid: Mid::new(vb.pp("mid_block"), last, config)?,
             conv_norm_out: GroupNorm::new(
-                &scope.sub("conv_norm_out"),
+                vb.pp("conv_norm_out"),
                 last,
                 config.resnet.norm.groups,
                 config.resnet.norm.eps,
             )?,
-            conv_out: Conv2d::same3(&scope.sub("conv_out"), last, moments)?,
+            conv_out: Conv2d::same3(vb.pp("conv_out"), last, moments)?,
             quant_conv: config
                 .quant_conv
-                .then(|| Conv2d::pointwise(&root.sub("quant_conv"), moments, moments))
+                .then(|| Conv2d::pointwise(root.pp("quant_conv"), moments, moments))
                 .transpose()?,
         })
     }
 }
 
 impl Decoder {
-    fn new(root: &Scope<'_>, config: &VaeConfig) -> std::result::Result<Self, ModelError> {
-        let scope = root.sub("decoder");
+    fn new(root: &VarBuilder<'_>, config: &VaeConfig) -> Result<Self> {
+        let vb = root.pp("decoder");
         let channels = &config.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let latent = config.latent_channels;
         let mut up = Vec::new();
         let mut inputs = last;
         for (i, &outputs) in channels.iter().rev().enumerate() {
-            let scope = scope.sub("up_blocks").sub(i);
+            let vb = vb.pp("up_blocks").pp(i);
             let resnets = (0..=config.layers_per_block)
                 .map(|j| {
                     let inputs = if j == 0 { inputs } else { outputs };
-                    let scope = scope.sub("resnets").sub(j);
-                    ResnetBlock::new(&scope, inputs, outputs, &config.resnet)
+                    let vb = vb.pp("resnets").pp(j);
+                    ResnetBlock::new(vb, inputs, outputs, &config.resnet)
                 })
-                .collect::<std::result::Result<_, _>>()?;
+                .collect::<Result<_>>()?;
             let upsample = (i + 1 < channels.len())
-                .then(|| Upsample::new(&scope.sub("upsamplers.0"), outputs))
+                .then(|| Upsample::new(vb.pp("upsamplers.0"), outputs))
                 .transpose()?;
             up.push((resnets, upsample));
             inputs = outputs;
@@ -388,26 +383,26 @@ impl Decoder {
         Ok(Self {
             post_quant_conv: config
                 .post_quant_conv
-                .then(|| Conv2d::pointwise(&root.sub("post_quant_conv"), latent, latent))
+                .then(|| Conv2d::pointwise(root.pp("post_quant_conv"), latent, latent))
                 .transpose()?,
-            conv_in: Conv2d::same3(&scope.sub("conv_in"), latent, last)?,
-            mid: Mid::new(&scope.sub("mid_block"), last, config)?,
+            conv_in: Conv2d::same3(vb.pp("conv_in"), latent, last)?,
+            mid: Mid::new(vb.pp("mid_block"), last, config)?,
             up,
             conv_norm_out: GroupNorm::new(
-                &scope.sub("conv_norm_out"),
+                vb.pp("conv_norm_out"),
                 first,
                 config.resnet.norm.groups,
                 config.resnet.norm.eps,
             )?,
-            conv_out: Conv2d::same3(&scope.sub("conv_out"), first, 3)?,
+            conv_out: Conv2d::same3(vb.pp("conv_out"), first, 3)?,
         })
     }
 }
 
 /// Latents drawn from moments: `(mean + exp(½ logvar)·noise) · scaling_factor`, log-variance clamped to [-30, 20].
 ///
-/// `moments`: `[B, 2C, h, w]`, `noise`: `[B, C, h, w]`, standard normal → `[B, C, h, w]`. As
-/// `DiagonalGaussianDistribution.sample` times `scaling_factor`.
+/// `moments`: `[B, 2C, h, w]`, `noise`: `[B, C, h, w]`, standard normal, of one dtype → `[B, C, h, w]` in that dtype. As
+/// diffusers' `DiagonalGaussianDistribution.sample` times `scaling_factor`.
 ///
 /// # Errors
 /// When the shapes do not fit.

@@ -1,8 +1,8 @@
-//! Named tensors: read from a model folder, handed out by name with their shapes checked, written back.
+//! A model's named tensors: read from its folder, and written back to one.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Metadata, TensorInfo, View};
@@ -13,11 +13,12 @@ use super::{ModelError, mapped};
 #[derive(Debug)]
 pub struct Weights {
     tensors: BTreeMap<String, Tensor>,
-    /// The file, its index or the folder.
+    /// The file, its index or the folder; named in errors.
     origin: PathBuf,
-    /// Which shard a tensor is in, where there are shards.
+    /// The shard of each tensor; empty for a single file.
     shards: BTreeMap<String, PathBuf>,
-    taken: RefCell<BTreeSet<String>>,
+    /// Names of the tensors that a network was built of.
+    taken: Mutex<BTreeSet<String>>,
 }
 
 impl Weights {
@@ -27,16 +28,16 @@ impl Weights {
             tensors,
             origin: origin.into(),
             shards: BTreeMap::new(),
-            taken: RefCell::default(),
+            taken: Mutex::default(),
         }
     }
 
     /// Reads `{stem}.safetensors` or the shards of its index, else their `fp16` variant, as `dtype` on `device`.
     ///
-    /// Files are memory-mapped: at no time is more held than the tensors and, for one of them, its stored form.
+    /// Tensors of integers keep their type. Files are memory-mapped: the peak is the tensors, and one of them as stored.
     ///
     /// # Errors
-    /// When there are no such files or they are damaged.
+    /// When no such file exists, or one is damaged.
     pub fn load(
         folder: &Path,
         stem: &str,
@@ -44,17 +45,19 @@ impl Weights {
         device: &Device,
     ) -> Result<Self, ModelError> {
         let (origin, mut shards) = weight_files(folder, stem)?;
-        let files: BTreeSet<PathBuf> = match shards.is_empty() {
-            true => [origin.clone()].into(),
-            false => shards.values().cloned().collect(),
-        };
         let sharded = !shards.is_empty();
+        let files: BTreeSet<PathBuf> = if sharded {
+            shards.values().cloned().collect()
+        } else {
+            [origin.clone()].into()
+        };
         let mut tensors = BTreeMap::new();
         for path in files {
             mapped::for_each_tensor(&path, |name, tensor| {
-                let tensor = match tensor.dtype().is_float() {
-                    true => tensor.to_dtype(dtype)?,
-                    false => tensor,
+                let tensor = if tensor.dtype().is_float() {
+                    tensor.to_dtype(dtype)?
+                } else {
+                    tensor
                 };
                 if sharded {
                     shards.insert(name.to_owned(), path.clone());
@@ -67,21 +70,21 @@ impl Weights {
             tensors,
             origin,
             shards,
-            taken: RefCell::default(),
+            taken: Mutex::default(),
         })
     }
 
-    /// The file that holds a tensor, or should.
-    fn origin_of(&self, name: &str) -> PathBuf {
+    /// The file that holds a tensor, or the index or file that lacks it.
+    pub(super) fn origin_of(&self, name: &str) -> PathBuf {
         self.shards.get(name).unwrap_or(&self.origin).clone()
     }
 
-    /// The root scope.
-    pub fn root(&self) -> Scope<'_> {
-        Scope {
-            weights: self,
-            prefix: String::new(),
-        }
+    /// The tensor of a name, which counts as used from now on.
+    pub(super) fn take(&self, name: &str) -> Option<Tensor> {
+        let tensor = self.tensors.get(name)?;
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.insert(name.to_owned());
+        Some(tensor.clone())
     }
 
     /// The tensors, in name order.
@@ -89,18 +92,18 @@ impl Weights {
         &self.tensors
     }
 
-    /// Gives up the tensors.
+    /// The tensors themselves, in name order.
     pub fn into_tensors(self) -> BTreeMap<String, Tensor> {
         self.tensors
     }
 
-    /// Fails when a tensor was never asked for: the configuration then describes another model. Names that end in one of
-    /// `ignored` are passed over.
+    /// Fails if a tensor was never used: the configuration then describes another model. Names that end in one of `ignored`
+    /// may be unused.
     ///
     /// # Errors
     /// [`ModelError::UnexpectedTensors`].
     pub fn expect_all_taken(&self, ignored: &[&str]) -> Result<(), ModelError> {
-        let taken = self.taken.borrow();
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let names: Vec<String> = self
             .tensors
             .keys()
@@ -108,23 +111,23 @@ impl Weights {
             .take(5)
             .cloned()
             .collect();
-        match names.is_empty() {
-            true => Ok(()),
-            false => Err(ModelError::UnexpectedTensors {
-                origin: self.origin_of(&names[0]),
+        match names.first() {
+            None => Ok(()),
+            Some(first) => Err(ModelError::UnexpectedTensors {
+                origin: self.origin_of(first),
                 names,
             }),
         }
     }
 }
 
-/// The weights file of a folder, or its index and the shard of each tensor.
+/// The weights file of a folder and no shards, or its index and the shard of each tensor.
 fn weight_files(
     folder: &Path,
     stem: &str,
 ) -> Result<(PathBuf, BTreeMap<String, PathBuf>), ModelError> {
     #[derive(serde::Deserialize)]
-    struct Index {
+    struct ShardIndex {
         weight_map: BTreeMap<String, String>,
     }
     // diffusers and transformers put the variant before the last suffix, also of an index.
@@ -147,7 +150,7 @@ fn weight_files(
     {
         return Ok((path, BTreeMap::new()));
     }
-    let Index { weight_map } = read_json(&path)?;
+    let ShardIndex { weight_map } = read_json(&path)?;
     let invalid = |message: String| ModelError::Config {
         path: path.clone(),
         message,
@@ -156,7 +159,7 @@ fn weight_files(
         return Err(invalid("\"weight_map\" names no tensor".to_owned()));
     }
     let shards = weight_map.into_iter().map(|(name, file)| {
-        // A name and nothing else: an index must not lead out of its folder.
+        // A bare file name: an index must not lead out of its folder.
         match Path::new(&file).file_name() {
             Some(only) if only == file.as_str() => Ok((name, folder.join(file))),
             _ => Err(invalid(format!(
@@ -180,17 +183,17 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T
     })
 }
 
-/// Writes tensors in the layout of a safetensors file, one after the other: no more than one of them is copied at a time.
+/// Writes tensors in the layout of a safetensors file, and copies at most one of them at a time.
 ///
 /// # Errors
-/// What the writer says, or a header that can't be made of the names.
+/// When the writer fails, or the names make no header.
 pub fn write_safetensors<'a>(
     writer: &mut impl std::io::Write,
     tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
     metadata: Option<HashMap<String, String>>,
 ) -> std::io::Result<()> {
     let mut tensors: Vec<_> = tensors.into_iter().collect();
-    // The order of the reference's own writer: by alignment, then by name.
+    // The order of `safetensors::serialize`: by alignment, then by name.
     tensors
         .sort_by(|(name, a), (other, b)| View::dtype(b).cmp(&View::dtype(a)).then(name.cmp(other)));
     let mut offset = 0;
@@ -215,13 +218,13 @@ pub fn write_safetensors<'a>(
     writer.flush()
 }
 
-/// What the files of a model carry besides tensors: diffusers asks for it.
+/// The metadata of a model's safetensors file, which diffusers requires.
 #[must_use]
 pub fn model_metadata() -> HashMap<String, String> {
     [("format".to_owned(), "pt".to_owned())].into()
 }
 
-/// A model's `config.json`.
+/// The text of a model's `config.json`.
 #[must_use]
 pub fn config_text(config: &serde_json::Map<String, serde_json::Value>) -> String {
     format!("{:#}\n", serde_json::Value::Object(config.clone()))
@@ -254,65 +257,4 @@ pub fn save_model(
         path: path.clone(),
         source: std::io::Error::other(e),
     })
-}
-
-/// A place in the tree of a model's tensor names.
-#[derive(Clone, Debug)]
-pub struct Scope<'a> {
-    weights: &'a Weights,
-    prefix: String,
-}
-
-impl Scope<'_> {
-    /// The scope one name down.
-    pub fn sub(&self, name: impl std::fmt::Display) -> Self {
-        Self {
-            weights: self.weights,
-            prefix: self.full(&name.to_string()),
-        }
-    }
-
-    fn full(&self, name: &str) -> String {
-        match self.prefix.is_empty() {
-            true => name.to_owned(),
-            false => format!("{}.{name}", self.prefix),
-        }
-    }
-
-    /// Whether a tensor of this name, or any below it, is there.
-    pub fn has(&self, name: &str) -> bool {
-        let name = self.full(name);
-        let mut from = self.weights.tensors.range(name.clone()..);
-        from.next().is_some_and(|(key, _)| {
-            key == &name
-                || key
-                    .strip_prefix(&name)
-                    .is_some_and(|rest| rest.starts_with('.'))
-        })
-    }
-
-    /// The tensor `name` in this scope, which must have `shape`.
-    ///
-    /// # Errors
-    /// When it is missing or has another shape.
-    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
-        let name = self.full(name);
-        let Some(tensor) = self.weights.tensors.get(&name) else {
-            return Err(ModelError::MissingTensor {
-                origin: self.weights.origin_of(&name),
-                name,
-                needed: shape.to_vec(),
-            });
-        };
-        if tensor.dims() != shape {
-            return Err(ModelError::WrongShape {
-                origin: self.weights.origin_of(&name),
-                name,
-                found: tensor.dims().to_vec(),
-                needed: shape.to_vec(),
-            });
-        }
-        self.weights.taken.borrow_mut().insert(name);
-        Ok(tensor.clone())
-    }
 }

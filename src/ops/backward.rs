@@ -1,89 +1,63 @@
 //! Gradients of a scalar with respect to variables.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 
-use candle_core::{Result, Tensor, TensorId};
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, bail};
 
-use super::pool::in_pool;
-
-type ById = HashMap<TensorId, Tensor>;
+use super::in_pool;
 
 thread_local! {
-    /// Where the kernels put the gradients of variables while [`backward`] runs on this thread.
-    static DELIVERED: RefCell<Option<ById>> = const { RefCell::new(None) };
+    /// Gradients of variables, from this module's operations, while [`backward`] runs on this thread.
+    static VARIABLE_GRADS: RefCell<Option<GradStore>> = const { RefCell::new(None) };
 }
 
-/// Gradients by variable.
-#[derive(Debug, Default)]
-pub struct Gradients(ById);
-
-impl Gradients {
-    /// The gradient of a variable; none if the scalar does not depend on it.
-    pub fn get(&self, variable: &Tensor) -> Option<&Tensor> {
-        self.0.get(&variable.id())
-    }
-
-    /// Takes out the gradient of a variable.
-    pub fn remove(&mut self, variable: &Tensor) -> Option<Tensor> {
-        self.0.remove(&variable.id())
-    }
-}
-
-/// The gradients of `scalar` with respect to every variable it depends on.
+/// The gradients of `scalar` with respect to every variable that it depends on, each of the variable's shape and dtype.
 ///
-/// The same numbers as [`Tensor::backward`], with less traffic: candle adds each gradient to a tensor of zeros first, which
-/// for a weight is several passes over it; here the kernels hand over the gradients of variables as they are.
+/// The numbers of [`Tensor::backward`], with less traffic: candle adds each gradient to a tensor of zeros first, which
+/// for a weight is several passes over it. Here the operations of this module hand over gradients of variables as they are.
 ///
 /// # Errors
-/// When a tensor operation fails.
-pub fn backward(scalar: &Tensor) -> Result<Gradients> {
+/// When an operation's backward fails.
+pub fn backward(scalar: &Tensor) -> Result<GradStore> {
     in_pool(|| collect(scalar))
 }
 
-fn collect(scalar: &Tensor) -> Result<Gradients> {
-    let outer = DELIVERED.replace(Some(ById::new()));
+fn collect(scalar: &Tensor) -> Result<GradStore> {
+    let outer = VARIABLE_GRADS.replace(Some(GradStore::default()));
     let store = scalar.backward();
-    let delivered = DELIVERED.replace(outer);
-    let (store, mut gradients) = (store?, delivered.unwrap_or_default());
-    // What candle's own operations found, for variables they took part with.
-    for &id in store.get_ids() {
-        if let Some(gradient) = store.get_id(id) {
-            add(&mut gradients, id, gradient.clone())?;
-        }
-    }
-    Ok(Gradients(gradients))
+    let accumulated = VARIABLE_GRADS.replace(outer);
+    let mut gradients = accumulated.unwrap_or_default();
+    // candle's own operations found the rest.
+    gradients.extend(store?)?;
+    Ok(gradients)
 }
 
-/// Hands a gradient to the running [`backward`] if `operand` is a variable; otherwise, and under candle's own backward, gives
-/// it back for candle to go on with.
-pub(super) fn deliver(operand: &Tensor, gradient: Option<Tensor>) -> Result<Option<Tensor>> {
-    DELIVERED.with_borrow_mut(|delivered| match (delivered, gradient) {
+/// Adds a gradient to the running [`backward`]'s if `operand` is a variable. Otherwise, and under candle's own backward,
+/// returns it for candle to go on with.
+pub(super) fn accumulate_variable_grad(
+    operand: &Tensor,
+    gradient: Option<Tensor>,
+) -> Result<Option<Tensor>> {
+    VARIABLE_GRADS.with_borrow_mut(|running| match (running, gradient) {
         (Some(gradients), Some(gradient)) if operand.is_variable() => {
-            add(gradients, operand.id(), gradient).map(|()| None)
+            let sum = match gradients.remove(operand) {
+                Some(before) => before.add(&gradient)?,
+                None => gradient,
+            };
+            gradients.insert(operand, sum);
+            Ok(None)
         }
         (_, gradient) => Ok(gradient),
     })
 }
 
-/// Hands on gradients that an inner [`backward`] found to the outer one.
-pub(super) fn deliver_all(inner: Gradients) -> Result<()> {
-    DELIVERED.with_borrow_mut(|delivered| {
-        let Some(gradients) = delivered else {
-            candle_core::bail!("a segment's gradients need ops::backward, not Tensor::backward");
-        };
-        for (id, gradient) in inner.0 {
-            add(gradients, id, gradient)?;
+/// Adds the gradients that an inner [`backward`] found to those of the running one.
+pub(super) fn accumulate_all(inner: GradStore) -> Result<()> {
+    VARIABLE_GRADS.with_borrow_mut(|running| match running {
+        Some(gradients) => gradients.extend(inner),
+        None => {
+            bail!("an activation checkpoint's gradients need ops::backward, not Tensor::backward")
         }
-        Ok(())
     })
-}
-
-fn add(gradients: &mut ById, id: TensorId, gradient: Tensor) -> Result<()> {
-    let sum = match gradients.remove(&id) {
-        Some(before) => before.add(&gradient)?,
-        None => gradient,
-    };
-    gradients.insert(id, sum);
-    Ok(())
 }

@@ -8,29 +8,26 @@ use std::sync::LazyLock;
 /// Decades below 1 that the map covers.
 const DECADES: u32 = 7;
 
-/// 256 values in ascending order, and how to find the nearest one.
+/// 256 values in ascending order, and a table to find the nearest one.
 #[derive(Debug)]
 pub(super) struct DynamicMap {
     values: [f32; 256],
     /// Half way between each value and the next; infinite after the last one.
     middles: [f32; 256],
-    /// By the upper half of a number's bits: the code of the least number that begins so.
+    /// By the upper half of a number's bits: the code of the least number with that half.
     first: Vec<u8>,
 }
 
-/// For numbers in [-1, 1].
+/// The map of numbers in [-1, 1].
 pub(super) static SIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(true));
-/// For numbers in [0, 1].
+/// The map of numbers in [0, 1].
 pub(super) static UNSIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(false));
 
 impl DynamicMap {
     fn new(signed: bool) -> Self {
         let mut found = vec![0.0, 1.0];
         for decade in 0..DECADES {
-            let items = match signed {
-                true => 1 << decade,
-                false => 2 << decade,
-            };
+            let items = if signed { 1 << decade } else { 2 << decade };
             let scale = 10f64.powi(decade as i32 - 6) as f32;
             for i in 0..items {
                 let mean = scale * ((end(i, items) + end(i + 1, items)) / 2.0);
@@ -49,7 +46,7 @@ impl DynamicMap {
         }
         let first = |upper: u32| {
             let negative = upper & 0x8000 != 0;
-            // Of negative numbers the least is the one with the most bits set.
+            // The least negative number of a half has all lower bits set.
             let least = f32::from_bits(upper << 16 | if negative { 0xffff } else { 0 });
             middles.partition_point(|&middle| middle < least).min(255) as u8
         };
@@ -86,12 +83,13 @@ impl DynamicMap {
     }
 }
 
-/// The `i`-th of the ends of `items` equal parts of [0.1, 1], rounded as `torch.linspace` rounds it: from the nearer end.
+/// The `i`-th of the ends of `items` equal parts of [0.1, 1], as `torch.linspace` rounds it: from the nearer end.
 fn end(i: u32, items: u32) -> f32 {
     let width = (1.0f32 - 0.1) / items as f32;
-    match i < items.div_ceil(2) {
-        true => width.mul_add(i as f32, 0.1),
-        false => (-width).mul_add((items - i) as f32, 1.0),
+    if i < items.div_ceil(2) {
+        width.mul_add(i as f32, 0.1)
+    } else {
+        (-width).mul_add((items - i) as f32, 1.0)
     }
 }
 
@@ -100,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_value_is_found_for_every_kind_of_number() {
+    fn dynamic_map_finds_the_nearest_value() {
         for map in [&*SIGNED, &*UNSIGNED] {
             let nearest = |x: f32| map.middles.partition_point(|&m| m < x) as u8;
             for &middle in &map.middles[..255] {

@@ -1,4 +1,4 @@
-//! For the unit tests of this module: seeded tensors, comparison, finite differences in `f64`.
+//! Helpers of this module's unit tests: seeded tensors, comparison, finite differences in `f64`.
 
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -28,7 +28,7 @@ pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Resul
     Ok(())
 }
 
-/// Checks every element of every input's gradient of `Σ f(inputs)·r`, for a fixed random `r`, against central differences.
+/// Checks the gradient of `Σ f(inputs)·r`, for a fixed random `r`, against central differences: every element of every input.
 pub(super) fn check_gradients(
     inputs: &[Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -66,11 +66,11 @@ pub(super) fn check_gradients(
 }
 
 mod tests {
-    use super::super::{geglu, linear, quick_gelu, upsample_nearest_2x};
     use super::*;
+    use crate::ops::{conv2d, geglu, linear, quick_gelu, upsample_nearest_2x};
 
     #[test]
-    fn small_layers() -> Result<()> {
+    fn small_layer_gradients_match_finite_differences() -> Result<()> {
         check_gradients(&[random(&[2, 3, 6], 1)?], |t| geglu(&t[0]))?;
         check_gradients(&[random(&[2, 3, 6], 1)?], |t| quick_gelu(&t[0]))?;
         check_gradients(&[random(&[2, 3, 2, 3], 1)?], |t| upsample_nearest_2x(&t[0]))?;
@@ -83,12 +83,10 @@ mod tests {
     }
 
     #[test]
-    fn frozen_inputs_get_no_gradient() -> Result<()> {
+    fn frozen_operands_get_no_gradient() -> Result<()> {
         let x = Var::from_tensor(&random(&[1, 2, 4, 4], 1)?)?;
         let weight = random(&[2, 2, 3, 3], 2)?;
-        let grads = super::super::conv2d(&x, &weight, None, 1, 1)?
-            .sum_all()?
-            .backward()?;
+        let grads = conv2d(&x, &weight, None, 1, 1)?.sum_all()?.backward()?;
         assert!(grads.get(&x).is_some());
         assert!(grads.get(&weight).is_none());
         Ok(())

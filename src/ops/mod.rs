@@ -1,31 +1,32 @@
 //! What candle lacks for training: layers whose backward is fast and whose gradients reach every parameter.
 //!
-//! Candle's stock group norm, layer norm, softmax and attention drop their gradients without an error, and its
-//! convolution's backward is several times slower than its forward. The functions here are differentiable through
-//! [`candle_core::Tensor::backward`], run on rayon's pool, compute no gradient for inputs that are not tracked, and give the same
-//! numbers for any number of threads. The kernels are the CPU's and take `f32` and `f64` (`f64` is there for checks
-//! against finite differences). On other devices, and for `f16` and `bf16`, the same functions are made of candle's tensor
-//! operations, with a backward as fast and as sparing of memory as those allow.
+//! candle's layer norm, softmax over the last dimension and `sdpa` drop their gradients without an error, and the backward of
+//! its convolution is several times slower than the forward. The functions here are differentiable, compute no gradient for
+//! operands that are not tracked, and give the same numbers for any number of threads.
+//!
+//! Each operation has three files of one name:
+//!
+//! - `ops/NAME.rs`: the public function. It checks the shapes and chooses between the other two.
+//! - `ops/cpu/NAME.rs`: a kernel over slices, for floats on the CPU (`f64` is for checks against finite differences).
+//! - `ops/portable/NAME.rs`: the same out of candle's tensor operations, for any device.
 //!
 //! This module knows tensors and nothing of diffusion.
 
 mod activation;
+mod activation_checkpoint;
 mod adamw8bit;
 mod attention;
+mod autograd_op;
 mod backward;
 mod cast;
-mod computed;
 mod conv;
 mod cpu;
 mod dynamic_map;
-mod gemm;
-mod kernel;
+mod half;
 mod linear;
 mod norm;
-mod pool;
+mod portable;
 mod projection;
-mod segment;
-mod tensor;
 mod update;
 mod upsample;
 
@@ -33,15 +34,32 @@ mod upsample;
 mod gradcheck;
 
 pub use activation::{geglu, quick_gelu};
+pub use activation_checkpoint::{Activations, activation_checkpoint};
 pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
 pub use attention::{Attention, attention};
-pub use backward::{Gradients, backward};
+pub use backward::backward;
 pub use cast::cast;
 pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
-pub use pool::in_pool;
 pub use projection::{map_to_tokens, tokens_to_map};
-pub use segment::{Keep, segment};
 pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;
+
+use candle_core::{Result, Tensor};
+
+/// Runs `work`, a chain of operations, on a thread of rayon's pool.
+///
+/// From outside the pool each operation would wake a thread of it and sleep until that is done, which for small tensors costs
+/// as much as the work. The result is the same.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}
+
+/// `bias`, or `len` zeros in the dtype and on the device of `like`: operations of candle's graph have a fixed number of operands.
+fn bias_or_zeros(bias: Option<&Tensor>, len: usize, like: &Tensor) -> Result<Tensor> {
+    match bias {
+        Some(bias) => Ok(bias.clone()),
+        None => Tensor::zeros(len, like.dtype(), like.device()),
+    }
+}

@@ -1,66 +1,20 @@
 //! Nearest-neighbour upsampling.
 
-use candle_core::{Result, Shape, Tensor};
-use rayon::prelude::*;
+use candle_core::{Result, Tensor};
 
-use super::cpu::Real;
-use super::kernel::{Kernel, apply1, has_kernel};
+use super::{cpu, portable};
 
-/// Doubles height and width by repeating pixels, as `F.interpolate(scale_factor=2, mode="nearest")`.
+/// Doubles height and width by repeating pixels, as `torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")`.
 ///
-/// `x`: `[B, C, H, W]` → `[B, C, 2H, 2W]`. Candle's own upsampling overwrites its gradient instead of adding to it.
+/// `x`: `[B, C, H, W]` of a float dtype → `[B, C, 2H, 2W]` in that dtype. candle's own upsampling overwrites its gradient
+/// instead of adding to it.
 ///
 /// # Errors
 /// When `x` is not of rank 4.
 pub fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    let (b, c, h, w) = x.dims4()?;
-    if has_kernel(x) {
-        return apply1(Upsample { b, c, h, w }, x);
-    }
-    super::tensor::upsample_nearest_2x(x)
-}
-
-struct Upsample {
-    b: usize,
-    c: usize,
-    h: usize,
-    w: usize,
-}
-
-impl Kernel<1> for Upsample {
-    const NAME: &'static str = "upsample_nearest_2x";
-
-    fn shape(&self) -> Shape {
-        Shape::from((self.b, self.c, 2 * self.h, 2 * self.w))
-    }
-
-    fn forward<T: Real>(&self, [x]: [&[T]; 1]) -> Vec<T> {
-        let w = self.w;
-        let mut out = vec![T::zero(); 4 * x.len()];
-        out.par_chunks_mut(4 * w)
-            .zip(x.par_chunks(w))
-            .for_each(|(out, row)| {
-                let (first, second) = out.split_at_mut(2 * w);
-                for (pair, &x) in first.chunks_exact_mut(2).zip(row) {
-                    pair.fill(x);
-                }
-                second.copy_from_slice(first);
-            });
-        out
-    }
-
-    fn backward<T: Real>(&self, _: [&[T]; 1], grad: &[T], _: [bool; 1]) -> [Option<Vec<T>>; 1] {
-        let w = self.w;
-        let mut out = vec![T::zero(); grad.len() / 4];
-        out.par_chunks_mut(w)
-            .zip(grad.par_chunks(4 * w))
-            .for_each(|(out, grad)| {
-                let (first, second) = grad.split_at(2 * w);
-                let pairs = first.chunks_exact(2).zip(second.chunks_exact(2));
-                for (o, (a, b)) in out.iter_mut().zip(pairs) {
-                    *o = a[0] + a[1] + b[0] + b[1];
-                }
-            });
-        [Some(out)]
+    if cpu::has_kernel(x) {
+        cpu::upsample_nearest_2x(x)
+    } else {
+        portable::upsample_nearest_2x(x)
     }
 }

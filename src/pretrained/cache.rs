@@ -1,20 +1,20 @@
-//! Folders that keep what was fetched, and the lock that makes processes take turns.
+//! Cache folders of fetched models, and the lock between processes that fetch the same model.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::{PretrainedError, io};
-use crate::environment;
+use crate::process;
 
-/// `$XDG_CACHE_HOME` or `~/.cache`; `set` names the variable that makes it unnecessary.
+/// `$XDG_CACHE_HOME`, else `~/.cache`; `set` is the variable that the error suggests.
 pub(super) fn home(
     set: &'static str,
-    variable: impl Fn(&str) -> Option<String>,
+    env_var: impl Fn(&str) -> Option<String>,
 ) -> Result<PathBuf, PretrainedError> {
-    environment::caches(variable).ok_or(PretrainedError::NoHome { set })
+    process::cache_dir(env_var).ok_or(PretrainedError::NoHome { set })
 }
 
-/// Waits until no other process fetches into what the lock file stands for, and keeps others out until it is dropped.
+/// Takes the lock at `path`, waiting for other processes; it is released when the file is dropped.
 pub(super) fn lock(path: &Path, model: &str) -> Result<File, PretrainedError> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(io(folder))?;
@@ -23,7 +23,7 @@ pub(super) fn lock(path: &Path, model: &str) -> Result<File, PretrainedError> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            errln!("waiting for another process that fetches {model}");
+            errln!("waiting for another process that is fetching {model}");
             file.lock().map_err(io(path))?;
         }
         Err(TryLockError::Error(error)) => return Err(io(path)(error)),
@@ -31,14 +31,13 @@ pub(super) fn lock(path: &Path, model: &str) -> Result<File, PretrainedError> {
     Ok(file)
 }
 
-/// Writes a small file so that it is there whole or not there.
+/// Writes a small file atomically.
 pub(super) fn write(path: &Path, text: &str) -> Result<(), PretrainedError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(io(folder))?;
-    let aside = tempfile::NamedTempFile::new_in(folder).map_err(io(folder))?;
-    fs::write(aside.path(), text).map_err(io(path))?;
-    aside
-        .persist(path)
+    let file = tempfile::NamedTempFile::new_in(folder).map_err(io(folder))?;
+    fs::write(file.path(), text).map_err(io(path))?;
+    file.persist(path)
         .map_err(|error| io(path)(error.error))
         .map(drop)
 }
@@ -46,26 +45,21 @@ pub(super) fn write(path: &Path, text: &str) -> Result<(), PretrainedError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::env_of;
 
     #[test]
-    fn the_cache_is_where_the_environment_says() {
-        let with = |pairs: &'static [(&str, &str)]| {
-            home("X", |name| {
-                let found = pairs.iter().find(|(key, _)| *key == name);
-                found.map(|(_, value)| (*value).to_owned())
-            })
-        };
-        let path = |pairs| with(pairs).unwrap();
+    fn cache_home_comes_from_the_environment() {
+        let path = |variables: &[(&str, &str)]| home("X", env_of(variables)).unwrap();
         assert_eq!(path(&[("HOME", "/h")]), Path::new("/h/.cache"));
         assert_eq!(
             path(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]),
             Path::new("/c")
         );
-        assert!(with(&[]).unwrap_err().is_config());
+        assert!(home("X", env_of(&[])).unwrap_err().is_config());
     }
 
     #[test]
-    fn a_lock_is_held_by_one_at_a_time() {
+    fn lock_excludes_a_second_holder() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/.lock");
         let held = lock(&path, "a/b").unwrap();

@@ -1,4 +1,4 @@
-//! Which files of a model are needed: of each part its configuration and one form of its weights, and nothing else.
+//! Selects the files of a model to fetch: for each component its configuration and one form of its weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -8,23 +8,23 @@ const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 /// Stem of the weight files of transformers' models.
 const TRANSFORMERS_STEM: &str = "model";
 
-/// What of a model is needed.
+/// The components of a model that a command needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
-    parts: Vec<Part>,
-    /// Files that are taken if they are there.
+pub struct Components {
+    components: Vec<Component>,
+    /// Optional files in the model's folder.
     extras: &'static [&'static str],
 }
 
-/// One subfolder.
+/// One component, usually a subfolder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Part {
-    /// Names it may have, the first that is there is taken; the empty one is the model's folder itself.
+struct Component {
+    /// Possible folder names, in order of preference; the empty name is the model's folder itself.
     names: Vec<String>,
     required: bool,
 }
 
-impl Part {
+impl Component {
     fn required(name: &str) -> Self {
         Self {
             names: vec![name.to_owned()],
@@ -32,7 +32,7 @@ impl Part {
         }
     }
 
-    fn if_there(name: &str) -> Self {
+    fn optional(name: &str) -> Self {
         Self {
             required: false,
             ..Self::required(name)
@@ -40,44 +40,45 @@ impl Part {
     }
 }
 
-impl Wanted {
-    fn pipeline(parts: &[&str], own_vae: bool) -> Self {
+impl Components {
+    fn pipeline(names: &[&str], own_vae: bool) -> Self {
         let vae = own_vae.then_some(&"vae");
+        let names = names.iter().chain(vae);
         Self {
-            parts: parts.iter().chain(vae).map(|n| Part::required(n)).collect(),
+            components: names.map(|name| Component::required(name)).collect(),
             extras: &["model_index.json"],
         }
     }
 
-    /// What training takes of a teacher; `own_vae`: its VAE, too.
+    /// Components that training reads from a teacher; `own_vae`: with the teacher's own VAE.
     pub fn training(own_vae: bool) -> Self {
         Self::pipeline(&["scheduler", "tokenizer", "text_encoder", "unet"], own_vae)
     }
 
-    /// What encoding takes: no UNet and no scheduler.
+    /// Components that encoding reads: no UNet and no scheduler.
     pub fn encoding(own_vae: bool) -> Self {
         Self::pipeline(&["tokenizer", "text_encoder"], own_vae)
     }
 
-    /// What drawing takes besides a UNet.
-    pub fn surroundings() -> Self {
+    /// Components that sampling reads besides a UNet.
+    pub fn without_unet() -> Self {
         Self::pipeline(&["scheduler", "tokenizer", "text_encoder"], true)
     }
 
-    /// What drawing takes of the model that draws: the UNet of that name, or a run's target or else the UNet; with
-    /// `surroundings` also the other parts, as far as it has them.
-    pub fn drawing(unet: Option<&str>, surroundings: bool) -> Self {
+    /// Components that `coffey sample` reads: the UNet named `unet`, by default `unet_target` else `unet`; with `others` also
+    /// the other components that the model has.
+    pub fn sampling(unet: Option<&str>, others: bool) -> Self {
         let names = unet.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name]);
-        let mut parts = vec![Part {
+        let mut components = vec![Component {
             names: names.into_iter().map(str::to_owned).collect(),
             required: true,
         }];
-        if surroundings {
+        if others {
             let others = ["scheduler", "tokenizer", "text_encoder", "vae"];
-            parts.extend(others.map(Part::if_there));
+            components.extend(others.map(Component::optional));
         }
         Self {
-            parts,
+            components,
             extras: &["model_index.json", "run.json", "config.toml"],
         }
     }
@@ -85,7 +86,7 @@ impl Wanted {
     /// A VAE that is the model itself or its subfolder `vae`.
     pub fn vae() -> Self {
         Self {
-            parts: vec![Part {
+            components: vec![Component {
                 names: vec![String::new(), "vae".to_owned()],
                 required: true,
             }],
@@ -96,37 +97,37 @@ impl Wanted {
 
 /// The files to fetch.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Plan {
-    /// Names below the model's folder.
+pub(super) struct FetchPlan {
+    /// Paths in the model's folder.
     pub(super) files: Vec<String>,
-    /// Those among them that name further files: the shards of weights.
+    /// The weight indexes in `files`, which list further files (shards).
     pub(super) indexes: Vec<String>,
 }
 
-/// Chooses from the files that a model has.
+/// Chooses the files to fetch out of `available`, the paths in a model's folder.
 ///
 /// # Errors
-/// What the model lacks, in words.
-pub(super) fn plan(wanted: &Wanted, there: &BTreeSet<String>) -> Result<Plan, String> {
-    let mut plan = Plan::default();
-    let extras = wanted.extras.iter().map(|name| (*name).to_owned());
+/// A message with what the model lacks.
+pub(super) fn plan(
+    components: &Components,
+    available: &BTreeSet<String>,
+) -> Result<FetchPlan, String> {
+    let mut plan = FetchPlan::default();
+    let extras = components.extras.iter().map(|name| (*name).to_owned());
     plan.files
-        .extend(extras.filter(|name| there.contains(name)));
-    for part in &wanted.parts {
-        let (first, _) = essentials(part.names.first().map_or("", String::as_str));
-        let name = part.names.iter().find(|name| {
-            let (essential, _) = essentials(name);
-            there.contains(&below(name, essential[0]))
+        .extend(extras.filter(|name| available.contains(name)));
+    for component in &components.components {
+        let (first, _) = config_files(component.names.first().map_or("", String::as_str));
+        let name = component.names.iter().find(|name| {
+            let (required, _) = config_files(name);
+            available.contains(&join(name, required[0]))
         });
         match name {
-            Some(name) => plan_part(&mut plan, name, there)?,
-            None if !part.required => {}
+            Some(name) => plan_component(&mut plan, name, available)?,
+            None if !component.required => {}
             None => {
-                let files: Vec<_> = part
-                    .names
-                    .iter()
-                    .map(|name| below(name, first[0]))
-                    .collect();
+                let names = component.names.iter();
+                let files: Vec<_> = names.map(|name| join(name, first[0])).collect();
                 return Err(format!("it has no {}", files.join(" and no ")));
             }
         }
@@ -134,9 +135,9 @@ pub(super) fn plan(wanted: &Wanted, there: &BTreeSet<String>) -> Result<Plan, St
     Ok(plan)
 }
 
-/// The files a part can't do without, and those that are taken if they are there.
-fn essentials(part: &str) -> (&'static [&'static str], &'static [&'static str]) {
-    match part {
+/// Required and optional configuration files of a component.
+fn config_files(component: &str) -> (&'static [&'static str], &'static [&'static str]) {
+    match component {
         "scheduler" => (&["scheduler_config.json"], &[]),
         "tokenizer" => (
             &["vocab.json", "merges.txt"],
@@ -146,26 +147,30 @@ fn essentials(part: &str) -> (&'static [&'static str], &'static [&'static str]) 
     }
 }
 
-fn plan_part(plan: &mut Plan, part: &str, there: &BTreeSet<String>) -> Result<(), String> {
-    let (needed, optional) = essentials(part);
-    for name in needed {
-        let file = below(part, name);
-        if !there.contains(&file) {
+fn plan_component(
+    plan: &mut FetchPlan,
+    component: &str,
+    available: &BTreeSet<String>,
+) -> Result<(), String> {
+    let (required, optional) = config_files(component);
+    for name in required {
+        let file = join(component, name);
+        if !available.contains(&file) {
             return Err(format!("it has no {file}"));
         }
         plan.files.push(file);
     }
-    let optional = optional.iter().map(|name| below(part, name));
+    let optional = optional.iter().map(|name| join(component, name));
     plan.files
-        .extend(optional.filter(|name| there.contains(name)));
-    if matches!(part, "scheduler" | "tokenizer") {
+        .extend(optional.filter(|name| available.contains(name)));
+    if matches!(component, "scheduler" | "tokenizer") {
         return Ok(());
     }
-    let stem = match part {
+    let stem = match component {
         "text_encoder" => TRANSFORMERS_STEM,
         _ => DIFFUSERS_STEM,
     };
-    // As `Weights::load` prefers them, so that a model gives the same numbers from a folder and from elsewhere.
+    // The order of preference of `Weights::load`: a model from S3 or the Hub gives the numbers of one in a folder.
     let forms = [
         "safetensors",
         "fp16.safetensors",
@@ -174,14 +179,14 @@ fn plan_part(plan: &mut Plan, part: &str, there: &BTreeSet<String>) -> Result<()
     ];
     let file = forms
         .iter()
-        .map(|form| below(part, &format!("{stem}.{form}")))
-        .find(|file| there.contains(file))
+        .map(|form| join(component, &format!("{stem}.{form}")))
+        .find(|file| available.contains(file))
         .ok_or_else(|| {
-            let pickled = there.contains(&below(part, &format!("{stem}.bin")))
-                || there.contains(&below(part, "pytorch_model.bin"));
+            let pickled = available.contains(&join(component, &format!("{stem}.bin")))
+                || available.contains(&join(component, "pytorch_model.bin"));
             format!(
                 "it has no weights {}{}",
-                below(part, &format!("{stem}.safetensors")),
+                join(component, &format!("{stem}.safetensors")),
                 if pickled {
                     ", only .bin files, which are not read: save it again with safe_serialization=True"
                 } else {
@@ -196,41 +201,44 @@ fn plan_part(plan: &mut Plan, part: &str, there: &BTreeSet<String>) -> Result<()
     Ok(())
 }
 
-fn below(part: &str, name: &str) -> String {
-    match part.is_empty() {
-        true => name.to_owned(),
-        false => format!("{part}/{name}"),
+fn join(folder: &str, name: &str) -> String {
+    if folder.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{folder}/{name}")
     }
 }
 
-/// The shards that an index of weights names, as names below the model's folder.
+/// The shards that a weight index lists, as paths in the model's folder. `index` is its path there, `path` its local file.
 ///
 /// # Errors
-/// What is wrong with the index, in words.
+/// A message with what is wrong with the index.
 pub(super) fn shards(index: &str, path: &Path) -> Result<BTreeSet<String>, String> {
     #[derive(serde::Deserialize)]
-    struct Index {
+    struct WeightIndex {
         weight_map: BTreeMap<String, String>,
     }
     let text = std::fs::read_to_string(path).map_err(|error| format!("{index}: {error}"))?;
-    let parsed: Index = serde_json::from_str(&text).map_err(|error| format!("{index}: {error}"))?;
-    let part = index.rsplit_once('/').map_or("", |(part, _)| part);
+    let parsed: WeightIndex =
+        serde_json::from_str(&text).map_err(|error| format!("{index}: {error}"))?;
+    let folder = index.rsplit_once('/').map_or("", |(folder, _)| folder);
     let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
     names
         .into_iter()
         .map(|name| {
-            // It becomes a path: it must not lead anywhere else.
-            match name.ends_with(".safetensors") && !name.contains(['/', '\\']) {
-                true => Ok(below(part, &name)),
-                false => Err(format!(
-                    "{index}: names {name:?}, which is no shard beside it"
-                )),
+            // The name becomes a path, which must stay in the index's folder.
+            if name.ends_with(".safetensors") && !name.contains(['/', '\\']) {
+                Ok(join(folder, &name))
+            } else {
+                Err(format!(
+                    "{index}: lists {name:?}, which is not a shard in the same folder"
+                ))
             }
         })
         .collect()
 }
 
-/// The files of a folder and its subfolders that are whole, by their names below it.
+/// Paths in `folder` of the files in it and its subfolders; broken links are left out.
 pub(super) fn listing(folder: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     collect(folder, "", &mut found);
@@ -243,8 +251,8 @@ fn collect(folder: &Path, prefix: &str, found: &mut BTreeSet<String>) {
     };
     for entry in entries.flatten() {
         let (path, name) = (entry.path(), entry.file_name());
-        let name = below(prefix, &name.to_string_lossy());
-        // A link whose file is gone is neither.
+        let name = join(prefix, &name.to_string_lossy());
+        // A broken link is neither.
         if path.is_dir() {
             collect(&path, &name, found);
         } else if path.is_file() {
@@ -253,12 +261,12 @@ fn collect(folder: &Path, prefix: &str, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Whether a folder holds all that is wanted, the shards of its indexes included.
-pub(super) fn is_whole(wanted: &Wanted, folder: &Path) -> bool {
-    let there = listing(folder);
-    plan(wanted, &there).is_ok_and(|plan| {
+/// Whether a folder has all files of `components`, including the shards that its indexes list.
+pub(super) fn is_complete(components: &Components, folder: &Path) -> bool {
+    let available = listing(folder);
+    plan(components, &available).is_ok_and(|plan| {
         plan.indexes.iter().all(|index| {
-            shards(index, &folder.join(index)).is_ok_and(|shards| shards.is_subset(&there))
+            shards(index, &folder.join(index)).is_ok_and(|shards| shards.is_subset(&available))
         })
     })
 }
@@ -267,7 +275,7 @@ pub(super) fn is_whole(wanted: &Wanted, folder: &Path) -> bool {
 mod tests {
     use super::*;
 
-    /// Stable Diffusion 1.5 on the Hub, about.
+    /// Files of a Stable Diffusion 1.5 repository.
     fn hub() -> BTreeSet<String> {
         [
             ".gitattributes",
@@ -300,15 +308,15 @@ mod tests {
         .into()
     }
 
-    fn sorted(plan: Plan) -> Vec<String> {
+    fn sorted(plan: FetchPlan) -> Vec<String> {
         let mut files = plan.files;
         files.sort();
         files
     }
 
     #[test]
-    fn only_what_is_needed_is_planned() {
-        let training = sorted(plan(&Wanted::training(true), &hub()).unwrap());
+    fn plan_has_the_files_of_each_command() {
+        let training = sorted(plan(&Components::training(true), &hub()).unwrap());
         assert_eq!(
             training,
             [
@@ -326,73 +334,75 @@ mod tests {
                 "vae/diffusion_pytorch_model.safetensors",
             ]
         );
-        let encoding = sorted(plan(&Wanted::encoding(false), &hub()).unwrap());
+        let encoding = sorted(plan(&Components::encoding(false), &hub()).unwrap());
         assert!(encoding.iter().all(|file| {
             ["model_index", "tokenizer/", "text_encoder/"]
                 .iter()
                 .any(|start| file.starts_with(start))
         }));
         assert_eq!(encoding.len(), 7);
-        let vae = plan(&Wanted::vae(), &hub()).unwrap();
+        let vae = plan(&Components::vae(), &hub()).unwrap();
         assert_eq!(
             vae.files,
             ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
         );
         let alone = ["config.json", "diffusion_pytorch_model.safetensors"];
-        let there = alone.map(str::to_owned).into();
-        assert_eq!(plan(&Wanted::vae(), &there).unwrap().files, alone);
+        let available = alone.map(str::to_owned).into();
+        assert_eq!(plan(&Components::vae(), &available).unwrap().files, alone);
     }
 
     #[test]
-    fn a_run_draws_with_its_target() {
-        let mut there = hub();
-        let unet = |there: &_, name| sorted(plan(&Wanted::drawing(name, false), there).unwrap());
-        assert!(unet(&there, None).contains(&"unet/config.json".to_owned()));
+    fn sampling_plan_prefers_the_target() {
+        let mut available = hub();
+        let unet = |available: &_, name| {
+            sorted(plan(&Components::sampling(name, false), available).unwrap())
+        };
+        assert!(unet(&available, None).contains(&"unet/config.json".to_owned()));
         for name in ["config.json", "diffusion_pytorch_model.safetensors"] {
-            there.insert(format!("unet_target/{name}"));
+            available.insert(format!("unet_target/{name}"));
         }
         assert_eq!(
-            unet(&there, None),
+            unet(&available, None),
             [
                 "model_index.json",
                 "unet_target/config.json",
                 "unet_target/diffusion_pytorch_model.safetensors"
             ]
         );
-        assert!(unet(&there, Some("unet")).contains(&"unet/config.json".to_owned()));
-        let error = plan(&Wanted::drawing(Some("other"), true), &there).unwrap_err();
+        assert!(unet(&available, Some("unet")).contains(&"unet/config.json".to_owned()));
+        let error = plan(&Components::sampling(Some("other"), true), &available).unwrap_err();
         assert_eq!(error, "it has no other/config.json");
-        there.retain(|name| !name.starts_with("vae/"));
-        assert!(plan(&Wanted::drawing(None, true), &there).is_ok());
+        available.retain(|name| !name.starts_with("vae/"));
+        assert!(plan(&Components::sampling(None, true), &available).is_ok());
     }
 
     #[test]
-    fn one_form_of_weights_is_taken() {
+    fn plan_takes_one_form_of_weights() {
         let whole = "unet/diffusion_pytorch_model.safetensors";
         let half = "unet/diffusion_pytorch_model.fp16.safetensors";
-        let mut there = hub();
-        there.remove(whole);
-        let files = sorted(plan(&Wanted::training(true), &there).unwrap());
+        let mut available = hub();
+        available.remove(whole);
+        let files = sorted(plan(&Components::training(true), &available).unwrap());
         assert!(files.contains(&half.to_owned()), "{files:?}");
         let index = format!("{whole}.index.json");
-        there.insert(index.clone());
-        let found = plan(&Wanted::training(true), &there).unwrap();
+        available.insert(index.clone());
+        let found = plan(&Components::training(true), &available).unwrap();
         assert!(found.indexes.is_empty() && !found.files.contains(&index));
-        there.remove(half);
-        let found = plan(&Wanted::training(true), &there).unwrap();
+        available.remove(half);
+        let found = plan(&Components::training(true), &available).unwrap();
         assert_eq!(found.indexes, std::slice::from_ref(&index));
         assert!(found.files.contains(&index));
-        there.remove(&index);
-        let error = plan(&Wanted::training(true), &there).unwrap_err();
+        available.remove(&index);
+        let error = plan(&Components::training(true), &available).unwrap_err();
         assert!(
             error.contains(whole) && error.contains("only .bin"),
             "{error}"
         );
-        assert!(plan(&Wanted::encoding(true), &there).is_ok());
+        assert!(plan(&Components::encoding(true), &available).is_ok());
     }
 
     #[test]
-    fn shards_stay_beside_their_index() {
+    fn shards_outside_the_index_folder_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("index.json");
         let write = |json: serde_json::Value| std::fs::write(&path, json.to_string()).unwrap();
@@ -409,25 +419,25 @@ mod tests {
         for name in ["../x.safetensors", "/etc/passwd", "x.bin"] {
             write(serde_json::json!({"weight_map": {"a": name}}));
             let error = shards(index, &path).unwrap_err();
-            assert!(error.contains("no shard"), "{error}");
+            assert!(error.contains("not a shard"), "{error}");
         }
     }
 
     #[test]
-    fn a_folder_without_a_shard_is_not_whole() {
+    fn folder_without_a_shard_is_incomplete() {
         let folder = tempfile::tempdir().unwrap();
         let vae = folder.path().join("vae");
         std::fs::create_dir(&vae).unwrap();
         let write = |name: &str, text: &str| std::fs::write(vae.join(name), text).unwrap();
         write("config.json", "{}");
-        assert!(!is_whole(&Wanted::vae(), folder.path()));
+        assert!(!is_complete(&Components::vae(), folder.path()));
         write(
             "diffusion_pytorch_model.safetensors.index.json",
             r#"{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}"#,
         );
         write("x-1.safetensors", "");
-        assert!(!is_whole(&Wanted::vae(), folder.path()));
+        assert!(!is_complete(&Components::vae(), folder.path()));
         write("x-2.safetensors", "");
-        assert!(is_whole(&Wanted::vae(), folder.path()));
+        assert!(is_complete(&Components::vae(), folder.path()));
     }
 }

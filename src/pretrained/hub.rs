@@ -1,7 +1,8 @@
 //! Models of the Hugging Face Hub, into the cache that Python's `huggingface_hub` uses as well.
 //!
-//! hf-hub does the transfer and knows the cache's layout. Here is which files, of which commit: a revision is resolved once, and
-//! every file is asked for by the commit, so that a branch that moves meanwhile can't mix two versions.
+//! hf-hub downloads files and knows the layout of the cache. This module chooses the files and the commit: it resolves a revision
+//! once and requests every file by its commit, so that a branch that moves meanwhile can't mix two versions. It adds retries,
+//! an idle timeout and checksums.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,41 +18,30 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 
-use super::files::{self, Wanted};
+use super::files::{self, Components};
 use super::progress::FileProgress;
 use super::{Fetched, PretrainedError, cache, io};
 use crate::config::Model;
-use crate::environment;
-use crate::hub::Settings;
+use crate::hub::{AttemptError, MAX_ATTEMPTS, Settings, retry};
+use crate::process;
+use tokio_util::sync::CancellationToken;
 
-/// Tries of one request before it is given up.
-const MAX_ATTEMPTS: u32 = 5;
-const FIRST_DELAY: Duration = Duration::from_millis(250);
-
-/// The Hub, as the environment says.
+/// Fetches models from the Hub that the environment names.
 #[derive(Clone)]
-pub(super) struct Hub {
+pub(super) struct HubClient {
     settings: Settings,
     cache: PathBuf,
 }
 
-/// How a request failed.
-enum Fault {
-    /// Repeating won't help.
-    Final(PretrainedError),
-    /// It may pass.
-    Passing(String),
-}
-
-impl Hub {
+impl HubClient {
     /// Reads what [`Settings`] reads, and `HF_HUB_CACHE`.
     pub(super) fn from_env() -> Result<Self, PretrainedError> {
-        Self::new(environment::variable)
+        Self::new(process::env_var)
     }
 
-    fn new(variable: impl Fn(&str) -> Option<String>) -> Result<Self, PretrainedError> {
-        let settings = Settings::new(&variable)?;
-        let cache = variable("HF_HUB_CACHE").or_else(|| variable("HUGGINGFACE_HUB_CACHE"));
+    fn new(env_var: impl Fn(&str) -> Option<String>) -> Result<Self, PretrainedError> {
+        let settings = Settings::new(&env_var)?;
+        let cache = env_var("HF_HUB_CACHE").or_else(|| env_var("HUGGINGFACE_HUB_CACHE"));
         let cache = match (cache, &settings.home) {
             (Some(cache), _) => PathBuf::from(cache),
             (None, Some(home)) => home.join("hub"),
@@ -59,17 +49,17 @@ impl Hub {
         };
         Ok(Self {
             settings,
-            // hf-hub makes links relative to it.
+            // hf-hub creates links relative to this path.
             cache: std::path::absolute(&cache).map_err(io(&cache))?,
         })
     }
 
-    /// Makes what is `wanted` of a model available in a folder.
+    /// Fetches `components` of a model at `revision`.
     pub(super) fn fetch(
         &self,
         id: &str,
         revision: &str,
-        wanted: &Wanted,
+        components: &Components,
     ) -> Result<Fetched, PretrainedError> {
         let cached = self
             .cached_commit(id, revision)
@@ -77,9 +67,9 @@ impl Hub {
                 folder: self.snapshot(id, &commit),
                 commit: Some(commit),
             })
-            .filter(|cached| files::is_whole(wanted, &cached.folder));
+            .filter(|cached| files::is_complete(components, &cached.folder));
         match cached {
-            // A commit never changes: there is nothing to ask.
+            // A commit never changes, so no request is necessary.
             Some(cached) if self.settings.offline || is_commit(revision) => return Ok(cached),
             None if self.settings.offline => {
                 return Err(PretrainedError::Offline {
@@ -94,12 +84,12 @@ impl Hub {
             (Ok(info), _) => info,
             (Err(error @ PretrainedError::Unreachable { .. }), Some(cached))
             | (Err(error @ PretrainedError::Stalled { .. }), Some(cached)) => {
-                errln!("warning: {error}; taking what the cache has of it");
+                errln!("warning: {error}; using the files in the cache");
                 return Ok(cached);
             }
             (Err(error), _) => return Err(error),
         };
-        let folder = self.fill(id, &info, wanted)?;
+        let folder = self.fill(id, &info, components)?;
         if !is_commit(revision) {
             let path = self.repository(id).join("refs").join(revision);
             cache::write(&path, &info.sha)?;
@@ -110,20 +100,25 @@ impl Hub {
         })
     }
 
-    /// Fetches the files of a commit that are not in the cache.
-    fn fill(&self, id: &str, info: &RepoInfo, wanted: &Wanted) -> Result<PathBuf, PretrainedError> {
+    /// Downloads the files of a commit that the cache lacks; returns the snapshot folder.
+    fn fill(
+        &self,
+        id: &str,
+        info: &RepoInfo,
+        components: &Components,
+    ) -> Result<PathBuf, PretrainedError> {
         let not_a_model = |lacks: String| PretrainedError::NotAModel {
             model: id.to_owned(),
             lacks,
         };
-        let there: BTreeSet<String> = info
+        let available: BTreeSet<String> = info
             .siblings
             .iter()
             .map(|file| file.rfilename.clone())
             .collect();
-        let plan = files::plan(wanted, &there).map_err(not_a_model)?;
+        let plan = files::plan(components, &available).map_err(not_a_model)?;
         let lock = self.cache.join(".locks").join(folder_name(id));
-        let _turn = cache::lock(&lock.join("coffey.lock"), id)?;
+        let _lock = cache::lock(&lock.join("coffey.lock"), id)?;
         let folder = self.snapshot(id, &info.sha);
         let missing = |file: &&String| !folder.join(file).is_file();
         for file in plan.files.iter().filter(missing) {
@@ -132,7 +127,7 @@ impl Hub {
         for index in &plan.indexes {
             let shards = files::shards(index, &folder.join(index)).map_err(not_a_model)?;
             for shard in shards.iter().filter(missing) {
-                if !there.contains(shard) {
+                if !available.contains(shard) {
                     return Err(not_a_model(format!("it has no {shard}")));
                 }
                 self.download(id, &info.sha, shard)?;
@@ -149,7 +144,7 @@ impl Hub {
         self.repository(id).join("snapshots").join(commit)
     }
 
-    /// The commit that a revision was when it was last asked for.
+    /// The commit that a revision had at its last request.
     fn cached_commit(&self, id: &str, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -167,18 +162,18 @@ impl Hub {
             .build()
     }
 
-    /// The commit of a revision, and its files.
+    /// The commit of a revision, and the names of its files.
     fn info(&self, id: &str, revision: &str) -> Result<RepoInfo, PretrainedError> {
-        const WHAT: &str = "the list of its files";
+        const WHAT: &str = "the list of files";
         let ask = |revision: &str| {
             let repo = Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned());
-            self.repeat(id, WHAT, |hub, _| {
+            self.retry(id, WHAT, |hub, _| {
                 let repo = repo.clone();
                 move || hub.api()?.repo(repo).info()
             })
         };
         let info = match ask(revision) {
-            // The Hub answers a wrong name and a wrong revision alike.
+            // The Hub's answer to a wrong name and to a wrong revision is the same.
             Err(PretrainedError::NoModel { .. })
                 if revision != Model::MAIN && ask(Model::MAIN).is_ok() =>
             {
@@ -190,19 +185,20 @@ impl Hub {
             }
             answer => answer?,
         };
-        match is_commit(&info.sha) {
-            true => Ok(info),
-            false => Err(self.refused(id, WHAT, "the commit it names is none")),
+        if is_commit(&info.sha) {
+            Ok(info)
+        } else {
+            Err(self.refused(id, WHAT, "its commit is not a SHA-1"))
         }
     }
 
     /// Downloads one file of a commit; the caller holds the lock.
     fn download(&self, id: &str, commit: &str, file: &str) -> Result<(), PretrainedError> {
         let repo = Repo::with_revision(id.to_owned(), RepoType::Model, commit.to_owned());
-        let mut again = true;
+        let mut may_repeat = true;
         loop {
-            let path = self.repeat(id, file, |hub, heard| {
-                let progress = FileProgress::new(id, file, heard);
+            let path = self.retry(id, file, |hub, received| {
+                let progress = FileProgress::new(id, file, received);
                 let (repo, file) = (repo.clone(), file.to_owned());
                 move || {
                     hub.api()?
@@ -212,29 +208,29 @@ impl Hub {
             })?;
             match damage(&path) {
                 Ok(None) => return Ok(()),
-                // As when a proxy sends the whole file where its rest was asked for.
+                // For example, a proxy sent the whole file instead of its rest.
                 Ok(Some(cause)) => {
                     let blob = fs::canonicalize(&path).map_err(io(&path))?;
                     for path in [&path, &blob] {
                         fs::remove_file(path).map_err(io(path))?;
                     }
-                    if !again {
+                    if !may_repeat {
                         return Err(PretrainedError::Damaged {
                             model: id.to_owned(),
                             file: file.to_owned(),
                             cause,
                         });
                     }
-                    again = false;
+                    may_repeat = false;
                 }
                 Err(error) => return Err(io(&path)(error)),
             }
         }
     }
 
-    /// Makes a request until it works or the attempts are spent. `request` makes what runs on a thread of its own, since hf-hub
-    /// waits for an answer without end; what arrives it counts in the number it is given.
-    fn repeat<T, F>(
+    /// Sends a request, with retries. `request` makes a closure that runs on a thread of its own, because hf-hub has no timeout; the
+    /// closure adds received bytes to the counter.
+    fn retry<T, F>(
         &self,
         id: &str,
         what: &str,
@@ -244,54 +240,48 @@ impl Hub {
         T: Send + 'static,
         F: FnOnce() -> Result<T, ApiError> + Send + 'static,
     {
-        let (mut attempt, mut delay) = (0, FIRST_DELAY);
-        loop {
-            attempt += 1;
-            let heard = Arc::new(AtomicU64::new(0));
-            let work = request(self.clone(), Arc::clone(&heard));
-            let cause = match watched(self.settings.silence, &heard, work) {
-                Ok(Ok(value)) => return Ok(value),
-                Ok(Err(error)) => match self.judge(id, what, error) {
-                    Fault::Final(error) => return Err(error),
-                    Fault::Passing(cause) => cause,
-                },
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(PretrainedError::Stalled {
-                        id: id.to_owned(),
-                        endpoint: self.settings.endpoint.clone(),
-                        seconds: self.settings.silence.as_secs(),
-                        what: what.to_owned(),
-                    });
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(self.refused(id, what, "the request ended by a fault in hf-hub"));
+        let attempt =
+            || {
+                let received = Arc::new(AtomicU64::new(0));
+                let work = request(self.clone(), Arc::clone(&received));
+                match with_idle_timeout(self.settings.idle_timeout, &received, work) {
+                    Ok(Ok(value)) => Ok(value),
+                    Ok(Err(error)) => Err(self.classify(id, what, error)),
+                    Err(RecvTimeoutError::Timeout) => {
+                        Err(AttemptError::Permanent(PretrainedError::Stalled {
+                            id: id.to_owned(),
+                            endpoint: self.settings.endpoint.clone(),
+                            seconds: self.settings.idle_timeout.as_secs(),
+                            what: what.to_owned(),
+                        }))
+                    }
+                    Err(RecvTimeoutError::Disconnected) => Err(AttemptError::Permanent(
+                        self.refused(id, what, "hf-hub panicked during the request"),
+                    )),
                 }
             };
-            if attempt >= MAX_ATTEMPTS {
-                return Err(PretrainedError::Unreachable {
-                    id: id.to_owned(),
-                    endpoint: self.settings.endpoint.clone(),
-                    attempts: attempt,
-                    cause,
-                });
+        // A signal ends the process while models are fetched, so there is no stop to wait for.
+        retry(&CancellationToken::default(), attempt, |cause| {
+            PretrainedError::Unreachable {
+                id: id.to_owned(),
+                endpoint: self.settings.endpoint.clone(),
+                attempts: MAX_ATTEMPTS,
+                cause,
             }
-            std::thread::sleep(delay);
-            delay *= 2;
-        }
+        })
     }
 
-    /// What an error of hf-hub means.
-    fn judge(&self, id: &str, what: &str, error: ApiError) -> Fault {
-        let (id_, endpoint) = (id.to_owned(), self.settings.endpoint.clone());
+    /// Turns an error of hf-hub into a permanent or a transient one.
+    fn classify(&self, id: &str, what: &str, error: ApiError) -> AttemptError<PretrainedError> {
         let status = match &error {
             ApiError::RequestError(error) => match error.as_ref() {
                 ureq::Error::StatusCode(status) => Some(*status),
                 ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
-                    return Fault::Final(self.refused(id, what, &error.to_string()));
+                    return AttemptError::Permanent(self.refused(id, what, &error.to_string()));
                 }
                 _ => None,
             },
-            // What a full disk or a folder that can't be written says; a body that breaks off comes this way as well.
+            // A full disk or a folder without write access; an interrupted body is an I/O error of another kind.
             ApiError::IoError(error)
                 if matches!(
                     error.kind(),
@@ -303,7 +293,7 @@ impl Hub {
                         | ErrorKind::NotADirectory
                 ) =>
             {
-                return Fault::Final(PretrainedError::Io {
+                return AttemptError::Permanent(PretrainedError::Io {
                     path: self.repository(id),
                     source: std::io::Error::new(error.kind(), error.to_string()),
                 });
@@ -311,33 +301,41 @@ impl Hub {
             ApiError::IoError(_) => None,
             ApiError::InvalidResume => Some(416),
             ApiError::LockAcquisition(_) => None,
-            _ => return Fault::Final(self.refused(id, what, &error.to_string())),
+            _ => return AttemptError::Permanent(self.refused(id, what, &error.to_string())),
         };
-        match status {
-            Some(status @ (401 | 403)) => Fault::Final(match self.settings.token.is_some() {
-                true => PretrainedError::WrongToken {
-                    id: id_,
-                    endpoint,
-                    status,
-                },
-                false => PretrainedError::NoToken {
-                    id: id_,
-                    endpoint,
-                    status,
-                },
-            }),
-            Some(404) => Fault::Final(PretrainedError::NoModel { id: id_, endpoint }),
-            // What is there of a file is more than the whole, or the whole without a name: it is fetched anew.
+        let endpoint = self.settings.endpoint.clone();
+        AttemptError::Permanent(match status {
+            Some(status @ (401 | 403)) => {
+                let id = id.to_owned();
+                if self.settings.token.is_some() {
+                    PretrainedError::WrongToken {
+                        id,
+                        endpoint,
+                        status,
+                    }
+                } else {
+                    PretrainedError::NoToken {
+                        id,
+                        endpoint,
+                        status,
+                    }
+                }
+            }
+            Some(404) => PretrainedError::NoModel {
+                id: id.to_owned(),
+                endpoint,
+            },
+            // The unfinished file is longer than the whole file, or complete and not renamed: download it again.
             Some(416) => {
                 self.remove_parts(id);
-                Fault::Passing(error.to_string())
+                return AttemptError::transient(error);
             }
-            Some(408 | 429 | 500..) | None => Fault::Passing(error.to_string()),
-            Some(_) => Fault::Final(self.refused(id, what, &error.to_string())),
-        }
+            Some(408 | 429 | 500..) | None => return AttemptError::transient(error),
+            Some(_) => self.refused(id, what, &error.to_string()),
+        })
     }
 
-    /// Removes files that hf-hub did not finish; what can't be removed is met again.
+    /// Removes unfinished files of hf-hub.
     fn remove_parts(&self, id: &str) {
         let entries = self.repository(id).join("blobs").read_dir();
         for entry in entries.into_iter().flatten().flatten() {
@@ -346,7 +344,8 @@ impl Hub {
                 .extension()
                 .is_some_and(|extension| extension == "part")
             {
-                let _kept = fs::remove_file(path);
+                // A file that can't be removed makes the next request fail as well.
+                fs::remove_file(path).ok();
             }
         }
     }
@@ -361,29 +360,30 @@ impl Hub {
     }
 }
 
-/// Runs `work` on a thread and waits for it, as long as `heard` changes at least once in each `silence`. A thread that is not
-/// waited for any longer is left to itself, and the process must not go on with the files it writes.
-fn watched<T: Send + 'static>(
-    silence: Duration,
-    heard: &AtomicU64,
+/// Runs `work` on a thread and waits for it, as long as `received` changes at least once in each `timeout`. After a timeout the
+/// thread continues by itself: the process must not use the files that the thread writes.
+fn with_idle_timeout<T: Send + 'static>(
+    timeout: Duration,
+    received: &AtomicU64,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, RecvTimeoutError> {
     let (done, result) = channel();
     std::thread::spawn(move || {
-        let _nobody_waits = done.send(work());
+        // The receiver is gone after a timeout.
+        done.send(work()).ok();
     });
-    let mut before = heard.load(Ordering::Relaxed);
+    let mut before = received.load(Ordering::Relaxed);
     loop {
-        match result.recv_timeout(silence) {
-            Err(RecvTimeoutError::Timeout) if heard.load(Ordering::Relaxed) != before => {
-                before = heard.load(Ordering::Relaxed);
+        match result.recv_timeout(timeout) {
+            Err(RecvTimeoutError::Timeout) if received.load(Ordering::Relaxed) != before => {
+                before = received.load(Ordering::Relaxed);
             }
             result => return result,
         }
     }
 }
 
-/// Whether a file of the cache is not what its name says; the large ones are named by their SHA-256.
+/// A description of a cached file's damage, if its SHA-256 differs from its name. Only large files are named by their SHA-256.
 fn damage(path: &Path) -> std::io::Result<Option<String>> {
     let blob = fs::canonicalize(path)?;
     let name = blob.file_name().unwrap_or_default().to_string_lossy();
@@ -406,7 +406,7 @@ fn is_commit(revision: &str) -> bool {
     is_hex(revision, 40)
 }
 
-/// The name of a model's folder in the cache.
+/// Name of a model's folder in the cache.
 fn folder_name(id: &str) -> String {
     Repo::model(id.to_owned()).folder_name()
 }
@@ -414,17 +414,12 @@ fn folder_name(id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn hub(pairs: &[(&str, &str)]) -> Result<Hub, PretrainedError> {
-        Hub::new(|name| {
-            let found = pairs.iter().find(|(key, _)| *key == name);
-            found.map(|(_, value)| (*value).to_owned())
-        })
-    }
+    use crate::process::env_of;
 
     #[test]
-    fn the_environment_says_where_the_cache_is() {
-        let cache = |pairs: &[(&str, &str)]| hub(pairs).map(|hub| hub.cache);
+    fn hub_cache_comes_from_the_environment() {
+        let cache =
+            |variables: &[(&str, &str)]| HubClient::new(env_of(variables)).map(|hub| hub.cache);
         let plain = cache(&[("HOME", "/h")]).unwrap();
         assert_eq!(plain, Path::new("/h/.cache/huggingface/hub"));
         assert_eq!(cache(&[("HF_HOME", "/f")]).unwrap(), Path::new("/f/hub"));
@@ -436,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn large_files_are_checked_against_their_names() {
+    fn damage_is_found_by_the_sha256_in_the_name() {
         let folder = tempfile::tempdir().unwrap();
         let right = format!("{:x}", Sha256::digest("abc"));
         let write = |name: &str| {
@@ -451,22 +446,22 @@ mod tests {
     }
 
     #[test]
-    fn silence_ends_the_wait() {
-        let silence = Duration::from_millis(40);
-        let heard = Arc::new(AtomicU64::new(0));
-        assert_eq!(watched(silence, &heard, || 5), Ok(5));
+    fn idle_timeout_ends_the_wait() {
+        let timeout = Duration::from_millis(40);
+        let received = Arc::new(AtomicU64::new(0));
+        assert_eq!(with_idle_timeout(timeout, &received, || 5), Ok(5));
         let slow = || std::thread::sleep(Duration::from_secs(5));
         assert_eq!(
-            watched(silence, &heard, slow),
+            with_idle_timeout(timeout, &received, slow),
             Err(RecvTimeoutError::Timeout)
         );
-        let counter = Arc::clone(&heard);
+        let counter = Arc::clone(&received);
         let steady = move || {
             for _ in 0..20 {
                 std::thread::sleep(Duration::from_millis(10));
                 counter.fetch_add(1, Ordering::Relaxed);
             }
         };
-        assert_eq!(watched(silence, &heard, steady), Ok(()));
+        assert_eq!(with_idle_timeout(timeout, &received, steady), Ok(()));
     }
 }

@@ -1,8 +1,8 @@
-//! Where pretrained models come from: turns a model's name (a folder, an S3 prefix, a Hub id) into a local folder.
+//! Pretrained models: turns a model's name (a folder, an S3 prefix, a Hub id) into a local folder.
 //!
-//! A folder is used where it is. Anything else is fetched into a cache, only the files that are needed ([`Wanted`]), each whole
-//! or not there, and what is there already is not fetched again. Processes that want the same model at once wait for one
-//! another. Nothing here knows what is in the files; whether they make a model, the loaders say.
+//! A folder is used in place. Other models are fetched into a cache: only the required files ([`Components`]), each written
+//! atomically, and only those that the cache lacks. A lock makes processes that need the same model wait for each other. This
+//! module never reads the weights; the loaders check them.
 
 mod cache;
 mod files;
@@ -10,7 +10,7 @@ mod hub;
 mod progress;
 mod s3;
 
-pub use files::Wanted;
+pub use files::Components;
 
 use std::path::{Path, PathBuf};
 
@@ -20,53 +20,53 @@ use tokio::runtime::Handle;
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
 use crate::hub::SettingsError;
 
-/// Why a model could not be had.
+/// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum PretrainedError {
-    /// The name stands for no model.
+    /// The name is not a model's name.
     #[error("{model}: {source}")]
     Name {
-        /// As it was written.
+        /// The model's name in the configuration.
         model: String,
-        /// What is wrong with it.
+        /// The cause.
         source: ModelRefError,
     },
-    /// An environment variable says something that can't be used.
+    /// An environment variable has an invalid value.
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    /// There is no folder to keep what is fetched in.
+    /// There is no folder for the cache.
     #[error("there is no home folder to keep models in; set HOME, or {set}")]
     NoHome {
         /// The variable to set.
         set: &'static str,
     },
-    /// The Hub asks for a token.
+    /// The Hub requires a token.
     #[error(
-        "{id}: {endpoint} gives it to nobody without a token (HTTP {status}): the model is private or gated, or there is none \
-         of that name (nor a folder). Check the name; if it is gated, accept its licence at {endpoint}/{id}; then set HF_TOKEN"
+        "{id}: {endpoint} requires a token (HTTP {status}): the model is private or gated, or does not exist (and there is no \
+         folder of that name). Check the name; if it is gated, accept its licence at {endpoint}/{id}; then set HF_TOKEN"
     )]
     NoToken {
         /// The model.
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// What it answered.
+        /// HTTP status.
         status: u16,
     },
     /// The Hub does not accept the token.
     #[error(
-        "{id}: {endpoint} refuses it with this token (HTTP {status}): if the model is gated, accept its licence at \
-         {endpoint}/{id}; else set HF_TOKEN to a token that is valid and may read it"
+        "{id}: {endpoint} refuses this token (HTTP {status}): if the model is gated, accept its licence at {endpoint}/{id}; else \
+         set HF_TOKEN to a valid token with read access to the model"
     )]
     WrongToken {
         /// The model.
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// What it answered.
+        /// HTTP status.
         status: u16,
     },
-    /// The Hub knows no such model.
+    /// The Hub has no such model.
     #[error(
         "{id}: no such model at {endpoint} (HTTP 404), and no folder of that name; check the name, and HF_TOKEN if it is private"
     )]
@@ -78,7 +78,7 @@ pub enum PretrainedError {
     },
     /// The model has no such revision.
     #[error(
-        "{id}: has no revision \"{revision}\" at {endpoint}; name one of its branches, tags or commits"
+        "{id}: no revision \"{revision}\" at {endpoint}; name one of its branches, tags or commits"
     )]
     NoRevision {
         /// The model.
@@ -90,33 +90,33 @@ pub enum PretrainedError {
     },
     /// The Hub can't be reached.
     #[error(
-        "{id}: can't fetch it from {endpoint} ({attempts} attempts): {cause}; check the network and HF_ENDPOINT"
+        "{id}: can't fetch the model from {endpoint} ({attempts} attempts): {cause}; check the network and HF_ENDPOINT"
     )]
     Unreachable {
         /// The model.
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// How often it was tried.
+        /// Number of attempts.
         attempts: u32,
         /// The last failure.
         cause: String,
     },
     /// The Hub stopped answering.
     #[error(
-        "{id}: {endpoint} sent nothing for {seconds} s while {what} was fetched; the same command goes on from there"
+        "{id}: {endpoint} sent nothing for {seconds} s during the download of {what}; run the command again to resume the download"
     )]
     Stalled {
         /// The model.
         id: String,
         /// The Hub's address.
         endpoint: String,
-        /// How long it was waited for.
+        /// Length of the wait.
         seconds: u64,
         /// A file, or the list of files.
         what: String,
     },
-    /// The Hub answers with something that repeating won't change.
+    /// The Hub's answer is an error that a retry won't change.
     #[error("{id}: {endpoint} refuses {what}: {cause}")]
     Refused {
         /// The model.
@@ -125,11 +125,11 @@ pub enum PretrainedError {
         endpoint: String,
         /// A file, or the list of files.
         what: String,
-        /// What it said.
+        /// The answer.
         cause: String,
     },
-    /// Asked not to go to the network, and the cache lacks something.
-    #[error("{id}: HF_HUB_OFFLINE is set and {} does not hold all of it at revision \"{revision}\"", cache.display())]
+    /// The environment forbids the network, and the cache lacks files of the model.
+    #[error("{id}: HF_HUB_OFFLINE is set, and {} lacks files of the model at revision \"{revision}\"", cache.display())]
     Offline {
         /// The model.
         id: String,
@@ -138,22 +138,22 @@ pub enum PretrainedError {
         /// The Hub's cache.
         cache: PathBuf,
     },
-    /// The place is there, and is not a model with what is needed.
-    #[error("{model}: {lacks}; needed is a model in diffusers layout")]
+    /// The folder, prefix or repository lacks files of a model.
+    #[error("{model}: {lacks}; it must be a model in diffusers layout")]
     NotAModel {
-        /// As it was written.
+        /// The model's name in the configuration.
         model: String,
-        /// What it lacks.
+        /// The missing files.
         lacks: String,
     },
-    /// What came is not what was promised.
+    /// A downloaded file has another checksum than the Hub's.
     #[error("{model}: {file} arrived damaged: {cause}")]
     Damaged {
-        /// As it was written.
+        /// The model's name in the configuration.
         model: String,
         /// The file.
         file: String,
-        /// How it can be told.
+        /// The difference.
         cause: String,
     },
     /// S3 failed.
@@ -170,7 +170,7 @@ pub enum PretrainedError {
 }
 
 impl PretrainedError {
-    /// Whether the configuration or the environment is at fault, as can be told without asking a server.
+    /// Whether the cause is in the configuration or the environment (exit code 2).
     pub fn is_config(&self) -> bool {
         match self {
             Self::Name { .. } | Self::Settings(_) | Self::NoHome { .. } => true,
@@ -180,32 +180,32 @@ impl PretrainedError {
     }
 }
 
-/// Adds the path to an i/o error.
+/// Adds the path to an I/O error.
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> PretrainedError {
     let path = path.to_owned();
     move |source| PretrainedError::Io { path, source }
 }
 
-/// A model that is on this machine.
+/// A model in a local folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetched {
     /// Its folder.
     pub folder: PathBuf,
-    /// The commit of a model of the Hub.
+    /// The commit, for a model from the Hub.
     pub commit: Option<String>,
 }
 
 /// Makes a model available in a local folder.
 ///
-/// `revision` counts for a Hub id only. A folder is handed out as it is, whatever is in it. Blocks; must not be called on
-/// the runtime's own threads.
+/// `revision` applies to a Hub id only. A folder is returned unchecked. Blocks; must not be called on a thread of the
+/// runtime.
 ///
 /// # Errors
-/// [`PretrainedError`] when there is no such model, or it lacks something that is wanted.
+/// [`PretrainedError`] when the model does not exist, can't be fetched, or lacks one of `components`.
 pub fn fetch(
     model: &ModelRef,
     revision: &str,
-    wanted: &Wanted,
+    components: &Components,
     sources: &Sources,
     runtime: &Handle,
 ) -> Result<Fetched, PretrainedError> {
@@ -219,14 +219,14 @@ pub fn fetch(
             commit: None,
         }),
         ModelPlace::S3(prefix) => Ok(Fetched {
-            folder: s3::fetch(&prefix, wanted, sources, runtime)?,
+            folder: s3::fetch(&prefix, components, sources, runtime)?,
             commit: None,
         }),
-        ModelPlace::Hub(id) => hub::Hub::from_env()?.fetch(&id, revision, wanted),
+        ModelPlace::Hub(id) => hub::HubClient::from_env()?.fetch(&id, revision, components),
     }
 }
 
-/// [`fetch`] for an autoencoder that is a model by itself or the subfolder `vae` of one; the folder is the autoencoder's.
+/// [`fetch`] for a VAE that is a model by itself or the subfolder `vae` of a model; returns the VAE's folder.
 ///
 /// # Errors
 /// As [`fetch`].
@@ -236,40 +236,42 @@ pub fn fetch_vae(
     runtime: &Handle,
 ) -> Result<PathBuf, PretrainedError> {
     let main = config::Model::MAIN;
-    let folder = fetch(model, main, &Wanted::vae(), sources, runtime)?.folder;
-    let below = folder.join("vae");
+    let folder = fetch(model, main, &Components::vae(), sources, runtime)?.folder;
+    let subfolder = folder.join("vae");
     let is_model = |folder: &Path| folder.join("config.json").is_file();
-    match !is_model(&folder) && is_model(&below) {
-        true => Ok(below),
-        false => Ok(folder),
+    if !is_model(&folder) && is_model(&subfolder) {
+        Ok(subfolder)
+    } else {
+        Ok(folder)
     }
 }
 
-/// The models of a run, on this machine.
+/// Local folders of a run's models.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Models {
     /// The teacher's folder.
     pub pipeline: PathBuf,
-    /// The folder of another VAE than the teacher's.
+    /// The folder of `model.vae`, where it is set.
     pub vae: Option<PathBuf>,
     /// The teacher's commit, if it comes from the Hub.
     pub commit: Option<String>,
 }
 
 impl Models {
-    /// Fetches `teacher` and the VAE of the configuration; `wanted` is told whether the teacher's own VAE is needed.
+    /// Fetches `teacher` and `model.vae`. `components` makes the list for the teacher; its argument is whether the teacher's own VAE
+    /// is needed.
     ///
     /// # Errors
     /// As [`fetch`].
     pub fn fetch(
         config: &config::Model,
         teacher: &ModelRef,
-        wanted: impl FnOnce(bool) -> Wanted,
+        components: impl FnOnce(bool) -> Components,
         sources: &Sources,
         runtime: &Handle,
     ) -> Result<Self, PretrainedError> {
-        let wanted = wanted(config.vae.is_none());
-        let teacher = fetch(teacher, &config.revision, &wanted, sources, runtime)?;
+        let components = components(config.vae.is_none());
+        let teacher = fetch(teacher, &config.revision, &components, sources, runtime)?;
         let vae = config.vae.as_ref();
         Ok(Self {
             pipeline: teacher.folder,

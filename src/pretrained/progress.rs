@@ -1,4 +1,4 @@
-//! What is said while a file is fetched: one line when it begins, and one now and then while it takes long.
+//! Progress lines of a download: one at its start, and one every [`PROGRESS_INTERVAL`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,61 +6,64 @@ use std::time::{Duration, Instant};
 
 use indicatif::DecimalBytes;
 
-/// Time between two lines about the same file.
-const LINE_EVERY: Duration = Duration::from_secs(10);
+/// Time between two progress lines about one file.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The progress of one file.
+/// Progress of one file's download.
 #[derive(Debug)]
 pub(super) struct FileProgress {
     model: String,
     file: String,
     size: u64,
     done: u64,
-    said: Option<Instant>,
-    heard: Arc<AtomicU64>,
+    printed: Option<Instant>,
+    received: Arc<AtomicU64>,
 }
 
 impl FileProgress {
-    /// Of a file whose size is not known yet; `heard` counts what arrives, for whoever watches.
-    pub(super) fn new(model: &str, file: &str, heard: Arc<AtomicU64>) -> Self {
+    /// Progress of a file of unknown size; `received` grows with every byte, for the idle timeout.
+    pub(super) fn new(model: &str, file: &str, received: Arc<AtomicU64>) -> Self {
         Self {
             model: model.to_owned(),
             file: file.to_owned(),
             size: 0,
             done: 0,
-            said: None,
-            heard,
+            printed: None,
+            received,
         }
     }
 
-    /// The file is of this size and starts to arrive.
+    /// Starts a download of `size` bytes.
     pub(super) fn begin(&mut self, size: u64) {
         self.size = size;
         self.done = 0;
-        self.heard.fetch_add(1, Ordering::Relaxed);
-        if self.said.is_none() {
+        self.received.fetch_add(1, Ordering::Relaxed);
+        if self.printed.is_none() {
             errln!(
                 "fetching {}: {}, {}",
                 self.model,
                 self.file,
                 DecimalBytes(size)
             );
-            self.said = Some(Instant::now());
+            self.printed = Some(Instant::now());
         }
     }
 
-    /// So many bytes more have arrived.
+    /// Counts received bytes.
     pub(super) fn add(&mut self, bytes: u64) {
         self.done += bytes;
-        self.heard.fetch_add(bytes, Ordering::Relaxed);
-        if self.said.is_some_and(|said| said.elapsed() >= LINE_EVERY) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+        if self
+            .printed
+            .is_some_and(|printed| printed.elapsed() >= PROGRESS_INTERVAL)
+        {
             errln!(
                 "  {}: {} of {}",
                 self.file,
                 DecimalBytes(self.done),
                 DecimalBytes(self.size)
             );
-            self.said = Some(Instant::now());
+            self.printed = Some(Instant::now());
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Models under a prefix in S3, over the pipeline's client.
+//! Models under a prefix in S3, read with the pipeline's client.
 //!
-//! The cache is `$XDG_CACHE_HOME/coffey/models` (or `~/.cache/coffey/models`), a folder for each server and prefix:
-//! `blobs/` holds objects, named by key, size and ETag; `snapshots/` holds folders of links to them, one for each state of
-//! the prefix. So a changed object is another blob and another snapshot, and a run that reads the old one is not disturbed.
+//! The cache is `$XDG_CACHE_HOME/coffey/models` (or `~/.cache/coffey/models`), with one folder for each server and prefix:
+//! `blobs/` has the objects, named by key, size and ETag; `snapshots/` has folders of links to the blobs, one for each state
+//! of the prefix. A changed object becomes a new blob and a new snapshot; a run can continue to read the old one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,18 +15,18 @@ use coffey_pipeline::{ObjectInfo, S3Options, ShardUrl, SourceError, Sources};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
-use super::files::{self, Wanted};
+use super::files::{self, Components};
 use super::progress::FileProgress;
 use super::{PretrainedError, cache, io};
-use crate::environment;
+use crate::process;
 
-/// Start of the names of files that are being written.
-const ASIDE: &str = ".writing-";
+/// Name prefix of unfinished files.
+const TEMPORARY: &str = ".writing-";
 
-/// Makes what is `wanted` under `prefix`, `s3://bucket/…/`, available in a folder.
+/// Fetches `components` of the model under `prefix` (`s3://bucket/…/`); returns a local folder.
 pub(super) fn fetch(
     prefix: &str,
-    wanted: &Wanted,
+    components: &Components,
     sources: &Sources,
     runtime: &Handle,
 ) -> Result<PathBuf, PretrainedError> {
@@ -47,13 +47,13 @@ pub(super) fn fetch(
         .map(|object| (object.name.as_str(), object))
         .collect();
     let there: BTreeSet<String> = objects.keys().map(|name| (*name).to_owned()).collect();
-    let plan = files::plan(wanted, &there).map_err(not_a_model)?;
+    let plan = files::plan(components, &there).map_err(not_a_model)?;
 
-    let server = server(sources.options(), environment::variable);
-    let folder = cache::home("XDG_CACHE_HOME", environment::variable)?
+    let server = server(sources.options(), process::env_var);
+    let folder = cache::home("XDG_CACHE_HOME", process::env_var)?
         .join("coffey/models")
         .join(&digest([server.as_str(), prefix])[..16]);
-    let _turn = cache::lock(&folder.join("lock"), prefix)?;
+    let _lock = cache::lock(&folder.join("lock"), prefix)?;
     let blobs = Blobs::open(folder.join("blobs"), prefix)?;
     let mut links = BTreeMap::new();
     let mut fetch = |name: &str| {
@@ -77,8 +77,8 @@ pub(super) fn fetch(
     snapshot(&folder.join("snapshots"), &links)
 }
 
-/// What tells servers apart: the same prefix can lead to different objects on each.
-fn server(options: &S3Options, variable: impl Fn(&str) -> Option<String>) -> String {
+/// Identity of the S3 server: one prefix may have different objects on two servers.
+fn server(options: &S3Options, env_var: impl Fn(&str) -> Option<String>) -> String {
     if let Some(root) = &options.embedded_root {
         let root = fs::canonicalize(root).unwrap_or_else(|_| root.clone());
         return format!("embedded {}", root.display());
@@ -86,12 +86,12 @@ fn server(options: &S3Options, variable: impl Fn(&str) -> Option<String>) -> Str
     options
         .endpoint_url
         .clone()
-        .or_else(|| variable("AWS_ENDPOINT_URL_S3"))
-        .or_else(|| variable("AWS_ENDPOINT_URL"))
+        .or_else(|| env_var("AWS_ENDPOINT_URL_S3"))
+        .or_else(|| env_var("AWS_ENDPOINT_URL"))
         .unwrap_or_default()
 }
 
-/// A name made of words.
+/// SHA-256 in hex of a list of strings.
 fn digest<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     let mut sha = Sha256::new();
     for word in words {
@@ -101,18 +101,18 @@ fn digest<'a>(words: impl IntoIterator<Item = &'a str>) -> String {
     format!("{:x}", sha.finalize())
 }
 
-/// The objects that are here.
+/// The fetched objects of one prefix.
 struct Blobs {
     folder: PathBuf,
     model: String,
 }
 
 impl Blobs {
-    /// The caller holds the lock: what other processes left unfinished is of no use to anyone.
+    /// Removes files that killed processes left unfinished; the caller holds the lock.
     fn open(folder: PathBuf, model: &str) -> Result<Self, PretrainedError> {
         fs::create_dir_all(&folder).map_err(io(&folder))?;
         for entry in folder.read_dir().map_err(io(&folder))?.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+            if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
                 fs::remove_file(entry.path()).map_err(io(&entry.path()))?;
             }
         }
@@ -122,7 +122,7 @@ impl Blobs {
         })
     }
 
-    /// The file that holds this version of an object; fetched if it is not here.
+    /// Path of this version of an object; fetches it if necessary.
     fn fetch(
         &self,
         object: &ObjectInfo,
@@ -152,21 +152,21 @@ impl Blobs {
             FileProgress::new(&self.model, &object.name, Arc::new(AtomicU64::new(0)));
         progress.begin(object.size);
         let mut reader = sources.open(&object.url).await?;
-        let mut aside = tempfile::Builder::new()
-            .prefix(ASIDE)
+        let mut file = tempfile::Builder::new()
+            .prefix(TEMPORARY)
             .tempfile_in(&self.folder)
             .map_err(io(&self.folder))?;
         let mut length = 0;
         while let Some(chunk) = reader.next().await? {
-            aside.write_all(&chunk).map_err(io(aside.path()))?;
+            file.write_all(&chunk).map_err(io(file.path()))?;
             length += chunk.len() as u64;
             progress.add(chunk.len() as u64);
         }
-        let other_version = match (&object.etag, reader.etag()) {
+        let is_other_version = match (&object.etag, reader.etag()) {
             (Some(listed), Some(read)) => listed != read,
             _ => false,
         };
-        if length != object.size || other_version {
+        if length != object.size || is_other_version {
             return Err(SourceError::Changed {
                 url: object.url.redacted(),
                 offset: length,
@@ -178,15 +178,14 @@ impl Blobs {
             }
             .into());
         }
-        aside.as_file().sync_all().map_err(io(path))?;
-        aside
-            .persist(path)
+        file.as_file().sync_all().map_err(io(path))?;
+        file.persist(path)
             .map_err(|error| io(path)(error.error))
             .map(drop)
     }
 }
 
-/// The folder whose files are these blobs; made if it is not here.
+/// The folder that links each name to its blob; creates it if necessary.
 fn snapshot(folder: &Path, links: &BTreeMap<String, PathBuf>) -> Result<PathBuf, PretrainedError> {
     let blobs: Vec<_> = links
         .values()
@@ -200,7 +199,7 @@ fn snapshot(folder: &Path, links: &BTreeMap<String, PathBuf>) -> Result<PathBuf,
         if link.is_file() {
             continue;
         }
-        // It leads nowhere: the cache was moved.
+        // A broken link: the cache was moved.
         if link.is_symlink() {
             fs::remove_file(&link).map_err(io(&link))?;
         }
@@ -217,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn servers_are_told_apart() {
+    fn server_identities_differ() {
         let none = |_: &str| None;
         let embedded = |root: &str| S3Options {
             embedded_root: Some(root.into()),
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn another_blob_is_another_snapshot() {
+    fn snapshots_differ_when_a_blob_differs() {
         let root = tempfile::tempdir().unwrap();
         let (one, two) = (root.path().join("one"), root.path().join("two"));
         fs::write(&one, "1").unwrap();

@@ -1,7 +1,7 @@
-//! TensorBoard's event files: records framed by checksums (`record`), each holding one protocol buffer (`event`).
+//! TensorBoard's event files: records with checksums (`record`), each with one protocol buffer (`event`).
 //!
-//! [`Events`] writes the files of a run and cuts them back when it goes on from an earlier step, so that a folder read as a
-//! whole holds every step once. It never decides what is recorded.
+//! [`Events`] writes the files of a run. On resume it removes the events of later steps, so that the files together have
+//! every step once. It never decides what is recorded.
 
 mod event;
 mod record;
@@ -12,13 +12,13 @@ use std::io::{BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use event::{Event, What};
+use event::{Event, EventData};
 use prost::Message as _;
-use record::Records;
+use record::RecordReader;
 
-/// What TensorBoard knows an event file by; seconds since 1970 follow, and after them [`SUFFIX`].
+/// Start of an event file's name, for TensorBoard; seconds since 1970 and [`SUFFIX`] follow.
 const PREFIX: &str = "events.out.tfevents.";
-/// What tells these files from those of other writers, which are left alone.
+/// End of the names of coffey's event files. Files of other writers are not touched.
 const SUFFIX: &str = ".coffey";
 /// The tag of the configuration.
 const CONFIGURATION: &str = "configuration";
@@ -38,35 +38,39 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrackError {
     move |source| TrackError { path, source }
 }
 
-/// What the files of a folder hold after they were cut back.
+/// The events that a folder's files have after a resume.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Kept {
-    /// The steps that have scalars, in the order of the files.
+pub struct ExistingEvents {
+    /// Steps with scalars, in the order of the files.
     pub scalars: Vec<u64>,
-    /// The pictures: step and tag.
+    /// Step and tag of each image.
     pub pictures: BTreeSet<(u64, String)>,
 }
 
-/// The event files of a run. A process writes one file, which appears with the first event.
+/// The event files of a run. Each process writes one file, created with its first event.
 #[derive(Debug)]
 pub struct Events {
     folder: PathBuf,
     configuration: String,
-    /// The first step this process makes.
+    /// First step of this process.
     first: u64,
     open: Option<(PathBuf, File)>,
 }
 
 impl Events {
-    /// Goes on in `folder` after step `done`: what the files hold of later steps, and what a crash left half written, is cut
-    /// off. `configuration`, a TOML text, is recorded with the first event.
+    /// Resumes in `folder` after step `done`: removes events of later steps and truncated records. `configuration` (TOML) is
+    /// recorded with the first event.
     ///
     /// # Errors
-    /// When the folder or one of the files can't be read or shortened.
-    pub fn open(folder: &Path, done: u64, configuration: &str) -> Result<(Self, Kept), TrackError> {
-        let mut kept = Kept::default();
+    /// When the folder or a file can't be read or truncated.
+    pub fn open(
+        folder: &Path,
+        done: u64,
+        configuration: &str,
+    ) -> Result<(Self, ExistingEvents), TrackError> {
+        let mut existing = ExistingEvents::default();
         for path in files(folder)? {
-            cut(&path, done, &mut kept).map_err(io(&path))?;
+            truncate(&path, done, &mut existing).map_err(io(&path))?;
         }
         let events = Self {
             folder: folder.to_owned(),
@@ -74,10 +78,10 @@ impl Events {
             first: done + 1,
             open: None,
         };
-        Ok((events, kept))
+        Ok((events, existing))
     }
 
-    /// Removes what earlier processes wrote, so that all of it can be written anew.
+    /// Removes all files of earlier processes, to write all events again.
     ///
     /// # Errors
     /// When a file can't be removed.
@@ -90,15 +94,15 @@ impl Events {
         Ok(())
     }
 
-    /// Records numbers of a step, all of them or none.
+    /// RecordReader the scalars of a step in one record.
     ///
     /// # Errors
-    /// When the file can't be written; what follows a record that was cut off is not read, so nothing more should be written.
+    /// When the file can't be written. Write nothing after an error: readers stop at a truncated record.
     pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<(), TrackError> {
         self.write(&Event::scalars(step, values))
     }
 
-    /// Records a picture, a PNG of `width` by `height` pixels.
+    /// RecordReader an image: a PNG of `width` x `height` pixels.
     ///
     /// # Errors
     /// As [`Events::scalars`].
@@ -109,13 +113,13 @@ impl Events {
         (width, height): (u32, u32),
         png: Vec<u8>,
     ) -> Result<(), TrackError> {
-        self.write(&Event::picture(step, tag, (width, height), png))
+        self.write(&Event::image(step, tag, (width, height), png))
     }
 
-    /// Waits until what was written is on the disk.
+    /// Flushes the file to the disk.
     ///
     /// # Errors
-    /// When it does not get there.
+    /// When the file can't be flushed.
     pub fn sync(&self) -> Result<(), TrackError> {
         match &self.open {
             Some((path, file)) => file.sync_data().map_err(io(path)),
@@ -129,7 +133,7 @@ impl Events {
             self.open = Some(self.create()?);
             for event in [
                 Event::version(),
-                // A TensorBoard that is open meanwhile forgets what it has seen of these steps.
+                // A running TensorBoard then discards these steps of earlier files.
                 Event::start(self.first),
                 Event::text(self.first, CONFIGURATION, &code_block(&self.configuration)),
             ] {
@@ -138,13 +142,13 @@ impl Events {
         }
         record::frame(&event.encode_to_vec(), &mut bytes);
         match &mut self.open {
-            // At once: whoever looks on sees the step, and a kill takes none that was made.
+            // Unbuffered: readers see every step at once, and a kill loses none.
             Some((path, file)) => file.write_all(&bytes).map_err(io(path)),
             None => Ok(()),
         }
     }
 
-    /// A file that comes after all others by its name, as TensorBoard reads them in that order.
+    /// Creates a file whose name sorts after all others: TensorBoard reads files in that order.
     fn create(&self) -> Result<(PathBuf, File), TrackError> {
         let newest = files(&self.folder)?.iter().filter_map(|f| seconds(f)).max();
         let now = SystemTime::now()
@@ -157,12 +161,12 @@ impl Events {
     }
 }
 
-/// Markdown that shows a text as it is.
+/// Markdown code block.
 fn code_block(text: &str) -> String {
     text.lines().map(|line| format!("    {line}\n")).collect()
 }
 
-/// The number in a file's name, if it is one of ours.
+/// The number in the name of one of coffey's event files.
 fn seconds(path: &Path) -> Option<u64> {
     let name = path.file_name()?.to_str()?;
     name.strip_prefix(PREFIX)?
@@ -171,7 +175,7 @@ fn seconds(path: &Path) -> Option<u64> {
         .ok()
 }
 
-/// Our event files in a folder, in the order they were written.
+/// Coffey's event files in a folder, in the order of writing.
 fn files(folder: &Path) -> Result<Vec<PathBuf>, TrackError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).map_err(io(folder))? {
@@ -184,12 +188,12 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>, TrackError> {
     Ok(files)
 }
 
-/// Cuts a file back to its events up to step `done`, which come first, and removes it if nothing is left to show.
-fn cut(path: &Path, done: u64, kept: &mut Kept) -> std::io::Result<()> {
+/// Truncates a file after its events up to step `done`; removes a file without summaries.
+fn truncate(path: &Path, done: u64, existing: &mut ExistingEvents) -> std::io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let length = file.metadata()?.len();
-    let mut records = Records::new(BufReader::new(&file), length);
-    let (mut whole, mut shows) = (0, false);
+    let mut records = RecordReader::new(BufReader::new(&file), length);
+    let (mut end, mut has_summary) = (0, false);
     while let Some(record) = records.next_whole()? {
         let Ok(event) = Event::decode(record) else {
             break;
@@ -200,20 +204,22 @@ fn cut(path: &Path, done: u64, kept: &mut Kept) -> std::io::Result<()> {
         if step > done {
             break;
         }
-        if let Some(What::Summary(summary)) = event.what {
-            shows = true;
+        if let Some(EventData::Summary(summary)) = event.data {
+            has_summary = true;
             if summary.is_scalars() {
-                kept.scalars.push(step);
+                existing.scalars.push(step);
             }
-            let tags = summary.picture_tags().map(|tag| (step, tag.to_owned()));
-            kept.pictures.extend(tags);
+            let tags = summary.image_tags().map(|tag| (step, tag.to_owned()));
+            existing.pictures.extend(tags);
         }
-        whole = records.position();
+        end = records.position();
     }
-    match shows {
-        false => fs::remove_file(path),
-        true if whole < length => file.set_len(whole),
-        true => Ok(()),
+    if !has_summary {
+        fs::remove_file(path)
+    } else if end < length {
+        file.set_len(end)
+    } else {
+        Ok(())
     }
 }
 
@@ -221,37 +227,37 @@ fn cut(path: &Path, done: u64, kept: &mut Kept) -> std::io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Every event of a folder: step, and what it is.
-    fn told(folder: &Path) -> Vec<(i64, String)> {
-        let mut told = Vec::new();
+    /// Step and kind of every event in a folder.
+    fn recorded(folder: &Path) -> Vec<(i64, String)> {
+        let mut found = Vec::new();
         for path in files(folder).unwrap() {
             let bytes = fs::read(&path).unwrap();
-            let mut records = Records::new(bytes.as_slice(), bytes.len() as u64);
+            let mut records = RecordReader::new(bytes.as_slice(), bytes.len() as u64);
             while let Some(record) = records.next_whole().unwrap() {
                 let event = Event::decode(record).unwrap();
-                let what = match event.what.unwrap() {
-                    What::FileVersion(version) => version,
-                    What::SessionLog(_) => "start".to_owned(),
-                    What::Summary(summary) => {
+                let kind = match event.data.unwrap() {
+                    EventData::FileVersion(version) => version,
+                    EventData::SessionLog(_) => "start".to_owned(),
+                    EventData::Summary(summary) => {
                         let tags: Vec<_> = summary.value.iter().map(|v| v.tag.as_str()).collect();
                         tags.join(" ")
                     }
                 };
-                told.push((event.step, what));
+                found.push((event.step, kind));
             }
             assert_eq!(records.position(), bytes.len() as u64, "{}", path.display());
         }
-        told
+        found
     }
 
     fn steps(folder: &Path, name: &str) -> Vec<i64> {
-        let told = told(folder);
-        let of = told.iter().filter(|(_, what)| what.starts_with(name));
-        of.map(|(step, _)| *step).collect()
+        let events = recorded(folder);
+        let named = events.iter().filter(|(_, kind)| kind.starts_with(name));
+        named.map(|(step, _)| *step).collect()
     }
 
-    fn go_on(folder: &Path, done: u64, to: u64) -> Kept {
-        let (mut events, kept) = Events::open(folder, done, "a = 1\n").unwrap();
+    fn resume(folder: &Path, done: u64, to: u64) -> ExistingEvents {
+        let (mut events, existing) = Events::open(folder, done, "a = 1\n").unwrap();
         for step in done + 1..=to {
             let values = [("loss", 0.5 / step as f64), ("lr", 1e-6)];
             events.scalars(step, &values).unwrap();
@@ -262,15 +268,15 @@ mod tests {
             }
         }
         events.sync().unwrap();
-        kept
+        existing
     }
 
     #[test]
-    fn a_process_writes_one_file_when_there_is_something_to_write() {
+    fn event_file_appears_with_the_first_event() {
         let folder = tempfile::tempdir().unwrap();
-        let (mut events, kept) = Events::open(folder.path(), 0, "a = 1\n").unwrap();
+        let (mut events, existing) = Events::open(folder.path(), 0, "a = 1\n").unwrap();
         events.sync().unwrap();
-        assert_eq!(kept, Kept::default());
+        assert_eq!(existing, ExistingEvents::default());
         assert_eq!(files(folder.path()).unwrap(), Vec::<PathBuf>::new());
         events.scalars(1, &[("loss", 0.5)]).unwrap();
         let expected = [
@@ -279,13 +285,13 @@ mod tests {
             (1, "configuration"),
             (1, "loss"),
         ];
-        let expected = expected.map(|(step, what)| (step, what.to_owned()));
-        assert_eq!(told(folder.path()), expected);
+        let expected = expected.map(|(step, kind)| (step, kind.to_owned()));
+        assert_eq!(recorded(folder.path()), expected);
         assert_eq!(files(folder.path()).unwrap().len(), 1);
     }
 
     #[test]
-    fn going_on_cuts_later_events_and_torn_ones() {
+    fn resume_removes_later_and_truncated_events() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path();
         fs::write(
@@ -293,8 +299,8 @@ mod tests {
             "of another writer",
         )
         .unwrap();
-        go_on(folder, 0, 5);
-        // Killed within the last record, and going on from step 3.
+        resume(folder, 0, 5);
+        // Killed within the last record; resumed from step 3.
         let newest = files(folder).unwrap().pop().unwrap();
         let length = fs::metadata(&newest).unwrap().len();
         File::options()
@@ -303,39 +309,39 @@ mod tests {
             .unwrap()
             .set_len(length - 3)
             .unwrap();
-        let kept = go_on(folder, 3, 6);
-        assert_eq!(kept.scalars, [1, 2, 3]);
-        let pictures: Vec<_> = kept.pictures.iter().map(|(step, _)| *step).collect();
+        let existing = resume(folder, 3, 6);
+        assert_eq!(existing.scalars, [1, 2, 3]);
+        let pictures: Vec<_> = existing.pictures.iter().map(|(step, _)| *step).collect();
         assert_eq!(pictures, [2]);
         assert_eq!(steps(folder, "loss"), [1, 2, 3, 4, 5, 6]);
         assert_eq!(steps(folder, "validation"), [2, 4, 6]);
         assert_eq!(steps(folder, "configuration"), [1, 4]);
-        // Twice from the same step: the second file goes, although the clock's second may be the same.
-        go_on(folder, 3, 4);
-        go_on(folder, 4, 5);
+        // Two resumes from the same step, perhaps in the same second: the first one's file is removed.
+        resume(folder, 3, 4);
+        resume(folder, 4, 5);
         assert_eq!(steps(folder, "loss"), [1, 2, 3, 4, 5]);
         assert_eq!(steps(folder, "configuration"), [1, 4, 5]);
-        // A run that goes on nowhere leaves what there is.
-        assert_eq!(go_on(folder, 5, 5).scalars, [1, 2, 3, 4, 5]);
+        // A resume without later events removes nothing.
+        assert_eq!(resume(folder, 5, 5).scalars, [1, 2, 3, 4, 5]);
         assert_eq!(files(folder).unwrap().len(), 3);
-        // A run from the start begins anew.
-        assert_eq!(go_on(folder, 0, 1), Kept::default());
+        // A start from step 0 removes all of coffey's files.
+        assert_eq!(resume(folder, 0, 1), ExistingEvents::default());
         assert_eq!(steps(folder, "loss"), [1]);
         assert!(folder.join("events.out.tfevents.1.other").is_file());
     }
 
     #[test]
-    fn a_damaged_byte_ends_what_is_kept_of_a_file() {
+    fn resume_truncates_at_a_damaged_byte() {
         let folder = tempfile::tempdir().unwrap();
-        go_on(folder.path(), 0, 4);
+        resume(folder.path(), 0, 4);
         let path = files(folder.path()).unwrap().pop().unwrap();
         let mut bytes = fs::read(&path).unwrap();
         // Within the picture of step 2.
         bytes[1500] ^= 1;
         fs::write(&path, bytes).unwrap();
-        let (mut events, kept) = Events::open(folder.path(), 4, "").unwrap();
-        assert_eq!(kept.scalars, [1, 2]);
-        assert!(kept.pictures.is_empty());
+        let (mut events, existing) = Events::open(folder.path(), 4, "").unwrap();
+        assert_eq!(existing.scalars, [1, 2]);
+        assert!(existing.pictures.is_empty());
         events.clear().unwrap();
         events.scalars(1, &[("loss", 1.0)]).unwrap();
         assert_eq!(steps(folder.path(), "loss"), [1]);
@@ -343,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_can_not_be_written_is_named() {
+    fn track_error_names_the_folder() {
         let folder = tempfile::tempdir().unwrap();
         let gone = folder.path().join("gone");
         let error = Events::open(&gone, 0, "").unwrap_err();

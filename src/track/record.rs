@@ -1,13 +1,13 @@
-//! TensorFlow's records: length, checksum of the length, content, checksum of the content, little-endian.
+//! TensorFlow's record format: length, checksum of the length, content, checksum of the content; little-endian.
 
 use std::io::{ErrorKind, Read};
 
 /// Bytes before a record's content.
 const HEAD: usize = 12;
-/// Bytes after it.
+/// Bytes after a record's content.
 const TAIL: usize = 4;
 
-/// CRC-32C, rotated and shifted as TensorFlow does so that the checksum of data that holds checksums is a good one.
+/// TensorFlow's masked CRC-32C: rotated and shifted, for data that contains checksums.
 fn checksum(bytes: &[u8]) -> [u8; 4] {
     crc32c::crc32c(bytes)
         .rotate_right(15)
@@ -24,17 +24,17 @@ pub(super) fn frame(content: &[u8], record: &mut Vec<u8>) {
     record.extend(checksum(content));
 }
 
-/// Reads a file's records.
+/// Reads the records of a file.
 #[derive(Debug)]
-pub(super) struct Records<R> {
+pub(super) struct RecordReader<R> {
     reader: R,
     length: u64,
     position: u64,
     content: Vec<u8>,
 }
 
-impl<R: Read> Records<R> {
-    /// `length` is the file's, in bytes.
+impl<R: Read> RecordReader<R> {
+    /// `length`: size of the file in bytes.
     pub(super) fn new(reader: R, length: u64) -> Self {
         Self {
             reader,
@@ -44,12 +44,12 @@ impl<R: Read> Records<R> {
         }
     }
 
-    /// Where the last whole record ends.
+    /// End of the last complete record. Bytes.
     pub(super) fn position(&self) -> u64 {
         self.position
     }
 
-    /// The next record's content; `None` at the end, and at a record that is cut off or damaged.
+    /// Content of the next record; `None` at the end of the file and at a truncated or damaged record.
     pub(super) fn next_whole(&mut self) -> std::io::Result<Option<&[u8]>> {
         let mut head = [0; HEAD];
         if !self.fill(&mut head)? {
@@ -75,7 +75,7 @@ impl<R: Read> Records<R> {
         Ok(Some(&self.content))
     }
 
-    /// Whether the reader held that much.
+    /// Fills `buffer`; `false` if the file ends before.
     fn fill(&mut self, buffer: &mut [u8]) -> std::io::Result<bool> {
         match self.reader.read_exact(buffer) {
             Ok(()) => Ok(true),
@@ -90,10 +90,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_are_tensorflows() {
+    fn record_bytes_equal_tensorboards() {
         let mut record = Vec::new();
         frame(b"abc", &mut record);
-        // As tensorboard's RecordWriter writes it.
+        // Written by tensorboard's RecordWriter.
         let expected = [
             3, 0, 0, 0, 0, 0, 0, 0, 0xb0, 0x99, 0x49, 0x0e, b'a', b'b', b'c', 0x6e, 0x57, 0xf1,
             0x21,
@@ -102,13 +102,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_or_damaged_ends_the_reading() {
+    fn record_reader_stops_at_truncation_or_damage() {
         let mut file = Vec::new();
         for content in [&b"first"[..], b"", b"third"] {
             frame(content, &mut file);
         }
         let read = |bytes: &[u8]| {
-            let mut records = Records::new(bytes, bytes.len() as u64);
+            let mut records = RecordReader::new(bytes, bytes.len() as u64);
             let mut found = Vec::new();
             while let Some(content) = records.next_whole().unwrap() {
                 found.push(content.to_vec());

@@ -15,7 +15,7 @@ use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::Encoders;
 use crate::models::{PipelineParts, UNet, check_fit};
 use crate::objective::{Lcm, Loss};
-use crate::ops::{Attention, Keep};
+use crate::ops::Activations;
 
 /// The frozen parts of a run.
 #[derive(Debug)]
@@ -44,10 +44,10 @@ impl RunParts {
             unet: teacher.config(),
             vae,
             text_width: encoders.text_width(),
-            resolution: config.image.resolution,
+            resolution: config.image.resolution as usize,
         })?;
         let unconditional = encoders.encode_text(&[""])?.to_device(options.device)?;
-        let side = config.image.resolution / vae.downscale();
+        let side = config.image.resolution as usize / vae.downscale();
         let latent = [teacher.config().in_channels, side, side];
         let distill = &config.distill;
         let objective = Lcm {
@@ -99,7 +99,12 @@ fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNe
         config::FloatType::F16 => DType::F16,
         config::FloatType::Bf16 => DType::BF16,
     };
-    let teacher = UNet::load(&pipeline.join("unet"), dtype, device, attention(config))?;
+    let teacher = UNet::load(
+        &pipeline.join("unet"),
+        dtype,
+        device,
+        config.train.attention,
+    )?;
     Ok(teacher.computing_in(compute_dtype(config)))
 }
 
@@ -110,11 +115,11 @@ pub(super) fn load_student(
 ) -> Result<Full, TrainError> {
     let config = options.config;
     let forward = ForwardOptions {
-        attention: attention(config),
-        keep: if config.train.gradient_checkpointing {
-            Keep::Nothing
+        attention: config.train.attention,
+        activations: if config.train.gradient_checkpointing {
+            Activations::Recompute
         } else {
-            Keep::All
+            Activations::Keep
         },
         compute: compute_dtype(config),
     };
@@ -129,13 +134,6 @@ pub(super) fn load_student(
         ),
     };
     Ok(student?)
-}
-
-fn attention(config: &Config) -> Attention {
-    match config.train.attention {
-        config::Attention::MemoryEfficient => Attention::MemoryEfficient,
-        config::Attention::Plain => Attention::Plain,
-    }
 }
 
 /// Type to compute in, where it is not that of the weights.

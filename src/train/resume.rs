@@ -7,7 +7,7 @@ use super::checkpoint::{self, CheckpointStore, OPTIMIZER, SavedRun};
 use super::optimizer::AdamW;
 use super::run_dir::RunDir;
 use super::{Services, TrainError, io};
-use crate::config::{Config, Difference, Resume, Weight, in_s3};
+use crate::config::{Config, Difference, Resume, ResumeEffect, in_s3};
 use crate::pretrained::Models;
 use crate::progress::Progress;
 
@@ -77,7 +77,7 @@ fn check_same_run(
         })?;
     let (contradictions, changes): (Vec<_>, Vec<_>) = differences
         .into_iter()
-        .partition(|difference| difference.weight == Weight::Contradicts);
+        .partition(|difference| difference.effect == ResumeEffect::OtherRun);
     let describe = |difference: &Difference| {
         let Difference { key, was, now, .. } = difference;
         format!("{key} was {was} and is {now}")

@@ -1,11 +1,13 @@
 //! Where the square is cut, and cutting it.
 
 use rand_chacha::rand_core::RngCore;
+use serde::{Deserialize, Serialize};
 
 use crate::order::rng::below;
 
 /// Where in the resized image the square is cut.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CropMode {
     /// Anywhere, uniformly; as torchvision's `RandomCrop`.
     #[default]

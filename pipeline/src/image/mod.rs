@@ -20,8 +20,13 @@ pub use resize::{Interpolation, resized_size};
 
 pub(crate) use square::{SquareMaker, Squares};
 
-/// What is made of every image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use serde::{Deserialize, Serialize};
+
+/// How an image becomes a square of pixels.
+///
+/// Deserialises from the table `[image]` of a configuration; every field left out has its default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ImageOptions {
     /// Side of the square that comes out, and what the shorter side is resized to. Pixels.
     pub resolution: u32,
@@ -31,15 +36,18 @@ pub struct ImageOptions {
     pub crop: CropMode,
     /// Mirror half of the squares.
     pub flip: bool,
-    /// Squares cut out of each image, each at its own place; at least 1.
+    /// Squares cut out of each image, each at its own place; at least 1. Not a key of `[image]`.
+    #[serde(skip)]
     pub crops: usize,
     /// Decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side is then still `resolution`
     /// or more. Faster, but not the pixels that resizing the whole image gives. Never for
     /// [`Interpolation::Nearest`], which picks pixels.
     pub scaled_decode: bool,
-    /// Images of more pixels than this are skipped before they are decoded.
+    /// Images of more pixels than this are skipped before they are decoded. Not a key of `[image]`.
+    #[serde(skip)]
     pub max_pixels: u64,
-    /// Encoded images of more bytes than this are skipped unread.
+    /// Encoded images of more bytes than this are skipped unread. Not a key of `[image]`.
+    #[serde(skip)]
     pub max_bytes: u64,
 }
 

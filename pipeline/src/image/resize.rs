@@ -10,12 +10,14 @@
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use serde::{Deserialize, Serialize};
 
 use super::crop::{CropWindow, planes};
 use super::decode::{DecodeError, room};
 
 /// How pixels are interpolated; names as in Pillow and the reference's `--interpolation_type`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Interpolation {
     /// Triangle filter.
     #[default]
@@ -28,7 +30,8 @@ pub enum Interpolation {
     Box,
     /// Hamming window: sharper than bilinear at its cost.
     Hamming,
-    /// The nearest pixel, with no antialiasing.
+    /// The nearest pixel, with no antialiasing. For Pillow images, torchvision's `nearest_exact` is the same.
+    #[serde(alias = "nearest_exact")]
     Nearest,
 }
 

@@ -3,27 +3,39 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Which samples to use, by the numbers in their json. A field that is `None` asks for nothing.
 ///
 /// A sample without the json key a rule needs is rejected, under a reason of its own. A score of
 /// 0.0 is a score like any other.
-#[derive(Debug, Clone, Default, PartialEq)]
+///
+/// Deserialises from the table `[data.filter]` of a configuration. The `Debug` text is part of a stream's identity
+/// (`OrderIdentity`): renaming the type or a field refuses the cursors of older runs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Filter {
     /// Least `original_width` and `original_height` (or `width` and `height`). Pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub min_size: Option<u32>,
     /// Most `pwatermark`, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_pwatermark: Option<f64>,
     /// Most `punsafe`, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_punsafe: Option<f64>,
     /// Least `similarity` of image and text.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub min_similarity: Option<f64>,
     /// Least aesthetic score: `aesthetic`, `aesthetic_score` or `AESTHETIC_SCORE`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub min_aesthetic: Option<f64>,
     /// Least characters in the caption.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub min_caption_chars: Option<usize>,
     /// Most characters in the caption.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_caption_chars: Option<usize>,
 }
 

@@ -1,15 +1,15 @@
-//! Options of the sources and of the cache.
+//! Options of [`Sources`](super::Sources): access to S3, and the cache on disk.
 
 use std::path::PathBuf;
 
 use crate::s3::S3Options;
 
-/// Options of [`Sources`](super::Sources). `into()` makes them of [`S3Options`] alone.
+/// Every option of [`Sources`](super::Sources). `S3Options::into()` makes these without a cache.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SourceOptions {
     /// Access to S3.
     pub s3: S3Options,
-    /// Keep remote shards on local disk; `None`: no cache.
+    /// Local disk cache of remote shards; `None`: no cache.
     pub cache: Option<CacheOptions>,
 }
 
@@ -19,11 +19,11 @@ impl From<S3Options> for SourceOptions {
     }
 }
 
-/// A folder that keeps shards from S3 and HTTP for the next read.
+/// A folder in which shards from S3 and HTTP are kept until they are read again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheOptions {
     /// The folder. Any number of processes may share it.
     pub folder: PathBuf,
-    /// Capacity. Bytes.
+    /// Most bytes it may hold.
     pub limit_bytes: u64,
 }

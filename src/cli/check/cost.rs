@@ -1,36 +1,36 @@
-//! What a precompute run will read, write and ask for.
+//! Estimate of what a `precompute` run reads, writes and requests from S3.
 
 use coffey_pipeline::destination::PartOptions;
 use coffey_pipeline::{SampleMeta, ShardUrl};
 use serde::Serialize;
 
 use crate::cli::Failure;
-use crate::cli::data::DataAccess;
+use crate::cli::resources::DataAccess;
 use crate::config::{Config, Latents, TextKind, in_s3};
 
-/// Shards whose sizes are asked for, spread over the list: the mean stands for all.
+/// Shards whose sizes are requested, spread over the list; their mean is taken for all shards.
 const SIZED: usize = 3;
-/// A tar's unit. Bytes.
+/// Block size of a tar. Bytes.
 const BLOCK: u64 = 512;
-/// What ends a tar. Bytes.
+/// End mark of a tar. Bytes.
 const TAR_END: u64 = 2 * BLOCK;
-/// npy's header of such arrays. Bytes.
+/// Header of an npy file. Bytes.
 const NPY_HEADER: u64 = 128;
-/// What is added to a sample's json for one crop. Bytes.
+/// Notes added to a sample's json for one crop. Bytes.
 const NOTES: u64 = 190;
-/// Names that one answer of a listing holds.
+/// Names in one response to a LIST request.
 const LISTED: u64 = 1000;
 
-/// Estimates, from a few shards' sizes and the first one's first samples.
+/// The estimate, from a few shards' sizes and the first samples of the first shard. Field names are keys of `check --json`.
 #[derive(Debug, Serialize)]
 pub(super) struct Cost {
     shards: u64,
-    /// Shards whose size was asked for.
+    /// Shards whose size was requested.
     sized: u64,
     input_bytes: u64,
     samples: u64,
     output_bytes: u64,
-    /// GET requests, one a shard in S3.
+    /// GET requests, one for each shard in S3.
     reads: u64,
     /// PUT and POST requests: shards, in parts if they are large, and the manifest after each.
     writes: u64,
@@ -38,42 +38,42 @@ pub(super) struct Cost {
     lists: u64,
 }
 
-/// What was found out of the samples.
-pub(super) struct Seen<'a> {
-    /// The first one.
+/// Measured sizes of the samples.
+pub(super) struct SampleSizes<'a> {
+    /// The first sample.
     pub(super) sample: &'a SampleMeta,
     /// Mean size of a sample's members. Bytes.
     pub(super) bytes: u64,
-    /// `[2C, h, w]`
+    /// Shape of the moments, `[2C, h, w]`.
     pub(super) latent: [usize; 3],
-    /// `[T, width]`
+    /// Shape of the text embeddings, `[T, width]`.
     pub(super) prompt_embeds: [usize; 2],
 }
 
 impl Cost {
-    /// Opens a few shards for their sizes.
+    /// Opens a few of `shards` for their sizes.
     pub(super) fn estimate(
         config: &Config,
         latents: &Latents,
-        seen: &Seen<'_>,
+        sizes: &SampleSizes<'_>,
         shards: &[ShardUrl],
         data: &DataAccess,
     ) -> Result<Self, Failure> {
         let step = shards.len().div_ceil(SIZED).max(1);
-        let mut sizes = Vec::new();
+        let mut shard_sizes = Vec::new();
         for url in shards.iter().step_by(step) {
             let reader = data.runtime.block_on(data.sources.open(url))?;
-            sizes.extend(reader.size());
+            shard_sizes.extend(reader.size());
         }
         let count = shards.len() as u64;
-        let mean = sizes.iter().sum::<u64>() / (sizes.len() as u64).max(1);
+        let mean = shard_sizes.iter().sum::<u64>() / (shard_sizes.len() as u64).max(1);
         // Image, caption, and json if there is one.
-        let members = 2 + u64::from(seen.sample.json.is_some());
-        let sample = seen.bytes + members * (BLOCK + BLOCK / 2);
+        let members = 2 + u64::from(sizes.sample.json.is_some());
+        let sample = sizes.bytes + members * (BLOCK + BLOCK / 2);
         let all = count * mean / sample.max(1);
         let samples = config.data.max_samples.map_or(all, |max| max.min(all));
-        let output = samples * output_sample(latents, seen) + count * TAR_END;
-        let remote = |there: bool, requests: u64| if there { requests } else { 0 };
+        let output = samples * output_sample(latents, sizes) + count * TAR_END;
+        let if_in_s3 = |in_s3: bool, requests: u64| if in_s3 { requests } else { 0 };
         let written = in_s3(&latents.output);
         let part = PartOptions::default().bytes as u64;
         let shard = match (output / count.max(1)).div_ceil(part) {
@@ -86,17 +86,18 @@ impl Cost {
             .count() as u64;
         Ok(Self {
             shards: count,
-            sized: sizes.len() as u64,
+            sized: shard_sizes.len() as u64,
             input_bytes: count * mean,
             samples,
             output_bytes: output,
             reads: read,
-            writes: remote(written, count * (shard + 1) + 2),
-            lists: remote(written, 2 * (1 + count / LISTED)) + remote(read > 0, 1 + count / LISTED),
+            writes: if_in_s3(written, count * (shard + 1) + 2),
+            lists: if_in_s3(written, 2 * (1 + count / LISTED))
+                + if_in_s3(read > 0, 1 + count / LISTED),
         })
     }
 
-    pub(super) fn said(&self) -> String {
+    pub(super) fn message(&self) -> String {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let Self {
             shards,
@@ -116,21 +117,21 @@ impl Cost {
     }
 }
 
-/// What a sample takes in an output shard. Bytes.
-fn output_sample(latents: &Latents, seen: &Seen<'_>) -> u64 {
+/// Size of a sample in an output shard. Bytes.
+fn output_sample(latents: &Latents, sizes: &SampleSizes<'_>) -> u64 {
     let member = |content: u64| BLOCK + content.div_ceil(BLOCK) * BLOCK;
     let halves = |shape: &[usize]| 2 * shape.iter().product::<usize>() as u64;
-    let json = seen
+    let json = sizes
         .sample
         .json
         .as_ref()
         .map_or(0, |json| json.to_string().len());
     let embeds = match latents.text {
         TextKind::Caption => 0,
-        TextKind::Embeds | TextKind::Both => member(NPY_HEADER + halves(&seen.prompt_embeds)),
+        TextKind::Embeds | TextKind::Both => member(NPY_HEADER + halves(&sizes.prompt_embeds)),
     };
-    member(NPY_HEADER + latents.crops as u64 * halves(&seen.latent))
+    member(NPY_HEADER + latents.crops as u64 * halves(&sizes.latent))
         + embeds
-        + member(seen.sample.caption.len() as u64)
+        + member(sizes.sample.caption.len() as u64)
         + member(json as u64 + NOTES)
 }

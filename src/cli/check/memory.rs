@@ -1,4 +1,4 @@
-//! How much memory a run will need, by what for and where.
+//! Estimate of the memory a run needs, by purpose and device.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,57 +7,60 @@ use coffey_pipeline::Content;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::cli::process::available_memory;
-use crate::config::{Attention, Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
+use crate::config::{Config, DeviceSpec, FloatType, MixedPrecision, OptimizerKind};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
+use crate::ops::Attention;
+use crate::process::available_memory;
 
-/// Bytes of an `f32`, which everything but the teacher is held in.
+/// Bytes of an `f32`, the type of all weights but the teacher's.
 const F32: u64 = 4;
-/// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and joined input.
+/// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and concatenated
+/// input.
 const KEPT_BY_RESNET: u64 = 10;
-/// The same for a transformer block, its four times wider gated feed-forward included.
+/// Feature maps that a transformer block keeps, including its four times wider gated feed-forward.
 const KEPT_BY_TRANSFORMER: u64 = 32;
-/// Scores and their softmax, without memory-efficient attention.
+/// Matrices that plain attention keeps: the scores and their softmax.
 const KEPT_SCORES: u64 = 2;
-/// What a block keeps when the rest is made anew: its input and its result.
+/// Feature maps that a block keeps under activation checkpointing: its input and its result.
 const KEPT_TO_RECOMPUTE: u64 = 2;
 /// Tokens of a caption.
 const TEXT_TOKENS: u64 = 77;
 /// Feature maps of full size that a VAE holds at once while it encodes.
 const HELD_BY_VAE: u64 = 4;
 
-/// Code, threads and their scratch memory, and what the allocator keeps. Measured: a run of the quickstart held 45 to 100 MB
-/// beside the other parts. Bytes.
+/// Code, threads and their scratch memory, and memory that the allocator keeps. Measured: a run of the quickstart held 45 to
+/// 100 MB besides the other parts. Bytes.
 const PROGRAM: u64 = 60_000_000;
 
-/// What was found out about models and data.
+/// Measured sizes of models and data.
 pub(super) struct Sizes<'a> {
     /// Mean size of a sample in its shard. Bytes.
     pub(super) sample_bytes: u64,
-    /// What is streamed.
+    /// Content of the shards.
     pub(super) content: Content,
     /// Parameters of the text encoder.
     pub(super) text_encoder: u64,
-    /// Parameters of the VAE, those of its decoder among them, and its folder.
+    /// Parameters of the VAE, including its decoder.
     pub(super) vae: u64,
+    /// Parameters of the VAE's decoder.
     pub(super) vae_decoder: u64,
     pub(super) vae_folder: &'a Path,
     pub(super) vae_downscale: usize,
-    /// Parameters of the teacher, unless it isn't trained from.
+    /// Parameters and configuration of the teacher; `None` for `precompute`.
     pub(super) teacher: Option<(u64, &'a UNetConfig)>,
 }
 
-/// Who needs how much.
+/// The parts of the estimate. Field names are keys of `check --json`.
 #[derive(Serialize)]
 pub(super) struct MemoryPlan {
-    parts: Vec<Part>,
+    parts: Vec<MemoryPart>,
     /// Free main memory now. Bytes.
     available: Option<u64>,
 }
 
 #[derive(Serialize)]
-struct Part {
+struct MemoryPart {
     device: DeviceSpec,
     what: &'static str,
     bytes: u64,
@@ -79,14 +82,14 @@ impl MemoryPlan {
                 config,
                 parameters,
                 unet,
-                config.image.resolution / sizes.vae_downscale,
+                config.image.resolution as usize / sizes.vae_downscale,
             );
         }
         plan
     }
 
     fn add(&mut self, device: DeviceSpec, what: &'static str, bytes: u64, how: String) {
-        self.parts.push(Part {
+        self.parts.push(MemoryPart {
             device,
             what,
             bytes,
@@ -95,7 +98,7 @@ impl MemoryPlan {
     }
 
     fn add_stream(&mut self, config: &Config, sizes: &Sizes<'_>) {
-        let (data, side) = (&config.data, config.image.resolution as u64);
+        let (data, side) = (&config.data, u64::from(config.image.resolution));
         // A sequential stream, as for latents, does not shuffle.
         if sizes.teacher.is_some() {
             let (samples, each) = (data.shuffle_buffer as u64, sizes.sample_bytes);
@@ -133,7 +136,7 @@ impl MemoryPlan {
     }
 
     fn add_encoders(&mut self, config: &Config, sizes: &Sizes<'_>) {
-        let side = config.image.resolution as u64;
+        let side = u64::from(config.image.resolution);
         let width = first_channels(sizes.vae_folder);
         let batch = match sizes.teacher {
             Some(_) => config.train.batch_size.min(config.encode.batch_size),
@@ -199,9 +202,9 @@ impl MemoryPlan {
             self.add(DeviceSpec::Cpu, "checkpoint", bytes, how);
         }
         let batch = config.train.batch_size as u64;
-        let kept = Kept {
+        let kept = KeptActivations {
             scores: config.train.attention == Attention::Plain,
-            insides: !config.train.gradient_checkpointing,
+            inside_blocks: !config.train.gradient_checkpointing,
         };
         let each = match config.train.mixed_precision {
             MixedPrecision::No => F32,
@@ -221,7 +224,7 @@ impl MemoryPlan {
         totals
     }
 
-    /// Whether main memory is enough, and that in words.
+    /// Whether main memory is enough, and the message that says so.
     pub(super) fn verdict(&self) -> (bool, String) {
         let totals = self.totals();
         let each: Vec<String> = totals
@@ -248,7 +251,7 @@ impl MemoryPlan {
 
     /// One line for each part.
     pub(super) fn lines(&self) -> impl Iterator<Item = String> + '_ {
-        let line = |part: &Part| {
+        let line = |part: &MemoryPart| {
             format!(
                 "{:<8} {:<21} {:>9}  {}",
                 part.device.to_string(),
@@ -270,17 +273,17 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// What is kept for the backward pass.
+/// Which activations are kept for the backward pass.
 #[derive(Clone, Copy)]
-struct Kept {
-    /// Whole matrices of attention scores.
+struct KeptActivations {
+    /// The whole matrices of attention scores.
     scores: bool,
-    /// All results inside blocks; without, those of one block at a time.
-    insides: bool,
+    /// The results inside all blocks; `false`: of one block at a time (activation checkpointing).
+    inside_blocks: bool,
 }
 
-/// Numbers that one latent's forward pass keeps for the backward pass. Only shapes count: a rough figure.
-fn activations(unet: &Map<String, Value>, side: u64, kept: Kept) -> u64 {
+/// Estimate of the numbers that one latent's forward pass keeps for the backward pass, from shapes alone.
+fn activations(unet: &Map<String, Value>, side: u64, kept: KeptActivations) -> u64 {
     let number = |key: &str| unet.get(key).and_then(Value::as_u64);
     let list = |key: &str| unet.get(key).and_then(Value::as_array);
     let channels: Vec<u64> = match list("block_out_channels") {
@@ -310,9 +313,10 @@ fn activations(unet: &Map<String, Value>, side: u64, kept: Kept) -> u64 {
         let down = u64::from(crosses("down_block_types", level, level != last));
         let up = u64::from(crosses("up_block_types", last - level, level != last));
         let transformers = down * layers + up * (layers + 1) + deepest;
-        let scores = match kept.scores {
-            true => KEPT_SCORES * heads(level) * (pixels + TEXT_TOKENS),
-            false => 0,
+        let scores = if kept.scores {
+            KEPT_SCORES * heads(level) * (pixels + TEXT_TOKENS)
+        } else {
+            0
         };
         let resnet = pixels * channels * KEPT_BY_RESNET;
         let transformer = pixels * (channels * KEPT_BY_TRANSFORMER + scores);
@@ -322,9 +326,10 @@ fn activations(unet: &Map<String, Value>, side: u64, kept: Kept) -> u64 {
         } else {
             resnet
         };
-        match kept.insides {
-            true => (resnet * resnets + transformer * transformers, 0),
-            false => (ends, largest),
+        if kept.inside_blocks {
+            (resnet * resnets + transformer * transformers, 0)
+        } else {
+            (ends, largest)
         }
     };
     let levels: Vec<(u64, u64)> = channels.iter().enumerate().map(level_numbers).collect();
@@ -336,7 +341,7 @@ fn activations(unet: &Map<String, Value>, side: u64, kept: Kept) -> u64 {
         .unwrap_or(0)
 }
 
-/// Channels of a VAE's first level, from its configuration, which was read before.
+/// Channels of a VAE's first level, from its `config.json`, which was parsed before.
 fn first_channels(vae: &Path) -> u64 {
     const STABLE_DIFFUSION: u64 = 128;
     let config = std::fs::read_to_string(vae.join("config.json")).unwrap_or_default();
@@ -353,15 +358,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stable_diffusion_needs_several_gigabytes_a_latent() {
+    fn activations_of_stable_diffusion_are_gigabytes() {
         let config = json!({
             "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "attention_head_dim": 8,
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         });
-        let all = Kept {
+        let all = KeptActivations {
             scores: true,
-            insides: true,
+            inside_blocks: true,
         };
         let numbers = activations(config.as_object().unwrap(), 64, all);
         // At 512 pixels the scores of the first level alone, 5 blocks of 8 heads over 4096 pixels, are 5.4 GB.
@@ -369,12 +374,12 @@ mod tests {
         let defaults = |side, kept| activations(&Map::new(), side, kept);
         assert_eq!(numbers, defaults(64, all));
         assert!(defaults(32, all) * 4 < numbers);
-        let efficient = Kept {
+        let efficient = KeptActivations {
             scores: false,
             ..all
         };
-        let recomputed = Kept {
-            insides: false,
+        let recomputed = KeptActivations {
+            inside_blocks: false,
             ..efficient
         };
         assert!(defaults(64, efficient) * 2 < numbers);
@@ -382,8 +387,8 @@ mod tests {
     }
 
     #[test]
-    fn parts_add_up_by_device() {
-        let part = |device, bytes| Part {
+    fn memory_parts_add_up_by_device() {
+        let part = |device, bytes| MemoryPart {
             device,
             what: "x",
             bytes,

@@ -1,4 +1,4 @@
-//! What a check found, a line for each step.
+//! The result of `coffey check`: one line for each step, the memory plan and the cost.
 
 use serde::Serialize;
 
@@ -6,35 +6,36 @@ use super::cost::Cost;
 use super::memory::MemoryPlan;
 use crate::cli::{Failure, with_causes};
 
-/// How one step went.
+/// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Status {
+enum StepStatus {
     Ok,
     Warning,
     Error,
 }
 
 #[derive(Serialize)]
-struct Line {
+struct CheckStep {
     step: &'static str,
-    status: Status,
+    status: StepStatus,
     message: String,
 }
 
-/// The steps so far; printed as they are made, unless they are printed as JSON at the end.
+/// The steps so far. Each is printed when it is done, unless all are printed as JSON at the end.
 #[derive(Serialize)]
-pub(super) struct Report {
+pub(super) struct CheckReport {
     #[serde(skip)]
     quiet: bool,
-    steps: Vec<Line>,
+    steps: Vec<CheckStep>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<MemoryPlan>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cost: Option<Cost>,
 }
 
-impl Report {
+impl CheckReport {
+    /// `quiet`: print nothing.
     pub(super) fn new(quiet: bool) -> Self {
         Self {
             quiet,
@@ -44,6 +45,7 @@ impl Report {
         }
     }
 
+    /// Does `work` and records its message, or its error.
     pub(super) fn step<T>(
         &mut self,
         step: &'static str,
@@ -51,7 +53,7 @@ impl Report {
     ) -> Result<T, Failure> {
         match work() {
             Ok((result, message)) => {
-                self.line(step, Status::Ok, message);
+                self.line(step, StepStatus::Ok, message);
                 Ok(result)
             }
             Err(failure) => {
@@ -59,7 +61,7 @@ impl Report {
                     Failure::Usage(error) | Failure::Failed(error) => with_causes(error.as_ref()),
                     Failure::Stopped => "stopped by a signal".to_owned(),
                 };
-                self.line(step, Status::Error, message);
+                self.line(step, StepStatus::Error, message);
                 Err(failure)
             }
         }
@@ -73,7 +75,11 @@ impl Report {
         let (enough, message) = plan.verdict();
         self.line(
             "memory",
-            if enough { Status::Ok } else { Status::Warning },
+            if enough {
+                StepStatus::Ok
+            } else {
+                StepStatus::Warning
+            },
             message,
         );
         if !self.quiet {
@@ -84,18 +90,18 @@ impl Report {
         self.memory = Some(plan);
     }
 
-    fn line(&mut self, step: &'static str, status: Status, message: String) {
-        // A step is one line, also where a message quotes what was found in a file.
+    fn line(&mut self, step: &'static str, status: StepStatus, message: String) {
+        // Joins the lines of messages that quote a file.
         let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
         if !self.quiet {
             let word = match status {
-                Status::Ok => "ok",
-                Status::Warning => "warning",
-                Status::Error => "error",
+                StepStatus::Ok => "ok",
+                StepStatus::Warning => "warning",
+                StepStatus::Error => "error",
             };
             outln!("{word:<8} {step:<14} {message}");
         }
-        self.steps.push(Line {
+        self.steps.push(CheckStep {
             step,
             status,
             message,
@@ -108,8 +114,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_step_is_reported_and_ends_the_check() {
-        let mut report = Report::new(true);
+    fn failed_step_is_reported_and_ends_the_check() {
+        let mut report = CheckReport::new(true);
         assert_eq!(
             report.step("one", || Ok((7, "fine".to_owned()))).unwrap(),
             7

@@ -8,7 +8,6 @@ use crate::config::{Config, Model, ModelRef};
 use crate::encode::Encoders;
 use crate::models::UNetConfig;
 
-use super::super::data::s3_options;
 use super::Failure;
 
 /// Folders of a pipeline besides its UNet.
@@ -57,7 +56,7 @@ impl RunDescription {
     /// `[s3]` of the run's configuration, or the environment's settings if it can't be read.
     fn s3(&self) -> S3Options {
         match Config::load(&self.folder.join("config.toml"), &[]) {
-            Ok(config) => s3_options(&config.s3),
+            Ok(config) => config.s3,
             Err(_) => environments_s3(),
         }
     }

@@ -1,10 +1,13 @@
-//! What a configuration that is right turns into.
+//! Valid configurations.
 
 mod refusals;
 
 use std::path::Path;
 
+use coffey_pipeline::{CropMode, Interpolation};
+
 use super::*;
+use crate::config::parse::known_keys;
 
 const MINIMAL: &str = "[data]\nshards = \"s3://bucket/{0..3}.tar\"\n";
 
@@ -18,7 +21,7 @@ fn with(overrides: &[&str]) -> Config {
 }
 
 #[test]
-fn defaults_are_the_designs() {
+fn config_defaults() {
     let config = with(&[]);
     assert_eq!(config.data.shards, ["s3://bucket/{0..3}.tar"]);
     assert_eq!(config.data.kind, DataKind::Images);
@@ -38,11 +41,11 @@ fn defaults_are_the_designs() {
         (None, 500)
     );
     assert_eq!(config.data.filter, None);
-    assert_eq!(config.s3, S3::default());
+    assert_eq!(config.s3, S3Options::default());
     assert_eq!(config.s3.max_attempts, 10);
     assert_eq!(config.image.resolution, 512);
     assert_eq!(config.image.interpolation, Interpolation::Bilinear);
-    assert_eq!(config.image.crop, Crop::Random);
+    assert_eq!(config.image.crop, CropMode::Random);
     assert_eq!(config.model.time_cond_proj_dim, 256);
     assert_eq!(config.encode.devices, [DeviceSpec::Cpu]);
     assert_eq!(config.encode.batch_size, 32);
@@ -70,7 +73,7 @@ fn defaults_are_the_designs() {
 }
 
 #[test]
-fn tables_given_in_part_have_the_rest_filled_in() {
+fn partial_tables_get_defaults() {
     let config = with(&[
         "validation.prompts=['red apple']",
         "latents.output=latents/a",
@@ -133,7 +136,7 @@ fn overrides_take_toml_values_and_bare_words() {
 }
 
 #[test]
-fn an_override_wins_over_the_file_and_can_complete_it() {
+fn override_takes_precedence_over_the_file() {
     let config = parse(
         "[train]\nmax_steps = 5\n",
         &["data.shards=a.tar", "train.max_steps=6"],
@@ -142,23 +145,21 @@ fn an_override_wins_over_the_file_and_can_complete_it() {
 }
 
 #[test]
-fn required_paths_are_handed_out() {
+fn required_keys_are_returned() {
     let config = with(&[
         "model.teacher=.",
         "train.output=runs/a",
         "latents.output=latents/a",
     ]);
-    let paths = config.require_train().unwrap();
-    assert_eq!(
-        (paths.teacher.as_str(), paths.output),
-        (".", Path::new("runs/a"))
-    );
-    let paths = config.require_precompute().unwrap();
-    assert_eq!(paths.latents.output, Path::new("latents/a"));
+    let required = config.require_train().unwrap();
+    assert_eq!(required.teacher.as_str(), ".");
+    assert_eq!(required.output, Path::new("runs/a"));
+    let required = config.require_precompute().unwrap();
+    assert_eq!(required.latents.output, Path::new("latents/a"));
 }
 
 #[test]
-fn limits_are_inside() {
+fn limits_are_inclusive() {
     with(&[
         "data.max_bad_fraction=1",
         "distill.w_min=15",
@@ -199,7 +200,7 @@ fn devices_and_resume_round_trip() {
 }
 
 #[test]
-fn the_built_value_beside_an_unbuilt_one_is_accepted() {
+fn built_words_are_accepted() {
     with(&[
         "data.kind=images",
         "encode.dtype=f32",
@@ -214,7 +215,7 @@ fn the_built_value_beside_an_unbuilt_one_is_accepted() {
 }
 
 #[test]
-fn what_is_written_out_reads_back_the_same() {
+fn config_toml_round_trips() {
     let config = with(&[
         "model.teacher=teacher",
         "train.output=runs/a",
@@ -262,7 +263,7 @@ fn shipped_configurations_parse() {
 #[test]
 fn every_key_is_documented() {
     let page = include_str!("../../../docs/configuration.md");
-    for key in keys::known_keys() {
+    for key in known_keys() {
         assert!(
             page.contains(&format!("| `{key}` |")),
             "docs/configuration.md has no row for {key}"
@@ -271,7 +272,7 @@ fn every_key_is_documented() {
 }
 
 #[test]
-fn what_would_make_another_run_is_told_from_what_would_not() {
+fn differences_tell_other_runs_from_allowed_changes() {
     let run = with(&["model.teacher=\"a/b\"", "train.output=\"runs/a\""]);
     let toml = run.to_toml().unwrap();
     let found = |overrides: &[&str]| {
@@ -281,7 +282,7 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
         ];
         let differences = with(&all.concat()).differences(&toml).unwrap();
         let told = differences.into_iter();
-        told.map(|d| (d.key, d.was, d.now, d.weight))
+        told.map(|d| (d.key, d.was, d.now, d.effect))
             .collect::<Vec<_>>()
     };
     let same = [
@@ -298,26 +299,31 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
         "encode.batch_size=2",
     ];
     assert_eq!(found(&same), []);
-    let one = |key: &str, was: &str, now: &str, weight| {
-        (key.to_owned(), was.to_owned(), now.to_owned(), weight)
+    let one = |key: &str, was: &str, now: &str, effect| {
+        (key.to_owned(), was.to_owned(), now.to_owned(), effect)
     };
     assert_eq!(
         found(&["image.resolution=64", "train.seed=3", "data.max_samples=5"]),
         [
-            one("data.max_samples", "unset", "5", Weight::Contradicts),
-            one("image.resolution", "512", "64", Weight::Contradicts),
-            one("train.seed", "453645634", "3", Weight::Contradicts),
+            one("data.max_samples", "unset", "5", ResumeEffect::OtherRun),
+            one("image.resolution", "512", "64", ResumeEffect::OtherRun),
+            one("train.seed", "453645634", "3", ResumeEffect::OtherRun),
         ]
     );
     assert_eq!(
         found(&["model.teacher=\"a/c\"", "optimizer.learning_rate=0.5"]),
         [
-            one("model.teacher", "\"a/b\"", "\"a/c\"", Weight::Contradicts),
+            one(
+                "model.teacher",
+                "\"a/b\"",
+                "\"a/c\"",
+                ResumeEffect::OtherRun
+            ),
             one(
                 "optimizer.learning_rate",
                 "0.000001",
                 "0.5",
-                Weight::Changes
+                ResumeEffect::LaterSteps
             ),
         ]
     );
@@ -326,17 +332,21 @@ fn what_would_make_another_run_is_told_from_what_would_not() {
     let longer = with(&["optimizer.schedule=cosine", "train.max_steps=2000"]);
     let differences = longer.differences(&toml).unwrap();
     assert_eq!(differences.len(), 1);
-    assert_eq!(differences[0].weight, Weight::Changes);
-    // A key that an earlier version did not know has its default.
+    assert_eq!(differences[0].effect, ResumeEffect::LaterSteps);
+    // A key that an earlier version lacked has its default.
     let older = toml.replace("flip = false\n", "");
     assert_ne!(older, toml);
     let same = with(&["optimizer.schedule=cosine"]);
     assert_eq!(same.differences(&older).unwrap(), []);
+    // A key that a later version added is ignored.
+    let newer = toml.replace("[image]\n", "[image]\nadded_later = 1\n");
+    assert_ne!(newer, toml);
+    assert_eq!(same.differences(&newer).unwrap(), []);
     assert!(same.differences("data = 3").is_err());
 }
 
 #[test]
-fn places_in_s3_name_a_bucket() {
+fn s3_prefixes_name_a_bucket() {
     for key in ["train.output", "audit.dir", "checkpoint.resume"] {
         let setting = format!("{key}=s3:///runs");
         let error = parse(MINIMAL, &[&setting]).unwrap_err().to_string();

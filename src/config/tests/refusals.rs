@@ -1,4 +1,4 @@
-//! Every kind of mistake, and the message it ends with.
+//! Every kind of mistake, with its message.
 
 use super::*;
 
@@ -15,7 +15,7 @@ fn refused(argument: &str) -> String {
 }
 
 #[test]
-fn a_bad_override_names_its_argument() {
+fn bad_override_names_its_argument() {
     assert_eq!(
         refused("train.max_steps"),
         "-s train.max_steps: needs the form key=value, as train.max_steps=10"
@@ -43,13 +43,13 @@ fn a_bad_override_names_its_argument() {
         refused("train.max_steps=0"),
         "-s train.max_steps=0: key train.max_steps = 0: must be 1 or more"
     );
-    // Only the last word on a key is blamed for it.
+    // The error names the last argument that sets the key.
     let message = parse(MINIMAL, &["s3.max_attempts=0", "s3={ max_attempts = 0 }"]).unwrap_err();
     assert!(message.to_string().starts_with("-s s3={"), "{message}");
 }
 
 #[test]
-fn unknown_keys_name_the_nearest() {
+fn unknown_key_names_the_nearest_key() {
     assert_eq!(
         refusal("\n[train]\nmax_step = 5\n"),
         "a.toml:5: unknown key train.max_step; did you mean train.max_steps?"
@@ -70,7 +70,7 @@ fn unknown_keys_name_the_nearest() {
 }
 
 #[test]
-fn wrong_types_say_what_was_found_and_what_is_right() {
+fn wrong_type_names_found_and_needed_type() {
     for (more, end) in [
         (
             "kind = 3\n",
@@ -132,7 +132,7 @@ fn unknown_words_list_the_choices() {
 }
 
 #[test]
-fn a_run_in_s3_is_not_pushed() {
+fn hub_push_is_refused_for_an_output_in_s3() {
     let message = parse(
         MINIMAL,
         &["train.output=s3://runs/a", "hub.push_to=user/model"],
@@ -145,7 +145,7 @@ fn a_run_in_s3_is_not_pushed() {
 }
 
 #[test]
-fn syntax_errors_say_where() {
+fn syntax_error_has_line_and_column() {
     let message = refusal("[train\n");
     assert!(
         message.starts_with("a.toml:3:7: not valid TOML: "),
@@ -159,17 +159,24 @@ fn syntax_errors_say_where() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_named() {
+fn unreadable_file_is_named() {
     let message = Config::load(Path::new("no/such.toml"), &[]).unwrap_err();
     assert!(matches!(message, ConfigError::Read { .. }));
     assert!(message.to_string().contains("no/such.toml"), "{message}");
 }
 
 #[test]
-fn missing_keys_are_named_with_their_meaning() {
+fn missing_key_is_named_with_its_meaning() {
     let message = parse("", &[]).unwrap_err().to_string();
     assert!(
         message.starts_with("a.toml: missing required key data.shards: the URLs"),
+        "{message}"
+    );
+    let message = parse("\n[data]\nkind = \"images\"\n", &[])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.starts_with("a.toml:2: missing required key data.shards: the URLs"),
         "{message}"
     );
     let message = refusal("[validation]\nevery = 3\n");
@@ -198,7 +205,7 @@ fn missing_keys_are_named_with_their_meaning() {
 }
 
 #[test]
-fn absent_folders_are_named_and_other_places_let_through() {
+fn absent_model_folder_is_named() {
     let need = |arguments: &[&str]| with(arguments).require_train().unwrap_err().to_string();
     assert_eq!(
         need(&["model.teacher=/no/such/teacher"]),
@@ -210,13 +217,13 @@ fn absent_folders_are_named_and_other_places_let_through() {
         message.contains("key model.vae = \"./sd-vae-ft-mse\": no such folder;"),
         "{message}"
     );
-    // All that is missing is where the run goes.
+    // Only the output is missing.
     let message = need(&["model.teacher=a/b", "model.vae=s3://c", "model.revision=v1"]);
     assert!(message.contains("train.output"), "{message}");
 }
 
 #[test]
-fn a_revision_is_one_of_the_hubs() {
+fn revision_needs_a_hub_model() {
     for revision in ["", "a b", "../x", "a//b", "/a", "a?b"] {
         let message = refused(&format!("model.revision={revision:?}"));
         assert!(message.contains("must be a branch"), "{message}");
@@ -234,7 +241,7 @@ fn a_revision_is_one_of_the_hubs() {
 
 #[cfg(feature = "embedded-s3")]
 #[test]
-fn an_absent_embedded_root_is_named() {
+fn absent_embedded_root_is_named() {
     let config = with(&["s3.embedded_root=no/such"]);
     let message = config.require_bench().unwrap_err().to_string();
     assert_eq!(
@@ -245,7 +252,7 @@ fn an_absent_embedded_root_is_named() {
 
 #[cfg(not(feature = "embedded-s3"))]
 #[test]
-fn the_embedded_server_needs_its_feature() {
+fn embedded_root_needs_its_feature() {
     assert!(refused("s3.embedded_root=a").contains("built without the embedded S3 server"));
 }
 
@@ -335,7 +342,7 @@ fn values_out_of_range_are_refused() {
 
 #[cfg(not(feature = "cuda"))]
 #[test]
-fn cuda_needs_a_cuda_build() {
+fn cuda_device_needs_a_cuda_build() {
     assert_eq!(
         refused("encode.devices=[\"cpu\", \"cuda:1\"]"),
         "-s encode.devices=[\"cpu\", \"cuda:1\"]: key encode.devices[1] = \"cuda:1\": this binary was built \
@@ -345,8 +352,8 @@ fn cuda_needs_a_cuda_build() {
 }
 
 #[test]
-fn everything_not_built_is_refused_when_written_down() {
-    for row in unbuilt::UNBUILT {
+fn not_built_words_are_refused() {
+    for row in parse::NOT_BUILT {
         for value in row.words {
             let argument = format!("{}={value}", row.key);
             let error = parse(MINIMAL, &[&argument]).unwrap_err();

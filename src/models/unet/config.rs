@@ -83,9 +83,9 @@ pub struct UNetConfig {
     pub(super) mid: Option<LevelConfig>,
     /// The levels on the way up, from the coarsest.
     pub(super) up: Vec<LevelConfig>,
-    /// What the residual blocks have in common.
+    /// Settings that the residual blocks share.
     pub(super) resnet: ResnetConfig,
-    /// What the sum of a middle block's branches is divided by.
+    /// Divisor of the sum of a middle block's branches.
     pub(super) mid_scale: f64,
     pub(super) time: TimeEmbeddingConfig,
     pub(super) center_input: bool,
@@ -113,18 +113,18 @@ struct AttentionConfig {
     only_cross: bool,
 }
 
-/// How timesteps are embedded.
+/// The embedding of timesteps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TimeEmbeddingConfig {
     pub(super) flip_sin_to_cos: bool,
     pub(super) freq_shift: f64,
     /// Width of the embedding.
     pub(super) width: usize,
-    /// Between the two linear maps.
+    /// The activation between the two linear maps.
     pub(super) activation: Activation,
-    /// After the second: `timestep_post_act`.
+    /// The activation after the second linear map: `timestep_post_act`.
     pub(super) post: Option<Activation>,
-    /// After that: `time_embedding_act_fn`.
+    /// The activation after `post`: `time_embedding_act_fn`.
     pub(super) last: Option<Activation>,
 }
 
@@ -148,7 +148,7 @@ enum Depth {
 }
 
 impl Depth {
-    /// The layers of the first `count` transformers, if they are known.
+    /// The layers of the first `count` transformers; `None` if the list is too short.
     fn of(&self, count: usize) -> Option<Vec<usize>> {
         match self {
             Self::Same(n) => Some(vec![*n; count]),
@@ -363,15 +363,16 @@ impl Levels {
                 attention,
             });
         }
-        let mid_type = match file.is_null("mid_block_type") {
-            true => None,
-            false => Some(file.get("mid_block_type", "UNetMidBlock2DCrossAttn".to_owned())?),
+        let mid_type = if file.is_null("mid_block_type") {
+            None
+        } else {
+            Some(file.get("mid_block_type", "UNetMidBlock2DCrossAttn".to_owned())?)
         };
         let mid = match mid_type.as_deref() {
             None => None,
             Some("UNetMidBlock2DCrossAttn") => {
                 attended.push(widths[last]);
-                // The middle never looks at the text alone: diffusers' class does not take only_cross_attention.
+                // diffusers' class of the middle does not take only_cross_attention.
                 Some((2, Some(attention(last, 1, &depths[last], DEPTHS, false)?)))
             }
             Some("UNetMidBlock2D") => Some((1, None)),
@@ -420,6 +421,7 @@ impl Levels {
     }
 }
 
+/// A key's value for each level.
 fn per_level<T: Clone + serde::de::DeserializeOwned>(
     file: &ConfigFile,
     key: &str,
@@ -463,6 +465,7 @@ fn block_types(
     types.into_iter().map(known).collect()
 }
 
+/// A kernel's size, which must be odd.
 fn odd(file: &ConfigFile, key: &str) -> Result<usize, ModelError> {
     match file.get(key, 3)? {
         kernel if kernel % 2 == 1 => Ok(kernel),
@@ -470,18 +473,18 @@ fn odd(file: &ConfigFile, key: &str) -> Result<usize, ModelError> {
     }
 }
 
-/// Keys that would change the numbers and for which only diffusers' usual value is built.
+/// Refuses keys that would change the numbers, unless they have diffusers' usual value.
 ///
 /// `resnet_out_scale_factor`, `resnet_skip_time_act`, `cross_attention_norm`, `mid_block_only_cross_attention` and
-/// `addition_embed_type_num_heads` are not among them: in diffusers the blocks that coffey builds never see them.
-/// `upcast_attention` asks for the f32 that attention is computed in anyway.
+/// `addition_embed_type_num_heads` pass: in diffusers the blocks that coffey builds do not read them. `upcast_attention` asks
+/// for `f32`, in which attention is computed anyway.
 fn refuse_unsupported(file: &ConfigFile) -> Result<(), ModelError> {
     for key in [
         "addition_embed_type",
         "class_embed_type",
         "encoder_hid_dim",
         "encoder_hid_dim_type",
-        "num_attention_heads", // diffusers refuses it, too
+        "num_attention_heads", // refused by diffusers, too
         "num_class_embeds",
     ] {
         file.only(key, &[])?;

@@ -1,11 +1,11 @@
 //! The time embedding of a UNet.
 
 use candle_core::{Device, Result, Tensor};
+use candle_nn::VarBuilder;
 
 use super::UNetConfig;
 use super::config::TimeEmbeddingConfig;
 use crate::models::layers::Linear;
-use crate::models::{ModelError, Scope};
 
 /// diffusers' `Timesteps` and `TimestepEmbedding`.
 #[derive(Clone, Debug)]
@@ -18,27 +18,24 @@ pub(super) struct TimeEmbedding {
 }
 
 impl TimeEmbedding {
-    pub(super) fn new(
-        scope: &Scope<'_>,
-        config: &UNetConfig,
-    ) -> std::result::Result<Self, ModelError> {
+    pub(super) fn new(vb: VarBuilder<'_>, config: &UNetConfig) -> Result<Self> {
         let (base, width) = (config.base_channels(), config.time.width);
         Ok(Self {
-            linear_1: Linear::new(&scope.sub("linear_1"), base, width)?,
+            linear_1: Linear::new(vb.pp("linear_1"), base, width)?,
             cond_proj: config
                 .time_cond_proj_dim
-                .map(|guidance| Linear::without_bias(&scope.sub("cond_proj"), guidance, base))
+                .map(|guidance| Linear::without_bias(vb.pp("cond_proj"), guidance, base))
                 .transpose()?,
-            linear_2: Linear::new(&scope.sub("linear_2"), width, width)?,
+            linear_2: Linear::new(vb.pp("linear_2"), width, width)?,
             base,
             config: config.time,
         })
     }
 
-    /// The embedding as residual blocks use it, `[B, width]`: every one of them starts with the network's activation, which
-    /// is applied once here.
+    /// The embedding as residual blocks use it, `[B, width]`. Each block starts with the network's activation of it, which is
+    /// computed once here.
     ///
-    /// `guidance`: `[B, time_cond_proj_dim]`, for students; `like` has the dtype and the device to compute in.
+    /// `guidance`: `[B, time_cond_proj_dim]`, for students; `like` gives the dtype and the device to compute in.
     pub(super) fn forward(
         &self,
         timesteps: &[i64],
@@ -49,26 +46,23 @@ impl TimeEmbedding {
             .to_device(like.device())?
             .to_dtype(like.dtype())?;
         match (&self.cond_proj, guidance) {
-            (Some(proj), Some(guidance)) => x = x.add(&proj.forward(guidance)?)?,
+            (Some(proj), Some(guidance)) => x = x.add(&guidance.apply(proj)?)?,
             (None, Some(_)) => {
                 candle_core::bail!("this UNet takes no guidance embedding (no time_cond_proj_dim)")
             }
             _ => {}
         }
         let activation = self.config.activation;
-        x = activation.forward(&self.linear_1.forward(&x)?)?;
-        x = self.linear_2.forward(&x)?;
-        for activation in [self.config.post, self.config.last, Some(activation)]
-            .into_iter()
-            .flatten()
-        {
-            x = activation.forward(&x)?;
-        }
-        Ok(x)
+        x.apply(&self.linear_1)?
+            .apply(&activation)?
+            .apply(&self.linear_2)?
+            .apply(&self.config.post.as_ref())?
+            .apply(&self.config.last.as_ref())?
+            .apply(&activation)
     }
 }
 
-/// diffusers' `get_timestep_embedding`: `[B, width]` f32; the last column of an odd width stays 0.
+/// diffusers' `get_timestep_embedding`: `[B, width]` f32 on the CPU; the last column of an odd width is 0.
 fn sinusoidal(timesteps: &[i64], width: usize, config: &TimeEmbeddingConfig) -> Result<Tensor> {
     let half = width / 2;
     let mut data = vec![0f32; timesteps.len() * width];

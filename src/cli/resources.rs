@@ -1,0 +1,222 @@
+//! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use candle_core::Device;
+use coffey_pipeline::order::Order;
+use coffey_pipeline::{
+    CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
+};
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+use super::Failure;
+use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
+use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::monitor::{Monitor, Server, StreamingCommand};
+use crate::pretrained::{self, Components, Models};
+
+/// The data sources, with the runtime that does their network I/O.
+pub(super) struct DataAccess {
+    // Declared first so that it is dropped first: the embedded server and the clients live on the runtime.
+    pub(super) sources: Sources,
+    pub(super) runtime: Runtime,
+    pub(super) metrics: FlowMetrics,
+}
+
+impl DataAccess {
+    /// Starts the runtime and, if the configuration asks for it, the embedded S3 server.
+    pub(super) fn open(options: impl Into<SourceOptions>) -> Result<Self, Failure> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .thread_name("network")
+            .build()?;
+        let sources = runtime.block_on(Sources::new(options))?;
+        Ok(Self {
+            sources,
+            runtime,
+            metrics: FlowMetrics::new(),
+        })
+    }
+
+    /// The models of a configuration, fetched if they are not on this machine.
+    pub(super) fn models(
+        &self,
+        config: &Config,
+        teacher: &ModelRef,
+        wanted: impl FnOnce(bool) -> Components,
+    ) -> Result<Models, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(Models::fetch(
+            &config.model,
+            teacher,
+            wanted,
+            sources,
+            runtime,
+        )?)
+    }
+
+    /// The folder of a model, fetched if it is not on this machine.
+    pub(super) fn model(
+        &self,
+        model: &ModelRef,
+        revision: &str,
+        wanted: &Components,
+    ) -> Result<PathBuf, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(pretrained::fetch(model, revision, wanted, sources, runtime)?.folder)
+    }
+
+    /// The folder of an autoencoder, fetched if it is not on this machine.
+    pub(super) fn vae(&self, model: &ModelRef) -> Result<PathBuf, Failure> {
+        let (sources, runtime) = (&self.sources, self.runtime.handle());
+        Ok(pretrained::fetch_vae(model, sources, runtime)?)
+    }
+
+    /// Does `work` that can be interrupted anywhere, as fetching can: a signal ends the process at once.
+    pub(super) fn until_cancelled<T>(
+        &self,
+        cancel: &CancellationToken,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        let cancelled = cancel.clone().cancelled_owned();
+        let exit = self.runtime.spawn(async {
+            cancelled.await;
+            errln!("{}", Failure::STOPPED);
+            std::process::exit(i32::from(Failure::Stopped.code()));
+        });
+        let result = work();
+        exit.abort();
+        result
+    }
+
+    /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
+    pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
+        Ok(self.runtime.block_on(self.sources.shards(urls))?)
+    }
+
+    /// The manifests of `shards` if the configuration says that they hold latents. Replaces `[image]` by the settings the latents were
+    /// made with.
+    pub(super) fn latents(
+        &self,
+        config: &mut Config,
+        shards: &[ShardUrl],
+    ) -> Result<Option<LatentSource>, Failure> {
+        let Some(text_from) = config.data.latents() else {
+            return Ok(None);
+        };
+        let runtime = self.runtime.handle();
+        let latents = LatentSource::open(shards, text_from, &self.sources, runtime)?;
+        latents.settle(config)?;
+        Ok(Some(latents))
+    }
+}
+
+impl From<LatentSourceError> for Failure {
+    fn from(error: LatentSourceError) -> Self {
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
+        }
+    }
+}
+
+/// `[s3]`, and the cache of `[data]`.
+pub(super) fn source_options(config: &Config) -> SourceOptions {
+    let data = &config.data;
+    SourceOptions {
+        s3: config.s3.clone(),
+        cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
+            folder: folder.clone(),
+            limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),
+        }),
+    }
+}
+
+/// What the shards hold, by their manifests if they hold latents.
+pub(super) fn content(latents: Option<&LatentSource>) -> Content {
+    latents.map_or(Content::Images, LatentSource::content)
+}
+
+/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content`.
+pub(super) fn stream_config(
+    config: &Config,
+    shards: Vec<ShardUrl>,
+    order: Order,
+    batch_size: usize,
+) -> StreamConfig {
+    let data = &config.data;
+    StreamConfig {
+        shards,
+        content: Content::Images,
+        image_keys: data.image_keys.clone(),
+        caption_keys: match data.kind {
+            DataKind::Images => data.caption_keys.clone(),
+            DataKind::Latents => vec![latents::CAPTION_KEY.to_owned()],
+        },
+        max_samples: data.max_samples,
+        resample: data.resample_shards,
+        shuffle_buffer: data.shuffle_buffer,
+        shuffle_buffer_mb: data.shuffle_buffer_mb,
+        open_shards: data.open_shards,
+        decode_threads: data.decode_threads,
+        prefetch_batches: data.prefetch_batches,
+        max_bad_fraction: data.max_bad_fraction,
+        filter: data.filter.clone().unwrap_or_default(),
+        image: config.image,
+        order,
+        batch_size,
+        seed: config.train.seed,
+        rank: 0,
+        world: 1,
+        resume: None,
+    }
+}
+
+pub(super) fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
+    match spec {
+        DeviceSpec::Cpu => Ok(Device::Cpu),
+        DeviceSpec::Cuda(ordinal) => Device::new_cuda(ordinal)
+            .map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into())),
+    }
+}
+
+pub(super) fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Device>, Failure> {
+    specs.iter().map(|&spec| open_device(spec)).collect()
+}
+
+/// The monitor of a command, and its HTTP server if `[metrics]` asks for one. The server answers until it is dropped.
+pub(super) fn start_monitor(
+    config: &Config,
+    data: &DataAccess,
+    command: StreamingCommand,
+) -> Result<(Monitor, Option<Server>), Failure> {
+    let output = match command {
+        StreamingCommand::Train => config.train.output.as_ref(),
+        StreamingCommand::Precompute => config.latents.as_ref().map(|latents| &latents.output),
+        StreamingCommand::Bench => None,
+    };
+    let subject = match output {
+        Some(output) => output.display().to_string(),
+        None => "the data pipeline alone".to_owned(),
+    };
+    let timeout = Duration::from_secs(config.train.stall_timeout);
+    let monitor = Monitor::new(
+        data.metrics.clone(),
+        data.sources.s3_server().clone(),
+        command,
+        subject,
+        timeout,
+    );
+    let Some(listen) = config.metrics.listen else {
+        return Ok((monitor, None));
+    };
+    let server = Server::start(listen.0, monitor.clone(), data.runtime.handle())
+        .map_err(|error| config.refuse_listen(listen, &error))?;
+    errln!("this run in a browser: http://{}/", server.address());
+    errln!("metrics at http://{}/metrics", server.address());
+    Ok((monitor, Some(server)))
+}

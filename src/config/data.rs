@@ -1,0 +1,214 @@
+//! `[data]`: which shards are streamed, and how samples are read and ordered.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use coffey_pipeline::{Filter, StreamConfig};
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::ConfigError;
+use super::limits::Limits;
+
+/// `[data]`. The defaults that the stream has as well are taken from [`StreamConfig::default`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Data {
+    /// Shard URLs before expansion: `s3://`, `http(s)://`, file paths, `-`, braces, prefixes ending in `/`, `@list.txt`,
+    /// and the reference's `pipe:aws s3 cp … -`. A string is a list of one. Required. `--train_shards_path_or_url`
+    #[serde(deserialize_with = "one_or_many")]
+    pub shards: Vec<String>,
+    /// What the shards hold. No flag.
+    pub kind: DataKind,
+    /// Source of the text embeddings, for latents only; [`TextFrom::Embeds`] when unset. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_from: Option<TextFrom>,
+    /// Extensions of the image in a sample, in order of preference. Fixed in the reference.
+    pub image_keys: Vec<String>,
+    /// Extensions of the caption in a sample, in order of preference. Fixed in the reference.
+    pub caption_keys: Vec<String>,
+    /// Samples of an epoch; all when unset. `--max_train_samples`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_samples: Option<u64>,
+    /// Draw shards with replacement, as `wds.ResampledShards`; false: every sample once an epoch. Always true in
+    /// the reference.
+    pub resample_shards: bool,
+    /// Samples in the shuffle buffer. Fixed at 1000 in the reference.
+    pub shuffle_buffer: usize,
+    /// Most megabytes (10⁶ bytes) of compressed samples in the shuffle buffer. No flag.
+    pub shuffle_buffer_mb: u64,
+    /// Shards read at once. No flag.
+    pub open_shards: usize,
+    /// Threads that decode and resize; the machine's cores by default. `--dataloader_num_workers`
+    pub decode_threads: usize,
+    /// Batches of pixels made ahead. No flag.
+    pub prefetch_batches: usize,
+    /// Folder in which remote shards are kept between epochs. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_dir: Option<PathBuf>,
+    /// Most that `cache_dir` may hold, in units of 10⁹ bytes. No flag.
+    pub cache_limit_gb: u64,
+    /// Share of broken samples, 0 to 1, above which the run ends with an error. No flag.
+    pub max_bad_fraction: f64,
+    /// `[data.filter]`: limits on a sample's json and caption; unset: every sample passes. `WebdatasetFilter`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filter: Option<Filter>,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        let stream = StreamConfig::default();
+        Self {
+            shards: Vec::new(),
+            kind: DataKind::Images,
+            text_from: None,
+            image_keys: stream.image_keys,
+            caption_keys: stream.caption_keys,
+            max_samples: stream.max_samples,
+            resample_shards: stream.resample,
+            shuffle_buffer: stream.shuffle_buffer,
+            shuffle_buffer_mb: stream.shuffle_buffer_mb,
+            open_shards: stream.open_shards,
+            decode_threads: stream.decode_threads,
+            prefetch_batches: stream.prefetch_batches,
+            cache_dir: None,
+            cache_limit_gb: 500,
+            max_bad_fraction: stream.max_bad_fraction,
+            filter: None,
+        }
+    }
+}
+
+impl Data {
+    /// Source of the text embeddings if the shards hold latents; `None` for images.
+    #[must_use]
+    pub fn latents(&self) -> Option<TextFrom> {
+        match self.kind {
+            DataKind::Images => None,
+            DataKind::Latents => Some(self.text_from.unwrap_or(TextFrom::Embeds)),
+        }
+    }
+
+    pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
+        limits.written("data.shards")?;
+        limits.words("data.shards", &self.shards)?;
+        limits.words("data.image_keys", &self.image_keys)?;
+        limits.words("data.caption_keys", &self.caption_keys)?;
+        match (self.kind, self.text_from) {
+            (DataKind::Images, Some(from)) => {
+                let needs = "has no effect with data.kind = \"images\", whose captions are encoded; remove it";
+                limits.check("data.text_from", from.quoted(), false, needs)?;
+            }
+            (DataKind::Images, None) => {}
+            (DataKind::Latents, _) => {
+                let default = Self::default();
+                for (key, keys, default) in [
+                    ("data.image_keys", &self.image_keys, default.image_keys),
+                    (
+                        "data.caption_keys",
+                        &self.caption_keys,
+                        default.caption_keys,
+                    ),
+                ] {
+                    let needs = "has no effect with data.kind = \"latents\", whose members have fixed names; remove it";
+                    limits.check(key, format!("{keys:?}"), *keys == default, needs)?;
+                }
+            }
+        }
+        if let Some(samples) = self.max_samples {
+            limits.positive("data.max_samples", samples)?;
+        }
+        limits.positive("data.shuffle_buffer", self.shuffle_buffer as u64)?;
+        limits.positive("data.shuffle_buffer_mb", self.shuffle_buffer_mb)?;
+        limits.positive("data.open_shards", self.open_shards as u64)?;
+        limits.positive("data.decode_threads", self.decode_threads as u64)?;
+        limits.positive("data.prefetch_batches", self.prefetch_batches as u64)?;
+        limits.path("data.cache_dir", self.cache_dir.as_deref())?;
+        limits.positive("data.cache_limit_gb", self.cache_limit_gb)?;
+        limits.fraction("data.max_bad_fraction", self.max_bad_fraction)?;
+        match &self.filter {
+            Some(filter) => check_filter(filter, limits),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the shards hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataKind {
+    /// Captioned images.
+    Images,
+    /// Latents, as `precompute` writes them.
+    Latents,
+}
+
+/// Source of the text embeddings when latents are trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TextFrom {
+    /// From the shards.
+    Embeds,
+    /// From the captions in the shards, through the text encoder.
+    Caption,
+}
+
+impl TextFrom {
+    /// The word as TOML.
+    fn quoted(self) -> &'static str {
+        match self {
+            Self::Embeds => "\"embeds\"",
+            Self::Caption => "\"caption\"",
+        }
+    }
+}
+
+fn check_filter(filter: &Filter, limits: &Limits<'_>) -> Result<(), ConfigError> {
+    if let Some(fraction) = filter.max_pwatermark {
+        limits.fraction("data.filter.max_pwatermark", fraction)?;
+    }
+    if let Some(fraction) = filter.max_punsafe {
+        limits.fraction("data.filter.max_punsafe", fraction)?;
+    }
+    if let Some(cosine) = filter.min_similarity {
+        let ok = (-1.0..=1.0).contains(&cosine);
+        let needs = "must be between -1 and 1";
+        limits.check("data.filter.min_similarity", cosine, ok, needs)?;
+    }
+    if let Some(score) = filter.min_aesthetic {
+        let needs = "must be a finite number";
+        limits.check("data.filter.min_aesthetic", score, score.is_finite(), needs)?;
+    }
+    if let (Some(min), Some(max)) = (filter.min_caption_chars, filter.max_caption_chars) {
+        let needs = format!("must not be above data.filter.max_caption_chars = {max}");
+        limits.check("data.filter.min_caption_chars", min, min <= max, &needs)?;
+    }
+    Ok(())
+}
+
+/// Reads a string as a list of one.
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct OneOrMany;
+
+    impl<'de> Visitor<'de> for OneOrMany {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string or a list of strings")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(vec![text.to_owned()])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+            let mut list = Vec::new();
+            while let Some(item) = items.next_element()? {
+                list.push(item);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_any(OneOrMany)
+}

@@ -1,0 +1,34 @@
+//! From the text of a configuration and its `-s` overrides to structs.
+//!
+//! Three passes: `document` merges text and overrides into one table that knows where each key was written; `keys` refuses unknown
+//! keys, and words whose feature is not built yet; `decode` turns the table into structs. The limits of values are checked after that,
+//! outside this module.
+
+mod decode;
+mod document;
+mod keys;
+
+use toml::Value;
+
+use super::{Config, ConfigError};
+use document::Document;
+
+pub(super) use document::{Origin, flatten, join};
+#[cfg(test)]
+pub(super) use keys::{NOT_BUILT, known_keys};
+
+/// Parses `text`, which messages call `file_name`, with `overrides`, each `key=value`, laid over it in order.
+pub(super) fn parse(
+    text: &str,
+    file_name: &str,
+    overrides: &[String],
+) -> Result<Config, ConfigError> {
+    let document = Document::parse(text, file_name, overrides)?;
+    keys::refuse_unknown(&document)?;
+    keys::refuse_not_built(&document)?;
+    let Document { root, mut origin } = document;
+    origin.note(&root);
+    let mut config: Config = decode::decode(&Value::Table(root), &origin)?;
+    config.origin = origin;
+    Ok(config)
+}

@@ -1,0 +1,195 @@
+//! Activation checkpointing: blocks of a network whose activations are recomputed in the backward pass instead of being kept.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
+
+use super::autograd_op::{PrecomputedOp, TensorOp, apply2};
+use super::backward::{accumulate_all, backward};
+
+/// Whether a block's activations are kept from its forward pass to its backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// They are kept.
+    Keep,
+    /// They are dropped, and computed anew in the backward pass.
+    Recompute,
+}
+
+/// `block(x, condition)`, as a graph of its own: differentiable in both operands and in the variables inside. As
+/// `torch.utils.checkpoint.checkpoint`; without a tracked operand the block simply runs.
+///
+/// `block` must be deterministic. The gradients are then the same to the last bit whatever `activations` says. Only
+/// [`ops::backward`](super::backward()) can compute them; candle's own is refused.
+///
+/// # Errors
+/// When the block fails.
+pub fn activation_checkpoint<F>(
+    x: &Tensor,
+    condition: &Tensor,
+    activations: Activations,
+    block: F,
+) -> Result<Tensor>
+where
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    if !x.track_op() && !condition.track_op() {
+        return block(x, condition);
+    }
+    let pass = match activations {
+        Activations::Keep => Some(TrackedPass::new(&block, x, condition)?),
+        Activations::Recompute => None,
+    };
+    let output = match &pass {
+        Some(pass) => pass.output.detach(),
+        None => block(&x.detach(), &condition.detach())?.detach(),
+    };
+    let op = CheckpointedBlock {
+        block,
+        pass: Mutex::new(pass),
+    };
+    apply2(PrecomputedOp::new(op, output), [x, condition])
+}
+
+/// One pass through a block: its result, and a leaf of its graph for each tracked operand.
+struct TrackedPass {
+    output: Tensor,
+    x: Option<Var>,
+    condition: Option<Var>,
+}
+
+impl TrackedPass {
+    fn new<F>(block: &F, x: &Tensor, condition: &Tensor) -> Result<Self>
+    where
+        F: Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    {
+        let leaf = |t: &Tensor| t.track_op().then(|| Var::from_tensor(t)).transpose();
+        let (x_leaf, condition_leaf) = (leaf(x)?, leaf(condition)?);
+        let operand = |leaf: &Option<Var>, t: &Tensor| match leaf {
+            Some(leaf) => leaf.as_tensor().clone(),
+            None => t.clone(),
+        };
+        Ok(Self {
+            output: block(&operand(&x_leaf, x), &operand(&condition_leaf, condition))?,
+            x: x_leaf,
+            condition: condition_leaf,
+        })
+    }
+}
+
+struct CheckpointedBlock<F> {
+    block: F,
+    /// The kept pass of [`Activations::Keep`]; the backward takes it and so frees it.
+    pass: Mutex<Option<TrackedPass>>,
+}
+
+impl<F> TensorOp<2> for CheckpointedBlock<F>
+where
+    F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
+    const NAME: &'static str = "activation_checkpoint";
+
+    fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<Tensor> {
+        (self.block)(x, condition)
+    }
+
+    fn backward(&self, [x, condition]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let kept = self
+            .pass
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let pass = match kept {
+            Some(pass) => pass,
+            None => TrackedPass::new(&self.block, x, condition)?,
+        };
+        let mut found = backward(&pass.output.apply_op1(Seed(grad.clone()))?)?;
+        let gradients = [pass.x, pass.condition].map(|leaf| found.remove(leaf.as_ref()?));
+        accumulate_all(found)?;
+        Ok(gradients)
+    }
+}
+
+/// A scalar, 0, whose gradient with respect to the operand is the given tensor: the start of a backward pass.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
+    }
+
+    fn bwd(&self, _x: &Tensor, _res: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradcheck::random;
+    use super::super::{conv2d, linear};
+    use super::*;
+
+    /// Gradients of x, the condition and a weight through two checkpoints that share all three.
+    fn gradients(activations: Activations) -> Result<Vec<Vec<f64>>> {
+        let x = Var::from_tensor(&random(&[2, 3, 4, 4], 1)?)?;
+        let condition = Var::from_tensor(&random(&[2, 3], 2)?)?;
+        let weight = Var::from_tensor(&random(&[3, 3, 3, 3], 3)?)?;
+        let w = weight.as_tensor().clone();
+        let block = move |x: &Tensor, c: &Tensor| {
+            let shift = linear(c, &random(&[3, 3], 4)?, None)?.reshape((2, 3, 1, 1))?;
+            conv2d(x, &w, None, 1, 1)?.broadcast_add(&shift)?.silu()? + x
+        };
+        let once = activation_checkpoint(&x, &condition, activations, block.clone())?;
+        let twice = activation_checkpoint(&once, &condition, activations, block)?;
+        let loss = (twice.sqr()?.sum_all()? + once.sum_all()?)?;
+        let gradients = backward(&loss)?;
+        [&x, &condition, &weight]
+            .map(|v| {
+                gradients
+                    .get(v)
+                    .expect("a gradient")
+                    .flatten_all()?
+                    .to_vec1()
+            })
+            .into_iter()
+            .collect()
+    }
+
+    #[test]
+    fn recomputation_changes_no_bit() -> Result<()> {
+        assert_eq!(
+            gradients(Activations::Keep)?,
+            gradients(Activations::Recompute)?
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_equal_those_without_a_checkpoint() -> Result<()> {
+        let x = Var::from_tensor(&random(&[2, 3], 1)?)?;
+        let weight = Var::from_tensor(&random(&[3, 3], 2)?)?;
+        let w = weight.as_tensor().clone();
+        let block = move |x: &Tensor, c: &Tensor| linear(&x.sqr()?, &w, None)?.mul(c);
+        let condition = random(&[2, 3], 3)?;
+        let plain = block(&x, &condition)?.sqr()?.sum_all()?.backward()?;
+        let cut = activation_checkpoint(&x, &condition, Activations::Recompute, block)?;
+        let cut = backward(&cut.sqr()?.sum_all()?)?;
+        for variable in [&x, &weight] {
+            let want = plain.get(variable).expect("a gradient").to_vec2::<f64>()?;
+            let got = cut.get(variable).expect("a gradient").to_vec2::<f64>()?;
+            assert_eq!(got, want);
+        }
+        Ok(())
+    }
+}

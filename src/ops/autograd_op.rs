@@ -1,0 +1,287 @@
+//! Functions with a backward of their own, as nodes of candle's graph.
+//!
+//! An [`AutogradOp`] is such a node. candle has one trait for each number of operands; this file is the one place that
+//! implements them. A [`TensorOp`] is a function over tensors, of which [`PrecomputedOp`] makes a node on any device.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
+    Storage, Tensor, backend::BackendStorage, bail,
+};
+
+use super::backward::accumulate_variable_grad;
+
+/// A node of the graph with `N` operands.
+pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
+    /// Named in errors.
+    const NAME: &'static str;
+
+    /// The result on the CPU, and its shape.
+    fn cpu_forward(&self, operands: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)>;
+
+    /// The result with CUDA, and its shape.
+    fn cuda_forward(&self) -> Result<(CudaStorage, Shape)> {
+        bail!("{} has no CUDA kernel", Self::NAME)
+    }
+
+    /// The result with Metal, and its shape.
+    fn metal_forward(&self) -> Result<(MetalStorage, Shape)> {
+        bail!("{} has no Metal kernel", Self::NAME)
+    }
+
+    /// A gradient for each operand that is tracked, of its shape and dtype, given the result's.
+    fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+}
+
+/// `op` of one tensor.
+pub(super) fn apply1(op: impl AutogradOp<1>, x: &Tensor) -> Result<Tensor> {
+    x.apply_op1(Node(op))
+}
+
+/// `op` of two tensors.
+pub(super) fn apply2(op: impl AutogradOp<2>, [a, b]: [&Tensor; 2]) -> Result<Tensor> {
+    a.apply_op2(b, Node(op))
+}
+
+/// `op` of three tensors.
+pub(super) fn apply3(op: impl AutogradOp<3>, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
+    a.apply_op3(b, c, Node(op))
+}
+
+/// An operation as candle's traits want it.
+struct Node<F>(F);
+
+/// The gradients for candle to go on with. Gradients of variables are accumulated and not among them.
+fn gradients<F: AutogradOp<N>, const N: usize>(
+    op: &F,
+    operands: [&Tensor; N],
+    grad: &Tensor,
+) -> Result<[Option<Tensor>; N]> {
+    let mut grads = op.backward(operands, grad)?;
+    for (operand, grad) in operands.into_iter().zip(&mut grads) {
+        *grad = accumulate_variable_grad(operand, grad.take())?;
+    }
+    Ok(grads)
+}
+
+impl<F: AutogradOp<1>> CustomOp1 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_forward([(x, xl)])
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_forward()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.0.metal_forward()
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [x] = gradients(&self.0, [x], grad)?;
+        Ok(x)
+    }
+}
+
+impl<F: AutogradOp<2>> CustomOp2 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_forward([(a, al), (b, bl)])
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_forward()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.0.metal_forward()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        gradients(&self.0, [a, b], grad).map(|[a, b]| (a, b))
+    }
+}
+
+impl<F: AutogradOp<3>> CustomOp3 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+        c: &CpuStorage,
+        cl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_forward([(a, al), (b, bl), (c, cl)])
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_forward()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.0.metal_forward()
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        gradients(&self.0, [a, b, c], grad).map(|[a, b, c]| (a, b, c))
+    }
+}
+
+/// A function of `N` tensors, made of tensor operations, with a backward of its own.
+pub(super) trait TensorOp<const N: usize>: Send + Sync + 'static {
+    /// Named in errors.
+    const NAME: &'static str;
+
+    /// The result for operands that carry no graph.
+    fn forward(&self, operands: [&Tensor; N]) -> Result<Tensor>;
+
+    /// As [`AutogradOp::backward`].
+    fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+}
+
+/// `op` of one tensor, as a node of the graph if the tensor is tracked.
+pub(super) fn apply_tensor_op1(op: impl TensorOp<1>, x: &Tensor) -> Result<Tensor> {
+    let value = op.forward([&x.detach()])?;
+    if !x.track_op() {
+        return Ok(value);
+    }
+    apply1(PrecomputedOp::new(op, value), x)
+}
+
+/// `op` of three tensors, as a node of the graph if one of them is tracked.
+pub(super) fn apply_tensor_op3(op: impl TensorOp<3>, operands: [&Tensor; 3]) -> Result<Tensor> {
+    let [a, b, c] = operands.map(Tensor::detach);
+    let value = op.forward([&a, &b, &c])?;
+    if !operands.into_iter().any(Tensor::track_op) {
+        return Ok(value);
+    }
+    apply3(PrecomputedOp::new(op, value), operands)
+}
+
+/// A [`TensorOp`] and its result, which candle asks for once, as storage. The result is copied into the graph: candle gives
+/// no way to move a tensor's storage, and the copy is small beside the work.
+pub(super) struct PrecomputedOp<F> {
+    op: F,
+    value: Mutex<Option<Tensor>>,
+}
+
+impl<F> PrecomputedOp<F> {
+    pub(super) fn new(op: F, value: Tensor) -> Self {
+        let value = Mutex::new(Some(value));
+        Self { op, value }
+    }
+
+    /// The result, copied by `copy`, which gives `None` for another device's storage.
+    fn storage<S>(
+        &self,
+        copy: impl FnOnce(&Storage, &Layout) -> Result<Option<S>>,
+    ) -> Result<(S, Shape)> {
+        let value = self
+            .value
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(value) = value else {
+            bail!("an operation's result was asked for twice");
+        };
+        let (storage, layout) = value.storage_and_layout();
+        match copy(&storage, layout)? {
+            Some(copied) => Ok((copied, layout.shape().clone())),
+            None => bail!("an operation's result is on {:?}", value.device()),
+        }
+    }
+}
+
+/// A contiguous copy: what candle's cast gives, whatever the layout.
+fn copied<S: BackendStorage>(storage: &S, layout: &Layout) -> Result<S> {
+    storage.to_dtype(layout, storage.dtype())
+}
+
+impl<F: TensorOp<N>, const N: usize> AutogradOp<N> for PrecomputedOp<F> {
+    const NAME: &'static str = F::NAME;
+
+    fn cpu_forward(&self, _: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
+        self.storage(|storage, layout| match storage {
+            Storage::Cpu(s) => copied(s, layout).map(Some),
+            _ => Ok(None),
+        })
+    }
+
+    fn cuda_forward(&self) -> Result<(CudaStorage, Shape)> {
+        self.storage(|storage, layout| match storage {
+            Storage::Cuda(s) => copied(s, layout).map(Some),
+            _ => Ok(None),
+        })
+    }
+
+    fn metal_forward(&self) -> Result<(MetalStorage, Shape)> {
+        self.storage(|storage, layout| match storage {
+            Storage::Metal(s) => copied(s, layout).map(Some),
+            _ => Ok(None),
+        })
+    }
+
+    fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
+        self.op.backward(operands, grad)
+    }
+}

@@ -1,0 +1,34 @@
+//! [`ops::upsample_nearest_2x`](crate::ops::upsample_nearest_2x()) of candle's tensor operations.
+
+use candle_core::{Result, Tensor};
+
+use super::wide;
+use crate::ops::autograd_op::{TensorOp, apply_tensor_op1};
+
+/// As [`crate::ops::upsample_nearest_2x()`].
+pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
+    apply_tensor_op1(UpsampleOp, x)
+}
+
+struct UpsampleOp;
+
+impl TensorOp<1> for UpsampleOp {
+    const NAME: &'static str = "upsample_nearest_2x";
+
+    fn forward(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        x.reshape((b * c, h, 1, w, 1))?
+            .broadcast_as((b * c, h, 2, w, 2))?
+            .contiguous()?
+            .reshape((b, c, 2 * h, 2 * w))
+    }
+
+    fn backward(&self, [x]: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        let (b, c, h, w) = x.dims4()?;
+        let grad = wide(grad)?
+            .reshape((b * c, h, 2, w, 2))?
+            .sum((2, 4))?
+            .reshape(x.shape())?;
+        Ok([Some(grad.to_dtype(x.dtype())?)])
+    }
+}

@@ -1,0 +1,216 @@
+//! `coffey check` on sound and faulty configurations.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use coffey::models::unet::WEIGHTS_STEM;
+use tempfile::TempDir;
+
+use crate::support::{
+    PRECOMPUTE, QUICKSTART, args, command, refuse, run, succeed, succeed_json, text, without_tensor,
+};
+
+/// The arguments of `check` on the quickstart, with the run's output in `folder`.
+fn check(folder: &TempDir, more: &[&str]) -> Vec<String> {
+    let output = format!("train.output={:?}", text(&folder.path().join("run")));
+    let mut args = args("check", QUICKSTART, [output]);
+    args.extend(more.iter().map(|&arg| arg.to_owned()));
+    args
+}
+
+#[test]
+fn check_reports_every_step() {
+    let folder = TempDir::new().unwrap();
+    let report = succeed_json(&check(&folder, &["--json"]));
+    let steps: Vec<(&str, &str)> = report["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|line| {
+            (
+                line["step"].as_str().unwrap(),
+                line["status"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    let names = [
+        "configuration",
+        "models",
+        "sources",
+        "first sample",
+        "encoders",
+        "teacher",
+        "dry run",
+        "memory",
+        "output",
+    ];
+    assert_eq!(steps, names.map(|name| (name, "ok")));
+    let parts = report["memory"]["parts"].as_array().unwrap();
+    let part = |what: &str| {
+        parts.iter().find(|p| p["what"] == what).unwrap()["bytes"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(part("optimizer"), 2 * part("student"));
+    assert!(part("student") > part("teacher"));
+    assert!(part("shuffle buffer") > 0 && part("activations") > 0);
+    let printed = succeed(&check(&folder, &[]));
+    assert!(
+        printed.contains("ok       teacher") && printed.contains("M parameters"),
+        "{printed}"
+    );
+    assert!(
+        !folder.path().join("run").exists(),
+        "check made the output folder"
+    );
+}
+
+/// The peak resident memory of a command, read shortly before its end. Bytes.
+fn peak_memory(args: &[&str]) -> u64 {
+    let mut child = command(args).stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    let ended = loop {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kilobytes.unwrap_or(0) * 1024);
+        if let Some(ended) = child.try_wait().unwrap() {
+            break ended;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(ended.success());
+    peak
+}
+
+#[test]
+fn memory_plan_is_within_15_percent_of_peak() {
+    let folder = TempDir::new().unwrap();
+    let output = format!("train.output={}", folder.path().join("run").display());
+    let quickstart = ["-c", QUICKSTART, "-s", &output];
+    let plan = succeed_json(&[&["check", "--json"], &quickstart[..]].concat());
+    let parts = plan["memory"]["parts"].as_array().unwrap();
+    let planned: u64 = parts.iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
+    let few = ["-s", "train.max_steps=4", "-s", "checkpoint.every=2"];
+    let bare = [
+        "-s",
+        "report.endpoint_captions=0",
+        "-s",
+        "report.grid=false",
+    ];
+    let peak = peak_memory(&[&["train"], &quickstart[..], &few, &bare].concat());
+    let ratio = planned as f64 / peak as f64;
+    assert!(
+        (0.85..1.15).contains(&ratio),
+        "planned {planned}, held {peak}"
+    );
+}
+
+#[test]
+fn check_recognizes_precompute_configuration() {
+    let printed = succeed(&["check", "-c", PRECOMPUTE]);
+    assert!(
+        printed.contains("coffey precompute") && !printed.contains("teacher "),
+        "{printed}"
+    );
+}
+
+#[test]
+fn check_prints_full_configuration() {
+    let toml = succeed(&[
+        "check",
+        "-c",
+        QUICKSTART,
+        "--print-config",
+        "-s",
+        "train.max_steps=7",
+    ]);
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("full.toml");
+    std::fs::write(&path, &toml).unwrap();
+    assert!(
+        toml.contains("max_steps = 7") && toml.contains("max_bad_fraction = 0.05"),
+        "{toml}"
+    );
+    assert_eq!(
+        succeed(&["check", "-c", text(&path), "--print-config"]),
+        toml
+    );
+}
+
+#[test]
+fn check_stops_at_first_fault() {
+    let folder = TempDir::new().unwrap();
+    let faulty = |set: &str, code, step: &str, words: &[&str]| {
+        let args = check(&folder, &["-s", set]);
+        refuse(code, &args, words);
+        let (printed, _) = run(command(&args), code);
+        let last = printed.lines().last().unwrap();
+        assert!(last.starts_with(&format!("error    {step}")), "{last}");
+    };
+    faulty(
+        "train.max_step=3",
+        2,
+        "configuration",
+        &["train.max_step", "max_steps"],
+    );
+    faulty(
+        "image.resolution=63",
+        2,
+        "configuration",
+        &["image.resolution", "multiple of 8"],
+    );
+    faulty(
+        "model.teacher=nowhere",
+        2,
+        "configuration",
+        &["model.teacher", "nowhere"],
+    );
+    faulty(
+        "data.shards=s3://emoji/nothing/",
+        1,
+        "sources",
+        &["s3://emoji/nothing/"],
+    );
+    faulty(
+        "data.shards=s3://emoji/99999.tar",
+        1,
+        "first sample",
+        &["99999.tar", "not found"],
+    );
+    faulty(
+        "data.shards=Cargo.toml",
+        1,
+        "first sample",
+        &["is not a tar"],
+    );
+    faulty(
+        "data.image_keys=[\"gif\"]",
+        1,
+        "first sample",
+        &["no_image"],
+    );
+}
+
+#[test]
+fn check_names_missing_tensor_and_file() {
+    let folder = TempDir::new().unwrap();
+    let pipeline = without_tensor(&folder, "unet", WEIGHTS_STEM, "conv_in.weight");
+    let set = format!("model.teacher={:?}", text(&pipeline));
+    let args = check(&folder, &["-s", &set]);
+    refuse(1, &args, &["conv_in.weight", "is missing", "[48, 4, 3, 3]"]);
+    std::fs::remove_dir_all(pipeline.join("tokenizer")).unwrap();
+    refuse(1, &args, &["tokenizer", "vocab.json"]);
+}
+
+#[test]
+fn check_refuses_unwritable_output() {
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("run"), "a file").unwrap();
+    refuse(
+        2,
+        &check(&folder, &[]),
+        &["train.output", "is not a folder"],
+    );
+}

@@ -1,0 +1,142 @@
+//! `coffey inspect` on the quickstart's shards and on broken ones.
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::support::{
+    QUICKSTART, command, refuse, repository, run, says, succeed, succeed_json, text,
+};
+
+const SHARD: &str = "assets/quickstart/emoji/00000.tar";
+
+#[test]
+fn inspect_counts_samples_and_formats() {
+    let report = succeed_json(&["inspect", "-c", QUICKSTART, "--json"]);
+    assert_eq!(report["shards"].as_array().unwrap().len(), 4);
+    assert_eq!(report["unreadable"], json!([]));
+    let totals = &report["totals"];
+    let samples = totals["samples"].as_u64().unwrap();
+    assert!(samples > 100, "{totals}");
+    assert_eq!(
+        totals["members"],
+        json!({"json": samples, "png": samples, "txt": samples})
+    );
+    assert_eq!(totals["formats"], json!({"png": samples}));
+    assert_eq!(
+        (&totals["width"]["min"], &totals["width"]["max"]),
+        (&json!(64), &json!(64))
+    );
+    assert_eq!(totals["problems"], json!(0));
+    let sum: u64 = report["shards"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["samples"].as_u64().unwrap())
+        .sum();
+    assert_eq!(sum, samples);
+}
+
+#[test]
+fn inspect_prints_a_text_report() {
+    let printed = succeed(&[
+        "inspect",
+        SHARD,
+        "assets/quickstart/emoji/{00001..00002}.tar",
+    ]);
+    assert!(
+        printed.starts_with("assets/quickstart/emoji/00000.tar\n"),
+        "{printed}"
+    );
+    says(
+        &printed,
+        &[
+            "64-64 (mean 64) pixels",
+            "total\n  shards    3\n",
+            "problems  none",
+        ],
+    );
+}
+
+#[test]
+fn inspect_reports_cut_shard() {
+    let folder = TempDir::new().unwrap();
+    let cut = folder.path().join("cut.tar");
+    let whole = std::fs::read(repository(SHARD)).unwrap();
+    std::fs::write(&cut, &whole[..100_000]).unwrap();
+    let report = succeed_json(&["inspect", text(&cut), "--json"]);
+    assert_eq!(report["totals"]["broken_shards"], json!(1));
+    assert!(report["shards"][0]["broken"].is_string());
+    assert!(succeed(&["inspect", text(&cut)]).contains("broken"));
+}
+
+#[test]
+fn inspect_groups_problems_across_shards() {
+    let folder = TempDir::new().unwrap();
+    let copy = folder.path().join("copy.tar");
+    std::fs::copy(repository(SHARD), &copy).unwrap();
+    let args = ["inspect", SHARD, text(&copy), "-c", QUICKSTART];
+    let larger = ["-s", "image.resolution=128"];
+    let report = succeed_json(&[&args[..], &larger, &["--json"]].concat());
+    let samples = report["shards"][0]["samples"].as_u64().unwrap();
+    assert_eq!(
+        report["totals"]["problems_by_kind"],
+        json!({"key_in_other_shard": samples, "below_resolution": 2 * samples})
+    );
+    assert_eq!(report["totals"]["problems"], json!(3 * samples));
+    let printed = succeed(&args);
+    says(
+        &printed,
+        &[
+            &format!("problem   key_in_other_shard: {samples}\n    "),
+            &format!("and {} more; --json lists them", samples - 3),
+            &format!("has the key of a sample of {SHARD}"),
+        ],
+    );
+    assert!(
+        printed.ends_with(&format!("problems  {samples} key_in_other_shard\n")),
+        "{printed}"
+    );
+}
+
+#[test]
+fn inspect_continues_after_unreadable_shard() {
+    let folder = TempDir::new().unwrap();
+    let not_a_tar = folder.path().join("text.tar");
+    std::fs::write(&not_a_tar, "not a tar at all ".repeat(100)).unwrap();
+    let args = [
+        "inspect",
+        text(&not_a_tar),
+        "nowhere/0.tar",
+        SHARD,
+        "--json",
+    ];
+    let report: Value = serde_json::from_str(&run(command(&args), 1).0).unwrap();
+    assert_eq!(report["unreadable"].as_array().unwrap().len(), 2);
+    assert_eq!(report["totals"]["unreadable_shards"], json!(2));
+    assert_eq!(report["shards"].as_array().unwrap().len(), 1);
+    assert!(
+        report["unreadable"][0]["error"]
+            .as_str()
+            .unwrap()
+            .contains("is not a tar")
+    );
+    assert!(
+        report["unreadable"][1]["error"]
+            .as_str()
+            .unwrap()
+            .contains("not found")
+    );
+}
+
+#[test]
+fn inspect_refuses_bad_input() {
+    refuse(
+        1,
+        &["inspect", "s3://emoji/99999.tar", "-c", QUICKSTART],
+        &["s3://emoji/99999.tar", "not found"],
+    );
+    refuse(2, &["inspect"], &["<URL>"]);
+    refuse(2, &["inspect", "{0..9.tar"], &["{0..9.tar"]);
+    refuse(1, &["inspect", "nowhere/"], &["nowhere/"]);
+    refuse(2, &["inspect", "-c", "nowhere.toml"], &["nowhere.toml"]);
+}

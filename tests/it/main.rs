@@ -1,0 +1,28 @@
+//! Runs the `coffey` binary as a user does. One test binary, because linking candle and the AWS SDK takes longer than compiling a file of tests.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "clippy.toml allows them in test functions, not in the functions that tests call"
+)]
+
+mod bench;
+mod chaos;
+mod check;
+mod extending;
+mod inspect;
+mod latents;
+mod model_sources;
+mod models;
+mod page;
+mod precompute;
+mod prometheus;
+mod push;
+mod replay;
+mod resume;
+mod rooms;
+mod sample;
+mod support;
+mod tensorboard;
+mod train;

@@ -1,0 +1,362 @@
+//! `coffey precompute`: shards from the embedded S3 server, latent shards into a folder.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{
+    PRECOMPUTE, command, messages, python, refused, run, says, succeed_json, terminate, text,
+};
+
+/// `coffey precompute` into `output`.
+fn precompute(output: &Path, args: &[&str]) -> Command {
+    let output = format!("latents.output={}", output.display());
+    let mut command = command(&["precompute", "-c", PRECOMPUTE, "-s", &output]);
+    command.args(args);
+    command
+}
+
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = fs::read_dir(folder).unwrap().flatten();
+    files
+        .filter(|file| file.path().is_file())
+        .map(|file| {
+            let name = file.file_name().to_str().unwrap().to_owned();
+            (name, fs::read(file.path()).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn precompute_writes_each_latent_shard_once() {
+    let folder = TempDir::new().unwrap();
+    let output = folder.path().join("latents");
+    let (out, err) = run(precompute(&output, &["-s", "latents.text=both"]), 0);
+    assert_eq!(out.trim(), text(&output));
+    says(&err, &["4 shards, 4 of them new", "459 samples"]);
+    let first = files(&output);
+    let names: Vec<&str> = first.keys().map(String::as_str).collect();
+    assert_eq!(
+        names,
+        [
+            "00000.tar",
+            "00001.tar",
+            "00002.tar",
+            "00003.tar",
+            "manifest.json"
+        ]
+    );
+    let manifest: Value = serde_json::from_slice(&first["manifest.json"]).unwrap();
+    assert_eq!(manifest["latent"]["shape"], serde_json::json!([8, 16, 16]));
+    assert_eq!(
+        manifest["shards"]["00003.tar"]["source"],
+        "s3://emoji/00003.tar"
+    );
+    assert_eq!(manifest["shards"]["00003.tar"]["samples"], 114);
+
+    fs::remove_file(output.join("00002.tar")).unwrap();
+    let said = messages(precompute(
+        &output,
+        &["-s", "latents.text=both", "-s", "encode.batch_size=7"],
+    ));
+    says(&said, &["3 shards already in", "1 of them new"]);
+    assert!(files(&output) == first);
+    let said = messages(precompute(&output, &["-s", "latents.text=both"]));
+    says(&said, &["0 of them new"]);
+
+    refused(
+        precompute(&output, &["-s", "latents.text=embeds"]),
+        2,
+        &[
+            "text = \"both\", and now it is \"embeds\"",
+            "latents.output",
+        ],
+    );
+    assert!(files(&output) == first);
+    check_inspect(&output);
+    check_estimate(&output, &manifest);
+}
+
+/// Writes latents with four crops of each image of a shard of three; returns the shard and the latents' folder.
+fn precompute_crops(folder: &TempDir) -> (PathBuf, PathBuf) {
+    let at = |name: &str| folder.path().join(name);
+    let (shard, output) = (at("wide.tar"), at("latents"));
+    wide_images(&shard, 3);
+    let data = format!("data.shards={}", shard.display());
+    let settings = ["latents.crops=4", "image.crop=random", "image.flip=true"];
+    let settings = std::iter::once(data.as_str()).chain(settings);
+    let args: Vec<&str> = settings.flat_map(|setting| ["-s", setting]).collect();
+    messages(precompute(&output, &args));
+    (shard, output)
+}
+
+#[test]
+fn crops_of_one_image_share_a_sample() {
+    let folder = TempDir::new().unwrap();
+    let (_, output) = precompute_crops(&folder);
+    let report = inspect(&output);
+    assert_eq!(report["shards"][0]["latents"]["samples"], 3, "{report}");
+
+    let mut written = tar::Archive::new(fs::File::open(output.join("wide.tar")).unwrap());
+    let mut crops = 0;
+    for entry in written.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        if entry.path().unwrap().extension().unwrap() != "json" {
+            continue;
+        }
+        let json: Value = serde_json::from_reader(&mut entry).unwrap();
+        let lefts = json["coffey"]["crop_left"].as_array().unwrap();
+        assert_eq!(lefts.len(), 4);
+        // The resized image is 128 pixels wide and 64 high.
+        assert!(lefts.iter().any(|left| left != &lefts[0]), "{json}");
+        assert_eq!(json["coffey"]["flipped"].as_array().unwrap().len(), 4);
+        crops += lefts.len();
+    }
+    assert_eq!(crops, 12);
+}
+
+mod needs_python {
+    use super::*;
+
+    /// Reads latent shards with webdataset and, where installed, compares them with diffusers' encoders.
+    fn read_with_webdataset(latents: &Path, images: &[PathBuf]) {
+        let mut args = vec![latents, Path::new("--images")];
+        args.extend(images.iter().map(PathBuf::as_path));
+        let teacher = Path::new("assets/quickstart/teacher");
+        args.extend([Path::new("--pipeline"), teacher]);
+        python("read_latents.py", &args);
+    }
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with webdataset, PyTorch and diffusers"]
+    fn latent_shards_equal_diffusers_encoders() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("latents");
+        messages(precompute(&output, &["-s", "latents.text=both"]));
+        let shards = (0..4).map(|n| format!("assets/quickstart/emoji/0000{n}.tar"));
+        let shards: Vec<_> = shards.map(PathBuf::from).collect();
+        read_with_webdataset(&output, &shards);
+    }
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with webdataset, PyTorch and diffusers"]
+    fn latent_crops_equal_diffusers_encoders() {
+        let folder = TempDir::new().unwrap();
+        let (shard, output) = precompute_crops(&folder);
+        read_with_webdataset(&output, &[shard]);
+    }
+}
+
+/// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
+fn wide_images(shard: &Path, count: u32) {
+    let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
+    for key in 0..count {
+        let colour =
+            |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
+        let mut png = std::io::Cursor::new(Vec::new());
+        image::RgbImage::from_fn(160, 80, colour)
+            .write_to(&mut png, image::ImageFormat::Png)
+            .unwrap();
+        let caption = format!("wide picture {key}").into_bytes();
+        for (extension, content) in [("png", png.into_inner()), ("txt", caption)] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            let name = format!("{key:05}.{extension}");
+            tar.append_data(&mut header, name, content.as_slice())
+                .unwrap();
+        }
+    }
+    tar.finish().unwrap();
+}
+
+/// Compares the estimate of `coffey check` with the latents that were written.
+fn check_estimate(latents: &Path, manifest: &Value) {
+    let output = format!("latents.output={}", latents.display());
+    let report = succeed_json(&["check", "-c", PRECOMPUTE, "--json", "-s", &output]);
+    let cost = &report["cost"];
+    assert_eq!(
+        (&cost["shards"], &cost["reads"]),
+        (&4.into(), &4.into()),
+        "{report}"
+    );
+    assert_eq!((&cost["writes"], &cost["lists"]), (&0.into(), &1.into()));
+    let sum = |what: &str| -> f64 {
+        let shards = manifest["shards"].as_object().unwrap().values();
+        shards.map(|shard| shard[what].as_f64().unwrap()).sum()
+    };
+    for (estimate, what) in [("samples", "samples"), ("output_bytes", "bytes")] {
+        let (estimate, real) = (cost[estimate].as_f64().unwrap(), sum(what));
+        assert!(
+            (estimate / real - 1.0).abs() < 0.15,
+            "{what}: {estimate} for {real}"
+        );
+    }
+}
+
+fn inspect(latents: &Path) -> Value {
+    succeed_json(&["inspect", "--json", &format!("{}/", latents.display())])
+}
+
+/// Checks the report of `coffey inspect` on sound latent shards and on damaged ones.
+fn check_inspect(latents: &Path) {
+    let report = inspect(latents);
+    let totals = &report["totals"];
+    assert_eq!(totals["problems"], 0, "{totals}");
+    assert_eq!(totals["latents"]["samples"], 459);
+    let arrays = &totals["latents"]["arrays"];
+    assert_eq!(arrays["latent.npy <f2 [8, 16, 16]"], 459);
+    assert_eq!(arrays["prompt_embeds.npy <f2 [77, 64]"], 459);
+    let channels = totals["latents"]["channels"].as_array().unwrap();
+    assert_eq!(channels.len(), 8);
+    assert!(
+        channels
+            .iter()
+            .all(|channel| channel["std"].as_f64().unwrap() > 0.0)
+    );
+    let (_, manifest) = report["manifests"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .next()
+        .unwrap();
+    assert!(
+        manifest["fingerprint"]["vae"]
+            .as_str()
+            .unwrap()
+            .starts_with("sha256:")
+    );
+
+    // The first array gets a NaN and the second another type; the tar itself stays sound.
+    let copy = TempDir::new().unwrap();
+    for (name, content) in files(latents) {
+        fs::write(copy.path().join(name), content).unwrap();
+    }
+    let shard = copy.path().join("00000.tar");
+    let mut bytes = fs::read(&shard).unwrap();
+    let header = b"\x93NUMPY";
+    let mut arrays = (0..bytes.len()).filter(|&at| bytes[at..].starts_with(header));
+    let (first, second) = (arrays.next().unwrap(), arrays.nth(1).unwrap());
+    bytes[first + 128..first + 130].copy_from_slice(&[0, 0x7e]);
+    let dtype = bytes[second..]
+        .windows(3)
+        .position(|word| word == b"<f2")
+        .unwrap();
+    bytes[second + dtype..][..3].copy_from_slice(b"<i2");
+    fs::write(&shard, bytes).unwrap();
+    fs::remove_file(copy.path().join("00001.tar")).unwrap();
+    fs::copy(copy.path().join("00003.tar"), copy.path().join("00001.tar")).unwrap();
+    let totals = &inspect(copy.path())["totals"];
+    let kinds = &totals["problems_by_kind"];
+    assert_eq!(kinds["not_finite"], 1, "{kinds}");
+    assert_eq!(kinds["bad_array"], 1, "{kinds}");
+    // One array of 00000.tar, and the replaced 00001.tar.
+    assert!(
+        kinds["other_than_manifest"].as_u64().unwrap() >= 2,
+        "{kinds}"
+    );
+    let mean = &totals["latents"]["channels"][0]["mean"];
+    assert!(mean.as_f64().unwrap().is_finite());
+}
+
+#[test]
+fn precompute_ranks_share_shards() {
+    let folder = TempDir::new().unwrap();
+    let shards = ["-s", "data.shards=s3://emoji/{00000..00002}.tar"];
+    messages(precompute(
+        folder.path(),
+        &[&shards[..], &["--rank", "0", "--world", "2"]].concat(),
+    ));
+    let names: Vec<String> = files(folder.path()).into_keys().collect();
+    assert_eq!(names, ["00000.tar", "00002.tar", "manifest-0-of-2.json"]);
+    let finish = [&shards[..], &["--finish"]].concat();
+    refused(
+        precompute(folder.path(), &finish),
+        1,
+        &["1 of 3 shards missing: 00001.tar;"],
+    );
+    let last = [&shards[..], &["--rank", "1", "--world", "2"]].concat();
+    messages(precompute(folder.path(), &last));
+    let names: Vec<String> = files(folder.path()).into_keys().collect();
+    assert_eq!(
+        names,
+        ["00000.tar", "00001.tar", "00002.tar", "manifest.json"]
+    );
+    let said = messages(precompute(folder.path(), &finish));
+    says(&said, &["all 3 shards there"]);
+    let empty = TempDir::new().unwrap();
+    refused(
+        precompute(empty.path(), &finish),
+        2,
+        &["holds no manifest", "latents.output"],
+    );
+    refused(
+        precompute(folder.path(), &["--rank", "0", "--world", "5"]),
+        2,
+        &["4 shards", "5 ranks"],
+    );
+    refused(
+        precompute(folder.path(), &["--rank", "2", "--world", "2"]),
+        2,
+        &["rank 2 of 2"],
+    );
+    refused(precompute(folder.path(), &["--rank", "0"]), 2, &["--world"]);
+}
+
+#[test]
+fn precompute_refuses_bad_input() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("out");
+    let missing = ["-s", "data.shards=s3://emoji/none.tar"];
+    refused(precompute(&out, &missing), 1, &["s3://emoji/none.tar"]);
+    fs::write(folder.path().join("text.tar"), "not a tar at all").unwrap();
+    let shard = format!("data.shards={}", folder.path().join("text.tar").display());
+    refused(precompute(&out, &["-s", &shard]), 1, &["text.tar", "tar"]);
+    assert!(
+        !files(&out)
+            .keys()
+            .any(|name| name.ends_with(".tar") || name.starts_with('.'))
+    );
+    refused(
+        precompute(&out, &["-s", "model.teacher=nowhere"]),
+        2,
+        &["model.teacher", "nowhere"],
+    );
+    fs::create_dir(folder.path().join("empty")).unwrap();
+    let teacher = format!("model.teacher={}", folder.path().join("empty").display());
+    refused(
+        precompute(&out, &["-s", &teacher]),
+        1,
+        &["vae", "no weights found"],
+    );
+}
+
+#[test]
+fn sigterm_leaves_no_partial_latent_shard() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("out");
+    let args = ["--rank", "0", "--world", "1", "-s", "encode.batch_size=1"];
+    let mut child: Child = precompute(&out, &args)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let writes = || fs::read_dir(&out).is_ok_and(|files| files.count() > 1);
+    while !writes() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    terminate(&child);
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{err}");
+    let manifest: Value = serde_json::from_slice(&files(&out)["manifest.json"]).unwrap();
+    let listed: Vec<&String> = manifest["shards"].as_object().unwrap().keys().collect();
+    let written: Vec<String> = files(&out)
+        .into_keys()
+        .filter(|name| name != "manifest.json")
+        .collect();
+    assert_eq!(written.iter().collect::<Vec<_>>(), listed);
+}

@@ -1,0 +1,235 @@
+//! `coffey sample` on the quickstart's teacher and on a student made of it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::support::{command, messages, refuse, succeed, teacher, text, without_tensor};
+use candle_core::{DType, Device, Tensor};
+use coffey::models::unet::{WEIGHTS_STEM, student_tensors};
+use coffey::models::{UNetConfig, Weights, save_model};
+use npyz::WriterBuilder;
+use serde_json::json;
+use tempfile::TempDir;
+
+const TEACHER: &str = "assets/quickstart/teacher";
+
+/// The arguments of `sample`.
+fn sample(model: &Path, out: &Path, more: &[&str]) -> Vec<String> {
+    let args = ["sample", "--model", text(model), "--out", text(out)];
+    args.iter()
+        .chain(more)
+        .map(|arg| (*arg).to_owned())
+        .collect()
+}
+
+fn write_npy(path: &Path, shape: &[u64], values: &[f32]) {
+    let file = std::fs::File::create(path).unwrap();
+    let options = npyz::WriteOptions::new().default_dtype().shape(shape);
+    let mut writer = options.writer(file).begin_nd().unwrap();
+    writer.extend(values.iter().copied()).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn teacher_draws_same_image_for_same_seed() {
+    let folder = TempDir::new().unwrap();
+    let draw = |name: &str, more: &[&str]| {
+        let out = folder.path().join(name);
+        let prompt = ["--prompt", "red apple", "--guidance", "4"];
+        let printed = succeed(&sample(&teacher(), &out, &[&prompt, more].concat()));
+        assert_eq!(printed.trim_end(), text(&out));
+        image::open(&out).unwrap().into_rgb8()
+    };
+    let image = draw("a.png", &["--steps", "2"]);
+    assert_eq!(image.dimensions(), (64, 64));
+    assert_eq!(draw("new/b.png", &["--steps", "2"]), image);
+    assert_ne!(draw("c.png", &["--steps", "2", "--seed", "1"]), image);
+    assert_ne!(
+        draw("d.png", &["--steps", "2", "--scheduler", "lcm"]),
+        image
+    );
+    assert_eq!(
+        draw(
+            "e.png",
+            &["--steps", "1", "--height", "36", "--width", "44"] // odd latents
+        )
+        .dimensions(),
+        (44, 36)
+    );
+}
+
+#[test]
+fn sample_grid_equals_single_images() {
+    let folder = TempDir::new().unwrap();
+    let noise: Vec<f32> = (0..4 * 16 * 16)
+        .map(|i| ((i * 37 % 101) as f32 - 50.0) / 29.0)
+        .collect();
+    let file = folder.path().join("noise.npy");
+    write_npy(&file, &[1, 4, 16, 16], &noise);
+    let draw = |prompts: &[&str]| {
+        let out = folder.path().join("image.png");
+        let settings = ["--steps", "1", "--init-latents", text(&file), "--prompt"];
+        succeed(&sample(&teacher(), &out, &[&settings, prompts].concat()));
+        image::open(&out).unwrap().into_rgb8()
+    };
+    let grid = draw(&["cat face", "red apple", "cat face"]);
+    assert_eq!(grid.dimensions(), (128, 128));
+    let part = |x, y| image::imageops::crop_imm(&grid, x, y, 64, 64).to_image();
+    assert_eq!(part(0, 0), part(0, 64));
+    assert_ne!(part(0, 0), part(64, 0));
+    let alone = draw(&["red apple"]);
+    let largest = alone
+        .iter()
+        .zip(part(64, 0).iter())
+        .map(|(a, b)| a.abs_diff(*b))
+        .max();
+    assert!(largest <= Some(1), "{largest:?}");
+}
+
+/// A run's folder with an untrained student.
+fn student_run(folder: &TempDir) -> PathBuf {
+    let run = folder.path().join("run");
+    let unet = teacher().join("unet");
+    let config = UNetConfig::read(&unet).unwrap().with_guidance_embedding(8);
+    let tensors = Weights::load(&unet, WEIGHTS_STEM, DType::F32, &Device::Cpu)
+        .unwrap()
+        .into_tensors();
+    let tensors: BTreeMap<String, Tensor> = student_tensors(tensors, &config, |count, bound| {
+        (0..count).map(|i| bound * (i % 3) as f32).collect()
+    })
+    .unwrap();
+    save_model(
+        &run.join("checkpoint-5/unet_target"),
+        WEIGHTS_STEM,
+        config.to_json(),
+        &tensors,
+    )
+    .unwrap();
+    save_model(&run.join("unet"), WEIGHTS_STEM, config.to_json(), &tensors).unwrap();
+    let description = json!({"teacher": TEACHER, "vae": null});
+    std::fs::write(run.join("run.json"), description.to_string()).unwrap();
+    run
+}
+
+#[test]
+fn run_and_checkpoint_draw_same_image() {
+    let folder = TempDir::new().unwrap();
+    let run = student_run(&folder);
+    let out = folder.path().join("image.png");
+    let draw = |model: &Path, more: &[&str]| {
+        let prompt = ["--prompt", "sunflower"];
+        let args = sample(model, &out, &[&prompt, more].concat());
+        let printed = messages(command(&args));
+        (image::open(&out).unwrap().into_rgb8(), printed)
+    };
+    let (image, printed) = draw(&run, &[]);
+    assert!(printed.contains("4 LCM steps"), "{printed}");
+    assert_eq!(draw(&run.join("checkpoint-5"), &[]).0, image);
+    assert_eq!(
+        draw(&run, &["--teacher", TEACHER, "--unet", "unet"]).0,
+        image
+    );
+    assert_ne!(draw(&run, &["--guidance", "2"]).0, image);
+    assert_ne!(
+        draw(&run, &["--scheduler", "ddim", "--steps", "4"]).0,
+        image
+    );
+    std::fs::remove_file(run.join("run.json")).unwrap();
+    refuse(
+        1,
+        &sample(&run, &out, &["--prompt", "x"]),
+        &["text_encoder", "--teacher"],
+    );
+    refuse(
+        1,
+        &sample(&run, &out, &["--prompt", "x", "--unet", "lora"]),
+        &["no folder lora"],
+    );
+}
+
+#[test]
+fn sample_refuses_bad_options() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("image.png");
+    let wrong = |more: &[&str], words: &[&str]| {
+        refuse(
+            2,
+            &sample(&teacher(), &out, &[&["--prompt", "x"], more].concat()),
+            words,
+        );
+    };
+    wrong(&["--steps", "0"], &["--steps 0", "between 1 and"]);
+    wrong(
+        &["--steps", "51", "--scheduler", "lcm"],
+        &["--steps 51", "50"],
+    );
+    wrong(&["--height", "30"], &["--height 30", "multiple of 4"]);
+    wrong(&["--guidance", "inf"], &["--guidance"]);
+    wrong(&["--scheduler", "euler"], &["euler", "lcm", "ddim"]);
+    wrong(&["--teacher", "nowhere"], &["--teacher nowhere"]);
+    let file = folder.path().join("noise.npy");
+    write_npy(&file, &[1, 4, 8, 16], &[0.0; 512]);
+    wrong(
+        &["--init-latents", text(&file), "--height", "64"],
+        &["[1, 4, 8, 16]", "needs [1, 4, 16, width]"],
+    );
+    write_npy(&file, &[3, 4, 16, 16], &[0.0; 3072]);
+    wrong(&["--init-latents", text(&file)], &["[3, 4, 16, 16]"]);
+    wrong(&["--init-latents", "nowhere.npy"], &["nowhere.npy"]);
+    refuse(
+        2,
+        &[
+            "sample",
+            "--model",
+            "nowhere",
+            "--prompt",
+            "x",
+            "--out",
+            text(&out),
+        ],
+        &["--model nowhere"],
+    );
+    refuse(
+        2,
+        &[
+            "sample", "--model", TEACHER, "--prompt", "x", "--out", "x.jpg",
+        ],
+        &["--out x.jpg", ".png"],
+    );
+    refuse(
+        2,
+        &["sample", "--model", TEACHER, "--out", text(&out)],
+        &["--prompt"],
+    );
+    assert!(!out.exists());
+}
+
+#[test]
+fn sample_names_broken_model_file() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("image.png");
+    let pipeline = without_tensor(&folder, "vae", WEIGHTS_STEM, "decoder.conv_out.weight");
+    refuse(
+        1,
+        &sample(&pipeline, &out, &["--prompt", "x"]),
+        &["decoder.conv_out.weight", "is missing"],
+    );
+    std::fs::write(
+        pipeline
+            .join("unet")
+            .join(format!("{WEIGHTS_STEM}.safetensors")),
+        "cut",
+    )
+    .unwrap();
+    refuse(
+        1,
+        &sample(&pipeline, &out, &["--prompt", "x"]),
+        &["not a readable safetensors file"],
+    );
+    std::fs::remove_dir_all(pipeline.join("unet")).unwrap();
+    refuse(
+        1,
+        &sample(&pipeline, &out, &["--prompt", "x"]),
+        &["no folder unet_target or unet"],
+    );
+}
