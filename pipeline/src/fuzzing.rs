@@ -1,26 +1,27 @@
-//! Everything that reads bytes or text from outside, for the fuzzer: each function takes anything
-//! and checks what has to hold of it. The targets in `fuzz/` call these; the tests below run them
-//! over the seeds and over what fuzzing has found so far.
+//! Entry points of the fuzzer: each function parses untrusted bytes and checks the invariants of the result.
+//!
+//! The targets in `fuzz/` call these functions. The tests below run them over the seeds and over the inputs that
+//! fuzzing has found.
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::ops::ControlFlow;
 
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
 use crate::net::content_range as read_content_range;
 use crate::shard::{
-    Filter, FilterState, Found, Grouped, Sample, ShardUrl, TAIL_BYTES, TarOptions, expand,
-    read_samples,
+    Filter, FilterState, Sample, ShardUrl, TAIL_BYTES, TarItem, TarOptions, expand, read_samples,
 };
 use crate::stream::parse_json;
 
 const MAX_MEMBER_BYTES: u64 = 1 << 14;
 const MAX_PIXELS: u64 = 1 << 12;
 
-/// A reader that gives a few bytes at a time.
-struct Pieces<'a>(&'a [u8]);
+/// A reader that returns at most 7 bytes at a time.
+struct ShortReads<'a>(&'a [u8]);
 
-impl Read for Pieces<'_> {
+impl Read for ShortReads<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let length = buffer.len().min(7);
         self.0.read(&mut buffer[..length])
@@ -33,16 +34,16 @@ fn samples(reader: impl Read) -> (Vec<Sample>, Result<(), String>) {
         max_member_bytes: MAX_MEMBER_BYTES,
         max_tail_bytes: TAIL_BYTES,
     };
-    let result = read_samples(reader, options, |found| {
-        if let Found::Sample(sample) = found {
+    let result = read_samples(reader, options, |item| {
+        if let TarItem::Sample(sample) = item {
             samples.push(sample);
         }
-        Grouped::Continue
+        ControlFlow::Continue(())
     });
     (samples, result.map_err(|error| error.to_string()))
 }
 
-/// Reads a shard. What comes out doesn't depend on the pieces in which it arrives.
+/// Reads a shard. The samples must not depend on the sizes of the reads.
 pub fn tar(bytes: &[u8]) {
     let whole = samples(bytes);
     for sample in &whole.0 {
@@ -50,10 +51,10 @@ pub fn tar(bytes: &[u8]) {
         let largest = sample.members.values().map(bytes::Bytes::len).max();
         assert!(largest.unwrap_or(0) as u64 <= MAX_MEMBER_BYTES);
     }
-    assert_eq!(whole, samples(Pieces(bytes)));
+    assert_eq!(whole, samples(ShortReads(bytes)));
 }
 
-/// Expands each line as a pattern of shard URLs. A URL, written out, is read as itself.
+/// Expands each line as a pattern of shard URLs. Each URL must parse again to itself.
 pub fn urls(bytes: &[u8]) {
     let patterns: Vec<String> = String::from_utf8_lossy(bytes)
         .lines()
@@ -64,11 +65,12 @@ pub fn urls(bytes: &[u8]) {
     for url in urls.iter().take(100) {
         assert_eq!(Ok(url), url.to_string().parse::<ShardUrl>().as_ref());
         assert!(!url.name().contains('/'));
-        let _read = (url.redacted(), url.is_folder());
+        // Must not panic.
+        drop((url.redacted(), url.is_folder()));
     }
 }
 
-/// Filters a sample of which the first line is the caption and the rest the json.
+/// Filters a sample. The first line is the caption, the rest the json.
 pub fn filter(bytes: &[u8]) {
     let mut lines = bytes.splitn(2, |byte| *byte == b'\n');
     let caption = String::from_utf8_lossy(lines.next().unwrap_or_default());
@@ -88,7 +90,7 @@ pub fn filter(bytes: &[u8]) {
     }
 }
 
-/// Decodes an image. What the header promised is what comes out, and never more than allowed.
+/// Decodes an image. Its size must be the header's, and within the limit.
 pub fn image(bytes: &[u8]) {
     let probed = probe(bytes);
     match decode(bytes, MAX_PIXELS) {
@@ -104,10 +106,11 @@ pub fn image(bytes: &[u8]) {
 
 /// Reads a `Content-Range` header.
 pub fn content_range(bytes: &[u8]) {
-    let _read = read_content_range(&String::from_utf8_lossy(bytes));
+    // Must not panic.
+    let _ = read_content_range(&String::from_utf8_lossy(bytes));
 }
 
-/// Reads a cursor. One that can be read is written as it is.
+/// Reads a cursor. Each cursor that can be read must survive writing and reading.
 pub fn cursor(bytes: &[u8]) {
     let Ok(cursor) = serde_json::from_slice::<Cursor>(bytes) else {
         return;
@@ -116,7 +119,7 @@ pub fn cursor(bytes: &[u8]) {
     assert_eq!(serde_json::from_slice(&written).ok(), Some(cursor));
 }
 
-/// Every entry by the name of its target.
+/// All entry points, by the name of the target.
 #[must_use]
 pub fn entries() -> BTreeMap<&'static str, fn(&[u8])> {
     BTreeMap::from([
@@ -135,7 +138,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn every_seed_and_everything_found_so_far_is_survived() {
+    fn fuzz_entries_survive_all_seeds() {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
         for (name, entry) in entries() {
             let files: Vec<_> = std::fs::read_dir(seeds.join(name)).unwrap().collect();
@@ -149,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seeds_are_what_their_names_say() {
+    fn fuzz_seeds_are_what_their_names_say() {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds");
         for file in std::fs::read_dir(seeds.join("image")).unwrap() {
             let path = file.unwrap().path();

@@ -1,18 +1,17 @@
-//! Streams captioned-image shards (WebDataset tars) out of S3 and turns them into ordered batches
-//! of pixels; or shards of latents that were made of such images, into batches of latents.
+//! Streams shards of captioned images (WebDataset tars) from S3 into ordered batches of pixels, and shards of
+//! latents into batches of latents.
 //!
 //! # Purpose
-//! A training run reads millions of images, most of them once. This crate brings them from where
-//! they are to `[B, 3, R, R]` without touching the disk, with flat memory, and in an order that can
-//! be repeated and resumed.
+//! A training run reads millions of images, most of them once. This crate streams them to `[B, 3, R, R]`
+//! without touching the disk, with flat memory, and in an order that can be repeated and resumed.
 //!
 //! # Design
-//! - **Order is data, speed is not.** Which sample comes when depends on seed, epoch, rank and world
-//!   alone ([`order`]). Threads only change how fast it comes.
-//! - **Everything is bounded.** Stages are joined by bounded channels ([`flow`]); compressed data is
-//!   bounded in bytes as well. A slow consumer holds back the network.
-//! - **Faults have names.** What passes is retried and goes on from the byte it had; what doesn't
-//!   ends with the URL, the cause and what to set ([`SourceError`], [`StreamError`]). A broken sample
+//! - **The order is independent of speed.** It depends on seed, epoch, rank and world only ([`order`]). Threads
+//!   change only how fast samples arrive.
+//! - **Everything is bounded.** Bounded channels join the stages ([`flow`]); compressed data is also
+//!   bounded in bytes. A slow consumer slows down the network.
+//! - **Faults have names.** Transient faults are retried from the byte reached. Other faults end the stream with
+//!   the URL, the cause and the setting to change ([`SourceError`], [`StreamError`]). A broken sample
 //!   is skipped and counted by its reason.
 //! - **No tensors.** The crate knows S3, tar and images, and no machine-learning library.
 //!
@@ -47,6 +46,7 @@
 
 pub mod destination;
 pub mod flow;
+pub mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod image;
@@ -64,12 +64,13 @@ mod stream;
 pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use destination::Destination;
 pub use flow::FlowMetrics;
+pub use format::latents::LatentShapes;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
     CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
-    Batch, BatchContent, Ceiling, Content, Halves, LatentShapes, SampleMeta, ShardSummary,
-    SkippedSample, Stream, StreamConfig, StreamError, ceiling,
+    Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkippedSample,
+    Stream, StreamConfig, StreamError, decode_limit,
 };

@@ -8,7 +8,7 @@ use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::source::S3Counts;
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{BatchContent, CacheCounts, Ceiling, Stream, ceiling};
+use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, decode_limit};
 use serde::Serialize;
 
 use super::ranks::RankArgs;
@@ -79,7 +79,7 @@ struct DecodeLimitReport {
 
 impl DecodeLimitReport {
     /// `stream` is the stream's speed. Images per second.
-    fn new(alone: &Ceiling, stream: f64) -> Self {
+    fn new(alone: &DecodeLimit, stream: f64) -> Self {
         let images_per_second = alone.images as f64 / alone.elapsed.as_secs_f64();
         Self {
             images: alone.images,
@@ -118,7 +118,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let stream = Stream::open(stream, &data.sources, &data.metrics, data.runtime.handle())?;
     let consumer = data.metrics.stage(Stage::Train);
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
-    let (mut recent, mut values) = (Recent::default(), Vec::new());
+    let mut recent = Recent::default();
     monitor.expect("samples", 0, args.samples);
     monitor.beat();
     while samples < args.samples {
@@ -127,9 +127,8 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         };
         let batch = batch?;
         samples += batch.samples.len() as u64;
-        consumer.work(|| as_f32(&batch.content, &mut values));
+        consumer.work(|| std::hint::black_box(as_f32(&batch.data)));
         consumer.add_items(batch.samples.len() as u64);
-        std::hint::black_box(&values);
         batches += 1;
         monitor.advance(samples);
         monitor.beat();
@@ -148,7 +147,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());
     let decode_limit = if args.limit {
         errln!("decoding the same samples from memory");
-        let alone = ceiling(&settings, &data.sources, data.runtime.handle(), samples)?;
+        let alone = decode_limit(&settings, &data.sources, data.runtime.handle(), samples)?;
         Some(DecodeLimitReport::new(&alone, images_per_second))
     } else {
         None
@@ -183,22 +182,16 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
 }
 
 /// Converts a batch to f32, as the models read it.
-fn as_f32(content: &BatchContent, values: &mut Vec<f32>) {
-    match content {
-        BatchContent::Pixels { levels, .. } => normalize(levels, values),
-        BatchContent::Latents {
+fn as_f32(data: &BatchData) -> Vec<f32> {
+    match data {
+        BatchData::Pixels { levels, .. } => normalize(levels),
+        BatchData::Latents {
             moments,
             prompt_embeds,
         } => {
             let embeds = prompt_embeds.iter().flat_map(|embeds| &embeds.values);
-            values.clear();
-            values.extend(
-                moments
-                    .values
-                    .iter()
-                    .chain(embeds)
-                    .map(|half| half.to_f32()),
-            );
+            let halves = moments.values.iter().chain(embeds);
+            halves.map(|half| half.to_f32()).collect()
         }
     }
 }

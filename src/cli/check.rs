@@ -12,7 +12,7 @@ use clap::Args;
 use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{Batch, BatchContent, Content, ShardUrl, Stream, StreamConfig};
+use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
     DataAccess, content, open_device, open_devices, source_options, stream_config,
@@ -155,7 +155,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     let (batch, sample_bytes) = report.step("first sample", || {
         let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
         let sample = &batch.samples[0];
-        let (width, height) = sample.original;
+        let (width, height) = sample.geometry.original;
         let what = match content {
             Content::Images => String::new(),
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
@@ -355,12 +355,12 @@ fn dry_run(
     teacher: Option<&UNet>,
     device: &Device,
 ) -> Result<&'static str, Failure> {
-    let stored = matches!(batch.content, BatchContent::Latents { .. });
+    let stored = matches!(batch.data, BatchData::Latents { .. });
     let caption = batch.samples[0].caption.as_str();
     let EncoderOutput {
         moments,
         conditioning,
-    } = encoders.encode(batch.content, &[caption])?;
+    } = encoders.encode(batch.data, &[caption])?;
     all_finite(&conditioning.hidden, "the text encoder")?;
     all_finite(&moments, "the VAE")?;
     let Some(unet) = teacher else {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use coffey_pipeline::inspect::{
-    self, Across, LatentReport, Problem, ProblemKind, ShardReport, Spread, Wanted,
+    self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
 };
 use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
 use serde::Serialize;
@@ -140,7 +140,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             let data = config.data;
             (
                 config.s3,
-                Wanted {
+                InspectOptions {
                     image_keys: data.image_keys,
                     caption_keys: data.caption_keys,
                     resolution: Some(config.image.resolution),
@@ -150,7 +150,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         }
         None => (
             S3Options::default(),
-            Wanted {
+            InspectOptions {
                 image_keys: defaults.image_keys,
                 caption_keys: defaults.caption_keys,
                 resolution: None,
@@ -166,7 +166,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let data = DataAccess::open(options)?;
     let shards = data.shards(&urls)?;
     let mut report = InspectReport::default();
-    let mut across = Across::default();
+    let mut across = CrossShardCheck::default();
     let mut manifests = Manifests::default();
     for url in &shards {
         let read = inspect::shard(&data.sources, url, &wanted);

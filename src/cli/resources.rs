@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use candle_core::Device;
+use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
-use crate::latents::{self, LatentSource, LatentSourceError};
+use crate::latents::{LatentSource, LatentSourceError};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
 
@@ -155,7 +156,7 @@ pub(super) fn stream_config(
         image_keys: data.image_keys.clone(),
         caption_keys: match data.kind {
             DataKind::Images => data.caption_keys.clone(),
-            DataKind::Latents => vec![latents::CAPTION_KEY.to_owned()],
+            DataKind::Latents => vec![CAPTION.to_owned()],
         },
         max_samples: data.max_samples,
         resample: data.resample_shards,

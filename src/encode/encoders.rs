@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::image::normalize;
-use coffey_pipeline::{BatchContent, Halves};
+use coffey_pipeline::{BatchData, F16Array};
 use rayon::prelude::*;
 
 use crate::conditioning::{TextEncoder, TextEncoderError};
@@ -156,14 +156,14 @@ impl Encoders {
     /// When a tensor operation fails.
     pub fn encode(
         &self,
-        content: BatchContent,
+        content: BatchData,
         captions: &[&str],
     ) -> Result<EncoderOutput, EncodeError> {
         let (moments, stored) = match content {
-            BatchContent::Pixels { levels, resolution } => {
+            BatchData::Pixels { levels, resolution } => {
                 (self.encode_pixels(&levels, resolution as usize)?, None)
             }
-            BatchContent::Latents {
+            BatchData::Latents {
                 moments,
                 prompt_embeds,
             } => (stored_tensor(moments)?, prompt_embeds),
@@ -197,10 +197,8 @@ impl Encoders {
         let image = 3 * side * side;
         let encode = |levels: &[u8]| {
             let shape = (levels.len() / image, 3, side, side);
-            let mut values = Vec::new();
-            normalize(levels, &mut values);
             self.vae
-                .encode(&Tensor::from_vec(values, shape, &self.device)?)
+                .encode(&Tensor::from_vec(normalize(levels), shape, &self.device)?)
         };
         let moments: candle_core::Result<Vec<_>> = if self.device.is_cpu() {
             let per_batch = if self.vae.encodes_alike(side) {
@@ -235,8 +233,8 @@ impl Encoders {
 }
 
 /// Stored f16 arrays as an f32 tensor `[B, …]` on the CPU.
-fn stored_tensor<const D: usize>(halves: Halves<D>) -> Result<Tensor, EncodeError> {
-    let Halves { values, shape } = halves;
+fn stored_tensor<const D: usize>(halves: F16Array<D>) -> Result<Tensor, EncodeError> {
+    let F16Array { values, shape } = halves;
     let each: usize = shape.iter().product();
     let batch = values.len() / each.max(1);
     let shape: Vec<usize> = std::iter::once(batch).chain(shape).collect();

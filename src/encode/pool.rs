@@ -177,7 +177,7 @@ fn encode(encoders: &Encoders, batch: Batch) -> EncodeResult {
     let EncoderOutput {
         moments,
         conditioning,
-    } = encoders.encode(batch.content, &captions)?;
+    } = encoders.encode(batch.data, &captions)?;
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,

@@ -1,4 +1,4 @@
-//! What can be wrong with latent shards.
+//! Errors of latent shards.
 
 use coffey_pipeline::SourceError;
 
@@ -8,34 +8,34 @@ pub enum LatentError {
     /// The place can't be read or written.
     #[error(transparent)]
     Place(Box<SourceError>),
-    /// The place holds latents made in another way.
+    /// The place holds latents of another recipe.
     #[error(
         "{manifest}: the latents there were made with {field} = {written}, and now it is {now}: \
          restore it, or set latents.output to another place"
     )]
     OtherRecipe {
-        /// The manifest that says so.
+        /// The manifest.
         manifest: String,
-        /// What differs.
+        /// The value that differs.
         field: String,
         /// Its value in the manifest.
         written: String,
         /// Its value now.
         now: String,
     },
-    /// The place holds a shard of the same name made of another input.
+    /// The place holds a shard of the same name from another input.
     #[error(
         "{manifest}: {name} was made of {written}, and now it would be made of {now}: \
          restore data.shards, or set latents.output to another place"
     )]
     OtherSource {
-        /// The manifest that says so.
+        /// The manifest.
         manifest: String,
         /// The shard's file name.
         name: String,
-        /// The input it was made of.
+        /// The input in the manifest.
         written: String,
-        /// The input it would be made of now.
+        /// The input in the configuration.
         now: String,
     },
     /// A manifest can't be understood.
@@ -43,25 +43,25 @@ pub enum LatentError {
     Manifest {
         /// The file.
         manifest: String,
-        /// What is wrong with it.
+        /// The fault.
         message: String,
     },
-    /// A file stands where a shard should go, and no manifest says that it is a latent shard.
+    /// A file has the name of a shard, and there is no manifest.
     #[error(
         "{object} is already there, and no manifest beside it says that it holds latents: \
          set latents.output to a place of its own"
     )]
     Occupied {
-        /// Where it is.
+        /// The file.
         object: String,
     },
     /// There are no manifests to join.
     #[error("{place} holds no manifest of latent shards: check latents.output")]
     Nothing {
-        /// Where they were looked for.
+        /// The place without manifests.
         place: String,
     },
-    /// Two inputs would become one output.
+    /// Two inputs have the same output.
     #[error("{first} and {second} would both become {name}: write them to two places")]
     SameName {
         /// The file name.
@@ -71,13 +71,13 @@ pub enum LatentError {
         /// The other.
         second: String,
     },
-    /// An input has no file name to give to its output.
+    /// An input has no file name for its output.
     #[error("{url} has no file name to call its latent shard by")]
     NoName {
         /// The input.
         url: String,
     },
-    /// A number that f16 can't hold.
+    /// A value that f16 can't hold.
     #[error(
         "{shard}: sample {key}: the {what} hold {value}, {reason}; nothing of this shard is kept"
     )]
@@ -88,12 +88,12 @@ pub enum LatentError {
         key: String,
         /// `moments` or `prompt embeddings`.
         what: &'static str,
-        /// The number.
+        /// The value.
         value: f32,
-        /// Why it can't be stored.
+        /// Why f16 can't hold the value.
         reason: &'static str,
     },
-    /// What was written is not what the stream says it sent.
+    /// The numbers of samples written and read differ.
     #[error(
         "{shard}: {written} samples were written and {expected} were read, by a fault in coffey"
     )]
@@ -105,13 +105,13 @@ pub enum LatentError {
         /// Samples in the stream's summary.
         expected: u64,
     },
-    /// A tensor has another shape than announced, or can't be read.
+    /// A tensor has a wrong shape, or can't be read.
     #[error("encoded batch: {0}")]
     Tensor(#[from] candle_core::Error),
 }
 
 impl LatentError {
-    /// Whether the configuration is at fault, so that running again as it is can't help.
+    /// Whether the configuration is at fault, so that a retry can't help.
     pub fn is_config(&self) -> bool {
         match self {
             Self::OtherRecipe { .. }

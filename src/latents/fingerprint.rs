@@ -1,4 +1,4 @@
-//! Which weights latents and embeddings were made with.
+//! Fingerprint of the weights that latents and embeddings were made with.
 
 use std::path::Path;
 
@@ -10,27 +10,27 @@ use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{ModelError, Weights};
 
-/// Values that are hashed in one go.
+/// Values that are hashed at once.
 const HASHED: usize = 1 << 14;
 const TEXT_ENCODER_STEM: &str = "model";
 
 /// Hashes of the weights of a VAE and a text encoder, `sha256:` and hexadecimal digits.
 ///
-/// Over each tensor's name, shape and values as f32, in name order: where the folder lies, how its files are cut and
-/// whether it says `text_model.` before its names makes no difference.
+/// Computed from each tensor's name, shape and values as f32, in name order. Independent of the folder's path, of the
+/// split into files and of the prefix `text_model.`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
-    /// Of the autoencoder, its decoder included.
+    /// Hash of the autoencoder, with its decoder.
     pub vae: String,
-    /// Of the text encoder.
+    /// Hash of the text encoder.
     pub text_encoder: String,
 }
 
 impl Fingerprint {
-    /// Reads the weights of a pipeline's folder, the autoencoder's from `vae` if that is given.
+    /// Hashes the weights in a pipeline's folder; those of the autoencoder in `vae` if given.
     ///
     /// # Errors
-    /// When there are no weights or they are damaged.
+    /// When weights are missing or damaged.
     pub fn of(pipeline: &Path, vae: Option<&Path>) -> Result<Self, ModelError> {
         let [vae, text_encoder] = Encoders::folders(pipeline, vae);
         Ok(Self {
@@ -45,7 +45,7 @@ fn hash(folder: &Path, stem: &str) -> Result<String, ModelError> {
     let mut sha = Sha256::new();
     let mut bytes = Vec::new();
     for (name, tensor) in weights.tensors() {
-        // position_ids, a table of 0, 1, 2 … that some versions of transformers save.
+        // position_ids: 0, 1, 2 …, saved by some versions of transformers only.
         if !tensor.dtype().is_float() {
             continue;
         }

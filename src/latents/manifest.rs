@@ -1,4 +1,4 @@
-//! The manifest: what all latents of a folder have in common, and what became of each shard.
+//! The manifest: the common properties of all latents of a folder, and an entry for each shard.
 
 use std::collections::BTreeMap;
 
@@ -10,71 +10,71 @@ use serde_json::Value;
 use super::{Fingerprint, LatentError};
 use crate::config::{Config, TextKind};
 
-/// The version of the format that is written, and the only one that is read.
+/// Version of the format. Other versions are not read.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Reasons for which a sample is left out only after it was chosen.
-const LEFT_OUT_WHEN_DECODED: [&str; 2] = ["decode_error", "too_large"];
+/// Reasons to skip a sample after it was counted towards `max_samples`.
+const DECODE_REASONS: [&str; 2] = ["decode_error", "too_large"];
 
 /// A manifest file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT_VERSION`] when it was written.
+    /// [`FORMAT_VERSION`] of the writer.
     pub format_version: u32,
-    /// What all shards have in common.
+    /// The common properties of all shards.
     #[serde(flatten)]
     pub recipe: Recipe,
-    /// What became of each shard that is finished, by its file name.
+    /// The finished shards, by file name.
     pub shards: BTreeMap<String, ShardEntry>,
 }
 
-/// Everything that decides what a latent shard made of a given input holds.
+/// All settings that determine the content of a latent shard for a given input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
-    /// The weights that encoded.
+    /// The weights of the encoders.
     pub fingerprint: Fingerprint,
-    /// `KEY.latent.npy`
+    /// Layout of `KEY.latent.npy`.
     pub latent: LatentLayout,
     /// Shape of `KEY.prompt_embeds.npy`, `[77, width]`; `null` when there are none.
     pub prompt_embeds_shape: Option<[usize; 2]>,
-    /// What is kept of a caption.
+    /// Stored form of the captions.
     pub text: TextKind,
-    /// From an image to the square that was encoded.
+    /// The image transform.
     pub image: ImageRecipe,
-    /// Which samples there are.
+    /// The selection of samples.
     pub selection: Selection,
 }
 
-/// The latents' shape and scale.
+/// Shape and scale of the latents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LatentLayout {
-    /// `[2C, h, w]` of one crop: mean, then log-variance.
+    /// Shape of one crop's moments, `[2C, h, w]`: mean, then log-variance.
     pub shape: [usize; 3],
-    /// What a latent drawn from the moments is multiplied by before the UNet sees it. Not applied to what is stored.
+    /// Factor of a latent drawn from the moments, for the UNet. Not applied to the stored moments.
     pub scaling_factor: f64,
 }
 
-/// How images became squares, as in the configuration's `[image]`.
+/// The image transform, as in the configuration's `[image]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageRecipe {
     /// Side of the square. Pixels.
     pub resolution: u32,
     /// Resampling filter.
     pub interpolation: Interpolation,
-    /// Which square was kept.
+    /// Position of the crops.
     pub crop: CropMode,
     /// Crops of each sample.
     pub crops: usize,
-    /// Whether half of the images are mirrored.
+    /// Whether half of the crops are mirrored.
     pub flip: bool,
     /// Whether large JPEGs were decoded at a fraction of their size.
     pub scaled_decode: bool,
-    /// What random crops and flips were drawn with; absent when nothing is random.
+    /// Seed of random crops and flips; absent without randomness.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
 }
 
-/// How samples were chosen, as in the configuration's `[data]`.
+/// The selection of samples, as in the configuration's `[data]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Selection {
     /// Extensions of images, in order of preference.
@@ -84,34 +84,34 @@ pub struct Selection {
     /// Most samples over all shards; absent for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_samples: Option<u64>,
-    /// How many processes `max_samples` was shared between, as that decides which samples these are; absent without it.
+    /// Number of processes that share `max_samples`, which determines the samples; absent without `max_samples`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub world: Option<usize>,
     /// Limits on a sample's json and caption.
     pub filter: Filter,
 }
 
-/// What became of one input shard.
+/// The entry of one finished shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardEntry {
-    /// URL of the input, without what a signed one hides behind its `?`.
+    /// URL of the input, without the query of a signed URL.
     pub source: String,
     /// Samples in the output.
     pub samples: u64,
     /// Samples of the input that are not in the output, by reason.
     pub skipped: BTreeMap<String, u64>,
-    /// What was wrong with the input's tar; `null` if nothing was.
+    /// Fault of the input's tar; `null` without a fault.
     pub broken: Option<String>,
     /// Size of the output.
     pub bytes: u64,
-    /// Of the output, hexadecimal.
+    /// SHA-256 of the output, hexadecimal.
     pub sha256: String,
 }
 
 impl ShardEntry {
-    /// How many samples of it count towards `max_samples`: those whose image turned out to be broken do.
+    /// Number of samples that count towards `max_samples`: also samples that failed to decode.
     pub(super) fn counted(&self) -> u64 {
-        let undecodable = LEFT_OUT_WHEN_DECODED
+        let undecodable = DECODE_REASONS
             .iter()
             .filter_map(|&reason| self.skipped.get(reason));
         self.samples + undecodable.sum::<u64>()
@@ -119,7 +119,7 @@ impl ShardEntry {
 }
 
 impl Recipe {
-    /// The recipe that a configuration stands for, with what is known of the encoders.
+    /// The recipe of a configuration and the properties of the encoders.
     pub fn new(
         config: &Config,
         text: TextKind,
@@ -157,7 +157,7 @@ impl Recipe {
 }
 
 impl Recipe {
-    /// Shape of `KEY.latent.npy`: the latents' own, behind the number of crops if there are several.
+    /// Shape of `KEY.latent.npy`: `[2C, h, w]`, or `[crops, 2C, h, w]` with several crops.
     pub fn latent_file_shape(&self) -> Vec<usize> {
         let crops = (self.image.crops > 1).then_some(self.image.crops);
         crops.into_iter().chain(self.latent.shape).collect()
@@ -174,12 +174,12 @@ impl Manifest {
         }
     }
 
-    /// Samples in all shards that are listed.
+    /// Number of samples in all shards.
     pub fn samples(&self) -> u64 {
         self.shards.values().map(|entry| entry.samples).sum()
     }
 
-    /// Reads the text of a manifest. The error says in words what is wrong.
+    /// Parses a manifest. The error describes the fault.
     pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
         match value.get("format_version").and_then(Value::as_u64) {
@@ -201,7 +201,8 @@ impl Manifest {
         Ok(())
     }
 
-    /// Refuses, in the name of the manifest at `place`, a recipe that differs, naming the first value that does.
+    /// Refuses another recipe than the manifest's. The error names the first value that differs, and `place` as the
+    /// manifest.
     pub(super) fn check(&self, place: &str, now: &Recipe) -> Result<(), LatentError> {
         let as_json = |recipe: &Recipe| {
             serde_json::to_value(recipe).map_err(|error| LatentError::Manifest {
@@ -222,7 +223,7 @@ impl Manifest {
     }
 }
 
-/// The first place where two values differ, with both values there.
+/// The first key at which two values differ, with both values. `place` is the key of `a` and `b`.
 pub(super) fn difference(
     place: &str,
     a: Option<&Value>,

@@ -1,4 +1,4 @@
-//! The manifests of a place: one of the whole, or one of each process that works there until they are joined.
+//! The manifests of a place: one for all shards, or one for each process until they are joined.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -12,9 +12,9 @@ use super::manifest::{Manifest, Recipe, ShardEntry};
 use super::{LatentError, skipped};
 use crate::ranks::Rank;
 
-/// The manifest of the whole.
+/// Name of the manifest of all shards.
 pub(super) const MANIFEST: &str = "manifest.json";
-/// How often manifests are listed again because one of them was joined to the others meanwhile.
+/// How often manifests are listed again if another process joins them meanwhile.
 const LISTINGS: usize = 5;
 const HASH_BUFFER: usize = 1 << 18;
 
@@ -45,7 +45,7 @@ pub(super) fn share_of(rank: Rank, max_samples: u64) -> u64 {
     max_samples / world + u64::from(index < max_samples % world)
 }
 
-/// What a place holds: its manifests and the sizes of its objects.
+/// The content of a place: its manifests and the sizes of its objects.
 #[derive(Debug)]
 pub(super) struct Inventory {
     place: Destination,
@@ -55,7 +55,7 @@ pub(super) struct Inventory {
 
 impl Inventory {
     pub(super) fn take(place: &Destination) -> Result<Self, LatentError> {
-        // Objects before manifests: a shard that is seen here was announced by a manifest before it was begun.
+        // Objects are listed before manifests: every listed shard then has a manifest, which is written before it.
         let sizes = place.list("")?.into_iter().map(|e| (e.name, e.size));
         Ok(Self {
             place: place.clone(),
@@ -73,10 +73,10 @@ impl Inventory {
         self.manifests.keys()
     }
 
-    /// What all manifests have in common, if there are any.
+    /// The recipe of all manifests; `None` without manifests.
     ///
     /// # Errors
-    /// [`LatentError::OtherRecipe`] if it is not the same in all of them.
+    /// [`LatentError::OtherRecipe`] if two manifests have different recipes.
     pub(super) fn recipe(&self) -> Result<Option<&Recipe>, LatentError> {
         let Some(first) = self.manifests.values().next() else {
             return Ok(None);
@@ -85,24 +85,24 @@ impl Inventory {
         Ok(Some(&first.recipe))
     }
 
-    /// Refuses a recipe other than that of every manifest.
+    /// Refuses a recipe that differs from that of a manifest.
     pub(super) fn check(&self, recipe: &Recipe) -> Result<(), LatentError> {
         self.manifests
             .iter()
             .try_for_each(|(name, manifest)| manifest.check(&self.place.place(name), recipe))
     }
 
-    /// Refuses to write over an object of this name that no manifest can have announced.
+    /// Refuses to overwrite an object of this name if there are no manifests.
     pub(super) fn check_free(&self, name: &str) -> Result<(), LatentError> {
-        match self.sizes.contains_key(name) && self.is_empty() {
-            true => Err(LatentError::Occupied {
+        if self.sizes.contains_key(name) && self.is_empty() {
+            return Err(LatentError::Occupied {
                 object: self.place.place(name),
-            }),
-            false => Ok(()),
+            });
         }
+        Ok(())
     }
 
-    /// Refuses a shard of which a manifest says that it was made of another input.
+    /// Refuses a shard that a manifest lists with another input.
     pub(super) fn check_source(&self, url: &ShardUrl) -> Result<(), LatentError> {
         let name = url.name();
         for (manifest, listed) in &self.manifests {
@@ -120,8 +120,8 @@ impl Inventory {
         Ok(())
     }
 
-    /// What the manifests say of the shards that are there, by name: those they list whose object has the listed size.
-    /// Contents are read only where two manifests differ on a shard, as they may after two machines made it at once.
+    /// The entries of the finished shards, by name: listed in a manifest, with an object of the listed size. Contents are
+    /// read only if two manifests have different entries for a shard, which happens if two machines wrote it.
     pub(super) fn finished(&self) -> Result<BTreeMap<String, ShardEntry>, LatentError> {
         let mut finished = BTreeMap::new();
         for (name, entry) in self.manifests.values().flat_map(|m| &m.shards) {
@@ -149,20 +149,20 @@ impl Inventory {
     }
 }
 
-/// What of some shards is there, over all processes.
+/// The finished and the missing shards of all processes.
 #[derive(Debug)]
 pub struct Joined {
     /// The manifests of all processes as one.
     pub manifest: Manifest,
-    /// Inputs whose shard is not there yet, in order.
+    /// Inputs whose shard is not finished, in order.
     pub missing: Vec<ShardUrl>,
 }
 
-/// Puts `manifest.json` in the place of the processes' own manifests if every shard made of `shards` is there, and
-/// clears away what killed processes left. While some are missing, everything stays as it is.
+/// If the shards of all `shards` are finished, replaces the manifests of the processes by `manifest.json` and removes the
+/// leftovers of killed processes. Changes nothing while shards are missing.
 ///
 /// # Errors
-/// When there are no manifests or they don't belong together, or the place fails.
+/// When there are no manifests, their recipes differ, or the place fails.
 pub fn join(place: &Destination, shards: &[ShardUrl]) -> Result<Joined, LatentError> {
     let inventory = Inventory::take(place)?;
     let recipe = inventory.recipe()?.ok_or_else(|| LatentError::Nothing {
@@ -192,8 +192,7 @@ pub fn join(place: &Destination, shards: &[ShardUrl]) -> Result<Joined, LatentEr
 }
 
 impl Manifest {
-    /// Which of `shards` are still to be made: those it does not list, unless the process they belong to has used up its
-    /// share of `max_samples`.
+    /// The unfinished shards among `shards`. Shards of a process that has read its share of `max_samples` do not count.
     fn missing(&self, shards: &[ShardUrl]) -> Vec<ShardUrl> {
         let selection = &self.recipe.selection;
         let world = selection.world.unwrap_or(1);
@@ -218,7 +217,7 @@ impl Manifest {
     }
 }
 
-/// The manifests of a place with their file names.
+/// The manifests of a place, by file name.
 fn manifests(place: &Destination) -> Result<BTreeMap<String, Manifest>, LatentError> {
     let mut listings = 0;
     'listing: loop {
@@ -229,7 +228,7 @@ fn manifests(place: &Destination) -> Result<BTreeMap<String, Manifest>, LatentEr
                 continue;
             }
             match place.read(&entry.name) {
-                // Another process joined it to the others since it was listed.
+                // Another process has joined the manifests since they were listed.
                 Err(SourceError::NotFound { .. }) if listings < LISTINGS => continue 'listing,
                 text => {
                     let manifest =

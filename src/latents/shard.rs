@@ -1,12 +1,13 @@
-//! One tar being written, with headers that depend on nothing but its members.
+//! One tar being written. Its headers depend only on its members.
 
 use std::io;
 
 use coffey_pipeline::destination::{Destination, ObjectWriter, Written};
+use coffey_pipeline::format::latents::Member;
 
 use super::LatentError;
 
-/// A shard that is not yet under its name; dropping it leaves nothing.
+/// An unfinished shard. Dropping it discards the shard.
 pub(super) struct ShardFile {
     tar: tar::Builder<ObjectWriter>,
     place: Destination,
@@ -15,10 +16,10 @@ pub(super) struct ShardFile {
 }
 
 impl ShardFile {
-    /// Begins the shard that will be `name` in `place`.
+    /// Creates the shard `name` in `place`.
     pub(super) fn create(place: &Destination, name: &str) -> Result<Self, LatentError> {
         let mut tar = tar::Builder::new(place.create(name)?);
-        // Keys are the input's, whatever they look like.
+        // Keys are kept as in the input, also absolute paths.
         tar.preserve_absolute(true);
         Ok(Self {
             tar,
@@ -28,12 +29,8 @@ impl ShardFile {
         })
     }
 
-    /// Appends a sample: extensions with their contents, in order.
-    pub(super) fn append<'a>(
-        &mut self,
-        key: &str,
-        members: impl IntoIterator<Item = (&'a str, &'a [u8])>,
-    ) -> Result<(), LatentError> {
+    /// Appends a sample with its members.
+    pub(super) fn append(&mut self, key: &str, members: &[Member]) -> Result<(), LatentError> {
         for (extension, content) in members {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
@@ -43,7 +40,7 @@ impl ShardFile {
             header.set_gid(0);
             let member = format!("{key}.{extension}");
             self.tar
-                .append_data(&mut header, &member, content)
+                .append_data(&mut header, &member, content.as_slice())
                 .map_err(|error| self.place.failed(&self.name, error))?;
         }
         self.samples += 1;
@@ -55,7 +52,7 @@ impl ShardFile {
         self.samples
     }
 
-    /// Ends the tar and puts it under its name.
+    /// Finishes the tar and publishes it under its name.
     pub(super) fn finish(self) -> Result<Written, LatentError> {
         let Self {
             tar, place, name, ..

@@ -1,4 +1,4 @@
-//! `skipped/NAME.jsonl`: which samples of a finished shard were left out, and why.
+//! `skipped/NAME.jsonl`: the skipped samples of a finished shard, with their reasons.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::LatentError;
 
-/// The name of the file that lists what a shard leaves out.
+/// Name of the file that lists the skipped samples of a shard.
 pub(super) fn file_name(shard: &str) -> String {
     format!("skipped/{shard}.jsonl")
 }
@@ -20,19 +20,19 @@ struct Line<'a> {
     reason: &'a str,
 }
 
-/// What waits for its shard to be finished.
+/// Skipped samples of unfinished shards.
 #[derive(Debug, Default)]
 pub(super) struct Skipped(BTreeMap<usize, Vec<SkippedSample>>);
 
 impl Skipped {
-    /// Takes note of samples that were left out.
+    /// Records skipped samples.
     pub(super) fn add(&mut self, samples: &[SkippedSample]) {
         for sample in samples {
             self.0.entry(sample.shard).or_default().push(sample.clone());
         }
     }
 
-    /// Writes those of the shard called `name`, if there are any. `url` is without secrets.
+    /// Writes the skipped samples of the shard `name`, if there are any. `url` must hold no secrets.
     pub(super) fn finish(
         &mut self,
         place: &Destination,

@@ -1,4 +1,4 @@
-//! What a run that trains on latent shards knows of them: the manifests beside the shards, and whether they fit the models.
+//! The latent shards of a training run: reads the manifests beside the shards, and checks them against the models.
 
 use std::collections::BTreeSet;
 
@@ -15,9 +15,9 @@ use crate::models::vae::VaeConfig;
 use crate::models::{ModelError, UNetConfig};
 use crate::pretrained::Models;
 
-/// What the manifests of several runs begin with.
+/// Prefix of the manifests of several processes.
 const PARTS: &str = "manifest-";
-/// Names of shards that a message lists.
+/// Most names of shards in a message.
 const LISTED: usize = 3;
 
 /// Why latent shards can't be trained on.
@@ -29,7 +29,7 @@ pub enum LatentSourceError {
     /// A model's configuration or weights can't be read.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The configuration says something else than the manifest.
+    /// The configuration contradicts the manifest.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// There is no manifest.
@@ -38,23 +38,23 @@ pub enum LatentSourceError {
          the shards, or set data.kind = \"images\" if they hold images"
     )]
     NoManifest {
-        /// Where it should be.
+        /// The folder without a manifest.
         folder: String,
     },
-    /// Standard input is beside nothing.
+    /// The shards come from standard input, which has no folder.
     #[error(
         "data.shards = \"-\": latents can't be read from standard input, beside which there is no {MANIFEST}: name a folder, \
          s3://bucket/prefix/ or URLs"
     )]
     Stdin,
-    /// A manifest can't be understood.
+    /// A manifest can't be parsed.
     #[error(
         "{manifest}: not a manifest of latent shards that this version reads: {message}; run coffey precompute again"
     )]
     Manifest {
         /// The manifest.
         manifest: String,
-        /// What is wrong with it.
+        /// The fault.
         message: String,
     },
     /// A shard is in no manifest.
@@ -64,7 +64,7 @@ pub enum LatentSourceError {
     Unlisted {
         /// The shards' folder.
         folder: String,
-        /// Their names, or some of them.
+        /// Names of the first of them.
         shards: String,
     },
     /// Two manifests contradict each other.
@@ -75,7 +75,7 @@ pub enum LatentSourceError {
     Mixed {
         /// A manifest.
         one: String,
-        /// What differs.
+        /// The value that differs.
         field: String,
         /// Its value there.
         value: String,
@@ -96,30 +96,30 @@ pub enum LatentSourceError {
         what: &'static str,
         /// Its fingerprint in the manifest.
         made: String,
-        /// Where the weights are that the configuration names.
+        /// Folder of the configured weights.
         folder: String,
         /// Their fingerprint.
         now: String,
-        /// The key that names them.
+        /// Configuration key of the weights.
         key: &'static str,
     },
-    /// A size or a factor is not the models'.
+    /// A size or a factor differs from the models'.
     #[error("{manifest}: {field} is {made}, and {now} in {what}: {remedy}")]
     Unfit {
         /// The manifest.
         manifest: String,
-        /// What differs.
+        /// The value that differs.
         field: &'static str,
         /// Its value in the manifest.
         made: String,
-        /// What it should be.
+        /// The expected value.
         now: String,
-        /// Who says so.
+        /// Model that the expected value comes from.
         what: String,
-        /// What to do.
+        /// The remedy.
         remedy: &'static str,
     },
-    /// There are no embeddings.
+    /// The shards hold no text embeddings.
     #[error(
         "{manifest}: text is \"caption\", so its shards hold no text embeddings, and data.text_from is \"embeds\": set \
          data.text_from = \"caption\", or run coffey precompute with latents.text = \"embeds\""
@@ -131,7 +131,7 @@ pub enum LatentSourceError {
 }
 
 impl LatentSourceError {
-    /// Whether the configuration is at fault, so that running again as it is can't help.
+    /// Whether the configuration is at fault, so that a retry can't help.
     pub fn is_config(&self) -> bool {
         match self {
             Self::Source(error) => error.is_config(),
@@ -141,14 +141,14 @@ impl LatentSourceError {
     }
 }
 
-/// The latent shards of a run, by their manifests.
+/// The common properties of the latent shards of a run.
 #[derive(Clone, Debug)]
 pub struct LatentSource {
-    /// The manifest that is named in messages.
+    /// The manifest for messages.
     manifest: String,
     recipe: Recipe,
     text_from: TextFrom,
-    /// `[77, width]`, if they are to be read.
+    /// Shape of the text embeddings, `[77, width]`; `None` if captions are read instead.
     prompt_embeds: Option<[usize; 2]>,
 }
 
@@ -201,7 +201,7 @@ impl LatentSource {
                 }
             }
         }
-        // A stream without shards is refused by the stream; listing finds some or fails.
+        // There is at least one shard: listing fails if there are none.
         let (manifest, recipe) = first.ok_or(LatentSourceError::Stdin)?;
         let prompt_embeds = match (text_from, recipe.prompt_embeds_shape) {
             (TextFrom::Caption, _) => None,
@@ -216,7 +216,7 @@ impl LatentSource {
         })
     }
 
-    /// What a stream is to read.
+    /// The content of the shards, for a stream.
     pub fn content(&self) -> Content {
         Content::Latents(LatentShapes {
             moments: self.recipe.latent.shape,
@@ -224,10 +224,10 @@ impl LatentSource {
         })
     }
 
-    /// Takes over into `[image]` what the latents were made with.
+    /// Copies the image settings of the latents to `[image]`.
     ///
     /// # Errors
-    /// When the configuration says something else.
+    /// When the configuration contradicts them.
     pub fn settle(&self, config: &mut Config) -> Result<(), LatentSourceError> {
         let made = &self.recipe.image;
         let image = ImageOptions {
@@ -241,7 +241,7 @@ impl LatentSource {
         Ok(config.adopt_image_settings(image, &self.manifest)?)
     }
 
-    /// Refuses latents that other weights made than those of `models`, or that its networks don't take.
+    /// Refuses latents that were made with other weights than those of `models`, or don't fit its networks.
     ///
     /// # Errors
     /// [`LatentSourceError`], with both values; also when a model can't be read.
@@ -272,7 +272,7 @@ impl LatentSource {
             return unfit("latent.shape", made, now, &vae_folder, another);
         }
         let (made, now) = (self.recipe.latent.scaling_factor, vae.scaling_factor);
-        // Both were read from a number in a file, not computed.
+        // Both values were read from files, not computed.
         if made.to_bits() != now.to_bits() {
             let (made, now) = (made.to_string(), now.to_string());
             return unfit("latent.scaling_factor", made, now, &vae_folder, another);
@@ -306,10 +306,10 @@ impl LatentSource {
     }
 }
 
-/// The manifests of a folder with their places: the one of the whole, or those of its parts.
+/// The manifests of a folder with their URLs: the manifest of all shards, or those of several processes.
 ///
 /// # Errors
-/// [`LatentSourceError`] if there are none, or one can't be read.
+/// [`LatentSourceError`] if there is no manifest, or one can't be read.
 pub fn manifests(
     folder: &ShardUrl,
     sources: &Sources,
@@ -337,22 +337,22 @@ pub fn manifests(
     }
     let parts = match sources.destination(&folder.to_string(), runtime) {
         Ok(place) => place.list(PARTS)?,
-        // Over HTTP nothing can be listed.
+        // HTTP has no listing.
         Err(_) => Vec::new(),
     };
     let parts = parts.iter().filter(|part| is_manifest(&part.name));
     let parts = parts
         .map(|part| read(&part.name))
         .collect::<Result<Vec<_>, _>>()?;
-    match parts.is_empty() {
-        false => Ok(parts),
-        true => Err(LatentSourceError::NoManifest {
+    if parts.is_empty() {
+        return Err(LatentSourceError::NoManifest {
             folder: folder.redacted(),
-        }),
+        });
     }
+    Ok(parts)
 }
 
-/// Refuses manifests whose shards can't be in one batch, or would make `[image]` say two things.
+/// Refuses manifests whose shards can't be in one batch, or that have different image settings.
 fn agree(
     (one, first): &(String, Recipe),
     (other, recipe): (&str, &Recipe),
@@ -370,7 +370,7 @@ fn agree(
             },
             "latent": recipe.latent,
             "prompt_embeds_shape": recipe.prompt_embeds_shape.filter(|_| embeds),
-            // How many crops there are, and what they were drawn with, may differ.
+            // The number of crops and their seed may differ.
             "image": {
                 "resolution": image.resolution,
                 "interpolation": image.interpolation,

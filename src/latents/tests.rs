@@ -58,7 +58,7 @@ fn write_tar(path: &Path, members: &[(String, Vec<u8>)]) {
     tar.finish().unwrap();
 }
 
-/// Three inputs: five good samples, then two broken ones and nothing else, then nine of which one has no caption.
+/// Three inputs: five good samples; two broken samples; nine samples, one without a caption.
 fn inputs(folder: &Path) -> Vec<ShardUrl> {
     let all = members(&root("assets/quickstart/emoji/00000.tar"));
     let samples = |range: std::ops::Range<usize>| all[3 * range.start..3 * range.end].to_vec();
@@ -191,13 +191,11 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     for file in fs::read_dir(folder).unwrap() {
         let path = file.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        match path.is_dir() {
-            true => found.extend(
-                files(&path)
-                    .into_iter()
-                    .map(|(file, content)| (format!("{name}/{file}"), content)),
-            ),
-            false => drop(found.insert(name, fs::read(path).unwrap())),
+        if path.is_dir() {
+            let inner = files(&path).into_iter();
+            found.extend(inner.map(|(file, content)| (format!("{name}/{file}"), content)));
+        } else {
+            found.insert(name, fs::read(path).unwrap());
         }
     }
     found
@@ -215,7 +213,7 @@ fn array(npy: &[u8]) -> (Vec<u64>, Vec<f16>) {
 }
 
 #[test]
-fn shards_hold_what_was_encoded() {
+fn latent_shards_hold_the_encoded_batches() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     let finished = precompute(output.path(), &recipe(TextKind::Both), &shards, 4, 1);
@@ -255,7 +253,10 @@ fn shards_hold_what_was_encoded() {
         assert_eq!(members[2].1, sample.caption.as_bytes());
         let json: Value = serde_json::from_slice(&members[3].1).unwrap();
         assert_eq!(json["caption"], sample.caption);
-        assert_eq!(json["coffey"]["crop_top"], json!(sample.crops[0].top));
+        assert_eq!(
+            json["coffey"]["crop_top"],
+            json!(sample.geometry.crops[0].top)
+        );
         assert_eq!(json["coffey"]["target_width"], json!(64));
     }
     assert_eq!(members(&output.path().join("b.tar")), []);
@@ -285,7 +286,7 @@ fn shards_hold_what_was_encoded() {
 }
 
 #[test]
-fn the_bytes_depend_neither_on_batches_nor_on_workers() {
+fn latent_bytes_ignore_batch_size_and_workers() {
     let input = TempDir::new().unwrap();
     let shards = inputs(input.path());
     let made = |batch_size, workers| {
@@ -313,7 +314,7 @@ fn the_bytes_depend_neither_on_batches_nor_on_workers() {
 }
 
 #[test]
-fn captions_alone_are_stored_without_embeddings() {
+fn latent_captions_are_stored_without_embeddings() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     precompute(
@@ -329,7 +330,7 @@ fn captions_alone_are_stored_without_embeddings() {
 }
 
 #[test]
-fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
+fn latent_writer_continues_an_interrupted_run() {
     let (input, output, whole) = (
         TempDir::new().unwrap(),
         TempDir::new().unwrap(),
@@ -384,7 +385,7 @@ fn a_run_that_was_cut_off_goes_on_and_ends_the_same() {
 }
 
 #[test]
-fn what_differs_is_refused_with_both_values() {
+fn latent_writer_refuses_another_recipe() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     drop(open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap());
@@ -416,7 +417,7 @@ fn what_differs_is_refused_with_both_values() {
 }
 
 #[test]
-fn files_in_the_way_are_refused() {
+fn latent_writer_refuses_other_files() {
     let folder = TempDir::new().unwrap();
     let shards = inputs(folder.path());
     let open = |folder: &Path, part, shards: &[ShardUrl]| {
@@ -460,7 +461,7 @@ fn files_in_the_way_are_refused() {
 }
 
 #[test]
-fn the_last_process_joins_what_all_wrote() {
+fn latent_manifests_are_joined_by_the_last_process() {
     let (input, alone) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     let recipe = recipe(TextKind::Embeds);
@@ -507,7 +508,7 @@ fn the_last_process_joins_what_all_wrote() {
 }
 
 #[test]
-fn another_number_of_processes_takes_over_what_is_there() {
+fn latent_writer_accepts_another_number_of_processes() {
     let (input, alone, output) = (
         TempDir::new().unwrap(),
         TempDir::new().unwrap(),
@@ -530,7 +531,7 @@ fn another_number_of_processes_takes_over_what_is_there() {
 }
 
 #[test]
-fn a_share_of_the_samples_belongs_to_a_number_of_processes() {
+fn latent_max_samples_depend_on_the_number_of_processes() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     let recipe = |world| {
@@ -576,7 +577,7 @@ fn a_share_of_the_samples_belongs_to_a_number_of_processes() {
 }
 
 #[test]
-fn where_two_machines_differ_the_object_decides() {
+fn latent_entries_that_differ_are_checked_by_sha256() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
     let recipe = recipe(TextKind::Embeds);
@@ -629,7 +630,7 @@ fn numbers_that_f16_cannot_hold_end_the_run_before_the_shard() {
 }
 
 #[test]
-fn fingerprints_name_the_weights_and_nothing_else() {
+fn fingerprint_depends_on_the_weights_only() {
     let whole = Fingerprint::of(&teacher(), None).unwrap();
     assert!(whole.vae.starts_with("sha256:") && whole.vae.len() == 7 + 64);
     let copy = TempDir::new().unwrap();

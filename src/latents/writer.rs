@@ -1,32 +1,29 @@
-//! Deals encoded batches to the shards their samples belong to, and keeps the manifest.
+//! Writes encoded batches to the shards of their samples, and updates the manifest.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 use coffey_pipeline::destination::Destination;
-use coffey_pipeline::{ShardSummary, ShardUrl, SkippedSample};
+use coffey_pipeline::format::latents::{F16Member, LatentSample, Member};
+use coffey_pipeline::{SampleMeta, ShardSummary, ShardUrl, SkippedSample};
 
 use super::LatentError;
+use super::half::{NotF16, to_f16};
 use super::manifest::{Manifest, Recipe, ShardEntry};
 use super::parts::{Inventory, Joined, join, manifest_name, shards_of};
-use super::sample::{NotF16, json_with_crop, npy, to_f16};
 use super::shard::ShardFile;
 use super::skipped::{self, Skipped};
 use crate::encode::EncodedBatch;
 use crate::ranks::Rank;
 
-/// A sample's extensions with their contents, in the order of the shard.
-type Members = Vec<(&'static str, Vec<u8>)>;
-
-/// Writes one process's part of the latent shards of a place. Dropping it leaves nothing of the shards that are not
-/// finished.
+/// Writes one process's share of the latent shards of a place. Dropping the writer discards unfinished shards.
 #[derive(Debug)]
 pub struct LatentWriter {
     place: Destination,
     rank: Rank,
-    /// Those of all processes.
+    /// Input shards of all processes.
     shards: Vec<ShardUrl>,
-    /// As it is in the place, once there is something to write.
+    /// The manifest of this process.
     manifest: Manifest,
     remaining: Vec<ShardUrl>,
     open: BTreeMap<usize, ShardFile>,
@@ -34,14 +31,14 @@ pub struct LatentWriter {
 }
 
 impl LatentWriter {
-    /// Makes the place ready for latents of `shards`, which are those of all processes: finds out what is there already,
-    /// removes what a killed run left of this part, and announces it in a manifest.
+    /// Prepares the place for latents of `shards`, the input shards of all processes: finds the finished shards, removes
+    /// unfinished shards of this process and writes its manifest.
     ///
-    /// A shard counts as there if a manifest of the place lists it and its object has the listed size. Its content is
-    /// not read again.
+    /// A shard is finished if a manifest of the place lists it and its object has the listed size. The content is not
+    /// read again.
     ///
     /// # Errors
-    /// When latents of another recipe or other files are in the way, or the place can't be written.
+    /// When the place holds latents of another recipe or other files, or can't be written.
     pub fn open(
         place: Destination,
         recipe: Recipe,
@@ -54,7 +51,7 @@ impl LatentWriter {
         let finished = inventory.finished()?;
         let mut manifest = Manifest::new(recipe);
         if rank == Rank::SOLO {
-            // Shards of an earlier, longer list of inputs stay listed.
+            // Finished shards that are not among `shards` stay listed.
             manifest.shards = finished.clone();
         }
         let mut remaining = Vec::new();
@@ -74,7 +71,7 @@ impl LatentWriter {
                 .flat_map(|name| [skipped::file_name(&name), name])
                 .collect();
             place.abort_incomplete_uploads(|object| own.contains(object))?;
-            // From here on the place is known to hold latents.
+            // Written before the first shard, so that the place is known to hold latents.
             manifest.write(&place, &manifest_name(rank))?;
         }
         Ok(Self {
@@ -88,39 +85,36 @@ impl LatentWriter {
         })
     }
 
-    /// The shards to read, in order: batches that are written count their shards by this list.
+    /// The shards to read, in order. The shards of written batches are indices of this list.
     pub fn remaining(&self) -> &[ShardUrl] {
         &self.remaining
     }
 
-    /// What is listed of this process's shards.
+    /// The manifest of this process.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// What this process may still read of its share of `max_samples`; `None`: all there is.
+    /// The unread rest of this process's share of `max_samples`; `None` without a limit.
     pub fn remaining_samples(&self) -> Option<u64> {
         self.manifest.remaining_samples(self.rank, &self.shards)
     }
 
-    /// Appends a batch to its shards and finishes those that end with it. Returns the names of those.
+    /// Appends a batch to its shards and finishes the shards that end with it. Returns the names of the finished shards.
     ///
     /// # Errors
-    /// When a number can't be stored, before anything of the batch is written; or when the place fails.
+    /// When a value can't be stored as f16, before any sample of the batch is written; or when the place fails.
     pub fn write(&mut self, batch: &EncodedBatch) -> Result<Vec<String>, LatentError> {
-        let records = self.records(batch)?;
-        for (sample, record) in batch.samples.iter().zip(&records) {
-            let members = record
-                .iter()
-                .map(|(extension, content)| (*extension, content.as_slice()));
+        let samples = self.members(batch)?;
+        for (sample, members) in batch.samples.iter().zip(&samples) {
             self.shard_file(sample.shard)?
                 .append(&sample.key, members)?;
         }
         self.finish_shards(&batch.skipped, &batch.finished_shards)
     }
 
-    /// Finishes shards of which nothing more will come, as the end of [`LatentWriter::write`] does; what was left out since
-    /// the batch before is `skipped`.
+    /// Finishes shards without a batch, as [`LatentWriter::write`] does. `skipped` are the samples skipped since the batch
+    /// before.
     ///
     /// # Errors
     /// When the place fails.
@@ -134,7 +128,7 @@ impl LatentWriter {
         finished.collect()
     }
 
-    /// Ends this process's work: [`join`]s the manifests if no other process's shards are missing.
+    /// Ends the work of this process: [`join`]s the manifests if all shards of all processes are finished.
     ///
     /// # Errors
     /// As [`join`].
@@ -142,49 +136,57 @@ impl LatentWriter {
         join(&self.place, &self.shards)
     }
 
-    fn records(&self, batch: &EncodedBatch) -> Result<Vec<Members>, LatentError> {
+    /// The members of each sample of `batch`.
+    fn members(&self, batch: &EncodedBatch) -> Result<Vec<Vec<Member>>, LatentError> {
         let recipe = &self.manifest.recipe;
-        let crops = recipe.image.crops;
-        let count = batch.samples.len() * crops;
-        let moments = rows(&batch.moments, count, &recipe.latent.shape)?;
+        let (crops, samples) = (recipe.image.crops, batch.samples.len());
         let shape = recipe.latent_file_shape();
-        let embeds = match &recipe.prompt_embeds_shape {
-            Some(shape) => Some((
-                shape,
-                rows(&batch.conditioning.hidden, batch.samples.len(), shape)?,
-            )),
-            None => None,
+        let moments = rows(&batch.moments, samples * crops, &recipe.latent.shape)?;
+        let embeds_shape = recipe.prompt_embeds_shape;
+        let embeds = match &embeds_shape {
+            Some(shape) => rows(&batch.conditioning.hidden, samples, shape)?,
+            None => Vec::new(),
         };
-        let record = |(row, sample): (usize, &coffey_pipeline::SampleMeta)| {
-            let array = |what, shape: &[usize], values: &[f32]| {
-                let values =
-                    to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
-                        shard: self.remaining[sample.shard].redacted(),
-                        key: sample.key.to_string(),
-                        what,
-                        value,
-                        reason,
-                    })?;
-                let name = self.remaining[sample.shard].name();
-                npy(shape, values)
-                    .map_err(|error| LatentError::from(self.place.failed(&name, error)))
+        let members = |(row, sample): (usize, &SampleMeta)| {
+            let moments = moments[row * crops..][..crops].concat();
+            let prompt_embeds = match &embeds_shape {
+                Some(shape) => {
+                    Some(self.array(sample, "prompt embeddings", shape, &embeds[row])?)
+                }
+                None => None,
             };
-            let mut members = vec![(
-                "latent.npy",
-                array("moments", &shape, &moments[row * crops..][..crops].concat())?,
-            )];
-            if let Some((shape, embeds)) = &embeds {
-                members.push((
-                    "prompt_embeds.npy",
-                    array("prompt embeddings", *shape, &embeds[row])?,
-                ));
-            }
-            members.push(("txt", sample.caption.clone().into_bytes()));
-            let json = json_with_crop(sample, recipe.image.resolution);
-            members.push(("json", json.to_string().into_bytes()));
-            Ok(members)
+            let sample_to_write = LatentSample {
+                moments: self.array(sample, "moments", &shape, &moments)?,
+                prompt_embeds,
+                caption: &sample.caption,
+                json: sample.json.as_ref(),
+                geometry: &sample.geometry,
+                resolution: recipe.image.resolution,
+            };
+            sample_to_write.members().map_err(|error| {
+                let name = self.remaining[sample.shard].name();
+                self.place.failed(&name, error).into()
+            })
         };
-        batch.samples.iter().enumerate().map(record).collect()
+        batch.samples.iter().enumerate().map(members).collect()
+    }
+
+    /// An array of `sample` as f16. `what` names the array in the error.
+    fn array<'a>(
+        &self,
+        sample: &SampleMeta,
+        what: &'static str,
+        shape: &'a [usize],
+        values: &[f32],
+    ) -> Result<F16Member<'a>, LatentError> {
+        let values = to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
+            shard: self.remaining[sample.shard].redacted(),
+            key: sample.key.to_string(),
+            what,
+            value,
+            reason,
+        })?;
+        Ok(F16Member { shape, values })
     }
 
     fn shard_file(&mut self, shard: usize) -> Result<&mut ShardFile, LatentError> {
@@ -203,7 +205,7 @@ impl LatentWriter {
         let (source, name) = (url.redacted(), url.name());
         let file = match self.open.remove(&summary.shard) {
             Some(file) => file,
-            // Nothing of it could be used.
+            // The shard has no usable samples.
             None => ShardFile::create(&self.place, &name)?,
         };
         if file.samples() != summary.samples {
@@ -213,7 +215,7 @@ impl LatentWriter {
                 expected: summary.samples,
             });
         }
-        // Before the shard: what is listed in the manifest is complete.
+        // Written before the shard, so that each shard in the manifest has its list of skipped samples.
         self.skipped
             .finish(&self.place, summary.shard, &name, &source)?;
         let written = file.finish()?;
@@ -232,7 +234,7 @@ impl LatentWriter {
     }
 }
 
-/// Each sample's values, of a tensor that must be `[count, shape…]`.
+/// The values of each row of a tensor `[count, shape…]`, f32.
 fn rows(tensor: &Tensor, count: usize, shape: &[usize]) -> Result<Vec<Vec<f32>>, LatentError> {
     let expected = [&[count], shape].concat();
     if tensor.dims() != expected {
@@ -242,7 +244,7 @@ fn rows(tensor: &Tensor, count: usize, shape: &[usize]) -> Result<Vec<Vec<f32>>,
     Ok(tensor.flatten_from(1)?.to_device(&Device::Cpu)?.to_vec2()?)
 }
 
-/// Refuses inputs that would meet in one output, or have no name to give it.
+/// Refuses inputs that would have the same output, and inputs without a file name.
 fn check_names(shards: &[ShardUrl]) -> Result<(), LatentError> {
     let mut seen = BTreeMap::new();
     for url in shards {

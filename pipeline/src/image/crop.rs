@@ -1,34 +1,45 @@
-//! Where the square is cut, and cutting it.
+//! Choice of the crop window, and cutting it out.
 
 use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 
 use crate::order::rng::below;
 
-/// Where in the resized image the square is cut.
+/// How the position of a crop window is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CropMode {
-    /// Anywhere, uniformly; as torchvision's `RandomCrop`.
+    /// Uniformly at random, as torchvision's `RandomCrop`.
     #[default]
     Random,
-    /// In the middle; as torchvision's `CenterCrop`.
+    /// The centre, as torchvision's `CenterCrop`.
     Center,
 }
 
-/// A place for the square.
+/// Position of a square in the resized image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CropWindow {
-    /// Rows above it.
+    /// Rows above the square.
     pub top: u32,
-    /// Columns left of it.
+    /// Columns left of the square.
     pub left: u32,
     /// Whether the square is mirrored after cutting.
     pub flipped: bool,
 }
 
-/// Chooses a place for a square of `side` in an image of `width` x `height`, at least as large.
-pub(crate) fn place(
+/// Sizes of an image, and the crop windows cut out of it. Zeros and no windows where unknown.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CropGeometry {
+    /// Width and height of the image. Pixels.
+    pub original: (u32, u32),
+    /// Width and height after resizing, before cropping. Pixels.
+    pub resized: (u32, u32),
+    /// The windows, in the order of the crops.
+    pub crops: Vec<CropWindow>,
+}
+
+/// Chooses the window for a square of `side` in an image of `width` x `height`, which must not be smaller.
+pub(super) fn choose_window(
     (width, height): (u32, u32),
     side: u32,
     mode: CropMode,
@@ -47,16 +58,16 @@ pub(crate) fn place(
     CropWindow { top, left, flipped }
 }
 
-/// Python's `round(n / 2.0)`: a half goes to the even neighbour.
+/// Python's `round(n / 2.0)`: halves round to even.
 fn half_even(n: u32) -> u32 {
     let half = n / 2;
     if n % 2 == 1 { half + half % 2 } else { half }
 }
 
-/// Cuts a square of `side` out of `[rows, columns, 3]`, from `top` and `left` on: `[3, side, side]`.
+/// Cuts a square out of `pixels`, `[rows, columns, 3]`, at `top` and `left`: `[3, side, side]`.
 ///
-/// Pixels beyond the image's edge, which only a window not made for it has, are black.
-pub(super) fn planes(
+/// Pixels beyond the image's edge are black.
+pub(super) fn crop_to_planes(
     pixels: &[u8],
     columns: u32,
     (top, left): (u32, u32),
@@ -98,17 +109,17 @@ mod tests {
     use image::{Rgb, RgbImage};
 
     #[test]
-    fn centers_round_as_python() {
+    fn crop_center_rounds_as_python() {
         let rounded: Vec<u32> = (0..9).map(half_even).collect();
         assert_eq!(rounded, [0, 0, 1, 2, 2, 2, 3, 4, 4]);
     }
 
     #[test]
-    fn random_places_reach_every_offset_and_no_further() {
+    fn crop_random_reaches_every_offset() {
         let mut seen = std::collections::BTreeSet::new();
         let mut flips = 0;
         for n in 0..500 {
-            let window = place(
+            let window = choose_window(
                 (10, 8),
                 8,
                 CropMode::Random,
@@ -124,9 +135,9 @@ mod tests {
     }
 
     #[test]
-    fn cutting_keeps_channels_and_mirrors() {
+    fn crop_keeps_channels_and_mirrors() {
         let image = RgbImage::from_fn(4, 3, |x, y| Rgb([x as u8, y as u8, 9]));
-        let cut = |flipped| planes(image.as_raw(), 4, (1, 2), 2, flipped);
+        let cut = |flipped| crop_to_planes(image.as_raw(), 4, (1, 2), 2, flipped);
         assert_eq!(cut(false), [2, 3, 2, 3, 1, 1, 2, 2, 9, 9, 9, 9]);
         assert_eq!(cut(true), [3, 2, 3, 2, 1, 1, 2, 2, 9, 9, 9, 9]);
     }

@@ -1,14 +1,14 @@
 //! Encoded bytes to RGB.
 //!
-//! The format is told by content, never by name. Limits are checked on the header, before anything
-//! is decoded. What the reference's loader, Pillow's `convert("RGB")`, makes of an image is the
-//! measure. Rules where formats differ:
+//! The format is detected from the content, never from the name. Limits are checked on the header, before
+//! pixels are decoded. The standard is Pillow's `convert("RGB")`, which the reference's loader uses. Rules for
+//! the formats:
 //! - JPEG pixels are Pillow's to the bit ([`super::jpeg`]); CMYK and YCCK are read as Pillow reads
 //!   them, inverted as Adobe's programs store them;
 //! - EXIF orientation is not applied and colour profiles are not used, as in the reference;
-//! - transparency is composited on white (Pillow drops it and shows whatever colour lies beneath);
-//! - 16 bit channels are rounded to 8 (Pillow cuts them off, and turns 16-bit grey white);
-//! - of an animation the first frame is taken;
+//! - transparency is composited on white (Pillow drops the alpha channel);
+//! - 16 bit channels are rounded to 8 (Pillow truncates them, and turns 16-bit grey white);
+//! - the first frame of an animation is used;
 //! - data that ends early is an error, in every format.
 
 use std::io::Cursor;
@@ -16,29 +16,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
+use super::error::DecodeError;
 use super::jpeg::Jpeg;
 use crate::panic::panic_message;
-
-/// Why an image can't be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum DecodeError {
-    /// Not one of the formats this reads.
-    #[error("is not an image of a known format (JPEG, PNG, WebP, GIF, BMP)")]
-    UnknownFormat,
-    /// Larger than allowed.
-    #[error("is {width}x{height} pixels; at most {max_pixels} are allowed")]
-    TooLarge {
-        /// Pixels across.
-        width: u32,
-        /// Pixels down.
-        height: u32,
-        /// The limit.
-        max_pixels: u64,
-    },
-    /// Damaged, cut off or of a kind the decoder lacks.
-    #[error("can't be decoded: {0}")]
-    Damaged(String),
-}
 
 /// An image in memory.
 #[derive(Debug, Clone)]
@@ -73,8 +53,8 @@ fn damaged(error: &image::ImageError) -> DecodeError {
     DecodeError::Damaged(error.to_string())
 }
 
-/// Calls a decoder, which meets bytes from anywhere: should it panic, only this image is lost.
-fn guarded<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
+/// Calls a decoder and turns a panic into [`DecodeError::Damaged`]: the input is untrusted bytes.
+fn catch_panics<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, DecodeError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
         let message = panic_message(payload.as_ref());
         Err(DecodeError::Damaged(format!(
@@ -83,24 +63,15 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, Decode
     })
 }
 
-/// The first `bytes` bytes of a buffer, which grows if need be. Holds what it held before.
-pub(super) fn room(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
-    if buffer.len() < bytes {
-        // Not `resize`, which would copy what is of no use any more.
-        *buffer = vec![0; bytes];
-    }
-    &mut buffer[..bytes]
-}
-
 impl<'a> Encoded<'a> {
-    /// Reads the header alone.
+    /// Reads only the header.
     pub(super) fn open(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let format = image::guess_format(bytes).map_err(|_| DecodeError::UnknownFormat)?;
         let (format, name) = FORMATS
             .into_iter()
             .find(|(known, _)| *known == format)
             .ok_or(DecodeError::UnknownFormat)?;
-        guarded(|| {
+        catch_panics(|| {
             let (decoder, size) = if format == ImageFormat::Jpeg {
                 let jpeg = Jpeg::open(bytes)?;
                 let size = jpeg.size();
@@ -125,8 +96,8 @@ impl<'a> Encoded<'a> {
         self.size
     }
 
-    /// The largest reduction at which [`Self::decode`] still yields a shorter side of `resolution`
-    /// or more. Of JPEGs only; told by the header alone.
+    /// The largest reduction at which [`Self::decode`] still yields a shorter side of at least
+    /// `resolution`. 1 for all formats but JPEG.
     pub(super) fn reduction(&self, resolution: u32) -> u32 {
         let shorter = self.size.0.min(self.size.1);
         let enough = |reduction: &u32| shorter / reduction >= resolution;
@@ -136,8 +107,8 @@ impl<'a> Encoded<'a> {
         }
     }
 
-    /// Decodes into the front of `pixels`, 8-bit RGB, a `reduction`th of the size (rounded up), and
-    /// returns that size. A reduction other than 1 is for what [`Self::reduction`] names.
+    /// Decodes to 8-bit RGB at one `reduction`th of the size, rounded up. Writes the pixels to the start of
+    /// `pixels` and returns the size. `reduction` must be 1 or the value of [`Self::reduction`].
     pub(super) fn decode(
         self,
         max_pixels: u64,
@@ -155,12 +126,11 @@ impl<'a> Encoded<'a> {
         if width == 0 || height == 0 {
             return Err(DecodeError::Damaged("has no pixels".to_owned()));
         }
-        guarded(|| match self.decoder {
+        catch_panics(|| match self.decoder {
             Format::Jpeg(mut jpeg) => jpeg.decode(reduction, pixels),
             Format::Other(mut decoder) => {
                 let mut limits = image::Limits::no_limits();
-                // Room for the widest pixel (16-bit RGBA) twice over: decoders work beside the
-                // result.
+                // Twice the widest pixel (16-bit RGBA): decoders need memory besides the result.
                 limits.max_alloc = Some(max_pixels.saturating_mul(16));
                 decoder
                     .set_limits(limits)
@@ -178,10 +148,10 @@ impl<'a> Encoded<'a> {
     }
 }
 
-/// Reads the header alone: format name, width and height in pixels.
+/// Reads only the header: format name, width and height in pixels.
 ///
 /// # Errors
-/// [`DecodeError`] if even the header can't be read.
+/// [`DecodeError`] if the header can't be read.
 pub fn probe(bytes: &[u8]) -> Result<(&'static str, u32, u32), DecodeError> {
     let image = Encoded::open(bytes)?;
     let (width, height) = image.size();
@@ -236,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn transparency_is_composited_on_white() {
+    fn decode_composites_transparency_on_white() {
         let mut image = ImageBuffer::from_pixel(3, 1, Rgba([10_u8, 20, 30, 255]));
         image.put_pixel(1, 0, Rgba([10, 20, 30, 0]));
         image.put_pixel(2, 0, Rgba([0, 100, 255, 128]));
@@ -248,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_and_grey_images_become_rgb8() {
+    fn decode_makes_rgb8_of_deep_and_grey_images() {
         let deep = ImageBuffer::from_pixel(2, 2, Rgb([0xABCD_u16, 0, 0xFFFF]));
         let decoded = decode(&encoded(&deep.into(), ImageFormat::Png), MANY).unwrap();
         assert_eq!(decoded.pixels.get_pixel(0, 0), &Rgb([0xAB, 0, 0xFF]));
@@ -259,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold_before_anything_is_decoded() {
+    fn decode_checks_the_limit_on_the_header() {
         let image = ImageBuffer::from_pixel(100, 50, Rgb([1_u8, 2, 3]));
         let bytes = encoded(&image.into(), ImageFormat::Bmp);
         assert_eq!(probe(&bytes), Ok(("bmp", 100, 50)));
@@ -272,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_and_strangers_are_errors() {
+    fn decode_refuses_damaged_and_unknown_data() {
         let image = ImageBuffer::from_fn(64, 64, |x, y| Rgb([(x * 4) as u8, (y * 4) as u8, 9_u8]));
         let png = encoded(&image.into(), ImageFormat::Png);
         assert!(matches!(
@@ -287,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_are_survived() {
+    fn decode_never_panics() {
         let image: DynamicImage =
             ImageBuffer::from_fn(16, 16, |x, y| Rgb([(x * 16) as u8, (y * 16) as u8, 9_u8])).into();
         let mut generator = fastrand::Rng::with_seed(5);
@@ -299,7 +269,7 @@ mod tests {
                     let at = generator.usize(0..damaged.len());
                     damaged[at] = generator.u8(..);
                 }
-                let _either = decode(&damaged, MANY);
+                let _ = decode(&damaged, MANY);
             }
         }
     }

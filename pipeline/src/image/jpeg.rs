@@ -1,19 +1,20 @@
-//! JPEG, decoded as libjpeg-turbo does it: to the bit what Pillow gets.
+//! JPEG, decoded as libjpeg-turbo does it: the pixels are Pillow's to the bit.
 //!
-//! Baseline, progressive and arithmetic coding; grey, YCbCr, RGB, CMYK and YCCK. Colour channels
-//! sampled at a fraction are interpolated ("fancy upsampling"), as is libjpeg's default.
+//! Baseline, progressive and arithmetic coding; grey, YCbCr, RGB, CMYK and YCCK. Subsampled colour channels
+//! are interpolated ("fancy upsampling"), which is libjpeg's default.
 //!
-//! A JPEG is made of blocks of 8x8 pixels in the frequency domain, and a block can be turned into
-//! 4x4, 2x2 or 1x1 pixels at less cost than into 8x8: [`Jpeg::decode`] with a reduction of 2, 4 or 8.
+//! A JPEG consists of blocks of 8x8 pixels in the frequency domain. A block can be decoded to 4x4, 2x2 or 1x1
+//! pixels at a lower cost: [`Jpeg::decode`] with a reduction of 2, 4 or 8.
 //!
-//! Two things are stricter than in libjpeg, which guesses and warns: data that ends early and codes
-//! that make no sense are errors, so that no picture with grey or torn parts is trained on.
+//! Truncated data and invalid codes are errors, where libjpeg warns and guesses. No image with grey or torn
+//! parts is trained on.
 
 use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
 
-use super::decode::{DecodeError, room};
+use super::buffer::grow_to;
+use super::error::DecodeError;
 
-/// Real progressive files have about ten; each one more costs a pass over the whole image.
+/// Progressive files have about ten scans; each scan costs a pass over the whole image.
 const MAX_SCANS: usize = 100;
 
 const END_OF_IMAGE: u8 = 0xD9;
@@ -23,9 +24,9 @@ const START_OF_SCAN: u8 = 0xDA;
 pub(super) struct Jpeg<'a> {
     decoder: Decoder<'a>,
     format: PixelFormat,
-    /// Whether the end of image comes after the last scan. Arithmetic coding alone doesn't notice
-    /// that data is missing.
-    ends: bool,
+    /// Whether the end-of-image marker follows the last scan. The decoder for arithmetic coding does not
+    /// detect missing data.
+    is_complete: bool,
 }
 
 fn damaged(error: &JpegError) -> DecodeError {
@@ -58,11 +59,11 @@ impl<'a> Jpeg<'a> {
         };
         decoder.set_output_format(format);
         let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
-        let ends = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
+        let is_complete = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
         Ok(Self {
             decoder,
             format,
-            ends,
+            is_complete,
         })
     }
 
@@ -72,14 +73,14 @@ impl<'a> Jpeg<'a> {
         (u32::from(header.width), u32::from(header.height))
     }
 
-    /// Decodes into the front of `pixels`, 8-bit RGB, at one `reduction`th (1, 2, 4 or 8) of the
-    /// size, rounded up, and returns that size.
+    /// Decodes to 8-bit RGB at one `reduction`th (1, 2, 4 or 8) of the size, rounded up. Writes the pixels to
+    /// the start of `pixels` and returns the size.
     pub(super) fn decode(
         &mut self,
         reduction: u32,
         pixels: &mut Vec<u8>,
     ) -> Result<(u32, u32), DecodeError> {
-        if !self.ends {
+        if !self.is_complete {
             return Err(DecodeError::Damaged("ends early".to_owned()));
         }
         let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
@@ -95,10 +96,10 @@ impl<'a> Jpeg<'a> {
         };
         let info = self
             .decoder
-            .decode_image_into(room(target, bytes))
+            .decode_image_into(grow_to(target, bytes))
             .map_err(|error| damaged(&error))?;
         if self.format == PixelFormat::Cmyk {
-            let rgb = room(pixels, info.width * info.height * 3);
+            let rgb = grow_to(pixels, info.width * info.height * 3);
             for (to, from) in rgb.chunks_exact_mut(3).zip(inks.chunks_exact(4)) {
                 let paper = [from[0], from[1], from[2]].map(|ink| shade(ink, from[3]));
                 to.copy_from_slice(&paper);
@@ -109,8 +110,8 @@ impl<'a> Jpeg<'a> {
     }
 }
 
-/// What Pillow makes of an ink over black, both stored inverted as Adobe's programs do: their
-/// product, with Pillow's rounding.
+/// Pillow's conversion of an ink over black: their product, with Pillow's rounding. Both are stored inverted,
+/// as Adobe's programs do.
 fn shade(ink: u8, black: u8) -> u8 {
     let product = (255 - u32::from(ink)) * u32::from(black) + 128;
     let absorbed = ((product >> 8) + product) >> 8;
@@ -122,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn inks_are_stored_inverted() {
+    fn jpeg_inks_are_stored_inverted() {
         assert_eq!(shade(255, 255), 255, "no ink, no black");
         assert_eq!(shade(0, 255), 0, "all ink");
         assert_eq!(shade(255, 0), 0, "all black");
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_that_are_not_read_say_so() {
+    fn jpeg_names_the_kinds_it_refuses() {
         // Start of image, a frame header of 12 bits or of two channels, start of scan.
         let frame = |kind: u8, bits: u8, channels: u8| {
             let mut bytes = vec![0xFF, 0xD8, 0xFF, kind, 0, 8 + 3 * channels];

@@ -1,42 +1,44 @@
-//! Encoded bytes to a square of pixels: decode, resize, crop, flip.
+//! Encoded bytes to square crops of pixels: decode, resize, crop, flip.
 //!
-//! Pure CPU work on one image at a time; no threads, channels or shards. What Pillow and
-//! torchvision do in the reference's loader is the measure: sizes and crop offsets are theirs, JPEGs
-//! are decoded to the same bits, and a pixel resized bilinearly differs by at most one grey level.
-//! With [`ImageOptions::scaled_decode`] large JPEGs are decoded at a fraction, which is faster and
-//! not the same.
+//! Pure CPU work on one image at a time; no threads, channels or shards. The standard is the reference's
+//! loader, which uses Pillow and torchvision: sizes and crop offsets are equal, JPEGs are decoded to the
+//! same bits, and bilinear resizing differs by at most one grey level. With [`ImageOptions::scaled_decode`]
+//! large JPEGs are decoded at a fraction of their size, which is faster and gives other pixels.
 //!
-//! Where the crop lies is known from the header, so only what it keeps is resized.
+//! The crop window is known from the header, so only the window is resized.
 
+mod buffer;
 mod crop;
 mod decode;
+mod error;
 mod jpeg;
 mod resize;
-mod square;
+mod transform;
 
-pub use crop::{CropMode, CropWindow};
-pub use decode::{DecodeError, Decoded, decode, probe};
+pub use crop::{CropGeometry, CropMode, CropWindow};
+pub use decode::{Decoded, decode, probe};
+pub use error::DecodeError;
 pub use resize::{Interpolation, resized_size};
 
-pub(crate) use square::{SquareMaker, Squares};
+pub(crate) use transform::{Crops, ImageTransform};
 
 use serde::{Deserialize, Serialize};
 
-/// How an image becomes a square of pixels.
+/// Options of the image transform.
 ///
 /// Deserialises from the table `[image]` of a configuration; every field left out has its default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageOptions {
-    /// Side of the square that comes out, and what the shorter side is resized to. Pixels.
+    /// Side of the crops, and of the shorter side after resizing. Pixels.
     pub resolution: u32,
-    /// How pixels are interpolated when resizing; antialiased, as Pillow.
+    /// Interpolation of resizing; antialiased, as Pillow.
     pub interpolation: Interpolation,
-    /// Where the square is cut.
+    /// Position of the crops.
     pub crop: CropMode,
-    /// Mirror half of the squares.
+    /// Mirror half of the crops.
     pub flip: bool,
-    /// Squares cut out of each image, each at its own place; at least 1. Not a key of `[image]`.
+    /// Crops of each image, each with its own window; at least 1. Not a key of `[image]`.
     #[serde(skip)]
     pub crops: usize,
     /// Decode a JPEG at 1/2, 1/4 or 1/8 of its size if its shorter side is then still `resolution`
@@ -46,7 +48,7 @@ pub struct ImageOptions {
     /// Images of more pixels than this are skipped before they are decoded. Not a key of `[image]`.
     #[serde(skip)]
     pub max_pixels: u64,
-    /// Encoded images of more bytes than this are skipped unread. Not a key of `[image]`.
+    /// Encoded images of more bytes than this are skipped without being read. Not a key of `[image]`.
     #[serde(skip)]
     pub max_bytes: u64,
 }
@@ -67,16 +69,13 @@ impl Default for ImageOptions {
     }
 }
 
-/// Grey levels to the range of the models, 0 to -1.0 and 255 to 1.0, in place of what `values` held.
+/// Grey levels, 0 to 255, to the range of the models, -1.0 to 1.0.
 ///
 /// Computed as torchvision's `ToTensor` and `Normalize([0.5], [0.5])`, step by step in `f32`.
-pub fn normalize(levels: &[u8], values: &mut Vec<f32>) {
-    values.clear();
-    values.extend(
-        levels
-            .iter()
-            .map(|&level| (f32::from(level) / 255.0 - 0.5) / 0.5),
-    );
+#[must_use]
+pub fn normalize(levels: &[u8]) -> Vec<f32> {
+    let value = |&level: &u8| (f32::from(level) / 255.0 - 0.5) / 0.5;
+    levels.iter().map(value).collect()
 }
 
 #[cfg(test)]
@@ -84,11 +83,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn levels_span_minus_one_to_one() {
-        let mut range = vec![7.0; 9];
-        normalize(&[0, 255, 128], &mut range);
-        assert_eq!(range.len(), 3);
-        assert_eq!(range[..2], [-1.0, 1.0]);
-        assert!((range[2] - 0.003_921_6).abs() < 1e-6);
+    fn normalize_spans_minus_one_to_one() {
+        let values = normalize(&[0, 255, 128]);
+        assert_eq!(values.len(), 3);
+        assert_eq!(values[..2], [-1.0, 1.0]);
+        assert!((values[2] - 0.003_921_6).abs() < 1e-6);
     }
 }

@@ -1,21 +1,22 @@
-//! Resizing as Pillow does it: antialiased, in 8 bit, and only what the crop keeps.
+//! Resizing as Pillow does it, antialiased and in 8 bit. Only the crop window is computed.
 //!
 //! Bilinear, box and Hamming differ from Pillow by at most one grey level. Bicubic and Lanczos differ
 //! by at most two, where their negative lobes meet hard edges: the weights here have fewer bits than
-//! Pillow's. With box, a pixel whose middle lies on the border of two new ones belongs to one of them,
-//! by the last bit of a fraction, and that may be another one than with Pillow.
+//! Pillow's. With box, a source pixel on the border of two new pixels may go to the other pixel than with
+//! Pillow, because the last bit of a fraction decides.
 //!
-//! A window is not always to the bit what would be cut out of the whole: how many bits the weights
-//! have depends on the largest of them, and at an image's edge there are larger ones.
+//! A window may differ in single bits from the same window cut out of the whole resized image: the largest
+//! weight decides the precision of all weights, and weights are larger at an image's edge.
 
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use serde::{Deserialize, Serialize};
 
-use super::crop::{CropWindow, planes};
-use super::decode::{DecodeError, room};
+use super::buffer::grow_to;
+use super::crop::{CropWindow, crop_to_planes};
+use super::error::DecodeError;
 
-/// How pixels are interpolated; names as in Pillow and the reference's `--interpolation_type`.
+/// Interpolation of pixels; names as in Pillow and the reference's `--interpolation_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Interpolation {
@@ -26,7 +27,7 @@ pub enum Interpolation {
     Bicubic,
     /// Lanczos of three lobes.
     Lanczos,
-    /// Average of the pixels under the new one.
+    /// Average of the source pixels that the new pixel covers.
     Box,
     /// Hamming window: sharper than bilinear at its cost.
     Hamming,
@@ -36,7 +37,7 @@ pub enum Interpolation {
 }
 
 impl Interpolation {
-    /// The filter and how far it reaches, in pixels of the smaller image. None for `Nearest`.
+    /// The filter and its radius, in pixels of the smaller image. `None` for `Nearest`.
     fn filter(self) -> Option<(FilterType, f64)> {
         match self {
             Self::Bilinear => Some((FilterType::Bilinear, 1.0)),
@@ -49,8 +50,7 @@ impl Interpolation {
     }
 }
 
-/// The size whose shorter side is `resolution`, as torchvision's `Resize`: the longer side is cut
-/// down to a whole number.
+/// The size whose shorter side is `resolution`, as torchvision's `Resize`: the longer side is rounded down.
 #[must_use]
 pub fn resized_size(width: u32, height: u32, resolution: u32) -> (u32, u32) {
     let (short, long) = (width.min(height).max(1), width.max(height));
@@ -63,74 +63,86 @@ pub fn resized_size(width: u32, height: u32, resolution: u32) -> (u32, u32) {
     }
 }
 
-/// Pixels to be resized, 8-bit RGB.
+/// The image to be resized, 8-bit RGB.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pixels<'a> {
+pub(super) struct SourcePixels<'a> {
     /// `[height, width, 3]`.
     pub(super) data: &'a [u8],
     /// Columns and rows.
     pub(super) size: (u32, u32),
-    /// How much of that, from the upper left corner, is the image: all, unless it was decoded at a
-    /// fraction of its size that is no whole number of pixels.
+    /// Columns and rows, from the upper left corner, that the image covers: less than `size` if it was decoded
+    /// at a fraction of its size that is no whole number of pixels.
     pub(super) extent: (f64, f64),
 }
 
-/// What is made of them.
+/// The window to compute.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Target {
+pub(super) struct CropTarget {
     /// Columns and rows of the whole image after resizing.
     pub(super) size: (u32, u32),
-    /// Which part of it is wanted.
+    /// Position of the window in the resized image.
     pub(super) window: CropWindow,
-    /// Side of that part.
+    /// Side of the window.
     pub(super) side: u32,
-    /// How.
+    /// Interpolation.
     pub(super) interpolation: Interpolation,
 }
 
-/// Resizes images, keeping its work space between them. One a thread.
+/// Resizes images, and reuses its work space. One per thread.
 #[derive(Debug, Default)]
 pub(super) struct Scaler {
     resizer: Resizer,
     rows: Vec<u8>,
-    square: Vec<u8>,
+    window: Vec<u8>,
 }
 
 impl Scaler {
-    /// Resizes to the target's size and cuts its window out: `[3, side, side]`, 8 bit.
-    pub(super) fn square(
+    /// Resizes to the target's size and crops to its window: `[3, side, side]`, 8 bit.
+    pub(super) fn resize_and_crop(
         &mut self,
-        source: Pixels<'_>,
-        target: &Target,
+        source: SourcePixels<'_>,
+        target: &CropTarget,
     ) -> Result<Vec<u8>, DecodeError> {
-        let Target { window, side, .. } = *target;
+        let CropTarget { window, side, .. } = *target;
         if source.size == target.size {
             let (columns, at) = (source.size.0, (window.top, window.left));
-            return Ok(planes(source.data, columns, at, side, window.flipped));
+            return Ok(crop_to_planes(
+                source.data,
+                columns,
+                at,
+                side,
+                window.flipped,
+            ));
         }
         match target.interpolation.filter() {
             Some((filter, reach)) => self.convolve(source, target, filter, reach)?,
-            None => nearest(source, target, &mut self.square),
+            None => nearest(source, target, &mut self.window),
         }
-        Ok(planes(&self.square, side, (0, 0), side, window.flipped))
+        Ok(crop_to_planes(
+            &self.window,
+            side,
+            (0, 0),
+            side,
+            window.flipped,
+        ))
     }
 
-    /// Makes the window into `self.square`.
+    /// Computes the window into `self.window`.
     ///
-    /// Rows first, then columns, as Pillow: 8 bit in between cuts overshoots off, so the order
-    /// shows. Left to itself the library does columns first.
+    /// Rows first, then columns, as Pillow: the intermediate 8-bit values clip overshoots, so the order changes
+    /// the result. The library's default is columns first.
     fn convolve(
         &mut self,
-        source: Pixels<'_>,
-        target: &Target,
+        source: SourcePixels<'_>,
+        target: &CropTarget,
         filter: FilterType,
         reach: f64,
     ) -> Result<(), DecodeError> {
-        let Target { window, side, .. } = *target;
+        let CropTarget { window, side, .. } = *target;
         let step = |extent: f64, size: u32| extent / f64::from(size);
         let across = step(source.extent.0, target.size.0);
         let down = step(source.extent.1, target.size.1);
-        // The window's rows in the source, with those that the filter reaches and one to spare.
+        // Rows of the source that the window needs: with the filter's radius and one spare row.
         let (top, bottom) = (f64::from(window.top), f64::from(window.top + side));
         let reach = reach * down.max(1.0) + 1.0;
         let first = (top * down - reach).floor().max(0.0) as u32;
@@ -141,7 +153,7 @@ impl Scaler {
             data: &source.data[first as usize * stride..last as usize * stride],
             size: (source.size.0, last - first),
         };
-        let keep = Part {
+        let keep = Rect {
             left: f64::from(window.left) * across,
             top: 0.0,
             width: f64::from(side) * across,
@@ -154,14 +166,14 @@ impl Scaler {
             data: &self.rows,
             size: rows,
         };
-        let keep = Part {
+        let keep = Rect {
             left: 0.0,
             top: top * down - f64::from(first),
             width: f64::from(side),
             height: f64::from(side) * down,
         };
-        let (resizer, square) = (&mut self.resizer, &mut self.square);
-        pass(resizer, filter, narrow, keep, (side, side), square)
+        let (resizer, window) = (&mut self.resizer, &mut self.window);
+        pass(resizer, filter, narrow, keep, (side, side), window)
     }
 }
 
@@ -172,21 +184,21 @@ struct Plane<'a> {
     size: (u32, u32),
 }
 
-/// A rectangle in a plane, in pixels and parts of them.
+/// A rectangle in a plane, in fractional pixels.
 #[derive(Clone, Copy)]
-struct Part {
+struct Rect {
     left: f64,
     top: f64,
     width: f64,
     height: f64,
 }
 
-/// Resizes a part of a plane into the front of `out`.
+/// Resizes a rectangle of a plane into the start of `out`.
 fn pass(
     resizer: &mut Resizer,
     filter: FilterType,
     from: Plane<'_>,
-    part: Part,
+    rect: Rect,
     to: (u32, u32),
     out: &mut Vec<u8>,
 ) -> Result<(), DecodeError> {
@@ -200,38 +212,38 @@ fn pass(
         .ok_or_else(|| failed(&"too few pixels"))?;
     let source =
         ImageRef::new(width, height, source, PixelType::U8x3).map_err(|error| failed(&error))?;
-    let out = room(out, 3 * to.0 as usize * to.1 as usize);
+    let out = grow_to(out, 3 * to.0 as usize * to.1 as usize);
     let mut target =
         Image::from_slice_u8(to.0, to.1, out, PixelType::U8x3).map_err(|error| failed(&error))?;
     let options = ResizeOptions::new()
         .resize_alg(ResizeAlg::Convolution(filter))
         .use_alpha(false)
-        // Rounding must not carry the part over the edge.
+        // Rounding must not move the rectangle over the edge.
         .crop(
-            part.left,
-            part.top,
-            part.width.min(f64::from(width) - part.left),
-            part.height.min(f64::from(height) - part.top),
+            rect.left,
+            rect.top,
+            rect.width.min(f64::from(width) - rect.left),
+            rect.height.min(f64::from(height) - rect.top),
         );
     resizer
         .resize(&source, &mut target, &options)
         .map_err(|error| failed(&error))
 }
 
-/// Makes the window out of single pixels, `[side, side, 3]`.
-fn nearest(source: Pixels<'_>, target: &Target, square: &mut Vec<u8>) {
-    let Target { window, side, .. } = *target;
-    let place = |at: u32, extent: f64, size: u32, limit: u32| {
+/// Computes the window by picking pixels, `[side, side, 3]`.
+fn nearest(source: SourcePixels<'_>, target: &CropTarget, out: &mut Vec<u8>) {
+    let CropTarget { window, side, .. } = *target;
+    let source_index = |at: u32, extent: f64, size: u32, limit: u32| {
         let step = extent / f64::from(size);
         (((f64::from(at) + 0.5) * step) as u32).min(limit - 1) as usize
     };
     let ((columns, rows), (wide, high)) = (source.size, target.size);
     let columns_of: Vec<usize> = (window.left..window.left + side)
-        .map(|x| place(x, source.extent.0, wide, columns))
+        .map(|x| source_index(x, source.extent.0, wide, columns))
         .collect();
-    let out = room(square, 3 * side as usize * side as usize);
+    let out = grow_to(out, 3 * side as usize * side as usize);
     for (y, line) in (window.top..).zip(out.chunks_exact_mut(3 * side as usize)) {
-        let row = place(y, source.extent.1, high, rows) * columns as usize;
+        let row = source_index(y, source.extent.1, high, rows) * columns as usize;
         for (pixel, column) in line.chunks_exact_mut(3).zip(&columns_of) {
             let at = 3 * (row + column);
             pixel.copy_from_slice(&source.data[at..at + 3]);
@@ -247,7 +259,7 @@ mod tests {
     const SIDE: u32 = 24;
 
     #[test]
-    fn sizes_are_torchvisions() {
+    fn resized_size_is_torchvisions() {
         assert_eq!(resized_size(640, 480, 512), (682, 512));
         assert_eq!(resized_size(480, 640, 512), (512, 682));
         assert_eq!(resized_size(512, 512, 512), (512, 512));
@@ -268,20 +280,20 @@ mod tests {
         (left, top): (u32, u32),
         interpolation: Interpolation,
     ) -> Vec<u8> {
-        let source = Pixels {
+        let source = SourcePixels {
             data: image.as_raw(),
             size: image.dimensions(),
             extent: (f64::from(image.width()), f64::from(image.height())),
         };
         let flipped = false;
         let window = CropWindow { top, left, flipped };
-        let target = Target {
+        let target = CropTarget {
             size,
             window,
             side,
             interpolation,
         };
-        scaler.square(source, &target).unwrap()
+        scaler.resize_and_crop(source, &target).unwrap()
     }
 
     /// The greatest difference and the share of levels that differ.
@@ -294,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn pixels_are_pillows_within_a_level_or_two() {
+    fn resize_matches_pillow_within_two_levels() {
         let source = golden("source");
         let mut scaler = Scaler::default();
         let mut apart = Vec::new();
@@ -314,7 +326,8 @@ mod tests {
                 for top in 0..=size.1 - SIDE {
                     let at = ((size.0 - SIDE) * top / size.1, top);
                     let square = square_of(&mut scaler, &source, size, SIDE, at, interpolation);
-                    let expected = planes(expected.as_raw(), size.0, (at.1, at.0), SIDE, false);
+                    let expected =
+                        crop_to_planes(expected.as_raw(), size.0, (at.1, at.0), SIDE, false);
                     worst = worst.max(difference(&square, &expected).0);
                 }
                 if worst > tolerance {
@@ -326,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_is_what_would_be_cut_out_of_the_whole() {
+    fn resize_window_matches_the_whole_image() {
         let mut random = fastrand::Rng::with_seed(11);
         let mut scaler = Scaler::default();
         let (mut unequal, mut windows) = (0.0, 0.0);
@@ -349,7 +362,7 @@ mod tests {
                 let at = (random.u32(0..=size.0 - side), random.u32(0..=size.1 - side));
                 let whole = whole_of(&image, size, interpolation);
                 let square = square_of(&mut scaler, &image, size, side, at, interpolation);
-                let cut = planes(&whole, size.0, (at.1, at.0), side, false);
+                let cut = crop_to_planes(&whole, size.0, (at.1, at.0), side, false);
                 let (worst, share) = difference(&square, &cut);
                 let of = format!("{interpolation:?} {width}x{height} to {size:?} at {at:?}");
                 assert!(worst <= tolerance, "{of}: {worst}");
@@ -365,15 +378,18 @@ mod tests {
         let (width, height) = image.dimensions();
         let Some((filter, _)) = interpolation.filter() else {
             let pixels = |x: u32, y: u32| {
-                let place = |at: u32, from: u32, to: u32| {
+                let source_index = |at: u32, from: u32, to: u32| {
                     ((f64::from(at) + 0.5) * (f64::from(from) / f64::from(to))) as u32
                 };
-                image[(place(x, width, size.0), place(y, height, size.1))]
+                image[(
+                    source_index(x, width, size.0),
+                    source_index(y, height, size.1),
+                )]
             };
             return RgbImage::from_fn(size.0, size.1, pixels).into_raw();
         };
         let mut resizer = Resizer::new();
-        let all = |(width, height): (u32, u32)| Part {
+        let all = |(width, height): (u32, u32)| Rect {
             left: 0.0,
             top: 0.0,
             width: f64::from(width),
@@ -385,12 +401,12 @@ mod tests {
             data,
             size: (width, height),
         };
-        let part = all(plane.size);
+        let rect = all(plane.size);
         pass(
             &mut resizer,
             filter,
             plane,
-            part,
+            rect,
             (size.0, height),
             &mut rows,
         )
@@ -399,8 +415,8 @@ mod tests {
             data: &rows,
             size: (size.0, height),
         };
-        let part = all(plane.size);
-        pass(&mut resizer, filter, plane, part, size, &mut out).unwrap();
+        let rect = all(plane.size);
+        pass(&mut resizer, filter, plane, rect, size, &mut out).unwrap();
         out
     }
 }

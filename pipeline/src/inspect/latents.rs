@@ -1,27 +1,28 @@
-//! What is in latent shards: shapes, and statistics of the numbers.
+//! Report on latent shards: shapes, and statistics of the values.
 
 use std::collections::BTreeMap;
 
+use half::f16;
 use serde::Serialize;
 
-use crate::stream::{Array, read_halves};
+use crate::format::Npy;
 
-/// What the arrays of latent shards are.
+/// Arrays of latent shards.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct LatentReport {
     /// Samples with latents.
     pub samples: u64,
-    /// Samples of which some number is NaN or infinite. Such numbers are in no mean.
+    /// Samples with a value that is NaN or infinite. The statistics leave such values out.
     pub not_finite: u64,
     /// Arrays by member, type and shape, as `latent.npy <f2 [8, 64, 64]`.
     pub arrays: BTreeMap<String, u64>,
-    /// For each channel of the moments, mean's channels first, then log-variance's: over all samples and places.
-    pub channels: Vec<Channel>,
+    /// For each channel of the moments, first mean, then log-variance: over all samples and positions.
+    pub channels: Vec<ChannelStats>,
 }
 
 /// Mean and standard deviation of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
-pub struct Channel {
+pub struct ChannelStats {
     /// Mean.
     pub mean: f64,
     /// Standard deviation.
@@ -32,8 +33,8 @@ pub struct Channel {
     squares: f64,
 }
 
-impl Channel {
-    /// Takes the numbers of another part in (Chan, Golub and LeVeque 1983).
+impl ChannelStats {
+    /// Adds the statistics of other values (Chan, Golub and LeVeque 1983).
     fn merge(&mut self, other: &Self) {
         let count = self.count + other.count;
         if other.count == 0.0 {
@@ -64,8 +65,21 @@ impl Channel {
     }
 }
 
+/// An f16 array.
+#[derive(Debug)]
+pub(super) struct F16Values {
+    values: Vec<f16>,
+    shape: Vec<usize>,
+}
+
+impl F16Values {
+    pub(super) fn are_finite(&self) -> bool {
+        self.values.iter().all(|value| value.is_finite())
+    }
+}
+
 impl LatentReport {
-    /// Takes another shard's report in.
+    /// Adds another shard's report.
     pub fn merge(&mut self, other: &Self) {
         self.samples += other.samples;
         self.not_finite += other.not_finite;
@@ -75,9 +89,9 @@ impl LatentReport {
         self.add_channels(&other.channels);
     }
 
-    fn add_channels(&mut self, channels: &[Channel]) {
+    fn add_channels(&mut self, channels: &[ChannelStats]) {
         if self.channels.is_empty() {
-            self.channels = vec![Channel::default(); channels.len()];
+            self.channels = vec![ChannelStats::default(); channels.len()];
         }
         if self.channels.len() == channels.len() {
             for (all, one) in self.channels.iter_mut().zip(channels) {
@@ -86,21 +100,14 @@ impl LatentReport {
         }
     }
 
-    /// Takes a sample's array in, `file` of the member `extension`; of moments the numbers as well. Whether all numbers are finite.
+    /// Counts the array of the member `extension`. Returns its f16 values and its shape.
     ///
     /// # Errors
-    /// What is wrong with the array, in words.
-    pub(super) fn add(
-        &mut self,
-        extension: &str,
-        file: &[u8],
-        moments: bool,
-    ) -> Result<bool, String> {
-        let Array {
-            dtype,
-            shape,
-            values,
-        } = read_halves(file)?;
+    /// A description of the array's fault.
+    pub(super) fn add_array(&mut self, extension: &str, file: &[u8]) -> Result<F16Values, String> {
+        let array = Npy::open(file).map_err(|error| error.to_string())?;
+        let values = array.values().map_err(|error| error.to_string())?;
+        let (dtype, shape) = (array.dtype(), array.shape().to_vec());
         *self
             .arrays
             .entry(format!("{extension} {dtype} {shape:?}"))
@@ -110,11 +117,19 @@ impl LatentReport {
                 "{extension} is {dtype} {shape:?}, and not <f2 in C order"
             ));
         };
-        let finite = values.iter().all(|value| value.is_finite());
-        if !moments {
-            return Ok(finite);
-        }
-        // Behind the number of crops, if there are several.
+        Ok(F16Values { values, shape })
+    }
+
+    /// Adds the statistics of a sample's moments, `[C, h, w]` or `[crops, C, h, w]`.
+    ///
+    /// # Errors
+    /// A description of the array's fault.
+    pub(super) fn add_moments(
+        &mut self,
+        extension: &str,
+        moments: &F16Values,
+    ) -> Result<(), String> {
+        let F16Values { values, shape } = moments;
         let &[.., channels, height, width] = shape.as_slice() else {
             return Err(format!(
                 "{extension} has the shape {shape:?}, and not [channels, height, width]"
@@ -124,15 +139,15 @@ impl LatentReport {
         let of = |channel: usize| {
             let planes = values.chunks_exact(plane.max(1)).skip(channel);
             let numbers = planes.step_by(channels).flatten();
-            Channel::of(
+            ChannelStats::of(
                 numbers
                     .filter(|value| value.is_finite())
                     .map(|value| f64::from(value.to_f32())),
             )
         };
-        let channels: Vec<Channel> = (0..channels).map(of).collect();
+        let channels: Vec<ChannelStats> = (0..channels).map(of).collect();
         self.add_channels(&channels);
-        Ok(finite)
+        Ok(())
     }
 }
 
@@ -141,16 +156,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_merge_as_if_they_were_one() {
+    fn channel_stats_merge_as_one() {
         let numbers = [1.0, 2.0, 4.0, 8.0, -3.0];
-        let whole = Channel::of(numbers.into_iter());
-        let mut parts = Channel::of(numbers[..2].iter().copied());
-        parts.merge(&Channel::default());
-        parts.merge(&Channel::of(numbers[2..].iter().copied()));
+        let whole = ChannelStats::of(numbers.into_iter());
+        let mut parts = ChannelStats::of(numbers[..2].iter().copied());
+        parts.merge(&ChannelStats::default());
+        parts.merge(&ChannelStats::of(numbers[2..].iter().copied()));
         assert!((whole.mean - 2.4).abs() < 1e-12 && (whole.std - 3.611_094).abs() < 1e-5);
         assert!((parts.mean - whole.mean).abs() < 1e-12, "{parts:?}");
         assert!((parts.std - whole.std).abs() < 1e-12, "{parts:?}");
-        let mut from_nothing = Channel::default();
+        let mut from_nothing = ChannelStats::default();
         from_nothing.merge(&whole);
         assert!((from_nothing.std - whole.std).abs() < 1e-12);
     }

@@ -1,8 +1,11 @@
-//! What is in a shard: a report for people and for scripts. Reads all of it and decodes every image.
+//! Inspection: a report on the content of a shard. Reads the whole shard and decodes every image.
+//!
+//! Reports on one shard at a time, and with [`CrossShardCheck`] on several. Never changes a shard, and never decides
+//! which samples a stream uses.
 
-mod across;
+mod cross_shard;
+mod image_checks;
 mod latents;
-mod picture;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, mpsc};
@@ -12,29 +15,28 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::flow::FlowMetrics;
+use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
-use crate::shard::{PassedOver, Sample, ShardUrl, Why};
+use crate::shard::{PassedOver, PassedOverKind, Sample, ShardUrl};
 use crate::source::Sources;
 use crate::stages::Stage;
-use crate::stream::{
-    LATENT, Note, OpenShard, PROMPT_EMBEDS, ReaderContext, ShardEvent, StreamError, parse_json,
-};
+use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
 
-pub use across::Across;
-pub use latents::{Channel, LatentReport};
+pub use cross_shard::CrossShardCheck;
+pub use latents::{ChannelStats, LatentReport};
 
-/// What a shard holds, and what is wrong with it.
+/// The content of a shard, and its problems.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct ShardReport {
-    /// Where it is.
+    /// The shard's URL, without secrets.
     pub url: String,
-    /// Its size.
+    /// The shard's size.
     pub bytes: u64,
-    /// Samples in it.
+    /// Number of samples.
     pub samples: u64,
     /// Members by extension.
     pub members: BTreeMap<String, u64>,
-    /// Images that decode, by format (by content, not by name).
+    /// Images that decode, by the format of their content.
     pub formats: BTreeMap<String, u64>,
     /// Widths of the images that decode. Pixels.
     pub width: Spread,
@@ -42,56 +44,56 @@ pub struct ShardReport {
     pub height: Spread,
     /// Lengths of the captions. Characters.
     pub caption_chars: Spread,
-    /// Of latent shards: their arrays.
+    /// Arrays of a latent shard.
     pub latents: Option<LatentReport>,
     /// Samples without an image.
     pub missing_images: u64,
     /// Samples without a caption.
     pub missing_captions: u64,
-    /// Images that don't decode, or are too large to.
+    /// Images that can't be decoded or are too large.
     pub undecodable: u64,
-    /// Samples whose key an earlier one has.
+    /// Samples with the key of an earlier sample.
     pub duplicate_keys: u64,
-    /// Members that belong to no sample, by what they are. They are passed over.
+    /// Members that belong to no sample, by kind.
     pub passed_over: BTreeMap<&'static str, u64>,
-    /// What is wrong with the tar itself, if it is cut off or damaged.
+    /// Fault of the tar, if it is truncated or damaged.
     pub broken: Option<String>,
-    /// Every problem found: those of samples in the shard's order, then those of other members, then
-    /// those of shards together.
+    /// All problems: of samples in the shard's order, then of other members, then of several shards
+    /// together.
     pub problems: Vec<Problem>,
     /// The samples' keys, in order.
     #[serde(skip)]
     pub keys: Vec<Arc<str>>,
 }
 
-/// The range of a number.
+/// Range and mean of a number.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Spread {
-    /// How many there are.
+    /// Number of values.
     pub count: u64,
-    /// The least.
+    /// Smallest value.
     pub min: u64,
-    /// The most.
+    /// Largest value.
     pub max: u64,
-    /// The mean; 0 if there are none.
+    /// Mean; 0 without values.
     pub mean: f64,
     #[serde(skip)]
     sum: u64,
 }
 
-/// Something wrong with one sample or member.
+/// A problem of one sample or member.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// Which of the things that can be wrong.
+    /// Kind of the problem.
     pub kind: ProblemKind,
-    /// The sample's key, or the member's path; empty for the shard as a whole.
+    /// The sample's key, or the member's path; empty for the whole shard.
     pub key: String,
-    /// What is wrong with this one.
+    /// Description of the problem.
     pub what: String,
 }
 
-/// What can be wrong with a sample or a member. The first five leave the sample out, under the same
-/// name; with `Link`, `Special` and `TrailingData` something is not read; the rest is used as it is.
+/// Kinds of problems. With the first five a stream skips the sample, for a reason of the same name. With `Link`,
+/// `Special` and `TrailingData` a part of the shard is not read. Samples with the other problems are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemKind {
@@ -99,7 +101,7 @@ pub enum ProblemKind {
     NoImage,
     /// No caption under the keys looked for.
     NoCaption,
-    /// The json does not parse; left out where a filter needs it.
+    /// The json does not parse; skipped only if a filter needs it.
     BadJson,
     /// The image has too many bytes or pixels.
     TooLarge,
@@ -109,7 +111,7 @@ pub enum ProblemKind {
     Link,
     /// The member is a device, a pipe or a sparse file.
     Special,
-    /// Something comes after the end of the archive, as where two tars were joined.
+    /// Data follows the end of the archive, as in two joined tars.
     TrailingData,
     /// An earlier sample of the shard has this key.
     DuplicateKey,
@@ -121,13 +123,13 @@ pub enum ProblemKind {
     UnreadableName,
     /// The caption is not UTF-8.
     CaptionNotUtf8,
-    /// The caption is nothing but white space.
+    /// The caption consists of white space only.
     EmptyCaption,
-    /// The image is of another format than its extension says.
+    /// The extension is that of another image format.
     WrongExtension,
-    /// The image has several frames; the first is taken.
+    /// The image has several frames; the first is used.
     Animated,
-    /// The image has 16 bits a channel; 8 are kept.
+    /// The image has 16 bits per channel; 8 are kept.
     SixteenBit,
     /// The image is smaller than the resolution, and will be enlarged.
     BelowResolution,
@@ -135,7 +137,7 @@ pub enum ProblemKind {
     BadArray,
     /// Latents or embeddings hold NaN or infinity.
     NotFinite,
-    /// The manifest beside latent shards says something else of this one.
+    /// The manifest of the latent shards disagrees with the shard.
     OtherThanManifest,
 }
 
@@ -169,14 +171,14 @@ impl ProblemKind {
     }
 }
 
-/// What to look for.
+/// Options of the inspection.
 #[derive(Debug, Clone)]
-pub struct Wanted {
+pub struct InspectOptions {
     /// Extensions of images, in order of preference.
     pub image_keys: Vec<String>,
     /// Extensions of captions, in order of preference.
     pub caption_keys: Vec<String>,
-    /// Side below which an image is a problem, if any. Pixels.
+    /// Shortest side that is no problem; `None` for any. Pixels.
     pub resolution: Option<u32>,
 }
 
@@ -190,7 +192,7 @@ impl Spread {
         self.max = self.max.max(value);
         self.count += 1;
         self.sum += value;
-        #[expect(clippy::cast_precision_loss, reason = "a mean for people to read")]
+        #[expect(clippy::cast_precision_loss, reason = "the mean is only displayed")]
         let mean = self.sum as f64 / self.count as f64;
         self.mean = mean;
     }
@@ -198,25 +200,25 @@ impl Spread {
 
 /// Reads a shard to its end and reports on it.
 ///
-/// Needs a tokio runtime. What is wrong with samples stands in the report.
+/// Needs a tokio runtime. The report lists the problems of samples.
 ///
 /// # Errors
 /// [`StreamError`] if the shard can't be read, or isn't a tar.
 pub async fn shard(
     sources: &Sources,
     url: &ShardUrl,
-    wanted: &Wanted,
+    options: &InspectOptions,
 ) -> Result<ShardReport, StreamError> {
-    let (sender, notes) = mpsc::channel();
+    let (sender, non_samples) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: FlowMetrics::private(),
         runtime: Handle::current(),
         max_member_bytes: ImageOptions::default().max_bytes,
-        notes: Some(sender),
+        non_samples: Some(sender),
     };
     let inspector = Inspector {
-        wanted: wanted.clone(),
+        options: options.clone(),
         keys: HashSet::new(),
         report: ShardReport {
             url: url.redacted(),
@@ -224,14 +226,14 @@ pub async fn shard(
         },
     };
     let url = url.clone();
-    // Should the caller lose interest, the thread stops with it.
+    // Stops the thread if the caller drops the future.
     let guard = CancelOnDrop(CancellationToken::new());
     let cancel = guard.0.clone();
     let work = move || {
         let open =
             OpenShard::start(&context, &url).map_err(|error| StreamError::threads(&error))?;
-        drop(context); // The notes end with the shard.
-        inspector.read(open, &notes, &cancel)
+        drop(context); // Its sender would keep `non_samples` open after the shard's end.
+        inspector.read(open, &non_samples, &cancel)
     };
     let report = tokio::task::spawn_blocking(work).await;
     drop(guard);
@@ -252,7 +254,7 @@ impl Drop for CancelOnDrop {
 }
 
 struct Inspector {
-    wanted: Wanted,
+    options: InspectOptions,
     keys: HashSet<Arc<str>>,
     report: ShardReport,
 }
@@ -261,7 +263,7 @@ impl Inspector {
     fn read(
         mut self,
         open: OpenShard,
-        notes: &mpsc::Receiver<Note>,
+        non_samples: &mpsc::Receiver<NonSample>,
         cancel: &CancellationToken,
     ) -> Result<ShardReport, StreamError> {
         while let Some(event) = open.next(cancel) {
@@ -276,10 +278,10 @@ impl Inspector {
         }
         self.report.bytes = open.size();
         drop(open);
-        for note in notes {
-            match note {
-                Note::PassedOver(member) => self.passed_over(&member),
-                Note::Trailing(bytes) => {
+        for part in non_samples {
+            match part {
+                NonSample::Member(member) => self.passed_over(&member),
+                NonSample::Trailing(bytes) => {
                     let what = format!("{bytes} bytes after the end of the archive are not read");
                     self.problem(ProblemKind::TrailingData, "", what);
                 }
@@ -288,15 +290,15 @@ impl Inspector {
         Ok(self.report)
     }
 
-    fn passed_over(&mut self, PassedOver { path, why }: &PassedOver) {
-        let name = match why {
-            Why::Folder => "folder",
-            Why::Name => "file without an extension, or hidden",
-            Why::Link => {
+    fn passed_over(&mut self, PassedOver { path, kind }: &PassedOver) {
+        let name = match kind {
+            PassedOverKind::Folder => "folder",
+            PassedOverKind::Name => "file without an extension, or hidden",
+            PassedOverKind::Link => {
                 self.problem(ProblemKind::Link, path, "is a link, and not followed");
                 "link"
             }
-            Why::Special => {
+            PassedOverKind::Special => {
                 self.problem(ProblemKind::Special, path, "is no plain file, and not read");
                 "special file"
             }
@@ -316,19 +318,20 @@ impl Inspector {
             let what = "has the key of an earlier sample";
             self.problem(ProblemKind::DuplicateKey, &sample.key, what);
         }
-        // Where a name was not UTF-8, this stands for what could not be read.
+        // Replaces the bytes of a name that are not UTF-8.
         if sample.key.contains(char::REPLACEMENT_CHARACTER) {
             let what = "has a name that is not UTF-8; its bytes are replaced";
             self.problem(ProblemKind::UnreadableName, &sample.key, what);
         }
-        match sample.members.contains_key(LATENT) {
-            true => self.latents(sample),
-            false => self.image(sample),
+        if sample.members.contains_key(LATENT) {
+            self.latents(sample);
+        } else {
+            self.image(sample);
         }
         self.caption(sample);
         if sample
             .members
-            .get("json")
+            .get(JSON)
             .is_some_and(|raw| parse_json(raw).is_none())
         {
             let what = "json does not parse";
@@ -337,7 +340,7 @@ impl Inspector {
     }
 
     fn caption(&mut self, sample: &Sample) {
-        let Some((extension, caption)) = sample.pick(&self.wanted.caption_keys) else {
+        let Some((extension, caption)) = sample.pick(&self.options.caption_keys) else {
             self.report.missing_captions += 1;
             self.problem(ProblemKind::NoCaption, &sample.key, "has no caption");
             return;
@@ -358,13 +361,19 @@ impl Inspector {
         let report = self.report.latents.get_or_insert_default();
         report.samples += 1;
         let (mut problems, mut not_finite) = (Vec::new(), Vec::new());
-        for (extension, moments) in [(LATENT, true), (PROMPT_EMBEDS, false)] {
+        for extension in [LATENT, PROMPT_EMBEDS] {
             let Some(file) = sample.members.get(extension) else {
                 continue;
             };
-            match report.add(extension, file, moments) {
-                Ok(true) => {}
-                Ok(false) => not_finite.push(extension),
+            let added = report.add_array(extension, file).and_then(|array| {
+                if extension == LATENT {
+                    report.add_moments(extension, &array)?;
+                }
+                Ok(array)
+            });
+            match added {
+                Ok(array) if array.are_finite() => {}
+                Ok(_) => not_finite.push(extension),
                 Err(what) => problems.push((ProblemKind::BadArray, what)),
             }
         }
@@ -379,7 +388,7 @@ impl Inspector {
     }
 
     fn image(&mut self, sample: &Sample) {
-        let image_keys = &self.wanted.image_keys;
+        let image_keys = &self.options.image_keys;
         let oversized = image_keys
             .iter()
             .find_map(|key| sample.oversized.get_key_value(key));
@@ -418,19 +427,19 @@ impl Inspector {
         *self.report.formats.entry(format.to_owned()).or_default() += 1;
         self.report.width.add(u64::from(width));
         self.report.height.add(u64::from(height));
-        if picture::lies(extension, format) {
+        if image_checks::has_wrong_extension(extension, format) {
             let what = format!("{extension} is a {}", format.to_uppercase());
             self.problem(ProblemKind::WrongExtension, key, what);
         }
-        if picture::animated(image) {
+        if image_checks::is_animated(image) {
             let what = format!("{extension} has several frames; the first is taken");
             self.problem(ProblemKind::Animated, key, what);
         }
-        if picture::deep(image) {
+        if image_checks::has_16_bits(image) {
             let what = format!("{extension} has 16 bits a channel; 8 are kept");
             self.problem(ProblemKind::SixteenBit, key, what);
         }
-        if let Some(side) = self.wanted.resolution
+        if let Some(side) = self.options.resolution
             && width.min(height) < side
         {
             let what = format!("{extension} is {width}x{height}, and enlarged to {side}");

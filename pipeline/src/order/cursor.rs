@@ -1,30 +1,29 @@
-//! A place in the stream, small enough to stand in a checkpoint.
+//! The cursor: a position in the stream, small enough to be part of a checkpoint.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::permutation::Order;
-use super::schedule::{Turn, Visit};
+use super::plan::Order;
+use super::schedule::{SchedulePosition, ShardPass};
 use super::shuffle::ShuffleState;
 
-/// The form of cursor this version writes.
+/// Version of the cursor's format.
 const VERSION: u32 = 2;
 
-/// A place in the stream: right after a batch. Resuming from it gives exactly the batches that
-/// would have followed, and reads no shard again but those it was in the middle of and those of
-/// which samples were in the shuffle buffer.
+/// A position in the stream: right after a batch. Resuming from it gives exactly the batches that
+/// would have followed. Only open shards and shards with samples in the shuffle buffer are read again.
 ///
-/// It carries what the order depends on, so that resuming with other settings is refused and never
-/// gives another order silently. Decode threads, batch size and prefetching may differ.
+/// The cursor holds everything the order depends on, so that resuming with other settings is refused.
+/// Decode threads, batch size and prefetching may differ.
 ///
-/// As JSON it has a few hundred bytes, and about ten for each sample in the shuffle buffer.
+/// As JSON it takes a few hundred bytes, and about ten for each sample in the shuffle buffer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     version: u32,
     identity: OrderIdentity,
-    /// Samples drawn from the shuffle buffer up to and with the batch's last, broken ones included.
+    /// Samples drawn from the shuffle buffer up to the batch's last, which is counted, as are broken samples.
     pub position: u64,
     /// Epoch of the batch's last sample, from 0.
     pub epoch: u64,
@@ -32,78 +31,83 @@ pub struct Cursor {
     pub next_batch: u64,
     /// Broken samples so far, by reason.
     pub broken: BTreeMap<String, u64>,
-    pub(crate) place: Place,
-    /// What is in the shuffle buffer, in its order.
+    #[serde(rename = "place")]
+    pub(crate) state: OrderState,
+    /// Contents of the shuffle buffer, in the buffer's order.
     pub(crate) buffer: Vec<SampleRef>,
-    /// Shards of which samples may still come, by the number of the visit.
-    pub(crate) visits: BTreeMap<u64, Tally>,
+    /// Shards whose samples may still come, by [`ShardPass::id`].
+    #[serde(rename = "visits")]
+    pub(crate) shards: BTreeMap<u64, ShardProgress>,
 }
 
-/// Where the order stands: what decides, beside the shuffle buffer's samples, what comes next.
+/// State of the interleaver. With the contents of the shuffle buffer it decides which samples follow.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(crate) struct Place {
-    /// The epoch that is read, from 0.
+pub(crate) struct OrderState {
+    /// The epoch being read, from 0.
     pub(crate) epoch: u64,
-    /// Samples of it that were chosen so far.
+    /// Samples of the epoch that were selected so far.
     pub(crate) accepted: u64,
-    /// The shards it is in the middle of.
-    pub(crate) open: Vec<OpenVisit>,
-    /// Which of them the next sample comes from, modulo their number.
+    /// The open shards.
+    pub(crate) open: Vec<OpenPass>,
+    /// Index in `open` of the shard that the next sample comes from, modulo the number of open shards.
     pub(crate) turn: usize,
-    /// The shard that follows when one of them ends.
-    pub(crate) next: Turn,
-    /// Shards begun so far.
-    pub(crate) visits: u64,
-    /// Samples read so far that the filter did not leave out.
+    /// The shard that follows when an open shard ends.
+    pub(crate) next: SchedulePosition,
+    /// Shards begun so far: the next [`ShardPass::id`].
+    #[serde(rename = "visits")]
+    pub(crate) passes: u64,
+    /// Samples read so far, without those that the filter rejected.
     pub(crate) read: u64,
     pub(crate) shuffle: ShuffleState,
 }
 
-/// A shard that was begun and not ended.
+/// An open shard and the position in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct OpenVisit {
+pub(crate) struct OpenPass {
     #[serde(flatten)]
-    pub(crate) visit: Visit,
-    /// Samples taken from it.
+    pub(crate) pass: ShardPass,
+    /// Samples read from the shard.
     pub(crate) taken: u64,
-    /// Those of them that were chosen.
-    pub(crate) chosen: u64,
+    /// Samples selected from the shard.
+    #[serde(rename = "chosen")]
+    pub(crate) selected: u64,
 }
 
-/// A sample, by the number of the visit and its own number in the shard.
+/// A sample, by [`ShardPass::id`] and its number in the shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(from = "(u64, u64)", into = "(u64, u64)")]
 pub(crate) struct SampleRef {
-    pub(crate) visit: u64,
+    pub(crate) pass: u64,
     pub(crate) index: u64,
 }
 
 impl From<(u64, u64)> for SampleRef {
-    fn from((visit, index): (u64, u64)) -> Self {
-        Self { visit, index }
+    fn from((pass, index): (u64, u64)) -> Self {
+        Self { pass, index }
     }
 }
 
 impl From<SampleRef> for (u64, u64) {
     fn from(sample: SampleRef) -> Self {
-        (sample.visit, sample.index)
+        (sample.pass, sample.index)
     }
 }
 
-/// What became so far of a shard of which samples may still come.
+/// Counts of a shard whose samples may still come.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
+pub(crate) struct ShardProgress {
     pub(crate) shard: usize,
     pub(crate) epoch: u64,
     /// Samples left out before the shuffle, by reason.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) left_out: BTreeMap<String, u64>,
-    /// Of the samples chosen from it, those that have come through.
-    pub(crate) through: u64,
-    /// Those of them that were found broken then, by reason.
+    /// Selected samples that were drawn from the shuffle buffer.
+    #[serde(rename = "through")]
+    pub(crate) drawn: u64,
+    /// Drawn samples that failed to decode, by reason.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) undecodable: BTreeMap<String, u64>,
-    /// Once it has been read: how many were chosen, and what was wrong with the tar.
+    /// Set once the shard was read: how many samples were selected, and the fault of the tar.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) done: Option<(u64, Option<String>)>,
 }
@@ -122,15 +126,15 @@ pub(crate) struct OrderIdentity {
     pub(crate) max_samples: Option<u64>,
     /// Fingerprint of the list of shards.
     pub(crate) shards: String,
-    /// Fingerprint of what chooses samples: the filter, image and caption keys.
+    /// Fingerprint of the settings that select samples: filter, image and caption keys.
     pub(crate) selection: String,
 }
 
-/// A cursor that belongs to another stream.
+/// The error for a cursor of another stream.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the saved place in the data was written with {field} = {saved}, and now {field} = {now}: \
-         restore the setting, or start the data anew without the saved place"
+    "the saved position in the data was written with {field} = {saved}, and now {field} = {now}: \
+         restore the setting, or start from the beginning of the data without the saved position"
 )]
 pub struct CursorMismatch {
     /// The setting that differs.
@@ -150,9 +154,9 @@ impl Cursor {
             epoch,
             next_batch,
             broken: BTreeMap::new(),
-            place: Place::default(),
+            state: OrderState::default(),
             buffer: Vec::new(),
-            visits: BTreeMap::new(),
+            shards: BTreeMap::new(),
         }
     }
 
@@ -210,7 +214,7 @@ impl Cursor {
     }
 }
 
-/// A short name for a list of texts: equal lists have equal names.
+/// A short hash of a list of texts, preceded by the number of texts.
 pub(crate) fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
     let mut hash = Sha256::new();
     let mut count = 0_usize;
@@ -249,36 +253,36 @@ mod tests {
     }
 
     #[test]
-    fn a_cursor_survives_json_and_stays_small() {
+    fn cursor_survives_json_and_stays_small() {
         let mut cursor = Cursor::new(identity(), 4_000_000, 3, 250_000);
         cursor.broken.insert("decode_error".into(), 2);
-        let visit = |id| Visit {
+        let pass = |id| ShardPass {
             id,
             shard: 1200,
             epoch: 3,
         };
-        cursor.place.open = (4000..4004)
-            .map(|id| OpenVisit {
-                visit: visit(id),
+        cursor.state.open = (4000..4004)
+            .map(|id| OpenPass {
+                pass: pass(id),
                 taken: 3000,
-                chosen: 2900,
+                selected: 2900,
             })
             .collect();
         for id in 3990..4004 {
-            let tally = Tally {
+            let progress = ShardProgress {
                 shard: 1200,
                 epoch: 3,
-                through: 2000,
+                drawn: 2000,
                 done: Some((2900, None)),
-                ..Tally::default()
+                ..ShardProgress::default()
             };
-            cursor.visits.insert(id, tally);
+            cursor.shards.insert(id, progress);
         }
         let without_buffer = serde_json::to_string(&cursor).unwrap().len();
         assert!(without_buffer < 3 << 10, "{without_buffer}");
         cursor.buffer = (0..1000)
             .map(|n| SampleRef {
-                visit: 3990 + n % 14,
+                pass: 3990 + n % 14,
                 index: 2000 + n,
             })
             .collect();
@@ -288,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_is_named() {
+    fn cursor_mismatch_names_the_setting() {
         let cursor = Cursor::new(identity(), 12, 0, 3);
         assert_eq!(cursor.check(&identity()), Ok(()));
         let refused = |now: OrderIdentity| cursor.check(&now).unwrap_err().field;
@@ -325,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn fingerprints_tell_lists_apart() {
+    fn fingerprint_tells_lists_apart() {
         assert_ne!(fingerprint(["ab", "c"]), fingerprint(["a", "bc"]));
         assert_eq!(fingerprint(["ab", "c"]), fingerprint(["ab", "c"]));
     }

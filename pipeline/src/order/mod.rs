@@ -1,18 +1,20 @@
 //! The order of samples: a pure function of seed, epoch, rank and world.
 //!
-//! Owns counter-based randomness, the shard permutation and schedule, the shuffle buffer and the cursor. Nothing
-//! here reads a clock, a thread number or how far some other part has come, so the same settings
-//! give the same order on any machine, and any place in it can be found again.
+//! Owns counter-based randomness, the plan of an epoch, the schedule, the shuffle buffer and the cursor. The code
+//! here never reads a clock, a thread number or the progress of another stage. The same settings therefore give the
+//! same order on any machine, and the stream can resume at any position.
 
 mod cursor;
-mod permutation;
+mod plan;
 pub mod rng;
 mod schedule;
 mod shuffle;
 
 pub use cursor::{Cursor, CursorMismatch};
-pub use permutation::{EpochPlan, Order};
+pub use plan::{EpochPlan, Order};
 
-pub(crate) use cursor::{OpenVisit, OrderIdentity, Place, SampleRef, Tally, fingerprint};
-pub(crate) use schedule::{Schedule, Turn, Visit};
-pub(crate) use shuffle::{Capacity, Drawn, ShuffleBuffer};
+pub(crate) use cursor::{
+    OpenPass, OrderIdentity, OrderState, SampleRef, ShardProgress, fingerprint,
+};
+pub(crate) use schedule::{Schedule, SchedulePosition, ShardPass};
+pub(crate) use shuffle::{BufferMirror, Capacity, Drawn, ShuffleBuffer};

@@ -1,7 +1,7 @@
 //! Counter-based randomness: a generator for each (seed, domain, a, b), independent of all others.
 //!
-//! A sample's crop, a step's noise or an epoch's permutation draws from its own generator, named by
-//! what it is for, so any of them can be drawn again without drawing what came before.
+//! A sample's crop, a step's noise and an epoch's permutation each draw from their own generator, named by
+//! its purpose. Each can be drawn again without the draws that came before.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 pub use rand_chacha::ChaCha8Rng as Rng;
 
 /// The generator for (`seed`, `domain`, `a`, `b`). Different arguments give unrelated generators;
-/// the same give the same numbers for ever.
+/// equal arguments always give the same numbers.
 #[must_use]
 pub fn rng(seed: u64, domain: &str, a: u64, b: u64) -> ChaCha8Rng {
     let mut hash = Sha256::new();
@@ -23,7 +23,7 @@ pub fn rng(seed: u64, domain: &str, a: u64, b: u64) -> ChaCha8Rng {
 
 /// A uniform whole number in `0..bound`; 0 for a bound of 0.
 ///
-/// Written out here because the sequence is part of what a cursor promises: it must not change with
+/// Implemented here because resuming from a cursor depends on the sequence: it must not change with
 /// a library's version.
 pub fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
     if bound < 2 {
@@ -33,10 +33,7 @@ pub fn below(rng: &mut impl RngCore, bound: u64) -> u64 {
     let threshold = bound.wrapping_neg() % bound;
     loop {
         let wide = u128::from(rng.next_u64()) * u128::from(bound);
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the low half is what is meant"
-        )]
+        #[expect(clippy::cast_possible_truncation, reason = "the low half is wanted")]
         if wide as u64 >= threshold {
             return (wide >> 64) as u64;
         }
@@ -53,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn generators_are_told_apart_by_every_part_of_their_name() {
+    fn rng_depends_on_every_argument() {
         let first = |mut rng: ChaCha8Rng| rng.next_u64();
         let base = first(rng(1, "crop", 2, 3));
         assert_eq!(base, first(rng(1, "crop", 2, 3)));
@@ -69,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sequence_never_changes() {
+    fn rng_sequence_never_changes() {
         // A cursor written by an older version relies on these.
         let mut generator = rng(453_645_634, "test", 1, 2);
         let drawn: Vec<u64> = (0..6).map(|_| below(&mut generator, 1000)).collect();
@@ -77,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_are_uniform_and_bounded() {
+    fn rng_below_is_uniform_and_bounded() {
         let mut generator = rng(0, "test", 0, 0);
         let mut counts = [0_u32; 7];
         for _ in 0..70_000 {

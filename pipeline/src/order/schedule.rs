@@ -2,36 +2,36 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::permutation::{EpochPlan, Order};
+use super::plan::{EpochPlan, Order};
 
-/// One reading of one shard.
+/// One pass over one shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Visit {
-    /// Counts every shard this rank begins, from 0.
+pub(crate) struct ShardPass {
+    /// Counts the shards that this rank begins, from 0.
     pub(crate) id: u64,
     /// Index of the shard.
     pub(crate) shard: usize,
     pub(crate) epoch: u64,
 }
 
-/// A place in the schedule: the epoch, and how many of its shards came before.
+/// A position in the schedule: the epoch, and how many of the epoch's shards came before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(crate) struct Turn {
+pub(crate) struct SchedulePosition {
     pub(crate) epoch: u64,
     pub(crate) index: usize,
 }
 
-/// Goes through the epochs' shards. [`Order::Sequential`] has one epoch, [`Order::Shuffled`] no end.
+/// Iterates over the shards of all epochs. [`Order::Sequential`] has one epoch, [`Order::Shuffled`] never ends.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     plan: EpochPlan,
     shards: Vec<usize>,
-    next: Turn,
+    next: SchedulePosition,
 }
 
 impl Schedule {
-    /// A schedule that goes on at `next`.
-    pub(crate) fn new(plan: EpochPlan, next: Turn) -> Self {
+    /// A schedule that continues at `next`.
+    pub(crate) fn new(plan: EpochPlan, next: SchedulePosition) -> Self {
         Self {
             plan,
             shards: plan.shards(next.epoch),
@@ -39,29 +39,29 @@ impl Schedule {
         }
     }
 
-    /// The next shard, as an index into the list, and its place.
-    pub(crate) fn next(&mut self) -> Option<(Turn, usize)> {
+    /// The next shard: its position in the schedule and its index in the list of shards.
+    pub(crate) fn next(&mut self) -> Option<(SchedulePosition, usize)> {
         if self.next.index >= self.shards.len() {
             if self.plan.order == Order::Sequential {
                 return None;
             }
-            self.next = Turn {
+            self.next = SchedulePosition {
                 epoch: self.next.epoch + 1,
                 index: 0,
             };
             self.shards = self.plan.shards(self.next.epoch);
         }
-        let (turn, shard) = (self.next, *self.shards.get(self.next.index)?);
+        let (position, shard) = (self.next, *self.shards.get(self.next.index)?);
         self.next.index += 1;
-        Some((turn, shard))
+        Some((position, shard))
     }
 
-    /// The place of what [`Self::next`] gives next.
-    pub(crate) fn turn(&self) -> Turn {
+    /// Position of the shard that [`Self::next`] returns next.
+    pub(crate) fn position(&self) -> SchedulePosition {
         self.next
     }
 
-    /// Drops what is left of `epoch`.
+    /// Skips the remaining shards of `epoch`.
     pub(crate) fn skip_rest_of(&mut self, epoch: u64) {
         if self.next.epoch == epoch {
             self.next.index = self.shards.len();
@@ -85,36 +85,39 @@ mod tests {
     }
 
     #[test]
-    fn it_goes_on_from_any_place() {
+    fn schedule_continues_from_any_position() {
         let plan = plan(Order::Shuffled);
-        let mut schedule = Schedule::new(plan, Turn::default());
+        let mut schedule = Schedule::new(plan, SchedulePosition::default());
         let all: Vec<_> = (0..10).filter_map(|_| schedule.next()).collect();
-        let epochs: Vec<u64> = all.iter().map(|(turn, _)| turn.epoch).collect();
+        let epochs: Vec<u64> = all.iter().map(|(position, _)| position.epoch).collect();
         assert_eq!(epochs, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
         for at in 0..9 {
-            let mut first = Schedule::new(plan, Turn::default());
+            let mut first = Schedule::new(plan, SchedulePosition::default());
             for _ in 0..at {
                 first.next();
             }
-            let mut resumed = Schedule::new(plan, first.turn());
+            let mut resumed = Schedule::new(plan, first.position());
             assert_eq!(resumed.next(), Some(all[at]));
             assert_eq!(resumed.next(), Some(all[at + 1]));
         }
     }
 
     #[test]
-    fn the_rest_of_an_epoch_can_be_left() {
-        let mut schedule = Schedule::new(plan(Order::Shuffled), Turn::default());
+    fn schedule_skips_the_rest_of_an_epoch() {
+        let mut schedule = Schedule::new(plan(Order::Shuffled), SchedulePosition::default());
         schedule.next();
         schedule.skip_rest_of(3);
-        assert_eq!(schedule.turn(), Turn { epoch: 0, index: 1 });
+        assert_eq!(schedule.position(), SchedulePosition { epoch: 0, index: 1 });
         schedule.skip_rest_of(0);
-        assert_eq!(schedule.next().unwrap().0, Turn { epoch: 1, index: 0 });
+        assert_eq!(
+            schedule.next().unwrap().0,
+            SchedulePosition { epoch: 1, index: 0 }
+        );
     }
 
     #[test]
-    fn a_sequential_schedule_ends() {
-        let mut schedule = Schedule::new(plan(Order::Sequential), Turn::default());
+    fn schedule_ends_when_sequential() {
+        let mut schedule = Schedule::new(plan(Order::Sequential), SchedulePosition::default());
         let shards: Vec<_> = std::iter::from_fn(|| schedule.next())
             .map(|(_, shard)| shard)
             .collect();

@@ -1,10 +1,10 @@
-//! The shuffle buffer: holds up to so many items, and so many bytes, and gives back a random one.
+//! The shuffle buffer, limited in items and in bytes, and its mirror.
 
 use serde::{Deserialize, Serialize};
 
 use super::rng::{index_below, rng};
 
-/// How much a buffer may hold: so many items, and so many bytes of them.
+/// Limits of a buffer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Capacity {
     /// 0 and 1 keep the order as it is.
@@ -13,23 +13,22 @@ pub(crate) struct Capacity {
     pub(crate) bytes: u64,
 }
 
-/// What a buffer's next draws depend on, beside its items.
+/// State of a buffer. With the items it decides the next draws.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(crate) struct ShuffleState {
     draws: u64,
     filling: bool,
 }
 
-/// An item taken out, and the place in the buffer it was in: whoever keeps a list of what the buffer
-/// holds does the same with [`Vec::swap_remove`].
+/// A drawn item, and the slot of the buffer that it was in.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Drawn<T> {
     pub(crate) item: T,
     pub(crate) slot: usize,
 }
 
-/// A seeded buffer. Which item a draw takes depends on the seed and on how many draws there were;
-/// when a draw is due depends on how many items there are and what they weigh.
+/// A seeded shuffle buffer. The seed and the number of earlier draws decide which item is drawn; the
+/// number of items and their bytes decide when a draw is due.
 #[derive(Debug)]
 pub(crate) struct ShuffleBuffer<T> {
     items: Vec<(T, u64)>,
@@ -53,8 +52,8 @@ impl<T> ShuffleBuffer<T> {
         }
     }
 
-    /// Goes on from `state`, with what was in the buffer then, in its order, and each item's bytes.
-    pub(crate) fn restore(&mut self, state: ShuffleState, items: Vec<(T, u64)>) {
+    /// Resumes from `state` and the buffer's contents at that state: items in the buffer's order, with their bytes.
+    pub(crate) fn resume(&mut self, state: ShuffleState, items: Vec<(T, u64)>) {
         self.bytes = items.iter().map(|(_, bytes)| bytes).sum();
         self.items = items;
         self.state = state;
@@ -68,10 +67,10 @@ impl<T> ShuffleBuffer<T> {
         self.items.is_empty()
     }
 
-    /// Puts an item in; whether it is time to draw one.
+    /// Adds an item. Returns whether a draw is due.
     ///
-    /// A tenth of the buffer is enough to begin with: waiting for all of it would hold the first
-    /// batch back. From there to its capacity every second item stays in it, as in webdataset.
+    /// Draws begin when a tenth of the buffer is filled: waiting for all of it would delay the first
+    /// batch. From there to the capacity every second push is followed by a draw, as in webdataset.
     #[must_use]
     pub(crate) fn push(&mut self, item: T, bytes: u64) -> bool {
         self.items.push((item, bytes));
@@ -86,12 +85,12 @@ impl<T> ShuffleBuffer<T> {
         true
     }
 
-    /// Whether it holds more bytes than it should: then it is to be drawn from until it does not.
+    /// Whether the buffer exceeds its bytes: the caller then draws until it does not.
     pub(crate) fn is_overfull(&self) -> bool {
         self.bytes > self.capacity.bytes
     }
 
-    /// Takes a random item out.
+    /// Removes a random item, by [`Vec::swap_remove`].
     pub(crate) fn draw(&mut self) -> Option<Drawn<T>> {
         if self.items.is_empty() {
             return None;
@@ -105,6 +104,30 @@ impl<T> ShuffleBuffer<T> {
     }
 }
 
+/// Contents of a [`ShuffleBuffer`] in another thread, replayed from the buffer's pushes and draws.
+#[derive(Debug, Clone)]
+pub(crate) struct BufferMirror<T> {
+    items: Vec<T>,
+}
+
+impl<T> BufferMirror<T> {
+    /// A mirror of a buffer that holds `items`, in the buffer's order.
+    pub(crate) fn new(items: Vec<T>) -> Self {
+        Self { items }
+    }
+
+    /// Replays the pushes since the draw before, then the draw from `slot`. Returns the drawn item.
+    pub(crate) fn replay(&mut self, pushed: Vec<T>, slot: usize) -> T {
+        self.items.extend(pushed);
+        self.items.swap_remove(slot)
+    }
+
+    /// Contents of the buffer after the last replayed draw, in the buffer's order.
+    pub(crate) fn items(&self) -> &[T] {
+        &self.items
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,7 +136,7 @@ mod tests {
         ShuffleBuffer::new(seed, Capacity { items, bytes })
     }
 
-    /// Pushes one item that weighs `bytes` and gives back all that is due.
+    /// Pushes one item of `bytes` bytes and returns all due draws.
     fn pass<T>(buffer: &mut ShuffleBuffer<T>, item: T, bytes: u64) -> Vec<T> {
         let mut out = Vec::new();
         if buffer.push(item, bytes) {
@@ -137,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_comes_out_once_in_another_order() {
+    fn shuffle_gives_every_item_once() {
         let out = shuffle(1, 50, 1000);
         let mut sorted = out.clone();
         sorted.sort_unstable();
@@ -148,20 +171,20 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_of_one_keeps_the_order() {
+    fn shuffle_buffer_of_one_keeps_the_order() {
         assert_eq!(shuffle(1, 0, 100), (0..100).collect::<Vec<_>>());
         assert_eq!(shuffle(1, 1, 100), (0..100).collect::<Vec<_>>());
     }
 
     #[test]
-    fn the_first_draw_does_not_wait_for_a_full_buffer() {
+    fn shuffle_draws_before_the_buffer_is_full() {
         let mut buffer = buffer(1, 1000, u64::MAX);
         let first = (0..1000).position(|item| buffer.push(item, 1));
         assert!(first.unwrap() <= 101, "{first:?}");
     }
 
     #[test]
-    fn bytes_bound_it_whatever_the_items() {
+    fn shuffle_buffer_keeps_its_limit_of_bytes() {
         let mut buffer = buffer(1, 1000, 100);
         let weights = [10, 60, 1, 200, 30, 30, 30, 30, 5];
         let mut out = Vec::new();
@@ -177,27 +200,25 @@ mod tests {
     }
 
     #[test]
-    fn a_list_kept_beside_it_restores_it_at_any_draw() {
+    fn buffer_mirror_resumes_the_buffer_at_any_draw() {
         let run = |stop_after: usize| {
-            let mut first = buffer(3, 20, 90);
-            let (mut list, mut out) = (Vec::new(), Vec::new());
-            let mut second: Option<ShuffleBuffer<u64>> = None;
+            let mut current = buffer(3, 20, 90);
+            let (mut mirror, mut pushed) = (BufferMirror::new(Vec::new()), Vec::new());
+            let mut out = Vec::new();
             for n in 0..200_u64 {
-                let weight = 1 + n % 13;
-                let current = second.as_mut().unwrap_or(&mut first);
-                list.push(n);
-                let mut due = current.push(n, weight);
-                while due || second.as_ref().unwrap_or(&first).is_overfull() {
+                pushed.push(n);
+                let mut due = current.push(n, 1 + n % 13);
+                while due || current.is_overfull() {
                     due = false;
-                    let current = second.as_mut().unwrap_or(&mut first);
                     let drawn = current.draw().unwrap();
-                    assert_eq!(list.swap_remove(drawn.slot), drawn.item);
+                    let replayed = mirror.replay(std::mem::take(&mut pushed), drawn.slot);
+                    assert_eq!(replayed, drawn.item);
                     out.push(drawn.item);
                     if out.len() == stop_after {
-                        let state = current.state();
-                        let mut fresh = buffer(3, 20, 90);
-                        fresh.restore(state, list.iter().map(|&n| (n, 1 + n % 13)).collect());
-                        second = Some(fresh);
+                        let items = mirror.items().iter().map(|&n| (n, 1 + n % 13));
+                        let mut resumed = buffer(3, 20, 90);
+                        resumed.resume(current.state(), items.collect());
+                        current = resumed;
                     }
                 }
             }

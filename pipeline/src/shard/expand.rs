@@ -1,10 +1,10 @@
 //! Patterns to URLs: `::`, braces, and the `pipe:` commands of older scripts. Purely text.
 
-use super::url::{ShardUrl, UrlError, invalid};
+use super::url::{ShardUrl, UrlError, invalid, unwrap_pipe};
 
-/// More shards than any data set has: a pattern beyond this is a slip, not a wish.
+/// Most shards of one pattern: a pattern with more is a mistake.
 const MAX_EXPANSION: usize = if cfg!(any(test, feature = "fuzzing")) {
-    // A fuzzer would do nothing else than expand.
+    // Larger patterns would take all of a fuzzer's time.
     10_000
 } else {
     10_000_000
@@ -17,49 +17,10 @@ fn too_many(pattern: &str) -> UrlError {
     )
 }
 
-/// Options of `aws` and `curl` whose value is a URL, but not the shard's.
-const OTHER_URLS: [&str; 4] = ["-x", "--proxy", "-e", "--referer"];
-const ENDPOINT_OPTION: &str = "--endpoint-url";
-
-/// Reads the URL out of `pipe:aws s3 cp URL -` and its like.
-pub(super) fn unwrap_pipe(url: &str) -> Result<&str, UrlError> {
-    let Some(command) = url.strip_prefix("pipe:") else {
-        return Ok(url);
-    };
-    let words = || {
-        command
-            .split_whitespace()
-            .map(|word| word.trim_matches(['\'', '"']))
-    };
-    if let Some(word) = words().find(|word| word.starts_with(ENDPOINT_OPTION)) {
-        return Err(invalid(
-            url,
-            format!(
-                "{word} is not taken over from the command: set [s3] endpoint_url, and give the s3:// URL alone"
-            ),
-        ));
-    }
-    let mut before = "";
-    words()
-        .find(|word| {
-            let is_url = ["s3://", "http://", "https://"]
-                .iter()
-                .any(|scheme| word.starts_with(scheme));
-            let option = std::mem::replace(&mut before, word);
-            is_url && !OTHER_URLS.contains(&option)
-        })
-        .ok_or_else(|| {
-            invalid(
-                url,
-                "commands are not run; a s3:// or http(s):// URL is read out of them, and this one has none",
-            )
-        })
-}
-
 /// Expands braces in every pattern and reads the URLs, in order.
 ///
 /// `{00000..01210}` counts (keeping the zeros), `{a..f}` too, `{a,b}` lists; they nest and repeat, as
-/// in a shell. `::` stands between patterns, as in webdataset. Lists of shards (`@file.txt`) are for
+/// in a shell. `::` separates patterns, as in webdataset. Lists of shards (`@file.txt`) are for
 /// [`Sources::shards`](crate::Sources::shards).
 ///
 /// # Errors
@@ -75,7 +36,7 @@ pub fn expand(patterns: &[String]) -> Result<Vec<ShardUrl>, UrlError> {
     Ok(urls)
 }
 
-/// The patterns between `::`, but for those in the brackets of an IPv6 address.
+/// Splits at `::`, except inside the brackets of an IPv6 address.
 pub(crate) fn split(patterns: &str) -> Vec<&str> {
     let bytes = patterns.as_bytes();
     let (mut parts, mut start, mut in_brackets) = (Vec::new(), 0, false);
@@ -142,7 +103,7 @@ fn expand_braces(pattern: &str) -> Result<Vec<String>, UrlError> {
     let middles = if commas.is_empty() {
         match sequence(pattern, inside)? {
             Some(sequence) => sequence,
-            // As a shell does: braces that list nothing stand for themselves.
+            // As in a shell: braces that list nothing are kept.
             None => expand_braces(inside)?
                 .into_iter()
                 .map(|text| format!("{{{text}}}"))
@@ -242,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn sequences_keep_their_zeros() {
+    fn expand_sequences_keep_their_zeros() {
         let urls = expanded("s3://bucket/data/{00000..01210}.tar");
         assert_eq!(urls.len(), 1211);
         assert_eq!(urls[0], "s3://bucket/data/00000.tar");
@@ -254,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn letters_count_as_in_pythons_braceexpand() {
+    fn expand_letters_as_pythons_braceexpand() {
         assert_eq!(expanded("x{a..e..2}"), ["xa", "xc", "xe"]);
         assert_eq!(expanded("{C..A}"), ["C", "B", "A"]);
         assert_eq!(expanded("{a..10}"), ["{a..10}"]);
@@ -262,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_nest_and_repeat() {
+    fn expand_lists_nest_and_repeat() {
         assert_eq!(expanded("x{a,b{1..2}}y"), ["xay", "xb1y", "xb2y"]);
         assert_eq!(expanded("{a,b}/{0..1}"), ["a/0", "a/1", "b/0", "b/1"]);
         assert_eq!(expanded("a{,-b}.tar"), ["a.tar", "a-b.tar"]);
@@ -270,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn two_colons_stand_between_patterns() {
+    fn expand_splits_at_two_colons() {
         assert_eq!(
             expanded("a{0..1}.tar::pipe:aws s3 cp s3://b/{2..3}.tar -"),
             ["a0.tar", "a1.tar", "s3://b/2.tar", "s3://b/3.tar"]
@@ -280,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_pipe_form_is_understood() {
+    fn expand_reads_the_old_pipe_form() {
         assert_eq!(
             expanded("pipe:aws s3 cp s3://muse-datasets/laion/{0..1}.tar -"),
             [
@@ -293,7 +254,7 @@ mod tests {
             ["https://host/0.tar"]
         );
         assert!(refused("pipe:cat /data/0.tar").contains("commands are not run"));
-        // What would be read without it is an object of another server.
+        // Without the option, an object of another server would be read.
         let text = refused("pipe:aws --endpoint-url https://minio s3 cp s3://b/0.tar -");
         assert!(text.contains("set [s3] endpoint_url"), "{text}");
         let text = refused("pipe:aws s3 cp --endpoint-url=https://minio s3://b/0.tar -");
@@ -301,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_what_would_be_right() {
+    fn expand_errors_name_the_fault() {
         assert!(refused("a{0..1").contains("'{' without a '}'"));
         assert!(refused("a0..1}").contains("'}' without a '{'"));
         assert!(refused("{0..99999999999}").contains("more than"));
@@ -314,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn parsing_never_panics() {
+    fn expand_never_panics() {
         let alphabet = [
             "{", "}", ",", "..", "0", "9", "é", "s3://", "/", "pipe:", " ", "a", "::", "[", "-",
             "@",

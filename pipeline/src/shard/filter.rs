@@ -1,4 +1,4 @@
-//! Choosing samples by their json, and knowing why none was chosen.
+//! The filter: selects samples by their json and caption, and reports why samples were rejected.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,10 +6,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Which samples to use, by the numbers in their json. A field that is `None` asks for nothing.
+/// Rules for the numbers in a sample's json and for its caption. A rule that is `None` accepts all samples.
 ///
-/// A sample without the json key a rule needs is rejected, under a reason of its own. A score of
-/// 0.0 is a score like any other.
+/// A sample without the json key of a rule is rejected with a separate reason. A score of 0.0 is a valid score.
 ///
 /// Deserialises from the table `[data.filter]` of a configuration. The `Debug` text is part of a stream's identity
 /// (`OrderIdentity`): renaming the type or a field refuses the cursors of older runs.
@@ -39,10 +38,10 @@ pub struct Filter {
     pub max_caption_chars: Option<usize>,
 }
 
-/// A rule's name as it is configured, and why it turned a sample away.
+/// Why a rule rejected a sample, with the rule's configuration key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rejection {
-    /// The value is there and outside the rule.
+    /// The value is outside the rule.
     Rule(&'static str),
     /// The sample's json has none of the rule's keys.
     MissingKey(&'static str),
@@ -73,7 +72,7 @@ const AESTHETIC: Keys = &["aesthetic", "aesthetic_score", "AESTHETIC_SCORE"];
 fn number(json: &Value, keys: Keys) -> Option<f64> {
     keys.iter().find_map(|key| match json.get(key)? {
         Value::Number(number) => number.as_f64(),
-        // Tables turned into json sometimes carry their numbers as text.
+        // Json made from tables may hold numbers as text.
         Value::String(text) => text.trim().parse().ok(),
         _ => None,
     })
@@ -109,24 +108,24 @@ struct Score {
     at_least: bool,
 }
 
-/// A filter at work: it remembers which json keys it has met.
+/// A filter and its counts.
 #[derive(Debug)]
 pub(crate) struct FilterState {
     filter: Filter,
-    /// For each rule in use, whether any sample had its key.
+    /// For each rule in use, its keys and whether any sample had one of them.
     met: BTreeMap<&'static str, (Keys, bool)>,
     rejected: BTreeMap<String, u64>,
     seen: u64,
 }
 
-/// What a filter did, for the error that ends a run in which nothing passed.
+/// Counts of a filter, for the error of a run in which no sample passed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FilterReport {
-    /// Samples looked at.
+    /// Samples checked.
     pub seen: u64,
-    /// Samples left out, by reason.
+    /// Samples skipped, by reason.
     pub rejected: BTreeMap<String, u64>,
-    /// Rules whose json key no sample had, with the keys that were looked for.
+    /// Rules whose json keys no sample had, with these keys.
     pub missing_keys: Vec<(&'static str, Vec<&'static str>)>,
 }
 
@@ -167,9 +166,9 @@ impl FilterState {
         }
     }
 
-    /// Whether the sample passes. Counts what it learns.
+    /// Checks a sample, and records which json keys it has.
     pub(crate) fn check(&mut self, json: Option<&Value>, caption: &str) -> Result<(), Rejection> {
-        // Every rule looks before any rejects, so that a key counts as met wherever it appears.
+        // Every rule is evaluated, also after a rejection, so that all json keys are recorded.
         let mut verdict = Ok(());
         let mut reject = |rejection| {
             if verdict.is_ok() {
@@ -231,12 +230,12 @@ impl FilterState {
         self.seen += 1;
     }
 
-    /// Whether, `seen` samples or more on, some rule's json key has never appeared.
+    /// Whether some rule's json key has never appeared in at least `seen` samples.
     pub(crate) fn lacks_a_key_after(&self, seen: u64) -> bool {
         self.seen >= seen && self.met.values().any(|(_, met)| !met)
     }
 
-    /// Counts one sample left out before or by the filter.
+    /// Counts one sample skipped before or by the filter.
     pub(crate) fn count(&mut self, reason: &str) {
         *self.rejected.entry(reason.to_owned()).or_default() += 1;
     }
@@ -268,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_of_zero_is_a_score() {
+    fn filter_accepts_a_score_of_zero() {
         let filter = Filter {
             max_pwatermark: Some(0.5),
             min_size: Some(512),
@@ -288,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_fall_back_from_original_to_actual() {
+    fn filter_sizes_fall_back_from_original_to_actual() {
         let filter = Filter {
             min_size: Some(512),
             ..Filter::default()
@@ -310,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn captions_are_measured_in_characters() {
+    fn filter_measures_captions_in_characters() {
         let filter = Filter {
             min_caption_chars: Some(2),
             max_caption_chars: Some(3),
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn the_report_names_keys_nobody_has() {
+    fn filter_report_names_missing_keys() {
         let mut state = FilterState::new(Filter {
             min_aesthetic: Some(6.0),
             max_punsafe: Some(0.1),

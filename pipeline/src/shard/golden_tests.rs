@@ -1,11 +1,12 @@
-//! Tars as they really are, against what webdataset makes of them (`tests/golden/make_tars.py`).
+//! Tars of several writers, compared with webdataset's samples (`tests/golden/make_tars.py`).
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::ops::ControlFlow;
 
 use serde::Deserialize;
 
-use super::tar::{Found, Grouped, TAIL_BYTES, TarError, TarOptions, read_samples};
+use super::tar::{TAIL_BYTES, TarError, TarItem, TarOptions, read_samples};
 
 const TARS: &[u8] = include_bytes!("../../tests/golden/tars.tar.gz");
 const WEBDATASET: &str = include_str!("../../tests/golden/tars.json");
@@ -43,9 +44,9 @@ fn read(tar: &[u8]) -> (Samples, Result<(), TarError>) {
         max_member_bytes: 1 << 20,
         max_tail_bytes: TAIL_BYTES,
     };
-    let result = read_samples(tar, options, |found| {
-        let Found::Sample(sample) = found else {
-            return Grouped::Continue;
+    let result = read_samples(tar, options, |item| {
+        let TarItem::Sample(sample) = item else {
+            return ControlFlow::Continue(());
         };
         let members = sample.members.into_iter();
         samples.push((
@@ -54,7 +55,7 @@ fn read(tar: &[u8]) -> (Samples, Result<(), TarError>) {
                 .map(|(name, content)| (name, content.len()))
                 .collect(),
         ));
-        Grouped::Continue
+        ControlFlow::Continue(())
     });
     (samples, result)
 }
@@ -74,7 +75,7 @@ const ON_PURPOSE: [&str; 10] = [
 ];
 
 #[test]
-fn samples_are_those_of_webdataset() {
+fn tar_samples_equal_webdatasets() {
     let (tars, expected) = (tars(), webdataset());
     assert!(tars.len() > 25 && tars.len() == expected.len());
     for (name, expected) in expected {
@@ -100,7 +101,7 @@ fn keys(samples: &Samples) -> Vec<&str> {
 /// webdataset takes hidden files (the `._x.jpg` of macOS among them) and names that end in a dot for
 /// members of odd samples, and keeps a leading `./`, which is only one way to spell a path.
 #[test]
-fn hidden_files_are_no_samples_and_a_leading_dot_no_part_of_a_key() {
+fn tar_hidden_files_are_no_samples() {
     let (samples, result, reference) = both("hidden");
     result.unwrap();
     assert_eq!(keys(&reference.samples), ["a/", "a", "b", "./c"]);
@@ -110,7 +111,7 @@ fn hidden_files_are_no_samples_and_a_leading_dot_no_part_of_a_key() {
 
 /// The reference's own loader begins a new sample at a repeated extension, where webdataset raises.
 #[test]
-fn a_repeated_extension_begins_a_new_sample() {
+fn tar_repeated_extension_begins_a_new_sample() {
     let (samples, result, reference) = both("duplicate");
     result.unwrap();
     assert_eq!(reference.raised.as_deref(), Some("ValueError"));
@@ -121,7 +122,7 @@ fn a_repeated_extension_begins_a_new_sample() {
 /// No tool makes sparse members of images by itself, and the tar reader does not know the PAX form of
 /// them: they are passed over. GNU tar's own form is read.
 #[test]
-fn sparse_members_of_the_pax_form_are_passed_over() {
+fn tar_pax_sparse_members_are_passed_over() {
     let (samples, result, reference) = both("pax-sparse");
     result.unwrap();
     assert_eq!(keys(&samples), keys(&reference.samples));
@@ -134,7 +135,7 @@ fn sparse_members_of_the_pax_form_are_passed_over() {
 /// Python's tarfile ends at a bad header as if the tar ended there, and gives a sample that was cut in
 /// two; at a cut member it raises. Here both are a broken shard, used up to the sample before.
 #[test]
-fn a_damaged_tar_is_told_and_its_last_sample_dropped() {
+fn tar_damage_drops_the_last_sample() {
     for (name, whole, cause) in [
         (
             "cut-member",
@@ -155,7 +156,7 @@ fn a_damaged_tar_is_told_and_its_last_sample_dropped() {
 
 /// Python reads a tar from the first member of a gzip only, and of one that is cut nothing.
 #[test]
-fn a_gzip_is_read_to_its_end_or_to_its_cut() {
+fn tar_gzip_is_read_to_its_end_or_cut() {
     let (samples, result, reference) = both("gzip-two-members");
     result.unwrap();
     assert_eq!(reference.raised.as_deref(), Some("ReadError"));

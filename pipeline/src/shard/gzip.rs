@@ -1,15 +1,15 @@
-//! Compression around a tar: told by content, and gzip undone as it is read.
+//! Compression of a tar: detected from the content; gzip is decompressed while it is read.
 
 use std::fmt;
 use std::io::{self, BufRead, Read};
 
 use flate2::bufread::GzDecoder;
 
-/// Bytes that tell every kind apart.
+/// Number of bytes that identify each kind.
 pub(super) const MAGIC_BYTES: usize = 6;
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
-/// Kinds that are told, but not undone.
+/// Kinds that are detected, but not supported.
 const OTHERS: [(&[u8], &str); 4] = [
     (b"BZh", "bzip2"),
     (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
@@ -17,12 +17,12 @@ const OTHERS: [(&[u8], &str); 4] = [
     (b"PK\x03\x04", "zip"),
 ];
 
-/// What a file's first bytes say of it.
+/// The compression of a file, from its first bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Compression {
     None,
     Gzip,
-    /// One that coffey does not read.
+    /// Not supported; the name of the kind.
     Other(&'static str),
 }
 
@@ -38,7 +38,7 @@ impl Compression {
     }
 }
 
-/// What is wrong with the gzip, so that it isn't taken for a fault of the tar within.
+/// A fault of the gzip, to be told from a fault of the tar in it.
 #[derive(Debug)]
 pub(super) struct GzipFault(String);
 
@@ -63,8 +63,8 @@ impl GzipFault {
     }
 }
 
-/// Fills each buffer as far as there is data, so that what a damaged gzip still gives does not depend on
-/// the pieces in which it arrives.
+/// Fills each buffer as far as there is data, so that the content of a damaged gzip does not depend on
+/// the sizes of the reads.
 pub(super) struct Filling<R>(pub(super) R);
 
 impl<R: Read> Read for Filling<R> {
@@ -75,7 +75,7 @@ impl<R: Read> Read for Filling<R> {
                 Ok(0) => break,
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Once more it comes alone.
+                // The next read returns the error.
                 Err(_) if filled > 0 => break,
                 Err(error) => return Err(error),
             }
@@ -84,8 +84,8 @@ impl<R: Read> Read for Filling<R> {
     }
 }
 
-/// The content of a gzip of any number of members, one after another. As the gzip tool does, it
-/// passes over what follows them and is no gzip.
+/// The content of a gzip with any number of members, one after another. Other data after the members is
+/// ignored, as by the gzip tool.
 pub(super) struct Inflate<R> {
     member: Option<GzDecoder<R>>,
 }
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_read_one_after_another() {
+    fn gzip_members_are_read_one_after_another() {
         let two = [gzip(b"one, "), gzip(b""), gzip(b"two")].concat();
         assert_eq!(inflate(&two).unwrap(), b"one, two");
         let padded = [two.as_slice(), &[0; 30]].concat();
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_is_named() {
+    fn gzip_fault_is_named() {
         let whole = gzip(&[7; 5000]);
         for end in [1, 12, whole.len() - 9, whole.len() - 1] {
             let error = inflate(&whole[..end]).unwrap_err();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn kinds_are_told_by_content() {
+    fn compression_is_detected_from_the_content() {
         assert_eq!(Compression::of(&gzip(b"x")), Compression::Gzip);
         assert_eq!(Compression::of(b"BZh91AY&SY"), Compression::Other("bzip2"));
         assert_eq!(Compression::of(b"00000.jpg"), Compression::None);

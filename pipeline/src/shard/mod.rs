@@ -1,7 +1,7 @@
-//! Shards: naming them ([`ShardUrl`]), and taking their tars apart into [`Sample`]s.
+//! Shards: their URLs ([`ShardUrl`]), and reading their tars into [`Sample`]s.
 //!
-//! Owns URL syntax, tar reading and webdataset's grouping of members. It never touches the network:
-//! bytes come in through any [`std::io::Read`].
+//! Owns URL syntax, tar reading, webdataset's grouping of members, and the filter. It never touches the network:
+//! bytes come from any [`std::io::Read`].
 
 mod expand;
 mod filter;
@@ -20,6 +20,6 @@ pub use url::{ShardUrl, UrlError};
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::FilterState;
 pub(crate) use tar::{
-    Found, Grouped, PassedOver, TAIL_BYTES, TarError, TarOptions, Why, read_samples,
+    PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };
 pub(crate) use url::Location;

@@ -1,4 +1,4 @@
-//! A sample as it stands in a shard: a key and its members, still compressed.
+//! A sample as it is in a shard: a key and its members, still compressed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ pub struct Sample {
     pub key: Arc<str>,
     /// Extension (lower case, without its first dot: `jpg`, `seg.png`) to content.
     pub members: BTreeMap<String, Bytes>,
-    /// Extensions of members that were left out because they are larger than allowed, with their size.
+    /// Extensions of members that were not read because they are too large, with their sizes.
     pub oversized: BTreeMap<String, u64>,
 }
 
@@ -35,7 +35,7 @@ impl Sample {
             .map(|(extension, content)| (extension.as_str(), content))
     }
 
-    /// Bytes of all its members together.
+    /// Size of all members. Bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.members.values().map(Bytes::len).sum()
@@ -47,8 +47,8 @@ impl Sample {
 }
 
 /// Splits a member's path as webdataset's `base_plus_ext`: the key goes up to the first `.` of the
-/// file name, the extension is the rest in lower case. `None` for names without one, for hidden
-/// files, and for webdataset's own `__meta__` entries and folders: they belong to no sample.
+/// file name, the extension is the rest in lower case. `None` for files that belong to no sample: names without an
+/// extension, hidden files, and webdataset's own `__meta__` entries and folders.
 pub(crate) fn split_name(path: &[u8]) -> Option<(&[u8], String)> {
     let mut path = path;
     while let Some(rest) = path.strip_prefix(b"./") {
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_split_as_base_plus_ext() {
+    fn sample_name_splits_as_base_plus_ext() {
         let split = |path: &str| {
             split_name(path.as_bytes())
                 .map(|(key, extension)| (String::from_utf8(key.to_vec()).unwrap(), extension))
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn picks_follow_the_order_of_preference() {
+    fn sample_pick_follows_the_order_of_keys() {
         let mut sample = Sample::new(b"k");
         sample
             .members

@@ -1,6 +1,7 @@
 //! Tar members to samples, one after another, from any reader.
 
 use std::io::{self, BufReader, Cursor, Read};
+use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
@@ -10,35 +11,35 @@ use super::sample::{Sample, split_name};
 /// Compressed bytes handed to the decompressor at once.
 const COMPRESSED_BYTES: usize = 64 << 10;
 
-/// Enough of what follows a tar's end blocks: the padding, and a gzip's checksum.
+/// Bytes that are read after a tar's end blocks: enough for the padding and a gzip's checksum.
 pub(crate) const TAIL_BYTES: u64 = 1 << 20;
 
-/// How a shard is taken apart.
+/// Limits of reading a shard.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TarOptions {
-    /// Members larger than this are passed over unread. Bytes.
+    /// Larger members are not read. Bytes.
     pub(crate) max_member_bytes: u64,
-    /// What follows the tar's end is read up to here. Bytes.
+    /// Most bytes that are read after the tar's end.
     pub(crate) max_tail_bytes: u64,
 }
 
-/// Why a shard could not be read to its end.
+/// Why a shard can't be read to its end.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TarError {
-    /// The very first header is wrong: this is something else.
+    /// The first header is wrong: the object is not a tar.
     #[error("is not a tar: {0}")]
     NotATar(String),
-    /// It began as a tar. What came before the fault was delivered.
+    /// The first header is right, and a later part is wrong. The samples before the fault were delivered.
     #[error("{0}")]
     Broken(String),
 }
 
-/// What is met on the way through a shard.
+/// An item of a shard.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum TarItem {
     Sample(Sample),
     PassedOver(PassedOver),
-    /// So many bytes after the tar's end, up to the last that is not zero: writers pad with zeros.
+    /// Number of bytes after the tar's end, up to the last that is not zero: writers pad with zeros.
     Trailing(u64),
 }
 
@@ -46,12 +47,12 @@ pub(crate) enum Found {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PassedOver {
     pub(crate) path: String,
-    pub(crate) why: Why,
+    pub(crate) kind: PassedOverKind,
 }
 
-/// Why a member belongs to no sample.
+/// The kind of a member that belongs to no sample.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Why {
+pub(crate) enum PassedOverKind {
     Folder,
     Link,
     /// A device, a pipe, or a sparse file of the PAX format.
@@ -60,8 +61,8 @@ pub(crate) enum Why {
     Name,
 }
 
-impl Why {
-    /// `None` for a file whose bytes can be read.
+impl PassedOverKind {
+    /// The kind of an entry; `None` for a file that can be read.
     fn of(entry: &mut tar::Entry<'_, impl Read>) -> Option<Self> {
         use tar::EntryType::{Continuous, Directory, GNUSparse, Link, Regular, Symlink};
         match entry.header().entry_type() {
@@ -70,7 +71,7 @@ impl Why {
             Symlink | Link => return Some(Self::Link),
             _ => return Some(Self::Special),
         }
-        // The tar reader does not read a sparse file of the PAX format.
+        // The tar reader does not support sparse files of the PAX format.
         let is_pax_sparse = match entry.pax_extensions() {
             Ok(Some(extensions)) => extensions
                 .flatten()
@@ -81,13 +82,7 @@ impl Why {
     }
 }
 
-/// What the receiver of samples wants next.
-pub(crate) enum Grouped {
-    Continue,
-    Stop,
-}
-
-/// The reader's message quotes the header it could not read: as one line of printable characters.
+/// An error's message as one line of printable characters: it may quote a damaged header.
 fn printable(error: &std::io::Error) -> String {
     let text: String = error
         .to_string()
@@ -97,16 +92,15 @@ fn printable(error: &std::io::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Reads `reader` as a tar, or a tar in gzip, and gives each sample to `deliver`, in order, and each
-/// member that belongs to none when it is met.
+/// Reads `reader` as a tar, or a tar in gzip, and passes its items to `deliver`, in order, until that breaks.
 ///
-/// Members with one key that follow each other are one sample; a repeated extension begins a new
-/// one, as in the reference's loader. Folders and links are passed over. After a fault the sample
-/// it fell into is dropped, since part of it may be missing.
+/// Consecutive members with one key form a sample; a repeated extension begins a new sample, as in the
+/// reference's loader. Folders and links are passed over. The sample in which a fault occurs is dropped,
+/// since members may be missing.
 pub(crate) fn read_samples(
     mut reader: impl Read,
     options: TarOptions,
-    deliver: impl FnMut(Found) -> Grouped,
+    deliver: impl FnMut(TarItem) -> ControlFlow<()>,
 ) -> Result<(), TarError> {
     let mut magic = [0; MAGIC_BYTES];
     let mut filled = 0;
@@ -139,14 +133,14 @@ pub(crate) fn read_samples(
 fn read_tar(
     reader: impl Read,
     options: TarOptions,
-    mut deliver: impl FnMut(Found) -> Grouped,
+    mut deliver: impl FnMut(TarItem) -> ControlFlow<()>,
 ) -> Result<(), TarError> {
     let mut archive = tar::Archive::new(reader);
     let entries = archive
         .entries()
         .map_err(|error| TarError::NotATar(printable(&error)))?;
     let mut current: Option<Sample> = None;
-    // Apart from the sample's key, which replaces what isn't UTF-8.
+    // Exact bytes: the sample's key replaces bytes that are not UTF-8.
     let mut current_key = Vec::new();
     let mut last_path = String::new();
     for (index, entry) in entries.enumerate() {
@@ -165,17 +159,17 @@ fn read_tar(
         };
         let path = entry.path_bytes().into_owned();
         last_path = String::from_utf8_lossy(&path).into_owned();
-        let split = match Why::of(&mut entry) {
-            None => split_name(&path).ok_or(Why::Name),
-            Some(why) => Err(why),
+        let split = match PassedOverKind::of(&mut entry) {
+            None => split_name(&path).ok_or(PassedOverKind::Name),
+            Some(kind) => Err(kind),
         };
         let (key, extension) = match split {
             Ok(split) => split,
-            Err(why) => {
+            Err(kind) => {
                 let path = last_path.clone();
-                match deliver(Found::PassedOver(PassedOver { path, why })) {
-                    Grouped::Continue => continue,
-                    Grouped::Stop => return Ok(()),
+                match deliver(TarItem::PassedOver(PassedOver { path, kind })) {
+                    ControlFlow::Continue(()) => continue,
+                    ControlFlow::Break(()) => return Ok(()),
                 }
             }
         };
@@ -187,7 +181,7 @@ fn read_tar(
         if begins_another {
             key.clone_into(&mut current_key);
             if let Some(done) = current.replace(Sample::new(key))
-                && let Grouped::Stop = deliver(Found::Sample(done))
+                && let ControlFlow::Break(()) = deliver(TarItem::Sample(done))
             {
                 return Ok(());
             }
@@ -196,7 +190,7 @@ fn read_tar(
         let mut content = Vec::new();
         if size <= options.max_member_bytes {
             let wanted = usize::try_from(size).unwrap_or(usize::MAX);
-            // A damaged header may claim any size: trust it only so far before bytes arrive.
+            // A damaged header may claim any size, so only a part is reserved in advance.
             content.reserve_exact(wanted.min(1 << 20));
             entry
                 .read_to_end(&mut content)
@@ -217,15 +211,15 @@ fn read_tar(
         }
     }
     if let Some(sample) = current.filter(|sample| !sample.is_empty())
-        && let Grouped::Stop = deliver(Found::Sample(sample))
+        && let ControlFlow::Break(()) = deliver(TarItem::Sample(sample))
     {
         return Ok(());
     }
-    // So that a damaged gzip is found, and a cache gets the whole shard.
+    // The tail is read so that damage of a gzip is detected, and a cache gets the whole shard.
     let tail = archive.into_inner().take(options.max_tail_bytes);
     match trailing(tail) {
         Ok(0) => {}
-        Ok(bytes) => drop(deliver(Found::Trailing(bytes))),
+        Ok(bytes) => drop(deliver(TarItem::Trailing(bytes))),
         Err(error) => {
             return Err(TarError::Broken(format!(
                 "{error} after member {last_path:?}"
@@ -275,10 +269,10 @@ mod tests {
             max_tail_bytes: TAIL_BYTES,
         };
         let result = read_samples(tar, options, |found| {
-            if let Found::Sample(sample) = found {
+            if let TarItem::Sample(sample) = found {
                 samples.push(sample);
             }
-            Grouped::Continue
+            ControlFlow::Continue(())
         });
         (samples, result)
     }
@@ -297,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_grouped_by_key() {
+    fn tar_reader_groups_members_by_key() {
         let long = format!("{}/x.jpg", "folder".repeat(30));
         let (samples, result) = read(&tar_of(&[
             ("a.jpg", b"1"),
@@ -322,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_links_and_files_without_an_extension_are_passed_over_and_named() {
+    fn tar_reader_passes_over_folders_links_and_odd_names() {
         let mut builder = tar::Builder::new(Vec::new());
         for (kind, path) in [
             (tar::EntryType::Directory, "a.jpg/"),
@@ -350,26 +344,26 @@ mod tests {
         };
         read_samples(tar.as_slice(), options, |found| {
             match found {
-                Found::Sample(sample) => panic!("{sample:?}"),
-                Found::Trailing(_) => {}
-                Found::PassedOver(PassedOver { path, why }) => passed_over.push((path, why)),
+                TarItem::Sample(sample) => panic!("{sample:?}"),
+                TarItem::Trailing(_) => {}
+                TarItem::PassedOver(PassedOver { path, kind }) => passed_over.push((path, kind)),
             }
-            Grouped::Continue
+            ControlFlow::Continue(())
         })
         .unwrap();
         assert_eq!(
             passed_over,
             [
-                ("a.jpg/".to_owned(), Why::Folder),
-                ("b.jpg".to_owned(), Why::Link),
-                ("c.jpg".to_owned(), Why::Link),
-                ("README".to_owned(), Why::Name),
+                ("a.jpg/".to_owned(), PassedOverKind::Folder),
+                ("b.jpg".to_owned(), PassedOverKind::Link),
+                ("c.jpg".to_owned(), PassedOverKind::Link),
+                ("README".to_owned(), PassedOverKind::Name),
             ]
         );
     }
 
     #[test]
-    fn a_cut_inside_a_member_keeps_what_came_before() {
+    fn tar_reader_keeps_samples_before_a_cut() {
         let tar = tar_of(&[
             ("a.jpg", &[1; 600]),
             ("b.jpg", &[2; 600]),
@@ -389,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_without_its_end_blocks_is_whole() {
+    fn tar_reader_accepts_missing_end_blocks() {
         let tar = tar_of(&[("a.jpg", &[1; 600])]);
         let (samples, result) = read(&tar[..1536]);
         result.unwrap();
@@ -397,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_was_a_tar_is_told_from_a_broken_one() {
+    fn tar_reader_tells_other_files_from_broken_tars() {
         let page = [
             b"<html><body>403 Forbidden</body></html>".as_slice(),
             &[b' '; 600],
@@ -410,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn oversized_members_are_passed_over_and_named() {
+    fn tar_reader_names_oversized_members() {
         let (samples, result) = read(&tar_of(&[("a.jpg", &[1; 2000]), ("a.txt", b"t")]));
         result.unwrap();
         assert_eq!(shape(&samples), ["a:txt"]);
@@ -424,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tar_in_gzip_is_read_as_the_tar() {
+    fn tar_reader_reads_gzip() {
         let tar = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
         let (samples, result) = read(&gzip(&tar));
         result.unwrap();
@@ -436,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_faulty_gzip_is_a_broken_shard() {
+    fn tar_reader_reports_faulty_gzip_as_broken() {
         let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
             .take(600)
             .collect();
@@ -467,14 +461,14 @@ mod tests {
             samples == 3 && cause.starts_with("the gzip is damaged"),
             "{cause}"
         );
-        // What is not a tar inside is not a shard.
+        // A gzip without a tar is not a shard.
         let (_, result) = read(&gzip(&[7; 5000]));
         assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
         assert_eq!(broken(b""), (0, "is empty: 0 bytes".to_owned()));
     }
 
     #[test]
-    fn any_bytes_are_survived() {
+    fn tar_reader_never_panics() {
         let whole = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
         let mut generator = fastrand::Rng::with_seed(3);
         for _ in 0..2000 {
@@ -484,12 +478,13 @@ mod tests {
                 damaged[at] = generator.u8(..);
             }
             damaged.truncate(generator.usize(0..=damaged.len()));
-            let _either = read(&damaged);
+            // Must not panic.
+            let _ = read(&damaged);
             let mut damaged = gzip(&whole);
             let at = generator.usize(0..damaged.len());
             damaged[at] = generator.u8(..);
             damaged.truncate(generator.usize(0..=damaged.len()));
-            let _either = read(&damaged);
+            let _ = read(&damaged);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where shards are: URL syntax. Purely text; nothing is looked up here.
+//! URL syntax of shards. Pure text: no shard is looked up here.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -6,23 +6,21 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::expand::unwrap_pipe;
-
 /// Endings of shards in folders and prefixes; other files there are passed over.
 const SHARD_ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
 
-/// What is wrong with a shard URL.
+/// Why a shard URL is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UrlError {
-    /// Not something that can name a shard.
+    /// The text can't be the URL of a shard.
     #[error("shard URL {url:?}: {reason}")]
     Invalid {
-        /// As it was given.
+        /// The text.
         url: String,
-        /// What is wrong, and what would be right.
+        /// The fault, and the right form.
         reason: String,
     },
-    /// Nothing was given.
+    /// No URL was given.
     #[error("no shard URL was given")]
     Empty,
 }
@@ -42,11 +40,11 @@ pub(crate) enum Location {
     Stdin,
 }
 
-/// The place of one shard, or, ending in `/`, of a folder of shards.
+/// The URL of a shard, or of a folder of shards if it ends in `/`.
 ///
 /// `s3://bucket/key.tar`, `http://…`, `https://…`, `file:///path`, plain paths, and `-` for standard
-/// input; also the form older webdataset scripts use, `pipe:aws s3 cp s3://bucket/key.tar -`, whose
-/// URL is read out of the command. The command itself is never run.
+/// input; also the form of older webdataset scripts, `pipe:aws s3 cp s3://bucket/key.tar -`: the
+/// URL is extracted from the command, which is never run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ShardUrl(Location);
@@ -70,7 +68,7 @@ impl ShardUrl {
         &self.0
     }
 
-    /// Whether this names a folder to be listed, not a shard.
+    /// Whether this is the URL of a folder, which has to be listed.
     #[must_use]
     pub fn is_folder(&self) -> bool {
         match &self.0 {
@@ -93,7 +91,7 @@ impl ShardUrl {
         }
     }
 
-    /// The folder it is in, ending in `/` and without a query; `None` of standard input.
+    /// The folder of the shard, ending in `/` and without a query; `None` for standard input.
     #[must_use]
     pub fn folder(&self) -> Option<Self> {
         let parent = |text: &str| match text.rfind('/') {
@@ -112,7 +110,7 @@ impl ShardUrl {
                 let folder = path
                     .parent()
                     .filter(|folder| !folder.as_os_str().is_empty());
-                // An empty last part is a slash.
+                // Joining an empty component adds a slash.
                 Location::File(folder.unwrap_or(Path::new(".")).join(""))
             }
             Location::Stdin => return None,
@@ -133,8 +131,8 @@ impl ShardUrl {
         })
     }
 
-    /// The name of the shard's tar, as `00000.tar`; of one in gzip (`.tar.gz`, `.tgz`) as well, and
-    /// `stdin.tar` of standard input.
+    /// The file name of the shard, as `00000.tar`. `.tar.gz` and `.tgz` become `.tar`; the name of standard input is
+    /// `stdin.tar`.
     #[must_use]
     pub fn name(&self) -> String {
         let file = self.file_name();
@@ -147,7 +145,7 @@ impl ShardUrl {
         }
     }
 
-    /// Whether a folder's listing takes this file for a shard.
+    /// Whether a folder's listing includes this file as a shard.
     pub(crate) fn is_shard(&self) -> bool {
         let file = self.file_name();
         SHARD_ENDINGS.iter().any(|ending| file.ends_with(ending))
@@ -170,7 +168,7 @@ impl fmt::Display for ShardUrl {
         match &self.0 {
             Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
             Location::Http(url) => f.write_str(url),
-            // Bare, it would be taken for another scheme.
+            // Without `file://` the path would be parsed as another scheme.
             Location::File(path) if path.to_string_lossy().contains("://") => {
                 write!(f, "file://{}", path.display())
             }
@@ -239,7 +237,7 @@ impl FromStr for ShardUrl {
         }
         if let Some(rest) = url.strip_prefix("file://") {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
-            // A host, or something that would be another URL when written without its scheme.
+            // A host, or a path that would be another URL without its scheme.
             if !path.starts_with('/') {
                 return Err(invalid(
                     url,
@@ -270,6 +268,45 @@ impl FromStr for ShardUrl {
     }
 }
 
+/// Options of `aws` and `curl` whose value is a URL, but not the shard's.
+const OTHER_URLS: [&str; 4] = ["-x", "--proxy", "-e", "--referer"];
+const ENDPOINT_OPTION: &str = "--endpoint-url";
+
+/// Extracts the URL from `pipe:aws s3 cp URL -` and similar commands. Other text is returned unchanged.
+pub(super) fn unwrap_pipe(url: &str) -> Result<&str, UrlError> {
+    let Some(command) = url.strip_prefix("pipe:") else {
+        return Ok(url);
+    };
+    let words = || {
+        command
+            .split_whitespace()
+            .map(|word| word.trim_matches(['\'', '"']))
+    };
+    if let Some(word) = words().find(|word| word.starts_with(ENDPOINT_OPTION)) {
+        return Err(invalid(
+            url,
+            format!(
+                "{word} is not taken over from the command: set [s3] endpoint_url, and give the s3:// URL alone"
+            ),
+        ));
+    }
+    let mut before = "";
+    words()
+        .find(|word| {
+            let is_url = ["s3://", "http://", "https://"]
+                .iter()
+                .any(|scheme| word.starts_with(scheme));
+            let option = std::mem::replace(&mut before, word);
+            is_url && !OTHER_URLS.contains(&option)
+        })
+        .ok_or_else(|| {
+            invalid(
+                url,
+                "commands are not run; a s3:// or http(s):// URL is read out of them, and this one has none",
+            )
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_place_is_told_apart() {
+    fn url_kinds_are_told_apart() {
         let url: ShardUrl = "s3://bucket/a/b.tar".parse().unwrap();
         assert_eq!(
             url.location(),
@@ -312,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn shards_are_told_by_their_ending_and_named_as_tars() {
+    fn url_name_is_that_of_the_tar() {
         let url = |text: &str| text.parse::<ShardUrl>().unwrap();
         for (text, name) in [
             ("s3://b/x/0.tar", "0.tar"),
@@ -329,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_beside_a_shard_is_found_through_its_folder() {
+    fn url_folder_joins_names() {
         for (shard, folder) in [
             ("s3://b/x/0.tar", "s3://b/x/"),
             ("s3://b/0.tar", "s3://b/"),
@@ -349,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_show_no_signature() {
+    fn url_redacted_hides_the_signature() {
         let url: ShardUrl = "https://h/a.tar?X-Amz-Signature=abc".parse().unwrap();
         assert_eq!(url.redacted(), "https://h/a.tar?REDACTED");
         assert_eq!(
@@ -359,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_what_would_be_right() {
+    fn url_errors_name_the_fault() {
         assert!(refused("s3://bucket").contains("s3://bucket/key.tar"));
         assert!(refused("s3:///key").contains("no bucket"));
         assert!(refused("ftp://host/key").contains("known are s3://"));

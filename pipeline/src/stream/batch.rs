@@ -1,200 +1,151 @@
-//! The last thread: collects batches, keeps count of every shard, and ends a stream that is too
-//! broken to go on.
+//! The batcher: a thread that collects batches, counts per shard, and ends a stream with too many broken samples.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::flow::{Closed, OrderedReceiver, Sender, StageHandle};
-use crate::order::{Cursor, Order, OrderIdentity, Place, SampleRef, Tally, Visit};
+use crate::order::{
+    BufferMirror, Cursor, Order, OrderIdentity, OrderState, SampleRef, ShardPass, ShardProgress,
+};
 use crate::panic::panic_message;
 use crate::shard::FilterReport;
 use crate::stages::Stage;
 
 use super::config::StreamConfig;
-use super::content::BatchContent;
-use super::error::StreamError;
-use super::prepare::SampleMeta;
-use super::step::{Draw, Reason, Step};
+use super::data::BatchData;
+use super::error::{Halt, StreamError};
+use super::event::{ShuffleDraw, StreamEvent};
+use super::kinds::SampleKind;
+use super::sample::SampleMeta;
+use super::skip::{ShardSummary, SkipReason, SkippedSample};
 
-/// The part of broken samples is judged from this many on, and at the end of every epoch.
-const JUDGED_AFTER: u64 = 100;
+/// The fraction of broken samples is checked after this many samples, and at the end of every epoch.
+const CHECKED_AFTER: u64 = 100;
 
-/// Samples ready for the models.
+/// Samples ready for the models. `D` is the data of the samples.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Batch {
-    /// Its number in the stream, from 0.
+pub struct Batch<D = BatchData> {
+    /// Number in the stream, from 0.
     pub index: u64,
-    /// What is known of each sample.
+    /// Metadata of each sample.
     pub samples: Vec<SampleMeta>,
-    /// What the models read of them.
-    pub content: BatchContent,
-    /// The place right after this batch.
+    /// Data of the samples.
+    pub data: D,
+    /// The position right after this batch.
     pub cursor: Cursor,
-    /// Samples left out since the batch before, in the order of the stream.
+    /// Samples skipped since the batch before, in the order of the stream.
     pub skipped: Vec<SkippedSample>,
-    /// Shards of which nothing more will come. In a [`Order::Sequential`] stream this is exact: a
-    /// shard stands with the batch that holds its last sample.
+    /// Shards whose samples have all been delivered. Exact in an [`Order::Sequential`] stream: a
+    /// shard is listed in the batch that holds its last sample.
     pub finished_shards: Vec<ShardSummary>,
 }
 
-/// A sample that was left out.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SkippedSample {
-    /// Index of its shard ([`crate::Stream::shards`]).
-    pub shard: usize,
-    /// Its key in the shard.
-    pub key: Arc<str>,
-    /// Why, as the metrics have it: `decode_error`, `filter:min_size` …
-    pub reason: String,
-}
-
-/// What became of a shard's samples.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ShardSummary {
-    /// Index of the shard ([`crate::Stream::shards`]).
-    pub shard: usize,
-    /// Samples that came out of it.
-    pub samples: u64,
-    /// Samples left out, by reason.
-    pub skipped: BTreeMap<String, u64>,
-    /// What was wrong with the tar, if it was cut off or damaged.
-    pub broken: Option<String>,
-}
-
-impl ShardSummary {
-    /// Of a shard that is through.
-    fn new(tally: Tally) -> Self {
-        let mut skipped = tally.left_out;
-        let undecodable: u64 = tally.undecodable.values().sum();
-        for (reason, count) in tally.undecodable {
-            *skipped.entry(reason).or_default() += count;
-        }
-        Self {
-            shard: tally.shard,
-            samples: tally.through.saturating_sub(undecodable),
-            skipped,
-            broken: tally.done.and_then(|(_, broken)| broken),
-        }
-    }
-}
-
-enum Stop {
-    Closed,
-    Failed(StreamError),
-}
-
-impl From<Closed> for Stop {
-    fn from(_: Closed) -> Self {
-        Self::Closed
-    }
-}
-
-pub(super) struct Batcher {
-    out: Sender<Result<Batch, StreamError>>,
+pub(super) struct Batcher<K: SampleKind> {
+    kind: K,
+    out: Sender<Result<Batch<K::Output>, StreamError>>,
     stage: StageHandle,
     identity: OrderIdentity,
     batch_size: usize,
     max_bad_fraction: f64,
     sequential: bool,
     resumed: bool,
-    /// Whether any sample has come, and any batch gone.
+    /// Whether any sample has been added, and any batch delivered.
     begun: bool,
     delivered: bool,
     next_batch: u64,
     samples: Vec<SampleMeta>,
-    content: Option<BatchContent>,
+    data: K::Collected,
     /// Sequential order: the last batch, held until it is known which shards end with it.
-    held: Option<Batch>,
-    tallies: BTreeMap<u64, Tally>,
+    held: Option<Batch<K::Output>>,
+    shards: BTreeMap<u64, ShardProgress>,
     skipped: Vec<SkippedSample>,
     finished: Vec<ShardSummary>,
-    /// Broken samples by reason, in all.
+    /// All broken samples, by reason.
     broken: BTreeMap<String, u64>,
-    /// What was in the shuffle buffer after the last sample that came, in its order.
-    buffer: Vec<SampleRef>,
-    place: Place,
+    /// Contents of the shuffle buffer after the last drawn sample.
+    buffer: BufferMirror<SampleRef>,
+    /// State of the interleaver after the last drawn sample.
+    state: OrderState,
 }
 
-impl Batcher {
+impl<K: SampleKind> Batcher<K> {
     pub(super) fn new(
+        kind: K,
         config: &StreamConfig,
         identity: OrderIdentity,
-        out: Sender<Result<Batch, StreamError>>,
+        out: Sender<Result<Batch<K::Output>, StreamError>>,
         stage: StageHandle,
     ) -> Self {
-        let resume = config.resume.as_ref();
-        let from = |cursor: &Cursor| {
-            let Cursor {
-                next_batch,
-                broken,
-                place,
-                buffer,
-                visits,
-                ..
-            } = cursor.clone();
-            (next_batch, broken, place, buffer, visits)
-        };
-        let (next_batch, broken, place, buffer, tallies) = resume.map(from).unwrap_or_default();
+        let resumed = config.resume.is_some();
+        let start = config
+            .resume
+            .clone()
+            .unwrap_or_else(|| Cursor::new(identity.clone(), 0, 0, 0));
         Self {
+            kind,
             out,
             stage,
             identity,
             batch_size: config.batch_size,
             max_bad_fraction: config.max_bad_fraction,
             sequential: config.order == Order::Sequential,
-            resumed: resume.is_some(),
+            resumed,
             begun: false,
             delivered: false,
-            next_batch,
+            next_batch: start.next_batch,
             samples: Vec::new(),
-            content: None,
+            data: K::Collected::default(),
             held: None,
-            tallies,
+            shards: start.shards,
             skipped: Vec::new(),
             finished: Vec::new(),
-            broken,
-            buffer,
-            place,
+            broken: start.broken,
+            buffer: BufferMirror::new(start.buffer),
+            state: start.state,
         }
     }
 
-    pub(super) fn run(mut self, steps: &OrderedReceiver<Step>) {
-        let result =
-            catch_unwind(AssertUnwindSafe(|| self.collect(steps))).unwrap_or_else(|payload| {
-                Err(Stop::Failed(StreamError::Panicked {
-                    stage: Stage::Batch,
-                    message: panic_message(payload.as_ref()),
-                }))
-            });
-        if let Err(Stop::Failed(mut error)) = result {
-            // What was finished before the fault is still good.
-            if self.release_held().is_ok() {
-                if let StreamError::NothingUsable {
-                    shards, skipped, ..
-                } = &mut error
-                {
-                    *shards = std::mem::take(&mut self.finished);
-                    *skipped = std::mem::take(&mut self.skipped);
-                }
-                let _closed = self.out.send_blocking(Err(error), &self.stage);
-            }
+    pub(super) fn run(mut self, events: &OrderedReceiver<StreamEvent<K>>) {
+        let result = catch_unwind(AssertUnwindSafe(|| self.collect(events)));
+        let result = result.unwrap_or_else(|payload| {
+            Err(Halt::Failed(StreamError::Panicked {
+                stage: Stage::Batch,
+                message: panic_message(payload.as_ref()),
+            }))
+        });
+        if let Err(Halt::Failed(error)) = result {
+            // Fails only if the consumer is gone.
+            self.fail(error).ok();
         }
     }
 
-    fn collect(&mut self, steps: &OrderedReceiver<Step>) -> Result<(), Stop> {
-        while let Some(step) = steps.recv(&self.stage) {
-            match step {
-                Ok(step) => self.step(step)?,
+    /// Delivers the batch that was complete before the fault, then the error.
+    fn fail(&mut self, mut error: StreamError) -> Result<(), Closed> {
+        self.release_held()?;
+        if let StreamError::NothingUsable {
+            shards, skipped, ..
+        } = &mut error
+        {
+            *shards = std::mem::take(&mut self.finished);
+            *skipped = std::mem::take(&mut self.skipped);
+        }
+        self.out.send_blocking(Err(error), &self.stage)
+    }
+
+    fn collect(&mut self, events: &OrderedReceiver<StreamEvent<K>>) -> Result<(), Halt> {
+        while let Some(event) = events.recv(&self.stage) {
+            match event {
+                Ok(event) => self.handle(event)?,
                 Err(message) => {
-                    return Err(Stop::Failed(StreamError::Panicked {
+                    return Err(Halt::Failed(StreamError::Panicked {
                         stage: Stage::Decode,
                         message,
                     }));
                 }
             }
         }
-        // The order is at its end: only a sequential stream gets here, or one that is being dropped.
+        // Only a sequential stream has an end. Other streams end here only while they are dropped.
         if self.sequential {
             if let Some(last) = self.samples.last() {
                 let (position, epoch) = (last.position + 1, last.epoch);
@@ -202,7 +153,7 @@ impl Batcher {
             }
             self.release_held()?;
             if !self.delivered && !self.resumed {
-                return Err(Stop::Failed(StreamError::NothingUsable {
+                return Err(Halt::Failed(StreamError::NothingUsable {
                     report: FilterReport {
                         seen: self.broken.values().sum(),
                         rejected: self.broken.clone(),
@@ -216,118 +167,119 @@ impl Batcher {
         Ok(())
     }
 
-    fn step(&mut self, step: Step) -> Result<(), Stop> {
-        match step {
-            Step::Ready {
-                visit,
+    fn handle(&mut self, event: StreamEvent<K>) -> Result<(), Halt> {
+        match event {
+            StreamEvent::Decoded {
+                pass,
                 meta,
-                content,
+                data,
                 draw,
             } => {
-                self.came_through(visit, *draw);
-                self.add(*meta, content, visit)
+                self.record_draw(pass, *draw);
+                self.add(*meta, &data, pass)
             }
-            Step::Undecodable {
-                visit,
+            StreamEvent::Undecodable {
+                pass,
                 key,
                 reason,
                 draw,
             } => {
-                let read = draw.place.read;
+                let read = draw.state.read;
                 let reason = reason.name().into_owned();
                 self.stage.metrics().skip(&reason);
                 *self.broken.entry(reason.clone()).or_default() += 1;
-                let tally = self.came_through(visit, *draw);
-                *tally.undecodable.entry(reason.clone()).or_default() += 1;
-                self.skip(visit, key, reason);
-                self.settle(visit);
-                self.judge(read, JUDGED_AFTER)
+                let progress = self.record_draw(pass, *draw);
+                *progress.undecodable.entry(reason.clone()).or_default() += 1;
+                self.skip(pass, key, reason);
+                self.finish_if_complete(pass);
+                self.check_bad_fraction(read, CHECKED_AFTER)
             }
-            Step::LeftOut {
-                visit,
+            StreamEvent::Skipped {
+                pass,
                 key,
                 reason,
                 read,
-            } => self.left_out(visit, key, &reason, read),
-            Step::ShardDone {
-                visit,
-                chosen,
+            } => self.skip_unselected(pass, key, &reason, read),
+            StreamEvent::ShardDone {
+                pass,
+                selected,
                 broken,
             } => {
-                self.tally(visit).done = Some((chosen, broken));
-                self.settle(visit);
+                self.progress(pass).done = Some((selected, broken));
+                self.finish_if_complete(pass);
                 Ok(())
             }
-            Step::EpochDone { read } => self.judge(read, 1),
-            Step::Failed(error) => Err(Stop::Failed(error)),
+            StreamEvent::EpochDone { read } => self.check_bad_fraction(read, 1),
+            StreamEvent::Failed(error) => Err(Halt::Failed(error)),
         }
     }
 
-    fn left_out(
+    /// Records a sample that was skipped before the shuffle.
+    fn skip_unselected(
         &mut self,
-        visit: Visit,
+        pass: ShardPass,
         key: Arc<str>,
-        reason: &Reason,
+        reason: &SkipReason,
         read: u64,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), Halt> {
         let name = reason.name().into_owned();
-        *self.tally(visit).left_out.entry(name.clone()).or_default() += 1;
-        self.skip(visit, key, name.clone());
+        let left_out = &mut self.progress(pass).left_out;
+        *left_out.entry(name.clone()).or_default() += 1;
+        self.skip(pass, key, name.clone());
         if reason.is_broken() {
             *self.broken.entry(name).or_default() += 1;
-            self.judge(read, JUDGED_AFTER)?;
+            self.check_bad_fraction(read, CHECKED_AFTER)?;
         }
         Ok(())
     }
 
-    fn skip(&mut self, visit: Visit, key: Arc<str>, reason: String) {
+    fn skip(&mut self, pass: ShardPass, key: Arc<str>, reason: String) {
         self.skipped.push(SkippedSample {
-            shard: visit.shard,
+            shard: pass.shard,
             key,
             reason,
         });
     }
 
-    fn tally(&mut self, visit: Visit) -> &mut Tally {
-        self.tallies.entry(visit.id).or_insert_with(|| Tally {
-            shard: visit.shard,
-            epoch: visit.epoch,
-            ..Tally::default()
+    fn progress(&mut self, pass: ShardPass) -> &mut ShardProgress {
+        self.shards.entry(pass.id).or_insert_with(|| ShardProgress {
+            shard: pass.shard,
+            epoch: pass.epoch,
+            ..ShardProgress::default()
         })
     }
 
-    /// Notes that a sample came out of the shuffle buffer.
-    fn came_through(&mut self, visit: Visit, draw: Draw) -> &mut Tally {
-        self.buffer.extend(draw.pushed);
-        self.buffer.swap_remove(draw.slot);
-        self.place = draw.place;
-        let tally = self.tally(visit);
-        tally.through += 1;
-        tally
+    /// Records that a sample was drawn from the shuffle buffer.
+    fn record_draw(&mut self, pass: ShardPass, draw: ShuffleDraw) -> &mut ShardProgress {
+        self.buffer.replay(draw.pushed, draw.slot);
+        self.state = draw.state;
+        let progress = self.progress(pass);
+        progress.drawn += 1;
+        progress
     }
 
-    /// Moves a shard to the finished ones once all of its samples have come through.
-    fn settle(&mut self, visit: Visit) {
-        let complete = self.tallies.get(&visit.id).is_some_and(
-            |tally| matches!(tally.done, Some((chosen, _)) if tally.through == chosen),
+    /// Moves a shard to the finished shards once all of its selected samples were drawn.
+    fn finish_if_complete(&mut self, pass: ShardPass) {
+        let complete = self.shards.get(&pass.id).is_some_and(
+            |progress| matches!(progress.done, Some((selected, _)) if progress.drawn == selected),
         );
-        if complete && let Some(tally) = self.tallies.remove(&visit.id) {
-            self.finished.push(ShardSummary::new(tally));
+        if complete && let Some(progress) = self.shards.remove(&pass.id) {
+            self.finished.push(progress.into());
         }
     }
 
-    /// Ends the stream if too many of the samples read are broken.
-    fn judge(&self, read: u64, from: u64) -> Result<(), Stop> {
+    /// Ends the stream if too many of `read` samples are broken. Fewer than `at_least` samples are not checked.
+    fn check_bad_fraction(&self, read: u64, at_least: u64) -> Result<(), Halt> {
         let broken: u64 = self.broken.values().sum();
         #[expect(
             clippy::cast_precision_loss,
             reason = "counts of samples stay far below 2^53"
         )]
         let too_many = broken as f64 > self.max_bad_fraction * read as f64;
-        if read < from || !too_many {
+        if read < at_least || !too_many {
             return Ok(());
         }
-        Err(Stop::Failed(StreamError::TooManyBroken {
+        Err(Halt::Failed(StreamError::TooManyBroken {
             broken,
             read,
             allowed: self.max_bad_fraction,
@@ -335,46 +287,40 @@ impl Batcher {
         }))
     }
 
-    fn add(&mut self, meta: SampleMeta, content: BatchContent, visit: Visit) -> Result<(), Stop> {
+    fn add(&mut self, meta: SampleMeta, data: &K::Decoded, pass: ShardPass) -> Result<(), Halt> {
         if self.held.is_some() {
             self.release_held()?;
         } else if self.sequential && self.resumed && !self.begun {
-            // Reported with the batch before.
+            // The batch before the cursor listed these.
             self.finished.clear();
             self.skipped.clear();
         }
         self.begun = true;
-        let stage = self.stage.clone();
-        stage.add_bytes(content.bytes() as u64);
-        stage.work(|| match &mut self.content {
-            Some(batch) => batch.push(&content),
-            none => none.insert(content).reserve(self.batch_size),
-        });
+        self.stage.add_bytes(K::decoded_bytes(data) as u64);
+        let (batch, batch_size) = (&mut self.data, self.batch_size);
+        self.stage.work(|| K::push(batch, data, batch_size));
         let (position, epoch) = (meta.position + 1, meta.epoch);
         self.samples.push(meta);
-        self.settle(visit);
+        self.finish_if_complete(pass);
         if self.samples.len() == self.batch_size {
             self.complete(position, epoch)?;
         }
         Ok(())
     }
 
-    /// Makes a batch of what is collected. `position` and `epoch` are those after its last sample.
+    /// Completes the collected batch. `position` and `epoch` are the cursor's after its last sample.
     fn complete(&mut self, position: u64, epoch: u64) -> Result<(), Closed> {
-        let Some(content) = self.content.take() else {
-            return Ok(());
-        };
         let index = self.next_batch;
         self.next_batch += 1;
         let mut cursor = Cursor::new(self.identity.clone(), position, epoch, self.next_batch);
         cursor.broken = self.broken.clone();
-        cursor.place = self.place.clone();
-        cursor.buffer = self.buffer.clone();
-        cursor.visits = self.tallies.clone();
+        cursor.state = self.state.clone();
+        cursor.buffer = self.buffer.items().to_vec();
+        cursor.shards = self.shards.clone();
         self.held = Some(Batch {
             index,
             samples: std::mem::take(&mut self.samples),
-            content,
+            data: self.kind.finish(std::mem::take(&mut self.data)),
             cursor,
             skipped: Vec::new(),
             finished_shards: Vec::new(),
@@ -385,7 +331,7 @@ impl Batcher {
         self.release_held()
     }
 
-    /// Sends the batch that is held, with what was left out and the shards that ended by now.
+    /// Delivers the held batch, with the samples skipped and the shards finished so far.
     fn release_held(&mut self) -> Result<(), Closed> {
         let Some(mut batch) = self.held.take() else {
             return Ok(());

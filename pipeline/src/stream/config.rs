@@ -1,45 +1,56 @@
-//! What a stream is made of, and whether it can work.
+//! The configuration of a stream, and its checks.
 
+use crate::format::latents::LatentShapes;
 use crate::image::ImageOptions;
 use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
 use crate::shard::{Filter, ShardUrl};
 
-use super::content::Content;
 use super::error::StreamError;
+
+/// The content of the shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Content {
+    /// Captioned images, from which crops of pixels are made.
+    #[default]
+    Images,
+    /// Latents of captioned images: shards of `coffey precompute` ([`crate::format::latents`]).
+    Latents(LatentShapes),
+}
 
 /// Everything a stream depends on.
 #[derive(Debug, Clone)]
 pub struct StreamConfig {
     /// The shards, listed ([`crate::Sources::list`]).
     pub shards: Vec<ShardUrl>,
-    /// What they hold.
+    /// Their content.
     pub content: Content,
     /// Extensions of images, in order of preference. Has no effect on [`Content::Latents`].
     pub image_keys: Vec<String>,
     /// Extensions of captions, in order of preference.
     pub caption_keys: Vec<String>,
-    /// Samples in an epoch, over all ranks, at most. After that many (that pass the filter) the next
-    /// epoch begins, with its own order of shards; a [`Order::Sequential`] stream ends.
+    /// Most samples in an epoch, over all ranks. After that many samples that pass the filter the next
+    /// epoch begins, with its own order of shards; an [`Order::Sequential`] stream ends.
     pub max_samples: Option<u64>,
     /// Draw shards with replacement. Has no effect on [`Order::Sequential`].
     pub resample: bool,
-    /// Samples held to shuffle from; 0 for none. Has no effect on [`Order::Sequential`].
+    /// Samples in the shuffle buffer; 0 for no shuffle. Has no effect on [`Order::Sequential`].
     pub shuffle_buffer: usize,
-    /// Most of them in compressed megabytes (10^6): of large images fewer samples are held. Part of
-    /// what the order depends on. Has no effect on [`Order::Sequential`].
+    /// Limit of the shuffle buffer in compressed megabytes (10^6): it holds fewer samples if images are large. The
+    /// order depends on it. Has no effect on [`Order::Sequential`].
     pub shuffle_buffer_mb: u64,
-    /// Shards read at once; part of what the order depends on. For [`Order::Sequential`] it is only
-    /// how many are opened ahead.
+    /// Shards read at once. The order depends on it. For [`Order::Sequential`] only the number of shards opened
+    /// ahead.
     pub open_shards: usize,
-    /// Threads that decode, resize and crop, or read latents. Has no effect on what comes out.
+    /// Threads that decode, resize and crop, or read latents. Has no effect on the batches.
     pub decode_threads: usize,
-    /// Finished batches held for the consumer.
+    /// Finished batches that wait for the consumer.
     pub prefetch_batches: usize,
-    /// The part of samples that may be broken (not: filtered) before the stream ends, 0 to 1.
+    /// Largest fraction of broken samples, 0 to 1. With more the stream ends in an error. Filtered samples do not
+    /// count as broken.
     pub max_bad_fraction: f64,
     /// Which samples to use.
     pub filter: Filter,
-    /// What to make of the images. Of [`Content::Latents`] it is only how large a member may be.
+    /// The image transform. For [`Content::Latents`] only [`ImageOptions::max_bytes`] has an effect.
     pub image: ImageOptions,
     /// Order of the samples.
     pub order: Order,
@@ -47,11 +58,11 @@ pub struct StreamConfig {
     pub batch_size: usize,
     /// Seed of all randomness.
     pub seed: u64,
-    /// This process among `world`, from 0.
+    /// Index of this process, from 0.
     pub rank: usize,
     /// Processes that share the shards.
     pub world: usize,
-    /// Where to go on.
+    /// The position to resume from.
     pub resume: Option<Cursor>,
 }
 
@@ -95,7 +106,7 @@ impl StreamConfig {
         }
     }
 
-    /// This rank's part of `max_samples`.
+    /// This rank's share of `max_samples`.
     pub(crate) fn epoch_share(&self) -> Option<u64> {
         let (rank, world) = (self.rank as u64, self.world.max(1) as u64);
         self.max_samples
@@ -185,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_refused() {
+    fn config_refuses_what_cannot_work() {
         assert!(config().validate().is_ok());
         let refused = |config: StreamConfig| {
             let error = config.validate().unwrap_err();
@@ -228,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn max_samples_are_shared_between_ranks() {
+    fn config_shares_max_samples_between_ranks() {
         let share = |rank| {
             StreamConfig {
                 max_samples: Some(11),

@@ -1,67 +1,69 @@
-//! Why a stream ended.
+//! Why a stream ends.
 
 use std::collections::BTreeMap;
 
+use crate::flow::Closed;
 use crate::order::CursorMismatch;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
 use crate::stages::Stage;
+use crate::stages::Stage;
 
-use super::batch::{ShardSummary, SkippedSample};
+use super::skip::{ShardSummary, SkippedSample};
 
-/// What ended a stream, or kept it from starting.
+/// Why a stream ends, or does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// A setting, or settings together, can't work.
+    /// A setting, or a combination of settings, is invalid.
     #[error("{0}")]
     Config(String),
     /// A shard's URL is wrong.
     #[error(transparent)]
     Url(#[from] UrlError),
-    /// Some rank would have nothing to read.
+    /// There are fewer shards than ranks.
     #[error(
         "{shards} shards can't be shared between {world} ranks: every rank needs at least one; \
          start at most {shards} ranks, or cut the data into more shards"
     )]
     TooFewShards {
-        /// Shards there are.
+        /// Number of shards.
         shards: usize,
-        /// Ranks there are.
+        /// Number of ranks.
         world: usize,
     },
-    /// The place to go on from belongs to another stream.
+    /// The cursor belongs to another stream.
     #[error(transparent)]
     Cursor(#[from] CursorMismatch),
-    /// A shard is no longer what it was when the place to go on from was saved.
+    /// A shard has changed since the cursor was saved.
     #[error(
-        "{url}: its sample {sample}, which the saved place in the data is in the middle of, is no longer there or can no longer be used: \
-         the shard changed; put the old one back, or start the data anew without the saved place"
+        "{url}: the saved position in the data needs its sample {sample}, which is no longer there or can no longer be used: \
+         the shard changed; restore the old shard, or start from the beginning of the data without the saved position"
     )]
     ShardChanged {
-        /// Which shard.
+        /// The shard.
         url: String,
-        /// Number of the sample in it, from 0.
+        /// Number of the sample in the shard, from 0.
         sample: u64,
     },
-    /// Bytes could not be had.
+    /// The source can't be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The object is something else than a shard.
+    /// The object is not a shard.
     #[error("{url} is not a tar: {cause}; does the URL lead to a shard?")]
     NotATar {
-        /// Which object.
+        /// The object.
         url: String,
-        /// What is wrong with its first header.
+        /// The fault of its first header.
         cause: String,
     },
-    /// Not one sample can be used.
+    /// No sample can be used.
     #[error("no sample can be used: {report}")]
     NothingUsable {
-        /// Counts by reason, and json keys that were looked for in vain.
+        /// Counts by reason, and json keys that no sample had.
         report: FilterReport,
-        /// The shards that were read to their end, which no batch could tell of.
+        /// The shards that were read to their end. No batch lists them.
         shards: Vec<ShardSummary>,
-        /// Their samples.
+        /// Skipped samples of these shards.
         skipped: Vec<SkippedSample>,
     },
     /// More samples are broken than allowed.
@@ -72,9 +74,9 @@ pub enum StreamError {
     TooManyBroken {
         /// Broken samples.
         broken: u64,
-        /// Samples read, without those the filter left out.
+        /// Samples read, without those that the filter rejected.
         read: u64,
-        /// What is allowed, 0 to 1.
+        /// Largest allowed fraction, 0 to 1.
         allowed: f64,
         /// Broken samples by reason.
         counts: BTreeMap<String, u64>,
@@ -82,12 +84,12 @@ pub enum StreamError {
     /// A fault in this program.
     #[error("the {stage} stage failed by a fault in coffey: {message}")]
     Panicked {
-        /// Where.
+        /// The stage of the thread.
         stage: Stage,
         /// The panic's message.
         message: String,
     },
-    /// The system gives no more threads.
+    /// The system can't start a thread.
     #[error("can't start a thread: {0}")]
     Threads(String),
 }
@@ -105,7 +107,7 @@ impl StreamError {
         Self::Threads(error.to_string())
     }
 
-    /// Whether the configuration is at fault, so that running again as it is can't help.
+    /// Whether the configuration is at fault, so that a retry can't help.
     #[must_use]
     pub fn is_config(&self) -> bool {
         match self {
@@ -118,5 +120,20 @@ impl StreamError {
             | Self::Panicked { .. }
             | Self::Threads(_) => false,
         }
+    }
+}
+
+/// Why a thread of the stream ends early.
+#[derive(Debug)]
+pub(crate) enum Halt {
+    /// The stream is being dropped.
+    Closed,
+    /// The stream ends in an error.
+    Failed(StreamError),
+}
+
+impl From<Closed> for Halt {
+    fn from(_: Closed) -> Self {
+        Self::Closed
     }
 }

@@ -1,7 +1,8 @@
-//! One open shard: a task that fetches its bytes and a thread that takes the tar apart.
+//! One open shard: a task that fetches its bytes and a thread that splits the tar into samples.
 
 use std::cell::Cell;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
@@ -18,7 +19,7 @@ use crate::flow::{
 };
 use crate::panic::panic_message;
 use crate::shard::{
-    Found, Grouped, PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarOptions, read_samples,
+    PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };
 use crate::source::{SourceError, Sources};
 use crate::stages::{FlowChannel, Stage};
@@ -26,36 +27,36 @@ use crate::stages::{FlowChannel, Stage};
 /// Bytes fetched ahead of the tar reader, for each open shard.
 const CHUNKS_BYTES: u32 = 4 << 20;
 const CHUNKS_ITEMS: usize = 64;
-/// Samples read ahead of the interleaving, for each open shard.
+/// Samples read ahead of the interleaver, for each open shard.
 const SAMPLES_BYTES: u32 = 8 << 20;
 const SAMPLES_ITEMS: usize = 32;
-/// Servers send pieces as small as 4 KiB: gathered to this, handing them over costs nothing.
+/// Fetched pieces are joined to this size, because servers send pieces as small as 4 KiB.
 const GATHERED_BYTES: usize = 64 << 10;
 
-/// What opening a shard needs.
+/// Shared objects that opening a shard needs.
 #[derive(Debug, Clone)]
 pub(crate) struct ReaderContext {
     pub(crate) sources: Sources,
     pub(crate) metrics: FlowMetrics,
     pub(crate) runtime: Handle,
     pub(crate) max_member_bytes: u64,
-    /// Who wants to know what else there is in a shard besides samples.
-    pub(crate) notes: Option<mpsc::Sender<Note>>,
+    /// Receiver of the parts of a shard that belong to no sample; `None` unless inspecting.
+    pub(crate) non_samples: Option<mpsc::Sender<NonSample>>,
 }
 
-/// What is in a shard and belongs to no sample.
+/// A part of a shard that belongs to no sample.
 #[derive(Debug)]
-pub(crate) enum Note {
-    PassedOver(PassedOver),
-    /// So many bytes, not all of them zero, come after the end of the archive.
+pub(crate) enum NonSample {
+    Member(PassedOver),
+    /// Number of bytes after the end of the archive, not all of them zero.
     Trailing(u64),
 }
 
-/// What comes out of an open shard.
+/// An event of an open shard.
 #[derive(Debug)]
 pub(crate) enum ShardEvent {
     Sample(Sample),
-    /// The shard's end, and what was wrong with it there.
+    /// The shard's end, and its fault if the end is not regular.
     End {
         broken: Option<String>,
     },
@@ -73,7 +74,7 @@ enum Chunk {
 pub(crate) struct OpenShard {
     events: Option<WeightedReceiver<ShardEvent>>,
     size: Arc<AtomicU64>,
-    /// When its last byte was fetched.
+    /// Time at which the last byte was fetched.
     fetched_at: Arc<OnceLock<Instant>>,
     stage: StageHandle,
     cancel: CancellationToken,
@@ -82,7 +83,7 @@ pub(crate) struct OpenShard {
 }
 
 impl OpenShard {
-    /// Begins to read `url`.
+    /// Starts to read `url`.
     pub(crate) fn start(context: &ReaderContext, url: &ShardUrl) -> io::Result<Self> {
         let metrics = &context.metrics;
         let cancel = CancellationToken::new();
@@ -108,10 +109,13 @@ impl OpenShard {
             stage: metrics.stage(Stage::Untar),
             options: TarOptions {
                 max_member_bytes: context.max_member_bytes,
-                // Who wants to know everything reads everything.
-                max_tail_bytes: context.notes.as_ref().map_or(TAIL_BYTES, |_| u64::MAX),
+                // When inspecting, the archive's tail is read to the end.
+                max_tail_bytes: context
+                    .non_samples
+                    .as_ref()
+                    .map_or(TAIL_BYTES, |_| u64::MAX),
             },
-            notes: context.notes.clone(),
+            non_samples: context.non_samples.clone(),
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
@@ -136,12 +140,12 @@ impl OpenShard {
         })
     }
 
-    /// Waits for what comes next; `None` when `cancel` was given, or after the end.
+    /// Waits for the next event; `None` when cancelled, or after the end.
     pub(crate) fn next(&self, cancel: &CancellationToken) -> Option<ShardEvent> {
         self.events.as_ref()?.recv_blocking(cancel)
     }
 
-    /// The shard's size in bytes; where the source doesn't say it, what was fetched so far.
+    /// The shard's size; the bytes fetched so far if the source does not tell the size.
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
@@ -152,13 +156,13 @@ impl Drop for OpenShard {
         drop(self.events.take());
         self.cancel.cancel();
         self.fetch.abort();
-        // All of it was in memory since then: fetching could only wait for the rest of the stream.
+        // Since the last byte was fetched, the fetch stage has waited for the rest of the stream.
         if let Some(fetched_at) = self.fetched_at.get() {
             self.stage.add_blocked(fetched_at.elapsed());
         }
         if let Some(untar) = self.untar.take() {
-            // Its panics are caught and reported within.
-            let _panicked = untar.join();
+            // The thread itself catches and reports panics.
+            untar.join().ok();
         }
     }
 }
@@ -181,10 +185,11 @@ async fn fetch(
             Chunk::End
         }
         Ok(Err(error)) => Chunk::Failed(error),
-        // Nobody reads any more.
+        // The untar thread has ended.
         Err(Closed) => return,
     };
-    let _closed = chunks.send(last, 0, &stage).await;
+    // Fails only if the untar thread has ended.
+    chunks.send(last, 0, &stage).await.ok();
     fetched_at.get_or_init(Instant::now);
 }
 
@@ -206,7 +211,7 @@ async fn fetch_all(
     let mut fetched = 0;
     let mut gathered = BytesMut::new();
     loop {
-        // Waiting for the network is this stage's work.
+        // Waiting for the network counts as the work of this stage.
         let start = Instant::now();
         let next = reader.next().await;
         stage.add_busy(start.elapsed());
@@ -245,10 +250,9 @@ struct ChunkReader<'a> {
     cancel: &'a CancellationToken,
     current: Bytes,
     ended: bool,
-    /// Why the bytes ended early: kept beside, because an [`io::Error`] loses it on its way through
-    /// the tar reader.
+    /// Why the bytes ended early. The tar reader does not keep the source of an [`io::Error`].
     failure: &'a Cell<Option<SourceError>>,
-    /// Time waited since it was last taken.
+    /// Time waited since the value was last taken.
     starved: &'a Cell<Duration>,
 }
 
@@ -281,7 +285,7 @@ struct Untar {
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,
-    notes: Option<mpsc::Sender<Note>>,
+    non_samples: Option<mpsc::Sender<NonSample>>,
 }
 
 impl Untar {
@@ -294,16 +298,18 @@ impl Untar {
                 message: panic_message(payload.as_ref()),
             }),
         };
-        let _closed = self.events.send_blocking(last, 0, &self.stage);
+        // Fails only if the shard is being dropped.
+        self.events.send_blocking(last, 0, &self.stage).ok();
     }
 
-    fn note(&self, note: impl FnOnce() -> Note) {
-        if let Some(notes) = &self.notes {
-            let _nobody_listens = notes.send(note());
+    fn report(&self, part: NonSample) {
+        if let Some(non_samples) = &self.non_samples {
+            // Fails only if the inspection was dropped.
+            non_samples.send(part).ok();
         }
     }
 
-    /// Delivers every sample; gives back how the shard ended, `None` if nobody wants to know.
+    /// Delivers every sample. Returns how the shard ended, `None` if the shard is being dropped.
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
         let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
@@ -322,16 +328,16 @@ impl Untar {
             stage.add_work(since, waited);
         };
         let mut closed = false;
-        let result = read_samples(reader, self.options, |found| {
-            let sample = match found {
-                Found::Sample(sample) => sample,
-                Found::PassedOver(member) => {
-                    self.note(|| Note::PassedOver(member));
-                    return Grouped::Continue;
+        let result = read_samples(reader, self.options, |item| {
+            let sample = match item {
+                TarItem::Sample(sample) => sample,
+                TarItem::PassedOver(member) => {
+                    self.report(NonSample::Member(member));
+                    return ControlFlow::Continue(());
                 }
-                Found::Trailing(bytes) => {
-                    self.note(|| Note::Trailing(bytes));
-                    return Grouped::Continue;
+                TarItem::Trailing(bytes) => {
+                    self.report(NonSample::Trailing(bytes));
+                    return ControlFlow::Continue(());
                 }
             };
             account(since);
@@ -344,9 +350,9 @@ impl Untar {
                 .is_err();
             since = stage.begin();
             if closed {
-                Grouped::Stop
+                ControlFlow::Break(())
             } else {
-                Grouped::Continue
+                ControlFlow::Continue(())
             }
         });
         account(since);

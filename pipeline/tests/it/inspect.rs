@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::support::{Bench, picture, sample, shard, tar_of, urls};
-use coffey_pipeline::inspect::{self, ProblemKind, ShardReport, Wanted};
+use coffey_pipeline::inspect::{self, InspectOptions, ProblemKind, ShardReport};
 use coffey_pipeline::{S3Options, StreamError};
 use tempfile::TempDir;
 
 fn report(path: &Path, resolution: Option<u32>) -> Result<ShardReport, StreamError> {
     let bench = Bench::new(S3Options::default());
     let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect();
-    let wanted = Wanted {
+    let wanted = InspectOptions {
         image_keys: keys(&["jpg", "png"]),
         caption_keys: keys(&["txt"]),
         resolution,

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::support::{Bench, bucket, config, keys, sequential, tar_of, urls};
 use coffey_pipeline::{
-    Batch, BatchContent, Content, Cursor, LatentShapes, ShardUrl, StreamConfig, StreamError,
+    Batch, BatchData, Content, Cursor, LatentShapes, ShardUrl, StreamConfig, StreamError,
 };
 use half::f16;
 use npyz::{WriteOptions, WriterBuilder};
@@ -74,7 +74,7 @@ fn reading(shapes: LatentShapes, config: StreamConfig) -> StreamConfig {
 
 /// The first number of each sample's moments.
 fn marks(batch: &Batch) -> Vec<f32> {
-    let BatchContent::Latents { moments, .. } = &batch.content else {
+    let BatchData::Latents { moments, .. } = &batch.data else {
         panic!("pixels where latents were read")
     };
     assert_eq!(moments.values.len(), batch.samples.len() * MOMENTS);
@@ -136,10 +136,10 @@ fn latent_arrays_stay_with_their_samples() {
                 })
                 .collect();
             assert_eq!(marks(&batch), expected);
-            let BatchContent::Latents {
+            let BatchData::Latents {
                 moments,
                 prompt_embeds,
-            } = batch.content
+            } = batch.data
             else {
                 panic!("pixels")
             };
@@ -291,11 +291,14 @@ fn latent_crops_are_drawn_by_epoch_and_seed() {
     let mut drawn: BTreeMap<String, BTreeSet<u32>> = BTreeMap::new();
     for batch in &batches {
         for (sample, mark) in batch.samples.iter().zip(marks(batch)) {
-            let crop = sample.crops[0];
+            let crop = sample.geometry.crops[0];
             let index = crop.top;
             assert_eq!(mark, index as f32);
             assert_eq!((crop.left, crop.flipped), (5 + index, index % 2 == 1));
-            assert_eq!((sample.original, sample.resized), ((64, 48), (21, 16)));
+            assert_eq!(
+                (sample.geometry.original, sample.geometry.resized),
+                ((64, 48), (21, 16))
+            );
             drawn
                 .entry(sample.key.to_string())
                 .or_default()

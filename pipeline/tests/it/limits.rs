@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::support::{Bench, config, picture, shard, tar_of, urls};
 use coffey_pipeline::flow::{FlowSnapshot, Recent, channel};
 use coffey_pipeline::stages::{FlowChannel, Stage};
-use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, ceiling};
+use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, decode_limit};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -136,11 +136,11 @@ fn limit_is_fetch_for_slow_server() {
 }
 
 #[test]
-fn ceiling_is_measured_on_stream_samples() {
+fn decode_limit_is_measured_on_stream_samples() {
     let folder = TempDir::new().unwrap();
     let bench = Bench::new(S3Options::default());
     let of = |config: &StreamConfig, samples| {
-        ceiling(config, &bench.sources, bench.runtime.handle(), samples)
+        decode_limit(config, &bench.sources, bench.runtime.handle(), samples)
     };
     let config = endless(pictures(folder.path(), 10, 300), 2);
     let found = of(&config, 25).unwrap();

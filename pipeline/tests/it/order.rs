@@ -394,13 +394,13 @@ fn batch_follows_image_options() {
     let sample = &batch.samples[3];
     assert_eq!(&*sample.key, "000000003");
     assert_eq!(sample.caption, "picture 3");
-    assert_eq!(sample.original, (23, 24));
-    assert_eq!(sample.resized, (16, 16));
-    assert_eq!(sample.crops, [cut_at(0, 0)]);
+    assert_eq!(sample.geometry.original, (23, 24));
+    assert_eq!(sample.geometry.resized, (16, 16));
+    assert_eq!(sample.geometry.crops, [cut_at(0, 0)]);
     assert_eq!(sample.json.as_ref().unwrap()["original_width"], 503);
     // 20x24 becomes 16x19; the centre crop starts at 2, as Python's round(1.5).
-    assert_eq!(batch.samples[0].resized, (16, 19));
-    assert_eq!(batch.samples[0].crops, [cut_at(2, 0)]);
+    assert_eq!(batch.samples[0].geometry.resized, (16, 19));
+    assert_eq!(batch.samples[0].geometry.crops, [cut_at(2, 0)]);
     assert_eq!(pixels(batch).len(), 4 * 3 * 16 * 16);
 }
 

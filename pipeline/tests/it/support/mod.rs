@@ -11,7 +11,7 @@ use std::time::Duration;
 use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
-    Batch, BatchContent, ImageOptions, Order, S3Options, ShardUrl, SourceError, SourceOptions,
+    Batch, BatchData, ImageOptions, Order, S3Options, ShardUrl, SourceError, SourceOptions,
     Sources, Stream, StreamConfig, StreamError, expand,
 };
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
@@ -268,8 +268,8 @@ pub(crate) fn keys(batches: &[Batch]) -> Vec<String> {
 
 /// The pixels of a batch of images.
 pub(crate) fn pixels(batch: &Batch) -> &[u8] {
-    match &batch.content {
-        BatchContent::Pixels { levels, .. } => levels,
-        BatchContent::Latents { .. } => panic!("latents where images were read"),
+    match &batch.data {
+        BatchData::Pixels { levels, .. } => levels,
+        BatchData::Latents { .. } => panic!("latents where images were read"),
     }
 }

@@ -1,10 +1,10 @@
-//! Which shards a rank reads in an epoch, and in which order.
+//! The plan of an epoch: which shards a rank reads, and in which order.
 
 use serde::{Deserialize, Serialize};
 
 use super::rng::{index_below, rng};
 
-/// How samples are ordered.
+/// Order of the samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Order {
@@ -12,8 +12,8 @@ pub enum Order {
     /// several read at once and interleaved, then a shuffle buffer.
     #[default]
     Shuffled,
-    /// For reading everything once: this rank's shards in the order they were given, each whole and
-    /// in its own order.
+    /// For reading everything once: this rank's shards in the given order, one after the other, samples in
+    /// the shard's order.
     Sequential,
 }
 
@@ -30,7 +30,7 @@ pub struct EpochPlan {
     pub world: usize,
     /// Order of the shards.
     pub order: Order,
-    /// Draw shards with replacement, not each once. Shuffled order only.
+    /// Draw shards with replacement instead of each once. Shuffled order only.
     pub resample: bool,
 }
 
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_share_an_epoch_without_overlap() {
+    fn plan_shares_an_epoch_between_ranks() {
         for world in [1, 2, 5, 23] {
             for epoch in 0..3 {
                 let mut all: Vec<usize> = (0..world)
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn sequential_keeps_the_given_order() {
+    fn plan_keeps_the_given_order_when_sequential() {
         let plan = EpochPlan {
             order: Order::Sequential,
             ..plan(1, 4)
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn resampling_draws_with_replacement() {
+    fn plan_resamples_with_replacement() {
         let plan = EpochPlan {
             resample: true,
             ..plan(0, 1)

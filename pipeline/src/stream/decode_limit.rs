@@ -1,5 +1,5 @@
-//! How fast this machine could be: the same samples, decoded, resized and cropped (or read) from memory by all
-//! cores, with no shards, channels or order around it.
+//! The decode limit: the speed of all cores that decode the stream's samples from memory, without reading shards,
+//! channels and order.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,77 +7,93 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::config::StreamConfig;
+use super::config::{Content, StreamConfig};
+use super::decode::DecodeWorker;
 use super::error::StreamError;
+use super::event::{DecodeJob, StreamEvent};
 use super::interleave::Interleaver;
-use super::prepare::Preparer;
+use super::kinds::{Images, Latents, SampleKind};
 use super::reader::ReaderContext;
-use super::step::{Job, Step};
 use crate::flow::{FlowMetrics, ordered_map};
 use crate::panic::panic_message;
 use crate::source::Sources;
 use crate::stages::{DECODE_CHANNELS, Stage};
 
-/// Compressed images held at once, at most. Bytes.
-const HELD_BYTES: usize = 512 << 20;
-/// Jobs on their way while samples are collected.
+/// Most compressed data held at once. Bytes.
+const MAX_HELD_BYTES: usize = 512 << 20;
+/// Jobs in flight while samples are collected.
 const WINDOW: usize = 16;
 
-/// What the cores did alone.
+/// A measurement of the decode limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ceiling {
+pub struct DecodeLimit {
     /// Images decoded, resized and cropped.
     pub images: u64,
-    /// Threads that did so, one a core.
+    /// Threads, one per core.
     pub threads: usize,
-    /// How long it took.
+    /// Wall-clock time.
     pub elapsed: Duration,
-    /// Processor time it took, on all threads together: also on a machine that others use.
+    /// Processor time of all threads. Meaningful also on a machine shared with other processes.
     pub cpu: Duration,
 }
 
-/// Reads the first samples a stream of `config` would give, at most `samples` and 512 MB of images, and
-/// then measures how fast all cores decode, resize and crop them.
+/// Reads the first samples that a stream of `config` would give, at most `samples` and 512 MB, and then measures how
+/// fast all cores decode, resize and crop them.
 ///
 /// # Errors
-/// As the stream's, and if no thread can be started.
-pub fn ceiling(
+/// The stream's errors, and [`StreamError::Threads`].
+pub fn decode_limit(
     config: &StreamConfig,
     sources: &Sources,
     runtime: &Handle,
     samples: u64,
-) -> Result<Ceiling, StreamError> {
-    let jobs = collect(config, sources, runtime, samples)?;
+) -> Result<DecodeLimit, StreamError> {
+    match config.content {
+        Content::Images => measure(&Images::new(config), config, sources, runtime, samples),
+        Content::Latents(shapes) => {
+            measure(&Latents::new(shapes), config, sources, runtime, samples)
+        }
+    }
+}
+
+fn measure<K: SampleKind>(
+    kind: &K,
+    config: &StreamConfig,
+    sources: &Sources,
+    runtime: &Handle,
+    samples: u64,
+) -> Result<DecodeLimit, StreamError> {
+    let jobs = collect(kind, config, sources, runtime, samples)?;
     let images = jobs.len() as u64;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = Mutex::new(jobs.into_iter());
     let metrics = FlowMetrics::private();
     metrics.count_cpu();
     let stage = metrics.stage(Stage::Decode);
-    let preparer = Preparer::new(config, stage.clone());
+    let worker = DecodeWorker::new(kind.clone(), config, stage.clone());
     let start = Instant::now();
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
+        let threads_running: Vec<_> = (0..threads)
             .map(|_| {
-                let mut preparer = preparer.clone();
+                let mut worker = worker.clone();
                 let (jobs, stage) = (&jobs, stage.clone());
                 let next = || lock(jobs).next();
                 scope.spawn(move || {
                     stage.work(|| {
                         while let Some(job) = next() {
-                            std::hint::black_box(preparer.prepare(job));
+                            std::hint::black_box(worker.decode(job));
                         }
                     });
                 })
             })
             .collect();
-        for worker in workers {
-            worker.join().map_err(|payload| StreamError::Panicked {
+        for thread in threads_running {
+            thread.join().map_err(|payload| StreamError::Panicked {
                 stage: Stage::Decode,
                 message: panic_message(payload.as_ref()),
             })?;
         }
-        Ok(Ceiling {
+        Ok(DecodeLimit {
             images,
             threads,
             elapsed: start.elapsed(),
@@ -86,30 +102,34 @@ pub fn ceiling(
     })
 }
 
-/// The jobs a stream would give its decode threads, in its order.
-fn collect(
+/// The jobs that a stream would give its decode threads, in the stream's order.
+fn collect<K: SampleKind>(
+    kind: &K,
     config: &StreamConfig,
     sources: &Sources,
     runtime: &Handle,
     samples: u64,
-) -> Result<Vec<Job>, StreamError> {
+) -> Result<Vec<DecodeJob<K>>, StreamError> {
     config.validate()?;
     let metrics = FlowMetrics::private();
     let cancel = CancellationToken::new();
-    let held = Arc::new(Mutex::new(Held::default()));
+    let held = Arc::new(Mutex::new(HeldJobs {
+        jobs: Vec::new(),
+        bytes: 0,
+    }));
     let keep = || {
         let held = Arc::clone(&held);
-        move |job: Job| {
+        move |job: DecodeJob<K>| {
             let mut held = lock(&held);
-            held.bytes += job.chosen.members.bytes();
+            held.bytes += job.sample.bytes();
             held.jobs.push(job);
-            // Any step: they only tell how far the thread has come.
-            Step::EpochDone { read: 0 }
+            // Any event: it only shows the progress of the thread.
+            StreamEvent::<K>::EpochDone { read: 0 }
         }
     };
     let stage = metrics.stage(Stage::Decode);
-    // One thread keeps them in order.
-    let (steps, results, mut threads) =
+    // One thread keeps the jobs in order.
+    let (events, results, mut threads) =
         ordered_map(&metrics, &stage, DECODE_CHANNELS, 1, WINDOW, keep)
             .map_err(|error| StreamError::threads(&error))?;
     let context = ReaderContext {
@@ -117,22 +137,22 @@ fn collect(
         metrics: metrics.clone(),
         runtime: runtime.clone(),
         max_member_bytes: config.image.max_bytes,
-        notes: None,
+        non_samples: None,
     };
-    let interleaver = Interleaver::new(config.clone(), context, steps, cancel.clone());
-    let order = std::thread::Builder::new()
-        .name("order".to_owned())
+    let interleaver = Interleaver::new(kind.clone(), config, context, events, cancel.clone());
+    let thread = std::thread::Builder::new()
+        .name("interleave".to_owned())
         .spawn(move || interleaver.run());
-    threads.push(order.map_err(|error| StreamError::threads(&error))?);
-    let enough = || {
+    threads.push(thread.map_err(|error| StreamError::threads(&error))?);
+    let is_enough = || {
         let held = lock(&held);
-        held.jobs.len() as u64 >= samples || held.bytes >= HELD_BYTES
+        held.jobs.len() as u64 >= samples || held.bytes >= MAX_HELD_BYTES
     };
     let mut failed = None;
-    while !enough() && failed.is_none() {
+    while !is_enough() && failed.is_none() {
         failed = match results.recv(&stage) {
             None => break,
-            Some(Ok(Step::Failed(error))) => Some(error),
+            Some(Ok(StreamEvent::Failed(error))) => Some(error),
             Some(Ok(_)) => None,
             Some(Err(message)) => Some(StreamError::Panicked {
                 stage: Stage::Decode,
@@ -143,8 +163,8 @@ fn collect(
     cancel.cancel();
     drop(results);
     for thread in threads {
-        // Its panic came out of the steps.
-        let _panicked = thread.join();
+        // A panic was reported as an event.
+        thread.join().ok();
     }
     if let Some(error) = failed {
         return Err(error);
@@ -154,14 +174,13 @@ fn collect(
     Ok(jobs)
 }
 
-/// What was collected.
-#[derive(Default)]
-struct Held {
-    jobs: Vec<Job>,
+/// Collected jobs.
+struct HeldJobs<K: SampleKind> {
+    jobs: Vec<DecodeJob<K>>,
     bytes: usize,
 }
 
-// Only pushed to: whole, whatever happened to a thread that held it.
+// A poisoned list is valid: a thread only pushes to it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,22 +1,21 @@
-//! What only shows when shards are looked at together.
+//! Problems of several shards together.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Problem, ProblemKind, ShardReport};
 
-/// The keys of the shards seen so far.
+/// Finds keys that occur in several shards.
 #[derive(Debug, Default)]
-pub struct Across {
-    /// Each key's first shard.
+pub struct CrossShardCheck {
+    /// The first shard of each key.
     first: HashMap<Arc<str>, usize>,
     urls: Vec<String>,
     last_key: Option<Arc<str>>,
 }
 
-impl Across {
-    /// Compares a shard with those before it, and adds what is wrong with the two together to its
-    /// report. Takes the report's keys.
+impl CrossShardCheck {
+    /// Compares a shard with the shards before it, and adds the problems to its report. Removes the report's keys.
     pub fn add(&mut self, report: &mut ShardReport) {
         let shard = self.urls.len();
         let keys = std::mem::take(&mut report.keys);
@@ -25,8 +24,8 @@ impl Across {
             if first == shard {
                 continue;
             }
-            let goes_on = index == 0 && self.last_key.as_ref() == Some(key);
-            let (kind, what) = if goes_on {
+            let continues = index == 0 && self.last_key.as_ref() == Some(key);
+            let (kind, what) = if continues {
                 let before = &self.urls[shard - 1];
                 let what = format!("may be the rest of the last sample of {before}");
                 (ProblemKind::SplitSample, what)
@@ -50,8 +49,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_in_two_shards_and_a_sample_cut_in_two_are_found() {
-        let mut across = Across::default();
+    fn cross_shard_finds_shared_keys_and_split_samples() {
+        let mut check = CrossShardCheck::default();
         let mut found = Vec::new();
         for (url, keys) in [
             ("0.tar", ["a", "b"]),
@@ -63,7 +62,7 @@ mod tests {
                 keys: keys.map(Arc::from).into(),
                 ..ShardReport::default()
             };
-            across.add(&mut report);
+            check.add(&mut report);
             found.push(report.problems);
         }
         assert!(found[0].is_empty() && found[2].is_empty(), "{found:?}");

@@ -1,25 +1,25 @@
-//! What is odd about an image that can be used all the same.
+//! Oddities of images that can be used.
 
 use std::io::Cursor;
 
 use image::codecs::{gif::GifDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::{AnimationDecoder, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader};
 
-/// Whether an extension promises another format than `format` (a name of [`crate::image::decode`]).
-/// An extension that promises none, as `img`, doesn't lie.
-pub(super) fn lies(extension: &str, format: &str) -> bool {
+/// Whether `extension` is that of another format than `format` (a name of [`crate::image::decode`]).
+/// False for an extension of no format, as `img`.
+pub(super) fn has_wrong_extension(extension: &str, format: &str) -> bool {
     let last = extension.rsplit('.').next().unwrap_or(extension);
-    let promised = match last {
+    let expected = match last {
         "jpg" | "jpeg" | "jpe" | "jfif" => "jpeg",
         "png" | "apng" => "png",
         "webp" | "gif" | "bmp" => last,
         _ => return false,
     };
-    promised != format
+    expected != format
 }
 
-/// Whether an image has more than one frame, of which only the first is taken.
-pub(super) fn animated(bytes: &[u8]) -> bool {
+/// Whether an image has more than one frame. Only the first is used.
+pub(super) fn is_animated(bytes: &[u8]) -> bool {
     let reader = Cursor::new(bytes);
     match image::guess_format(bytes) {
         Ok(ImageFormat::Gif) => GifDecoder::new(reader)
@@ -34,8 +34,8 @@ pub(super) fn animated(bytes: &[u8]) -> bool {
     }
 }
 
-/// Whether an image has 16 bits a channel, of which 8 are kept.
-pub(super) fn deep(bytes: &[u8]) -> bool {
+/// Whether an image has 16 bits per channel. Only 8 are kept.
+pub(super) fn has_16_bits(bytes: &[u8]) -> bool {
     let decoder = ImageReader::new(Cursor::new(bytes))
         .with_guessed_format()
         .map(ImageReader::into_decoder);
@@ -64,15 +64,15 @@ mod tests {
     }
 
     #[test]
-    fn extensions_are_held_to_what_they_promise() {
-        assert!(lies("jpg", "png"));
-        assert!(lies("seg.png", "jpeg"));
-        assert!(!lies("jpeg", "jpeg"));
-        assert!(!lies("image", "webp"));
+    fn wrong_extension_is_found() {
+        assert!(has_wrong_extension("jpg", "png"));
+        assert!(has_wrong_extension("seg.png", "jpeg"));
+        assert!(!has_wrong_extension("jpeg", "jpeg"));
+        assert!(!has_wrong_extension("image", "webp"));
     }
 
     #[test]
-    fn frames_and_depth_are_seen() {
+    fn animation_and_depth_are_found() {
         let gif = |frames: u8| {
             let mut bytes = Vec::new();
             let mut encoder = GifEncoder::new(&mut bytes);
@@ -83,13 +83,13 @@ mod tests {
             drop(encoder);
             bytes
         };
-        assert!(animated(&gif(2)));
-        assert!(!animated(&gif(1)));
+        assert!(is_animated(&gif(2)));
+        assert!(!is_animated(&gif(1)));
         let deep_png = ImageBuffer::from_pixel(2, 2, Rgb([0xABCD_u16, 0, 1]));
         let deep_png = encoded(&deep_png.into(), ImageFormat::Png);
         let flat = encoded(&RgbImage::new(2, 2).into(), ImageFormat::Png);
-        assert!(deep(&deep_png) && !animated(&deep_png));
-        assert!(!deep(&flat));
-        assert!(!deep(b"no image") && !animated(b"no image"));
+        assert!(has_16_bits(&deep_png) && !is_animated(&deep_png));
+        assert!(!has_16_bits(&flat));
+        assert!(!has_16_bits(b"no image") && !is_animated(b"no image"));
     }
 }

@@ -1,54 +1,58 @@
-//! From an encoded image to its square, with work space that is kept.
+//! The image transform: an encoded image to square crops, with reused work space.
 
 use rand_chacha::rand_core::RngCore;
 
-use super::crop::{CropWindow, place};
-use super::decode::{DecodeError, Encoded};
-use super::resize::{Pixels, Scaler, Target, resized_size};
+use super::crop::{CropGeometry, CropWindow, choose_window};
+use super::decode::Encoded;
+use super::error::DecodeError;
+use super::resize::{CropTarget, Scaler, SourcePixels, resized_size};
 use super::{ImageOptions, Interpolation};
 
-/// Work space above this is given back after the image that needed it, so that one huge image
-/// doesn't hold memory for ever. Bytes.
-const KEPT: usize = 64 << 20;
+/// Larger work space is freed after the image that needed it, so that one huge image does not hold memory for
+/// the rest of the run. Bytes.
+const MAX_KEPT_BYTES: usize = 64 << 20;
 
-/// The squares cut from an image.
+/// The crops of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Squares {
+pub(crate) struct Crops {
     /// `[crops, 3, R, R]`, 8 bit.
     pub(crate) pixels: Vec<u8>,
-    /// Width and height of the image. Pixels.
-    pub(crate) original: (u32, u32),
-    /// Width and height after resizing, before cropping. Pixels.
-    pub(crate) resized: (u32, u32),
-    /// Where each was cut.
-    pub(crate) windows: Vec<CropWindow>,
+    /// Sizes of the image, and the windows of the crops.
+    pub(crate) geometry: CropGeometry,
 }
 
-/// Makes squares of images, keeping its work space between them. One a thread.
+/// Decodes, resizes and crops images, and reuses its work space. One per thread.
 #[derive(Debug, Default)]
-pub(crate) struct SquareMaker {
+pub(crate) struct ImageTransform {
     pixels: Vec<u8>,
     scaler: Scaler,
 }
 
-impl SquareMaker {
-    /// Decodes an image, resizes its shorter side to the resolution and cuts squares out, at
-    /// places drawn from `rng` one after another if the options say so.
+impl Clone for ImageTransform {
+    /// Work space is not copied: the clone starts without any.
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl ImageTransform {
+    /// Decodes an image, resizes its shorter side to the resolution and cuts the crops out. Random windows are drawn
+    /// from `rng`, one after another.
     ///
     /// # Errors
     /// [`DecodeError`] for what isn't an image, is damaged, or has too many pixels, before or after
     /// resizing.
-    pub(crate) fn make(
+    pub(crate) fn apply(
         &mut self,
         bytes: &[u8],
         options: &ImageOptions,
         rng: &mut impl RngCore,
-    ) -> Result<Squares, DecodeError> {
+    ) -> Result<Crops, DecodeError> {
         let image = Encoded::open(bytes)?;
         let original @ (width, height) = image.size();
         let side = options.resolution;
         let resized = resized_size(width, height, side);
-        // A long and thin image grows beyond all measure.
+        // Resizing the shorter side of a long and thin image can multiply its pixels.
         if u64::from(resized.0) * u64::from(resized.1) > options.max_pixels {
             return Err(DecodeError::TooLarge {
                 width,
@@ -56,42 +60,44 @@ impl SquareMaker {
                 max_pixels: options.max_pixels,
             });
         }
-        let mut place = || place(resized, side, options.crop, options.flip, rng);
-        let windows: Vec<CropWindow> = (0..options.crops).map(|_| place()).collect();
+        let mut choose = || choose_window(resized, side, options.crop, options.flip, rng);
+        let crops: Vec<CropWindow> = (0..options.crops).map(|_| choose()).collect();
         let scaled = options.scaled_decode && options.interpolation != Interpolation::Nearest;
         let reduction = if scaled { image.reduction(side) } else { 1 };
         let size = image.decode(options.max_pixels, reduction, &mut self.pixels)?;
         let extent = |side: u32| f64::from(side) / f64::from(reduction);
-        let source = Pixels {
+        let source = SourcePixels {
             data: &self.pixels,
             size,
             extent: (extent(width), extent(height)),
         };
-        let mut square = |&window: &CropWindow| {
-            let target = Target {
+        let mut crop = |&window: &CropWindow| {
+            let target = CropTarget {
                 size: resized,
                 window,
                 side,
                 interpolation: options.interpolation,
             };
-            self.scaler.square(source, &target)
+            self.scaler.resize_and_crop(source, &target)
         };
-        let pixels = match windows.as_slice() {
-            [window] => square(window)?,
+        let pixels = match crops.as_slice() {
+            [window] => crop(window)?,
             windows => windows
                 .iter()
-                .map(square)
+                .map(crop)
                 .collect::<Result<Vec<_>, _>>()?
                 .concat(),
         };
-        if self.pixels.len() > KEPT {
+        if self.pixels.len() > MAX_KEPT_BYTES {
             *self = Self::default();
         }
-        Ok(Squares {
+        Ok(Crops {
             pixels,
-            original,
-            resized,
-            windows,
+            geometry: CropGeometry {
+                original,
+                resized,
+                crops,
+            },
         })
     }
 }
@@ -99,7 +105,7 @@ impl SquareMaker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{CropMode, Squares};
+    use crate::image::CropMode;
     use crate::order::rng::rng;
     use image::RgbImage;
 
@@ -108,8 +114,8 @@ mod tests {
         std::fs::read(path).unwrap()
     }
 
-    fn make(bytes: &[u8], options: &ImageOptions) -> Result<Squares, DecodeError> {
-        SquareMaker::default().make(bytes, options, &mut rng(1, "crop", 0, 0))
+    fn make(bytes: &[u8], options: &ImageOptions) -> Result<Crops, DecodeError> {
+        ImageTransform::default().apply(bytes, options, &mut rng(1, "crop", 0, 0))
     }
 
     fn small() -> ImageOptions {
@@ -121,10 +127,10 @@ mod tests {
     }
 
     /// Mean and greatest difference of a square from a golden image's part.
-    fn apart(square: &Squares, whole: &RgbImage) -> (f64, u8) {
-        assert_eq!(square.resized, whole.dimensions());
-        let (window, side) = (square.windows[0], 64);
-        let of = crate::image::crop::planes;
+    fn apart(square: &Crops, whole: &RgbImage) -> (f64, u8) {
+        assert_eq!(square.geometry.resized, whole.dimensions());
+        let (window, side) = (square.geometry.crops[0], 64);
+        let of = crate::image::crop::crop_to_planes;
         let expected = of(whole, whole.width(), (window.top, window.left), side, false);
         let by: Vec<u8> = expected
             .iter()
@@ -136,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_photo_is_pillows_within_a_level_and_close_when_decoded_at_a_fraction() {
+    fn transform_matches_pillow_exact_and_scaled() {
         let expected = image::load_from_memory(&golden("photo-64.png"))
             .unwrap()
             .into_rgb8();
@@ -145,19 +151,22 @@ mod tests {
             ..small()
         };
         let square = make(&golden("photo.jpg"), &exact).unwrap();
-        assert_eq!((square.original, square.resized), ((400, 300), (85, 64)));
+        assert_eq!(
+            (square.geometry.original, square.geometry.resized),
+            ((400, 300), (85, 64))
+        );
         let (_, worst) = apart(&square, &expected);
         assert!(worst <= 1, "{worst}");
         // A shorter side of 300 is decoded at a quarter, 75.
         let scaled = make(&golden("photo.jpg"), &small()).unwrap();
-        assert_eq!(scaled.windows, square.windows);
+        assert_eq!(scaled.geometry, square.geometry);
         assert_ne!(scaled.pixels, square.pixels);
         let (mean, worst) = apart(&scaled, &expected);
         assert!(mean < 2.0 && worst < 30, "mean {mean}, greatest {worst}");
     }
 
     #[test]
-    fn further_crops_leave_the_first_as_it_is() {
+    fn transform_adds_crops_without_changing_the_first() {
         let options = ImageOptions {
             crop: CropMode::Random,
             flip: true,
@@ -173,20 +182,17 @@ mod tests {
             },
         )
         .unwrap();
-        assert_eq!(four.windows.len(), 4);
-        assert_eq!(four.windows[0], one.windows[0]);
-        assert!(
-            four.windows[1..]
-                .iter()
-                .any(|window| *window != four.windows[0])
-        );
+        let windows = &four.geometry.crops;
+        assert_eq!(windows.len(), 4);
+        assert_eq!(windows[0], one.geometry.crops[0]);
+        assert!(windows[1..].iter().any(|window| *window != windows[0]));
         let squares: Vec<&[u8]> = four.pixels.chunks_exact(one.pixels.len()).collect();
         assert_eq!((squares.len(), squares[0]), (4, one.pixels.as_slice()));
         assert!(squares[1..].iter().any(|square| *square != squares[0]));
     }
 
     #[test]
-    fn a_fraction_never_falls_below_the_target() {
+    fn reduction_never_falls_below_the_resolution() {
         let bytes = golden("photo.jpg");
         let reduction = |resolution| Encoded::open(&bytes).unwrap().reduction(resolution);
         assert_eq!([37, 38, 75, 76].map(reduction), [8, 4, 4, 2]);
@@ -196,8 +202,8 @@ mod tests {
     }
 
     #[test]
-    fn work_space_that_was_used_before_leaves_no_trace() {
-        let mut maker = SquareMaker::default();
+    fn transform_reuse_changes_nothing() {
+        let mut transform = ImageTransform::default();
         let kinds = [
             "photo.jpg",
             "formats/420.jpg",
@@ -206,13 +212,13 @@ mod tests {
         ];
         for name in kinds.iter().chain(kinds.iter().rev()) {
             let bytes = golden(name);
-            let again = maker.make(&bytes, &small(), &mut rng(1, "crop", 0, 0));
+            let again = transform.apply(&bytes, &small(), &mut rng(1, "crop", 0, 0));
             assert_eq!(again, make(&bytes, &small()), "{name}");
         }
     }
 
     #[test]
-    fn a_thread_of_pixels_is_refused_and_not_blown_up() {
+    fn transform_refuses_thin_images_that_grow() {
         let thread = golden("formats/1x40.jpg");
         let options = ImageOptions {
             max_pixels: 64 * 64 * 39,

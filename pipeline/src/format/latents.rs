@@ -1,0 +1,240 @@
+//! Samples of latent shards, as `coffey precompute` writes them.
+//!
+//! Members of a sample, in this order:
+//!
+//! | member | content |
+//! | --- | --- |
+//! | `KEY.latent.npy` | `<f2` (f16) `[2C, h, w]` in C order, `[crops, 2C, h, w]` with several crops: the VAE's moments, `C` channels of mean, then `C` of log-variance, neither clamped nor scaled |
+//! | `KEY.prompt_embeds.npy` | `<f2` (f16) `[T, width]`: the text encoder's `last_hidden_state`; optional |
+//! | `KEY.txt` | the caption, UTF-8, as in the input |
+//! | `KEY.json` | the input's json and the key `coffey` |
+//!
+//! `coffey` in the json says which part of the image the latents show ([`CropGeometry`]). Sizes are in pixels:
+//!
+//! ```json
+//! {"caption": "doughnut", "coffey": {"original_width": 64, "original_height": 64, "resized_width": 64,
+//!  "resized_height": 64, "crop_top": 0, "crop_left": 0, "flipped": false, "target_width": 64,
+//!  "target_height": 64}}
+//! ```
+//!
+//! With several crops, `crop_top`, `crop_left` and `flipped` are lists. The scale is `resized / original`; `crop_top`
+//! and `crop_left` count in the resized image. An input json that is not an object becomes the value of the key
+//! `json`, beside `coffey`.
+
+use half::f16;
+use serde_json::{Map, Value, json};
+
+use super::npy;
+use crate::image::{CropGeometry, CropWindow};
+
+/// Extension of a sample's latents.
+pub const LATENT: &str = "latent.npy";
+/// Extension of a sample's text embeddings.
+pub const PROMPT_EMBEDS: &str = "prompt_embeds.npy";
+/// Extension of a sample's caption.
+pub const CAPTION: &str = "txt";
+/// Extension of a sample's json.
+pub const JSON: &str = "json";
+/// Key of the json whose value is the [`CropGeometry`].
+const GEOMETRY: &str = "coffey";
+/// Key of an input json that is not an object.
+const INPUT_JSON: &str = "json";
+
+/// Expected shapes of a sample's arrays: a sample with other shapes is skipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LatentShapes {
+    /// Moments, `[2C, h, w]`. A sample may hold several crops, `[N, 2C, h, w]`: one of them is drawn
+    /// each time.
+    pub moments: [usize; 3],
+    /// Text embeddings, `[T, width]`. With embeddings a sample needs no caption. `None` if captions are
+    /// read instead.
+    pub prompt_embeds: Option<[usize; 2]>,
+}
+
+/// A member of a sample: its extension and its content.
+pub type Member = (&'static str, Vec<u8>);
+
+/// An f16 array that a sample's member is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct F16Member<'a> {
+    /// Shape of the array.
+    pub shape: &'a [usize],
+    /// Values in C order.
+    pub values: Vec<f16>,
+}
+
+/// A sample to be written.
+#[derive(Debug)]
+pub struct LatentSample<'a> {
+    /// Moments, `[2C, h, w]`, or `[crops, 2C, h, w]` with several crops.
+    pub moments: F16Member<'a>,
+    /// Text embeddings, `[T, width]`.
+    pub prompt_embeds: Option<F16Member<'a>>,
+    /// The caption.
+    pub caption: &'a str,
+    /// The input's json.
+    pub json: Option<&'a Value>,
+    /// Which part of the image the latents show.
+    pub geometry: &'a CropGeometry,
+    /// Side of the square that was encoded. Pixels.
+    pub resolution: u32,
+}
+
+impl LatentSample<'_> {
+    /// The sample's members, in the order of the shard.
+    ///
+    /// # Errors
+    /// When the values don't fill the shape of an array.
+    pub fn members(self) -> std::io::Result<Vec<Member>> {
+        let json = json_with_geometry(self.json, self.geometry, self.resolution);
+        let mut members = vec![(LATENT, npy::write(self.moments.shape, self.moments.values)?)];
+        if let Some(embeds) = self.prompt_embeds {
+            members.push((PROMPT_EMBEDS, npy::write(embeds.shape, embeds.values)?));
+        }
+        members.push((CAPTION, self.caption.as_bytes().to_vec()));
+        members.push((JSON, json.to_string().into_bytes()));
+        Ok(members)
+    }
+}
+
+/// The input's json with the key `coffey`.
+fn json_with_geometry(input: Option<&Value>, geometry: &CropGeometry, resolution: u32) -> Value {
+    let of_crop = |value: fn(&CropWindow) -> Value| match geometry.crops.as_slice() {
+        [crop] => value(crop),
+        crops => crops.iter().map(value).collect(),
+    };
+    let mut object = match input {
+        Some(Value::Object(object)) => object.clone(),
+        Some(other) => Map::from_iter([(INPUT_JSON.to_owned(), other.clone())]),
+        None => Map::new(),
+    };
+    // `insert` alone would leave an input's key of this name at its place in the order of keys.
+    object.shift_remove(GEOMETRY);
+    object.insert(
+        GEOMETRY.to_owned(),
+        json!({
+            "original_width": geometry.original.0,
+            "original_height": geometry.original.1,
+            "resized_width": geometry.resized.0,
+            "resized_height": geometry.resized.1,
+            "crop_top": of_crop(|crop| crop.top.into()),
+            "crop_left": of_crop(|crop| crop.left.into()),
+            "flipped": of_crop(|crop| crop.flipped.into()),
+            "target_width": resolution,
+            "target_height": resolution,
+        }),
+    );
+    Value::Object(object)
+}
+
+/// Geometry of crop number `index` from a sample's json. Missing values are zeros.
+pub(crate) fn geometry_of_crop(json: &Value, index: usize) -> CropGeometry {
+    let Some(geometry) = json.get(GEOMETRY) else {
+        return CropGeometry::default();
+    };
+    let of_crop = |key: &str| match geometry.get(key)? {
+        Value::Array(all) => all.get(index),
+        one => Some(one),
+    };
+    let number = |key: &str| {
+        let number = of_crop(key).and_then(Value::as_u64);
+        number.and_then(|n| u32::try_from(n).ok()).unwrap_or(0)
+    };
+    CropGeometry {
+        original: (number("original_width"), number("original_height")),
+        resized: (number("resized_width"), number("resized_height")),
+        crops: vec![CropWindow {
+            top: number("crop_top"),
+            left: number("crop_left"),
+            flipped: of_crop("flipped").and_then(Value::as_bool).unwrap_or(false),
+        }],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry() -> CropGeometry {
+        CropGeometry {
+            original: (90, 60),
+            resized: (96, 64),
+            crops: vec![CropWindow {
+                top: 0,
+                left: 16,
+                flipped: true,
+            }],
+        }
+    }
+
+    #[test]
+    fn latent_json_keeps_the_input_and_adds_the_crop() {
+        let input = json!({"width": 9, "coffey": 1, "z": 0.25});
+        let mut geometry = geometry();
+        let one = json_with_geometry(Some(&input), &geometry, 64);
+        assert_eq!(
+            one.to_string(),
+            "{\"width\":9,\"z\":0.25,\"coffey\":{\"original_width\":90,\"original_height\":60,\"resized_width\":96,\
+             \"resized_height\":64,\"crop_top\":0,\"crop_left\":16,\"flipped\":true,\"target_width\":64,\"target_height\":64}}"
+        );
+        geometry.crops.push(CropWindow {
+            top: 0,
+            left: 3,
+            flipped: false,
+        });
+        let two = json_with_geometry(Some(&input), &geometry, 64);
+        assert_eq!(two["coffey"]["crop_left"], json!([16, 3]));
+        assert_eq!(two["coffey"]["flipped"], json!([true, false]));
+        assert_eq!(two["coffey"]["target_width"], 64);
+        let list = json_with_geometry(Some(&json!([1])), &geometry, 64);
+        assert_eq!(list["json"], json!([1]));
+        let none = json_with_geometry(None, &geometry, 64);
+        assert_eq!(none.as_object().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn latent_json_is_read_as_it_was_written() {
+        let mut written = geometry();
+        assert_eq!(
+            geometry_of_crop(&json_with_geometry(None, &written, 64), 0),
+            written
+        );
+        written.crops.push(CropWindow {
+            top: 0,
+            left: 3,
+            flipped: false,
+        });
+        let json = json_with_geometry(None, &written, 64);
+        for (index, crop) in written.crops.iter().enumerate() {
+            assert_eq!(geometry_of_crop(&json, index).crops, [*crop]);
+        }
+        assert_eq!(geometry_of_crop(&json!({}), 0), CropGeometry::default());
+        let partial = geometry_of_crop(&json!({"coffey": {"crop_top": -1}}), 0);
+        assert_eq!((partial.original, partial.resized), ((0, 0), (0, 0)));
+    }
+
+    #[test]
+    fn latent_members_keep_their_order() {
+        let values = vec![f16::ONE; 4];
+        let geometry = geometry();
+        let sample = LatentSample {
+            moments: F16Member {
+                shape: &[2, 1, 2],
+                values: values.clone(),
+            },
+            prompt_embeds: Some(F16Member {
+                shape: &[2, 2],
+                values,
+            }),
+            caption: "a cup",
+            json: None,
+            geometry: &geometry,
+            resolution: 64,
+        };
+        let extensions: Vec<_> = sample.members().unwrap().into_iter().map(|m| m.0).collect();
+        assert_eq!(
+            extensions,
+            ["latent.npy", "prompt_embeds.npy", "txt", "json"]
+        );
+    }
+}

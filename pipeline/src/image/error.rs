@@ -1,0 +1,22 @@
+//! Why an image is not used.
+
+/// Why an image can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Not one of the formats this reads.
+    #[error("is not an image of a known format (JPEG, PNG, WebP, GIF, BMP)")]
+    UnknownFormat,
+    /// Larger than allowed.
+    #[error("is {width}x{height} pixels; at most {max_pixels} are allowed")]
+    TooLarge {
+        /// Pixels across.
+        width: u32,
+        /// Pixels down.
+        height: u32,
+        /// The limit.
+        max_pixels: u64,
+    },
+    /// Damaged, cut off or of a kind the decoder lacks.
+    #[error("can't be decoded: {0}")]
+    Damaged(String),
+}

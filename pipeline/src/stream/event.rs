@@ -1,0 +1,105 @@
+//! Events of the stream: one sequence that is independent of timing.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use super::error::StreamError;
+use super::kinds::SampleKind;
+use super::sample::{SampleMeta, parse_json};
+use super::skip::SkipReason;
+use crate::order::{OrderState, SampleRef, ShardPass};
+
+/// A sample's json, parsed only where the filter needs it.
+#[derive(Debug)]
+pub(super) enum Json {
+    None,
+    Raw(Bytes),
+    Parsed(Value),
+}
+
+impl Json {
+    pub(super) fn parse(self) -> Option<Value> {
+        match self {
+            Self::None => None,
+            Self::Raw(raw) => parse_json(&raw),
+            Self::Parsed(value) => Some(value),
+        }
+    }
+}
+
+/// A sample that passed the filter, not yet decoded.
+#[derive(Debug)]
+pub(super) struct SelectedSample<K: SampleKind> {
+    pub(super) pass: ShardPass,
+    pub(super) key: Arc<str>,
+    /// Number in the shard, from 0.
+    pub(super) index: u64,
+    pub(super) encoded: K::Encoded,
+    pub(super) caption: String,
+    pub(super) json: Json,
+}
+
+impl<K: SampleKind> SelectedSample<K> {
+    /// Size of the members to be decoded.
+    pub(super) fn bytes(&self) -> usize {
+        K::encoded_bytes(&self.encoded)
+    }
+}
+
+/// A sample to be decoded.
+#[derive(Debug)]
+pub(super) struct DecodeJob<K: SampleKind> {
+    pub(super) sample: SelectedSample<K>,
+    /// Number in the stream, from 0.
+    pub(super) position: u64,
+    pub(super) draw: Box<ShuffleDraw>,
+}
+
+/// Record of a draw from the shuffle buffer, from which the batcher makes its cursors.
+#[derive(Debug)]
+pub(super) struct ShuffleDraw {
+    /// Samples pushed to the shuffle buffer since the draw before.
+    pub(super) pushed: Vec<SampleRef>,
+    /// The slot of the buffer that was drawn.
+    pub(super) slot: usize,
+    /// State of the interleaver after the draw.
+    pub(super) state: OrderState,
+}
+
+/// One event of the stream.
+#[derive(Debug)]
+pub(super) enum StreamEvent<K: SampleKind> {
+    /// A sample was decoded.
+    Decoded {
+        pass: ShardPass,
+        meta: Box<SampleMeta>,
+        data: K::Decoded,
+        draw: Box<ShuffleDraw>,
+    },
+    /// A sample failed to decode.
+    Undecodable {
+        pass: ShardPass,
+        key: Arc<str>,
+        reason: SkipReason,
+        draw: Box<ShuffleDraw>,
+    },
+    /// A sample was skipped before the shuffle, after `read` samples.
+    Skipped {
+        pass: ShardPass,
+        key: Arc<str>,
+        reason: SkipReason,
+        read: u64,
+    },
+    /// A shard was read: `selected` of its samples are in the stream.
+    ShardDone {
+        pass: ShardPass,
+        selected: u64,
+        broken: Option<String>,
+    },
+    /// All samples of an epoch are in the stream, after `read` samples.
+    EpochDone { read: u64 },
+    /// The stream ends in an error.
+    Failed(StreamError),
+}

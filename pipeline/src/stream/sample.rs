@@ -1,0 +1,32 @@
+//! Metadata of a sample in a batch.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::image::CropGeometry;
+
+/// Metadata of a sample in a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleMeta {
+    /// Key in the shard.
+    pub key: Arc<str>,
+    /// Index of the shard ([`crate::Stream::shards`]).
+    pub shard: usize,
+    /// Number in the stream, from 0. Samples that fail to decode are counted too.
+    pub position: u64,
+    /// The epoch that the sample was read in, from 0.
+    pub epoch: u64,
+    /// The caption, as it is in the shard. Empty for latents with embeddings and without a caption.
+    pub caption: String,
+    /// The sample's json, if there is one and it parses.
+    pub json: Option<Value>,
+    /// Sizes of the image, and the windows of its crops. For latents: from their json, with the window of the drawn
+    /// crop.
+    pub geometry: CropGeometry,
+}
+
+/// The json of a sample; `None` if it does not parse.
+pub(crate) fn parse_json(raw: &[u8]) -> Option<Value> {
+    serde_json::from_slice(raw).ok()
+}

@@ -1,0 +1,110 @@
+//! Selection of samples: members, caption, json, filter.
+
+use std::sync::Arc;
+
+use super::config::StreamConfig;
+use super::event::{Json, SelectedSample};
+use super::kinds::SampleKind;
+use super::sample::parse_json;
+use super::skip::SkipReason;
+use crate::order::ShardPass;
+use crate::shard::{FilterReport, FilterState, Sample};
+
+/// If no sample has passed after this many samples and some filter rule's json key has never appeared, the stream
+/// ends in an error.
+const MISSING_KEY_AFTER: u64 = 10_000;
+
+/// Selects samples and counts those that are skipped.
+pub(super) struct SampleSelector<K> {
+    kind: K,
+    caption_keys: Vec<String>,
+    needs_json: bool,
+    filter: FilterState,
+}
+
+/// A sample that was not selected.
+pub(super) struct Unselected {
+    pub(super) key: Arc<str>,
+    pub(super) reason: SkipReason,
+}
+
+impl<K: SampleKind> SampleSelector<K> {
+    pub(super) fn new(kind: K, config: &StreamConfig) -> Self {
+        Self {
+            kind,
+            caption_keys: config.caption_keys.clone(),
+            needs_json: config.filter.needs_json(),
+            filter: FilterState::new(config.filter.clone()),
+        }
+    }
+
+    /// Selects or skips sample number `index` of a shard.
+    pub(super) fn select(
+        &mut self,
+        pass: ShardPass,
+        index: u64,
+        sample: &Sample,
+    ) -> Result<SelectedSample<K>, Unselected> {
+        self.try_select(pass, index, sample)
+            .map_err(|reason| Unselected {
+                key: Arc::clone(&sample.key),
+                reason,
+            })
+    }
+
+    fn try_select(
+        &mut self,
+        pass: ShardPass,
+        index: u64,
+        sample: &Sample,
+    ) -> Result<SelectedSample<K>, SkipReason> {
+        self.filter.saw();
+        let encoded = self.kind.select(sample)?;
+        let caption = self.caption(sample)?;
+        let json = match sample.members.get("json") {
+            None => Json::None,
+            Some(raw) if self.needs_json => {
+                Json::Parsed(parse_json(raw).ok_or(SkipReason::BAD_JSON)?)
+            }
+            Some(raw) => Json::Raw(raw.clone()),
+        };
+        let parsed = match &json {
+            Json::Parsed(value) => Some(value),
+            Json::None | Json::Raw(_) => None,
+        };
+        self.filter
+            .check(parsed, &caption)
+            .map_err(SkipReason::Filtered)?;
+        Ok(SelectedSample {
+            pass,
+            key: Arc::clone(&sample.key),
+            index,
+            encoded,
+            caption,
+            json,
+        })
+    }
+
+    /// The caption of `sample`. Empty if there is none and the kind needs none.
+    fn caption(&self, sample: &Sample) -> Result<String, SkipReason> {
+        match sample.pick(&self.caption_keys) {
+            Some((_, caption)) => Ok(String::from_utf8_lossy(caption).into_owned()),
+            None if self.kind.needs_caption() => Err(SkipReason::NO_CAPTION),
+            None => Ok(String::new()),
+        }
+    }
+
+    /// Counts a skipped sample for the report.
+    pub(super) fn count_skipped(&mut self, reason: &str) {
+        self.filter.count(reason);
+    }
+
+    /// Whether some filter rule's json key has not appeared in the first [`MISSING_KEY_AFTER`] samples.
+    pub(super) fn lacks_json_key(&self) -> bool {
+        self.filter.lacks_a_key_after(MISSING_KEY_AFTER)
+    }
+
+    pub(super) fn report(&self) -> FilterReport {
+        self.filter.report()
+    }
+}
