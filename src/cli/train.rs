@@ -1,7 +1,8 @@
 //! `coffey train`
 
 use clap::Args;
-use coffey_pipeline::Stream;
+use coffey_pipeline::order::Order;
+use coffey_pipeline::{Stream, StreamConfig};
 
 use super::resources::{
     DataAccess, content, open_device, open_devices, source_options, start_monitor, stream_config,
@@ -49,21 +50,27 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     if let Some(latents) = &latents {
         latents.check(&models)?;
     }
+    let runtime = access.runtime.handle();
+    let stream_config = |order, batch_size| StreamConfig {
+        content: content(latents.as_ref()),
+        ..stream_config(&config, shards.clone(), order, batch_size)
+    };
     let services = Services {
-        open: Box::new(|order, batch_size, resume| {
-            let mut stream = stream_config(&config, shards.clone(), order, batch_size);
-            (stream.content, stream.resume) = (content(latents.as_ref()), resume);
-            Stream::open(
-                stream,
-                &access.sources,
-                &access.metrics,
-                access.runtime.handle(),
-            )
+        open: Box::new(|batch_size, resume| {
+            let stream = StreamConfig {
+                resume,
+                ..stream_config(Order::Shuffled, batch_size)
+            };
+            Stream::open(stream, &access.sources, &access.metrics, runtime)
+        }),
+        captions: Box::new(|batch_size| {
+            let stream = stream_config(Order::Sequential, batch_size);
+            Stream::open_captions(stream, &access.sources, &access.metrics, runtime)
         }),
         shards: shards.clone(),
-        destination: Box::new(|target| access.sources.destination(target, access.runtime.handle())),
+        destination: Box::new(|target| access.sources.destination(target, runtime)),
         monitor,
-        runtime: access.runtime.handle().clone(),
+        runtime: runtime.clone(),
         cancel: cancel.clone(),
     };
     let options = RunOptions {

@@ -148,7 +148,8 @@ impl LatentWriter {
             None => Vec::new(),
         };
         let members = |(row, sample): (usize, &SampleMeta)| {
-            let moments = moments[row * crops..][..crops].concat();
+            let values = moments[row * crops..][..crops].concat();
+            let moments = self.array(sample, "moments", &shape, &values)?;
             let prompt_embeds = match &embeds_shape {
                 Some(shape) => {
                     Some(self.array(sample, "prompt embeddings", shape, &embeds[row])?)
@@ -156,7 +157,7 @@ impl LatentWriter {
                 None => None,
             };
             let sample_to_write = LatentSample {
-                moments: self.array(sample, "moments", &shape, &moments)?,
+                moments,
                 prompt_embeds,
                 caption: &sample.caption,
                 json: sample.json.as_ref(),

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use candle_core::Device;
 use coffey_pipeline::flow::{Recent, StageHandle};
-use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 
 use super::checkpoint::Saver;
@@ -149,7 +148,7 @@ impl<'a> Run<'a> {
     fn steps(&mut self) -> Result<Ending, TrainError> {
         let (train, cancel) = (&self.options.config.train, &self.services.cancel);
         let state = self.trainer.state();
-        let stream = (self.services.open)(Order::Shuffled, train.batch_size, state.cursor.clone())?;
+        let stream = (self.services.open)(train.batch_size, state.cursor.clone())?;
         let monitor = &self.services.monitor;
         let encoders = pool_encoders(self.options, &self.encoders)?;
         let pool = EncodePool::start(stream, encoders, monitor.flow(), &self.services.runtime)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use coffey_pipeline::order::{Cursor, Order};
+use coffey_pipeline::order::Cursor;
 use coffey_pipeline::{Destination, ShardUrl, SourceError, Stream, StreamError};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -14,10 +14,12 @@ use crate::monitor::Monitor;
 pub struct Services<'a> {
     /// The shards of the streams.
     pub shards: Vec<ShardUrl>,
-    /// Opens a stream of the shards: in training order from a cursor, or every sample once in order. Arguments: order, batch
-    /// size, cursor.
+    /// Opens a stream of the shards in training order. Arguments: batch size, cursor to resume from.
     #[allow(clippy::type_complexity)]
-    pub open: Box<dyn Fn(Order, usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    pub open: Box<dyn Fn(usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    /// Opens a stream of the captions alone, every sample once in the order of the shards. Argument: batch size.
+    #[allow(clippy::type_complexity)]
+    pub captions: Box<dyn Fn(usize) -> Result<Stream<()>, StreamError> + 'a>,
     /// Opens a folder or an `s3://` prefix for writing.
     #[allow(clippy::type_complexity)]
     pub destination: Box<dyn Fn(&str) -> Result<Destination, SourceError> + 'a>,
@@ -38,7 +40,7 @@ impl std::fmt::Debug for Services<'_> {
 impl Services<'_> {
     /// The first `wanted` distinct captions of the data, in the order of the shards.
     pub(super) fn first_captions(&self, wanted: usize) -> Result<Vec<String>, TrainError> {
-        let stream = (self.open)(Order::Sequential, wanted.min(64), None)?;
+        let stream = (self.captions)(wanted.min(64))?;
         let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
         loop {
             let next = self.runtime.block_on(async {

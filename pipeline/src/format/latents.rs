@@ -41,6 +41,9 @@ const GEOMETRY: &str = "coffey";
 const INPUT_JSON: &str = "json";
 
 /// Expected shapes of a sample's arrays: a sample with other shapes is skipped.
+///
+/// The `Debug` text is part of a stream's identity (`OrderIdentity`): renaming the type or a field refuses the cursors of
+/// older runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LatentShapes {
     /// Moments, `[2C, h, w]`. A sample may hold several crops, `[N, 2C, h, w]`: one of them is drawn
