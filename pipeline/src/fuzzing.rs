@@ -9,10 +9,10 @@ use std::ops::ControlFlow;
 
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
+use crate::net::content_range as read_content_range;
 use crate::shard::{
     Filter, FilterState, Sample, ShardUrl, TAIL_BYTES, TarItem, TarOptions, expand, read_samples,
 };
-use crate::source::content_range as read_content_range;
 use crate::stream::parse_json;
 
 const MAX_MEMBER_BYTES: u64 = 1 << 14;

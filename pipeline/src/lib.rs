@@ -17,13 +17,13 @@
 //!
 //! # Example
 //! ```no_run
-//! use coffey_pipeline::flow::{FlowMetrics, Stage};
+//! use coffey_pipeline::flow::FlowMetrics;
+//! use coffey_pipeline::stages::Stage;
 //! use coffey_pipeline::{S3Options, Sources, Stream, StreamConfig, expand};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let runtime = tokio::runtime::Runtime::new()?;
-//! let metrics = FlowMetrics::new();
-//! let sources = runtime.block_on(Sources::new(S3Options::default(), metrics.clone()))?;
+//! let sources = runtime.block_on(Sources::new(S3Options::default()))?;
 //! let urls = expand(&["s3://bucket/data/{00000..01210}.tar".to_owned()])?;
 //! let config = StreamConfig {
 //!     shards: runtime.block_on(sources.list(&urls))?,
@@ -31,6 +31,7 @@
 //!     seed: 453_645_634,
 //!     ..StreamConfig::default()
 //! };
+//! let metrics = FlowMetrics::new();
 //! let stream = Stream::open(config, &sources, &metrics, runtime.handle())?;
 //! let consumer = metrics.stage(Stage::Train);
 //! while let Some(batch) = stream.batches().recv_blocking(&consumer) {
@@ -50,9 +51,14 @@ pub mod format;
 pub mod fuzzing;
 pub mod image;
 pub mod inspect;
+pub mod metrics;
+mod net;
 pub mod order;
+mod panic;
+mod s3;
 pub mod shard;
 pub mod source;
+pub mod stages;
 mod stream;
 
 pub use crate::image::{CropMode, ImageOptions, Interpolation};

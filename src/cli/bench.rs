@@ -3,16 +3,18 @@
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage, StageSnapshot};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, StageSnapshot};
 use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
+use coffey_pipeline::source::S3Counts;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, decode_limit};
 use serde::Serialize;
 
 use super::ranks::RankArgs;
 use super::resources::{DataAccess, content, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
-use crate::monitor::Command;
+use crate::monitor::StreamingCommand;
 use crate::process::{cpu_time, peak_memory};
 
 /// Options of `coffey bench`.
@@ -59,6 +61,8 @@ struct Measured {
     decode_limit: Option<DecodeLimitReport>,
     #[serde(flatten)]
     flow: FlowSnapshot,
+    #[serde(flatten)]
+    s3: S3Counts,
 }
 
 /// The decode limit: how fast this machine decodes, resizes and crops the same samples from memory, without the stream.
@@ -93,7 +97,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     config.require_bench()?;
     let rank = args.ranks.resolve()?.rank;
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = start_monitor(&config, &data, Command::Bench)?;
+    let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Bench)?;
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shards.join(", "));
     let shards = data.shards(&config.data.shards)?;
@@ -135,6 +139,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     }
     let (elapsed, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu_before);
     let flow = data.metrics.snapshot();
+    let s3 = data.sources.s3_server().counts();
     let overall = recent.overall(&data.metrics);
     let limiting_stage = overall.and_then(|flow| flow.limiting_stage());
     monitor.rest();
@@ -165,6 +170,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         decode_limit,
         cache: data.sources.cache_counts(),
         flow,
+        s3,
     };
     if args.json {
         let value = serde_json::to_value(&measured).map_err(std::io::Error::from)?;
@@ -222,16 +228,17 @@ fn describe(measured: &Measured, embedded: bool) -> String {
             cpu_seconds,
         } = stage;
         // The network's threads do the fetching; their CPU time is not measured per stage.
-        let [cpu, per_image] = match stage {
-            Stage::Fetch => ["-".to_owned(), "-".to_owned()],
-            _ => [
+        let [cpu, per_image] = if *stage == Stage::Fetch.name() {
+            ["-".to_owned(), "-".to_owned()]
+        } else {
+            [
                 format!("{cpu_seconds:.2}"),
                 format!("{:.3}", cpu_seconds * per_image),
-            ],
+            ]
         };
         line(format_args!(
             "{:<8} {items:>9} {:>10.2} {busy_seconds:>9.2} {starved_seconds:>10.2} {blocked_seconds:>10.2} {cpu:>8} {per_image:>12} {:>7.0}",
-            stage.name(),
+            stage,
             *bytes as f64 / 1e6,
             busy * 100.0
         ));
@@ -278,7 +285,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
     }
     for (name, counts) in [
         ("left out", &measured.flow.skipped),
-        ("repeated requests", &measured.flow.s3_retries),
+        ("repeated requests", &measured.s3.retries),
     ] {
         if !counts.is_empty() {
             let list: Vec<String> = counts
@@ -344,6 +351,7 @@ mod tests {
                 reached: 0.8,
             }),
             flow,
+            s3: S3Counts::default(),
         };
         let text = describe(&measured, false);
         let row: Vec<&str> = text

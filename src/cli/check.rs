@@ -9,8 +9,9 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
-use coffey_pipeline::flow::{FlowMetrics, Stage};
+use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::order::Order;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
@@ -238,7 +239,7 @@ fn first_sample(
     data: &DataAccess,
     shard: &ShardUrl,
 ) -> Result<(Batch, u64), Failure> {
-    let metrics = FlowMetrics::new();
+    let metrics = FlowMetrics::private();
     let probe = StreamConfig {
         content,
         prefetch_batches: 1,

@@ -17,7 +17,7 @@ use crate::latents::{
     Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Recipe, join,
 };
 use crate::models::{PipelineParts, UNetConfig, check_fit};
-use crate::monitor::Command;
+use crate::monitor::StreamingCommand;
 use crate::precompute::{PrecomputeError, counted, write_latents};
 use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
@@ -71,7 +71,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
-    let (monitor, _server) = start_monitor(&config, &data, Command::Precompute)?;
+    let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Precompute)?;
     let models = data.until_cancelled(&cancel, || {
         data.models(&config, &required.teacher, Components::encoding)
     })?;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::latents::{LatentSource, LatentSourceError};
-use crate::monitor::{Command, Monitor, Server};
+use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
 
 /// The data sources, with the runtime that does their network I/O.
@@ -34,12 +34,11 @@ impl DataAccess {
             .enable_all()
             .thread_name("network")
             .build()?;
-        let metrics = FlowMetrics::new();
-        let sources = runtime.block_on(Sources::new(options, metrics.clone()))?;
+        let sources = runtime.block_on(Sources::new(options))?;
         Ok(Self {
             sources,
             runtime,
-            metrics,
+            metrics: FlowMetrics::new(),
         })
     }
 
@@ -194,19 +193,25 @@ pub(super) fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Device>, Failure>
 pub(super) fn start_monitor(
     config: &Config,
     data: &DataAccess,
-    command: Command,
+    command: StreamingCommand,
 ) -> Result<(Monitor, Option<Server>), Failure> {
     let output = match command {
-        Command::Train => config.train.output.as_ref(),
-        Command::Precompute => config.latents.as_ref().map(|latents| &latents.output),
-        Command::Bench => None,
+        StreamingCommand::Train => config.train.output.as_ref(),
+        StreamingCommand::Precompute => config.latents.as_ref().map(|latents| &latents.output),
+        StreamingCommand::Bench => None,
     };
     let subject = match output {
         Some(output) => output.display().to_string(),
         None => "the data pipeline alone".to_owned(),
     };
     let timeout = Duration::from_secs(config.train.stall_timeout);
-    let monitor = Monitor::new(data.metrics.clone(), command, subject, timeout);
+    let monitor = Monitor::new(
+        data.metrics.clone(),
+        data.sources.s3_server().clone(),
+        command,
+        subject,
+        timeout,
+    );
     let Some(listen) = config.metrics.listen else {
         return Ok((monitor, None));
     };

@@ -9,7 +9,7 @@ use super::resources::{
 };
 use super::{ConfigArgs, Failure};
 use crate::hub::{HubError, Push, PushError, Pushed};
-use crate::monitor::Command;
+use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunOptions, Services, TrainError};
@@ -39,7 +39,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Err(error) => errln!("warning: {error}; the run goes on, and pushes when it is done"),
         }
     }
-    let (monitor, _server) = start_monitor(&config, &access, Command::Train)?;
+    let (monitor, _server) = start_monitor(&config, &access, StreamingCommand::Train)?;
     let models = access.until_cancelled(&cancel, || {
         access.models(&config, &required.teacher, Components::training)
     })?;

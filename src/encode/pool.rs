@@ -6,8 +6,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use candle_core::Tensor;
-use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, Stage, StageHandle, channel};
+use coffey_pipeline::flow::{FlowMetrics, Receiver, Sender, StageHandle, channel};
 use coffey_pipeline::order::Cursor;
+use coffey_pipeline::stages::{FlowChannel, Stage};
 use coffey_pipeline::{Batch, SampleMeta, ShardSummary, SkippedSample, Stream, StreamError};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -74,8 +75,8 @@ impl EncodePool {
         let mut senders = Vec::new();
         for (i, encoders) in encoders.into_iter().enumerate() {
             let stage = metrics.stage(Stage::Encode);
-            let (input, jobs) = channel(metrics, "encode", 1);
-            let (results, output) = channel(metrics, "encoded", READY_PER_THREAD);
+            let (input, jobs) = channel(metrics, FlowChannel::Encode.name(), 1);
+            let (results, output) = channel(metrics, FlowChannel::Encoded.name(), READY_PER_THREAD);
             senders.push(input);
             pool.inputs.push(jobs.clone());
             pool.outputs.push(output);

@@ -186,7 +186,7 @@ pub fn join(place: &Destination, shards: &[ShardUrl]) -> Result<Joined, LatentEr
             .map(ShardUrl::name)
             .flat_map(|name| [skipped::file_name(&name), name])
             .collect();
-        place.clear_unfinished(|object| is_manifest(object) || names.contains(object))?;
+        place.abort_incomplete_uploads(|object| is_manifest(object) || names.contains(object))?;
     }
     Ok(Joined { manifest, missing })
 }

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{Device, Tensor};
-use coffey_pipeline::flow::{FlowMetrics, Stage, StageHandle};
+use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::order::Order;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
     ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig, StreamError,
 };
@@ -87,7 +88,7 @@ fn pool(
     let runtime = Box::leak(Box::new(tokio::runtime::Runtime::new().unwrap()));
     let metrics = FlowMetrics::new();
     let sources = runtime
-        .block_on(Sources::new(S3Options::default(), metrics.clone()))
+        .block_on(Sources::new(S3Options::default()))
         .unwrap();
     let config = StreamConfig {
         shards: shards.to_vec(),

@@ -70,7 +70,7 @@ impl LatentWriter {
                 .map(ShardUrl::name)
                 .flat_map(|name| [skipped::file_name(&name), name])
                 .collect();
-            place.clear_unfinished(|object| own.contains(object))?;
+            place.abort_incomplete_uploads(|object| own.contains(object))?;
             // Written before the first shard, so that the place is known to hold latents.
             manifest.write(&place, &manifest_name(rank))?;
         }

@@ -4,19 +4,19 @@ use serde::Serialize;
 
 use super::StepFigures;
 
-/// Most points that are kept: more than a screen has room for.
+/// Most points kept: more than a screen can show.
 const MOST: usize = 2000;
 
-/// A point for every `stride` steps. When there are too many, neighbours are joined and the stride doubles.
+/// One point for each `stride` steps. When there are too many, neighbours are joined and the stride doubles.
 #[derive(Debug)]
 pub(super) struct History {
     stride: u64,
     points: Vec<Point>,
-    /// Steps that don't fill a point yet, as one, and how many they are.
+    /// Steps that do not fill a point yet, joined, and their number.
     open: Option<(Point, u64)>,
 }
 
-/// Means over the steps of a point; the step, the learning rate and the endpoint error are the last ones.
+/// Means over the steps of a point; step, learning rate and endpoint error are those of the last step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Point {
     step: u64,
@@ -26,20 +26,20 @@ struct Point {
     endpoint_error: Option<f64>,
 }
 
-/// Points in columns, as the page reads them.
+/// Points in columns, for the page.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Curves {
-    /// These take the place of all earlier ones.
+    /// Whether these points replace all earlier ones.
     pub(super) anew: bool,
     pub(super) step: Vec<u64>,
-    // Seven digits are enough to draw.
+    // Seven digits suffice for drawing.
     loss: Vec<f32>,
     grad_norm: Vec<f32>,
     lr: Vec<f32>,
     endpoint_error: Vec<Option<f32>>,
 }
 
-/// How much of a history someone has.
+/// The part of a history that a page has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mark {
     stride: u64,
@@ -57,7 +57,7 @@ impl Default for History {
 }
 
 impl Point {
-    /// This point of `own` steps and a later one of `more` steps, as one.
+    /// Joins this point of `own` steps with a later point of `more` steps.
     fn join(self, own: u64, later: Self, more: u64) -> Self {
         let mean = |a: f64, b: f64| (a * own as f64 + b * more as f64) / (own + more) as f64;
         Self {
@@ -96,7 +96,7 @@ impl History {
         }
     }
 
-    /// What someone who has the history up to `mark` lacks. `mark` moves on.
+    /// The points after `mark`, which is advanced.
     pub(super) fn since(&self, mark: &mut Mark) -> Curves {
         let anew = mark.stride != self.stride;
         let from = if anew { 0 } else { mark.points };
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_run_keeps_its_shape_in_bounded_memory() {
+    fn history_of_a_long_run_is_bounded() {
         let mut history = History::default();
         for n in 1..=100_000 {
             history.push(&step(n));
@@ -143,18 +143,22 @@ mod tests {
         }
         let curves = history.since(&mut Mark::default());
         assert!(curves.anew && curves.step.len() >= MOST / 2 - 1);
-        assert_eq!(curves.endpoint_error[0], Some(0.5), "none is forgotten");
+        assert_eq!(
+            curves.endpoint_error[0],
+            Some(0.5),
+            "an endpoint error is never lost"
+        );
         assert!(curves.grad_norm.iter().all(|norm| *norm == 2.0));
         let stride = history.stride;
         for (i, (last, loss)) in curves.step.iter().zip(&curves.loss).enumerate() {
-            // Whole strides, one behind the other, and the mean of each.
+            // Consecutive whole strides, and the mean of each.
             assert_eq!(*last, (i as u64 + 1) * stride);
             assert_eq!(f64::from(*loss), *last as f64 - (stride - 1) as f64 / 2.0);
         }
     }
 
     #[test]
-    fn who_looks_on_gets_what_is_new_and_all_of_it_when_points_are_joined() {
+    fn history_sends_new_points_or_all_after_joining() {
         let mut history = History::default();
         let mut mark = Mark::default();
         assert!(history.since(&mut mark).anew);

@@ -1,12 +1,12 @@
-//! What a run tells whoever looks on: a page for a person, numbers for Prometheus, and whether it still goes on.
+//! Watching a run over HTTP: a page, numbers for Prometheus, and a health check.
 //!
-//! A command reports to a [`Monitor`]; a [`Server`] answers from it: the page at `/` with what moves on it (`/events`,
-//! `/grid.png`), `/metrics` and `/healthz`. Numbers are read when they are asked for, and for the page once a second whoever
-//! looks on; nobody who does can slow the run, or change what it does.
+//! A command reports to a [`Monitor`]; a [`Server`] answers from it: the page at `/` with its data (`/events`, `/grid.png`),
+//! `/metrics` and `/healthz`. Values are read when they are asked for, and once a second for the page; a client can neither
+//! slow the run nor change it.
 
-mod collector;
 mod history;
 mod page;
+mod prometheus;
 mod server;
 mod status;
 
@@ -16,26 +16,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use coffey_pipeline::FlowMetrics;
-use coffey_pipeline::flow::{Recent, Stage};
+use coffey_pipeline::flow::Recent;
+use coffey_pipeline::metrics::{
+    CHECKPOINT_SECONDS, TRAIN_GRAD_NORM, TRAIN_LOSS, TRAIN_LR, TRAIN_SAMPLES, TRAIN_STEP,
+};
+use coffey_pipeline::source::ServerRecord;
+use coffey_pipeline::stages::Stage;
+use metrics::{counter, gauge};
 use serde::Serialize;
 
 use history::History;
 pub use server::Server;
 
-/// What a run reports to. Clones share it.
+/// The state of a run, reported by its command. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Monitor(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     flow: FlowMetrics,
-    command: Command,
+    s3: ServerRecord,
+    command: StreamingCommand,
     subject: String,
     stall_timeout: Duration,
     begun: Instant,
-    /// Since when the next batch or step is waited for, in milliseconds after `begun`; [`NOT_WAITING`] when none is.
+    /// Since when the run waits for the next batch or step, in milliseconds after `begun`; [`NOT_WAITING`] if it does not.
     since: AtomicU64,
-    seen: Mutex<Seen>,
+    reported: Mutex<Reported>,
 }
 
 const NOT_WAITING: u64 = u64::MAX;
@@ -43,7 +50,7 @@ const NOT_WAITING: u64 = u64::MAX;
 /// A command that streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Command {
+pub enum StreamingCommand {
     /// `coffey train`
     Train,
     /// `coffey precompute`
@@ -52,8 +59,8 @@ pub enum Command {
     Bench,
 }
 
-impl Command {
-    /// The last of its stages.
+impl StreamingCommand {
+    /// The last stage of the command.
     pub fn consumer(self) -> Stage {
         match self {
             Self::Train | Self::Bench => Stage::Train,
@@ -61,7 +68,7 @@ impl Command {
         }
     }
 
-    /// Its stages, in the order of the data.
+    /// The stages of the command, in the order of the data.
     fn stages(self) -> impl Iterator<Item = Stage> {
         Stage::ALL.into_iter().filter(move |stage| match stage {
             Stage::Encode => self != Self::Bench,
@@ -71,15 +78,15 @@ impl Command {
     }
 }
 
-/// What a command said of itself.
+/// Reports of the command so far.
 #[derive(Debug, Default)]
-struct Seen {
-    /// The first batch is waited for, or came already.
+struct Reported {
+    /// The command waits for its first batch, or has had it.
     streams: bool,
     goal: Option<Goal>,
     step: Option<StepFigures>,
     history: History,
-    checkpoint: Option<Checkpoint>,
+    checkpoint: Option<SavedCheckpoint>,
     grid: Option<Grid>,
     recent: Recent,
 }
@@ -95,34 +102,45 @@ pub struct StepFigures {
     pub lr: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
-    /// How far the student's samples in one step are from the teacher's, where that was measured at this step.
+    /// Distance of the student's one-step samples from the teacher's, if measured at this step.
     pub endpoint_error: Option<f64>,
-    /// Samples trained on so far, before a resume included.
+    /// Samples trained on so far, also before a resume.
     pub samples: u64,
 }
 
-/// A run that does not go on.
+impl StepFigures {
+    /// Sets the gauges of the newest step.
+    fn record(&self) {
+        gauge!(TRAIN_STEP).set(self.step as f64);
+        gauge!(TRAIN_LOSS).set(self.loss);
+        gauge!(TRAIN_GRAD_NORM).set(self.grad_norm);
+        gauge!(TRAIN_LR).set(self.lr);
+        counter!(TRAIN_SAMPLES).absolute(self.samples);
+    }
+}
+
+/// A run without progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Stalled {
-    /// For how long.
+    /// Time without progress.
     pub seconds: u64,
     /// The stage that hangs.
     pub stage: Stage,
 }
 
-/// How much there is to do, and how much is done.
+/// Amount of work, total and done.
 #[derive(Clone, Copy, Debug)]
 struct Goal {
     unit: &'static str,
     done: u64,
     total: u64,
-    /// When the first of this process was done, and how many there were then.
+    /// Time and count when this process completed its first unit.
     first: Option<(Instant, u64)>,
     newest: Instant,
 }
 
 impl Goal {
-    /// Time that is left if the rest goes as what came after the first of this process.
+    /// Time left at the mean speed since the first unit of this process.
     fn left(&self, now: Instant) -> Option<Duration> {
         let (begun, before) = self.first?;
         let made = self.done.checked_sub(before).filter(|made| *made > 0)?;
@@ -133,9 +151,9 @@ impl Goal {
     }
 }
 
-/// The newest checkpoint: when it stood, and how long saving it took.
+/// The newest checkpoint: when it was complete, and how long saving took.
 #[derive(Clone, Copy, Debug)]
-struct Checkpoint {
+struct SavedCheckpoint {
     saved: Instant,
     took: Duration,
 }
@@ -148,33 +166,35 @@ struct Grid {
 }
 
 impl Monitor {
-    /// Watches the stages of `flow` for a command that makes `subject`. Without a batch or step for `stall_timeout` the run
-    /// counts as stalled.
+    /// Watches the stages of `flow` and the requests to `s3`, for a command that makes `subject`. Without a batch or step
+    /// for `stall_timeout` the run counts as stalled.
     pub fn new(
         flow: FlowMetrics,
-        command: Command,
+        s3: ServerRecord,
+        command: StreamingCommand,
         subject: String,
         stall_timeout: Duration,
     ) -> Self {
         Self(Arc::new(Shared {
             flow,
+            s3,
             command,
             subject,
             stall_timeout,
             begun: Instant::now(),
             since: AtomicU64::new(NOT_WAITING),
-            seen: Mutex::default(),
+            reported: Mutex::default(),
         }))
     }
 
-    /// What the stages report to.
+    /// The registry that the stages report to.
     pub fn flow(&self) -> &FlowMetrics {
         &self.0.flow
     }
 
-    /// The command has `total` steps, shards or samples to do (`unit` says which), `done` of them before it began.
+    /// Sets the goal: `total` steps, shards or samples (`unit` names them), `done` of them before the command began.
     pub fn expect(&self, unit: &'static str, done: u64, total: u64) {
-        self.seen().goal = Some(Goal {
+        self.reported().goal = Some(Goal {
             unit,
             done,
             total,
@@ -183,9 +203,9 @@ impl Monitor {
         });
     }
 
-    /// So many of what [`Monitor::expect`] announced are done by now.
+    /// Records how many units of the goal are done.
     pub fn advance(&self, done: u64) {
-        if let Some(goal) = &mut self.seen().goal
+        if let Some(goal) = &mut self.reported().goal
             && done > goal.done
         {
             (goal.done, goal.newest) = (done, Instant::now());
@@ -193,50 +213,54 @@ impl Monitor {
         }
     }
 
-    /// A batch or step is done, or the first one begins: from now on the next one is waited for.
+    /// Records that a batch or step is done, or that the first one begins: the run waits for the next one from now on.
     pub fn beat(&self) {
         let now = u64::try_from(self.0.begun.elapsed().as_millis()).unwrap_or(NOT_WAITING);
         self.0.since.store(now, Ordering::Relaxed);
-        let seen = &mut *self.seen();
-        if seen.streams {
-            seen.recent.mark(&self.0.flow);
+        let reported = &mut *self.reported();
+        if reported.streams {
+            reported.recent.mark(&self.0.flow);
         }
-        seen.streams = true;
+        reported.streams = true;
     }
 
-    /// No further batch or step is waited for.
+    /// Records that the run waits for no further batch or step.
     pub fn rest(&self) {
         self.0.since.store(NOT_WAITING, Ordering::Relaxed);
     }
 
-    /// The steps that were made before this process.
+    /// Records the steps made before this process.
     pub fn resume(&self, steps: impl Iterator<Item = StepFigures>) {
-        let seen = &mut *self.seen();
+        let reported = &mut *self.reported();
         for figures in steps {
-            seen.history.push(&figures);
-            seen.step = Some(figures);
+            reported.history.push(&figures);
+            reported.step = Some(figures);
+        }
+        if let Some(newest) = &reported.step {
+            newest.record();
         }
     }
 
-    /// A step was made.
+    /// Records a step.
     pub fn step(&self, figures: StepFigures) {
         self.resume(std::iter::once(figures));
         self.advance(figures.step);
         self.beat();
     }
 
-    /// A checkpoint was saved, and took so long.
+    /// Records a saved checkpoint and how long saving took.
     pub fn checkpoint(&self, took: Duration) {
+        gauge!(CHECKPOINT_SECONDS).set(took.as_secs_f64());
         let saved = Instant::now();
-        self.seen().checkpoint = Some(Checkpoint { saved, took });
+        self.reported().checkpoint = Some(SavedCheckpoint { saved, took });
     }
 
-    /// The grid of this step is in this file.
+    /// Records the file with the grid of a step.
     pub fn grid(&self, step: u64, path: PathBuf) {
-        self.seen().grid = Some(Grid { step, path });
+        self.reported().grid = Some(Grid { step, path });
     }
 
-    /// The stage that hangs, if the run does not go on.
+    /// The time without progress and the stage that hangs, if the run is stalled.
     pub fn stalled(&self) -> Option<Stalled> {
         let since = Duration::from_millis(self.0.since.load(Ordering::Relaxed));
         let waited = self.0.begun.elapsed().checked_sub(since)?;
@@ -250,9 +274,12 @@ impl Monitor {
         })
     }
 
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        // Plain numbers: usable whatever happened to a thread that held them.
-        self.0.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reported(&self) -> MutexGuard<'_, Reported> {
+        // Plain numbers, usable after a panic in another thread.
+        self.0
+            .reported
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -260,12 +287,19 @@ impl Monitor {
 mod tests {
     use super::*;
     use coffey_pipeline::flow::channel;
+    use coffey_pipeline::stages::FlowChannel;
 
     #[test]
-    fn a_run_is_stalled_only_while_something_is_waited_for() {
+    fn monitor_is_stalled_only_while_waiting() {
         let flow = FlowMetrics::new();
         let timeout = Duration::from_millis(40);
-        let monitor = Monitor::new(flow.clone(), Command::Train, String::new(), timeout);
+        let monitor = Monitor::new(
+            flow.clone(),
+            ServerRecord::s3(),
+            StreamingCommand::Train,
+            String::new(),
+            timeout,
+        );
         let pause = || std::thread::sleep(2 * timeout);
         pause();
         assert_eq!(monitor.stalled(), None, "models are loaded");
@@ -273,7 +307,7 @@ mod tests {
         assert_eq!(monitor.stalled(), None);
         pause();
         assert_eq!(monitor.stalled().map(|s| s.stage), Some(Stage::Fetch));
-        let (sender, _receiver) = channel::<u8>(&flow, "encoded", 1);
+        let (sender, _receiver) = channel::<u8>(&flow, FlowChannel::Encoded.name(), 1);
         sender.send_blocking(1, &flow.stage(Stage::Encode)).unwrap();
         assert_eq!(monitor.stalled().map(|s| s.stage), Some(Stage::Train));
         monitor.step(StepFigures {
@@ -291,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_told_by_what_this_process_made() {
+    fn goal_estimates_from_this_process() {
         let second = Duration::from_secs(1);
         let first = Instant::now();
         let mut goal = Goal {

@@ -1,4 +1,4 @@
-//! The page at `/`: one file, whole, that asks no other host for anything.
+//! The page at `/`: one file, which loads nothing from other hosts.
 
 use base64::prelude::{BASE64_STANDARD, Engine};
 use sha2::{Digest, Sha256};
@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 /// Markup, style and script.
 pub(super) const HTML: &str = include_str!("page.html");
 
-/// The `Content-Security-Policy` of the page: nothing runs but the script in the file, and nothing is loaded but from here.
+/// The `Content-Security-Policy` of the page: only the script in the file runs, and only this server is contacted.
 pub(super) fn policy() -> String {
     format!(
         "default-src 'none'; script-src {}; style-src {}; img-src 'self' data:; connect-src 'self'; \
@@ -16,7 +16,7 @@ pub(super) fn policy() -> String {
     )
 }
 
-/// What the page has between two tags.
+/// The text of the page between two tags.
 fn inside(begin: &str, end: &str) -> &'static str {
     let (_, rest) = HTML.split_once(begin).unwrap_or_default();
     rest.split_once(end).unwrap_or_default().0
@@ -31,13 +31,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_is_whole_and_holds_nothing_a_stranger_could_fill() {
+    fn page_is_one_file_without_foreign_content() {
         for begin in ["<script", "<style"] {
             assert_eq!(HTML.matches(begin).count(), 1, "{begin}");
         }
         assert!(inside("<script>", "</script>").contains("new EventSource(\"events\")"));
         assert!(inside("<style>", "</style>").contains("prefers-color-scheme"));
-        // Other hosts, and what would turn a caption into markup.
+        // Other hosts, and functions that would turn a caption into markup.
         for never in [
             "http:",
             "https:",
@@ -57,10 +57,10 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_names_what_is_in_the_file() {
+    fn page_policy_names_its_script_and_style() {
         let policy = policy();
         assert!(policy.starts_with("default-src 'none'; script-src 'sha256-"));
-        // Of the empty text: a tag was not found.
+        // The hash of the empty text: a tag was not found.
         assert!(!policy.contains("47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="));
     }
 }

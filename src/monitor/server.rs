@@ -1,4 +1,4 @@
-//! The HTTP side: the page with its events and its picture, `/metrics` and `/healthz`.
+//! The HTTP server: the page with its events and its grid, `/metrics` and `/healthz`.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -13,27 +13,24 @@ use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_lite::stream::{self, Stream};
-use prometheus_client::encoding::text::encode;
-use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::history::Mark;
-use super::status::{Status, Update};
+use super::prometheus::{self, TEXT_FORMAT};
+use super::status::{PageUpdate, RunStatus};
 use super::{Monitor, Stalled, page};
 
-/// What Prometheus asks for by this name.
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// Between two events. Each shows that the connection lives: there are no others for that.
-const EVERY: Duration = Duration::from_secs(1);
-/// Pages that are open at once, at most.
-const PAGES: usize = 32;
-/// How long the end of a command waits for pages to be told of it.
-const FAREWELL: Duration = Duration::from_millis(300);
+/// Time between two events. They also serve as keep-alive messages.
+const EVENT_INTERVAL: Duration = Duration::from_secs(1);
+/// Most pages open at once.
+const MAX_PAGES: usize = 32;
+/// Longest wait for open pages to receive the last event.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// Answers until it is dropped; then open pages are told that the run is over.
+/// The running server. On drop it sends open pages the end of the run.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
@@ -43,50 +40,49 @@ pub struct Server {
 }
 
 #[derive(Clone)]
-struct Sources {
+struct ServerState {
     monitor: Monitor,
-    registry: Arc<Registry>,
     policy: HeaderValue,
-    /// How the run was at the newest second. One that is slow to read misses some; nothing is kept for it.
-    news: watch::Receiver<Arc<Status>>,
+    /// Status at the newest second. A slow page misses some; none are stored for it.
+    status: watch::Receiver<Arc<RunStatus>>,
     pages: Arc<Semaphore>,
 }
 
 impl Server {
-    /// Listens on `listen`, where port 0 is any free one, and answers from `monitor` on `runtime`.
+    /// Listens on `listen` (port 0: any free port) and answers from `monitor` on `runtime`. Also installs the process's
+    /// metrics recorder.
     ///
     /// # Errors
-    /// The system's, when the address can't be listened on.
+    /// The system's error if the address can't be used.
     pub fn start(listen: SocketAddr, monitor: Monitor, runtime: &Handle) -> std::io::Result<Self> {
         let listener = runtime.block_on(TcpListener::bind(listen))?;
         let address = listener.local_addr()?;
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(monitor.clone()));
+        prometheus::event_recorder();
         let policy = HeaderValue::try_from(page::policy()).map_err(std::io::Error::other)?;
-        let (publisher, news) = watch::channel(Arc::new(monitor.status()));
+        let (publisher, status) = watch::channel(Arc::new(monitor.status()));
         let mut router = Router::new()
             .route("/", get(flow_page))
             .route("/events", get(events))
             .route("/grid.png", get(grid))
             .route("/metrics", get(metrics))
             .route("/healthz", get(healthz))
-            .with_state(Sources {
+            .with_state(ServerState {
                 monitor: monitor.clone(),
-                registry: Arc::new(registry),
                 policy,
-                news,
-                pages: Arc::new(Semaphore::new(PAGES)),
+                status,
+                pages: Arc::new(Semaphore::new(MAX_PAGES)),
             })
-            .layer(from_fn(guarded));
+            .layer(from_fn(add_headers));
         if address.ip().is_loopback() {
             router = router.layer(from_fn_with_state(address, only_local_names));
         }
         let (over, end) = oneshot::channel();
         let task = runtime.spawn(async move {
-            // Ends when it is told to, or with the runtime; a connection that fails ends alone.
-            let _never = axum::serve(listener, router)
+            // A failed connection ends alone; the server itself returns no error.
+            axum::serve(listener, router)
                 .with_graceful_shutdown(publish(monitor, publisher, end))
-                .await;
+                .await
+                .ok();
         });
         Ok(Self {
             address,
@@ -96,7 +92,7 @@ impl Server {
         })
     }
 
-    /// Where it listens.
+    /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -104,41 +100,43 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Dropped, it is heard as well.
+        // The end is signalled by dropping the sender.
         drop(self.over.take());
-        let farewell = async { tokio::time::timeout(FAREWELL, &mut self.task).await };
-        let _in_time = self.runtime.block_on(farewell);
+        let shutdown = async { tokio::time::timeout(SHUTDOWN_TIMEOUT, &mut self.task).await };
+        // A server that is too slow is aborted.
+        self.runtime.block_on(shutdown).ok();
         self.task.abort();
     }
 }
 
-/// Has the newest state of the run at hand for all pages, until the end.
+/// Publishes the status of the run for all pages once a second, until the end.
 async fn publish(
     monitor: Monitor,
-    news: watch::Sender<Arc<Status>>,
+    status: watch::Sender<Arc<RunStatus>>,
     mut end: oneshot::Receiver<()>,
 ) {
-    while tokio::time::timeout(EVERY, &mut end).await.is_err() {
-        news.send_replace(Arc::new(monitor.status()));
+    while tokio::time::timeout(EVENT_INTERVAL, &mut end)
+        .await
+        .is_err()
+    {
+        status.send_replace(Arc::new(monitor.status()));
     }
-    news.send_replace(Arc::new(monitor.status()));
+    status.send_replace(Arc::new(monitor.status()));
 }
 
-/// Refuses who came by a name that could be anyone's: a page elsewhere whose name was made to lead to this machine (DNS rebinding)
-/// would read what is served to this machine alone.
+/// Rejects requests whose `Host` is not a local name: protection against DNS rebinding, by which a page of another site could
+/// read from this machine.
 async fn only_local_names(
     State(address): State<SocketAddr>,
     request: Request,
     next: Next,
 ) -> Response {
     let host = request.headers().get(header::HOST);
-    match host.is_none_or(|host| host.to_str().is_ok_and(is_local_name)) {
-        true => next.run(request).await,
-        false => {
-            let text = format!("served on this machine only: ask for http://{address}/\n");
-            (StatusCode::MISDIRECTED_REQUEST, text).into_response()
-        }
+    if host.is_none_or(|host| host.to_str().is_ok_and(is_local_name)) {
+        return next.run(request).await;
     }
+    let text = format!("served on this machine only: ask for http://{address}/\n");
+    (StatusCode::MISDIRECTED_REQUEST, text).into_response()
 }
 
 /// Whether a `Host` is an address or `localhost`, with or without a port.
@@ -151,8 +149,8 @@ fn is_local_name(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok()
 }
 
-/// What holds for every answer: it is of now, is what it says it is, and is for no other site's pages.
-async fn guarded(request: Request, next: Next) -> Response {
+/// Adds the headers of every response: no caching, no content sniffing, no referrer.
+async fn add_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     for (name, value) in [
         (header::CACHE_CONTROL, "no-store"),
@@ -165,18 +163,23 @@ async fn guarded(request: Request, next: Next) -> Response {
     response
 }
 
-async fn flow_page(State(sources): State<Sources>) -> Response {
+async fn flow_page(State(server): State<ServerState>) -> Response {
     let html = HeaderValue::from_static("text/html; charset=utf-8");
     let headers = [
         (header::CONTENT_TYPE, html),
-        (header::CONTENT_SECURITY_POLICY, sources.policy),
+        (header::CONTENT_SECURITY_POLICY, server.policy),
     ];
     (headers, page::HTML).into_response()
 }
 
-async fn grid(State(sources): State<Sources>) -> Response {
-    // The path is the run's own: nothing of the request is in it.
-    let path = sources.monitor.seen().grid.as_ref().map(|g| g.path.clone());
+async fn grid(State(server): State<ServerState>) -> Response {
+    // The path comes from the run, never from the request.
+    let path = server
+        .monitor
+        .reported()
+        .grid
+        .as_ref()
+        .map(|g| g.path.clone());
     let picture = match path {
         Some(path) => tokio::fs::read(path).await.ok(),
         None => None,
@@ -187,66 +190,63 @@ async fn grid(State(sources): State<Sources>) -> Response {
     }
 }
 
-async fn events(State(sources): State<Sources>) -> Response {
-    match Arc::clone(&sources.pages).try_acquire_owned() {
-        Ok(permit) => Sse::new(updates(sources, permit)).into_response(),
+async fn events(State(server): State<ServerState>) -> Response {
+    match Arc::clone(&server.pages).try_acquire_owned() {
+        Ok(permit) => Sse::new(updates(server, permit)).into_response(),
         Err(_full) => {
-            let text = format!("{PAGES} pages look on already\n");
+            let text = format!("{MAX_PAGES} pages are open already\n");
             (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
         }
     }
 }
 
-/// Where one page stands.
-struct Reader {
-    sources: Sources,
-    /// What it has of the curves.
+/// The state of one open page.
+struct OpenPage {
+    server: ServerState,
+    /// The points of the curves that the page has.
     mark: Mark,
     begun: bool,
     _permit: OwnedSemaphorePermit,
 }
 
-/// One page's events: all curves at first, what is new every second, and `end` when the run is over. The next one is only made when
-/// the one before was taken.
+/// The events of one page: all curves first, new points every second, and `end` when the run is over. An event is made after
+/// the page has taken the one before.
 fn updates(
-    sources: Sources,
+    server: ServerState,
     permit: OwnedSemaphorePermit,
 ) -> impl Stream<Item = Result<Event, Infallible>> {
-    let reader = Reader {
-        sources,
+    let page = OpenPage {
+        server,
         mark: Mark::default(),
         begun: false,
         _permit: permit,
     };
-    stream::unfold(Some(reader), |reader| async move {
-        let mut reader = reader?;
-        if reader.begun && reader.sources.news.changed().await.is_err() {
-            // Browsers pass over events without data.
+    stream::unfold(Some(page), |page| async move {
+        let mut page = page?;
+        if page.begun && page.server.status.changed().await.is_err() {
+            // Browsers ignore events without data.
             return Some((Ok(Event::default().event("end").data("over")), None));
         }
-        reader.begun = true;
-        let status = Arc::clone(&reader.sources.news.borrow_and_update());
-        let update = Update {
+        page.begun = true;
+        let status = Arc::clone(&page.server.status.borrow_and_update());
+        let update = PageUpdate {
             status: &status,
-            curves: reader.sources.monitor.curves(&mut reader.mark),
+            curves: page.server.monitor.curves(&mut page.mark),
         };
-        // Numbers and text: they can always be written.
+        // Numbers and text always serialise.
         let json = serde_json::to_string(&update).unwrap_or_default();
         let event = Event::default().data(json);
-        Some((Ok(event), Some(reader)))
+        Some((Ok(event), Some(page)))
     })
 }
 
-async fn metrics(State(sources): State<Sources>) -> Response {
-    let mut text = String::new();
-    match encode(&mut text, &sources.registry) {
-        Ok(()) => ([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
+async fn metrics(State(server): State<ServerState>) -> Response {
+    let headers = [(header::CONTENT_TYPE, TEXT_FORMAT)];
+    (headers, server.monitor.prometheus()).into_response()
 }
 
-async fn healthz(State(sources): State<Sources>) -> (StatusCode, String) {
-    match sources.monitor.stalled() {
+async fn healthz(State(server): State<ServerState>) -> (StatusCode, String) {
+    match server.monitor.stalled() {
         None => (StatusCode::OK, "ok\n".to_owned()),
         Some(Stalled { seconds, stage }) => {
             let text = format!("nothing came for {seconds} s: the {stage} stage hangs\n");
@@ -260,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_could_be_anyones_is_not_local() {
+    fn host_check_accepts_only_local_names() {
         for local in [
             "127.0.0.1:9464",
             "localhost",

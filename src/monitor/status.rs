@@ -1,35 +1,37 @@
-//! What the page shows, as JSON. It belongs to the page, and changes with it: scripts read `/metrics`.
+//! The data of the page, as JSON. It changes with the page; scripts should read `/metrics`.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use coffey_pipeline::flow::{FlowSnapshot, Stage, StageSnapshot};
+use coffey_pipeline::flow::{FlowSnapshot, StageSnapshot};
+use coffey_pipeline::source::S3Counts;
+use coffey_pipeline::stages::{FlowChannel, Stage};
 use serde::Serialize;
 
 use super::history::{Curves, Mark};
-use super::{Command, Goal, Monitor, NOT_WAITING, Seen, Stalled, StepFigures};
+use super::{Goal, Monitor, NOT_WAITING, Reported, Stalled, StepFigures, StreamingCommand};
 
-/// One event for the page: how the run is now, and what its curves have grown by.
+/// One event for the page: the status of the run, and new points of its curves.
 #[derive(Debug, Serialize)]
-pub(super) struct Update<'a> {
-    pub(super) status: &'a Status,
+pub(super) struct PageUpdate<'a> {
+    pub(super) status: &'a RunStatus,
     pub(super) curves: Curves,
 }
 
-/// How the run is at one moment.
+/// The status of the run at one moment.
 #[derive(Debug, Serialize)]
-pub(super) struct Status {
+pub(super) struct RunStatus {
     version: &'static str,
-    command: Command,
-    /// What the command makes.
+    command: StreamingCommand,
+    /// The output of the command.
     subject: String,
-    state: State,
-    /// Since the command began.
+    state: RunState,
+    /// Time since the command began.
     seconds: f64,
-    progress: Option<Progress>,
-    /// Of the last stage, lately.
+    progress: Option<ProgressStatus>,
+    /// Recent speed of the last stage.
     samples_per_second: f64,
-    /// The stage that holds the rest back, as the progress line has it.
+    /// The limiting stage, as in the progress line.
     limit: Option<Stage>,
     stalled: Option<Stalled>,
     stages: Vec<StageStatus>,
@@ -37,39 +39,39 @@ pub(super) struct Status {
     channels: Vec<ChannelStatus>,
     /// Counts of this process.
     skipped: BTreeMap<String, u64>,
-    s3_requests: BTreeMap<String, u64>,
-    s3_retries: BTreeMap<String, u64>,
+    #[serde(flatten)]
+    s3: S3Counts,
     step: Option<StepFigures>,
     checkpoint: Option<CheckpointStatus>,
     /// Step of the newest validation grid.
     grid: Option<u64>,
 }
 
-/// What a command is at.
+/// The phase of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum State {
-    /// Models are loaded, figures of the teacher taken.
+enum RunState {
+    /// The command loads models and evaluates the teacher.
     Preparing,
-    /// The first batch is waited for.
+    /// The command waits for the first batch.
     Filling,
-    /// Batches come.
+    /// Batches arrive.
     Running,
-    /// None has come for too long.
+    /// No batch has arrived for the stall timeout.
     Stalled,
-    /// The last one came: results are written.
+    /// The last batch is done, and results are written.
     Finishing,
 }
 
 #[derive(Debug, Serialize)]
-struct Progress {
+struct ProgressStatus {
     unit: &'static str,
     done: u64,
     total: u64,
     seconds_left: Option<f64>,
 }
 
-/// One stage lately: over the last half minute or eight batches, whichever is longer.
+/// Recent numbers of a stage: over the last half minute or eight batches, whichever is longer.
 #[derive(Debug, Serialize)]
 struct StageStatus {
     name: Stage,
@@ -86,7 +88,7 @@ struct StageStatus {
 #[derive(Debug, Serialize)]
 struct ChannelStatus {
     name: &'static str,
-    /// The stage that takes from it.
+    /// The stage that takes items from it.
     before: Stage,
     items: u64,
     capacity: u64,
@@ -94,25 +96,25 @@ struct ChannelStatus {
 
 #[derive(Debug, Serialize)]
 struct CheckpointStatus {
-    /// How long saving took.
+    /// Time that saving took.
     seconds: f64,
     seconds_ago: f64,
 }
 
 impl Monitor {
-    /// How the run is now.
-    pub(super) fn status(&self) -> Status {
+    /// The status of the run now.
+    pub(super) fn status(&self) -> RunStatus {
         let shared = &*self.0;
         let (command, stalled) = (shared.command, self.stalled());
         let waiting = shared.since.load(std::sync::atomic::Ordering::Relaxed) != NOT_WAITING;
         let flow = shared.flow.snapshot();
-        let seen = &*self.seen();
+        let reported = &*self.reported();
         let now = Instant::now();
 
-        // Shares are from mark to mark, as a wait is counted when it ends; speeds go down at once when nothing comes.
-        let shares = seen.recent.window().unwrap_or(&flow);
-        let lately = seen.recent.until(&flow);
-        let speeds = lately.as_ref().unwrap_or(&flow);
+        // Shares are measured between marks, since a wait is counted when it ends; speeds up to now, so that they fall at once.
+        let shares = reported.recent.window().unwrap_or(&flow);
+        let recent = reported.recent.until(&flow);
+        let speeds = recent.as_ref().unwrap_or(&flow);
         let stage = |name: Stage| {
             let (shares, speed) = (shares.stage(name), speeds.stage(name));
             let share = |time: fn(&StageSnapshot) -> f64| {
@@ -129,48 +131,50 @@ impl Monitor {
                 items: flow.stage(name).items,
             }
         };
-        Status {
+        RunStatus {
             version: env!("CARGO_PKG_VERSION"),
             command,
             subject: shared.subject.clone(),
-            state: state(seen, waiting, stalled),
+            state: state(reported, waiting, stalled),
             seconds: (now - shared.begun).as_secs_f64(),
-            progress: seen.goal.as_ref().map(|goal| progress(goal, now)),
+            progress: reported.goal.as_ref().map(|goal| progress(goal, now)),
             samples_per_second: per_second(speeds.stage(command.consumer()).items, speeds),
-            limit: seen.recent.limit(),
+            limit: reported
+                .recent
+                .window()
+                .and_then(FlowSnapshot::limiting_stage),
             stalled,
             stages: command.stages().map(stage).collect(),
             channels: channels(command, &flow),
             skipped: flow.skipped.clone(),
-            s3_requests: flow.s3_requests.clone(),
-            s3_retries: flow.s3_retries.clone(),
-            step: seen.step,
-            checkpoint: seen.checkpoint.map(|checkpoint| CheckpointStatus {
+            s3: shared.s3.counts(),
+            step: reported.step,
+            checkpoint: reported.checkpoint.map(|checkpoint| CheckpointStatus {
                 seconds: checkpoint.took.as_secs_f64(),
                 seconds_ago: (now - checkpoint.saved).as_secs_f64(),
             }),
-            grid: seen.grid.as_ref().map(|grid| grid.step),
+            grid: reported.grid.as_ref().map(|grid| grid.step),
         }
     }
 
-    /// What the curves have grown by since `mark`, which moves on.
+    /// New points of the curves since `mark`, which is advanced.
     pub(super) fn curves(&self, mark: &mut Mark) -> Curves {
-        self.seen().history.since(mark)
+        self.reported().history.since(mark)
     }
 }
 
-fn state(seen: &Seen, waiting: bool, stalled: Option<Stalled>) -> State {
-    match (seen.streams, waiting) {
-        _ if stalled.is_some() => State::Stalled,
-        (false, _) => State::Preparing,
-        (true, false) => State::Finishing,
-        (true, true) if seen.recent.started() => State::Running,
-        (true, true) => State::Filling,
+fn state(reported: &Reported, waiting: bool, stalled: Option<Stalled>) -> RunState {
+    match (reported.streams, waiting) {
+        _ if stalled.is_some() => RunState::Stalled,
+        (false, _) => RunState::Preparing,
+        (true, false) => RunState::Finishing,
+        (true, true) if reported.recent.started() => RunState::Running,
+        (true, true) => RunState::Filling,
     }
 }
 
-fn progress(goal: &Goal, now: Instant) -> Progress {
-    Progress {
+fn progress(goal: &Goal, now: Instant) -> ProgressStatus {
+    ProgressStatus {
         unit: goal.unit,
         done: goal.done,
         total: goal.total,
@@ -179,39 +183,31 @@ fn progress(goal: &Goal, now: Instant) -> Progress {
 }
 
 fn per_second(count: u64, over: &FlowSnapshot) -> f64 {
-    match over.seconds > 0.0 {
-        true => count as f64 / over.seconds,
-        false => 0.0,
+    if over.seconds > 0.0 {
+        count as f64 / over.seconds
+    } else {
+        0.0
     }
 }
 
-/// The channels there are, each with the stage behind it.
-fn channels(command: Command, flow: &FlowSnapshot) -> Vec<ChannelStatus> {
-    let consumer = command.consumer();
-    let behind_batches = match command {
-        Command::Bench => consumer,
-        Command::Train | Command::Precompute => Stage::Encode,
+/// The open channels, each with the stage that takes items from it.
+fn channels(command: StreamingCommand, flow: &FlowSnapshot) -> Vec<ChannelStatus> {
+    let consumer = |channel: FlowChannel| {
+        let stage = channel.consumer();
+        // `bench` has no encoders: it takes the batches itself.
+        let stage = stage.filter(|stage| command.stages().any(|other| other == *stage));
+        stage.unwrap_or(command.consumer())
     };
-    [
-        ("chunks", Stage::Untar),
-        ("samples", Stage::Shuffle),
-        ("decode", Stage::Decode),
-        ("decoded", Stage::Batch),
-        ("batches", behind_batches),
-        ("encode", Stage::Encode),
-        ("encoded", consumer),
-    ]
-    .into_iter()
-    .filter_map(|(name, before)| {
-        let channel = flow.channels.get(name)?;
+    let open = FlowChannel::ALL.into_iter().filter_map(|channel| {
+        let fill = flow.channels.get(channel.name())?;
         Some(ChannelStatus {
-            name,
-            before,
-            items: channel.items,
-            capacity: channel.capacity,
+            name: channel.name(),
+            before: consumer(channel),
+            items: fill.items,
+            capacity: fill.capacity,
         })
-    })
-    .collect()
+    });
+    open.collect()
 }
 
 #[cfg(test)]
@@ -219,6 +215,7 @@ mod tests {
     use super::*;
     use coffey_pipeline::FlowMetrics;
     use coffey_pipeline::flow::channel;
+    use coffey_pipeline::source::ServerRecord;
     use serde_json::{Value, json};
     use std::time::Duration;
 
@@ -227,10 +224,16 @@ mod tests {
     }
 
     #[test]
-    fn the_page_is_told_what_there_is_from_the_first_second_on() {
+    fn status_is_complete_from_the_start() {
         let flow = FlowMetrics::new();
         let minute = Duration::from_secs(60);
-        let monitor = Monitor::new(flow.clone(), Command::Train, "runs/a".to_owned(), minute);
+        let monitor = Monitor::new(
+            flow.clone(),
+            ServerRecord::s3(),
+            StreamingCommand::Train,
+            "runs/a".to_owned(),
+            minute,
+        );
         let status = json(&monitor);
         assert_eq!(status["state"], "preparing");
         assert_eq!(status["limit"], Value::Null);
@@ -248,7 +251,7 @@ mod tests {
         monitor.expect("steps", 0, 10);
         monitor.beat();
         assert_eq!(json(&monitor)["state"], "filling");
-        let (sender, _receiver) = channel::<u8>(&flow, "encoded", 2);
+        let (sender, _receiver) = channel::<u8>(&flow, FlowChannel::Encoded.name(), 2);
         sender.send_blocking(1, &flow.stage(Stage::Encode)).unwrap();
         let train = flow.stage(Stage::Train);
         for step in 1..=3 {
@@ -290,9 +293,13 @@ mod tests {
     }
 
     #[test]
-    fn each_command_has_its_own_stages() {
-        let last = |command: Command| command.stages().map(Stage::name).collect::<Vec<_>>();
-        assert_eq!(last(Command::Bench)[5..], ["batch", "train"]);
-        assert_eq!(last(Command::Precompute)[5..], ["batch", "encode", "write"]);
+    fn status_lists_the_stages_of_a_command() {
+        let last =
+            |command: StreamingCommand| command.stages().map(Stage::name).collect::<Vec<_>>();
+        assert_eq!(last(StreamingCommand::Bench)[5..], ["batch", "train"]);
+        assert_eq!(
+            last(StreamingCommand::Precompute)[5..],
+            ["batch", "encode", "write"]
+        );
     }
 }

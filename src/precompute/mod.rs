@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use coffey_pipeline::StreamError;
-use coffey_pipeline::flow::{FlowSnapshot, Recent, Stage};
+use coffey_pipeline::flow::{FlowSnapshot, Recent};
+use coffey_pipeline::stages::Stage;
 use tokio_util::sync::CancellationToken;
 
 use crate::encode::{EncodeError, EncodePool};
@@ -112,6 +113,7 @@ impl Totals {
         self.shards_done += shards;
         monitor.advance(self.shards_done as u64);
         let limit = self.recent.mark(monitor.flow());
+        let limit = limit.and_then(FlowSnapshot::limiting_stage);
         let limit = limit.map_or(String::new(), |stage| format!("  limit: {stage}"));
         let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
         let message = format!(

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 
 use crate::diffusion::ScheduleError;
 use crate::draw::SaveError;

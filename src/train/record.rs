@@ -1,6 +1,6 @@
 //! The figures of one step, as `metrics.jsonl` holds them.
 
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::monitor::StepFigures;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::Device;
-use coffey_pipeline::flow::{Recent, Stage, StageHandle};
+use coffey_pipeline::flow::{Recent, StageHandle};
+use coffey_pipeline::stages::Stage;
 
 use super::checkpoint::Saver;
 use super::observers::{

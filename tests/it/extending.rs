@@ -17,7 +17,8 @@ use coffey::params::{ParamSet, Tensors};
 use coffey::random::normal;
 use coffey::ranks::Solo;
 use coffey::train::{AdamW, TrainError, TrainState, Trainer, TrainerOptions};
-use coffey_pipeline::flow::{FlowMetrics, Stage, StageHandle};
+use coffey_pipeline::flow::{FlowMetrics, StageHandle};
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -148,7 +149,7 @@ impl Batches {
     fn open(teacher: &Path, batch_size: usize) -> Self {
         let runtime = Runtime::new().unwrap();
         let metrics = FlowMetrics::new();
-        let sources = Sources::new(S3Options::default(), metrics.clone());
+        let sources = Sources::new(S3Options::default());
         let sources = runtime.block_on(sources).unwrap();
         let shard = Path::new("assets/quickstart/emoji/00000.tar");
         let config = StreamConfig {

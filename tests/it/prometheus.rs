@@ -9,26 +9,31 @@ use crate::support::{NO_PICTURES, PRECOMPUTE, QUICKSTART, args, refuse, reposito
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The family, type and label of every metric of a stream.
-const STREAM: [(&str, &str, &str); 11] = [
-    ("coffey_stage_items", "counter", "stage"),
-    ("coffey_stage_bytes", "counter", "stage"),
-    ("coffey_stage_busy_seconds", "counter", "stage"),
-    ("coffey_stage_starved_seconds", "counter", "stage"),
-    ("coffey_stage_blocked_seconds", "counter", "stage"),
+/// Every metric: its name, its type and its label.
+const STREAM: [(&str, &str, &str); 7] = [
+    ("coffey_stage_items_total", "counter", "stage"),
+    ("coffey_stage_bytes_total", "counter", "stage"),
+    ("coffey_stage_busy_seconds_total", "gauge", "stage"),
+    ("coffey_stage_starved_seconds_total", "gauge", "stage"),
+    ("coffey_stage_blocked_seconds_total", "gauge", "stage"),
+    ("coffey_s3_requests_total", "counter", "outcome"),
+    ("coffey_stalled", "gauge", ""),
+];
+/// Metrics that are absent before their first event, or while no channel is open.
+const OPTIONAL: [(&str, &str, &str); 6] = [
     ("coffey_channel_items", "gauge", "channel"),
     ("coffey_channel_capacity", "gauge", "channel"),
-    ("coffey_samples_skipped", "counter", "reason"),
-    ("coffey_s3_requests", "counter", "outcome"),
-    ("coffey_s3_retries", "counter", "reason"),
-    ("coffey_stalled", "gauge", ""),
+    ("coffey_samples_skipped_total", "counter", "reason"),
+    ("coffey_s3_retries_total", "counter", "reason"),
+    ("coffey_cache_hits_total", "counter", ""),
+    ("coffey_cache_misses_total", "counter", ""),
 ];
 const TRAINING: [(&str, &str, &str); 6] = [
     ("coffey_train_step", "gauge", ""),
     ("coffey_train_loss", "gauge", ""),
     ("coffey_train_grad_norm", "gauge", ""),
     ("coffey_train_lr", "gauge", ""),
-    ("coffey_train_samples", "counter", ""),
+    ("coffey_train_samples_total", "counter", ""),
     ("coffey_checkpoint_seconds", "gauge", ""),
 ];
 const STAGES: [&str; 9] = [
@@ -39,7 +44,7 @@ const STAGES: [&str; 9] = [
 fn scrape(watched: Watched) -> (Vec<Scrape>, String) {
     let mut scrapes = Vec::new();
     while let Some(metrics) = watched.get("/metrics") {
-        let kind = "content-type: application/openmetrics-text; version=1.0.0";
+        let kind = "content-type: text/plain; version=0.0.4";
         assert!(metrics.head.contains(kind), "{}", metrics.head);
         assert_eq!(metrics.status, 200, "{}", metrics.text());
         scrapes.push(Scrape::parse(&metrics.text()));
@@ -53,7 +58,7 @@ fn scrape(watched: Watched) -> (Vec<Scrape>, String) {
     (scrapes, messages)
 }
 
-/// A parsed answer of `/metrics`: types by family, and values by series.
+/// The parsed text: types by metric, and values by series.
 #[derive(Debug)]
 struct Scrape {
     types: BTreeMap<String, String>,
@@ -61,32 +66,31 @@ struct Scrape {
 }
 
 impl Scrape {
-    /// Parses every line, and panics at one that is not in the OpenMetrics format.
+    /// Reads every line; fails on a line that is not in Prometheus's text format.
     fn parse(body: &str) -> Self {
         let mut scrape = Self {
             types: BTreeMap::new(),
             values: BTreeMap::new(),
         };
-        let mut family = String::new();
-        let body = body.strip_suffix("# EOF\n").expect("the end is marked");
-        for line in body.lines() {
+        let mut metric = String::new();
+        for line in body.lines().filter(|line| !line.is_empty()) {
             if let Some(help) = line.strip_prefix("# HELP ") {
                 let (name, help) = help.split_once(' ').unwrap();
                 assert!(!help.is_empty(), "{line}");
-                family = name.to_owned();
+                metric = name.to_owned();
             } else if let Some(kind) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = kind.split_once(' ').unwrap();
-                assert_eq!(name, family, "{line}");
+                assert_eq!(name, metric, "{line}");
                 let twice = scrape.types.insert(name.to_owned(), kind.to_owned());
                 assert_eq!(twice, None, "{line}");
             } else {
                 let (series, value) = line.rsplit_once(' ').unwrap();
                 let (name, labels) = series.split_once('{').unwrap_or((series, ""));
-                let kind = scrape.types[&family].as_str();
-                let suffix = if kind == "counter" { "_total" } else { "" };
-                assert_eq!(name, format!("{family}{suffix}"), "{line}");
-                let all = STREAM.iter().chain(&TRAINING);
-                let (_, _, label) = all.clone().find(|(name, ..)| *name == family).unwrap();
+                assert_eq!(name, metric, "{line}");
+                let counts = scrape.types[&metric] == "counter";
+                assert!(!counts || metric.ends_with("_total"), "{line}");
+                let mut all = STREAM.iter().chain(&OPTIONAL).chain(&TRAINING);
+                let (_, _, label) = all.find(|(name, ..)| *name == metric).unwrap();
                 if label.is_empty() {
                     assert_eq!(labels, "", "{line}");
                 } else {
@@ -114,25 +118,23 @@ impl Scrape {
     }
 }
 
-/// Asserts that the families are complete, every stage has its series, and no counter falls.
+/// Metrics are as designed, every stage is there, and no counter ever falls.
 fn check(scrapes: &[Scrape], training: bool) {
     assert!(scrapes.len() > 2, "{} scrapes", scrapes.len());
     let last = scrapes.last().unwrap();
-    let mut expected: BTreeMap<String, String> = STREAM
-        .iter()
-        .map(|(name, kind, _)| ((*name).to_owned(), (*kind).to_owned()))
-        .collect();
-    assert!(
-        scrapes[0]
-            .types
-            .iter()
-            .all(|(name, _)| expected.contains_key(name))
-    );
+    let owned = |(name, kind, _): &(&str, &str, &str)| ((*name).to_owned(), (*kind).to_owned());
+    let mut designed: BTreeMap<String, String> = STREAM.iter().map(owned).collect();
+    let is_optional = |name: &str| OPTIONAL.iter().any(|(optional, ..)| *optional == name);
+    let known = |name: &str| designed.contains_key(name) || is_optional(name);
+    assert!(scrapes[0].types.keys().all(|name| known(name)));
     if training {
-        let more = TRAINING.iter();
-        expected.extend(more.map(|(name, kind, _)| ((*name).to_owned(), (*kind).to_owned())));
+        designed.extend(TRAINING.iter().map(owned));
     }
-    assert_eq!(last.types, expected);
+    let optional = OPTIONAL.iter().map(owned);
+    designed.extend(optional.filter(|(name, _)| last.types.contains_key(name)));
+    assert_eq!(last.types, designed);
+    let has_channels = |scrape: &Scrape| scrape.types.contains_key("coffey_channel_items");
+    assert!(scrapes.iter().any(has_channels), "no channel was open");
     for measure in [
         "items_total",
         "bytes_total",
@@ -177,8 +179,8 @@ fn metrics_of_training_run_grow() {
     let (scrapes, messages) = scrape(Watched::start(&args("train", QUICKSTART, settings)));
     check(&scrapes, true);
     let last = scrapes.last().unwrap();
-    check_dashboard_and_docs(last);
-    // The last scrape follows the last step, because pictures are drawn after it.
+    check_dashboard_and_docs();
+    // The last pictures are drawn after the last step.
     assert_eq!(last.value("coffey_train_step"), 12.0);
     assert_eq!(last.value("coffey_train_samples_total"), 48.0);
     assert_eq!(last.items("train"), 48.0);
@@ -193,13 +195,10 @@ fn metrics_of_training_run_grow() {
     );
 }
 
-/// The name of every metric in a query.
-fn exported(scrape: &Scrape) -> BTreeSet<String> {
-    let name = |(family, kind): (&String, &String)| match kind.as_str() {
-        "counter" => format!("{family}_total"),
-        _ => family.clone(),
-    };
-    scrape.types.iter().map(name).collect()
+/// The name of every metric.
+fn exported() -> BTreeSet<String> {
+    let all = STREAM.iter().chain(&OPTIONAL).chain(&TRAINING);
+    all.map(|(name, ..)| (*name).to_owned()).collect()
 }
 
 /// The metrics that a text names.
@@ -210,9 +209,9 @@ fn named(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Asserts that docs/operations.md and the dashboard name exactly the exported metrics.
-fn check_dashboard_and_docs(scrape: &Scrape) {
-    let exported = exported(scrape);
+/// The documentation and the dashboard name every metric, and no other.
+fn check_dashboard_and_docs() {
+    let exported = exported();
     let docs = std::fs::read_to_string(repository("docs/operations.md")).unwrap();
     assert_eq!(named(&docs), exported);
 

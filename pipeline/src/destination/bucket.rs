@@ -1,4 +1,4 @@
-//! A prefix in S3: repeating requests until they are answered for good.
+//! A prefix in S3: requests with retries.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,15 +6,15 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
-use super::{Entry, Facts, PartOptions};
+use super::{Entry, ObjectMeta, PartOptions};
+use crate::net::{RequestFailure, RetryBudget, RetryOptions, SourceError};
+use crate::s3::{ObjectPath, S3, UploadMarker};
 use crate::shard::ShardUrl;
-use crate::source::retry::{Budget, Failure, RetryOptions};
-use crate::source::s3::{S3, Target};
-use crate::source::{ObjectReader, SourceError, Sources};
+use crate::source::{ObjectReader, Sources};
 
-/// A server that takes less than this, in bytes a second, is given up as one that has stalled.
+/// Slowest accepted pace of an upload; below it the request counts as stalled. Bytes a second.
 const LEAST_PACE: u64 = 128 << 10;
-/// Attempts at clearing away what was given up: it must not hold up the error that led to it.
+/// Attempts at aborting an upload: the abort must not delay the error that caused it.
 const ABORT_ATTEMPTS: u32 = 3;
 
 pub(super) struct Bucket {
@@ -58,8 +58,8 @@ impl Bucket {
         &self.runtime
     }
 
-    pub(super) fn target(&self, name: &str) -> Target {
-        Target::new(&self.bucket, format!("{}{name}", self.prefix))
+    pub(super) fn target(&self, name: &str) -> ObjectPath {
+        ObjectPath::new(&self.bucket, format!("{}{name}", self.prefix))
     }
 
     pub(super) async fn s3(&self) -> Result<&S3, SourceError> {
@@ -67,20 +67,20 @@ impl Bucket {
         Ok(s3)
     }
 
-    /// Makes a request until it is answered for good; `bytes` are sent with it.
-    pub(super) async fn repeat<'a, T, F>(
+    /// Makes a request, with retries; `bytes` is the size of its body.
+    pub(super) async fn retry<'a, T, F>(
         &'a self,
         url: &ShardUrl,
         bytes: usize,
         request: impl Fn(&'a S3) -> F + Send,
     ) -> Result<T, SourceError>
     where
-        F: Future<Output = Result<T, Failure>> + Send,
+        F: Future<Output = Result<T, RequestFailure>> + Send,
     {
-        self.repeat_at_most(u32::MAX, url, bytes, request).await
+        self.retry_at_most(u32::MAX, url, bytes, request).await
     }
 
-    async fn repeat_at_most<'a, T, F>(
+    async fn retry_at_most<'a, T, F>(
         &'a self,
         attempts: u32,
         url: &ShardUrl,
@@ -88,7 +88,7 @@ impl Bucket {
         request: impl Fn(&'a S3) -> F + Send,
     ) -> Result<T, SourceError>
     where
-        F: Future<Output = Result<T, Failure>> + Send,
+        F: Future<Output = Result<T, RequestFailure>> + Send,
     {
         let s3 = self.s3().await?;
         let options = self.sources.retry_options();
@@ -98,22 +98,21 @@ impl Bucket {
         };
         let stall = self.sources.options().stall_timeout;
         let patience = stall + Duration::from_secs_f64(bytes as f64 / LEAST_PACE as f64);
-        let metrics = self.sources.metrics().clone();
-        let mut budget = Budget::new(url.redacted(), options, metrics, s3.met(), true);
+        let mut budget = RetryBudget::new(url.redacted(), options, s3.server().clone());
         loop {
             let failure = match tokio::time::timeout(patience, request(s3)).await {
                 Ok(Ok(answer)) => {
-                    budget.contact();
+                    budget.record_response();
                     return Ok(answer);
                 }
                 Ok(Err(failure)) => failure,
-                Err(_) => Failure::Passing {
+                Err(_) => RequestFailure::Passing {
                     reason: "stalled",
                     cause: format!("no answer for {:.1} s", patience.as_secs_f64()),
                 },
             };
             budget
-                .failed(failure, 0)
+                .backoff(failure, 0)
                 .await
                 .map_err(|error| match error {
                     SourceError::Exhausted {
@@ -155,57 +154,62 @@ impl Bucket {
         self.runtime.block_on(self.sources.open(&url))
     }
 
-    pub(super) async fn head(&self, target: &Target) -> Result<Option<Facts>, SourceError> {
-        let found = self.repeat(&target.url, 0, |s3| s3.head(target)).await?;
-        Ok(found.map(|(size, metadata)| Facts { size, metadata }))
+    pub(super) async fn head_object(
+        &self,
+        target: &ObjectPath,
+    ) -> Result<Option<ObjectMeta>, SourceError> {
+        self.retry(&target.url, 0, |s3| s3.head(target)).await
     }
 
-    pub(super) fn facts(&self, name: &str) -> Result<Option<Facts>, SourceError> {
-        self.runtime.block_on(self.head(&self.target(name)))
+    pub(super) fn head(&self, name: &str) -> Result<Option<ObjectMeta>, SourceError> {
+        self.runtime.block_on(self.head_object(&self.target(name)))
     }
 
     pub(super) fn remove(&self, name: &str) -> Result<(), SourceError> {
         let target = &self.target(name);
         self.runtime
-            .block_on(self.repeat(&target.url, 0, |s3| s3.delete(target)))
+            .block_on(self.retry(&target.url, 0, |s3| s3.delete(target)))
     }
 
-    pub(super) async fn abort(&self, target: &Target, id: &str) -> Result<(), SourceError> {
-        self.repeat_at_most(ABORT_ATTEMPTS, &target.url, 0, |s3| s3.abort(target, id))
+    pub(super) async fn abort(&self, target: &ObjectPath, id: &str) -> Result<(), SourceError> {
+        self.retry_at_most(ABORT_ATTEMPTS, &target.url, 0, |s3| s3.abort(target, id))
             .await
     }
 
-    pub(super) fn clear_unfinished(
+    pub(super) fn abort_incomplete_uploads(
         &self,
         ours: impl Fn(&str) -> bool,
     ) -> Result<usize, SourceError> {
-        let url = &ShardUrl::s3(&self.bucket, &self.prefix);
-        let place = (self.bucket.as_str(), self.prefix.as_str());
+        let prefix = &self.target("");
         self.runtime.block_on(async {
-            let (mut count, mut from) = (0, None);
+            let mut count = 0;
+            let mut marker: Option<UploadMarker> = None;
             loop {
                 let page = self
-                    .repeat(url, 0, |s3| s3.unfinished(url, place, from.as_ref()))
+                    .retry(&prefix.url, 0, |s3| {
+                        s3.incomplete_uploads(prefix, marker.as_ref())
+                    })
                     .await;
-                let (uploads, next) = match page {
+                let page = match page {
                     Ok(page) => page,
-                    // Some servers don't know this request; and who may write need not be allowed to list.
+                    // Some servers don't support this request, and permission to write does not
+                    // include permission to list.
                     Err(error @ (SourceError::Refused { .. } | SourceError::Forbidden { .. })) => {
                         tracing::debug!(%error, "unfinished uploads can't be listed");
                         return Ok(count);
                     }
                     Err(error) => return Err(error),
                 };
-                for upload in uploads {
+                for upload in page.uploads {
                     let name = upload.key.strip_prefix(&self.prefix);
                     if name.is_some_and(&ours) {
-                        let target = Target::new(&self.bucket, upload.key);
+                        let target = ObjectPath::new(&self.bucket, upload.key);
                         self.abort(&target, &upload.id).await?;
                         count += 1;
                     }
                 }
-                match next {
-                    Some(next) => from = Some(next),
+                match page.next {
+                    Some(next) => marker = Some(next),
                     None => return Ok(count),
                 }
             }

@@ -1,4 +1,4 @@
-//! Objects as files: written aside, flushed to the disk, renamed.
+//! Objects as files, written atomically: to a temporary file, flushed to disk, renamed.
 
 use std::fs::{self, File, Permissions};
 use std::io::{BufWriter, ErrorKind, Write};
@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
-use super::{Entry, Facts};
-use crate::source::SourceError;
+use super::{Entry, ObjectMeta};
+use crate::net::SourceError;
 
-/// Start of the names of files that are being written.
-const ASIDE: &str = ".writing-";
-/// Random characters at the end of those names.
+/// Prefix of the names of temporary files.
+const TEMPORARY: &str = ".writing-";
+/// Random characters at the end of such a name.
 const RANDOM: usize = 6;
 const BUFFER: usize = 1 << 20;
 
@@ -37,7 +37,7 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> SourceError {
     }
 }
 
-/// What helps where the system refuses.
+/// The action that helps after an error of the system.
 fn advice(kind: ErrorKind) -> Option<&'static str> {
     match kind {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some("free some space there"),
@@ -49,9 +49,9 @@ fn advice(kind: ErrorKind) -> Option<&'static str> {
     }
 }
 
-/// The name of the object that a file was to become.
-fn meant(file: &str) -> Option<&str> {
-    let name = file.strip_prefix(ASIDE)?;
+/// The name of the object that a temporary file becomes.
+fn object_name(file: &str) -> Option<&str> {
+    let name = file.strip_prefix(TEMPORARY)?;
     let name = name.get(..name.len().checked_sub(RANDOM)?)?;
     name.strip_suffix('-')
 }
@@ -70,27 +70,27 @@ impl Folder {
     }
 
     pub(super) fn create(&self, name: &str) -> Result<FileWriter, SourceError> {
-        let place = self.path(name);
-        let parent = place.parent().unwrap_or(&self.0).to_owned();
+        let target = self.path(name);
+        let parent = target.parent().unwrap_or(&self.0).to_owned();
         fs::create_dir_all(&parent).map_err(failed(&parent))?;
         let file = name.rsplit('/').next().unwrap_or(name);
-        let aside = tempfile::Builder::new()
-            .prefix(&format!("{ASIDE}{file}-"))
+        let temporary = tempfile::Builder::new()
+            .prefix(&format!("{TEMPORARY}{file}-"))
             .rand_bytes(RANDOM)
             .permissions(Permissions::from_mode(0o666)) // less the umask
             .tempfile_in(&parent)
-            .map_err(failed(&place))?;
+            .map_err(failed(&target))?;
         Ok(FileWriter {
-            file: BufWriter::with_capacity(BUFFER, aside),
-            place,
+            file: BufWriter::with_capacity(BUFFER, temporary),
+            target,
             parent,
         })
     }
 
-    /// Every file, and every file written aside by what it was to become.
+    /// Visits each file, temporary files included.
     fn walk(
         &self,
-        see: &mut impl FnMut(String, &Path) -> Result<(), SourceError>,
+        visit: &mut impl FnMut(String, &Path) -> Result<(), SourceError>,
     ) -> Result<(), SourceError> {
         let mut folders = vec![(self.0.clone(), String::new())];
         while let Some((folder, prefix)) = folders.pop() {
@@ -101,9 +101,10 @@ impl Folder {
             for entry in entries {
                 let entry = entry.map_err(failed(&folder))?;
                 let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-                match entry.file_type().map_err(failed(&entry.path()))?.is_dir() {
-                    true => folders.push((entry.path(), format!("{name}/"))),
-                    false => see(name, &entry.path())?,
+                if entry.file_type().map_err(failed(&entry.path()))?.is_dir() {
+                    folders.push((entry.path(), format!("{name}/")));
+                } else {
+                    visit(name, &entry.path())?;
                 }
             }
         }
@@ -114,9 +115,9 @@ impl Folder {
         let mut entries = Vec::new();
         self.walk(&mut |name, path| {
             let file = name.rsplit('/').next().unwrap_or(&name);
-            if name.starts_with(below) && meant(file).is_none() {
+            if name.starts_with(below) && object_name(file).is_none() {
                 let size = match fs::metadata(path) {
-                    // Gone since the folder was read, as a file that others write aside.
+                    // Removed since the folder was read, such as a temporary file of another process.
                     Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
                     found => found.map_err(failed(path))?.len(),
                 };
@@ -132,11 +133,11 @@ impl Folder {
         File::open(&path).map_err(failed(&path))
     }
 
-    pub(super) fn facts(&self, name: &str) -> Result<Option<Facts>, SourceError> {
+    pub(super) fn head(&self, name: &str) -> Result<Option<ObjectMeta>, SourceError> {
         let path = self.path(name);
         match fs::metadata(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            found => Ok(Some(Facts {
+            found => Ok(Some(ObjectMeta {
                 size: found.map_err(failed(&path))?.len(),
                 metadata: std::collections::BTreeMap::new(),
             })),
@@ -151,7 +152,7 @@ impl Folder {
         }
     }
 
-    pub(super) fn clear_unfinished(
+    pub(super) fn abort_incomplete_uploads(
         &self,
         ours: impl Fn(&str) -> bool,
     ) -> Result<usize, SourceError> {
@@ -161,7 +162,7 @@ impl Folder {
                 Some(at) => name.split_at(at + 1),
                 None => ("", name.as_str()),
             };
-            if meant(file).is_some_and(|object| ours(&format!("{folder}{object}"))) {
+            if object_name(file).is_some_and(|object| ours(&format!("{folder}{object}"))) {
                 fs::remove_file(path).map_err(failed(path))?;
                 count += 1;
             }
@@ -171,37 +172,38 @@ impl Folder {
     }
 }
 
-/// A file that is being written aside. Dropped, it is removed.
+/// A temporary file that is being written; removed on drop.
 #[derive(Debug)]
 pub(super) struct FileWriter {
     file: BufWriter<NamedTempFile>,
-    place: PathBuf,
+    target: PathBuf,
     parent: PathBuf,
 }
 
 impl FileWriter {
     pub(super) fn append(&mut self, content: &[u8]) -> Result<(), SourceError> {
-        self.file.write_all(content).map_err(failed(&self.place))
+        self.file.write_all(content).map_err(failed(&self.target))
     }
 
     pub(super) fn finish(self) -> Result<(), SourceError> {
         let Self {
             mut file,
-            place,
+            target,
             parent,
         } = self;
-        file.flush().map_err(failed(&place))?;
-        let (aside, _flushed) = file.into_parts();
-        aside.as_file().sync_all().map_err(failed(&place))?;
-        aside
-            .persist(&place)
+        file.flush().map_err(failed(&target))?;
+        // The buffer is empty after the flush.
+        let (temporary, _) = file.into_parts();
+        temporary.as_file().sync_all().map_err(failed(&target))?;
+        temporary
+            .persist(&target)
             .map_err(|error| match error.error.kind() {
                 ErrorKind::NotFound => SourceError::File {
-                    url: place.display().to_string(),
+                    url: target.display().to_string(),
                     cause: "another process that writes it cleared away what this one wrote"
                         .to_owned(),
                 },
-                _ => failed(&place)(error.error),
+                _ => failed(&target)(error.error),
             })?;
         File::open(&parent)
             .and_then(|folder| folder.sync_all())
@@ -214,18 +216,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_written_aside_say_what_they_were_to_become() {
+    fn folder_temporary_file_names_its_object() {
         let folder = tempfile::tempdir().unwrap();
         let writer = Folder::new(folder.path().to_owned());
         let file = writer.create("a/b-c.txt").unwrap();
-        let aside: Vec<_> = fs::read_dir(folder.path().join("a"))
+        let files: Vec<_> = fs::read_dir(folder.path().join("a"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
-        assert_eq!(aside.len(), 1);
-        assert_eq!(meant(&aside[0]), Some("b-c.txt"), "{aside:?}");
-        assert_eq!(meant("b-c.txt"), None);
-        assert_eq!(meant(".writing-é"), None);
+        assert_eq!(files.len(), 1);
+        assert_eq!(object_name(&files[0]), Some("b-c.txt"), "{files:?}");
+        assert_eq!(object_name("b-c.txt"), None);
+        assert_eq!(object_name(".writing-é"), None);
         drop(file);
         assert_eq!(fs::read_dir(folder.path().join("a")).unwrap().count(), 0);
     }

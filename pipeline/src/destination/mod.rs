@@ -1,11 +1,11 @@
-//! Where bytes go: a folder, or a prefix in S3.
+//! Writing: to a folder, or to a prefix in S3.
 //!
-//! An object appears whole or not at all, and what is written over stands until then. In a folder it is written aside
-//! and renamed; in S3 it is one request if it is small, else an upload in parts of which a few are on their way at once, so
-//! that memory is bounded however large the object becomes. Faults that may pass are retried part by part. Nothing
-//! here knows what the bytes mean.
+//! A write is atomic: the object appears whole or not at all, and an earlier object stays until then. In a folder the
+//! object is a temporary file that is renamed; in S3 it is one request if it is small, else an upload in parts with a few
+//! parts in flight, so that memory is bounded for an object of any size. Passing faults are retried part by part. The room
+//! never interprets the bytes.
 //!
-//! Every call blocks until it is done; none may be made on a thread of the runtime.
+//! Each call blocks until it is done; none may be made on a thread of the runtime.
 
 mod bucket;
 mod folder;
@@ -21,19 +21,22 @@ use bytes::{Buf, Bytes};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
+use crate::net::SourceError;
 use crate::shard::{Location, ShardUrl};
-use crate::source::{ObjectReader, SourceError, Sources};
+use crate::source::{ObjectReader, Sources};
+
+pub use crate::s3::ObjectMeta;
 
 use bucket::Bucket;
 use folder::{FileWriter, Folder};
 use upload::Upload;
 
-/// A folder or a prefix in S3 that objects are written to. Clones are the same place.
+/// A folder or a prefix in S3 that objects are written to. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Destination(Place);
+pub struct Destination(Backend);
 
 #[derive(Debug, Clone)]
-enum Place {
+enum Backend {
     Folder(Folder),
     Bucket(Arc<Bucket>),
 }
@@ -47,16 +50,7 @@ pub struct Entry {
     pub size: u64,
 }
 
-/// What a destination knows of one object.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Facts {
-    /// Size in bytes.
-    pub size: u64,
-    /// As given to [`Destination::create_with`]; always empty in a folder, which has no place for it.
-    pub metadata: BTreeMap<String, String>,
-}
-
-/// What was written.
+/// Size and hash of a written object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
     /// Size in bytes.
@@ -65,13 +59,13 @@ pub struct Written {
     pub sha256: String,
 }
 
-/// How uploads are cut; for tests that must not write gigabytes.
+/// Sizes of uploads in parts; other sizes than the default are for tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PartOptions {
-    /// Size of the first parts. Bytes; at least 5 MiB on AWS. It doubles every 1,000 parts, so that the 10,000 there may be
-    /// make up the largest object S3 can hold.
+    /// Size of the first parts. Bytes; at least 5 MiB on AWS. It doubles every 1,000 parts, so that the limit of 10,000
+    /// parts holds the largest object of S3.
     pub bytes: usize,
-    /// Parts on their way at once. So many and one more are held in memory.
+    /// Parts in flight at once. One more part is held in memory.
     pub in_flight: usize,
 }
 
@@ -85,8 +79,8 @@ impl Default for PartOptions {
 }
 
 impl Sources {
-    /// A place to write to: `s3://bucket/prefix/` (with or without the last `/`), else a folder, which is made when the
-    /// first object is. Touches no network.
+    /// A destination: `s3://bucket/prefix/` (with or without the last `/`), else a folder, which is created with its
+    /// first object. Touches no network.
     ///
     /// # Errors
     /// [`SourceError::Url`] or [`SourceError::Unsupported`] if the target can't be written to.
@@ -94,7 +88,7 @@ impl Sources {
         self.destination_with(target, runtime, PartOptions::default())
     }
 
-    /// As [`Sources::destination`], with other parts.
+    /// As [`Sources::destination`], with other sizes of parts.
     ///
     /// # Errors
     /// As [`Sources::destination`].
@@ -104,15 +98,16 @@ impl Sources {
         runtime: &Handle,
         parts: PartOptions,
     ) -> Result<Destination, SourceError> {
-        let url: ShardUrl = match target.starts_with("s3://") && !target.ends_with('/') {
-            true => format!("{target}/").parse()?,
-            false => target.parse()?,
+        let url: ShardUrl = if target.starts_with("s3://") && !target.ends_with('/') {
+            format!("{target}/").parse()?
+        } else {
+            target.parse()?
         };
         match url.location() {
             Location::File(path) => Ok(Destination::folder(path)),
             Location::S3 { bucket, key } => {
                 let bucket = Bucket::new(self.clone(), runtime.clone(), bucket, key, parts);
-                Ok(Destination(Place::Bucket(Arc::new(bucket))))
+                Ok(Destination(Backend::Bucket(Arc::new(bucket))))
             }
             Location::Http(_) | Location::Stdin => Err(SourceError::Unsupported {
                 url: url.redacted(),
@@ -123,21 +118,21 @@ impl Sources {
 }
 
 impl Destination {
-    /// A folder, which is made when the first object is.
+    /// A folder, which is created with its first object.
     #[must_use]
     pub fn folder(path: impl Into<PathBuf>) -> Self {
-        Self(Place::Folder(Folder::new(path.into())))
+        Self(Backend::Folder(Folder::new(path.into())))
     }
 
-    /// Begins an object. Names are relative, with `/` between folders.
+    /// Starts an object. Names are relative, with `/` between folders.
     ///
     /// # Errors
-    /// [`SourceError`] if it can't be begun there.
+    /// [`SourceError`] if it can't be created.
     pub fn create(&self, name: &str) -> Result<ObjectWriter, SourceError> {
         self.create_with(name, BTreeMap::new())
     }
 
-    /// Begins an object that carries metadata in S3: keys in lower case, values in ASCII. A folder drops it.
+    /// Starts an object with metadata in S3: keys in lower case, values in ASCII. A folder drops the metadata.
     ///
     /// # Errors
     /// As [`Destination::create`].
@@ -148,9 +143,9 @@ impl Destination {
     ) -> Result<ObjectWriter, SourceError> {
         self.check(name)?;
         let target = match &self.0 {
-            Place::Folder(folder) => Target::File(folder.create(name)?),
-            Place::Bucket(bucket) => {
-                Target::Upload(Box::new(Upload::new(Arc::clone(bucket), name, metadata)))
+            Backend::Folder(folder) => WriteTarget::File(folder.create(name)?),
+            Backend::Bucket(bucket) => {
+                WriteTarget::Upload(Box::new(Upload::new(Arc::clone(bucket), name, metadata)))
             }
         };
         Ok(ObjectWriter {
@@ -170,14 +165,14 @@ impl Destination {
         writer.finish()
     }
 
-    /// Every object whose name begins with `below`, by name.
+    /// The objects whose names begin with `below`, by name.
     ///
     /// # Errors
-    /// [`SourceError`] if the place can't be listed; a folder that does not exist is empty.
+    /// [`SourceError`] if the destination can't be listed; a missing folder is empty.
     pub fn list(&self, below: &str) -> Result<Vec<Entry>, SourceError> {
         let mut entries = match &self.0 {
-            Place::Folder(folder) => folder.list(below)?,
-            Place::Bucket(bucket) => bucket.list(below)?,
+            Backend::Folder(folder) => folder.list(below)?,
+            Backend::Bucket(bucket) => bucket.list(below)?,
         };
         entries.sort();
         Ok(entries)
@@ -186,12 +181,12 @@ impl Destination {
     /// Opens an object for reading.
     ///
     /// # Errors
-    /// [`SourceError::NotFound`] if there is none, else what kept it from being read.
+    /// [`SourceError::NotFound`] if there is none, else the error of the read.
     pub fn open(&self, name: &str) -> Result<ReadObject, SourceError> {
         self.check(name)?;
         match &self.0 {
-            Place::Folder(folder) => Ok(ReadObject(Content::File(folder.open(name)?))),
-            Place::Bucket(bucket) => Ok(ReadObject(Content::Object {
+            Backend::Folder(folder) => Ok(ReadObject(ReadFrom::File(folder.open(name)?))),
+            Backend::Bucket(bucket) => Ok(ReadObject(ReadFrom::Object {
                 reader: Box::new(bucket.open(name)?),
                 runtime: bucket.runtime().clone(),
                 chunk: Bytes::new(),
@@ -199,7 +194,7 @@ impl Destination {
         }
     }
 
-    /// A whole object.
+    /// Reads a whole object.
     ///
     /// # Errors
     /// As [`Destination::open`].
@@ -211,53 +206,56 @@ impl Destination {
         Ok(content)
     }
 
-    /// What is known of an object without reading it; `None` if there is none.
+    /// Size and metadata of an object; `None` if there is none.
     ///
     /// # Errors
-    /// [`SourceError`] if that can't be found out.
-    pub fn facts(&self, name: &str) -> Result<Option<Facts>, SourceError> {
+    /// [`SourceError`] if the request fails.
+    pub fn head(&self, name: &str) -> Result<Option<ObjectMeta>, SourceError> {
         self.check(name)?;
         match &self.0 {
-            Place::Folder(folder) => folder.facts(name),
-            Place::Bucket(bucket) => bucket.facts(name),
+            Backend::Folder(folder) => folder.head(name),
+            Backend::Bucket(bucket) => bucket.head(name),
         }
     }
 
-    /// Removes an object; one that is not there is no error.
+    /// Removes an object; a missing object is no error.
     ///
     /// # Errors
     /// [`SourceError`] if it can't be removed.
     pub fn remove(&self, name: &str) -> Result<(), SourceError> {
         self.check(name)?;
         match &self.0 {
-            Place::Folder(folder) => folder.remove(name),
-            Place::Bucket(bucket) => bucket.remove(name),
+            Backend::Folder(folder) => folder.remove(name),
+            Backend::Bucket(bucket) => bucket.remove(name),
         }
     }
 
-    /// Clears away what killed processes left unfinished: files written aside, uploads that were neither completed nor
-    /// aborted. `ours` is asked by the name of the object they were to become; an object that another process is writing
-    /// now would be lost to it. How many there were.
+    /// Removes what killed processes left: temporary files, and uploads that were neither completed nor aborted. `ours`
+    /// selects them by the name of their object; the upload of a living process would be lost to it. Returns the number
+    /// removed.
     ///
     /// # Errors
-    /// [`SourceError`] if they can't be listed or removed. A server that does not list uploads has none.
-    pub fn clear_unfinished(&self, ours: impl Fn(&str) -> bool) -> Result<usize, SourceError> {
+    /// [`SourceError`] if they can't be listed or removed. A server that does not list uploads counts as having none.
+    pub fn abort_incomplete_uploads(
+        &self,
+        ours: impl Fn(&str) -> bool,
+    ) -> Result<usize, SourceError> {
         match &self.0 {
-            Place::Folder(folder) => folder.clear_unfinished(ours),
-            Place::Bucket(bucket) => bucket.clear_unfinished(ours),
+            Backend::Folder(folder) => folder.abort_incomplete_uploads(ours),
+            Backend::Bucket(bucket) => bucket.abort_incomplete_uploads(ours),
         }
     }
 
-    /// Where an object is, for messages.
+    /// Path or URL of an object, for messages.
     #[must_use]
     pub fn place(&self, name: &str) -> String {
         match &self.0 {
-            Place::Folder(folder) => folder.path(name).display().to_string(),
-            Place::Bucket(bucket) => bucket.target(name).url.redacted(),
+            Backend::Folder(folder) => folder.path(name).display().to_string(),
+            Backend::Bucket(bucket) => bucket.target(name).url.redacted(),
         }
     }
 
-    /// What an i/o error met with an object was.
+    /// The [`SourceError`] inside an I/O error of an object, or one made of it.
     #[must_use]
     pub fn failed(&self, name: &str, error: io::Error) -> SourceError {
         error.downcast().unwrap_or_else(|error| SourceError::File {
@@ -268,62 +266,62 @@ impl Destination {
 
     fn check(&self, name: &str) -> Result<(), SourceError> {
         let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
-        match name.split('/').all(plain) {
-            true => Ok(()),
-            false => Err(SourceError::Unsupported {
-                url: format!("{self}{name}"),
-                cause: format!("{name:?} names no object"),
-            }),
+        if name.split('/').all(plain) {
+            return Ok(());
         }
+        Err(SourceError::Unsupported {
+            url: format!("{self}{name}"),
+            cause: format!("{name:?} names no object"),
+        })
     }
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Place::Folder(folder) => write!(f, "{}/", folder.root().display()),
-            Place::Bucket(bucket) => write!(f, "{}", bucket.target("").url.redacted()),
+            Backend::Folder(folder) => write!(f, "{}/", folder.root().display()),
+            Backend::Bucket(bucket) => write!(f, "{}", bucket.target("").url.redacted()),
         }
     }
 }
 
-/// An object that is being written. Dropped before [`ObjectWriter::finish`], nothing of it is left.
+/// An object that is being written. Dropped before [`ObjectWriter::finish`], it is discarded.
 #[derive(Debug)]
 pub struct ObjectWriter {
-    target: Target,
+    target: WriteTarget,
     hash: Sha256,
     bytes: u64,
 }
 
 #[derive(Debug)]
-enum Target {
+enum WriteTarget {
     File(FileWriter),
     Upload(Box<Upload>),
 }
 
 impl ObjectWriter {
-    /// Adds to the object. What [`Write`] does, with the error as it was.
+    /// Appends to the object; as [`Write`], but with a typed error.
     ///
     /// # Errors
-    /// [`SourceError`] if it can't be written; the object is given up then.
+    /// [`SourceError`] if it can't be written; the object is discarded then.
     pub fn append(&mut self, content: &[u8]) -> Result<(), SourceError> {
         match &mut self.target {
-            Target::File(file) => file.append(content)?,
-            Target::Upload(upload) => upload.append(content)?,
+            WriteTarget::File(file) => file.append(content)?,
+            WriteTarget::Upload(upload) => upload.append(content)?,
         }
         self.hash.update(content);
         self.bytes += content.len() as u64;
         Ok(())
     }
 
-    /// Puts the object in its place, whole, and waits until it is kept there.
+    /// Makes the object visible, whole, and waits until it is stored.
     ///
     /// # Errors
-    /// [`SourceError`] if it can't be; nothing of it is left then.
+    /// [`SourceError`] if it can't be stored; the object is discarded then.
     pub fn finish(self) -> Result<Written, SourceError> {
         match self.target {
-            Target::File(file) => file.finish()?,
-            Target::Upload(upload) => upload.finish()?,
+            WriteTarget::File(file) => file.finish()?,
+            WriteTarget::Upload(upload) => upload.finish()?,
         }
         let digest = self.hash.finalize();
         Ok(Written {
@@ -346,10 +344,10 @@ impl Write for ObjectWriter {
 
 /// An object that is being read.
 #[derive(Debug)]
-pub struct ReadObject(Content);
+pub struct ReadObject(ReadFrom);
 
 #[derive(Debug)]
-enum Content {
+enum ReadFrom {
     File(std::fs::File),
     Object {
         reader: Box<ObjectReader>,
@@ -361,8 +359,8 @@ enum Content {
 impl Read for ReadObject {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match &mut self.0 {
-            Content::File(file) => file.read(into),
-            Content::Object {
+            ReadFrom::File(file) => file.read(into),
+            ReadFrom::Object {
                 reader,
                 runtime,
                 chunk,

@@ -1,7 +1,7 @@
-//! One object on its way to S3.
+//! The upload of one object to S3.
 //!
-//! What is written collects in a part; a full part is sent while the next one fills. An object that ends within its first
-//! part is put in one request instead. Until the upload is completed nothing of it is to be seen.
+//! Written bytes collect in a part; a full part is sent while the next part fills. An object that fits in its first
+//! part is written in one request instead. The object is visible only after the upload is complete.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,39 +13,40 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use super::bucket::Bucket;
-use crate::source::SourceError;
-use crate::source::s3::{Sent, Target};
+use crate::net::SourceError;
+use crate::s3::{ObjectPath, UploadedPart};
 
 /// Parts of one size, before it doubles.
 const PARTS_OF_A_SIZE: usize = 1000;
-/// Metadata that tells an upload's object from one that stood there before.
+/// Metadata key that tells the object of an upload from an earlier object of the same name.
 const MARK: &str = "coffey-upload";
-/// How much faster than it takes parts a server puts them together, at the least: it is waited for so long.
+/// Least ratio of a server's speed of joining parts to the slowest accepted pace of an upload.
 const ASSEMBLY: usize = 64;
-/// How often, and after what time, an object is looked for whose last answer was lost: a server may still be putting it together.
-const LOOKS: u32 = 10;
-const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
-/// Longest wait for an upload to be given up.
+/// Checks for a complete object after a lost response: the server may still be joining the parts.
+const CHECKS: u32 = 10;
+/// Time between two checks.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest wait for an upload to be aborted.
 const ABORT_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub(super) struct Upload {
     bucket: Arc<Bucket>,
-    target: Target,
+    target: ObjectPath,
     metadata: BTreeMap<String, String>,
     buffer: Vec<u8>,
-    begun: Option<Begun>,
+    multipart: Option<Multipart>,
 }
 
-/// An upload in parts that the server knows of.
+/// An upload in parts, known to the server.
 #[derive(Debug)]
-struct Begun {
+struct Multipart {
     id: String,
     mark: String,
     parts: usize,
     bytes: usize,
-    under_way: JoinSet<Result<Sent, SourceError>>,
-    sent: Vec<Sent>,
+    in_flight: JoinSet<Result<UploadedPart, SourceError>>,
+    sent: Vec<UploadedPart>,
 }
 
 impl Upload {
@@ -55,13 +56,16 @@ impl Upload {
             bucket,
             metadata,
             buffer: Vec::new(),
-            begun: None,
+            multipart: None,
         }
     }
 
     /// Size of the next part.
     fn part_size(&self) -> usize {
-        let parts = self.begun.as_ref().map_or(0, |begun| begun.parts);
+        let parts = self
+            .multipart
+            .as_ref()
+            .map_or(0, |multipart| multipart.parts);
         part_size(self.bucket.parts.bytes, parts)
     }
 
@@ -81,8 +85,8 @@ impl Upload {
     fn send_part(&mut self) -> Result<(), SourceError> {
         let runtime = self.bucket.runtime().clone();
         let body = Bytes::from(std::mem::take(&mut self.buffer));
-        let begun = match &mut self.begun {
-            Some(begun) => begun,
+        let multipart = match &mut self.multipart {
+            Some(multipart) => multipart,
             None => {
                 let mark = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
                 let mut metadata = self.metadata.clone();
@@ -90,34 +94,34 @@ impl Upload {
                 let (target, metadata) = (&self.target, &metadata);
                 let id = runtime.block_on(
                     self.bucket
-                        .repeat(&target.url, 0, |s3| s3.begin(target, metadata)),
+                        .retry(&target.url, 0, |s3| s3.begin(target, metadata)),
                 )?;
-                self.begun.insert(Begun {
+                self.multipart.insert(Multipart {
                     id,
                     mark,
                     parts: 0,
                     bytes: 0,
-                    under_way: JoinSet::new(),
+                    in_flight: JoinSet::new(),
                     sent: Vec::new(),
                 })
             }
         };
-        while begun.under_way.len() >= self.bucket.parts.in_flight.max(1) {
-            runtime.block_on(begun.one_sent())?;
+        while multipart.in_flight.len() >= self.bucket.parts.in_flight.max(1) {
+            runtime.block_on(multipart.wait_for_part())?;
         }
-        begun.parts += 1;
-        begun.bytes += body.len();
-        let number = i32::try_from(begun.parts).unwrap_or(i32::MAX);
+        multipart.parts += 1;
+        multipart.bytes += body.len();
+        let number = i32::try_from(multipart.parts).unwrap_or(i32::MAX);
         let (bucket, target, id) = (
             Arc::clone(&self.bucket),
             self.target.clone(),
-            begun.id.clone(),
+            multipart.id.clone(),
         );
-        begun.under_way.spawn_on(
+        multipart.in_flight.spawn_on(
             async move {
                 let (target, id, body) = (&target, id.as_str(), &body);
                 bucket
-                    .repeat(&target.url, body.len(), |s3| {
+                    .retry(&target.url, body.len(), |s3| {
                         s3.send_part(target, id, number, body.clone())
                     })
                     .await
@@ -129,27 +133,27 @@ impl Upload {
 
     pub(super) fn finish(mut self) -> Result<(), SourceError> {
         let runtime = self.bucket.runtime().clone();
-        if self.begun.is_none() {
+        if self.multipart.is_none() {
             let body = Bytes::from(std::mem::take(&mut self.buffer));
             let (target, metadata) = (&self.target, &self.metadata);
-            return runtime.block_on(self.bucket.repeat(&target.url, body.len(), |s3| {
+            return runtime.block_on(self.bucket.retry(&target.url, body.len(), |s3| {
                 s3.put(target, body.clone(), metadata)
             }));
         }
         if !self.buffer.is_empty() {
             self.send_part()?;
         }
-        let Some(begun) = &mut self.begun else {
+        let Some(multipart) = &mut self.multipart else {
             return Ok(());
         };
         runtime.block_on(async {
-            while !begun.under_way.is_empty() {
-                begun.one_sent().await?;
+            while !multipart.in_flight.is_empty() {
+                multipart.wait_for_part().await?;
             }
-            begun.sent.sort_by_key(Sent::number);
-            complete(&self.bucket, &self.target, begun).await
+            multipart.sent.sort_by_key(UploadedPart::number);
+            complete(&self.bucket, &self.target, multipart).await
         })?;
-        self.begun = None;
+        self.multipart = None;
         Ok(())
     }
 }
@@ -160,10 +164,10 @@ fn part_size(first: usize, parts: usize) -> usize {
     first.saturating_mul(1 << doublings)
 }
 
-impl Begun {
+impl Multipart {
     /// Waits until one more part is sent.
-    async fn one_sent(&mut self) -> Result<(), SourceError> {
-        match self.under_way.join_next().await {
+    async fn wait_for_part(&mut self) -> Result<(), SourceError> {
+        match self.in_flight.join_next().await {
             Some(Ok(sent)) => {
                 self.sent.push(sent?);
                 Ok(())
@@ -174,29 +178,35 @@ impl Begun {
     }
 }
 
-/// Makes an object of the parts. An answer may be lost after the server has done it; asked again, it does not know the upload
-/// any more, and the object says whose it is.
-async fn complete(bucket: &Bucket, target: &Target, begun: &Begun) -> Result<(), SourceError> {
-    let asked = AtomicU32::new(0);
+/// Joins the parts to an object. If the response is lost after the server has joined them, a retry finds no such upload, and
+/// the object's metadata tells whether it is the object of this upload.
+async fn complete(
+    bucket: &Bucket,
+    target: &ObjectPath,
+    multipart: &Multipart,
+) -> Result<(), SourceError> {
+    let requests = AtomicU32::new(0);
     let completed = bucket
-        .repeat(&target.url, begun.bytes / ASSEMBLY, |s3| {
-            asked.fetch_add(1, Ordering::Relaxed);
-            s3.complete(target, &begun.id, &begun.sent)
+        .retry(&target.url, multipart.bytes / ASSEMBLY, |s3| {
+            requests.fetch_add(1, Ordering::Relaxed);
+            s3.complete(target, &multipart.id, &multipart.sent)
         })
         .await;
     let Err(error) = completed else {
         return Ok(());
     };
-    let looks = match asked.into_inner() {
-        0 | 1 => 1, // what it was asked once it has refused
-        _ => LOOKS,
+    // After one request no response was lost: the server refused.
+    let checks = if requests.into_inner() <= 1 {
+        1
+    } else {
+        CHECKS
     };
-    for look in 0..looks {
-        if look > 0 {
-            tokio::time::sleep(BETWEEN_LOOKS).await;
+    for check in 0..checks {
+        if check > 0 {
+            tokio::time::sleep(CHECK_INTERVAL).await;
         }
-        let found = bucket.head(target).await.ok().flatten();
-        if found.is_some_and(|facts| facts.metadata.get(MARK) == Some(&begun.mark)) {
+        let found = bucket.head_object(target).await.ok().flatten();
+        if found.is_some_and(|meta| meta.metadata.get(MARK) == Some(&multipart.mark)) {
             return Ok(());
         }
     }
@@ -205,13 +215,14 @@ async fn complete(bucket: &Bucket, target: &Target, begun: &Begun) -> Result<(),
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        let Some(mut begun) = self.begun.take() else {
+        let Some(mut multipart) = self.multipart.take() else {
             return;
         };
         let (bucket, target) = (Arc::clone(&self.bucket), self.target.clone());
         let abort = async move {
-            begun.under_way.shutdown().await;
-            let aborted = tokio::time::timeout(ABORT_PATIENCE, bucket.abort(&target, &begun.id));
+            multipart.in_flight.shutdown().await;
+            let aborted =
+                tokio::time::timeout(ABORT_PATIENCE, bucket.abort(&target, &multipart.id));
             if let Ok(Err(error)) = aborted.await {
                 tracing::warn!(%error, "an unfinished upload is left behind; the bucket's lifecycle or the next start clears it away");
             }
@@ -230,11 +241,11 @@ mod tests {
     use crate::destination::PartOptions;
 
     #[test]
-    fn ten_thousand_parts_hold_the_largest_object() {
+    fn upload_parts_hold_the_largest_object() {
         let first = PartOptions::default().bytes;
         let all: usize = (0..10_000).map(|parts| part_size(first, parts)).sum();
         assert!(all > 5 << 40, "{all}");
-        // And an ordinary checkpoint is cut small.
+        // The parts of an ordinary checkpoint stay small.
         assert_eq!(part_size(first, 999), first);
         assert!((0..10_000).all(|parts| part_size(first, parts) <= 5 << 30));
     }

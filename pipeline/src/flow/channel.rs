@@ -1,8 +1,11 @@
-//! Bounded channels that account waiting to the stage that waits.
+//! Bounded channels that count the time of a wait for the stage that waits.
 
 use std::time::Instant;
 
-use super::metrics::{FlowMetrics, StageHandle};
+use futures_lite::future;
+use tokio_util::sync::CancellationToken;
+
+use super::clock::{FlowMetrics, StageHandle};
 
 /// The other end of a channel is gone: the stream is ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -78,7 +81,7 @@ impl<T> Sender<T> {
         sent.map_err(|_| Closed)
     }
 
-    /// Ends the channel: receivers get what is still in it, then nothing.
+    /// Ends the channel: receivers get the items still in it, then `None`.
     pub fn close(&self) {
         self.0.close();
     }
@@ -114,6 +117,24 @@ impl<T> Receiver<T> {
         item.ok()
     }
 
+    /// As [`Receiver::recv_blocking`], but also `None` once `cancel` is cancelled, even if items wait.
+    pub fn recv_blocking_until(
+        &self,
+        stage: &StageHandle,
+        cancel: &CancellationToken,
+    ) -> Option<T> {
+        if cancel.is_cancelled() {
+            return None;
+        }
+        if let Ok(item) = self.0.try_recv() {
+            return Some(item);
+        }
+        let start = Instant::now();
+        let item = future::block_on(cancel.run_until_cancelled(self.0.recv()));
+        stage.add_starved(start.elapsed());
+        item?.ok()
+    }
+
     /// Ends the channel: senders fail at once.
     pub fn close(&self) {
         self.0.close();
@@ -125,13 +146,13 @@ impl<T> Receiver<T> {
         self.0.len()
     }
 
-    /// Whether nothing waits now.
+    /// Whether no item waits now.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Receives without accounting: for waits that belong to no stage, or are timed by hand.
+    /// Receives without counting the wait: for waits of no stage, or timed by the caller.
     pub fn recv_untimed(&self) -> Option<T> {
         self.0.recv_blocking().ok()
     }
@@ -144,12 +165,13 @@ impl<T> Receiver<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::metrics::Stage;
-    use super::*;
     use std::time::Duration;
 
+    use super::*;
+    use crate::stages::Stage;
+
     #[test]
-    fn waiting_is_accounted_to_the_stage_that_waits() {
+    fn wait_counts_for_the_stage_that_waits() {
         let metrics = FlowMetrics::new();
         let (sender, receiver) = channel::<u32>(&metrics, "test", 1);
         let producer = metrics.stage(Stage::Decode);
@@ -168,11 +190,31 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_receiver_fails_the_sender() {
+    fn sender_fails_without_a_receiver() {
         let metrics = FlowMetrics::new();
         let (sender, receiver) = channel::<u32>(&metrics, "test", 1);
         drop(receiver);
         let stage = metrics.stage(Stage::Fetch);
         assert_eq!(sender.send_blocking(1, &stage), Err(Closed));
+    }
+
+    #[test]
+    fn receiver_stops_when_cancelled() {
+        let metrics = FlowMetrics::new();
+        let (sender, receiver) = channel::<u32>(&metrics, "test", 2);
+        let (producer, consumer) = (metrics.stage(Stage::Decode), metrics.stage(Stage::Batch));
+        let cancel = CancellationToken::new();
+        sender.send_blocking(1, &producer).unwrap();
+        assert_eq!(receiver.recv_blocking_until(&consumer, &cancel), Some(1));
+        let (waiting, token) = (receiver.clone(), cancel.clone());
+        let thread = std::thread::spawn(move || waiting.recv_blocking_until(&consumer, &token));
+        std::thread::sleep(Duration::from_millis(10));
+        cancel.cancel();
+        assert_eq!(thread.join().unwrap(), None);
+        // An item that waits is not taken any more.
+        sender.send_blocking(2, &producer).unwrap();
+        let consumer = metrics.stage(Stage::Batch);
+        assert_eq!(receiver.recv_blocking_until(&consumer, &cancel), None);
+        assert_eq!(receiver.len(), 1);
     }
 }

@@ -1,38 +1,25 @@
-//! The stage harness: bounded channels, an ordered parallel map, and the times every stage reports.
+//! The stage harness: bounded channels, an ordered parallel map, and the time each stage worked and
+//! waited.
 //!
-//! Whatever runs in the pipeline (and in the trainer behind it) is a [`Stage`]. Stages are joined by
-//! bounded channels only, so a slow stage holds back the ones before it and memory stays flat. Each
-//! records what it did and how long it worked, waited for input (*starved*) and waited for room in
-//! its output (*blocked*): together these say which stage limits the whole.
+//! Each step of a run is a stage with an index and a name. Stages are joined by bounded channels only,
+//! so a slow stage holds back the stages before it and memory stays flat. A stage records its items
+//! and how long it worked, waited for input (*starved*) and waited for room in its output (*blocked*);
+//! the stage that waits least limits the run.
 //!
-//! Nothing here knows about shards, images or S3.
+//! This room knows no stage and no channel by name; [`stages`](crate::stages) lists both. It never
+//! touches shards, images or the network.
 
-mod cancel;
 mod channel;
-mod metrics;
+mod clock;
 mod ordered;
 mod recent;
 mod snapshot;
 mod weighted;
 
 pub use channel::{Closed, Receiver, Sender, channel};
-pub use metrics::{FlowMetrics, Moment, Stage, StageHandle};
+pub use clock::{FlowMetrics, Moment, StageHandle};
 pub use recent::Recent;
 pub use snapshot::{ChannelSnapshot, FlowSnapshot, StageSnapshot};
 
-pub(crate) use cancel::Cancel;
-pub(crate) use ordered::{OrderedReceiver, OrderedSender, ordered_map};
+pub(crate) use ordered::{OrderedNames, OrderedReceiver, OrderedSender, ordered_map};
 pub(crate) use weighted::{WeightedReceiver, WeightedSender, weighted_channel};
-
-use std::any::Any;
-
-/// The message of a caught panic, for an error text.
-pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> String {
-    if let Some(text) = payload.downcast_ref::<&str>() {
-        (*text).to_owned()
-    } else if let Some(text) = payload.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "a panic without a message".to_owned()
-    }
-}

@@ -1,52 +1,63 @@
-//! An ordered parallel map: work is spread over threads, results come back in the order it was given.
+//! An ordered parallel map: work is spread over threads, and results come back in the order of the
+//! items.
 //!
-//! The sender puts a ticket for every item into a bounded queue and the item itself before the
-//! workers; the receiver takes tickets in turn and waits for each one's result. The queue's bound is
-//! the bound on what is in flight. Items that need no work travel in the same queue.
+//! The sender puts a ticket for each item into a bounded queue and hands the item to the workers; the
+//! receiver takes tickets in turn and waits for each ticket's result. The queue's capacity bounds the
+//! items in flight. Items that need no work travel in the same queue.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::channel::{Closed, Receiver, Sender, channel};
-use super::metrics::{FlowMetrics, StageHandle};
-use super::panic_message;
+use super::clock::{FlowMetrics, StageHandle};
+use crate::panic::panic_message;
 
 enum Ticket<O> {
     Ready(O),
     Pending(async_channel::Receiver<Result<O, String>>),
 }
 
-struct Job<I, O> {
+struct WorkItem<I, O> {
     input: I,
     done: async_channel::Sender<Result<O, String>>,
 }
 
-/// Where work goes in. Dropping it lets the workers finish and end.
+/// The input end. Dropping it lets the workers finish and end.
 pub(crate) struct OrderedSender<I, O> {
-    jobs: Sender<Job<I, O>>,
+    jobs: Sender<WorkItem<I, O>>,
     tickets: Sender<Ticket<O>>,
 }
 
-/// Where results come out, in order. Dropping it fails the sender.
+/// The output end, in order. Dropping it fails the sender.
 pub(crate) struct OrderedReceiver<O> {
     tickets: Receiver<Ticket<O>>,
+}
+
+/// The names under which the two channels of an ordered map report.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OrderedNames {
+    /// Items waiting for a worker.
+    pub(crate) items: &'static str,
+    /// Tickets.
+    pub(crate) tickets: &'static str,
 }
 
 /// The two ends of an ordered map, and its threads.
 pub(crate) type OrderedMap<I, O> = (OrderedSender<I, O>, OrderedReceiver<O>, Vec<JoinHandle<()>>);
 
-/// Starts `threads` workers, each applying a function that `make_work` makes for it, with at most
-/// `window` items in flight.
+/// Starts `threads` workers, each with its own function from `make_work`, and at most `window` items
+/// in flight.
 ///
-/// `stage` is the workers' stage: its busy time is the time in `work`, and a worker without a job is
-/// blocked if the window is full (the consumer is slow) and starved otherwise.
+/// `stage` is the workers' stage: its busy time is the time in `work`, and an idle worker is blocked if
+/// the window is full (the consumer is slow) and starved otherwise.
 ///
 /// # Errors
 /// The system's error if a thread can't be started.
 pub(crate) fn ordered_map<I, O, W>(
     metrics: &FlowMetrics,
     stage: &StageHandle,
+    names: OrderedNames,
     threads: usize,
     window: usize,
     make_work: impl Fn() -> W,
@@ -56,8 +67,8 @@ where
     O: Send + 'static,
     W: FnMut(I) -> O + Send + 'static,
 {
-    let (job_sender, job_receiver) = channel::<Job<I, O>>(metrics, "decode", window);
-    let (ticket_sender, ticket_receiver) = channel::<Ticket<O>>(metrics, "decoded", window);
+    let (job_sender, job_receiver) = channel::<WorkItem<I, O>>(metrics, names.items, window);
+    let (ticket_sender, ticket_receiver) = channel::<Ticket<O>>(metrics, names.tickets, window);
     let mut workers = Vec::with_capacity(threads);
     for index in 0..threads.max(1) {
         let jobs = job_receiver.clone();
@@ -65,7 +76,7 @@ where
         let work = make_work();
         let stage = stage.clone();
         let worker = std::thread::Builder::new()
-            .name(format!("{stage}-{index}", stage = stage.stage()))
+            .name(format!("{}-{index}", stage.name()))
             .spawn(move || run_worker(&jobs, &tickets, &stage, work))?;
         workers.push(worker);
     }
@@ -80,7 +91,7 @@ where
 }
 
 fn run_worker<I, O>(
-    jobs: &Receiver<Job<I, O>>,
+    jobs: &Receiver<WorkItem<I, O>>,
     tickets: &Sender<Ticket<O>>,
     stage: &StageHandle,
     mut work: impl FnMut(I) -> O,
@@ -96,23 +107,23 @@ fn run_worker<I, O>(
         } else {
             stage.add_starved(start.elapsed());
         }
-        let Job { input, done } = job;
+        let WorkItem { input, done } = job;
         let output = stage.work(|| catch_unwind(AssertUnwindSafe(|| work(input))));
         let output = output.map_err(|payload| panic_message(payload.as_ref()));
-        // Nobody waits for it any more when the stream is ending.
-        let _ended = done.try_send(output);
+        // Fails when the stream is ending and the receiver is gone.
+        done.try_send(output).ok();
     }
 }
 
 impl<I, O> OrderedSender<I, O> {
-    /// Gives `input` to the workers. Waiting for room counts as `stage` being blocked.
+    /// Hands `input` to the workers. Waiting for room counts as `stage` being blocked.
     pub(crate) fn send(&self, input: I, stage: &StageHandle) -> Result<(), Closed> {
         let (done, result) = async_channel::bounded(1);
         self.tickets.send_blocking(Ticket::Pending(result), stage)?;
-        self.jobs.send_blocking(Job { input, done }, stage)
+        self.jobs.send_blocking(WorkItem { input, done }, stage)
     }
 
-    /// Puts a finished item in the queue, behind everything given before.
+    /// Puts a finished item in the queue, behind all earlier items.
     pub(crate) fn pass(&self, output: O, stage: &StageHandle) -> Result<(), Closed> {
         self.tickets.send_blocking(Ticket::Ready(output), stage)
     }
@@ -136,14 +147,20 @@ impl<O> OrderedReceiver<O> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::metrics::Stage;
-    use super::*;
     use std::time::Duration;
+
+    use super::*;
+    use crate::stages::Stage;
+
+    const NAMES: OrderedNames = OrderedNames {
+        items: "items",
+        tickets: "tickets",
+    };
 
     fn run(threads: usize) -> Vec<u64> {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
-        let (sender, receiver, workers) = ordered_map(&metrics, &stage, threads, 6, || {
+        let (sender, receiver, workers) = ordered_map(&metrics, &stage, NAMES, threads, 6, || {
             |n: u64| {
                 std::thread::sleep(Duration::from_micros((n * 7919) % 300));
                 n * 2
@@ -172,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn results_keep_their_order_whatever_the_threads() {
+    fn ordered_map_keeps_order_for_any_threads() {
         let expected: Vec<u64> = (0..100).map(|n| n * 2).collect();
         for threads in [1, 2, 7] {
             assert_eq!(run(threads), expected);
@@ -180,10 +197,10 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_an_error_in_its_place() {
+    fn ordered_map_returns_a_panic_in_order() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
-        let (sender, receiver, _workers) = ordered_map(&metrics, &stage, 2, 4, || {
+        let (sender, receiver, _workers) = ordered_map(&metrics, &stage, NAMES, 2, 4, || {
             |n: u64| assert_ne!(n, 1, "one is bad")
         })
         .unwrap();
@@ -197,11 +214,11 @@ mod tests {
     }
 
     #[test]
-    fn a_gone_receiver_stops_the_sender() {
+    fn ordered_sender_fails_without_a_receiver() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
         let (sender, receiver, workers) =
-            ordered_map(&metrics, &stage, 1, 2, || |n: u64| n).unwrap();
+            ordered_map(&metrics, &stage, NAMES, 1, 2, || |n: u64| n).unwrap();
         drop(receiver);
         assert_eq!(sender.send(1, &stage), Err(Closed));
         drop(sender);

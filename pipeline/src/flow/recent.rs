@@ -1,36 +1,35 @@
-//! The limit of the last while, for a line that is read now.
+//! The recent work of the stages: the window that the limit in a progress line is read from.
 
 use std::collections::VecDeque;
 
-use super::metrics::{FlowMetrics, Stage};
+use super::clock::FlowMetrics;
 use super::snapshot::FlowSnapshot;
 
-/// Seconds looked back over, at least.
+/// Shortest window. Seconds.
 const SPAN: f64 = 30.0;
 /// Seconds between two marks that are kept.
 const APART: f64 = 1.0;
-/// Marks looked back over, at least: a stage accounts a wait when it ends, and what it did when an
-/// item is done, so a look over less than a few items sees only some of the stages.
+/// Fewest marks in the window: a stage counts a wait when the wait ends and its work when an item is
+/// done, so a window of a few items shows only some of the stages.
 const FEWEST: usize = 8;
 
-/// Marks set as a run goes on, one at each batch or step, to look back from.
+/// Marks set during a run, one at each batch or step; the window reaches from the oldest to the newest.
 ///
-/// The first batch sets the first mark: filling an empty pipeline says nothing of what limits it.
+/// The first batch sets the first mark: filling an empty pipeline says nothing about the limit.
 #[derive(Debug, Default)]
 pub struct Recent {
     first: Option<FlowSnapshot>,
     marks: VecDeque<FlowSnapshot>,
-    /// What the limit was last read from.
     window: Option<FlowSnapshot>,
 }
 
 impl Recent {
-    /// A batch or step is done. The stage that held the rest back lately; `None` for the first.
-    pub fn mark(&mut self, metrics: &FlowMetrics) -> Option<Stage> {
+    /// Records that a batch or step is done; returns the window up to now, `None` for the first mark.
+    pub fn mark(&mut self, metrics: &FlowMetrics) -> Option<&FlowSnapshot> {
         self.mark_at(metrics.snapshot())
     }
 
-    fn mark_at(&mut self, now: FlowSnapshot) -> Option<Stage> {
+    fn mark_at(&mut self, now: FlowSnapshot) -> Option<&FlowSnapshot> {
         while self.marks.len() > FEWEST
             && self
                 .marks
@@ -40,7 +39,6 @@ impl Recent {
             self.marks.pop_front();
         }
         self.window = self.marks.front().map(|then| now.since(then));
-        let limit = self.limit();
         if self.first.is_none() {
             self.first = Some(now.clone());
         }
@@ -51,7 +49,7 @@ impl Recent {
         {
             self.marks.push_back(now);
         }
-        limit
+        self.window.as_ref()
     }
 
     /// Whether there was a first mark.
@@ -60,25 +58,19 @@ impl Recent {
         self.first.is_some()
     }
 
-    /// The stage that held the rest back lately, as of the newest mark.
-    #[must_use]
-    pub fn limit(&self) -> Option<Stage> {
-        self.window.as_ref()?.limiting_stage()
-    }
-
-    /// What the limit is read from: what came to pass between the oldest mark looked back to and the newest one.
+    /// The difference between the oldest mark of the window and the newest.
     #[must_use]
     pub fn window(&self) -> Option<&FlowSnapshot> {
         self.window.as_ref()
     }
 
-    /// What came to pass since the oldest mark looked back to, up to `now`.
+    /// The difference between the oldest mark of the window and `now`.
     #[must_use]
     pub fn until(&self, now: &FlowSnapshot) -> Option<FlowSnapshot> {
         self.marks.front().map(|then| now.since(then))
     }
 
-    /// What came to pass since the first mark.
+    /// The difference between the first mark and now.
     #[must_use]
     pub fn overall(&self, metrics: &FlowMetrics) -> Option<FlowSnapshot> {
         let first = self.first.as_ref()?;
@@ -88,10 +80,12 @@ impl Recent {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::time::Duration;
 
-    /// A run of a second a step, in which one stage works and the others wait.
+    use super::*;
+    use crate::stages::Stage;
+
+    /// A run with steps of one second, in which one stage works and the others wait.
     struct Clock {
         metrics: FlowMetrics,
         now: f64,
@@ -101,12 +95,11 @@ mod tests {
         fn second(&mut self, busy: Stage) -> FlowSnapshot {
             for stage in [Stage::Fetch, Stage::Decode, Stage::Train] {
                 let handle = self.metrics.stage(stage);
-                match stage == busy {
-                    true => handle.add_busy(Duration::from_secs(1)),
-                    false => {
-                        handle.add_busy(Duration::from_millis(1));
-                        handle.add_starved(Duration::from_millis(999));
-                    }
+                if stage == busy {
+                    handle.add_busy(Duration::from_secs(1));
+                } else {
+                    handle.add_busy(Duration::from_millis(1));
+                    handle.add_starved(Duration::from_millis(999));
                 }
             }
             self.now += 1.0;
@@ -117,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_of_now_is_not_that_of_the_start() {
+    fn recent_limit_forgets_the_start() {
         let mut clock = Clock {
             metrics: FlowMetrics::new(),
             now: 0.0,
@@ -127,16 +120,16 @@ mod tests {
         }
         let mut recent = Recent::default();
         let start = clock.second(Stage::Fetch);
-        assert_eq!(recent.mark_at(start), None);
+        assert!(recent.mark_at(start).is_none());
         let mut limits = Vec::new();
         for _ in 0..50 {
             let now = clock.second(Stage::Decode);
-            limits.push(recent.mark_at(now));
+            limits.push(recent.mark_at(now).and_then(FlowSnapshot::limiting_stage));
         }
         assert!(limits.iter().all(|limit| *limit == Some(Stage::Decode)));
         for _ in 0..20 {
             let now = clock.second(Stage::Train);
-            limits.push(recent.mark_at(now));
+            limits.push(recent.mark_at(now).and_then(FlowSnapshot::limiting_stage));
         }
         assert_eq!(limits.last(), Some(&Some(Stage::Train)));
         let window = recent.window().unwrap();

@@ -1,17 +1,17 @@
 //! A channel bounded in items and in bytes, for compressed data of any size.
 //!
-//! One sender, one receiver. An item larger than the whole byte bound passes alone, so nothing is
-//! ever stuck.
+//! One sender, one receiver. An item larger than the byte bound passes alone, so the channel never
+//! blocks for good.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use futures_lite::future;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 
-use super::cancel::Cancel;
 use super::channel::Closed;
-use super::metrics::{FlowMetrics, StageHandle};
+use super::clock::{FlowMetrics, StageHandle};
 
 #[derive(Debug)]
 struct Weighted<T> {
@@ -27,7 +27,7 @@ pub(crate) struct WeightedSender<T> {
     max_bytes: u32,
 }
 
-/// The receiving half. Dropping it fails the sender, also one that is waiting.
+/// The receiving half. Dropping it fails the sender, also a waiting one.
 #[derive(Debug)]
 pub(crate) struct WeightedReceiver<T> {
     receiver: async_channel::Receiver<Weighted<T>>,
@@ -87,14 +87,14 @@ impl<T: Send> WeightedSender<T> {
 }
 
 impl<T: Send> WeightedReceiver<T> {
-    /// Waits for an item, or for `cancel`; `None` when there is nothing more to come.
+    /// Waits for an item or for `cancel`; `None` when cancelled or at the end.
     ///
-    /// Waiting isn't accounted: the caller may stand for several stages.
-    pub(crate) fn recv_blocking(&self, cancel: &Cancel) -> Option<T> {
+    /// The wait is not counted: the caller may act for several stages.
+    pub(crate) fn recv_blocking(&self, cancel: &CancellationToken) -> Option<T> {
         if let Ok(weighted) = self.receiver.try_recv() {
             return Some(weighted.item);
         }
-        let received = future::block_on(cancel.guard(self.receiver.recv()));
+        let received = future::block_on(cancel.run_until_cancelled(self.receiver.recv()));
         received?.ok().map(|weighted| weighted.item)
     }
 }
@@ -108,24 +108,25 @@ impl<T> Drop for WeightedReceiver<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::metrics::Stage;
-    use super::*;
     use std::time::Duration;
 
+    use super::*;
+    use crate::stages::Stage;
+
     #[test]
-    fn bytes_hold_the_sender_back_before_items_do() {
+    fn weighted_sender_waits_for_bytes() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Fetch);
         let (sender, receiver) = weighted_channel::<u32>(&metrics, "chunks", 100, 10);
         sender.send_blocking(1, 6, &stage).unwrap();
         let thread = std::thread::spawn(move || {
             sender.send_blocking(2, 6, &stage).unwrap();
-            // Heavier than the whole bound: passes once the channel is empty.
+            // Heavier than the bound: passes once the channel is empty.
             sender.send_blocking(3, 1000, &stage)
         });
         std::thread::sleep(Duration::from_millis(10));
         assert_eq!(receiver.receiver.len(), 1);
-        let cancel = Cancel::new();
+        let cancel = CancellationToken::new();
         for expected in 1..=3 {
             assert_eq!(receiver.recv_blocking(&cancel), Some(expected));
         }
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn dropping_the_receiver_frees_a_waiting_sender() {
+    fn weighted_sender_wakes_when_receiver_drops() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Fetch);
         let (sender, receiver) = weighted_channel::<u32>(&metrics, "chunks", 4, 10);
@@ -146,10 +147,10 @@ mod tests {
     }
 
     #[test]
-    fn cancelling_frees_a_waiting_receiver() {
+    fn weighted_receiver_wakes_when_cancelled() {
         let metrics = FlowMetrics::new();
         let (sender, receiver) = weighted_channel::<u32>(&metrics, "chunks", 4, 10);
-        let cancel = Cancel::new();
+        let cancel = CancellationToken::new();
         let signal = cancel.clone();
         let thread = std::thread::spawn(move || receiver.recv_blocking(&signal));
         cancel.cancel();

@@ -18,7 +18,7 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use super::error::DecodeError;
 use super::jpeg::Jpeg;
-use crate::flow::panic_message;
+use crate::panic::panic_message;
 
 /// An image in memory.
 #[derive(Debug, Clone)]

@@ -12,12 +12,14 @@ use std::sync::{Arc, mpsc};
 
 use serde::Serialize;
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-use crate::flow::{Cancel, FlowMetrics, Stage};
+use crate::flow::FlowMetrics;
 use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::shard::{PassedOver, PassedOverKind, Sample, ShardUrl};
 use crate::source::Sources;
+use crate::stages::Stage;
 use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
 
 pub use cross_shard::CrossShardCheck;
@@ -210,7 +212,7 @@ pub async fn shard(
     let (sender, non_samples) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
-        metrics: FlowMetrics::new(),
+        metrics: FlowMetrics::private(),
         runtime: Handle::current(),
         max_member_bytes: ImageOptions::default().max_bytes,
         non_samples: Some(sender),
@@ -225,7 +227,7 @@ pub async fn shard(
     };
     let url = url.clone();
     // Stops the thread if the caller drops the future.
-    let guard = CancelOnDrop(Cancel::new());
+    let guard = CancelOnDrop(CancellationToken::new());
     let cancel = guard.0.clone();
     let work = move || {
         let open =
@@ -243,7 +245,7 @@ pub async fn shard(
     })
 }
 
-struct CancelOnDrop(Cancel);
+struct CancelOnDrop(CancellationToken);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -262,7 +264,7 @@ impl Inspector {
         mut self,
         open: OpenShard,
         non_samples: &mpsc::Receiver<NonSample>,
-        cancel: &Cancel,
+        cancel: &CancellationToken,
     ) -> Result<ShardReport, StreamError> {
         while let Some(event) = open.next(cancel) {
             match event {

@@ -1,7 +1,7 @@
 //! An S3 server inside the process, on loopback: for the quickstart and for tests.
 //!
-//! It serves a folder's subfolders as buckets, as they are, and writes nothing for requests that
-//! only read. The way from it into the pipeline is the same as from any S3.
+//! It serves the subfolders of a folder as buckets, and writes nothing for requests that only read.
+//! The pipeline reaches it like any other S3 server.
 
 use std::path::Path;
 
@@ -12,9 +12,9 @@ use s3s::service::S3ServiceBuilder;
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::error::SourceError;
+use crate::net::SourceError;
 
-/// The running server. Dropping it stops it and ends its connections.
+/// The running server. Dropping it ends the server and its connections.
 #[derive(Debug)]
 pub(crate) struct EmbeddedS3 {
     endpoint: String,
@@ -47,7 +47,7 @@ impl EmbeddedS3 {
             .await
             .map_err(|error| failed(format!("no port to serve it on: {error}")))?;
         let server = tokio::spawn(async move {
-            // Ends with this task, and its connections with it.
+            // Dropped with this task, which ends the connections.
             let mut connections = JoinSet::new();
             loop {
                 let socket = match listener.accept().await {

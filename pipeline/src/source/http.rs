@@ -1,4 +1,4 @@
-//! Plain HTTP(S): one request at a time; repeating them is the caller's.
+//! Plain HTTP(S): one request at a time. The caller retries.
 
 use std::time::Duration;
 
@@ -8,18 +8,20 @@ use reqwest::header::{
 };
 use reqwest::{Client, Response, StatusCode};
 
-use super::error::{SourceError, causes};
-use super::remote::{Body, Condition, Part};
-use super::retry::Failure;
-use super::tls::{self, CaBundle};
+use crate::net::{
+    Body, CaBundle, Condition, GetResult, RequestFailure, SourceError, causes, certificate_error,
+    content_range,
+};
 use crate::shard::ShardUrl;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A client for all HTTP shards, which trusts `ca_bundle` besides the system's authorities.
 pub(crate) fn client(ca_bundle: Option<&CaBundle>) -> Result<Client, SourceError> {
-    // Fails only when the process has chosen a provider already, which then serves as well.
-    let _already = rustls::crypto::ring::default_provider().install_default();
+    // Fails only if the process has chosen a provider already, which serves as well.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
     Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
         .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
@@ -38,26 +40,19 @@ fn header(headers: &HeaderMap, name: HeaderName) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
 
-/// Reads `bytes 5-9/100`: where it starts, and the whole size if it is given.
-pub(crate) fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
-    let (range, total) = text.trim().strip_prefix("bytes")?.trim().split_once('/')?;
-    let (start, _) = range.split_once('-')?;
-    Some((start.trim().parse().ok()?, total.trim().parse().ok()))
-}
-
-/// Requests `address` from `offset` on; `None` if the condition does not hold.
+/// Requests `address` from byte `offset` on; `None` if the condition does not hold.
 pub(crate) async fn get(
     client: &Client,
     url: &ShardUrl,
     address: &str,
     offset: u64,
     condition: Condition<'_>,
-) -> Result<Option<Part>, Failure> {
+) -> Result<Option<GetResult>, RequestFailure> {
     let mut request = client.get(address);
     if offset > 0 {
         request = request.header(RANGE, format!("bytes={offset}-"));
     }
-    // What is no tag is a date.
+    // A version is an ETag or a date.
     let is_tag = |version: &str| version.starts_with('"');
     request = match condition {
         Condition::None => request,
@@ -72,23 +67,23 @@ pub(crate) async fn get(
         let cause = causes(&error.without_url());
         if wrong_url || redirected {
             let url = url.redacted();
-            return Failure::Fatal(if wrong_url {
+            return RequestFailure::Fatal(if wrong_url {
                 SourceError::Unsupported { url, cause }
             } else {
                 SourceError::Refused { url, cause }
             });
         }
         let endpoint = url.redacted();
-        if let Some(error) = tls::refusal(url, &endpoint, &cause) {
-            return Failure::Fatal(error);
+        if let Some(error) = certificate_error(url, &endpoint, &cause) {
+            return RequestFailure::Fatal(error);
         }
         if !connecting {
-            return Failure::Passing {
+            return RequestFailure::Passing {
                 reason: "bad_response",
                 cause,
             };
         }
-        Failure::Connect {
+        RequestFailure::Connect {
             cause,
             endpoint,
             hint: " and the URL",
@@ -105,9 +100,9 @@ pub(crate) async fn get(
     let (start, total) = header(headers, CONTENT_RANGE)
         .and_then(|range| content_range(&range))
         .unwrap_or((0, length));
-    // A weak tag says "much the same", which isn't enough to splice by.
+    // A weak tag does not promise equal bytes, which resuming needs.
     let tag = header(headers, ETAG).filter(|tag| tag.starts_with('"'));
-    Ok(Some(Part {
+    Ok(Some(GetResult {
         start,
         total,
         version: tag.or_else(|| header(headers, LAST_MODIFIED)),
@@ -115,43 +110,32 @@ pub(crate) async fn get(
     }))
 }
 
-fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> Failure {
+fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> RequestFailure {
     let status = response.status();
     let cause = format!("HTTP {status}");
     let url = url.redacted();
     match status.as_u16() {
-        429 => Failure::Passing {
+        429 => RequestFailure::Passing {
             reason: "throttled",
             cause,
         },
-        408 | 500.. => Failure::Passing {
+        408 | 500.. => RequestFailure::Passing {
             reason: "server_error",
             cause,
         },
-        404 | 410 => Failure::Fatal(SourceError::NotFound {
+        404 | 410 => RequestFailure::Fatal(SourceError::NotFound {
             url,
             cause,
             hint: " and the range in braces",
         }),
-        401 | 403 => Failure::Fatal(SourceError::Forbidden {
+        401 | 403 => RequestFailure::Fatal(SourceError::Forbidden {
             url,
             cause,
             hint: "the server wants a login or a signed URL",
         }),
-        412 | 416 if offset > 0 => Failure::Fatal(SourceError::Changed { url, offset, cause }),
-        _ => Failure::Fatal(SourceError::Refused { url, cause }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn content_ranges_are_read() {
-        assert_eq!(content_range("bytes 5-9/100"), Some((5, Some(100))));
-        assert_eq!(content_range("bytes 0-0/*"), Some((0, None)));
-        assert_eq!(content_range("bytes */100"), None);
-        assert_eq!(content_range("5-9"), None);
+        412 | 416 if offset > 0 => {
+            RequestFailure::Fatal(SourceError::Changed { url, offset, cause })
+        }
+        _ => RequestFailure::Fatal(SourceError::Refused { url, cause }),
     }
 }

@@ -1,23 +1,23 @@
-//! From what a user writes down to shards: lists of shards read, patterns expanded, folders listed.
+//! From the configured patterns to shards: lists are read, braces expanded, folders listed.
 
-use super::error::SourceError;
 use super::{ObjectReader, Sources};
+use crate::net::SourceError;
 use crate::shard::{ShardUrl, UrlError, expand_one, split};
 
-/// A list of ten million URLs is smaller than this: what is larger is something else.
+/// Largest list of shards; ten million URLs take less. Bytes.
 const MOST_LIST_BYTES: usize = 1 << 30;
 
 impl Sources {
-    /// The shards that `patterns` stand for, in order: braces expanded, `@file` replaced by the URLs and
-    /// patterns in that file (one a line; empty lines and those that begin with `#` are passed over),
-    /// folders and prefixes by the shards in them.
+    /// The shards of `patterns`, in order: braces are expanded, `@file` is replaced by the URLs and
+    /// patterns in that file (one a line; empty lines and lines that begin with `#` are skipped), folders
+    /// and prefixes by the shards in them.
     ///
-    /// A list may be anywhere that a shard may be. Relative paths in it are relative to the current
-    /// folder, and it can't name other lists.
+    /// A list may be in any place that a shard may be in. Relative paths in it are relative to the
+    /// current folder. A list can't name other lists.
     ///
     /// # Errors
-    /// [`SourceError::Url`] and [`SourceError::List`] for what isn't a URL, else what kept a list from
-    /// being read or a folder from being listed.
+    /// [`SourceError::Url`] and [`SourceError::List`] for a bad URL, else the error of reading a list or
+    /// listing a folder.
     pub async fn shards(&self, patterns: &[String]) -> Result<Vec<ShardUrl>, SourceError> {
         let mut urls = Vec::new();
         for pattern in patterns.iter().flat_map(|pattern| split(pattern)) {

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::fs::File;
 use tokio::io::AsyncReadExt;
 
-use super::error::SourceError;
+use crate::net::SourceError;
 use crate::shard::ShardUrl;
 
 const CHUNK_BYTES: usize = 256 << 10;

@@ -1,28 +1,24 @@
-//! Where bytes come from: S3, HTTP, local files, standard input, and an S3 server inside the process.
+//! Reading: from S3, HTTP, local files, standard input, and an S3 server inside the process.
 //!
-//! Owns clients, credentials, retries, listing and the cache of shards. A shard is read as a stream of chunks, from its
-//! first byte to its last; whatever happens on the way, what is delivered is one version of the
-//! object, whole and in order. Nothing here knows what the bytes mean.
+//! Owns the readers, the lists of shards and the cache. A shard is read as a stream of chunks, from the
+//! first byte to the last: one version of the object, whole and in order, whatever faults occur on the
+//! way. The room never interprets the bytes.
 
 mod cache;
 #[cfg(feature = "embedded-s3")]
 mod embedded;
-mod error;
 mod http;
 mod lists;
 mod local;
 mod options;
 mod remote;
-pub(crate) mod retry;
-pub(crate) mod s3;
 mod stdin;
-mod tls;
 
 pub use cache::CacheCounts;
-pub use error::SourceError;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use http::content_range;
-pub use options::{CacheOptions, S3Options, SourceOptions};
+pub use options::{CacheOptions, SourceOptions};
+
+pub use crate::net::{S3Counts, ServerRecord, SourceError};
+pub use crate::s3::{ObjectInfo, S3Options};
 
 use std::fmt;
 use std::sync::Arc;
@@ -31,44 +27,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 
-use crate::flow::FlowMetrics;
+use crate::net::{CaBundle, FIRST_DELAY, RetryOptions};
+use crate::s3::S3;
 use crate::shard::Location;
 use crate::shard::ShardUrl;
 
 use cache::{Cache, CachedReader, CachingReader};
 use remote::{Remote, RemoteReader};
-use retry::{Met, RetryOptions};
 use stdin::StdinReader;
-use tls::CaBundle;
 
-/// An object as a listing of its bucket shows it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ObjectInfo {
-    /// The object.
-    pub url: ShardUrl,
-    /// Its name below the folder that was listed.
-    pub name: String,
-    /// Size in bytes.
-    pub size: u64,
-    /// What names this version of it, where the listing says so; as [`ObjectReader::etag`].
-    pub etag: Option<String>,
-    /// When it was written, where the listing says so: seconds since 1970.
-    pub modified: Option<f64>,
-}
-
-/// Every place shards can come from. Cloning is cheap and shares connections.
+/// Access to every kind of place that holds shards. Cloning is cheap and shares connections.
 #[derive(Clone)]
 pub struct Sources(Arc<Inner>);
 
 struct Inner {
     options: S3Options,
-    metrics: FlowMetrics,
-    // Made on first use: finding credentials takes time that a run on local files needn't spend.
-    s3: OnceCell<Arc<s3::S3>>,
+    // Made on first use: a run on local files need not wait for credentials.
+    s3: OnceCell<Arc<S3>>,
     http: OnceCell<reqwest::Client>,
     cache: Option<Arc<Cache>>,
     stdin_taken: AtomicBool,
-    http_met: Met,
+    s3_server: ServerRecord,
+    http_servers: ServerRecord,
     #[cfg(feature = "embedded-s3")]
     embedded: Option<embedded::EmbeddedS3>,
 }
@@ -82,15 +62,12 @@ impl fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// Sets the sources up; starts the embedded server and makes the cache's folder if they are asked
-    /// for. Touches no network.
+    /// Sets up the sources; starts the embedded server and creates the cache's folder if configured.
+    /// Touches no network.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] if the embedded server can't start.
-    pub async fn new(
-        options: impl Into<SourceOptions>,
-        metrics: FlowMetrics,
-    ) -> Result<Self, SourceError> {
+    pub async fn new(options: impl Into<SourceOptions>) -> Result<Self, SourceError> {
         let SourceOptions { s3: options, cache } = options.into();
         #[cfg(feature = "embedded-s3")]
         let embedded = match &options.embedded_root {
@@ -106,18 +83,18 @@ impl Sources {
         }
         Ok(Self(Arc::new(Inner {
             options,
-            metrics,
             s3: OnceCell::new(),
             http: OnceCell::new(),
             cache: cache.map(|options| Arc::new(Cache::open(options))),
             stdin_taken: AtomicBool::new(false),
-            http_met: Met::default(),
+            s3_server: ServerRecord::s3(),
+            http_servers: ServerRecord::http(),
             #[cfg(feature = "embedded-s3")]
             embedded,
         })))
     }
 
-    pub(crate) async fn s3(&self) -> Result<Arc<s3::S3>, SourceError> {
+    pub(crate) async fn s3(&self) -> Result<Arc<S3>, SourceError> {
         let inner = &self.0;
         #[cfg(feature = "embedded-s3")]
         let embedded = inner.embedded.as_ref().map(embedded::EmbeddedS3::endpoint);
@@ -125,8 +102,8 @@ impl Sources {
         let embedded: Option<&str> = None;
         let connect = || async {
             let ca_bundle = CaBundle::load(inner.options.ca_bundle.as_deref())?;
-            let metrics = inner.metrics.clone();
-            let s3 = s3::S3::connect(&inner.options, embedded, ca_bundle, metrics).await;
+            let server = inner.s3_server.clone();
+            let s3 = S3::connect(&inner.options, embedded, ca_bundle, server).await;
             Ok::<_, SourceError>(Arc::new(s3))
         };
         inner.s3.get_or_try_init(connect).await.cloned()
@@ -147,15 +124,15 @@ impl Sources {
         RetryOptions {
             max_attempts: self.0.options.max_attempts.max(1),
             stall_timeout: self.0.options.stall_timeout,
-            first_delay: retry::FIRST_DELAY,
+            first_delay: FIRST_DELAY,
         }
     }
 
-    /// Replaces every folder by the shards in it (`.tar`, `.tar.gz`, `.tgz`), sorted; other URLs stay as
+    /// Replaces each folder by the shards in it (`.tar`, `.tar.gz`, `.tgz`), sorted; other URLs stay as
     /// they are.
     ///
     /// # Errors
-    /// [`SourceError::EmptyFolder`] for a folder without shards, else what kept it from being listed.
+    /// [`SourceError::EmptyFolder`] for a folder without shards, else the error of the listing.
     pub async fn list(&self, urls: &[ShardUrl]) -> Result<Vec<ShardUrl>, SourceError> {
         let mut all = Vec::with_capacity(urls.len());
         for url in urls {
@@ -192,20 +169,22 @@ impl Sources {
         Ok(all)
     }
 
-    pub(crate) fn metrics(&self) -> &FlowMetrics {
-        &self.0.metrics
+    /// The record of the S3 server: counts of requests and retries so far.
+    #[must_use]
+    pub fn s3_server(&self) -> &ServerRecord {
+        &self.0.s3_server
     }
 
-    /// How S3 is reached.
+    /// The options of the access to S3.
     #[must_use]
     pub fn options(&self) -> &S3Options {
         &self.0.options
     }
 
-    /// Every object under a prefix of a bucket, `s3://bucket/prefix/`, in the listing's order.
+    /// Each object under a prefix of a bucket, `s3://bucket/prefix/`, in the listing's order.
     ///
     /// # Errors
-    /// [`SourceError::Unsupported`] for anything else than such a prefix, else what kept it from being listed.
+    /// [`SourceError::Unsupported`] for any other URL, else the error of the listing.
     pub async fn objects(&self, folder: &ShardUrl) -> Result<Vec<ObjectInfo>, SourceError> {
         match folder.location() {
             Location::S3 { bucket, key } if folder.is_folder() => {
@@ -222,13 +201,13 @@ impl Sources {
     /// Opens an object for reading from its first byte.
     ///
     /// # Errors
-    /// [`SourceError`] if it can't be read; faults that may pass have been retried.
+    /// [`SourceError`] if it can't be read; passing faults have been retried.
     pub async fn open(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
         self.claim(url)?;
         self.open_claimed(url).await
     }
 
-    /// Standard input goes to the first who asks for it. A stream asks before it reads, in its order.
+    /// Claims standard input for its one reader. A stream claims before it reads, in its order.
     pub(crate) fn claim(&self, url: &ShardUrl) -> Result<(), SourceError> {
         match url.location() {
             Location::Stdin if self.0.stdin_taken.swap(true, Ordering::SeqCst) => {
@@ -239,59 +218,57 @@ impl Sources {
     }
 
     async fn open_claimed(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
-        let remote = match self.place(url).await? {
-            Place::Here(reader) => return Ok(ObjectReader(reader)),
-            Place::Remote(remote) => remote,
+        let remote = match self.locate(url).await? {
+            Located::Local(reader) => return Ok(ObjectReader(reader)),
+            Located::Remote(remote) => remote,
         };
-        let (options, metrics) = (self.retry_options(), self.0.metrics.clone());
-        let reader = RemoteReader::open(url, remote, options, metrics).await?;
+        let reader = RemoteReader::open(url, remote, self.retry_options()).await?;
         Ok(ObjectReader(Reader::Remote(Box::new(reader))))
     }
 
-    /// Opens a shard that was claimed, out of the cache or into it if there is one.
+    /// Opens a claimed shard, through the cache if there is one.
     pub(crate) async fn open_shard(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
         let Some(cache) = &self.0.cache else {
             return self.open_claimed(url).await;
         };
-        let remote = match self.place(url).await? {
-            Place::Here(reader) => return Ok(ObjectReader(reader)),
-            Place::Remote(remote) => remote,
+        let remote = match self.locate(url).await? {
+            Located::Local(reader) => return Ok(ObjectReader(reader)),
+            Located::Remote(remote) => remote,
         };
-        let (options, metrics) = (self.retry_options(), self.0.metrics.clone());
-        cache::open_shard(cache, url, remote, options, metrics)
+        cache::open_shard(cache, url, remote, self.retry_options())
             .await
             .map(ObjectReader)
     }
 
-    /// What was read out of the cache; `None` without one.
+    /// Hits and misses of the cache; `None` without one.
     #[must_use]
     pub fn cache_counts(&self) -> Option<CacheCounts> {
         self.0.cache.as_ref().map(|cache| cache.counts())
     }
 
-    async fn place(&self, url: &ShardUrl) -> Result<Place, SourceError> {
+    async fn locate(&self, url: &ShardUrl) -> Result<Located, SourceError> {
         Ok(match url.location() {
             Location::File(path) => {
-                Place::Here(Reader::Local(local::LocalReader::open(url, path).await?))
+                Located::Local(Reader::Local(local::LocalReader::open(url, path).await?))
             }
-            Location::Stdin => Place::Here(Reader::Stdin(StdinReader::start(std::io::stdin())?)),
-            Location::S3 { bucket, key } => Place::Remote(Remote::S3 {
+            Location::Stdin => Located::Local(Reader::Stdin(StdinReader::start(std::io::stdin())?)),
+            Location::S3 { bucket, key } => Located::Remote(Remote::S3 {
                 s3: self.s3().await?,
                 bucket: bucket.clone(),
                 key: key.clone(),
             }),
-            Location::Http(address) => Place::Remote(Remote::Http {
+            Location::Http(address) => Located::Remote(Remote::Http {
                 client: self.http().await?,
                 address: address.clone(),
-                met: self.0.http_met.clone(),
+                server: self.0.http_servers.clone(),
             }),
         })
     }
 }
 
-/// A reader of what is on this machine, or whom to ask.
-enum Place {
-    Here(Reader),
+/// An object on this machine, opened, or on a server.
+enum Located {
+    Local(Reader),
     Remote(Remote),
 }
 
@@ -309,7 +286,7 @@ enum Reader {
 }
 
 impl ObjectReader {
-    /// The object's size in bytes, where the server says it.
+    /// The object's size in bytes, where the server gives it.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         match &self.0 {
@@ -321,7 +298,7 @@ impl ObjectReader {
         }
     }
 
-    /// What names this version of the object, where the server says it.
+    /// The version of the object, where the server gives it.
     #[must_use]
     pub fn etag(&self) -> Option<&str> {
         match &self.0 {

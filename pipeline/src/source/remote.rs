@@ -1,9 +1,9 @@
-//! Reading an object over the network so that faults on the way don't show: a body that breaks off
-//! goes on from the byte it had, of the same version of the object.
+//! Reading an object over the network and hiding passing faults: a broken body is resumed from the
+//! byte reached, in the same version of the object.
 //!
-//! Only the time spent waiting for the server is held against it. A consumer may leave a body alone
-//! for as long as it likes: a connection that the server closes meanwhile is opened again, and that
-//! costs no attempt.
+//! Only the time spent waiting for the server counts against the server. A consumer may leave a body
+//! idle for any time: a connection that the server closes meanwhile is opened again, at no cost to the
+//! retry budget.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,86 +11,47 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use super::error::SourceError;
-use super::retry::{Budget, Failure, Met, RetryOptions};
-use super::{http, s3};
-use crate::flow::FlowMetrics;
+use super::http;
+use crate::net::{
+    Body, Condition, GetResult, RequestFailure, RetryBudget, RetryOptions, ServerRecord,
+    SourceError,
+};
+use crate::s3::S3;
 use crate::shard::ShardUrl;
 
-/// A server that sends less than this, in bytes a second, might as well send nothing.
+/// Slowest accepted pace. Bytes a second.
 const LEAST_PACE: f64 = 1024.0;
-/// The pace is judged whenever so many stall timeouts were spent waiting.
+/// Waiting time over which the pace is measured. Stall timeouts.
 const PACE_WINDOW: u32 = 2;
 
-/// Where an object is, and who to ask.
+/// The place of an object, with the client that reads it.
 #[derive(Debug, Clone)]
 pub(crate) enum Remote {
     S3 {
-        s3: Arc<s3::S3>,
+        s3: Arc<S3>,
         bucket: String,
         key: String,
     },
     Http {
         client: reqwest::Client,
         address: String,
-        met: Met,
+        server: ServerRecord,
     },
 }
 
-/// A response whose body is still to be read.
-#[derive(Debug)]
-pub(crate) struct Part {
-    pub(crate) body: Body,
-    /// Where in the object the body begins.
-    pub(crate) start: u64,
-    /// The whole object's size.
-    pub(crate) total: Option<u64>,
-    /// What names this version of the object.
-    pub(crate) version: Option<String>,
-}
-
-/// Which version of an object is wanted.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Condition<'a> {
-    None,
-    Is(&'a str),
-    IsNot(&'a str),
-}
-
-/// What is known of an object that was read before.
+/// The version of an object that was read before.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Known {
+pub(crate) struct ObjectVersion {
     pub(crate) version: Option<String>,
     pub(crate) size: u64,
 }
 
-impl Known {
-    /// Whether this is the object of the response; by its size, where it has no version.
-    fn is(&self, part: &Part) -> bool {
-        match (&self.version, &part.version) {
-            (None, None) => part.total == Some(self.size),
+impl ObjectVersion {
+    /// Whether the response is of this version; compared by size where there is no version.
+    fn is(&self, response: &GetResult) -> bool {
+        match (&self.version, &response.version) {
+            (None, None) => response.total == Some(self.size),
             (one, other) => one == other,
-        }
-    }
-}
-
-#[derive(Debug)]
-pub(crate) enum Body {
-    S3(aws_sdk_s3::primitives::ByteStream),
-    Http(reqwest::Response),
-}
-
-impl Body {
-    async fn next(&mut self) -> Result<Option<Bytes>, String> {
-        match self {
-            Self::S3(stream) => stream
-                .try_next()
-                .await
-                .map_err(|error| super::error::causes(&error)),
-            Self::Http(response) => response
-                .chunk()
-                .await
-                .map_err(|error| super::error::causes(&error)),
         }
     }
 }
@@ -101,7 +62,7 @@ impl Remote {
         url: &ShardUrl,
         offset: u64,
         condition: Condition<'_>,
-    ) -> Result<Option<Part>, Failure> {
+    ) -> Result<Option<GetResult>, RequestFailure> {
         match self {
             Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, condition).await,
             Self::Http {
@@ -110,8 +71,8 @@ impl Remote {
         }
     }
 
-    /// Who is asked, where the URL does not say it.
-    pub(crate) fn server(&self) -> &str {
+    /// The server's address, where the URL does not contain it.
+    pub(crate) fn endpoint(&self) -> &str {
         match self {
             Self::S3 { s3, .. } => s3.endpoint(),
             Self::Http { .. } => "",
@@ -119,7 +80,7 @@ impl Remote {
     }
 }
 
-/// How fast a body comes, over the time that was spent waiting for it.
+/// The pace of a body, over the time spent waiting for it.
 #[derive(Debug, Default)]
 struct Pace {
     waited: Duration,
@@ -127,8 +88,13 @@ struct Pace {
 }
 
 impl Pace {
-    /// Counts a chunk; what is wrong, if over a whole window too little came.
-    fn count(&mut self, waited: Duration, bytes: usize, window: Duration) -> Option<Failure> {
+    /// Counts a chunk; returns a failure if too few bytes came over a whole window.
+    fn count(
+        &mut self,
+        waited: Duration,
+        bytes: usize,
+        window: Duration,
+    ) -> Option<RequestFailure> {
         self.waited += waited;
         self.bytes += bytes;
         if self.waited < window {
@@ -136,7 +102,7 @@ impl Pace {
         }
         let seen = std::mem::take(self);
         let seconds = seen.waited.as_secs_f64();
-        ((seen.bytes as f64) < LEAST_PACE * seconds).then(|| Failure::Passing {
+        ((seen.bytes as f64) < LEAST_PACE * seconds).then(|| RequestFailure::Passing {
             reason: "too_slow",
             cause: format!("only {} bytes in {seconds:.1} s", seen.bytes),
         })
@@ -149,39 +115,39 @@ pub(crate) struct RemoteReader {
     url: ShardUrl,
     remote: Remote,
     options: RetryOptions,
-    budget: Budget,
+    budget: RetryBudget,
     body: Option<Body>,
     offset: u64,
-    /// Bytes of the body to drop: a server that ignores ranges begins anew.
+    /// Bytes of the body to drop: a server that ignores ranges sends the object from its start.
     skip: u64,
     total: Option<u64>,
     version: Option<String>,
     pace: Pace,
     /// When the last bytes were handed out.
-    left: Instant,
-    /// Whether the consumer has left this connection alone so long that the server may close it.
-    left_alone: bool,
+    handed_out: Instant,
+    /// Whether the connection was idle for so long that the server may close it.
+    idle: bool,
 }
 
 impl RemoteReader {
-    fn new(url: &ShardUrl, remote: Remote, options: RetryOptions, metrics: FlowMetrics) -> Self {
-        let (met, is_s3) = match &remote {
-            Remote::S3 { s3, .. } => (s3.met(), true),
-            Remote::Http { met, .. } => (met.clone(), false),
+    fn new(url: &ShardUrl, remote: Remote, options: RetryOptions) -> Self {
+        let server = match &remote {
+            Remote::S3 { s3, .. } => s3.server().clone(),
+            Remote::Http { server, .. } => server.clone(),
         };
         Self {
             url: url.clone(),
             remote,
             options,
-            budget: Budget::new(url.redacted(), options, metrics, met, is_s3),
+            budget: RetryBudget::new(url.redacted(), options, server),
             body: None,
             offset: 0,
             skip: 0,
             total: None,
             version: None,
             pace: Pace::default(),
-            left: Instant::now(),
-            left_alone: false,
+            handed_out: Instant::now(),
+            idle: false,
         }
     }
 
@@ -190,36 +156,33 @@ impl RemoteReader {
         url: &ShardUrl,
         remote: Remote,
         options: RetryOptions,
-        metrics: FlowMetrics,
     ) -> Result<Self, SourceError> {
-        let mut reader = Self::new(url, remote, options, metrics);
+        let mut reader = Self::new(url, remote, options);
         reader.connect(None).await?;
         Ok(reader)
     }
 
-    /// Opens an object at its first byte; `None` if it still is the one that is `known`.
+    /// Opens an object at its first byte; `None` if it still is the `known` version.
     pub(crate) async fn open_unless(
         url: &ShardUrl,
         remote: Remote,
         options: RetryOptions,
-        metrics: FlowMetrics,
-        known: Option<&Known>,
+        known: Option<&ObjectVersion>,
     ) -> Result<Option<Self>, SourceError> {
-        let mut reader = Self::new(url, remote, options, metrics);
+        let mut reader = Self::new(url, remote, options);
         let sent = reader.connect(known).await?;
         Ok(sent.then_some(reader))
     }
 
-    /// Goes on from `offset` with the version that is `known`.
+    /// Resumes the `known` version from byte `offset`.
     pub(crate) async fn resume(
         url: &ShardUrl,
         remote: Remote,
         options: RetryOptions,
-        metrics: FlowMetrics,
-        known: &Known,
+        known: &ObjectVersion,
         offset: u64,
     ) -> Result<Self, SourceError> {
-        let mut reader = Self::new(url, remote, options, metrics);
+        let mut reader = Self::new(url, remote, options);
         reader.total = Some(known.size);
         reader.version.clone_from(&known.version);
         reader.offset = offset;
@@ -235,9 +198,9 @@ impl RemoteReader {
         self.version.as_deref()
     }
 
-    /// Requests the object from where reading has come to, until that works; whether it is sent, and
-    /// not still the one that is `known`.
-    async fn connect(&mut self, known: Option<&Known>) -> Result<bool, SourceError> {
+    /// Requests the object from the byte reached, with retries. Returns `false` if it still is the `known`
+    /// version and nothing is sent.
+    async fn connect(&mut self, known: Option<&ObjectVersion>) -> Result<bool, SourceError> {
         loop {
             let known_version = known.and_then(|known| known.version.as_deref());
             let condition = match (self.version.as_deref(), known_version) {
@@ -248,51 +211,51 @@ impl RemoteReader {
             let request = self.remote.get(&self.url, self.offset, condition);
             let failure = match timeout(self.options.stall_timeout, request).await {
                 Ok(Ok(None)) if known_version.is_some() => return Ok(false),
-                Ok(Ok(None)) => Failure::Fatal(SourceError::Refused {
+                Ok(Ok(None)) => RequestFailure::Fatal(SourceError::Refused {
                     url: self.url.redacted(),
                     cause: "the server says \"not modified\" (HTTP 304) of what was never read"
                         .to_owned(),
                 }),
-                Ok(Ok(Some(part))) => {
-                    // Not every server looks at the condition.
-                    if known.is_some_and(|known| known.is(&part)) {
+                Ok(Ok(Some(response))) => {
+                    // Some servers ignore the condition.
+                    if known.is_some_and(|known| known.is(&response)) {
                         return Ok(false);
                     }
-                    return self.accept(part).map(|()| true);
+                    return self.accept(response).map(|()| true);
                 }
                 Ok(Err(failure)) => failure,
                 Err(_) => self.stalled(),
             };
-            self.budget.failed(failure, self.offset).await?;
+            self.budget.backoff(failure, self.offset).await?;
         }
     }
 
-    fn accept(&mut self, part: Part) -> Result<(), SourceError> {
-        self.budget.contact();
+    fn accept(&mut self, response: GetResult) -> Result<(), SourceError> {
+        self.budget.record_response();
         let first = self.offset == 0 && self.version.is_none() && self.total.is_none();
         if first {
-            self.total = part.total;
-            self.version = part.version;
+            self.total = response.total;
+            self.version = response.version;
         } else {
-            // Not every server honours If-Match, so what it sends is compared as well.
-            if let (Some(old), Some(new)) = (&self.version, &part.version)
+            // Some servers ignore If-Match, so the response is compared as well.
+            if let (Some(old), Some(new)) = (&self.version, &response.version)
                 && old != new
             {
                 return Err(self.changed(format!("version {old} became {new}")));
             }
-            if let (Some(old), Some(new)) = (self.total, part.total)
+            if let (Some(old), Some(new)) = (self.total, response.total)
                 && old != new
             {
                 return Err(self.changed(format!("{old} bytes became {new}")));
             }
-            if part.start > self.offset {
-                return Err(self.changed(format!("the rest begins at {}", part.start)));
+            if response.start > self.offset {
+                return Err(self.changed(format!("the rest begins at {}", response.start)));
             }
         }
-        self.skip = self.offset - part.start;
-        self.body = Some(part.body);
+        self.skip = self.offset - response.start;
+        self.body = Some(response.body);
         self.pace = Pace::default();
-        self.left_alone = false;
+        self.idle = false;
         Ok(())
     }
 
@@ -304,8 +267,8 @@ impl RemoteReader {
         }
     }
 
-    fn stalled(&self) -> Failure {
-        Failure::Passing {
+    fn stalled(&self) -> RequestFailure {
+        RequestFailure::Passing {
             reason: "stalled",
             cause: format!(
                 "no data for {:.1} s",
@@ -316,13 +279,13 @@ impl RemoteReader {
 
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         let next = self.advance().await;
-        self.left = Instant::now();
+        self.handed_out = Instant::now();
         next
     }
 
     async fn advance(&mut self) -> Result<Option<Bytes>, SourceError> {
-        // What was on its way still comes, so the end of such a connection shows only later.
-        self.left_alone |= self.left.elapsed() >= self.options.stall_timeout;
+        // Bytes on their way still arrive, so a closed connection shows only later.
+        self.idle |= self.handed_out.elapsed() >= self.options.stall_timeout;
         loop {
             let Some(body) = &mut self.body else {
                 if self.total == Some(self.offset) {
@@ -342,7 +305,7 @@ impl RemoteReader {
                     let chunk = self.take(chunk)?;
                     if let Some(failure) = slow {
                         self.body = None;
-                        self.budget.failed(failure, self.offset).await?;
+                        self.budget.backoff(failure, self.offset).await?;
                     }
                     if chunk.is_empty() {
                         continue;
@@ -350,7 +313,7 @@ impl RemoteReader {
                     return Ok(Some(chunk));
                 }
                 Ok(Ok(None)) => match self.total {
-                    Some(total) if self.offset < total => Failure::Passing {
+                    Some(total) if self.offset < total => RequestFailure::Passing {
                         reason: "short_body",
                         cause: format!("the body ended after {} of {total} bytes", self.offset),
                     },
@@ -360,22 +323,22 @@ impl RemoteReader {
                         return Ok(None);
                     }
                 },
-                Ok(Err(cause)) => Failure::Passing {
+                Ok(Err(cause)) => RequestFailure::Passing {
                     reason: "body",
                     cause: format!("the body broke off: {cause}"),
                 },
                 Err(_) => self.stalled(),
             };
             self.body = None;
-            if std::mem::take(&mut self.left_alone) {
-                self.budget.excused("idle");
+            if std::mem::take(&mut self.idle) {
+                self.budget.record_idle_reconnect();
             } else {
-                self.budget.failed(failure, self.offset).await?;
+                self.budget.backoff(failure, self.offset).await?;
             }
         }
     }
 
-    /// The part of a chunk that wasn't had before.
+    /// The bytes of a chunk that were not read before.
     fn take(&mut self, mut chunk: Bytes) -> Result<Bytes, SourceError> {
         let skipped = usize::try_from(self.skip)
             .unwrap_or(usize::MAX)

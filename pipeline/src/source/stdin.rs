@@ -5,19 +5,19 @@ use std::io::{self, Read};
 use async_channel::{Receiver, bounded};
 use bytes::Bytes;
 
-use super::error::SourceError;
+use crate::net::SourceError;
 
 const CHUNK_BYTES: usize = 256 << 10;
 /// Chunks read ahead.
 const CHUNKS: usize = 4;
 
-/// Standard input being read, by a thread of its own: a read of it can neither be awaited nor broken
-/// off, and must keep nobody from ending.
+/// Standard input being read, on a thread of its own: a read can neither be awaited nor interrupted,
+/// and must not keep the process from ending.
 #[derive(Debug)]
 pub(crate) struct StdinReader(Receiver<io::Result<Bytes>>);
 
 impl StdinReader {
-    /// Begins to read `input` to its end, or until the reader is dropped.
+    /// Starts to read `input` to its end, or until the reader is dropped.
     pub(crate) fn start(mut input: impl Read + Send + 'static) -> Result<Self, SourceError> {
         let (sender, receiver) = bounded(CHUNKS);
         let read = move || {
@@ -69,7 +69,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts what is taken of it; never ends.
+    /// Endless input that counts the bytes read.
     struct Counting(Arc<AtomicUsize>);
 
     impl Read for Counting {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_is_read_only_so_far_ahead() {
+    async fn stdin_read_ahead_is_bounded() {
         let taken = Arc::new(AtomicUsize::new(0));
         let mut reader = StdinReader::start(Counting(Arc::clone(&taken))).unwrap();
         assert_eq!(reader.next().await.unwrap().unwrap().len(), CHUNK_BYTES);
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_ends_and_fails_as_its_input() {
+    async fn stdin_ends_and_fails_as_its_input() {
         let mut reader = StdinReader::start(&b"ab"[..]).unwrap();
         assert_eq!(reader.next().await.unwrap().unwrap(), "ab");
         assert_eq!(reader.next().await.unwrap(), None);

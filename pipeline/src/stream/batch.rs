@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::flow::{Closed, OrderedReceiver, Sender, Stage, StageHandle, panic_message};
+use crate::flow::{Closed, OrderedReceiver, Sender, StageHandle};
 use crate::order::{
     BufferMirror, Cursor, Order, OrderIdentity, OrderState, SampleRef, ShardPass, ShardProgress,
 };
+use crate::panic::panic_message;
 use crate::shard::FilterReport;
+use crate::stages::Stage;
 
 use super::config::StreamConfig;
 use super::data::BatchData;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use super::config::{Content, StreamConfig};
 use super::decode::DecodeWorker;
@@ -13,8 +14,10 @@ use super::event::{DecodeJob, StreamEvent};
 use super::interleave::Interleaver;
 use super::kinds::{Images, Latents, SampleKind};
 use super::reader::ReaderContext;
-use crate::flow::{Cancel, FlowMetrics, Stage, ordered_map, panic_message};
+use crate::flow::{FlowMetrics, ordered_map};
+use crate::panic::panic_message;
 use crate::source::Sources;
+use crate::stages::{DECODE_CHANNELS, Stage};
 
 /// Most compressed data held at once. Bytes.
 const MAX_HELD_BYTES: usize = 512 << 20;
@@ -64,7 +67,7 @@ fn measure<K: SampleKind>(
     let images = jobs.len() as u64;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = Mutex::new(jobs.into_iter());
-    let metrics = FlowMetrics::new();
+    let metrics = FlowMetrics::private();
     metrics.count_cpu();
     let stage = metrics.stage(Stage::Decode);
     let worker = DecodeWorker::new(kind.clone(), config, stage.clone());
@@ -108,8 +111,8 @@ fn collect<K: SampleKind>(
     samples: u64,
 ) -> Result<Vec<DecodeJob<K>>, StreamError> {
     config.validate()?;
-    let metrics = FlowMetrics::new();
-    let cancel = Cancel::new();
+    let metrics = FlowMetrics::private();
+    let cancel = CancellationToken::new();
     let held = Arc::new(Mutex::new(HeldJobs {
         jobs: Vec::new(),
         bytes: 0,
@@ -126,8 +129,9 @@ fn collect<K: SampleKind>(
     };
     let stage = metrics.stage(Stage::Decode);
     // One thread keeps the jobs in order.
-    let (events, results, mut threads) = ordered_map(&metrics, &stage, 1, WINDOW, keep)
-        .map_err(|error| StreamError::threads(&error))?;
+    let (events, results, mut threads) =
+        ordered_map(&metrics, &stage, DECODE_CHANNELS, 1, WINDOW, keep)
+            .map_err(|error| StreamError::threads(&error))?;
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: metrics.clone(),

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::flow::{Closed, Stage};
+use crate::flow::Closed;
 use crate::order::CursorMismatch;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
+use crate::stages::Stage;
+use crate::stages::Stage;
 
 use super::skip::{ShardSummary, SkippedSample};
 

@@ -7,12 +7,16 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use crate::flow::{Cancel, OrderedSender, Stage, StageHandle, panic_message};
+use tokio_util::sync::CancellationToken;
+
+use crate::flow::{OrderedSender, StageHandle};
 use crate::order::{
     Capacity, Cursor, Drawn, OpenPass, Order, OrderState, SampleRef, Schedule, SchedulePosition,
     ShardPass, ShuffleBuffer,
 };
+use crate::panic::panic_message;
 use crate::shard::Sample;
+use crate::stages::Stage;
 
 use super::config::StreamConfig;
 use super::error::{Halt, StreamError};
@@ -65,7 +69,7 @@ impl<K: SampleKind> Interleaver<K> {
         config: &StreamConfig,
         context: ReaderContext,
         events: OrderedSender<DecodeJob<K>, StreamEvent<K>>,
-        cancel: Cancel,
+        cancel: CancellationToken,
     ) -> Self {
         let items = match config.order {
             Order::Shuffled => config.shuffle_buffer,

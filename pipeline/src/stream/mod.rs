@@ -45,11 +45,14 @@ pub(crate) use sample::parse_json;
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
-use crate::flow::{Cancel, FlowMetrics, Receiver, Stage, channel, ordered_map};
+use crate::flow::{FlowMetrics, Receiver, channel, ordered_map};
 use crate::order::Order;
 use crate::shard::ShardUrl;
 use crate::source::Sources;
+use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
+use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
 
 use batch::Batcher;
 use decode::DecodeWorker;
@@ -61,7 +64,7 @@ use kinds::{CaptionsOnly, Images, Latents, SampleKind};
 pub struct Stream<D = BatchData> {
     batches: Receiver<Result<Batch<D>, StreamError>>,
     shards: Vec<ShardUrl>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -134,8 +137,12 @@ fn start_stream<K: SampleKind>(
     runtime: &Handle,
 ) -> Result<Stream<K::Output>, StreamError> {
     let identity = config.validate()?;
-    let cancel = Cancel::new();
-    let (sender, batches) = channel(metrics, "batches", config.prefetch_batches);
+    let cancel = CancellationToken::new();
+    let (sender, batches) = channel(
+        metrics,
+        FlowChannel::Batches.name(),
+        config.prefetch_batches,
+    );
     // Large enough that one slow image doesn't leave the other threads without work.
     let window = 2 * config.decode_threads.max(1) + 8;
     let decode = metrics.stage(Stage::Decode);
@@ -144,9 +151,15 @@ fn start_stream<K: SampleKind>(
         let mut worker = worker.clone();
         move |job| worker.decode(job)
     };
-    let (events, results, mut threads) =
-        ordered_map(metrics, &decode, config.decode_threads, window, make_work)
-            .map_err(|error| StreamError::threads(&error))?;
+    let (events, results, mut threads) = ordered_map(
+        metrics,
+        &decode,
+        DECODE_CHANNELS,
+        config.decode_threads,
+        window,
+        make_work,
+    )
+    .map_err(|error| StreamError::threads(&error))?;
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: metrics.clone(),
@@ -272,7 +285,7 @@ mod tests {
         });
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let metrics = FlowMetrics::new();
-        let sources = Sources::new(S3Options::default(), metrics.clone());
+        let sources = Sources::new(S3Options::default());
         let sources = runtime.block_on(sources).unwrap();
         for order in [Order::Sequential, Order::Shuffled] {
             let config = StreamConfig {

@@ -11,16 +11,18 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
 
 use super::error::StreamError;
 use crate::flow::{
-    Cancel, Closed, FlowMetrics, Moment, Stage, StageHandle, WeightedReceiver, WeightedSender,
-    panic_message, weighted_channel,
+    Closed, FlowMetrics, Moment, StageHandle, WeightedReceiver, WeightedSender, weighted_channel,
 };
+use crate::panic::panic_message;
 use crate::shard::{
     PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };
 use crate::source::{SourceError, Sources};
+use crate::stages::{FlowChannel, Stage};
 
 /// Bytes fetched ahead of the tar reader, for each open shard.
 const CHUNKS_BYTES: u32 = 4 << 20;
@@ -75,7 +77,7 @@ pub(crate) struct OpenShard {
     /// Time at which the last byte was fetched.
     fetched_at: Arc<OnceLock<Instant>>,
     stage: StageHandle,
-    cancel: Cancel,
+    cancel: CancellationToken,
     fetch: tokio::task::JoinHandle<()>,
     untar: Option<JoinHandle<()>>,
 }
@@ -84,11 +86,19 @@ impl OpenShard {
     /// Starts to read `url`.
     pub(crate) fn start(context: &ReaderContext, url: &ShardUrl) -> io::Result<Self> {
         let metrics = &context.metrics;
-        let cancel = Cancel::new();
-        let (chunk_sender, chunk_receiver) =
-            weighted_channel(metrics, "chunks", CHUNKS_ITEMS, CHUNKS_BYTES);
-        let (event_sender, event_receiver) =
-            weighted_channel(metrics, "samples", SAMPLES_ITEMS, SAMPLES_BYTES);
+        let cancel = CancellationToken::new();
+        let (chunk_sender, chunk_receiver) = weighted_channel(
+            metrics,
+            FlowChannel::Chunks.name(),
+            CHUNKS_ITEMS,
+            CHUNKS_BYTES,
+        );
+        let (event_sender, event_receiver) = weighted_channel(
+            metrics,
+            FlowChannel::Samples.name(),
+            SAMPLES_ITEMS,
+            SAMPLES_BYTES,
+        );
         let size = Arc::new(AtomicU64::new(0));
         let fetched_at = Arc::new(OnceLock::new());
         let untar = Untar {
@@ -131,7 +141,7 @@ impl OpenShard {
     }
 
     /// Waits for the next event; `None` when cancelled, or after the end.
-    pub(crate) fn next(&self, cancel: &Cancel) -> Option<ShardEvent> {
+    pub(crate) fn next(&self, cancel: &CancellationToken) -> Option<ShardEvent> {
         self.events.as_ref()?.recv_blocking(cancel)
     }
 
@@ -237,7 +247,7 @@ async fn fetch_all(
 /// The fetched bytes as a reader for the tar thread.
 struct ChunkReader<'a> {
     receiver: &'a WeightedReceiver<Chunk>,
-    cancel: &'a Cancel,
+    cancel: &'a CancellationToken,
     current: Bytes,
     ended: bool,
     /// Why the bytes ended early. The tar reader does not keep the source of an [`io::Error`].
@@ -271,7 +281,7 @@ impl Read for ChunkReader<'_> {
 struct Untar {
     url: ShardUrl,
     chunks: WeightedReceiver<Chunk>,
-    cancel: Cancel,
+    cancel: CancellationToken,
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,

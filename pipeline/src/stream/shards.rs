@@ -2,11 +2,14 @@
 
 use std::time::Instant;
 
+use tokio_util::sync::CancellationToken;
+
 use super::error::{Halt, StreamError};
 use super::reader::{OpenShard, ReaderContext, ShardEvent};
-use crate::flow::{Cancel, FlowMetrics, Stage, StageHandle};
+use crate::flow::{FlowMetrics, StageHandle};
 use crate::order::OpenPass;
 use crate::shard::ShardUrl;
+use crate::stages::Stage;
 
 /// A shard that samples are taken from in turn, and the position in it.
 pub(super) struct OpenSlot {
@@ -18,7 +21,7 @@ pub(super) struct OpenSlot {
 pub(super) struct ShardOpener {
     shards: Vec<ShardUrl>,
     context: ReaderContext,
-    cancel: Cancel,
+    cancel: CancellationToken,
     /// The stages of the thread that waits.
     waiting: [StageHandle; 2],
 }
@@ -27,7 +30,7 @@ impl ShardOpener {
     pub(super) fn new(
         shards: Vec<ShardUrl>,
         context: ReaderContext,
-        cancel: Cancel,
+        cancel: CancellationToken,
         waiting: [StageHandle; 2],
     ) -> Self {
         Self {

@@ -195,7 +195,7 @@ fn streams_until_end() {
         ..config(urls(&variable(URL)))
     });
     let stream = stream.unwrap();
-    let consumer = bench.metrics.stage(coffey_pipeline::flow::Stage::Train);
+    let consumer = bench.metrics.stage(coffey_pipeline::stages::Stage::Train);
     let mut batches = 0;
     while let Some(batch) = stream.batches().recv_blocking(&consumer) {
         match batch {

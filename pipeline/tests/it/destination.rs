@@ -7,7 +7,7 @@ use crate::child::is_alone;
 use crate::support::proxy::{Fault, chance_writing, clean, script};
 use crate::support::{Bench, Faulty};
 use coffey_pipeline::SourceError;
-use coffey_pipeline::destination::{Destination, Facts, ObjectWriter, PartOptions};
+use coffey_pipeline::destination::{Destination, ObjectMeta, ObjectWriter, PartOptions};
 use sha2::{Digest, Sha256};
 
 /// The smallest parts that S3 takes.
@@ -98,7 +98,7 @@ fn written_objects_read_back_from_folder_and_s3() {
         place.remove("some/0.bin").unwrap();
         let error = place.read("some/0.bin").unwrap_err();
         assert!(matches!(error, SourceError::NotFound { .. }), "{error}");
-        assert_eq!(place.facts("some/0.bin").unwrap(), None);
+        assert_eq!(place.head("some/0.bin").unwrap(), None);
         for name in ["", "/x", "a//b", "../x", "a/."] {
             let error = place.write(name, b"").unwrap_err();
             assert!(matches!(error, SourceError::Unsupported { .. }), "{error}");
@@ -119,10 +119,10 @@ fn object_metadata_is_stored() {
         let mut writer = place.create_with("x.tar", metadata.clone()).unwrap();
         fill(&mut writer, &content(1, size)).unwrap();
         writer.finish().unwrap();
-        let Facts {
+        let ObjectMeta {
             size: found,
             metadata,
-        } = place.facts("x.tar").unwrap().unwrap();
+        } = place.head("x.tar").unwrap().unwrap();
         assert_eq!((found, metadata["recipe"].as_str()), (size as u64, "abc"));
     }
 }
@@ -167,11 +167,17 @@ fn writes_survive_faults_on_one_request_in_five() {
         assert_eq!(place.list("").unwrap().len(), 12);
         place.remove("3.bin").unwrap();
         assert_eq!(place.list("").unwrap().len(), 11);
-        retries += bench.metrics.snapshot().s3_retries.values().sum::<u64>();
+        retries += bench
+            .sources
+            .s3_server()
+            .counts()
+            .retries
+            .values()
+            .sum::<u64>();
         // An upload whose first answer was lost is left over; the next start clears it.
-        place.clear_unfinished(|_| true).unwrap();
+        place.abort_incomplete_uploads(|_| true).unwrap();
         server.proxy.follow(clean());
-        place.clear_unfinished(|_| true).unwrap();
+        place.abort_incomplete_uploads(|_| true).unwrap();
         assert_eq!(leftovers(&server), [""; 0], "seed {seed}");
     }
     assert!(retries > 20, "{retries} retries");
@@ -269,7 +275,7 @@ fn write_refusals_say_what_to_do() {
 }
 
 #[test]
-fn clear_unfinished_removes_only_selected_uploads() {
+fn abort_incomplete_uploads_removes_only_selected() {
     let server = Faulty::start(clean());
     let bench = server.bench(4);
     let folder = tempfile::tempdir().unwrap();
@@ -284,9 +290,9 @@ fn clear_unfinished_removes_only_selected_uploads() {
         }
         assert_eq!(place.list("").unwrap(), []);
         let mine = |name: &str| name.starts_with("mine/");
-        assert_eq!(place.clear_unfinished(mine).unwrap(), 2);
-        assert_eq!(place.clear_unfinished(mine).unwrap(), 0);
-        assert_eq!(place.clear_unfinished(|_| true).unwrap(), 1);
+        assert_eq!(place.abort_incomplete_uploads(mine).unwrap(), 2);
+        assert_eq!(place.abort_incomplete_uploads(mine).unwrap(), 0);
+        assert_eq!(place.abort_incomplete_uploads(|_| true).unwrap(), 1);
     }
     assert_eq!(leftovers(&server), [""; 0]);
     // Some servers do not list uploads.
@@ -295,7 +301,7 @@ fn clear_unfinished_removes_only_selected_uploads() {
             .then_some(Fault::Status(501, "NotImplemented"))
     }));
     let place = to(&bench, "s3://data/run");
-    assert_eq!(place.clear_unfinished(|_| true).unwrap(), 0);
+    assert_eq!(place.abort_incomplete_uploads(|_| true).unwrap(), 0);
 }
 
 #[test]

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::support::{Bench, config, picture, shard, tar_of, urls};
-use coffey_pipeline::flow::{Recent, Stage, channel};
+use coffey_pipeline::flow::{FlowSnapshot, Recent, channel};
+use coffey_pipeline::stages::{FlowChannel, Stage};
 use coffey_pipeline::{S3Options, ShardUrl, StreamConfig, StreamError, decode_limit};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,7 +43,7 @@ fn limits(
 ) -> [Option<Stage>; 2] {
     let stream = bench.open(config).unwrap();
     let metrics = &bench.metrics;
-    let (encoded, ready) = channel(metrics, "encoded", 2);
+    let (encoded, ready) = channel(metrics, FlowChannel::Encoded.name(), 2);
     let (encode, train) = (metrics.stage(Stage::Encode), metrics.stage(Stage::Train));
     let mut recent = Recent::default();
     let mut last = None;
@@ -60,7 +61,7 @@ fn limits(
         for _ in 0..batches {
             ready.recv_blocking(&train).unwrap();
             train.work(|| std::thread::sleep(training));
-            last = recent.mark(metrics);
+            last = recent.mark(metrics).and_then(FlowSnapshot::limiting_stage);
         }
         ready.close();
         stream.batches().close();

@@ -23,6 +23,8 @@ mod memory;
 mod network;
 #[cfg(feature = "embedded-s3")]
 mod order;
+#[cfg(feature = "embedded-s3")]
+mod recorder;
 mod soak;
 #[cfg(feature = "embedded-s3")]
 mod sources;

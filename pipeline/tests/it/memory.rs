@@ -2,7 +2,7 @@
 
 use crate::child::is_alone;
 use crate::support::{Bench, bucket, config};
-use coffey_pipeline::flow::Stage;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{ImageOptions, StreamConfig};
 
 const MIB: u64 = 1 << 20;

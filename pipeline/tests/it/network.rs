@@ -76,7 +76,7 @@ fn broken_body_resumes_at_its_byte() {
             assert!(request.contains("if-match: \""), "{request}");
         }
         if is_s3(&server) {
-            let retries = bench.metrics.snapshot().s3_retries;
+            let retries = bench.sources.s3_server().counts().retries;
             assert_eq!(retries.values().sum::<u64>(), 7, "{retries:?}");
             assert_eq!((retries["throttled"], retries["stalled"]), (1, 1));
         }
@@ -341,7 +341,7 @@ fn server_outage_is_waited_for() {
         assert_eq!(read(0).len(), 9);
         server.proxy.away_for(Duration::from_millis(1500));
         assert_eq!((1..4).map(read).map(|keys| keys.len()).sum::<usize>(), 27);
-        let retries = bench.metrics.snapshot().s3_retries;
+        let retries = bench.sources.s3_server().counts().retries;
         assert!(kind == 1 || retries["connect"] >= 2, "{retries:?}");
     }
 }
@@ -379,7 +379,7 @@ fn slow_consumer_is_no_server_fault() {
             assert_eq!(keys(&batches).len(), 60);
             let requests = server.proxy.requests().len();
             assert_eq!(requests > 1, patience.is_some(), "{requests}");
-            let retries = bench.metrics.snapshot().s3_retries;
+            let retries = bench.sources.s3_server().counts().retries;
             assert!(retries.keys().all(|reason| reason == "idle"), "{retries:?}");
         }
     }
@@ -398,7 +398,7 @@ fn trickle_is_no_stall_above_minimum_rate() {
         assert_eq!(result.unwrap(), whole());
         assert_eq!(server.proxy.requests().len(), 2);
         if is_s3(&server) {
-            assert_eq!(bench.metrics.snapshot().s3_retries["too_slow"], 1);
+            assert_eq!(bench.sources.s3_server().counts().retries["too_slow"], 1);
         }
     }
     for (result, _, _) in over(&[useless.clone(), useless], 2) {

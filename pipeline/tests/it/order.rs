@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use crate::support::{
     Bench, bucket, config, keys, pixels, sample, sequential, shard, take, tar_of,
 };
-use coffey_pipeline::flow::Stage;
 use coffey_pipeline::image::CropWindow;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
     CropMode, Cursor, Filter, ImageOptions, Order, ShardUrl, StreamConfig, StreamError,
 };
@@ -157,7 +157,7 @@ fn resume_reads_no_finished_shard() {
     bench.batches(config(Some(cursor)), 1).unwrap();
     // Two open shards, the next one, those of the four buffered samples, and those that one batch and the bounded
     // channels read ahead.
-    let requests: u64 = bench.metrics.snapshot().s3_requests.values().sum();
+    let requests: u64 = bench.sources.s3_server().counts().requests.values().sum();
     assert!(requests < 25, "{requests}");
 }
 
@@ -477,5 +477,5 @@ fn stages_count_items_and_bytes() {
     assert!(snapshot.stage(Stage::Fetch).bytes > 0);
     assert!(snapshot.stage(Stage::Decode).bytes > 0);
     assert!(snapshot.limiting_stage().is_some());
-    assert_eq!(snapshot.s3_requests["ok"], 2);
+    assert_eq!(bench.sources.s3_server().counts().requests["ok"], 2);
 }

@@ -33,7 +33,7 @@ fn soak(shards: u32, samples: u32, epochs: u32, seeds: std::ops::Range<u64>) {
             let (found, bench) = batches(&server, config.clone(), count);
             assert!(found == expected, "seed {seed} over {url}");
             let requests = server.proxy.requests().len();
-            let retries = bench.metrics.snapshot().s3_retries;
+            let retries = bench.sources.s3_server().counts().retries;
             println!("seed {seed}: {requests} requests, repeated {retries:?}");
             assert!(requests as f64 > f64::from(shards * epochs) * 1.1);
 

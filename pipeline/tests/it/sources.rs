@@ -143,9 +143,7 @@ fn embedded_root_must_be_a_folder() {
         embedded_root: Some("/nowhere".into()),
         ..S3Options::default()
     };
-    let made = bench
-        .runtime
-        .block_on(Sources::new(options, bench.metrics.clone()));
+    let made = bench.runtime.block_on(Sources::new(options));
     let text = made.unwrap_err().to_string();
     assert!(
         text.starts_with("[s3] embedded_root = \"/nowhere\": is not a folder"),

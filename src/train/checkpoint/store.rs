@@ -68,7 +68,7 @@ impl CheckpointStore {
                 }
             }
             Location::Remote(destination, _) => {
-                destination.clear_unfinished(is_ours)?;
+                destination.abort_incomplete_uploads(is_ours)?;
                 let entries = destination.list(PREFIX)?;
                 let steps = marked(entries.iter().map(|entry| entry.name.as_str()));
                 for entry in &entries {

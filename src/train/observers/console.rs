@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use coffey_pipeline::FlowMetrics;
-use coffey_pipeline::flow::Recent;
+use coffey_pipeline::flow::{FlowSnapshot, Recent};
 
 use super::skipped_log::SkipCounts;
 use super::{Earlier, Ending, Observer, RunView, StepReport};
@@ -43,7 +43,8 @@ impl Observer for Console {
         _earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
         let record = &mut report.record;
-        record.limiting_stage = self.recent.mark(&self.metrics);
+        let recent = self.recent.mark(&self.metrics);
+        record.limiting_stage = recent.and_then(FlowSnapshot::limiting_stage);
         let limit = record
             .limiting_stage
             .map(|stage| format!(" · limit: {stage}"))

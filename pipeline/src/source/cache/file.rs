@@ -1,52 +1,50 @@
-//! A kept shard on disk: its bytes as they are, and after them what is known of it.
+//! A cached shard on disk: the bytes of the object, and after them its version.
 //!
-//! The knowledge stands at the end, where a tar's readers no longer look: a kept tar can be opened by
-//! any of them. Layout: the object's bytes; JSON; the JSON's length (8 bytes, little endian); 8 bytes
-//! that tell the format.
+//! Tar readers stop before the end of the file, so a cached tar can be opened by any of them. Layout:
+//! the object's bytes; JSON; the JSON's length (8 bytes, little endian); 8 bytes that name the format.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use serde::{Deserialize, Serialize};
 
-use crate::source::remote::Known;
+use crate::source::remote::ObjectVersion;
 
 const FORMAT: &[u8; 8] = b"coffey-1";
 const FOOTER_BYTES: u64 = 16;
 const MOST_JSON_BYTES: u64 = 64 << 10;
 
 #[derive(Debug, Serialize, Deserialize)]
-struct About {
-    /// For people.
+struct Footer {
+    /// For a reader of the file.
     url: String,
     version: Option<String>,
     size: u64,
 }
 
-/// Writes what is known of an object after its bytes.
-pub(super) fn seal(file: &mut impl Write, url: &str, known: &Known) -> io::Result<()> {
-    let about = About {
+/// Writes the version of an object after its bytes.
+pub(super) fn seal(file: &mut impl Write, url: &str, known: &ObjectVersion) -> io::Result<()> {
+    let footer = Footer {
         url: url.to_owned(),
         version: known.version.clone(),
         size: known.size,
     };
-    let json = serde_json::to_vec(&about)?;
+    let json = serde_json::to_vec(&footer)?;
     file.write_all(&json)?;
     file.write_all(&(json.len() as u64).to_le_bytes())?;
     file.write_all(FORMAT)
 }
 
-/// Reads what is known of a kept object, and goes back to its first byte; `None` if the file is not
-/// what [`seal`] leaves.
-pub(super) fn unseal(file: &mut File) -> io::Result<Option<Known>> {
+/// Reads the version of a cached object and rewinds the file; `None` if [`seal`] did not complete it.
+pub(super) fn unseal(file: &mut File) -> io::Result<Option<ObjectVersion>> {
     let length = file.metadata()?.len();
     if length < FOOTER_BYTES {
         return Ok(None);
     }
-    let mut footer = [0; FOOTER_BYTES as usize];
+    let mut end = [0; FOOTER_BYTES as usize];
     file.seek(SeekFrom::Start(length - FOOTER_BYTES))?;
-    file.read_exact(&mut footer)?;
-    let (json_bytes, format) = footer.split_at(8);
+    file.read_exact(&mut end)?;
+    let (json_bytes, format) = end.split_at(8);
     let json_bytes = json_bytes
         .iter()
         .rev()
@@ -59,9 +57,10 @@ pub(super) fn unseal(file: &mut File) -> io::Result<Option<Known>> {
     file.seek(SeekFrom::Start(size))?;
     file.take(json_bytes).read_to_end(&mut json)?;
     file.rewind()?;
-    let about: Option<About> = serde_json::from_slice(&json).ok();
-    Ok(about.filter(|about| about.size == size).map(|about| Known {
-        version: about.version,
+    let footer: Option<Footer> = serde_json::from_slice(&json).ok();
+    let footer = footer.filter(|footer| footer.size == size);
+    Ok(footer.map(|footer| ObjectVersion {
+        version: footer.version,
         size,
     }))
 }
@@ -71,8 +70,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sealed_is_read_back_and_nothing_else() {
-        let known = Known {
+    fn cache_file_is_read_back_only_when_whole() {
+        let known = ObjectVersion {
             version: Some("\"tag\"".to_owned()),
             size: 5,
         };
@@ -82,7 +81,9 @@ mod tests {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(bytes).unwrap();
             let known = unseal(&mut file).unwrap();
-            (known.is_some()).then(|| assert_eq!(file.stream_position().unwrap(), 0));
+            if known.is_some() {
+                assert_eq!(file.stream_position().unwrap(), 0);
+            }
             known
         };
         assert_eq!(read(&whole), Some(known));

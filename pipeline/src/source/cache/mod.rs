@@ -1,12 +1,12 @@
-//! Remote shards kept on local disk for the next time they are read.
+//! The cache of remote shards on local disk.
 //!
-//! A shard is kept whole or not at all: it is written aside while it is streamed and renamed when its
-//! last byte has come. Before a kept shard is used, the server is asked whether it still is the same,
-//! with one conditional request that brings the new one if it isn't. What was used longest ago goes
-//! first. Nothing here fails a run: whatever is wrong with the folder, the shard is streamed.
+//! A shard is cached whole or not at all: it is streamed to a temporary file, which is renamed after its
+//! last byte. Before a cached shard is used, one conditional request asks the server for a newer
+//! version. The least recently used shard is evicted first. The cache never fails a run: if the folder
+//! has a fault, shards are streamed.
 //!
 //! Any number of processes may share a folder. They never wait for each other: a rename replaces a
-//! shard at once, and one that is being read stays readable after it was removed.
+//! shard at once, and a removed shard stays readable for processes that have it open.
 
 mod file;
 mod reader;
@@ -21,18 +21,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use metrics::counter;
 use sha2::{Digest, Sha256};
 
 use super::options::CacheOptions;
+use crate::metrics::{CACHE_HITS, CACHE_MISSES};
 use crate::shard::ShardUrl;
 
 const SHARD_ENDING: &str = "shard";
 const PART_PREFIX: &str = "coffey-";
 const PART_ENDING: &str = "part";
-/// A file being written that nobody has written to for so long was left by a process that is gone.
+/// Age of a temporary file that counts as left over from a dead process.
 const LEFT_OVER_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// How often shards were found in the cache.
+/// Shards found in the cache, and not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct CacheCounts {
     /// Shards read from disk.
@@ -41,9 +43,9 @@ pub struct CacheCounts {
     pub misses: u64,
 }
 
-/// What is said once only.
+/// Warnings that were given already; each is given once.
 #[derive(Debug, Default)]
-struct Said {
+struct Warned {
     off: AtomicBool,
     too_large: AtomicBool,
     nameless: AtomicBool,
@@ -55,27 +57,37 @@ pub(crate) struct Cache {
     options: CacheOptions,
     hits: AtomicU64,
     misses: AtomicU64,
-    /// Shards being written by this process, and the bytes set aside for each.
+    /// Shards that this process is writing, and the bytes reserved for each.
     writing: Mutex<BTreeMap<String, u64>>,
-    said: Said,
+    warned: Warned,
 }
 
 impl Cache {
-    /// Makes the folder if there is none, and clears away what a crash left in it.
+    /// Creates the folder if needed, and removes old temporary files.
     pub(crate) fn open(options: CacheOptions) -> Self {
         let cache = Self {
             options,
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             writing: Mutex::default(),
-            said: Said::default(),
+            warned: Warned::default(),
         };
         let folder = &cache.options.folder;
-        match std::fs::create_dir_all(folder).and_then(|()| remove_leftovers(folder)) {
-            Ok(()) => {}
-            Err(error) => cache.turn_off(&error),
+        let prepared = std::fs::create_dir_all(folder).and_then(|()| remove_leftovers(folder));
+        if let Err(error) = prepared {
+            cache.turn_off(&error);
         }
         cache
+    }
+
+    fn count_hit(&self) {
+        counter!(CACHE_HITS).increment(1);
+        self.hits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_miss(&self) {
+        counter!(CACHE_MISSES).increment(1);
+        self.misses.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn counts(&self) -> CacheCounts {
@@ -85,9 +97,9 @@ impl Cache {
         }
     }
 
-    /// Stops writing, for good: a folder that failed once would fail with every shard.
+    /// Stops writing for good: a folder that failed once would fail with each shard.
     fn turn_off(&self, cause: &dyn Display) {
-        if !self.said.off.swap(true, Ordering::Relaxed) {
+        if !self.warned.off.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 folder = %self.options.folder.display(),
                 %cause,
@@ -97,10 +109,10 @@ impl Cache {
     }
 
     fn is_off(&self) -> bool {
-        self.said.off.load(Ordering::Relaxed)
+        self.warned.off.load(Ordering::Relaxed)
     }
 
-    /// The name under which a server's object is kept.
+    /// The file name of a server's object.
     fn name(server: &str, url: &ShardUrl) -> String {
         let digest = Sha256::digest(format!("{server}\n{url}"));
         digest[..20]
@@ -117,14 +129,14 @@ impl Cache {
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets room aside for a shard of `size` bytes (0 if it isn't known); `None` if it isn't to be kept.
+    /// Reserves space for a shard of `size` bytes (0 if unknown); `None` if the shard is not to be cached.
     fn reserve(self: &Arc<Self>, name: &str, size: u64) -> Option<Reservation> {
         if self.is_off() {
             return None;
         }
         let limit = self.options.limit_bytes;
         if size > limit {
-            if !self.said.too_large.swap(true, Ordering::Relaxed) {
+            if !self.warned.too_large.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     size,
                     limit,
@@ -145,10 +157,10 @@ impl Cache {
         })
     }
 
-    /// Removes what was used longest ago until what is kept and what is being written fit.
-    fn make_room(&self) -> io::Result<()> {
-        let set_aside: u64 = self.writing().values().sum();
-        let room = self.options.limit_bytes.saturating_sub(set_aside);
+    /// Evicts the least recently used shards until the cached and the reserved bytes fit.
+    fn evict(&self) -> io::Result<()> {
+        let reserved: u64 = self.writing().values().sum();
+        let room = self.options.limit_bytes.saturating_sub(reserved);
         let mut kept = list(&self.options.folder, SHARD_ENDING)?;
         kept.sort();
         let mut bytes: u64 = kept.iter().map(|kept| kept.size).sum();
@@ -163,7 +175,7 @@ impl Cache {
     }
 }
 
-/// Room for a shard that is being written; given back when dropped.
+/// Space for a shard that is being written; released on drop.
 #[derive(Debug)]
 struct Reservation {
     cache: Arc<Cache>,
@@ -176,15 +188,15 @@ impl Drop for Reservation {
     }
 }
 
-/// A file of the cache; the one used longest ago comes first.
+/// A file of the cache; the least recently used sorts first.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Kept {
+struct CachedFile {
     used: SystemTime,
     path: PathBuf,
     size: u64,
 }
 
-fn list(folder: &Path, ending: &str) -> io::Result<Vec<Kept>> {
+fn list(folder: &Path, ending: &str) -> io::Result<Vec<CachedFile>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
@@ -196,8 +208,8 @@ fn list(folder: &Path, ending: &str) -> io::Result<Vec<Kept>> {
             .metadata()
             .and_then(|metadata| Ok((metadata.modified()?, metadata.len())));
         match about {
-            Ok((used, size)) => found.push(Kept { used, path, size }),
-            // Another process was faster.
+            Ok((used, size)) => found.push(CachedFile { used, path, size }),
+            // Another process removed it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -255,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_crash_left_goes_when_it_is_old() {
+    fn cache_removes_old_temporary_files() {
         let folder = tempfile::tempdir().unwrap();
         let (hour, days) = (Duration::from_secs(3600), Duration::from_secs(3 * 86_400));
         put(folder.path(), "coffey-a.part", 9, days);
@@ -270,24 +282,24 @@ mod tests {
     }
 
     #[test]
-    fn what_was_used_longest_ago_goes_first() {
+    fn cache_evicts_least_recently_used_first() {
         let folder = tempfile::tempdir().unwrap();
         let minutes = |n: u64| Duration::from_secs(60 * n);
         put(folder.path(), "a.shard", 40, minutes(1));
         put(folder.path(), "b.shard", 40, minutes(3));
         put(folder.path(), "c.shard", 40, minutes(2));
         let cache = cache(folder.path(), 100);
-        cache.make_room().unwrap();
+        cache.evict().unwrap();
         assert_eq!(names(folder.path()), ["a.shard", "c.shard"]);
         let room = cache.reserve("d", 30).unwrap();
-        cache.make_room().unwrap();
+        cache.evict().unwrap();
         assert_eq!(names(folder.path()), ["a.shard"]);
         drop(room);
         assert!(cache.writing().is_empty());
     }
 
     #[test]
-    fn room_is_set_aside_once_and_within_the_limit() {
+    fn cache_reserves_within_the_limit() {
         let folder = tempfile::tempdir().unwrap();
         let cache = cache(folder.path(), 100);
         assert!(cache.reserve("large", 101).is_none());
@@ -299,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_and_queries_are_told_apart() {
+    fn cache_names_differ_by_server_and_query() {
         let url = |text: &str| text.parse::<ShardUrl>().unwrap();
         let name = Cache::name("", &url("https://h/a?x=1"));
         assert_ne!(name, Cache::name("", &url("https://h/a?x=2")));

@@ -11,55 +11,50 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt;
 
 use super::{Cache, PART_ENDING, PART_PREFIX, Reservation, file, remove};
-use crate::flow::FlowMetrics;
+use crate::net::{RetryOptions, SourceError};
 use crate::shard::ShardUrl;
 use crate::source::Reader;
-use crate::source::error::SourceError;
-use crate::source::remote::{Known, Remote, RemoteReader};
-use crate::source::retry::RetryOptions;
+use crate::source::remote::{ObjectVersion, Remote, RemoteReader};
 
 const CHUNK_BYTES: usize = 256 << 10;
-/// Fetched pieces that wait for the disk, for each shard.
+/// Fetched chunks that wait for the disk, for each shard.
 const WAITING_CHUNKS: usize = 16;
 
-/// Opens a shard out of the cache if the one that is kept still is the server's, else from the server,
-/// and keeps it.
+/// Opens a shard from the cache if the server has no newer version; else from the server, and caches
+/// it.
 pub(crate) async fn open_shard(
     cache: &Arc<Cache>,
     url: &ShardUrl,
     remote: Remote,
     options: RetryOptions,
-    metrics: FlowMetrics,
 ) -> Result<Reader, SourceError> {
-    let name = Cache::name(remote.server(), url);
-    // Opened before the server is asked: from then on nobody can take it away.
+    let name = Cache::name(remote.endpoint(), url);
+    // Opened before the request: an eviction from now on does no harm.
     let kept = look_up(cache, &name).await;
     let known = kept.as_ref().map(|(_, known)| known);
-    let opened =
-        RemoteReader::open_unless(url, remote.clone(), options, metrics.clone(), known).await?;
+    let opened = RemoteReader::open_unless(url, remote.clone(), options, known).await?;
     Ok(match (opened, kept) {
         (Some(reader), _) => {
-            cache.misses.fetch_add(1, Ordering::Relaxed);
+            cache.count_miss();
             let keeper = Keeper::start(cache, &name, url, &reader);
             Reader::Caching(Box::new(CachingReader { reader, keeper }))
         }
         (None, Some((file, known))) => {
-            cache.hits.fetch_add(1, Ordering::Relaxed);
-            // The time of last use. Only the order of eviction hangs on it.
-            let _unchanged = file.set_modified(SystemTime::now());
+            cache.count_hit();
+            // The time of last use. A failure changes only the order of eviction.
+            file.set_modified(SystemTime::now()).ok();
             Reader::Cached(Box::new(CachedReader {
                 cache: Arc::clone(cache),
                 name,
                 url: url.clone(),
                 remote,
                 options,
-                metrics,
                 rest: Rest::Disk(tokio::fs::File::from_std(file)),
                 known,
                 offset: 0,
             }))
         }
-        // Without a known version the object is always sent.
+        // Without a known version the server always sends the object.
         (None, None) => {
             return Err(SourceError::Refused {
                 url: url.redacted(),
@@ -69,16 +64,16 @@ pub(crate) async fn open_shard(
     })
 }
 
-async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, Known)> {
+async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, ObjectVersion)> {
     let (cache, path) = (Arc::clone(cache), cache.path(name));
-    let look = move || -> io::Result<Option<(File, Known)>> {
+    let look = move || -> io::Result<Option<(File, ObjectVersion)>> {
         let mut file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
         match file::unseal(&mut file)? {
             Some(known) => Ok(Some((file, known))),
-            // Cut by a crash of the machine.
+            // Truncated by a crash of the machine.
             None => remove(&path).map(|()| None),
         }
     };
@@ -92,7 +87,7 @@ async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, Known)> {
     }
 }
 
-/// A shard being read from disk. Should the disk fail, the rest comes from the server.
+/// A shard being read from disk. If the disk fails, the rest comes from the server.
 #[derive(Debug)]
 pub(crate) struct CachedReader {
     cache: Arc<Cache>,
@@ -100,9 +95,8 @@ pub(crate) struct CachedReader {
     url: ShardUrl,
     remote: Remote,
     options: RetryOptions,
-    metrics: FlowMetrics,
     rest: Rest,
-    known: Known,
+    known: ObjectVersion,
     offset: u64,
 }
 
@@ -139,14 +133,14 @@ impl CachedReader {
             }
             Err(error) => error.to_string(),
         };
-        self.leave_the_disk(&cause).await?;
+        self.switch_to_server(&cause).await?;
         match &mut self.rest {
             Rest::Server(reader) => reader.next().await,
             Rest::Disk(_) => Ok(None),
         }
     }
 
-    async fn leave_the_disk(&mut self, cause: &str) -> Result<(), SourceError> {
+    async fn switch_to_server(&mut self, cause: &str) -> Result<(), SourceError> {
         let path = self.cache.path(&self.name);
         tracing::warn!(
             shard = %self.url.redacted(),
@@ -161,7 +155,6 @@ impl CachedReader {
             &self.url,
             self.remote.clone(),
             self.options,
-            self.metrics.clone(),
             &self.known,
             self.offset,
         );
@@ -170,7 +163,7 @@ impl CachedReader {
     }
 }
 
-/// A shard being read from the server, and kept on the way.
+/// A shard being read from the server and written to the cache.
 #[derive(Debug)]
 pub(crate) struct CachingReader {
     reader: RemoteReader,
@@ -203,11 +196,11 @@ impl CachingReader {
 
 enum Message {
     Data(Bytes),
-    /// All of it has come. Without this what was written is thrown away.
+    /// The shard is complete. Without this message the file is discarded.
     End,
 }
 
-/// The way to the task that writes a shard to disk. It ends with this, and says why by itself.
+/// The channel to the task that writes a shard to disk. The task ends with it, and reports its errors.
 #[derive(Debug)]
 struct Keeper(Sender<Message>);
 
@@ -220,7 +213,7 @@ impl Keeper {
     ) -> Option<Self> {
         let (version, size) = (reader.version().map(str::to_owned), reader.size());
         if version.is_none() && size.is_none() {
-            if !cache.said.nameless.swap(true, Ordering::Relaxed) {
+            if !cache.warned.nameless.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     shard = %url.redacted(),
                     "the server says neither version nor length of its shards: they can't be kept in data.cache_dir"
@@ -236,7 +229,7 @@ impl Keeper {
             version,
             messages,
         };
-        // It waits for pieces and for the disk, on a thread made for that. The runtime waits for it.
+        // The task blocks on the channel and on the disk. The runtime waits for it when it shuts down.
         tokio::task::spawn_blocking(move || writing.run());
         Some(Self(sender))
     }
@@ -259,7 +252,7 @@ impl Writing {
 
     fn write(self) -> io::Result<()> {
         let cache = &self.reservation.cache;
-        cache.make_room()?;
+        cache.evict()?;
         let mut part = tempfile::Builder::new()
             .prefix(PART_PREFIX)
             .suffix(&format!(".{PART_ENDING}"))
@@ -278,21 +271,21 @@ impl Writing {
                 Err(_not_whole) => return Ok(()),
             }
         }
-        let known = Known {
+        let known = ObjectVersion {
             version: self.version,
             size,
         };
         file::seal(&mut part, &self.url, &known)?;
-        // A name must not outlive a crash that the content did not.
+        // The content must be on disk before the name is.
         part.as_file().sync_data()?;
         match part.persist(cache.path(&self.reservation.name)) {
             Ok(_file) => {}
-            // Cleared away as a leftover by another process, after a day's standstill.
+            // Another process removed the file as a leftover after a day without progress.
             Err(failed) if failed.error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(failed) => return Err(failed.error),
         }
         let cache = Arc::clone(cache);
         drop(self.reservation);
-        cache.make_room()
+        cache.evict()
     }
 }

@@ -8,7 +8,8 @@ use std::io::Cursor;
 use std::path::Path;
 use std::time::Duration;
 
-use coffey_pipeline::flow::{FlowMetrics, Stage};
+use coffey_pipeline::flow::FlowMetrics;
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
     Batch, BatchData, ImageOptions, Order, S3Options, ShardUrl, SourceError, SourceOptions,
     Sources, Stream, StreamConfig, StreamError, expand,
@@ -132,9 +133,7 @@ impl Bench {
             .build()
             .unwrap();
         let metrics = FlowMetrics::new();
-        let sources = runtime
-            .block_on(Sources::new(options, metrics.clone()))
-            .unwrap();
+        let sources = runtime.block_on(Sources::new(options)).unwrap();
         Self {
             runtime,
             sources,

@@ -1,43 +1,110 @@
-//! What a server's refusal means, and what to say of it.
+//! The meaning of the server's errors, and the advice for them.
 
+use aws_sdk_s3::config::http::HttpResponse;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+
+use crate::net::{RequestFailure, SourceError, causes, certificate_error};
 use crate::shard::ShardUrl;
-use crate::source::error::SourceError;
-use crate::source::retry::Failure;
 
-/// The outcome of a request whose credentials were good once.
+/// The outcome of a request with expired credentials.
 pub(super) const EXPIRED: &str = "expired";
 
-pub(super) fn passing(reason: &'static str, cause: String) -> Failure {
-    Failure::Passing { reason, cause }
+pub(super) fn passing(reason: &'static str, cause: String) -> RequestFailure {
+    RequestFailure::Passing { reason, cause }
 }
 
-/// What was asked for when the server refused.
+/// The kind of request that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Doing {
-    /// Reading an object, from this byte on.
-    Reading(u64),
-    /// Writing, or removing what was written.
-    Writing,
+pub(super) enum Operation {
+    /// A read of an object from byte `offset` on, or of a listing.
+    Read { offset: u64 },
+    /// A write or a removal.
+    Write,
 }
 
-/// What a reader that is refused can set.
+/// Advice after a refused read.
 const MAY_READ: &str = "check the credentials and the bucket's policy, or set [s3] anonymous = true for a public bucket, \
                         [s3] requester_pays = true where the bucket asks for it";
-/// What a writer needs.
+/// Advice after a refused write.
 const MAY_WRITE: &str = "check that the credentials may write there (s3:PutObject, s3:GetObject, s3:DeleteObject and \
                          s3:AbortMultipartUpload on the objects, s3:ListBucket on the bucket)";
 
-/// An error the server sent.
-pub(super) struct Answer<'a> {
-    pub(super) status: u16,
-    pub(super) code: &'a str,
-    pub(super) message: &'a str,
-    pub(super) region: Option<&'a str>,
+/// The meaning of an error of the SDK: the outcome for the metrics, and the failure. `endpoint` is the
+/// server's address.
+pub(super) fn meaning<E>(
+    url: &ShardUrl,
+    endpoint: &str,
+    error: &SdkError<E, HttpResponse>,
+    operation: Operation,
+) -> (&'static str, RequestFailure)
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    match error {
+        SdkError::ServiceError(service) => {
+            let response = S3ErrorResponse {
+                status: service.raw().status().as_u16(),
+                code: service.err().code().unwrap_or_default(),
+                message: service.err().message().unwrap_or_default(),
+                region: service.raw().headers().get("x-amz-bucket-region"),
+            };
+            response.failure(url, operation)
+        }
+        SdkError::TimeoutError(_) => ("timeout", passing("timeout", causes(error))),
+        SdkError::ResponseError(_) => ("bad_response", passing("bad_response", causes(error))),
+        SdkError::DispatchFailure(dispatch) => {
+            let cause = causes(error);
+            if let Some(error) = certificate_error(url, endpoint, &cause) {
+                ("certificate", RequestFailure::Fatal(error))
+            } else if dispatch.is_timeout() || dispatch.is_io() {
+                let failure = RequestFailure::Connect {
+                    cause,
+                    endpoint: endpoint.to_owned(),
+                    hint: " and [s3] endpoint_url",
+                };
+                ("connect", failure)
+            } else if dispatch
+                .as_connector_error()
+                .is_some_and(|error| error.as_other().is_some())
+            {
+                // Such as a kept-alive connection that the server closes just as it is used again.
+                ("bad_response", passing("bad_response", cause))
+            } else {
+                (
+                    "client_error",
+                    RequestFailure::Fatal(client_error(url, cause)),
+                )
+            }
+        }
+        other => (
+            "client_error",
+            RequestFailure::Fatal(client_error(url, causes(other))),
+        ),
+    }
 }
 
-impl Answer<'_> {
-    /// The outcome for the metrics, and what it means.
-    pub(super) fn failure(&self, url: &ShardUrl, doing: Doing) -> (&'static str, Failure) {
+/// The error for a request that could not be sent.
+fn client_error(url: &ShardUrl, cause: String) -> SourceError {
+    let url = url.redacted();
+    let lower = cause.to_lowercase();
+    if lower.contains("credential") || lower.contains("identity") {
+        SourceError::Credentials { url, cause }
+    } else {
+        SourceError::Refused { url, cause }
+    }
+}
+
+/// An error response of the server.
+struct S3ErrorResponse<'a> {
+    status: u16,
+    code: &'a str,
+    message: &'a str,
+    region: Option<&'a str>,
+}
+
+impl S3ErrorResponse<'_> {
+    /// The outcome for the metrics, and the failure.
+    fn failure(&self, url: &ShardUrl, operation: Operation) -> (&'static str, RequestFailure) {
         let Self {
             status,
             code,
@@ -51,11 +118,11 @@ impl Answer<'_> {
             .collect::<Vec<_>>()
             .join(" ");
         match (status, *code) {
-            (405 | 501, _) if doing == Doing::Writing => {
+            (405 | 501, _) if operation == Operation::Write => {
                 let cause = format!("{cause}; this server takes no writes");
                 (
                     "client_error",
-                    Failure::Fatal(SourceError::Refused { url, cause }),
+                    RequestFailure::Fatal(SourceError::Refused { url, cause }),
                 )
             }
             (_, "SlowDown" | "ThrottlingException" | "TooManyRequests") | (429, _) => {
@@ -64,13 +131,13 @@ impl Answer<'_> {
             (_, "RequestTimeout" | "InternalError") | (500.., _) => {
                 ("server_error", passing("server_error", cause))
             }
-            // Where they come from there may be newer ones.
+            // The provider may have newer credentials.
             (_, "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired") => {
                 (EXPIRED, passing("expired_credentials", cause))
             }
             (_, "RequestTimeTooSkewed") => (
                 "forbidden",
-                Failure::Fatal(SourceError::Forbidden {
+                RequestFailure::Fatal(SourceError::Forbidden {
                     url,
                     cause,
                     hint: "set this machine's clock",
@@ -87,10 +154,10 @@ impl Answer<'_> {
                 let right = self.region.map(str::to_owned);
                 (
                     "wrong_region",
-                    Failure::Fatal(SourceError::WrongRegion { url, cause, right }),
+                    RequestFailure::Fatal(SourceError::WrongRegion { url, cause, right }),
                 )
             }
-            // The body did not arrive as it was sent.
+            // The body was damaged on the way.
             (
                 _,
                 "IncompleteBody"
@@ -103,40 +170,42 @@ impl Answer<'_> {
                 ("conflict", passing("conflict", cause))
             }
             (404, _) => {
-                let hint = match (*code, doing) {
+                let hint = match (*code, operation) {
                     ("NoSuchBucket", _) => " of the bucket, [s3] endpoint_url and [s3] path_style",
                     ("NoSuchUpload", _) => ", and that no other process writes to the same place",
-                    (_, Doing::Reading(_)) => " and the range in braces",
-                    (_, Doing::Writing) => "",
+                    (_, Operation::Read { .. }) => " and the range in braces",
+                    (_, Operation::Write) => "",
                 };
                 (
                     "not_found",
-                    Failure::Fatal(SourceError::NotFound { url, cause, hint }),
+                    RequestFailure::Fatal(SourceError::NotFound { url, cause, hint }),
                 )
             }
-            (412 | 416, _) if matches!(doing, Doing::Reading(1..)) => {
-                let offset = match doing {
-                    Doing::Reading(offset) => offset,
-                    Doing::Writing => 0,
-                };
-                (
+            (412 | 416, _) => match operation {
+                Operation::Read {
+                    offset: offset @ 1..,
+                } => (
                     "changed",
-                    Failure::Fatal(SourceError::Changed { url, offset, cause }),
-                )
-            }
+                    RequestFailure::Fatal(SourceError::Changed { url, offset, cause }),
+                ),
+                _ => (
+                    "client_error",
+                    RequestFailure::Fatal(SourceError::Refused { url, cause }),
+                ),
+            },
             (401 | 403, _) => {
-                let hint = match doing {
-                    Doing::Reading(_) => MAY_READ,
-                    Doing::Writing => MAY_WRITE,
+                let hint = match operation {
+                    Operation::Read { .. } => MAY_READ,
+                    Operation::Write => MAY_WRITE,
                 };
                 (
                     "forbidden",
-                    Failure::Fatal(SourceError::Forbidden { url, cause, hint }),
+                    RequestFailure::Fatal(SourceError::Forbidden { url, cause, hint }),
                 )
             }
             _ => (
                 "client_error",
-                Failure::Fatal(SourceError::Refused { url, cause }),
+                RequestFailure::Fatal(SourceError::Refused { url, cause }),
             ),
         }
     }
@@ -147,40 +216,43 @@ mod tests {
     use super::*;
 
     fn fatal(status: u16, code: &str, region: Option<&str>, offset: u64) -> SourceError {
-        refusal(status, code, region, Doing::Reading(offset))
+        refusal(status, code, region, Operation::Read { offset })
     }
 
-    fn refusal(status: u16, code: &str, region: Option<&str>, doing: Doing) -> SourceError {
-        let answer = Answer {
+    fn refusal(status: u16, code: &str, region: Option<&str>, operation: Operation) -> SourceError {
+        let response = S3ErrorResponse {
             status,
             code,
             message: "said the server",
             region,
         };
-        match answer.failure(&"s3://b/k.tar".parse().unwrap(), doing).1 {
-            Failure::Fatal(error) => error,
+        match response
+            .failure(&"s3://b/k.tar".parse().unwrap(), operation)
+            .1
+        {
+            RequestFailure::Fatal(error) => error,
             other => panic!("{other:?}"),
         }
     }
 
     fn reason(status: u16, code: &str) -> &'static str {
-        let answer = Answer {
+        let response = S3ErrorResponse {
             status,
             code,
             message: "",
             region: None,
         };
-        match answer
-            .failure(&"s3://b/k.tar".parse().unwrap(), Doing::Writing)
+        match response
+            .failure(&"s3://b/k.tar".parse().unwrap(), Operation::Write)
             .1
         {
-            Failure::Passing { reason, .. } => reason,
+            RequestFailure::Passing { reason, .. } => reason,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn answers_say_what_to_set() {
+    fn s3_error_names_the_setting() {
         let error = fatal(403, "AccessDenied", None, 0).to_string();
         assert!(
             error.contains("s3://b/k.tar: access denied (HTTP 403 AccessDenied said the server)"),
@@ -212,8 +284,8 @@ mod tests {
     }
 
     #[test]
-    fn who_writes_is_told_what_writing_takes() {
-        let writing = |status, code| refusal(status, code, None, Doing::Writing).to_string();
+    fn s3_write_error_names_the_permissions() {
+        let writing = |status, code| refusal(status, code, None, Operation::Write).to_string();
         let error = writing(403, "AccessDenied");
         assert!(error.contains("s3:PutObject"), "{error}");
         assert!(!error.contains("anonymous"), "{error}");
@@ -228,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_that_pass_are_retried() {
+    fn s3_passing_faults_are_retried() {
         assert_eq!(reason(503, "SlowDown"), "throttled");
         assert_eq!(reason(500, "InternalError"), "server_error");
         assert_eq!(reason(502, ""), "server_error");

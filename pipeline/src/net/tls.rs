@@ -1,4 +1,4 @@
-//! Whose certificates are trusted besides the system's, and what to say when one is not.
+//! Certificate authorities trusted besides the system's, and the error for a refused certificate.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::shard::ShardUrl;
 /// The variable that the AWS tools read as well.
 const VARIABLE: &str = "AWS_CA_BUNDLE";
 
-/// Certificates of authorities, read and found usable.
+/// Usable certificates of authorities.
 #[derive(Debug, Clone)]
 pub(crate) struct CaBundle {
     pem: Vec<u8>,
@@ -51,7 +51,7 @@ impl CaBundle {
                 "has no certificate in it; it must be PEM, with BEGIN CERTIFICATE".to_owned(),
             ));
         }
-        // The clients take what they are given: a certificate they can't read would be a panic there.
+        // The HTTP clients panic on a certificate that they can't read.
         let mut roots = RootCertStore::empty();
         for certificate in &certificates {
             roots.add(certificate.clone()).map_err(|error| {
@@ -61,13 +61,13 @@ impl CaBundle {
         Ok(Self { pem, certificates })
     }
 
-    /// For the AWS SDK.
+    /// The certificates for the AWS SDK.
     pub(crate) fn context(&self) -> Option<TlsContext> {
         let store = TrustStore::default().with_pem_certificate(self.pem.as_slice());
         TlsContext::builder().with_trust_store(store).build().ok()
     }
 
-    /// For reqwest.
+    /// The certificates for reqwest.
     pub(crate) fn certificates(&self) -> Vec<reqwest::Certificate> {
         self.certificates
             .iter()
@@ -76,8 +76,12 @@ impl CaBundle {
     }
 }
 
-/// The error for a server whose certificate was not accepted; `None` if `cause` is something else.
-pub(crate) fn refusal(url: &ShardUrl, endpoint: &str, cause: &str) -> Option<SourceError> {
+/// The error for a refused server certificate; `None` if `cause` is another fault.
+pub(crate) fn certificate_error(
+    url: &ShardUrl,
+    endpoint: &str,
+    cause: &str,
+) -> Option<SourceError> {
     if !cause.contains("invalid peer certificate") {
         return None;
     }
@@ -100,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bundle_that_is_none_is_named() {
+    fn ca_bundle_error_names_the_setting() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ca.pem");
         let error = || CaBundle::load(Some(&path)).unwrap_err();
@@ -124,9 +128,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_certificate_decides_the_advice() {
+    fn certificate_error_advises_by_cause() {
         let url = "s3://b/k.tar".parse().unwrap();
-        let error = |cause: &str| refusal(&url, "https://minio", cause);
+        let error = |cause: &str| certificate_error(&url, "https://minio", cause);
         let text = error("invalid peer certificate: UnknownIssuer")
             .unwrap()
             .to_string();

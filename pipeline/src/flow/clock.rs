@@ -1,4 +1,4 @@
-//! What every stage did and how long it worked and waited: one registry shared by the whole process.
+//! The stage clock: what each stage did, and how long it worked and waited.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,70 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
 use super::snapshot::{ChannelSnapshot, FlowSnapshot, StageSnapshot};
-
-/// The stages a sample passes, in that order. The last three belong to the trainer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stage {
-    /// Bytes from S3, HTTP or disk. An item is an object read to its end.
-    Fetch,
-    /// Tar members to samples.
-    Untar,
-    /// Choosing by the sample's json.
-    Filter,
-    /// The seeded shuffle buffer.
-    Shuffle,
-    /// Decoding, resizing and cropping.
-    Decode,
-    /// Collecting samples into batches. An item is a batch.
-    Batch,
-    /// Pixels and captions to latents and embeddings.
-    Encode,
-    /// The training step.
-    Train,
-    /// Writing latent shards.
-    Write,
-}
-
-impl Stage {
-    /// Every stage, in the order of the data.
-    pub const ALL: [Self; 9] = [
-        Self::Fetch,
-        Self::Untar,
-        Self::Filter,
-        Self::Shuffle,
-        Self::Decode,
-        Self::Batch,
-        Self::Encode,
-        Self::Train,
-        Self::Write,
-    ];
-
-    /// The name used in metrics and messages.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Fetch => "fetch",
-            Self::Untar => "untar",
-            Self::Filter => "filter",
-            Self::Shuffle => "shuffle",
-            Self::Decode => "decode",
-            Self::Batch => "batch",
-            Self::Encode => "encode",
-            Self::Train => "train",
-            Self::Write => "write",
-        }
-    }
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+use crate::metrics::EventCounter;
 
 #[derive(Debug, Default)]
 struct Counters {
@@ -81,30 +19,30 @@ struct Counters {
     cpu_ns: AtomicU64,
 }
 
-/// A channel's fill, asked for when a snapshot is taken; `None` once the channel is gone.
+/// Reads a channel's fill for a snapshot; `None` once the channel is closed and dropped.
 type Probe = Box<dyn Fn() -> Option<usize> + Send>;
 
-struct Watched {
+struct WatchedChannel {
     name: &'static str,
     capacity: usize,
     probe: Probe,
 }
 
-#[derive(Default)]
-struct Inner {
-    /// When the first stage came.
+struct Registry {
+    /// When the first handle was given out.
     begun: OnceLock<Instant>,
     counts_cpu: AtomicBool,
-    stages: [Counters; Stage::ALL.len()],
-    channels: Mutex<Vec<Watched>>,
-    skipped: Mutex<BTreeMap<String, u64>>,
-    requests: Mutex<BTreeMap<&'static str, u64>>,
-    retries: Mutex<BTreeMap<&'static str, u64>>,
+    /// Names of the stages, in the order of the data.
+    names: &'static [&'static str],
+    /// One entry a name.
+    stages: Box<[Counters]>,
+    channels: Mutex<Vec<WatchedChannel>>,
+    skipped: EventCounter,
 }
 
-/// The registry. Cloning is cheap and shares it.
-#[derive(Clone, Default)]
-pub struct FlowMetrics(Arc<Inner>);
+/// The registry that stages report to. Cloning is cheap and shares it.
+#[derive(Clone)]
+pub struct FlowMetrics(Arc<Registry>);
 
 impl fmt::Debug for FlowMetrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -114,7 +52,7 @@ impl fmt::Debug for FlowMetrics {
     }
 }
 
-// A panic in another thread leaves plain counters behind: they stay usable.
+// A panic in another thread leaves the list whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -124,47 +62,37 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 impl FlowMetrics {
-    /// An empty registry.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    /// An empty registry of these stages, in the order of the data. `skipped` counts the items that
+    /// stages leave out.
+    pub(crate) fn with_stages(names: &'static [&'static str], skipped: EventCounter) -> Self {
+        Self(Arc::new(Registry {
+            begun: OnceLock::new(),
+            counts_cpu: AtomicBool::new(false),
+            names,
+            stages: names.iter().map(|_| Counters::default()).collect(),
+            channels: Mutex::default(),
+            skipped,
+        }))
     }
 
-    /// Counts the processor time of the stages' threads as well, from now on. Off unless asked for:
-    /// where the system takes a microsecond to say it, small samples would feel it.
+    /// Counts the processor time of the stages' threads as well, from now on. Off by default: reading
+    /// it may take a microsecond, which shows with small samples.
     pub fn count_cpu(&self) {
         self.0.counts_cpu.store(true, Ordering::Relaxed);
     }
 
-    /// The handle under which `stage` reports. Any number of threads may hold one.
-    #[must_use]
-    pub fn stage(&self, stage: Stage) -> StageHandle {
+    /// The handle under which the stage at `index` reports.
+    pub(crate) fn handle(&self, index: usize) -> StageHandle {
         self.0.begun.get_or_init(Instant::now);
         StageHandle {
             metrics: self.clone(),
-            stage,
+            index,
         }
     }
 
-    /// Counts one sample left out for `reason`.
+    /// Counts one item left out for `reason`.
     pub fn skip(&self, reason: &str) {
-        let mut skipped = lock(&self.0.skipped);
-        match skipped.get_mut(reason) {
-            Some(count) => *count += 1,
-            None => {
-                skipped.insert(reason.to_owned(), 1);
-            }
-        }
-    }
-
-    /// Counts one S3 request by its outcome (`ok`, `not_found`, `server_error` …).
-    pub fn s3_request(&self, outcome: &'static str) {
-        *lock(&self.0.requests).entry(outcome).or_default() += 1;
-    }
-
-    /// Counts one repeated S3 request by why it had to be repeated.
-    pub fn s3_retry(&self, reason: &'static str) {
-        *lock(&self.0.retries).entry(reason).or_default() += 1;
+        self.0.skipped.add(reason.to_owned());
     }
 
     pub(crate) fn watch_channel<T: Send + 'static>(
@@ -177,21 +105,20 @@ impl FlowMetrics {
         let probe = move || weak.upgrade().map(|sender| sender.len());
         let mut channels = lock(&self.0.channels);
         channels.retain(|channel| (channel.probe)().is_some());
-        channels.push(Watched {
+        channels.push(WatchedChannel {
             name,
             capacity,
             probe: Box::new(probe),
         });
     }
 
-    /// Everything counted so far, as plain numbers.
+    /// The numbers so far.
     #[must_use]
     pub fn snapshot(&self) -> FlowSnapshot {
         let seconds =
             |ns: &AtomicU64| Duration::from_nanos(ns.load(Ordering::Relaxed)).as_secs_f64();
-        let stages = Stage::ALL
-            .iter()
-            .zip(&self.0.stages)
+        let stages = self.0.names.iter().zip(&self.0.stages);
+        let stages = stages
             .map(|(&stage, counters)| StageSnapshot {
                 stage,
                 items: counters.items.load(Ordering::Relaxed),
@@ -211,9 +138,6 @@ impl FlowMetrics {
                 total.empty += u64::from(items == 0);
             }
         }
-        let owned = |map: &Mutex<BTreeMap<&'static str, u64>>| {
-            lock(map).iter().map(|(&k, &v)| (k.to_owned(), v)).collect()
-        };
         let begun = self.0.begun.get();
         FlowSnapshot {
             seconds: begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64()),
@@ -222,42 +146,40 @@ impl FlowMetrics {
                 .into_iter()
                 .map(|(k, v)| (k.to_owned(), v))
                 .collect(),
-            skipped: lock(&self.0.skipped).clone(),
-            s3_requests: owned(&self.0.requests),
-            s3_retries: owned(&self.0.retries),
+            skipped: self.0.skipped.counts(),
         }
     }
 }
 
-/// When a thread began to work, on its clocks.
+/// When a thread began to work, by wall clock and processor time.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
     wall: Instant,
     cpu: Option<Duration>,
 }
 
-/// Processor time this thread has used.
+/// Processor time used by this thread.
 fn thread_cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// A stage's way into the registry.
+/// Records the work and the waits of one stage.
 #[derive(Debug, Clone)]
 pub struct StageHandle {
     metrics: FlowMetrics,
-    stage: Stage,
+    index: usize,
 }
 
 impl StageHandle {
     fn counters(&self) -> &Counters {
-        &self.metrics.0.stages[self.stage as usize]
+        &self.metrics.0.stages[self.index]
     }
 
-    /// Which stage this is.
+    /// The stage's name.
     #[must_use]
-    pub fn stage(&self) -> Stage {
-        self.stage
+    pub fn name(&self) -> &'static str {
+        self.metrics.0.names[self.index]
     }
 
     /// The registry this handle belongs to.
@@ -274,7 +196,7 @@ impl StageHandle {
         result
     }
 
-    /// This thread begins to work.
+    /// Marks the moment at which this thread begins to work.
     #[must_use]
     pub fn begin(&self) -> Moment {
         let counts_cpu = self.metrics.0.counts_cpu.load(Ordering::Relaxed);
@@ -284,7 +206,7 @@ impl StageHandle {
         }
     }
 
-    /// Counts the time since `begun`, on the same thread, as working, but for what of it was waited.
+    /// Counts the time since `begun`, on the same thread, less the time `waited`, as working.
     pub fn add_work(&self, begun: Moment, waited: Duration) {
         self.add_busy(begun.wall.elapsed().saturating_sub(waited));
         if let Some(before) = begun.cpu {
@@ -330,26 +252,10 @@ impl StageHandle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stages::Stage;
 
     #[test]
-    fn stages_report_under_the_names_of_the_metrics() {
-        let snapshot = FlowMetrics::new().snapshot();
-        let names: Vec<_> = snapshot.stages.iter().map(|s| s.stage.name()).collect();
-        assert_eq!(
-            names,
-            [
-                "fetch", "untar", "filter", "shuffle", "decode", "batch", "encode", "train",
-                "write"
-            ]
-        );
-        assert_eq!(
-            serde_json::to_value(Stage::Untar).unwrap(),
-            serde_json::json!("untar")
-        );
-    }
-
-    #[test]
-    fn sleeping_is_work_without_processor_time() {
+    fn sleep_counts_as_work_without_cpu_time() {
         let metrics = FlowMetrics::new();
         metrics
             .stage(Stage::Batch)
@@ -373,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_vanish_with_their_ends() {
+    fn channel_leaves_the_snapshot_with_its_ends() {
         let metrics = FlowMetrics::new();
         let (sender, receiver) = super::super::channel::<u8>(&metrics, "decoded", 4);
         let (_idle, _waits) = super::super::channel::<u8>(&metrics, "decoded", 4);

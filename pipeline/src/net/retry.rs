@@ -1,28 +1,25 @@
-//! One budget of attempts an object, with exponential back-off and full jitter.
+//! The retry budget of an object, with exponential back-off and full jitter.
 //!
-//! The budget is for one place of the object, not for all of it: a shard that is read for an hour
-//! meets more faults than one that takes a second, and each of them passes. So the attempts are
-//! given back with every [`PROGRESS_BYTES`] read, and what ends the run is `max_attempts` failures
-//! within one such stretch.
+//! The budget covers one stretch of the object and not the whole: a shard that is read for an hour
+//! meets more passing faults than a shard that takes a second. [`PROGRESS_BYTES`] of progress refill
+//! the budget; `max_attempts` failures within one stretch end the run.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::error::SourceError;
-use crate::flow::FlowMetrics;
+use super::server::ServerRecord;
 
 /// Longest wait before the second attempt; it doubles from there.
 pub(crate) const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(10);
 
-/// Attempts at a server that never answered yet. It is more likely a wrong address than a passing
-/// fault, and waiting out the whole budget would only hide that.
+/// Attempts at a server that has never answered. A wrong address is then more likely than a passing
+/// fault, and the whole budget would only delay the message.
 const FIRST_CONTACT_ATTEMPTS: u32 = 4;
 
-/// Reading so many bytes since the first failure fills the budget again.
+/// Bytes read since the first failure that refill the budget.
 const PROGRESS_BYTES: u64 = 1 << 20;
 
 #[derive(Debug, Clone, Copy)]
@@ -32,16 +29,16 @@ pub(crate) struct RetryOptions {
     pub(crate) first_delay: Duration,
 }
 
-/// How a request failed.
+/// The failure of a request.
 #[derive(Debug)]
-pub(crate) enum Failure {
-    /// Repeating won't help.
+pub(crate) enum RequestFailure {
+    /// A retry would not help.
     Fatal(SourceError),
-    /// It may pass.
+    /// A retry may succeed.
     Passing {
-        /// For the metrics.
+        /// Label in the metrics.
         reason: &'static str,
-        /// For people.
+        /// Text of the error message.
         cause: String,
     },
     /// No connection could be made.
@@ -52,34 +49,19 @@ pub(crate) enum Failure {
     },
 }
 
-/// Whether a server has answered before, for everybody who reads from it: from then on a failed
-/// connection is a passing fault and no wrong address.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Met(Arc<AtomicBool>);
-
-impl Met {
-    pub(crate) fn answered(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    fn has_answered(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// What is left of an object's attempts.
+/// The attempts left for an object.
 #[derive(Debug)]
-pub(crate) struct Budget {
+pub(crate) struct RetryBudget {
     url: String,
     options: RetryOptions,
-    /// Failures since the budget was last full, since when, and bytes read since.
+    /// Failures since the budget was last full.
     attempts: u32,
+    /// Time of the first of them.
     since: Option<Instant>,
+    /// Bytes read since then.
     progress: u64,
     delays: ExponentialBackoff,
-    met: Met,
-    metrics: FlowMetrics,
-    counts_as_s3: bool,
+    server: ServerRecord,
 }
 
 fn delays(options: RetryOptions) -> ExponentialBackoff {
@@ -90,14 +72,8 @@ fn delays(options: RetryOptions) -> ExponentialBackoff {
         .build()
 }
 
-impl Budget {
-    pub(crate) fn new(
-        url: String,
-        options: RetryOptions,
-        metrics: FlowMetrics,
-        met: Met,
-        counts_as_s3: bool,
-    ) -> Self {
+impl RetryBudget {
+    pub(crate) fn new(url: String, options: RetryOptions, server: ServerRecord) -> Self {
         Self {
             url,
             options,
@@ -105,18 +81,16 @@ impl Budget {
             since: None,
             progress: 0,
             delays: delays(options),
-            met,
-            metrics,
-            counts_as_s3,
+            server,
         }
     }
 
-    /// The server answered.
-    pub(crate) fn contact(&mut self) {
-        self.met.answered();
+    /// Records that the server answered.
+    pub(crate) fn record_response(&self) {
+        self.server.record_response();
     }
 
-    /// So many more bytes were read.
+    /// Records more bytes read.
     pub(crate) fn progress(&mut self, bytes: usize) {
         if self.attempts == 0 {
             return;
@@ -130,20 +104,18 @@ impl Budget {
         }
     }
 
-    /// Counts a repeated request that is nobody's fault and needs no waiting.
-    pub(crate) fn excused(&self, reason: &'static str) {
-        if self.counts_as_s3 {
-            self.metrics.s3_retry(reason);
-        }
+    /// Counts a reconnect after an idle connection; it is not charged to the budget.
+    pub(crate) fn record_idle_reconnect(&self) {
+        self.server.record_retry("idle");
     }
 
-    /// Counts a failed attempt at `offset` and waits before the next.
+    /// Charges a failed attempt at `offset` to the budget and waits before the next.
     ///
     /// # Errors
     /// When the failure is final or the budget is spent.
-    pub(crate) async fn failed(
+    pub(crate) async fn backoff(
         &mut self,
-        failure: Failure,
+        failure: RequestFailure,
         offset: u64,
     ) -> Result<(), SourceError> {
         self.attempts += 1;
@@ -151,12 +123,14 @@ impl Budget {
         let spent = self.attempts >= self.options.max_attempts;
         let url = self.url.clone();
         let (reason, cause) = match failure {
-            Failure::Fatal(error) => return Err(error),
-            Failure::Connect {
+            RequestFailure::Fatal(error) => return Err(error),
+            RequestFailure::Connect {
                 cause,
                 endpoint,
                 hint,
-            } if !self.met.has_answered() && (spent || self.attempts >= FIRST_CONTACT_ATTEMPTS) => {
+            } if !self.server.has_answered()
+                && (spent || self.attempts >= FIRST_CONTACT_ATTEMPTS) =>
+            {
                 return Err(SourceError::Unreachable {
                     url,
                     endpoint,
@@ -165,8 +139,8 @@ impl Budget {
                     hint,
                 });
             }
-            Failure::Connect { cause, .. } => ("connect", cause),
-            Failure::Passing { reason, cause } => (reason, cause),
+            RequestFailure::Connect { cause, .. } => ("connect", cause),
+            RequestFailure::Passing { reason, cause } => (reason, cause),
         };
         if spent {
             return Err(SourceError::Exhausted {
@@ -177,10 +151,8 @@ impl Budget {
                 cause,
             });
         }
-        if self.counts_as_s3 {
-            self.metrics.s3_retry(reason);
-        }
-        // Full jitter: many ranks that fail together must not come back together.
+        self.server.record_retry(reason);
+        // Full jitter: ranks that fail together must not retry together.
         let delay = self
             .delays
             .next()
@@ -196,25 +168,24 @@ impl Budget {
 mod tests {
     use super::*;
 
-    fn budget(max_attempts: u32) -> Budget {
+    fn budget(max_attempts: u32) -> RetryBudget {
         let options = RetryOptions {
             max_attempts,
             stall_timeout: Duration::from_secs(1),
             first_delay: Duration::from_millis(1),
         };
-        let met = Met::default();
-        Budget::new("s3://b/k".into(), options, FlowMetrics::new(), met, true)
+        RetryBudget::new("s3://b/k".into(), options, ServerRecord::s3())
     }
 
-    fn passing() -> Failure {
-        Failure::Passing {
+    fn passing() -> RequestFailure {
+        RequestFailure::Passing {
             reason: "server_error",
             cause: "503".into(),
         }
     }
 
-    fn connect() -> Failure {
-        Failure::Connect {
+    fn connect() -> RequestFailure {
+        RequestFailure::Connect {
             cause: "connection refused".into(),
             endpoint: "http://x".into(),
             hint: "",
@@ -222,11 +193,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_budget_ends_with_the_cause() {
+    async fn retry_budget_ends_with_the_cause() {
         let mut budget = budget(3);
-        budget.failed(passing(), 0).await.unwrap();
-        budget.failed(passing(), 5).await.unwrap();
-        let error = budget.failed(passing(), 7).await.unwrap_err();
+        budget.backoff(passing(), 0).await.unwrap();
+        budget.backoff(passing(), 5).await.unwrap();
+        let error = budget.backoff(passing(), 7).await.unwrap_err();
         assert!(
             matches!(
                 error,
@@ -239,42 +210,42 @@ mod tests {
             "{error:?}"
         );
         assert!(error.to_string().contains("503"), "{error}");
-        assert_eq!(budget.metrics.snapshot().s3_retries["server_error"], 2);
+        assert_eq!(budget.server.counts().retries["server_error"], 2);
     }
 
     #[tokio::test]
-    async fn a_server_never_met_is_given_up_early() {
+    async fn retry_budget_is_short_for_an_unseen_server() {
         let mut fresh = budget(100);
         for _ in 0..3 {
-            fresh.failed(connect(), 0).await.unwrap();
+            fresh.backoff(connect(), 0).await.unwrap();
         }
-        let error = fresh.failed(connect(), 0).await.unwrap_err();
+        let error = fresh.backoff(connect(), 0).await.unwrap_err();
         assert!(
             matches!(error, SourceError::Unreachable { attempts: 4, .. }),
             "{error:?}"
         );
         let mut known = budget(100);
-        known.contact();
+        known.record_response();
         for _ in 0..6 {
-            known.failed(connect(), 0).await.unwrap();
+            known.backoff(connect(), 0).await.unwrap();
         }
     }
 
     #[tokio::test]
-    async fn progress_gives_the_attempts_back() {
+    async fn retry_budget_is_refilled_by_progress() {
         let mut budget = budget(3);
         for _ in 0..20 {
-            budget.failed(passing(), 0).await.unwrap();
-            budget.failed(passing(), 0).await.unwrap();
+            budget.backoff(passing(), 0).await.unwrap();
+            budget.backoff(passing(), 0).await.unwrap();
             budget.progress(PROGRESS_BYTES as usize / 2);
             budget.progress(PROGRESS_BYTES as usize / 2);
         }
-        // Steps too small don't, however many failures lie between them.
-        budget.failed(passing(), 0).await.unwrap();
+        // Smaller steps do not refill it.
+        budget.backoff(passing(), 0).await.unwrap();
         budget.progress(1000);
-        budget.failed(passing(), 0).await.unwrap();
+        budget.backoff(passing(), 0).await.unwrap();
         budget.progress(1000);
-        let error = budget.failed(passing(), 0).await.unwrap_err();
+        let error = budget.backoff(passing(), 0).await.unwrap_err();
         assert!(
             matches!(error, SourceError::Exhausted { attempts: 3, .. }),
             "{error:?}"
@@ -282,12 +253,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_met_by_one_reader_is_known_to_all() {
-        let (mut first, mut second) = (budget(100), budget(100));
-        second.met = first.met.clone();
-        first.contact();
+    async fn server_record_is_shared_by_readers() {
+        let (first, mut second) = (budget(100), budget(100));
+        second.server = first.server.clone();
+        first.record_response();
         for _ in 0..6 {
-            second.failed(connect(), 0).await.unwrap();
+            second.backoff(connect(), 0).await.unwrap();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The requests that change a bucket, one at a time; repeating them is the caller's.
+//! The requests that change a bucket.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,18 +9,21 @@ use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 
-use super::answer::Doing;
-use super::{Connection, Failure, S3, ShardUrl};
+use super::client::S3;
+use super::connect::Connection;
+use super::error::{Operation, passing};
+use crate::net::RequestFailure;
+use crate::shard::ShardUrl;
 
-/// An object that is written.
+/// The place of an object in S3.
 #[derive(Debug, Clone)]
-pub(crate) struct Target {
+pub(crate) struct ObjectPath {
     pub(crate) url: ShardUrl,
     pub(crate) bucket: String,
     pub(crate) key: String,
 }
 
-impl Target {
+impl ObjectPath {
     pub(crate) fn new(bucket: &str, key: String) -> Self {
         Self {
             url: ShardUrl::s3(bucket, &key),
@@ -30,53 +33,71 @@ impl Target {
     }
 }
 
-/// A part of an upload that the server has.
+/// A part of an upload, received by the server.
 #[derive(Debug, Clone)]
-pub(crate) struct Sent(CompletedPart);
+pub(crate) struct UploadedPart(CompletedPart);
 
-impl Sent {
-    /// Its place in the object, from 1.
+impl UploadedPart {
+    /// The part's number in the object, from 1.
     pub(crate) fn number(&self) -> Option<i32> {
         self.0.part_number()
     }
 }
 
-/// An upload that was begun and neither completed nor aborted.
+/// An upload by key and id; also the place where a page of a listing begins.
 #[derive(Debug, Clone)]
-pub(crate) struct Unfinished {
+pub(crate) struct UploadMarker {
     pub(crate) key: String,
     pub(crate) id: String,
+}
+
+/// A page of the uploads that were neither completed nor aborted.
+#[derive(Debug)]
+pub(crate) struct IncompleteUploads {
+    pub(crate) uploads: Vec<UploadMarker>,
+    /// Start of the next page; `None` on the last page.
+    pub(crate) next: Option<UploadMarker>,
+}
+
+/// Size and metadata of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObjectMeta {
+    /// Size in bytes.
+    pub size: u64,
+    /// As given to [`Destination::create_with`](crate::Destination::create_with); always empty in a
+    /// folder, which has no metadata.
+    pub metadata: BTreeMap<String, String>,
 }
 
 type Metadata = BTreeMap<String, String>;
 
 impl S3 {
-    /// What the answer to a request of `used` means.
-    async fn written<T, E>(
+    /// Counts a request of `used`, and says what an error means.
+    async fn finished<T, E>(
         &self,
         url: &ShardUrl,
         used: &Arc<Connection>,
-        answer: Result<T, SdkError<E, HttpResponse>>,
-    ) -> Result<T, Failure>
+        response: Result<T, SdkError<E, HttpResponse>>,
+    ) -> Result<T, RequestFailure>
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
-        match answer {
+        match response {
             Ok(output) => {
-                self.metrics.s3_request("ok");
+                self.server.record_request("ok");
                 Ok(output)
             }
-            Err(error) => Err(self.failed(url, used, &error, Doing::Writing).await),
+            Err(error) => Err(self.failure(url, used, &error, Operation::Write).await),
         }
     }
 
     /// Writes an object in one request.
     pub(crate) async fn put(
         &self,
-        target: &Target,
+        target: &ObjectPath,
         body: Bytes,
         metadata: &Metadata,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), RequestFailure> {
         let connection = self.connection();
         let mut request = connection
             .client
@@ -88,18 +109,18 @@ impl S3 {
         for (key, value) in metadata {
             request = request.metadata(key, value);
         }
-        let answer = request.send().await;
-        self.written(&target.url, &connection, answer)
+        let response = request.send().await;
+        self.finished(&target.url, &connection, response)
             .await
             .map(drop)
     }
 
-    /// Begins an upload in parts; its id.
+    /// Begins an upload in parts and returns its id.
     pub(crate) async fn begin(
         &self,
-        target: &Target,
+        target: &ObjectPath,
         metadata: &Metadata,
-    ) -> Result<String, Failure> {
+    ) -> Result<String, RequestFailure> {
         let connection = self.connection();
         let mut request = connection
             .client
@@ -110,22 +131,22 @@ impl S3 {
         for (key, value) in metadata {
             request = request.metadata(key, value);
         }
-        let answer = request.send().await;
-        let output = self.written(&target.url, &connection, answer).await?;
+        let response = request.send().await;
+        let output = self.finished(&target.url, &connection, response).await?;
         output
             .upload_id()
             .map(str::to_owned)
-            .ok_or_else(|| super::passing("bad_response", "no id of the upload".to_owned()))
+            .ok_or_else(|| passing("bad_response", "no id of the upload".to_owned()))
     }
 
     /// Sends a part; `number` counts from 1.
     pub(crate) async fn send_part(
         &self,
-        target: &Target,
+        target: &ObjectPath,
         id: &str,
         number: i32,
         body: Bytes,
-    ) -> Result<Sent, Failure> {
+    ) -> Result<UploadedPart, RequestFailure> {
         let connection = self.connection();
         let request = connection
             .client
@@ -136,10 +157,10 @@ impl S3 {
             .part_number(number)
             .set_request_payer(self.payer())
             .body(ByteStream::from(body));
-        let answer = request.send().await;
-        let output = self.written(&target.url, &connection, answer).await?;
-        // A server that was told checksums of parts asks for them again at the end.
-        Ok(Sent(
+        let response = request.send().await;
+        let output = self.finished(&target.url, &connection, response).await?;
+        // A server that received checksums of parts asks for them again at the end.
+        Ok(UploadedPart(
             CompletedPart::builder()
                 .part_number(number)
                 .set_e_tag(output.e_tag().map(str::to_owned))
@@ -148,15 +169,15 @@ impl S3 {
         ))
     }
 
-    /// Makes an object of the parts, in their order.
+    /// Joins the parts to an object, in their order.
     pub(crate) async fn complete(
         &self,
-        target: &Target,
+        target: &ObjectPath,
         id: &str,
-        parts: &[Sent],
-    ) -> Result<(), Failure> {
+        parts: &[UploadedPart],
+    ) -> Result<(), RequestFailure> {
         let connection = self.connection();
-        let parts = parts.iter().map(|sent| sent.0.clone()).collect();
+        let parts = parts.iter().map(|part| part.0.clone()).collect();
         let parts = CompletedMultipartUpload::builder()
             .set_parts(Some(parts))
             .build();
@@ -168,14 +189,14 @@ impl S3 {
             .upload_id(id)
             .set_request_payer(self.payer())
             .multipart_upload(parts);
-        let answer = request.send().await;
-        self.written(&target.url, &connection, answer)
+        let response = request.send().await;
+        self.finished(&target.url, &connection, response)
             .await
             .map(drop)
     }
 
-    /// Gives an upload up, with the parts that were sent. One that is gone already is no error.
-    pub(crate) async fn abort(&self, target: &Target, id: &str) -> Result<(), Failure> {
+    /// Aborts an upload and removes its parts. A missing upload is no error.
+    pub(crate) async fn abort(&self, target: &ObjectPath, id: &str) -> Result<(), RequestFailure> {
         let connection = self.connection();
         let request = connection
             .client
@@ -184,19 +205,19 @@ impl S3 {
             .key(&target.key)
             .upload_id(id)
             .set_request_payer(self.payer());
-        let answer = request.send().await;
+        let response = request.send().await;
         let gone = |error: &SdkError<_, _>| error.code() == Some("NoSuchUpload");
-        if answer.as_ref().is_err_and(gone) {
-            self.metrics.s3_request("ok");
+        if response.as_ref().is_err_and(gone) {
+            self.server.record_request("ok");
             return Ok(());
         }
-        self.written(&target.url, &connection, answer)
+        self.finished(&target.url, &connection, response)
             .await
             .map(drop)
     }
 
-    /// Removes an object. One that is gone already is no error.
-    pub(crate) async fn delete(&self, target: &Target) -> Result<(), Failure> {
+    /// Removes an object. A missing object is no error.
+    pub(crate) async fn delete(&self, target: &ObjectPath) -> Result<(), RequestFailure> {
         let connection = self.connection();
         let request = connection
             .client
@@ -204,14 +225,17 @@ impl S3 {
             .bucket(&target.bucket)
             .key(&target.key)
             .set_request_payer(self.payer());
-        let answer = request.send().await;
-        self.written(&target.url, &connection, answer)
+        let response = request.send().await;
+        self.finished(&target.url, &connection, response)
             .await
             .map(drop)
     }
 
-    /// An object's size in bytes and metadata; `None` if there is no such object.
-    pub(crate) async fn head(&self, target: &Target) -> Result<Option<(u64, Metadata)>, Failure> {
+    /// An object's size and metadata; `None` if there is no such object.
+    pub(crate) async fn head(
+        &self,
+        target: &ObjectPath,
+    ) -> Result<Option<ObjectMeta>, RequestFailure> {
         let connection = self.connection();
         let request = connection
             .client
@@ -219,52 +243,55 @@ impl S3 {
             .bucket(&target.bucket)
             .key(&target.key)
             .set_request_payer(self.payer());
-        let answer = request.send().await;
-        // A HEAD has no body to say more in: a bucket that is not there looks the same.
+        let response = request.send().await;
+        // A HEAD response has no body: a missing bucket looks the same.
         let absent = |error: &SdkError<_, HttpResponse>| matches!(error, SdkError::ServiceError(e) if e.raw().status().as_u16() == 404);
-        if answer.as_ref().is_err_and(absent) {
-            self.metrics.s3_request("not_found");
+        if response.as_ref().is_err_and(absent) {
+            self.server.record_request("not_found");
             return Ok(None);
         }
-        let output = self.written(&target.url, &connection, answer).await?;
+        let output = self.finished(&target.url, &connection, response).await?;
         let size = output.content_length().and_then(|n| u64::try_from(n).ok());
         let metadata = output.metadata().cloned().unwrap_or_default();
-        Ok(Some((
-            size.unwrap_or_default(),
-            metadata.into_iter().collect(),
-        )))
+        Ok(Some(ObjectMeta {
+            size: size.unwrap_or_default(),
+            metadata: metadata.into_iter().collect(),
+        }))
     }
 
-    /// A page of the uploads under a prefix that are neither completed nor aborted, and where the next page begins.
-    pub(crate) async fn unfinished(
+    /// One page of the incomplete uploads under a prefix, from `marker` on.
+    pub(crate) async fn incomplete_uploads(
         &self,
-        url: &ShardUrl,
-        (bucket, prefix): (&str, &str),
-        from: Option<&(String, String)>,
-    ) -> Result<(Vec<Unfinished>, Option<(String, String)>), Failure> {
+        prefix: &ObjectPath,
+        marker: Option<&UploadMarker>,
+    ) -> Result<IncompleteUploads, RequestFailure> {
         let connection = self.connection();
         let request = connection
             .client
             .list_multipart_uploads()
-            .bucket(bucket)
-            .prefix(prefix)
+            .bucket(&prefix.bucket)
+            .prefix(&prefix.key)
             .set_request_payer(self.payer())
-            .set_key_marker(from.map(|(key, _)| key.clone()))
-            .set_upload_id_marker(from.map(|(_, id)| id.clone()));
-        let answer = request.send().await;
-        let output = self.written(url, &connection, answer).await?;
+            .set_key_marker(marker.map(|marker| marker.key.clone()))
+            .set_upload_id_marker(marker.map(|marker| marker.id.clone()));
+        let response = request.send().await;
+        let output = self.finished(&prefix.url, &connection, response).await?;
         let uploads = output.uploads().iter().filter_map(|upload| {
-            Some(Unfinished {
+            Some(UploadMarker {
                 key: upload.key()?.to_owned(),
                 id: upload.upload_id()?.to_owned(),
             })
         });
         let next = match (output.next_key_marker(), output.next_upload_id_marker()) {
-            (Some(key), Some(id)) if output.is_truncated() == Some(true) => {
-                Some((key.to_owned(), id.to_owned()))
-            }
+            (Some(key), Some(id)) if output.is_truncated() == Some(true) => Some(UploadMarker {
+                key: key.to_owned(),
+                id: id.to_owned(),
+            }),
             _ => None,
         };
-        Ok((uploads.collect(), next))
+        Ok(IncompleteUploads {
+            uploads: uploads.collect(),
+            next,
+        })
     }
 }

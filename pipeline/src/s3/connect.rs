@@ -1,10 +1,9 @@
 //! From the options and the AWS default chain to a client.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_config::{BehaviorVersion, Region};
-use aws_credential_types::provider::future;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -14,62 +13,40 @@ use aws_sdk_s3::config::{
 };
 use aws_smithy_http_client::tls;
 
-use crate::source::S3Options;
-use crate::source::tls::CaBundle;
+use super::S3Options;
+use super::credentials::{LastCredentials, StoringProvider};
+use crate::net::CaBundle;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// Where region, credentials and endpoint are looked for.
+/// The sources of region, credentials and endpoint.
 #[derive(Debug)]
 pub(super) struct Chain {
     pub(super) options: S3Options,
     embedded: Option<String>,
     ca_bundle: Option<CaBundle>,
-    /// Who is asked, for messages.
+    /// The server's address, for messages.
     pub(super) endpoint: String,
 }
 
-/// A client with what it signs with.
+/// A client and the provider of its credentials.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) client: Client,
     signing: Option<SharedCredentialsProvider>,
-    /// The credentials it was given last.
-    pub(super) given: Given,
+    /// The credentials used last.
+    pub(super) last: LastCredentials,
 }
 
-type Given = Arc<Mutex<Option<Credentials>>>;
-
 impl Connection {
-    /// What the chain has to sign with now.
+    /// The credentials that the provider returns now.
     pub(super) async fn credentials(&self) -> Option<Credentials> {
         self.signing.as_ref()?.provide_credentials().await.ok()
     }
 }
 
-/// A provider that remembers what it gave: asked again, some read a file or run a program anew.
-#[derive(Debug)]
-struct Remembering {
-    provider: SharedCredentialsProvider,
-    given: Given,
-}
-
-impl ProvideCredentials for Remembering {
-    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
-    where
-        Self: 'a,
-    {
-        future::ProvideCredentials::new(async move {
-            let credentials = self.provider.provide_credentials().await?;
-            let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-            *given = Some(credentials.clone());
-            Ok(credentials)
-        })
-    }
-}
-
-/// The first of these variables that is set to something.
+/// The first of these variables that is set and not empty.
 fn variable(names: [&str; 2]) -> Option<String> {
     let value = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     names.into_iter().find_map(value)
@@ -93,7 +70,7 @@ impl Chain {
         }
     }
 
-    /// Goes through the chain from its beginning: files are read anew.
+    /// Makes a connection from the start of the chain; files are read again.
     pub(super) async fn connect(&self) -> Connection {
         let (options, embedded) = (&self.options, self.embedded.as_deref());
         let mut http = aws_smithy_http_client::Builder::new().tls_provider(tls::Provider::Rustls(
@@ -112,7 +89,7 @@ impl Chain {
         let region = match (&options.region, embedded) {
             (Some(region), _) => Some(region.clone()),
             (None, Some(_)) => Some(DEFAULT_REGION.to_owned()),
-            // A server of one's own has no use for a region; asking EC2 for one would take seconds.
+            // Other servers than AWS need no region, and asking EC2 for a region would take seconds.
             (None, None) if endpoint.is_some() || options.anonymous => {
                 Some(environment().unwrap_or_else(|| DEFAULT_REGION.to_owned()))
             }
@@ -131,8 +108,8 @@ impl Chain {
         let shared = loader.load().await;
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(options.path_style || embedded.is_some())
-            // Both are done here, over whole objects: the SDK's retries end where a body begins, and
-            // its stall protection takes a slow consumer for a slow server.
+            // Both are done here, over whole objects: the SDK's retries don't cover bodies, and its stall
+            // protection takes a slow consumer for a slow server.
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .timeout_config(
@@ -144,18 +121,18 @@ impl Chain {
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
-        let given = Given::default();
+        let last = LastCredentials::default();
         let signing = shared.credentials_provider().map(|provider| {
-            SharedCredentialsProvider::new(Remembering {
+            SharedCredentialsProvider::new(StoringProvider {
                 provider,
-                given: Arc::clone(&given),
+                last: Arc::clone(&last),
             })
         });
         config.set_credentials_provider(signing.clone());
         Connection {
             client: Client::from_conf(config.build()),
             signing,
-            given,
+            last,
         }
     }
 }

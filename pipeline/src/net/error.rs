@@ -1,4 +1,4 @@
-//! What can go wrong with a source, told so that a user knows what to do.
+//! Errors of reading and writing, with the setting or the action that helps.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -6,74 +6,74 @@ use std::time::Duration;
 
 use crate::shard::UrlError;
 
-/// Why bytes could not be had.
+/// Why an object could not be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
-    /// There is no such object, bucket or file.
+    /// The object, bucket or file does not exist.
     #[error("{url}: not found ({cause}); check the name{hint}")]
     NotFound {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// What the server said.
+        /// The server's answer.
         cause: String,
-        /// What else to look at.
+        /// Further things to check.
         hint: &'static str,
     },
-    /// The server refuses.
+    /// The server denies access.
     #[error("{url}: access denied ({cause}); {hint}")]
     Forbidden {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// What the server said.
+        /// The server's answer.
         cause: String,
-        /// What to set.
+        /// The setting that helps.
         hint: &'static str,
     },
-    /// There are no credentials to sign with.
+    /// No credentials were found to sign with.
     #[error(
         "{url}: no usable AWS credentials ({cause}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role, \
          or [s3] anonymous = true for a public bucket"
     )]
     Credentials {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// Where the chain of providers ended.
+        /// Error at the end of the provider chain.
         cause: String,
     },
-    /// The credentials were good once, and looking them up again gave no newer ones.
+    /// The credentials have expired, and a second look-up gave no newer ones.
     #[error(
         "{url}: the AWS credentials have expired ({cause}), and looking them up again gave no newer ones; get new ones (as with \
          `aws sso login`, or a new AWS_SESSION_TOKEN) and start again, or use a role or profile that renews them by itself"
     )]
     Expired {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// What the server said.
+        /// The server's answer.
         cause: String,
     },
     /// The server's certificate was not accepted.
     #[error("{url}: the certificate of {endpoint} is not accepted ({cause}){hint}")]
     Certificate {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// Who was called.
+        /// The server's address.
         endpoint: String,
-        /// What is wrong with it.
+        /// The fault.
         cause: String,
-        /// What to set.
+        /// The setting that helps.
         hint: &'static str,
     },
-    /// The file of certificates can't be used.
+    /// The certificate file can't be used.
     #[error("{setting} = {path:?}: {cause}")]
     CaBundle {
-        /// Where it was named.
+        /// The setting that names the file.
         setting: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         cause: String,
     },
-    /// Standard input was wanted a second time.
+    /// Standard input was opened a second time.
     #[error(
         "-: standard input can be read once, and this is the second time: a second epoch, data.resample_shards = true, or a \
          shard that is named twice; save it to a file and name that, or stop within the first epoch"
@@ -87,53 +87,53 @@ pub enum SourceError {
     List {
         /// The list.
         list: String,
-        /// Which line, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// The fault.
         error: UrlError,
     },
-    /// The bucket lives elsewhere.
+    /// The bucket is in another region.
     #[error("{url}: the bucket is in another region ({cause}); set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
     WrongRegion {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// What the server said.
+        /// The server's answer.
         cause: String,
         /// The bucket's region, if the server names it.
         right: Option<String>,
     },
-    /// The object was replaced while it was read. Two versions are never spliced.
+    /// The object changed while it was read. Two versions are never spliced.
     #[error(
         "{url}: the object changed while it was read (after {offset} bytes: {cause}); start again when it no longer changes"
     )]
     Changed {
-        /// Which object.
+        /// The object.
         url: String,
         /// Bytes read of the old version.
         offset: u64,
-        /// How that was noticed.
+        /// How the change was detected.
         cause: String,
     },
-    /// Nobody answers there.
+    /// The server can't be reached.
     #[error(
         "{url}: can't connect to {endpoint} ({attempts} attempts): {cause}; check the network{hint}"
     )]
     Unreachable {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// Who was called.
+        /// The server's address.
         endpoint: String,
-        /// How often.
+        /// Number of attempts.
         attempts: u32,
         /// The last failure.
         cause: String,
-        /// What else to look at.
+        /// Further things to check.
         hint: &'static str,
     },
-    /// Faults that may pass did not, within the attempts allowed for a stretch of the object.
+    /// Passing faults used up the retry budget of a stretch of the object.
     #[error("{url}: gave up after {attempts} attempts in {:.1} s, with {offset} bytes read: {cause}", elapsed.as_secs_f64())]
     Exhausted {
-        /// Which object.
+        /// The object.
         url: String,
         /// Requests that failed since the last progress.
         attempts: u32,
@@ -144,10 +144,10 @@ pub enum SourceError {
         /// The last failure.
         cause: String,
     },
-    /// Faults that may pass did not, while something was written.
+    /// Passing faults used up the retry budget of a write.
     #[error("{url}: not written, gave up after {attempts} attempts in {:.1} s: {cause}", elapsed.as_secs_f64())]
     NotWritten {
-        /// Which object.
+        /// The object.
         url: String,
         /// Requests that failed.
         attempts: u32,
@@ -156,32 +156,32 @@ pub enum SourceError {
         /// The last failure.
         cause: String,
     },
-    /// The server answers with something that repeating won't change.
+    /// The server's answer is final: a retry would not change it.
     #[error("{url}: {cause}")]
     Refused {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// What it said.
+        /// The server's answer.
         cause: String,
     },
-    /// The URL is of a kind that can't do what was asked.
+    /// The kind of URL does not support the operation.
     #[error("{url}: {cause}")]
     Unsupported {
-        /// What was asked for.
+        /// The object.
         url: String,
-        /// Why not, and what would be right.
+        /// Why not, and the right form.
         cause: String,
     },
-    /// A folder without shards.
+    /// The folder has no shards.
     #[error("{url}: no .tar, .tar.gz or .tgz files in it")]
     EmptyFolder {
-        /// Which folder.
+        /// The folder.
         url: String,
     },
     /// A local file can't be read.
     #[error("{url}: {cause}")]
     File {
-        /// Which file.
+        /// The file.
         url: String,
         /// The system's error.
         cause: String,
@@ -191,14 +191,14 @@ pub enum SourceError {
     Embedded {
         /// The folder to be served.
         root: PathBuf,
-        /// Why not.
+        /// The cause.
         cause: String,
     },
 }
 
 impl SourceError {
-    /// Whether the configuration is at fault by itself. What only the other side can know (an object
-    /// that isn't there, a credential it does not take) is a failure of the run.
+    /// Whether the configuration alone is at fault. A fault that only the server can know (a missing
+    /// object, a refused credential) is a failure of the run.
     #[must_use]
     pub fn is_config(&self) -> bool {
         match self {
@@ -225,7 +225,7 @@ impl SourceError {
     }
 }
 
-/// An error and its causes on one line, without what only repeats the one before.
+/// An error and its causes on one line, without causes that repeat the text before.
 pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

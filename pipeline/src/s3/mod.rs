@@ -1,0 +1,19 @@
+//! The S3 client, over the AWS SDK: one request at a time. The caller retries.
+//!
+//! Owns the connection, its credentials, and the meaning of the server's errors. It never decides which
+//! object is read or written.
+
+mod client;
+mod connect;
+mod credentials;
+mod error;
+mod options;
+mod read;
+mod write;
+
+pub use options::S3Options;
+pub use read::ObjectInfo;
+pub use write::ObjectMeta;
+
+pub(crate) use client::S3;
+pub(crate) use write::{ObjectPath, UploadMarker, UploadedPart};
