@@ -13,7 +13,7 @@ pub trait Sampler: fmt::Debug {
     /// the noise it adds after step `i`, of the same shape; a deterministic one never does.
     ///
     /// # Errors
-    /// When a tensor operation fails.
+    /// When the predictor or `renoise` fails.
     fn sample(
         &self,
         predictor: &dyn NoisePredictor,
@@ -27,7 +27,7 @@ pub trait NoisePredictor {
     /// Output for noisy latents `[B, C, h, w]` at `timestep`, of the same shape.
     ///
     /// # Errors
-    /// When a tensor operation fails.
+    /// When the latents do not fit the network.
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor>;
 }
 

@@ -61,24 +61,26 @@ impl Level {
     /// diffusers.
     ///
     /// `x`: `[B, C, H, W]` → `[B, channels, H, W]`.
-    fn layer(&self, i: usize, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+    fn layer(&self, i: usize, x: &Tensor, shared: &SharedInputs<'_>) -> Result<Tensor> {
         let block = Arc::clone(&self.resnets[i]);
-        let x = activation_checkpoint(x, &given.time, given.activations, move |x, time| {
+        let x = activation_checkpoint(x, &shared.time, shared.activations, move |x, time| {
             block.forward(x, Some(time))
         })?;
         let Some(block) = self.attentions.get(i) else {
             return Ok(x);
         };
         let block = Arc::clone(block);
-        activation_checkpoint(&x, given.context, given.activations, move |x, context| {
+        activation_checkpoint(&x, shared.context, shared.activations, move |x, context| {
             block.forward(x, context)
         })
     }
 }
 
 /// The operands that all blocks of a forward pass share.
-struct Given<'a> {
+struct SharedInputs<'a> {
+    /// The embedding of timesteps and guidance, `[B, width]`.
     time: Tensor,
+    /// Text embeddings, `[B, T, cross_attention_dim]`.
     context: &'a Tensor,
     activations: Activations,
 }
@@ -240,7 +242,7 @@ impl UNet {
         let guidance = conditioning.guidance.as_ref();
         let guidance = guidance.map(|g| ops::cast(g, dtype)).transpose()?;
         let context = ops::cast(&conditioning.hidden, dtype)?;
-        let given = Given {
+        let shared = SharedInputs {
             time: self
                 .time_embedding
                 .forward(timesteps, guidance.as_ref(), &x)?,
@@ -255,7 +257,7 @@ impl UNet {
         let mut skips = vec![x.clone()];
         for (level, downsample) in &self.down {
             for i in 0..level.resnets.len() {
-                x = level.layer(i, &x, &given)?;
+                x = level.layer(i, &x, &shared)?;
                 skips.push(x.clone());
             }
             if let Some(downsample) = downsample {
@@ -265,7 +267,7 @@ impl UNet {
         }
         if let Some(mid) = &self.mid {
             for i in 0..mid.resnets.len() {
-                x = mid.layer(i, &x, &given)?;
+                x = mid.layer(i, &x, &shared)?;
             }
         }
         for (level, upsample) in &self.up {
@@ -275,7 +277,7 @@ impl UNet {
                         "the up blocks ask for more skip connections than the down blocks made"
                     );
                 };
-                x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &given)?;
+                x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &shared)?;
             }
             if let (Some(upsample), Some(next)) = (upsample, skips.last()) {
                 let (_, _, h, w) = next.dims4()?;
