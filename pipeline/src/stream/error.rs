@@ -7,7 +7,6 @@ use crate::order::CursorMismatch;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
 use crate::stages::Stage;
-use crate::stages::Stage;
 
 use super::skip::{ShardSummary, SkippedSample};
 

@@ -52,7 +52,6 @@ use crate::order::Order;
 use crate::shard::ShardUrl;
 use crate::source::Sources;
 use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
-use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
 
 use batch::Batcher;
 use decode::DecodeWorker;
