@@ -120,7 +120,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
     let mut recent = Recent::default();
     monitor.expect("samples", 0, args.samples);
-    monitor.beat();
+    monitor.heartbeat();
     while samples < args.samples {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
             break;
@@ -131,7 +131,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         consumer.add_items(batch.samples.len() as u64);
         batches += 1;
         monitor.advance(samples);
-        monitor.beat();
+        monitor.heartbeat();
         if batches == 1 {
             first_batch = start.elapsed();
             recent.mark(&data.metrics);
@@ -142,7 +142,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let s3 = data.sources.s3_server().counts();
     let overall = recent.overall(&data.metrics);
     let limiting_stage = overall.and_then(|flow| flow.limiting_stage());
-    monitor.rest();
+    monitor.stop_waiting();
     drop(stream);
     let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());
     let decode_limit = if args.limit {

@@ -214,7 +214,7 @@ impl Monitor {
     }
 
     /// Records that a batch or step is done, or that the first one begins: the run waits for the next one from now on.
-    pub fn beat(&self) {
+    pub fn heartbeat(&self) {
         let now = u64::try_from(self.0.begun.elapsed().as_millis()).unwrap_or(NOT_WAITING);
         self.0.since.store(now, Ordering::Relaxed);
         let reported = &mut *self.reported();
@@ -225,7 +225,7 @@ impl Monitor {
     }
 
     /// Records that the run waits for no further batch or step.
-    pub fn rest(&self) {
+    pub fn stop_waiting(&self) {
         self.0.since.store(NOT_WAITING, Ordering::Relaxed);
     }
 
@@ -245,7 +245,7 @@ impl Monitor {
     pub fn step(&self, figures: StepFigures) {
         self.resume(std::iter::once(figures));
         self.advance(figures.step);
-        self.beat();
+        self.heartbeat();
     }
 
     /// Records a saved checkpoint and how long saving took.
@@ -303,7 +303,7 @@ mod tests {
         let pause = || std::thread::sleep(2 * timeout);
         pause();
         assert_eq!(monitor.stalled(), None, "models are loaded");
-        monitor.beat();
+        monitor.heartbeat();
         assert_eq!(monitor.stalled(), None);
         pause();
         assert_eq!(monitor.stalled().map(|s| s.stage), Some(Stage::Fetch));
@@ -319,7 +319,7 @@ mod tests {
             samples: 4,
         });
         assert_eq!(monitor.stalled(), None);
-        monitor.rest();
+        monitor.stop_waiting();
         pause();
         assert_eq!(monitor.stalled(), None, "the last pictures are drawn");
     }

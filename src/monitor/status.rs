@@ -249,7 +249,7 @@ mod tests {
         );
 
         monitor.expect("steps", 0, 10);
-        monitor.beat();
+        monitor.heartbeat();
         assert_eq!(json(&monitor)["state"], "filling");
         let (sender, _receiver) = channel::<u8>(&flow, FlowChannel::Encoded.name(), 2);
         sender.send_blocking(1, &flow.stage(Stage::Encode)).unwrap();
@@ -288,7 +288,7 @@ mod tests {
             status["channels"],
             json!([{"name": "encoded", "before": "train", "items": 1, "capacity": 2}])
         );
-        monitor.rest();
+        monitor.stop_waiting();
         assert_eq!(json(&monitor)["state"], "finishing");
     }
 

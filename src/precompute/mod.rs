@@ -41,7 +41,7 @@ pub fn write_latents(
     let stage = metrics.stage(Stage::Write);
     let mut totals = Totals::new(writer.remaining().len());
     monitor.expect("shards", 0, totals.shards as u64);
-    monitor.beat();
+    monitor.heartbeat();
     loop {
         let (samples, finished) = match pool.next(&stage, cancel, Duration::MAX) {
             Ok(Some(batch)) => (batch.samples.len(), stage.work(|| writer.write(&batch))?),
@@ -71,9 +71,9 @@ pub fn write_latents(
             }
         }
         totals.add(samples, finished.len(), monitor);
-        monitor.beat();
+        monitor.heartbeat();
     }
-    monitor.rest();
+    monitor.stop_waiting();
     Ok(totals.recent.overall(metrics))
 }
 

@@ -171,7 +171,7 @@ impl<'a> Run<'a> {
             };
             let run = view(&self.trainer, cancel);
             self.observers.on_step(&mut report, &run)?;
-            monitor.beat();
+            monitor.heartbeat();
         }
         Ok(Ending::Done)
     }

@@ -2,9 +2,6 @@
 
 use std::time::Instant;
 
-use futures_lite::future;
-use tokio_util::sync::CancellationToken;
-
 use super::clock::{FlowMetrics, StageHandle};
 
 /// The other end of a channel is gone: the stream is ending.
@@ -117,24 +114,6 @@ impl<T> Receiver<T> {
         item.ok()
     }
 
-    /// As [`Receiver::recv_blocking`], but also `None` once `cancel` is cancelled, even if items wait.
-    pub fn recv_blocking_until(
-        &self,
-        stage: &StageHandle,
-        cancel: &CancellationToken,
-    ) -> Option<T> {
-        if cancel.is_cancelled() {
-            return None;
-        }
-        if let Ok(item) = self.0.try_recv() {
-            return Some(item);
-        }
-        let start = Instant::now();
-        let item = future::block_on(cancel.run_until_cancelled(self.0.recv()));
-        stage.add_starved(start.elapsed());
-        item?.ok()
-    }
-
     /// Ends the channel: senders fail at once.
     pub fn close(&self) {
         self.0.close();
@@ -196,25 +175,5 @@ mod tests {
         drop(receiver);
         let stage = metrics.stage(Stage::Fetch);
         assert_eq!(sender.send_blocking(1, &stage), Err(Closed));
-    }
-
-    #[test]
-    fn receiver_stops_when_cancelled() {
-        let metrics = FlowMetrics::new();
-        let (sender, receiver) = channel::<u32>(&metrics, "test", 2);
-        let (producer, consumer) = (metrics.stage(Stage::Decode), metrics.stage(Stage::Batch));
-        let cancel = CancellationToken::new();
-        sender.send_blocking(1, &producer).unwrap();
-        assert_eq!(receiver.recv_blocking_until(&consumer, &cancel), Some(1));
-        let (waiting, token) = (receiver.clone(), cancel.clone());
-        let thread = std::thread::spawn(move || waiting.recv_blocking_until(&consumer, &token));
-        std::thread::sleep(Duration::from_millis(10));
-        cancel.cancel();
-        assert_eq!(thread.join().unwrap(), None);
-        // An item that waits is not taken any more.
-        sender.send_blocking(2, &producer).unwrap();
-        let consumer = metrics.stage(Stage::Batch);
-        assert_eq!(receiver.recv_blocking_until(&consumer, &cancel), None);
-        assert_eq!(receiver.len(), 1);
     }
 }

@@ -33,7 +33,7 @@ impl Observer for MonitorReporter {
         _earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
         self.monitor.expect("steps", run.state.step, self.max_steps);
-        self.monitor.beat();
+        self.monitor.heartbeat();
         Ok(())
     }
 
@@ -57,7 +57,7 @@ impl Observer for MonitorReporter {
         _run: &RunView<'_>,
         _earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
-        self.monitor.rest();
+        self.monitor.stop_waiting();
         Ok(())
     }
 }
