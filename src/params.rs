@@ -1,4 +1,4 @@
-//! What is trained: variables by name, and their gradients.
+//! Trained variables by name, and their gradients.
 
 use std::collections::BTreeMap;
 

@@ -21,7 +21,7 @@ const UNET_TARGET: &str = "unet_target";
 pub struct ForwardOptions {
     /// Implementation of attention.
     pub attention: Attention,
-    /// What the blocks of the trained network keep for the backward pass.
+    /// Activations that the blocks of the trained network keep for the backward pass.
     pub activations: Activations,
     /// Type to compute in; `None`: the weights' f32.
     pub compute: Option<DType>,

@@ -1,4 +1,4 @@
-//! What of a network is trained, how the student is built over it, and which files it is kept in.
+//! Adaptations: the trained part of a network, the student built over it, and the files that hold it.
 
 mod full;
 

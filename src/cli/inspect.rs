@@ -424,7 +424,7 @@ fn describe_latents(text: &mut String, report: Option<&LatentReport>) {
     }
 }
 
-/// What a shard and the totals have in common.
+/// Figures that a shard and the totals have in common.
 struct Contents<'a> {
     samples: u64,
     bytes: u64,

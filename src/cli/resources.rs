@@ -137,7 +137,7 @@ pub(super) fn source_options(config: &Config) -> SourceOptions {
     }
 }
 
-/// What the shards hold, by their manifests if they hold latents.
+/// Content of the shards, by their manifests if they hold latents.
 pub(super) fn content(latents: Option<&LatentSource>) -> Content {
     latents.map_or(Content::Images, LatentSource::content)
 }

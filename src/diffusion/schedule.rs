@@ -22,7 +22,7 @@ pub enum Prediction {
 /// Faults of a scheduler's configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
-    /// It can't be read.
+    /// The file can't be read.
     #[error("{path}: {source}")]
     Io {
         /// The file.
@@ -30,7 +30,7 @@ pub enum ScheduleError {
         /// The cause.
         source: std::io::Error,
     },
-    /// It is malformed or describes no schedule.
+    /// The file is malformed or describes no schedule.
     #[error("{path}: {message}")]
     Invalid {
         /// The file.

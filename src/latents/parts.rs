@@ -206,7 +206,7 @@ impl Manifest {
         missing.cloned().collect()
     }
 
-    /// What a process may still read of its share of `max_samples`; `None`: all there is.
+    /// The unread rest of a rank's share of `max_samples`; `None` without a limit.
     pub(super) fn remaining_samples(&self, rank: Rank, shards: &[ShardUrl]) -> Option<u64> {
         let share = share_of(rank, self.recipe.selection.max_samples?);
         let read: u64 = shards_of(rank, shards)

@@ -4,7 +4,7 @@ use std::fmt;
 
 use candle_core::{Device, Result, Tensor};
 
-/// What a network is told besides the noisy latents and their timesteps; `B` samples.
+/// Inputs of a network besides the noisy latents and their timesteps; `B` samples.
 ///
 /// `hidden` is always there; a network that needs one of the others, or is given one it has no use for, returns an error.
 #[derive(Clone, Debug)]

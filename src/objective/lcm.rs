@@ -38,7 +38,7 @@ pub struct Lcm {
     pub latent_scale: f64,
 }
 
-/// What a step draws and reads; `B` samples.
+/// Inputs of a step: data and drawn numbers of `B` samples.
 #[derive(Clone, Debug)]
 pub struct LcmInputs {
     /// Clean scaled latents, `[B, C, h, w]` f32.
@@ -55,7 +55,7 @@ pub struct LcmInputs {
     pub unconditional: Conditioning,
 }
 
-/// What a step makes, `B` samples, f32.
+/// Results of a step for `B` samples, f32.
 #[derive(Clone, Debug)]
 pub struct LcmOutputs {
     /// The teacher's estimate one solver step back, `[B, C, h, w]`, without a graph.

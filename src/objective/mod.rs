@@ -1,4 +1,4 @@
-//! What a step minimises: one file an objective.
+//! Objectives: the loss that a step minimises, one file an objective.
 //!
 //! An objective draws its random numbers from a [`StepKey`], runs the networks, and returns a loss. It knows nothing of the loop,
 //! the optimiser or the data's origin.
@@ -49,7 +49,7 @@ impl StepKey {
     }
 }
 
-/// What an objective makes of a micro-batch.
+/// The result of an objective for a micro-batch.
 #[derive(Clone, Debug)]
 pub struct StepOutput {
     /// The loss, an f32 scalar with the student's graph.
@@ -108,7 +108,7 @@ impl Trace {
     }
 }
 
-/// What is minimised, what it draws, and how its student is sampled from.
+/// A loss, the random numbers it draws, and the sampler of its student.
 pub trait Objective: fmt::Debug {
     /// Forward passes of one micro-batch. Only the student leaves a graph behind.
     ///

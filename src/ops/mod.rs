@@ -1,4 +1,4 @@
-//! What candle lacks for training: layers whose backward is fast and whose gradients reach every parameter.
+//! Operations that candle lacks for training: a fast backward, and gradients that reach every parameter.
 //!
 //! candle's layer norm, softmax over the last dimension and `sdpa` drop their gradients without an error, and the backward of
 //! its convolution is several times slower than the forward. The functions here are differentiable, compute no gradient for

@@ -82,7 +82,7 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// What was written so far, and its display.
+/// Counts of written shards and samples, and their display.
 struct Totals {
     shards: usize,
     shards_done: usize,

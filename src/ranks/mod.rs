@@ -29,7 +29,7 @@ impl Rank {
     }
 }
 
-/// What the processes of a job agree on in each step. Results do not depend on which process answers first.
+/// Agreement of the processes of a job in each step. Results do not depend on the order in which processes answer.
 pub trait Collective: fmt::Debug {
     /// This process.
     fn rank(&self) -> Rank;

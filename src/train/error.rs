@@ -81,11 +81,11 @@ pub enum TrainError {
     /// The results of a run that ends could not be saved.
     #[error("{what} could not be saved: {cause}; {rest}")]
     NotSaved {
-        /// What was to be saved.
+        /// The item that was to be saved.
         what: String,
         /// Why.
         cause: Box<TrainError>,
-        /// What is saved already, and what to do.
+        /// The newest checkpoint, and the remedy.
         rest: String,
     },
     /// A stop was asked for.
@@ -109,7 +109,7 @@ pub enum TrainError {
     Checkpoint {
         /// The checkpoint.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The fault and the remedy.
         message: String,
     },
 }

@@ -22,7 +22,7 @@ pub struct AdamW {
     numbers: OptimizerState,
 }
 
-/// What a checkpoint holds of an optimiser besides tensors.
+/// Numbers of an optimiser that a checkpoint holds besides tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerState {
     /// Steps made, without those that overflowed.

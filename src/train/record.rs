@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::monitor::StepFigures;
 
-/// What is recorded about a step.
+/// Figures of a step.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StepRecord {
     /// The step, from 1.

@@ -28,7 +28,7 @@ use crate::progress::{Progress, ProgressOptions};
 use crate::ranks::Solo;
 use crate::sample::Prompts;
 
-/// What a run is made from.
+/// Inputs of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct RunOptions<'a> {
     /// The configuration.

@@ -1,4 +1,4 @@
-//! What a run uses of its process: streams of data, destinations, the monitor.
+//! Services of the process to a run: streams of data, destinations, the monitor, the stop signal.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::TrainError;
 use crate::monitor::Monitor;
 
-/// What a run uses of its process.
+/// Services of the process to a run.
 pub struct Services<'a> {
     /// The shards of the streams.
     pub shards: Vec<ShardUrl>,
@@ -23,7 +23,7 @@ pub struct Services<'a> {
     /// Opens a folder or an `s3://` prefix for writing.
     #[allow(clippy::type_complexity)]
     pub destination: Box<dyn Fn(&str) -> Result<Destination, SourceError> + 'a>,
-    /// What the run and its stages report to.
+    /// Monitor that the run and its stages report to.
     pub monitor: Monitor,
     /// The runtime that waits run on.
     pub runtime: Handle,

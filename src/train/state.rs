@@ -1,4 +1,4 @@
-//! What a checkpoint holds: everything a run needs to continue as if it had never stopped.
+//! The training state: everything a run needs to continue as if it had never stopped.
 
 use candle_core::Tensor;
 use coffey_pipeline::order::Cursor;

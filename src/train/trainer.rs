@@ -78,12 +78,12 @@ impl Trainer {
         }
     }
 
-    /// What is trained, after the last step.
+    /// The state after the last step.
     pub fn state(&self) -> &TrainState {
         &self.state
     }
 
-    /// What is minimised.
+    /// The objective.
     pub fn objective(&self) -> &dyn Objective {
         &*self.objective
     }
@@ -91,7 +91,7 @@ impl Trainer {
     /// Makes one step over the micro-batches that `next_batch` gives. Keeps their traces if asked to.
     ///
     /// # Errors
-    /// Those of `next_batch`; [`TrainError::NotFinite`]; when a tensor operation fails. The state is then that of the step before.
+    /// An error of `next_batch`, [`TrainError::NotFinite`], or a failed tensor operation. The state then stays as it was.
     pub fn step(
         &mut self,
         next_batch: &mut dyn FnMut() -> std::result::Result<EncodedBatch, TrainError>,

@@ -11,7 +11,7 @@ use super::real::Real;
 pub(super) enum Threads {
     /// The calling thread: the caller already runs one task on each core.
     One,
-    /// Those of rayon's pool.
+    /// The threads of rayon's pool.
     Pool,
 }
 

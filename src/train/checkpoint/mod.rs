@@ -35,7 +35,7 @@ struct Format {
     format: u32,
 }
 
-/// What a checkpoint holds besides tensors.
+/// Content of `state.json`: everything that a checkpoint holds besides tensors.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct CheckpointState {
     format: u32,

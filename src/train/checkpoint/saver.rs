@@ -28,7 +28,14 @@ pub(in crate::train) type SaveOutcome = (u64, Result<Saved, TrainError>);
 #[derive(Debug)]
 pub(in crate::train) struct Saver {
     target: Arc<SaveTarget>,
-    running: RefCell<Option<(u64, JoinHandle<Result<Saved, TrainError>>)>>,
+    running: RefCell<Option<BackgroundSave>>,
+}
+
+/// A save that runs on a thread of its own.
+#[derive(Debug)]
+struct BackgroundSave {
+    step: u64,
+    thread: JoinHandle<Result<Saved, TrainError>>,
 }
 
 #[derive(Debug)]
@@ -67,14 +74,14 @@ impl Saver {
         let thread = std::thread::Builder::new()
             .name("checkpoint".to_owned())
             .spawn(move || target.save(&snapshot, begun))?;
-        self.running.replace(Some((step, thread)));
+        self.running.replace(Some(BackgroundSave { step, thread }));
         Ok(())
     }
 
     /// The result of a save in the background that has finished.
     pub(in crate::train) fn poll(&self) -> Option<SaveOutcome> {
         let finished = match &*self.running.borrow() {
-            Some((_, thread)) => thread.is_finished(),
+            Some(save) => save.thread.is_finished(),
             None => false,
         };
         if finished { self.wait() } else { None }
@@ -82,7 +89,7 @@ impl Saver {
 
     /// Waits for the save in the background, if there is one.
     pub(in crate::train) fn wait(&self) -> Option<SaveOutcome> {
-        let (step, thread) = self.running.take()?;
+        let BackgroundSave { step, thread } = self.running.take()?;
         let outcome = thread.join();
         Some((
             step,
@@ -94,9 +101,9 @@ impl Saver {
 impl Drop for Saver {
     /// Waits for a save in progress, also when the run ends in an error.
     fn drop(&mut self) {
-        if let Some((_, thread)) = self.running.take() {
+        if let Some(save) = self.running.take() {
             // The run reports its own error.
-            let _ = thread.join();
+            let _ = save.thread.join();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a checkpoint is written from: the training state at one step.
+//! Snapshots: the training state at one step, as a checkpoint is written from it.
 
 use std::io;
 

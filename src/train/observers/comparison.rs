@@ -14,7 +14,7 @@ use crate::progress::Progress;
 use crate::sample::{Guidance, Prompts, decode_images};
 use crate::train::TrainError;
 
-/// What `samples/comparison.png` is drawn from.
+/// Inputs of `samples/comparison.png`.
 #[derive(Debug)]
 pub(in crate::train) struct ComparisonGrid {
     /// Folder of the run.

@@ -1,4 +1,4 @@
-//! What watches a run: records, pictures, figures, checkpoints.
+//! Observers of a run: records, pictures, figures, checkpoints.
 //!
 //! Observers see each step after it is made, in the order of their list, and never change what is trained. The list's order
 //! matters in two places: an observer that completes a record (the endpoint error) comes before those that write it down, and
@@ -37,7 +37,7 @@ pub(super) use tensorboard::TensorBoard;
 use super::{StepRecord, TrainError, TrainState};
 use crate::objective::{Objective, Trace};
 
-/// What is known of a step that was just made.
+/// Figures and traces of a step that was just made.
 #[derive(Debug)]
 pub struct StepReport {
     /// The step's figures.
@@ -51,9 +51,9 @@ pub struct StepReport {
 /// A run between two steps.
 #[derive(Clone, Copy, Debug)]
 pub struct RunView<'a> {
-    /// What is trained, after the step.
+    /// State after the step.
     pub state: &'a TrainState,
-    /// What is minimised.
+    /// Objective of the run.
     pub objective: &'a dyn Objective,
     /// Cancelled when the run is to stop: long work should end early.
     pub cancel: &'a CancellationToken,
