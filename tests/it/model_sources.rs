@@ -213,7 +213,7 @@ fn hub_revision_selects_commit() {
     ));
     assert!(hub.asked().is_empty());
     let wrong = encode(&user, "c", &[&teacher, "model.revision=v2"]);
-    refused(wrong, 1, &[ID, "has no revision \"v2\"", &hub.endpoint]);
+    refused(wrong, 1, &[ID, "no revision \"v2\"", &hub.endpoint]);
     let wrong = encode(&user, "d", &["model.teacher=someone/other"]);
     refused(
         wrong,

@@ -179,7 +179,7 @@ fn resume_names_changed_shard() {
         matches!(error, StreamError::ShardChanged { .. }),
         "{error:?}"
     );
-    assert!(error.to_string().contains(".tar: its sample "), "{error}");
+    assert!(error.to_string().contains("needs its sample "), "{error}");
 }
 
 #[test]
