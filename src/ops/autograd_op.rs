@@ -36,21 +36,21 @@ pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
 
 /// `op` of one tensor.
 pub(super) fn apply1(op: impl AutogradOp<1>, x: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Node(op))
+    x.apply_op1(CandleOp(op))
 }
 
 /// `op` of two tensors.
 pub(super) fn apply2(op: impl AutogradOp<2>, [a, b]: [&Tensor; 2]) -> Result<Tensor> {
-    a.apply_op2(b, Node(op))
+    a.apply_op2(b, CandleOp(op))
 }
 
 /// `op` of three tensors.
 pub(super) fn apply3(op: impl AutogradOp<3>, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
-    a.apply_op3(b, c, Node(op))
+    a.apply_op3(b, c, CandleOp(op))
 }
 
 /// An operation as candle's traits want it.
-struct Node<F>(F);
+struct CandleOp<F>(F);
 
 /// The gradients for candle to go on with. Gradients of variables are accumulated and not among them.
 fn gradients<F: AutogradOp<N>, const N: usize>(
@@ -65,7 +65,7 @@ fn gradients<F: AutogradOp<N>, const N: usize>(
     Ok(grads)
 }
 
-impl<F: AutogradOp<1>> CustomOp1 for Node<F> {
+impl<F: AutogradOp<1>> CustomOp1 for CandleOp<F> {
     fn name(&self) -> &'static str {
         F::NAME
     }
@@ -88,7 +88,7 @@ impl<F: AutogradOp<1>> CustomOp1 for Node<F> {
     }
 }
 
-impl<F: AutogradOp<2>> CustomOp2 for Node<F> {
+impl<F: AutogradOp<2>> CustomOp2 for CandleOp<F> {
     fn name(&self) -> &'static str {
         F::NAME
     }
@@ -134,7 +134,7 @@ impl<F: AutogradOp<2>> CustomOp2 for Node<F> {
     }
 }
 
-impl<F: AutogradOp<3>> CustomOp3 for Node<F> {
+impl<F: AutogradOp<3>> CustomOp3 for CandleOp<F> {
     fn name(&self) -> &'static str {
         F::NAME
     }

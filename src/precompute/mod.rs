@@ -39,7 +39,7 @@ pub fn write_latents(
 ) -> Result<Option<FlowSnapshot>, PrecomputeError> {
     let metrics = monitor.flow();
     let stage = metrics.stage(Stage::Write);
-    let mut totals = Totals::new(writer.remaining().len());
+    let mut totals = WriteTotals::new(writer.remaining().len());
     monitor.expect("shards", 0, totals.shards as u64);
     monitor.heartbeat();
     loop {
@@ -83,7 +83,7 @@ pub fn counted(count: usize, noun: &str) -> String {
 }
 
 /// Counts of written shards and samples, and their display.
-struct Totals {
+struct WriteTotals {
     shards: usize,
     shards_done: usize,
     samples: usize,
@@ -92,7 +92,7 @@ struct Totals {
     progress: Progress,
 }
 
-impl Totals {
+impl WriteTotals {
     fn new(shards: usize) -> Self {
         Self {
             shards,

@@ -6,6 +6,7 @@ use std::time::Instant;
 use candle_core::Result;
 use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::StageHandle;
+use coffey_pipeline::order::Cursor;
 
 use super::learning_rate::learning_rate;
 use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
@@ -53,8 +54,21 @@ struct StepSums {
     samples: u64,
     /// Epoch of the last sample.
     epoch: u64,
+    /// Position in the stream after the last batch.
+    cursor: Option<Cursor>,
     traces: Vec<Trace>,
     skipped: Vec<SkippedSample>,
+}
+
+impl StepSums {
+    /// Counts the samples of a micro-batch, and keeps its trace if there is one.
+    fn add(&mut self, batch: EncodedBatch, trace: Option<Trace>) {
+        self.samples += batch.samples.len() as u64;
+        self.epoch = batch.samples.last().map_or(0, |sample| sample.epoch);
+        self.cursor = Some(batch.cursor);
+        self.traces.extend(trace);
+        self.skipped.extend(batch.skipped);
+    }
 }
 
 impl Trainer {
@@ -98,43 +112,34 @@ impl Trainer {
         keep_traces: bool,
     ) -> std::result::Result<StepReport, TrainError> {
         let started = Instant::now();
-        let step = self.state.step + 1;
+        let (step, stage) = (self.state.step + 1, self.stage.clone());
         let failed = |source| TrainError::Step { step, source };
         let loss_scale = self.loss_scale(step)?;
         let mut sums = StepSums::default();
-        let mut cursor = None;
         for micro_batch in 0..self.options.gradient_accumulation {
             let batch = next_batch()?;
             let key = self.key(step, micro_batch);
             let work = || self.micro_batch(&batch, &key, loss_scale.unwrap_or(1.0), &mut sums);
-            let (loss, trace) = self.stage.work(work).map_err(failed)?;
+            let (loss, trace) = stage.work(work).map_err(failed)?;
             self.check_finite(step, "the loss", loss)?;
-            if keep_traces {
-                sums.traces.push(trace);
-            }
-            sums.samples += batch.samples.len() as u64;
-            sums.epoch = batch.samples.last().map_or(0, |sample| sample.epoch);
-            sums.skipped.extend(batch.skipped);
-            cursor = Some(batch.cursor);
+            sums.add(batch, keep_traces.then_some(trace));
         }
-        let mut gradients = std::mem::take(&mut sums.gradients);
-        self.collective.reduce(&mut gradients).map_err(failed)?;
+        self.collective
+            .reduce(&mut sums.gradients)
+            .map_err(failed)?;
         let loss = self.collective.mean(sums.loss).map_err(failed)?;
-        self.check_gradients(&gradients)?;
-        // As accelerate: a step that overflowed does not advance the schedule.
-        let schedule_step = self.state.optimizer.steps() + 1;
-        let (options, max_steps) = (&self.options.optimizer, self.options.max_steps);
-        let rate = learning_rate(options, schedule_step, max_steps);
-        let stage = self.stage.clone();
-        let norm = stage.work(|| self.norm(&gradients, loss)).map_err(failed)?;
+        self.check_gradients(&sums.gradients)?;
+        let rate = self.learning_rate();
+        let norm = || self.norm(&sums.gradients, loss);
+        let norm = stage.work(norm).map_err(failed)?;
         self.check_finite(step, "the gradient", norm)?;
         stage
-            .work(|| self.update(&gradients, norm, rate))
+            .work(|| self.update(&sums.gradients, norm, rate))
             .map_err(failed)?;
         self.state.step = step;
         self.state.samples += sums.samples;
-        self.state.cursor = cursor;
-        self.stage.add_items(sums.samples);
+        self.state.cursor = sums.cursor;
+        stage.add_items(sums.samples);
         Ok(StepReport {
             record: StepRecord {
                 step,
@@ -152,6 +157,12 @@ impl Trainer {
             traces: sums.traces,
             skipped: sums.skipped,
         })
+    }
+
+    /// Learning rate of the next step. As accelerate: a step that overflowed does not advance the schedule.
+    fn learning_rate(&self) -> f64 {
+        let step = self.state.optimizer.steps() + 1;
+        learning_rate(&self.options.optimizer, step, self.options.max_steps)
     }
 
     fn key(&self, step: u64, micro_batch: usize) -> StepKey {

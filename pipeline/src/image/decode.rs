@@ -39,12 +39,12 @@ const FORMATS: [(ImageFormat, &str); 5] = [
 
 /// An image whose header has been read.
 pub(super) struct Encoded<'a> {
-    decoder: Format<'a>,
+    decoder: FormatDecoder<'a>,
     format: &'static str,
     size: (u32, u32),
 }
 
-enum Format<'a> {
+enum FormatDecoder<'a> {
     Jpeg(Box<Jpeg<'a>>),
     Other(Box<dyn ImageDecoder + 'a>),
 }
@@ -75,13 +75,13 @@ impl<'a> Encoded<'a> {
             let (decoder, size) = if format == ImageFormat::Jpeg {
                 let jpeg = Jpeg::open(bytes)?;
                 let size = jpeg.size();
-                (Format::Jpeg(Box::new(jpeg)), size)
+                (FormatDecoder::Jpeg(Box::new(jpeg)), size)
             } else {
                 let decoder = ImageReader::with_format(Cursor::new(bytes), format)
                     .into_decoder()
                     .map_err(|error| damaged(&error))?;
                 let size = decoder.dimensions();
-                (Format::Other(Box::new(decoder)), size)
+                (FormatDecoder::Other(Box::new(decoder)), size)
             };
             Ok(Self {
                 decoder,
@@ -102,8 +102,8 @@ impl<'a> Encoded<'a> {
         let shorter = self.size.0.min(self.size.1);
         let enough = |reduction: &u32| shorter / reduction >= resolution;
         match self.decoder {
-            Format::Jpeg(_) => [8, 4, 2].into_iter().find(enough).unwrap_or(1),
-            Format::Other(_) => 1,
+            FormatDecoder::Jpeg(_) => [8, 4, 2].into_iter().find(enough).unwrap_or(1),
+            FormatDecoder::Other(_) => 1,
         }
     }
 
@@ -127,8 +127,8 @@ impl<'a> Encoded<'a> {
             return Err(DecodeError::Damaged("has no pixels".to_owned()));
         }
         catch_panics(|| match self.decoder {
-            Format::Jpeg(mut jpeg) => jpeg.decode(reduction, pixels),
-            Format::Other(mut decoder) => {
+            FormatDecoder::Jpeg(mut jpeg) => jpeg.decode(reduction, pixels),
+            FormatDecoder::Other(mut decoder) => {
                 let mut limits = image::Limits::no_limits();
                 // Twice the widest pixel (16-bit RGBA): decoders need memory besides the result.
                 limits.max_alloc = Some(max_pixels.saturating_mul(16));

@@ -16,5 +16,5 @@ pub use plan::{EpochPlan, Order};
 pub(crate) use cursor::{
     OpenPass, OrderIdentity, OrderState, SampleRef, ShardProgress, fingerprint,
 };
-pub(crate) use schedule::{Schedule, SchedulePosition, ShardPass};
+pub(crate) use schedule::{SchedulePosition, ShardPass, ShardSchedule};
 pub(crate) use shuffle::{BufferMirror, Capacity, Drawn, ShuffleBuffer};

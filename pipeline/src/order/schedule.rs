@@ -23,13 +23,13 @@ pub(crate) struct SchedulePosition {
 
 /// Iterates over the shards of all epochs. [`Order::Sequential`] has one epoch, [`Order::Shuffled`] never ends.
 #[derive(Debug)]
-pub(crate) struct Schedule {
+pub(crate) struct ShardSchedule {
     plan: EpochPlan,
     shards: Vec<usize>,
     next: SchedulePosition,
 }
 
-impl Schedule {
+impl ShardSchedule {
     /// A schedule that continues at `next`.
     pub(crate) fn new(plan: EpochPlan, next: SchedulePosition) -> Self {
         Self {
@@ -87,16 +87,16 @@ mod tests {
     #[test]
     fn schedule_continues_from_any_position() {
         let plan = plan(Order::Shuffled);
-        let mut schedule = Schedule::new(plan, SchedulePosition::default());
+        let mut schedule = ShardSchedule::new(plan, SchedulePosition::default());
         let all: Vec<_> = (0..10).filter_map(|_| schedule.next()).collect();
         let epochs: Vec<u64> = all.iter().map(|(position, _)| position.epoch).collect();
         assert_eq!(epochs, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
         for at in 0..9 {
-            let mut first = Schedule::new(plan, SchedulePosition::default());
+            let mut first = ShardSchedule::new(plan, SchedulePosition::default());
             for _ in 0..at {
                 first.next();
             }
-            let mut resumed = Schedule::new(plan, first.position());
+            let mut resumed = ShardSchedule::new(plan, first.position());
             assert_eq!(resumed.next(), Some(all[at]));
             assert_eq!(resumed.next(), Some(all[at + 1]));
         }
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn schedule_skips_the_rest_of_an_epoch() {
-        let mut schedule = Schedule::new(plan(Order::Shuffled), SchedulePosition::default());
+        let mut schedule = ShardSchedule::new(plan(Order::Shuffled), SchedulePosition::default());
         schedule.next();
         schedule.skip_rest_of(3);
         assert_eq!(schedule.position(), SchedulePosition { epoch: 0, index: 1 });
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn schedule_ends_when_sequential() {
-        let mut schedule = Schedule::new(plan(Order::Sequential), SchedulePosition::default());
+        let mut schedule = ShardSchedule::new(plan(Order::Sequential), SchedulePosition::default());
         let shards: Vec<_> = std::iter::from_fn(|| schedule.next())
             .map(|(_, shard)| shard)
             .collect();

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::flow::{OrderedSender, StageHandle};
 use crate::order::{
-    Capacity, Cursor, Drawn, OpenPass, Order, OrderState, SampleRef, Schedule, SchedulePosition,
-    ShardPass, ShuffleBuffer,
+    Capacity, Cursor, Drawn, OpenPass, Order, OrderState, SampleRef, SchedulePosition, ShardPass,
+    ShardSchedule, ShuffleBuffer,
 };
 use crate::panic::panic_message;
 use crate::shard::Sample;
@@ -43,7 +43,7 @@ pub(super) struct Interleaver<K: SampleKind> {
     opener: ShardOpener,
     selector: SampleSelector<K>,
     events: OrderedSender<DecodeJob<K>, StreamEvent<K>>,
-    schedule: Schedule,
+    schedule: ShardSchedule,
     prefetched: VecDeque<PrefetchedShard>,
     slots: Vec<OpenSlot>,
     buffer: ShuffleBuffer<SelectedSample<K>>,
@@ -92,7 +92,7 @@ impl<K: SampleKind> Interleaver<K> {
             opener: ShardOpener::new(config.shards.clone(), context, cancel, waiting),
             selector: SampleSelector::new(kind, config),
             events,
-            schedule: Schedule::new(config.plan(), state.next),
+            schedule: ShardSchedule::new(config.plan(), state.next),
             prefetched: VecDeque::new(),
             slots: Vec::new(),
             buffer: ShuffleBuffer::new(config.seed, Capacity { items, bytes }),

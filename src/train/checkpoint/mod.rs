@@ -31,7 +31,7 @@ const PREFIX: &str = "checkpoint-";
 
 /// The first field of every version of [`CheckpointState`].
 #[derive(Deserialize)]
-struct Format {
+struct FormatField {
     format: u32,
 }
 
@@ -70,7 +70,7 @@ impl CheckpointState {
     /// Reads the `state.json` of the checkpoint at `place`.
     fn read(place: &str, text: &[u8]) -> Result<Self, TrainError> {
         let unreadable = |e: serde_json::Error| damaged(place, format!("{STATE}: {e}"));
-        let Format { format } = serde_json::from_slice(text).map_err(unreadable)?;
+        let FormatField { format } = serde_json::from_slice(text).map_err(unreadable)?;
         if format != FORMAT {
             return Err(TrainError::CheckpointFormat {
                 path: place.into(),

@@ -28,12 +28,12 @@ pub(in crate::train) struct SavedRun {
 /// A run's checkpoints.
 #[derive(Debug)]
 pub(in crate::train) struct CheckpointStore {
-    location: Location,
+    location: CheckpointLocation,
     keep: usize,
 }
 
 #[derive(Debug)]
-enum Location {
+enum CheckpointLocation {
     Folder(PathBuf),
     /// A prefix in S3, and the folder that checkpoints are fetched into.
     Remote(Destination, PathBuf),
@@ -43,7 +43,7 @@ impl CheckpointStore {
     /// Checkpoints in a folder.
     pub(in crate::train) fn in_folder(folder: &Path, keep: usize) -> Self {
         Self {
-            location: Location::Folder(folder.to_owned()),
+            location: CheckpointLocation::Folder(folder.to_owned()),
             keep: keep.max(1),
         }
     }
@@ -51,7 +51,7 @@ impl CheckpointStore {
     /// Checkpoints under a prefix in S3, fetched into `scratch` for reading.
     pub(in crate::train) fn remote(destination: Destination, scratch: &Path, keep: usize) -> Self {
         Self {
-            location: Location::Remote(destination, scratch.to_owned()),
+            location: CheckpointLocation::Remote(destination, scratch.to_owned()),
             keep: keep.max(1),
         }
     }
@@ -59,7 +59,7 @@ impl CheckpointStore {
     /// Removes unfinished checkpoints that a killed run left.
     pub(in crate::train) fn clear_unfinished(&self) -> Result<(), TrainError> {
         match &self.location {
-            Location::Folder(folder) => {
+            CheckpointLocation::Folder(folder) => {
                 for entry in fs::read_dir(folder).map_err(io(folder))? {
                     let entry = entry.map_err(io(folder))?;
                     if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
@@ -67,7 +67,7 @@ impl CheckpointStore {
                     }
                 }
             }
-            Location::Remote(destination, _) => {
+            CheckpointLocation::Remote(destination, _) => {
                 destination.abort_incomplete_uploads(is_ours)?;
                 let entries = destination.list(PREFIX)?;
                 let steps = marked(entries.iter().map(|entry| entry.name.as_str()));
@@ -89,7 +89,7 @@ impl CheckpointStore {
     ) -> Result<String, TrainError> {
         let name = format!("{PREFIX}{}", snapshot.step());
         match &self.location {
-            Location::Folder(folder) => {
+            CheckpointLocation::Folder(folder) => {
                 let place = folder.join(name);
                 write_dir_atomically(&place, |unfinished| {
                     let unfinished = Destination::folder(unfinished);
@@ -98,7 +98,7 @@ impl CheckpointStore {
                 })?;
                 Ok(place.display().to_string())
             }
-            Location::Remote(destination, _) => {
+            CheckpointLocation::Remote(destination, _) => {
                 let below = format!("{name}/");
                 // A checkpoint of this name, left by a run that resumed from an earlier step, is invalid from now on.
                 destination.remove(&format!("{below}{STATE}"))?;
@@ -115,13 +115,13 @@ impl CheckpointStore {
         for model in snapshot.folders() {
             let (config, tensors) = (&model.config, &model.tensors);
             match &self.location {
-                Location::Folder(folder) => {
+                CheckpointLocation::Folder(folder) => {
                     write_dir_atomically(&folder.join(model.name), |unfinished| {
                         write_model(&Destination::folder(unfinished), "", config, tensors)?;
                         Ok(())
                     })?;
                 }
-                Location::Remote(destination, _) => {
+                CheckpointLocation::Remote(destination, _) => {
                     write_model(destination, &format!("{}/", model.name), config, tensors)?;
                 }
             }
@@ -132,7 +132,7 @@ impl CheckpointStore {
     /// Every checkpoint's step, ascending.
     pub(in crate::train) fn steps(&self) -> Result<Vec<u64>, TrainError> {
         let mut steps = match &self.location {
-            Location::Folder(folder) => {
+            CheckpointLocation::Folder(folder) => {
                 let entries = match fs::read_dir(folder) {
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
                     entries => entries.map_err(io(folder))?,
@@ -144,7 +144,7 @@ impl CheckpointStore {
                 }
                 steps
             }
-            Location::Remote(destination, _) => {
+            CheckpointLocation::Remote(destination, _) => {
                 let entries = destination.list(PREFIX)?;
                 marked(entries.iter().map(|entry| entry.name.as_str()))
             }
@@ -161,8 +161,10 @@ impl CheckpointStore {
         for step in self.steps()?.into_iter().rev() {
             let name = format!("{PREFIX}{step}");
             let found = match &self.location {
-                Location::Folder(folder) => open(&folder.join(name)),
-                Location::Remote(destination, scratch) => fetch(destination, &name, scratch),
+                CheckpointLocation::Folder(folder) => open(&folder.join(name)),
+                CheckpointLocation::Remote(destination, scratch) => {
+                    fetch(destination, &name, scratch)
+                }
             };
             match found {
                 Ok(found) => return Ok((Some(found), wrong)),
@@ -181,11 +183,11 @@ impl CheckpointStore {
         for step in &steps[..steps.len().saturating_sub(self.keep)] {
             let name = format!("{PREFIX}{step}");
             match &self.location {
-                Location::Folder(folder) => {
+                CheckpointLocation::Folder(folder) => {
                     let path = folder.join(name);
                     fs::remove_dir_all(&path).map_err(io(&path))?;
                 }
-                Location::Remote(destination, _) => {
+                CheckpointLocation::Remote(destination, _) => {
                     // Without state.json it is no checkpoint, whatever else remains.
                     destination.remove(&format!("{name}/{STATE}"))?;
                     for entry in destination.list(&format!("{name}/"))? {
