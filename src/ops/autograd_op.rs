@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor, backend::BackendStorage, bail,
+    Storage, Tensor, backend::BackendStorage, bail, op::BackpropOp,
 };
 
 use super::backward::accumulate_variable_grad;
@@ -193,19 +193,59 @@ pub(super) trait TensorOp<const N: usize>: Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The result for operands that carry no graph.
-    fn forward(&self, operands: [&Tensor; N]) -> Result<Tensor>;
+    fn forward(&self, operands: [&Tensor; N]) -> Result<OpResult>;
 
     /// As [`AutogradOp::backward`].
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+}
+
+/// The result of a [`TensorOp`].
+#[derive(Debug)]
+pub(super) enum OpResult {
+    /// A tensor whose storage others may share. As a node of the graph it is copied: candle gives no way to move its storage.
+    Shared(Tensor),
+    /// Storage of its own, contiguous, with its shape.
+    #[cfg(any(feature = "cuda", test))]
+    Owned(Storage, Shape),
+}
+
+impl OpResult {
+    /// The result as a tensor without a graph.
+    pub(super) fn into_tensor(self) -> Tensor {
+        match self {
+            Self::Shared(tensor) => tensor,
+            #[cfg(any(feature = "cuda", test))]
+            Self::Owned(storage, shape) => {
+                Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+            }
+        }
+    }
+}
+
+impl From<Tensor> for OpResult {
+    fn from(tensor: Tensor) -> Self {
+        Self::Shared(tensor)
+    }
 }
 
 /// `op` of one tensor, as a node of the graph if the tensor is tracked.
 pub(super) fn apply_tensor_op1(op: impl TensorOp<1>, x: &Tensor) -> Result<Tensor> {
     let value = op.forward([&x.detach()])?;
     if !x.track_op() {
-        return Ok(value);
+        return Ok(value.into_tensor());
     }
     apply1(PrecomputedOp::new(op, value), x)
+}
+
+/// `op` of two tensors, as a node of the graph if one of them is tracked.
+#[cfg(any(feature = "cuda", test))]
+pub(super) fn apply_tensor_op2(op: impl TensorOp<2>, operands: [&Tensor; 2]) -> Result<Tensor> {
+    let [a, b] = operands.map(Tensor::detach);
+    let value = op.forward([&a, &b])?;
+    if !operands.into_iter().any(Tensor::track_op) {
+        return Ok(value.into_tensor());
+    }
+    apply2(PrecomputedOp::new(op, value), operands)
 }
 
 /// `op` of three tensors, as a node of the graph if one of them is tracked.
@@ -213,27 +253,27 @@ pub(super) fn apply_tensor_op3(op: impl TensorOp<3>, operands: [&Tensor; 3]) -> 
     let [a, b, c] = operands.map(Tensor::detach);
     let value = op.forward([&a, &b, &c])?;
     if !operands.into_iter().any(Tensor::track_op) {
-        return Ok(value);
+        return Ok(value.into_tensor());
     }
     apply3(PrecomputedOp::new(op, value), operands)
 }
 
-/// A [`TensorOp`] and its result, which candle asks for once, as storage. The result is copied into the graph: candle gives
-/// no way to move a tensor's storage, and the copy is small beside the work.
+/// A [`TensorOp`] and its result, which candle asks for once, as storage.
 pub(super) struct PrecomputedOp<F> {
     op: F,
-    value: Mutex<Option<Tensor>>,
+    value: Mutex<Option<OpResult>>,
 }
 
 impl<F> PrecomputedOp<F> {
-    pub(super) fn new(op: F, value: Tensor) -> Self {
-        let value = Mutex::new(Some(value));
+    pub(super) fn new(op: F, value: impl Into<OpResult>) -> Self {
+        let value = Mutex::new(Some(value.into()));
         Self { op, value }
     }
 
-    /// The result, copied by `copy`, which gives `None` for another device's storage.
+    /// The storage of the result: moved by `own`, or copied by `copy`; both give `None` for another device's storage.
     fn storage<S>(
         &self,
+        own: impl FnOnce(Storage) -> Option<S>,
         copy: impl FnOnce(&Storage, &Layout) -> Result<Option<S>>,
     ) -> Result<(S, Shape)> {
         let value = self
@@ -241,13 +281,18 @@ impl<F> PrecomputedOp<F> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let Some(value) = value else {
-            bail!("an operation's result was asked for twice");
+        let (storage, shape) = match value {
+            None => bail!("an operation's result was asked for twice"),
+            #[cfg(any(feature = "cuda", test))]
+            Some(OpResult::Owned(storage, shape)) => (own(storage), shape),
+            Some(OpResult::Shared(tensor)) => {
+                let (storage, layout) = tensor.storage_and_layout();
+                (copy(&storage, layout)?, layout.shape().clone())
+            }
         };
-        let (storage, layout) = value.storage_and_layout();
-        match copy(&storage, layout)? {
-            Some(copied) => Ok((copied, layout.shape().clone())),
-            None => bail!("an operation's result is on {:?}", value.device()),
+        match storage {
+            Some(storage) => Ok((storage, shape)),
+            None => bail!("an operation's result is on another device than its operands"),
         }
     }
 }
@@ -261,24 +306,42 @@ impl<F: TensorOp<N>, const N: usize> AutogradOp<N> for PrecomputedOp<F> {
     const NAME: &'static str = F::NAME;
 
     fn cpu_forward(&self, _: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Cpu(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Cpu(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Cpu(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn cuda_forward(&self) -> Result<(CudaStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Cuda(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Cuda(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Cuda(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn metal_forward(&self) -> Result<(MetalStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Metal(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Metal(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Metal(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {

@@ -10,6 +10,8 @@
 //! - `ops/cpu/NAME.rs`: a kernel over slices, for floats on the CPU (`f64` is for checks against finite differences).
 //! - `ops/portable/NAME.rs`: the same out of candle's tensor operations, for any device.
 //!
+//! Those that take the time of a step on a GPU have `ops/cuda/NAME.rs` too, with kernels in `ops/cuda/kernels/NAME.cu`.
+//!
 //! This module knows tensors and nothing of diffusion.
 
 mod activation;
@@ -21,6 +23,8 @@ mod backward;
 mod cast;
 mod conv;
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod dynamic_map;
 mod half;
 mod linear;

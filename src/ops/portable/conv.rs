@@ -8,7 +8,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
 use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::conv2d()`], which checks the shapes.
@@ -103,13 +103,14 @@ impl Conv2dOp {
 impl TensorOp<3> for Conv2dOp {
     const NAME: &'static str = "conv2d";
 
-    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
         let y = convolve(x, weight, self.padding, self.stride)?;
         if !self.biased {
-            return Ok(y);
+            return Ok(y.into());
         }
         let rank = bias.rank();
-        y.broadcast_add(&bias.unsqueeze(rank)?.unsqueeze(rank + 1)?)
+        let bias = bias.unsqueeze(rank)?.unsqueeze(rank + 1)?;
+        Ok(y.broadcast_add(&bias)?.into())
     }
 
     fn backward(

@@ -1,0 +1,23 @@
+//! The operations on CUDA devices: kernels of our own in `kernels/`, cuDNN's convolutions, cuBLAS's products.
+//!
+//! Each operation is a [`TensorOp`](super::autograd_op::TensorOp) whose forward and backward launch kernels. Kernels take
+//! contiguous `f32`, `f16` and `bf16` tensors and compute in `f32`; no sum depends on the order in which threads finish.
+//!
+//! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
+
+mod activation;
+mod gpu;
+#[cfg(test)]
+mod host;
+
+#[cfg(feature = "cuda")]
+use candle_core::{DType, Tensor};
+
+#[cfg(feature = "cuda")]
+pub(super) use activation::geglu;
+
+/// Whether the kernels take a tensor.
+#[cfg(feature = "cuda")]
+pub(super) fn has_kernel(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
