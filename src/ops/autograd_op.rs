@@ -205,7 +205,10 @@ pub(super) enum OpResult {
     /// A tensor whose storage others may share. As a node of the graph it is copied: candle gives no way to move its storage.
     Shared(Tensor),
     /// Storage of its own, contiguous, with its shape.
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg_attr(
+        not(any(feature = "cuda", test)),
+        expect(dead_code, reason = "kernels for CUDA give it")
+    )]
     Owned(Storage, Shape),
 }
 
@@ -214,7 +217,6 @@ impl OpResult {
     pub(super) fn into_tensor(self) -> Tensor {
         match self {
             Self::Shared(tensor) => tensor,
-            #[cfg(any(feature = "cuda", test))]
             Self::Owned(storage, shape) => {
                 Tensor::from_storage(storage, shape, BackpropOp::none(), false)
             }
@@ -283,7 +285,6 @@ impl<F> PrecomputedOp<F> {
             .take();
         let (storage, shape) = match value {
             None => bail!("an operation's result was asked for twice"),
-            #[cfg(any(feature = "cuda", test))]
             Some(OpResult::Owned(storage, shape)) => (own(storage), shape),
             Some(OpResult::Shared(tensor)) => {
                 let (storage, layout) = tensor.storage_and_layout();
