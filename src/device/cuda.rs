@@ -95,19 +95,13 @@ fn keep_freed_memory(ordinal: usize) -> Result<(), DriverError> {
     }
 }
 
-/// The error of a call of the driver: its name and its text.
+/// The error of a call of the driver: its name, and its text if the driver has one.
 fn called(error: DriverError) -> DeviceError {
-    let text = |text: Result<&std::ffi::CStr, DriverError>| {
-        text.map_or_else(
-            |_| format!("{:?}", error.0),
-            |text| text.to_string_lossy().into_owned(),
-        )
-    };
-    DeviceError::Call(format!(
-        "{}: {}",
-        text(error.error_name()),
-        text(error.error_string())
-    ))
+    let name = format!("{:?}", error.0);
+    DeviceError::Call(match error.error_string() {
+        Ok(text) => format!("{name}: {}", text.to_string_lossy()),
+        Err(_) => name,
+    })
 }
 
 /// candle's error without its backtrace.

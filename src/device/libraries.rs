@@ -63,8 +63,8 @@ impl Candidates {
             Err(_) if !self.required => return Ok(()),
             Err(causes) => return Err(self.missing(&causes, &folders)),
         };
-        // SAFETY: the handle is that of the library, and stays valid, because nothing closes it.
         let find = |name: &CStr| {
+            // SAFETY: the handle is that of the library, and stays valid, because nothing closes it.
             let address = unsafe { libc::dlsym(handle.0, name.as_ptr()) };
             (!address.is_null()).then_some(address)
         };

@@ -66,7 +66,11 @@ macro_rules! define {
 
 macro_rules! functions {
     ($($library:ident { $($function:ident)+ })+) => {
-        #[allow(non_camel_case_types, reason = "the names of C functions")]
+        #[allow(
+            non_camel_case_types,
+            clippy::enum_variant_names,
+            reason = "the names of C functions"
+        )]
         #[derive(Clone, Copy)]
         enum Function {
             $($($function,)+)+
