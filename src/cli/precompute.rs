@@ -9,7 +9,7 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamError};
 
 use super::ranks::RankArgs;
-use super::resources::{DataAccess, open_device, source_options, start_monitor, stream_config};
+use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodePool, Encoders};
@@ -181,7 +181,7 @@ fn finish(config: &Config, output: &str) -> Result<(), Failure> {
 }
 
 fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
-    let device = open_device(config.encode.devices[index])?;
+    let device = encode_device(config, index)?;
     Ok(Encoders::load(
         &models.pipeline,
         models.vae.as_deref(),

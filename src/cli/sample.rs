@@ -9,8 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 
 use super::Failure;
-use super::resources::{DataAccess, open_device};
+use super::resources::DataAccess;
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
+use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
 use crate::encode::Encoders;
@@ -102,6 +103,18 @@ impl From<SampleError> for Failure {
             SampleError::Cancelled => Self::Stopped,
         }
     }
+}
+
+/// The device of `--device`.
+fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
+    device::open(spec).map_err(|error| {
+        let message = format!("--device {spec} can't be opened: {error}").into();
+        if error.is_config() {
+            Failure::Usage(message)
+        } else {
+            Failure::Failed(message)
+        }
+    })
 }
 
 /// Runs `coffey sample`.

@@ -302,7 +302,9 @@ impl Denoiser for UNet {
         timesteps: &[i64],
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        ops::in_pool(|| self.run(latents, timesteps, conditioning))
+        ops::in_pool(latents.device(), || {
+            self.run(latents, timesteps, conditioning)
+        })
     }
 
     fn guidance_width(&self) -> Option<usize> {

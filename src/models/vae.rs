@@ -254,7 +254,7 @@ impl AutoencoderKl {
     /// # Errors
     /// When the shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
-        ops::in_pool(|| self.run_encoder(pixels))
+        ops::in_pool(pixels.device(), || self.run_encoder(pixels))
     }
 
     /// Whether a batch of images of this side is encoded on the CPU to the bits that each image would give alone.
@@ -292,7 +292,7 @@ impl AutoencoderKl {
     /// # Errors
     /// When the shapes do not fit, or after [`without_decoder`](Self::without_decoder).
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        ops::in_pool(|| self.run_decoder(latents))
+        ops::in_pool(latents.device(), || self.run_decoder(latents))
     }
 
     fn run_decoder(&self, latents: &Tensor) -> Result<Tensor> {

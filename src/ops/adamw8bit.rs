@@ -84,6 +84,7 @@ pub fn adamw8bit_step(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::gradcheck::device;
 
     const N: usize = 4500;
 
@@ -95,7 +96,7 @@ mod tests {
             let unit = (bits >> 8) as f32 / (1 << 24) as f32 - 0.5;
             unit * 0.5f32.powi((i / BLOCK as u64 % 12) as i32)
         };
-        Tensor::from_iter((0..N as u64).map(number), &Device::Cpu).unwrap()
+        Tensor::from_iter((0..N as u64).map(number), &device()).unwrap()
     }
 
     fn steps(mut step: impl FnMut(&Var, &Tensor, &AdamWStep) -> Result<()>) -> Result<Var> {
@@ -125,7 +126,7 @@ mod tests {
             env!("CARGO_MANIFEST_DIR"),
             "/tests/golden/adamw8bit.safetensors"
         );
-        let golden = candle_core::safetensors::load(golden, &Device::Cpu)?;
+        let golden = candle_core::safetensors::load(golden, &device())?;
         for (name, map) in [("map.signed", &*SIGNED), ("map.unsigned", &*UNSIGNED)] {
             assert_eq!(golden[name].to_vec1::<f32>()?, map.values());
         }
@@ -137,7 +138,7 @@ mod tests {
         };
         type Step<'a> = &'a dyn Fn(&Var, &mut BlockMoments, &Tensor, &AdamWStep) -> Result<()>;
         for way in [&kernel as Step<'_>, &portable] {
-            let mut moments = BlockMoments::zeros(N, &Device::Cpu)?;
+            let mut moments = BlockMoments::zeros(N, &device())?;
             let param = steps(|p, g, s| way(p, &mut moments, g, s))?;
             let apart = (param.as_tensor() - &golden["param"])?
                 .abs()?
@@ -167,9 +168,9 @@ mod tests {
 
     #[test]
     fn adamw8bit_steps_stay_near_those_of_adamw() -> Result<()> {
-        let mut moments = BlockMoments::zeros(N, &Device::Cpu)?;
+        let mut moments = BlockMoments::zeros(N, &device())?;
         let coded = steps(|p, g, s| adamw8bit_step(p, &mut moments, g, 0.5, s))?;
-        let [m, v] = [(); 2].map(|()| Var::zeros(N, DType::F32, &Device::Cpu));
+        let [m, v] = [(); 2].map(|()| Var::zeros(N, DType::F32, &device()));
         let (m, v) = (m?, v?);
         let full = steps(|p, g, s| crate::ops::adamw_step(p, &m, &v, g, 0.5, s))?;
         let moved = (full.as_tensor() - counted(0))?

@@ -50,14 +50,19 @@ pub use projection::{map_to_tokens, tokens_to_map};
 pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
-/// Runs `work`, a chain of operations, on a thread of rayon's pool.
+/// Runs `work`, a chain of operations on tensors of `device`, on a thread of rayon's pool if that is the CPU.
 ///
 /// From outside the pool each operation would wake a thread of it and sleep until that is done, which for small tensors costs
-/// as much as the work. The result is the same.
-pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| work())
+/// as much as the work. The result is the same. The work of another device stays on the calling thread: its operations only go to the
+/// device's queue, and cuDNN has a state for each thread.
+pub fn in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
+    if device.is_cpu() {
+        rayon::scope(|_| work())
+    } else {
+        work()
+    }
 }
 
 /// `bias`, or `len` zeros in the dtype and on the device of `like`: operations of candle's graph have a fixed number of operands.

@@ -78,12 +78,12 @@ fn on_cpu_in_f32(x: &Tensor) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use crate::ops::gradcheck::device;
 
     #[test]
     fn adamw_steps_equal_those_computed_by_hand() -> Result<()> {
         // torch.optim.AdamW([1., -2.], lr=0.1, weight_decay=0.5) with gradients [0.5, -1.0] then [0.1, 0.3].
-        let dev = Device::Cpu;
+        let dev = device();
         let (p, m, v) = (
             Var::new(&[1f32, -2.], &dev)?,
             Var::new(&[0f32; 2], &dev)?,
@@ -121,8 +121,8 @@ mod tests {
 
     #[test]
     fn ema_update_moves_towards_the_source() -> Result<()> {
-        let target = Var::new(&[0f32, 10.], &Device::Cpu)?;
-        ema_update(&target, &Tensor::new(&[1f32, 0.], &Device::Cpu)?, 0.75)?;
+        let target = Var::new(&[0f32, 10.], &device())?;
+        ema_update(&target, &Tensor::new(&[1f32, 0.], &device())?, 0.75)?;
         assert_eq!(target.to_vec1::<f32>()?, [0.25, 7.5]);
         Ok(())
     }

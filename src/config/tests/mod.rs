@@ -209,6 +209,7 @@ fn built_words_are_accepted() {
         "train.attention=plain",
         "train.mixed_precision=no",
         "train.teacher_dtype=bf16",
+        "train.tf32=true",
         "metrics.listen=127.0.0.1:9464",
         "latents={output=\"a\",crops=1}",
     ]);

@@ -108,10 +108,10 @@ fn quantized(moment: &Var, map: &DynamicMap) -> Result<BlockQuantized> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     use super::*;
-    use crate::ops::gradcheck::{assert_close, random};
+    use crate::ops::gradcheck::{assert_close, device, on_cpu, random};
 
     fn var(values: &Tensor, dtype: DType) -> Result<Var> {
         Var::from_tensor(&values.to_dtype(dtype)?)
@@ -130,7 +130,8 @@ mod tests {
                 random(&[37], 2)?,
                 random(&[37], 3)?.abs()?,
             ];
-            let want = start.each_ref().map(|x| var(x, DType::F32).unwrap());
+            let want = on_cpu(&start)?;
+            let want: Vec<Var> = want.iter().map(|x| var(x, DType::F32).unwrap()).collect();
             let got = start.each_ref().map(|x| var(x, dtype).unwrap());
             for number in 1..=3 {
                 let grad = random(&[37], 10 + number)?;
@@ -142,10 +143,11 @@ mod tests {
                     weight_decay: 0.5,
                     step: number,
                 };
-                let (w, g) = (grad.to_dtype(DType::F32)?, grad.to_dtype(dtype)?);
-                crate::ops::adamw_step(&want[0], &want[1], &want[2], &w, 0.5, &step)?;
+                let g = grad.to_dtype(dtype)?;
+                let w = &on_cpu(&[grad.to_dtype(DType::F32)?])?[0];
+                crate::ops::adamw_step(&want[0], &want[1], &want[2], w, 0.5, &step)?;
                 adamw_step(&got[0], &got[1], &got[2], &g, 0.5, &step)?;
-                crate::ops::ema_update(&want[0], &w, 0.75)?;
+                crate::ops::ema_update(&want[0], w, 0.75)?;
                 ema_update(&got[0], &g, 0.75)?;
             }
             for (got, want) in got.iter().zip(&want) {
@@ -159,7 +161,7 @@ mod tests {
 
     #[test]
     fn squared_norm_does_not_overflow_in_16_bits() -> Result<()> {
-        let x = Tensor::full(300f32, 500, &Device::Cpu)?;
+        let x = Tensor::full(300f32, 500, &device())?;
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
             assert_eq!(squared_norm(&x.to_dtype(dtype)?)?, 4.5e7, "{dtype:?}");
         }
