@@ -20,13 +20,13 @@ use super::resources::{
 use super::{ConfigArgs, Failure};
 use crate::config::{Config, ConfigError, ModelRef, PrecomputeRequired, TrainRequired, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::{EncoderOutput, Encoders};
+use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
 use crate::pretrained::{Components, Models as ModelFolders};
-use crate::train::lcm_schedule;
+use crate::train::{encoder_options, lcm_schedule};
 use cost::{Cost, SampleSizes};
 use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
@@ -275,7 +275,11 @@ fn load_encoders(
 ) -> Result<(LoadedEncoders, String), Failure> {
     let devices = encode_devices(config)?;
     let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
-    let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
+    let options = EncoderOptions {
+        vae_batch: 1,
+        ..encoder_options(&config.encode)
+    };
+    let models = Encoders::load(pipeline, vae, &devices[0], options)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
     let weights = |folder: &Path, stem| Weights::load(folder, stem, DType::F32, &Device::Cpu);
     let vae = weights(&vae_folder, WEIGHTS_STEM)?;

@@ -22,6 +22,7 @@ use crate::precompute::{PrecomputeError, counted, write_latents};
 use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
+use crate::train::encoder_options;
 
 /// Number of missing shards that a message names.
 const MISSING_NAMED: usize = 10;
@@ -186,7 +187,7 @@ fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encod
         &models.pipeline,
         models.vae.as_deref(),
         &device,
-        config.encode.batch_size,
+        encoder_options(&config.encode),
     )?)
 }
 

@@ -14,7 +14,7 @@ use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
-use crate::encode::Encoders;
+use crate::encode::{EncoderOptions, Encoders};
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Components;
@@ -124,7 +124,12 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
     let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
-    let encoders = Encoders::load(&folders.pipeline, folders.vae.as_deref(), &device, CHUNK)?;
+    let encoders = Encoders::load(
+        &folders.pipeline,
+        folders.vae.as_deref(),
+        &device,
+        EncoderOptions::exact(CHUNK),
+    )?;
     folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;

@@ -203,8 +203,8 @@ fn devices_and_resume_round_trip() {
 fn built_words_are_accepted() {
     with(&[
         "data.kind=images",
-        "encode.dtype=f32",
-        "encode.vae_dtype=f32",
+        "encode.dtype=f16",
+        "encode.vae_dtype=bf16",
         "train.gradient_checkpointing=true",
         "train.attention=plain",
         "train.mixed_precision=no",
