@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Installs a CUDA 13.0 toolkit on a machine that has none, and needs no GPU or driver: compiler, headers and libraries from the
 # wheels NVIDIA publishes on PyPI. The versions are those PyTorch 2.11 (cu130) depends on: what is linked here finds the same
-# libraries there. x86-64 Linux, python3 with pip, a C++ compiler (nvcc 13.0 takes gcc up to 15). No root. 1.7 GB.
+# libraries there. x86-64 Linux, python3 with pip, a C++ compiler (nvcc 13.0 takes gcc up to 15). No root. 1.6 GB, half a minute.
 #
 #   tools/cuda/toolkit.sh DEST
 #   tools/cuda/build DEST            # or: source DEST/env.sh, and cargo build --release --features cuda,cudnn
+#
+# --compiler DEST: without cuBLAS, cuRAND and cuDNN, 0.3 GB. Enough for lints, for the kernels, and to link against the fake GPU.
 set -euo pipefail
-[ $# = 1 ] || { echo "usage: tools/cuda/toolkit.sh DEST" >&2; exit 2; }
+compiler_only=''
+[ "${1:-}" != --compiler ] || { compiler_only=yes; shift; }
+[ $# = 1 ] || { echo "usage: tools/cuda/toolkit.sh [--compiler] DEST" >&2; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 dest=$(cd "$1" && pwd)
@@ -15,20 +19,20 @@ command -v c++ >/dev/null || { echo "toolkit.sh: needs a C++ compiler" >&2; exit
 
 wheels=(
   nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88   # compiler
-  nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96 nvidia-cuda-nvrtc==13.0.88   # headers; libcudart; libnvrtc
-  nvidia-cublas==13.1.0.3 nvidia-curand==10.4.0.35 nvidia-cudnn-cu13==9.19.0.56
+  nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96                    # headers; libcudart
 )
+[ -n "$compiler_only" ] || wheels+=(nvidia-cublas==13.1.0.3 nvidia-curand==10.4.0.35 nvidia-cudnn-cu13==9.19.0.56 nvidia-cuda-nvrtc==13.0.88)
 # One command for all: pip --target replaces the folder nvidia/ as a whole.
 python3 -m pip install -q --no-deps --no-compile --upgrade --disable-pip-version-check --root-user-action=ignore \
   --target "$dest/python" "${wheels[@]}"
 
-# Three things that the wheels lack. Execute permission depends on pip's version.
+# What the wheels lack. Execute permission depends on pip's version.
 chmod +x "$cuda"/bin/* "$cuda"/nvvm/bin/*
 # 1. The folder lib64, where nvcc's profile and build scripts look.
 ln -sfn lib "$cuda/lib64"
 # 2. The names the linker looks for: lib*.so.
 for file in "$cuda"/lib/*.so.* "$cudnn"/lib/*.so.*; do
-  case $file in *.alt.*) continue ;; esac
+  case $file in *.alt.* | *'*'*) continue ;; esac
   ln -sfn "${file##*/}" "${file%%.so.*}.so"
 done
 # 3. A libcuda.so to link against, as the driver brings the real one: every function of the headers, each answering
@@ -46,7 +50,7 @@ install -m 755 "$here/nvcc" "$dest/bin/nvcc"
 # Compute capability 80: PTX that the driver compiles for any card from the A100 on. 90 would mean sm_90a, which only an H100 runs.
 cat >"$dest/env.sh" <<END
 export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDNN_LIB=$cudnn NVCC=$dest/bin/nvcc PATH=$dest/bin:\$PATH
-export CUDARC_CUDA_VERSION=13000 CUDA_COMPUTE_CAP=80 CUDAFORGE_THREADS=\${CUDAFORGE_THREADS:-1}
+export CUDARC_CUDA_VERSION=13000 CUDA_COMPUTE_CAP=80
 END
 
 # Does it compile?
