@@ -6,6 +6,7 @@
 //! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
 
 mod activation;
+mod bias;
 mod conv;
 #[cfg(feature = "cudnn")]
 mod cudnn;
