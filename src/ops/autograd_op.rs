@@ -187,6 +187,14 @@ impl<F: AutogradOp<3>> CustomOp3 for CandleOp<F> {
     }
 }
 
+/// The gradient of an operand, if that is tracked.
+pub(super) fn if_tracked(
+    operand: &Tensor,
+    gradient: impl FnOnce() -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    operand.track_op().then(gradient).transpose()
+}
+
 /// A function of `N` tensors, made of tensor operations, with a backward of its own.
 pub(super) trait TensorOp<const N: usize>: Send + Sync + 'static {
     /// Named in errors.

@@ -150,6 +150,17 @@ impl Output {
         };
         Ok(Self { storage, shape })
     }
+
+    /// Contiguous storage that has been written, of as many numbers as `shape` has.
+    pub(super) fn of(storage: Storage, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Self { storage, shape }
+    }
+
+    /// The result as a tensor: for gradients, which are no nodes of the graph.
+    pub(super) fn into_tensor(self) -> Tensor {
+        OpResult::from(self).into_tensor()
+    }
 }
 
 impl From<Output> for OpResult {
@@ -236,6 +247,12 @@ pub(super) fn address(tensor: &Tensor) -> Result<i64> {
     }
     let offset = layout.start_offset() * tensor.dtype().size_in_bytes();
     Ok(storage_address(&storage)? + offset as i64)
+}
+
+/// The address of a result's first element, on its device.
+#[cfg(feature = "cudnn")]
+pub(super) fn output_address(output: &Output) -> Result<i64> {
+    storage_address(&output.storage)
 }
 
 fn storage_address(storage: &Storage) -> Result<i64> {

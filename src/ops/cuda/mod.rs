@@ -6,15 +6,28 @@
 //! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
 
 mod activation;
+mod bias;
+mod conv;
+#[cfg(feature = "cudnn")]
+mod cudnn;
 mod gpu;
 #[cfg(test)]
 mod host;
+mod linear;
+mod matmul;
+mod projection;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 pub(super) use activation::geglu;
+#[cfg(feature = "cuda")]
+pub(super) use conv::conv2d;
+#[cfg(feature = "cuda")]
+pub(super) use linear::linear;
+#[cfg(feature = "cuda")]
+pub(super) use projection::{map_to_tokens, tokens_to_map};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
