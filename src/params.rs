@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
-use rayon::prelude::*;
 
-use crate::ops;
+use crate::ops::{self, EmaUpdate};
 
 /// Tensors by name, in name order.
 pub type Tensors = BTreeMap<String, Tensor>;
@@ -82,9 +81,14 @@ impl ParamSet {
     /// # Errors
     /// When a tensor operation fails.
     pub fn follow(&self, source: &Self, decay: f64) -> Result<()> {
-        let pairs: Vec<_> = self.0.values().zip(source.0.values()).collect();
-        pairs
-            .into_par_iter()
-            .try_for_each(|(own, source)| ops::ema_update(own, source, decay))
+        let pairs = self.0.values().zip(source.0.values());
+        let updates: Vec<EmaUpdate<'_>> = pairs
+            .map(|(target, source)| EmaUpdate {
+                target,
+                source,
+                copy: None,
+            })
+            .collect();
+        ops::ema_updates(&updates, decay)
     }
 }

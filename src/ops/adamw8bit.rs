@@ -12,7 +12,7 @@ use super::{AdamWStep, cpu, portable};
 /// Numbers that share a scale.
 pub(super) const BLOCK: usize = 256;
 
-/// A moment of a parameter in 8 bits. Clones share it; a step replaces it.
+/// A moment of a parameter in 8 bits. A step writes over it or replaces it; clones may share it.
 #[derive(Clone, Debug)]
 pub struct BlockQuantized {
     /// The code of each number of the parameter, `[n]` u8.
@@ -57,13 +57,10 @@ impl BlockMoments {
     }
 }
 
-/// As [`super::adamw_step()`], with moments in 8 bits.
+/// [`super::adamw_steps()`] of one parameter with moments in 8 bits.
 ///
 /// `param` is `f32`, `grad` of its shape.
-///
-/// # Errors
-/// When the parameter is not `f32` or the shapes do not fit together.
-pub fn adamw8bit_step(
+pub(super) fn adamw8bit_step(
     param: &Var,
     moments: &mut BlockMoments,
     grad: &Tensor,
@@ -85,6 +82,7 @@ pub fn adamw8bit_step(
 mod tests {
     use super::*;
     use crate::ops::gradcheck::device;
+    use crate::ops::{AdamWMoments, AdamWUpdate};
 
     const N: usize = 4500;
 
@@ -136,8 +134,18 @@ mod tests {
         let portable = |p: &Var, m: &mut BlockMoments, g: &Tensor, s: &AdamWStep| {
             crate::ops::portable::adamw8bit_step(p, m, g, 0.5, s)
         };
+        let cuda = |p: &Var, m: &mut BlockMoments, g: &Tensor, s: &AdamWStep| {
+            // The kernel writes over the tensors that both moments share.
+            let update = AdamWUpdate {
+                param: p,
+                moments: &mut AdamWMoments::Blocks(m.clone()),
+                grad: g,
+                copy: None,
+            };
+            crate::ops::cuda::adamw_steps(&mut [update], 0.5, s)
+        };
         type Step<'a> = &'a dyn Fn(&Var, &mut BlockMoments, &Tensor, &AdamWStep) -> Result<()>;
-        for way in [&kernel as Step<'_>, &portable] {
+        for way in [&kernel as Step<'_>, &portable, &cuda] {
             let mut moments = BlockMoments::zeros(N, &device())?;
             let param = steps(|p, g, s| way(p, &mut moments, g, s))?;
             let apart = (param.as_tensor() - &golden["param"])?
@@ -172,7 +180,7 @@ mod tests {
         let coded = steps(|p, g, s| adamw8bit_step(p, &mut moments, g, 0.5, s))?;
         let [m, v] = [(); 2].map(|()| Var::zeros(N, DType::F32, &device()));
         let (m, v) = (m?, v?);
-        let full = steps(|p, g, s| crate::ops::adamw_step(p, &m, &v, g, 0.5, s))?;
+        let full = steps(|p, g, s| crate::ops::update::adamw_step(p, &m, &v, g, 0.5, s))?;
         let moved = (full.as_tensor() - counted(0))?
             .sqr()?
             .sum_all()?

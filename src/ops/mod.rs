@@ -39,7 +39,7 @@ mod gradcheck;
 
 pub use activation::{geglu, quick_gelu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
-pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
+pub use adamw8bit::{BlockMoments, BlockQuantized};
 pub use attention::{Attention, attention};
 pub use backward::backward;
 pub use cast::cast;
@@ -47,7 +47,9 @@ pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
-pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
+pub use update::{
+    AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, global_squared_norm,
+};
 pub use upsample::upsample_nearest_2x;
 
 use candle_core::{Device, Result, Tensor};

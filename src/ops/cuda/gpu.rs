@@ -272,6 +272,7 @@ fn cpu_address(storage: &CpuStorage) -> Result<i64> {
         CpuStorage::F16(x) => x.as_ptr() as i64,
         CpuStorage::BF16(x) => x.as_ptr() as i64,
         CpuStorage::F32(x) => x.as_ptr() as i64,
+        CpuStorage::F64(x) => x.as_ptr() as i64,
         other => bail!("a kernel takes no {other:?}"),
     })
 }
@@ -295,6 +296,7 @@ fn cuda_address(storage: &candle_core::CudaStorage) -> Result<i64> {
         DType::F16 => of::<f16>(storage),
         DType::BF16 => of::<bf16>(storage),
         DType::F32 => of::<f32>(storage),
+        DType::F64 => of::<f64>(storage),
         other => bail!("a kernel takes no {other:?}"),
     }
 }

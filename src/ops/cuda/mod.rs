@@ -16,6 +16,7 @@ mod host;
 mod linear;
 mod matmul;
 mod projection;
+mod update;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
@@ -28,9 +29,19 @@ pub(super) use conv::conv2d;
 pub(super) use linear::linear;
 #[cfg(feature = "cuda")]
 pub(super) use projection::{map_to_tokens, tokens_to_map};
+pub(super) use update::adamw_steps;
+#[cfg(feature = "cuda")]
+pub(super) use update::{ema_updates, global_squared_norm};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
 pub(super) fn has_kernel(x: &Tensor) -> bool {
     x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Whether the kernels of optimiser arithmetic change these tensors.
+#[cfg(feature = "cuda")]
+pub(super) fn has_update_kernel<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    let mut tensors = tensors.into_iter();
+    tensors.all(|x| x.device().is_cuda() && x.dtype() == DType::F32)
 }
