@@ -2,8 +2,8 @@
 //! one matrix product for each tap of the kernel.
 //!
 //! candle's own backward computes the first as a transposed convolution and the second as a convolution with a kernel of the
-//! image's size; on CUDA both are naive kernels. cuDNN sums a convolution of `f16` tensors in `f16`, as candle asks for it;
-//! `bf16` and `f32` are summed in `f32`.
+//! image's size; on CUDA both are naive kernels. There this file is for builds without cuDNN, in which candle's forward is a
+//! matrix product with sums in `f32`.
 
 use candle_core::{Result, Tensor};
 
