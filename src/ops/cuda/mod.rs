@@ -6,6 +6,7 @@
 //! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
 
 mod activation;
+mod attention;
 mod gpu;
 #[cfg(test)]
 mod host;
@@ -15,6 +16,8 @@ use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 pub(super) use activation::geglu;
+#[cfg(feature = "cuda")]
+pub(super) use attention::{attention, has_attention_kernel};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]

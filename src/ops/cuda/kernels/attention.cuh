@@ -8,6 +8,8 @@
 // A kernel is made for heads of up to D numbers; narrower ones are padded with zeros in shared memory. With a causal mask N is M,
 // and query i sees the keys 0..=i.
 
+#pragma once
+
 #include "mma.cuh"
 
 namespace {
@@ -143,6 +145,24 @@ __device__ __forceinline__ void store_rows(T* x, const Head& head, int length, i
   }
 }
 
+// Puts `hidden` where a query does not see a key. `row` is the query of the warp's first row, `column` the key of this thread's
+// first column.
+template <int MT, int NT>
+__device__ __forceinline__ void mask(float (&x)[MT][NT][4], float hidden, int row, int column, int m, int causal) {
+#pragma unroll
+  for (int i = 0; i < MT; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int last = causal ? min(m - 1, row + 16 * i + 8 * half + lane_index() / 4) : m - 1;
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        if (column + 8 * j > last) x[i][j][2 * half] = hidden;
+        if (column + 8 * j + 1 > last) x[i][j][2 * half + 1] = hidden;
+      }
+    }
+  }
+}
+
 // Rows are queries, columns are keys. `lse` [B, heads, N] may be null.
 template <class T, int D, int ROWS, int COLUMNS, int WARPS>
 __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* out, float* lse, int n, int m, int heads, int d,
@@ -175,26 +195,21 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
     const int place = tile % 2 * COLUMNS * S, column = tile * COLUMNS + lane_index() % 4 * 2;
     float weights[MT][NT][4];
     multiply_rows<D>(weights, queries + warp_index() * 16 * MT * S, keys + place);
-    const bool masked = (tile + 1) * COLUMNS > m || (causal && (tile + 1) * COLUMNS > row + 1);
+    if ((tile + 1) * COLUMNS > m || (causal && (tile + 1) * COLUMNS > row + 1)) mask(weights, -INFINITY, row, column, m, causal);
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int last = causal ? min(m - 1, row + 16 * i + 8 * half + lane_index() / 4) : m - 1;
-        float greater = greatest[i][half];
+        float greater = weights[i][0][2 * half];
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = weights[i][j][2 * half + e];
-            if (masked && column + 8 * j + e > last) x = -INFINITY;
-            greater = fmaxf(greater, x);
-          }
+          greater = fmaxf(greater, fmaxf(weights[i][j][2 * half], weights[i][j][2 * half + 1]));
         }
         greater = fmaxf(greater, __shfl_xor_sync(0xffffffffu, greater, 1));
         greater = fmaxf(greater, __shfl_xor_sync(0xffffffffu, greater, 2));
         // The first tile has a key that the query sees, so that from there on the greatest score is a number.
-        const float correction = power_of_2((greatest[i][half] - greater) * scale);
+        greater = fmaxf(greatest[i][half], greater * scale);
+        const float correction = power_of_2(greatest[i][half] - greater);
         greatest[i][half] = greater;
         float sum = 0;
 #pragma unroll
@@ -202,7 +217,7 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& x = weights[i][j][2 * half + e];
-            x = power_of_2((x - greater) * scale);
+            x = power_of_2(x * scale - greater);
             sum += x;
           }
         }
@@ -228,7 +243,7 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
       factors[i][half] = 1 / sum;
       const int at = row + 16 * i + 8 * half + lane_index() / 4;
       if (lse != nullptr && at < n && lane_index() % 4 == 0) {
-        lse[head.statistic(n, at)] = greatest[i][half] * scale + log2f(sum);
+        lse[head.statistic(n, at)] = greatest[i][half] + log2f(sum);
       }
     }
   }
@@ -290,21 +305,18 @@ __device__ __forceinline__ void backward_q(const T* q, const T* k, const T* v, c
     float weights[MT][NT][4], weight_grads[MT][NT][4];
     multiply_rows<D>(weights, queries + warp_index() * 16 * MT * S, keys + place);
     multiply_rows<D>(weight_grads, grads + warp_index() * 16 * MT * S, values + place);
-    const bool masked = (tile + 1) * COLUMNS > m || (causal && (tile + 1) * COLUMNS > row + 1);
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int half = e / 2;
-          const int last = causal ? min(m - 1, row + 16 * i + 8 * half + lane_index() / 4) : m - 1;
           float& x = weights[i][j][e];
-          x = power_of_2(x * scale - row_lse[i][half]) * (weight_grads[i][j][e] - row_delta[i][half]);
-          if (masked && column + 8 * j + e % 2 > last) x = 0;
+          x = power_of_2(x * scale - row_lse[i][e / 2]) * (weight_grads[i][j][e] - row_delta[i][e / 2]);
         }
       }
     }
+    if ((tile + 1) * COLUMNS > m || (causal && (tile + 1) * COLUMNS > row + 1)) mask(weights, 0, row, column, m, causal);
     multiply_add<D>(sums, weights, keys + place);
   }
   store_rows(q_grad, head, n, row, sums, factors);
@@ -354,7 +366,6 @@ __device__ __forceinline__ void backward_kv(const T* q, const T* k, const T* v, 
     const int place = tile % 2 * COLUMNS, offset = lane_index() % 4 * 2;
     float weights[MT][NT][4], weight_grads[MT][NT][4];
     multiply_rows<D>(weights, keys + warp_index() * 16 * MT * S, queries + place * S);
-    const bool masked = causal && tile * COLUMNS < row + 16 * MT - 1;
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
       const float2 pair = *reinterpret_cast<const float2*>(lses + place + 8 * j + offset);
@@ -364,9 +375,15 @@ __device__ __forceinline__ void backward_kv(const T* q, const T* k, const T* v, 
         for (int e = 0; e < 4; ++e) {
           float& x = weights[i][j][e];
           x = power_of_2(x * scale - (e % 2 ? pair.y : pair.x));
-          const int key = row + 16 * i + e / 2 * 8 + lane_index() / 4;
-          if (masked && tile * COLUMNS + offset + 8 * j + e % 2 < key) x = 0;
         }
+      }
+    }
+    if (causal && tile * COLUMNS < row + 16 * MT - 1) {
+#pragma unroll
+      for (int i = 0; i < MT * NT * 4; ++i) {
+        const int key = row + i / 4 / NT * 16 + i % 4 / 2 * 8 + lane_index() / 4;
+        const int query = tile * COLUMNS + offset + i / 4 % NT * 8 + i % 2;
+        if (query < key) weights[i / 4 / NT][i / 4 % NT][i % 4] = 0;
       }
     }
     multiply_add<D>(v_sums, weights, grads + place * S);
@@ -425,37 +442,3 @@ __device__ __forceinline__ void backward_kv(const T* q, const T* k, const T* v, 
     delta(out, grad, sums, n, heads, d, count);                                                                   \
   }                                                                                                               \
   EXPORT(attention_delta_##T)
-
-#define HALF(T)                 \
-  FORWARD(T, 40, 128, 64, 4)    \
-  FORWARD(T, 64, 128, 64, 4)    \
-  FORWARD(T, 80, 128, 32, 4)    \
-  FORWARD(T, 160, 64, 32, 4)    \
-  BACKWARD_Q(T, 40, 128, 32, 4) \
-  BACKWARD_Q(T, 64, 128, 32, 4) \
-  BACKWARD_Q(T, 80, 64, 32, 4)  \
-  BACKWARD_Q(T, 160, 64, 32, 4) \
-  BACKWARD_KV(T, 40, 128, 32, 4) \
-  BACKWARD_KV(T, 64, 64, 64, 4) \
-  BACKWARD_KV(T, 80, 64, 32, 4) \
-  BACKWARD_KV(T, 160, 64, 32, 4)
-
-HALF(f16)
-HALF(bf16)
-
-FORWARD(f32, 40, 64, 32, 4)
-FORWARD(f32, 64, 64, 32, 4)
-FORWARD(f32, 80, 64, 32, 4)
-FORWARD(f32, 160, 64, 16, 4)
-BACKWARD_Q(f32, 40, 64, 32, 4)
-BACKWARD_Q(f32, 64, 64, 32, 4)
-BACKWARD_Q(f32, 80, 64, 32, 4)
-BACKWARD_Q(f32, 160, 32, 16, 2)
-BACKWARD_KV(f32, 40, 64, 32, 4)
-BACKWARD_KV(f32, 64, 64, 32, 4)
-BACKWARD_KV(f32, 80, 64, 32, 4)
-BACKWARD_KV(f32, 160, 32, 16, 2)
-
-DELTA(f32)
-DELTA(f16)
-DELTA(bf16)
