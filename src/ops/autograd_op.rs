@@ -32,6 +32,16 @@ pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
 
     /// A gradient for each operand that is tracked, of its shape and dtype, given the result's.
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+
+    /// As [`Self::backward`], for an operation that needs its result again.
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.backward(operands, grad)
+    }
 }
 
 /// `op` of one tensor.
@@ -56,9 +66,10 @@ struct CandleOp<F>(F);
 fn gradients<F: AutogradOp<N>, const N: usize>(
     op: &F,
     operands: [&Tensor; N],
+    result: &Tensor,
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; N]> {
-    let mut grads = op.backward(operands, grad)?;
+    let mut grads = op.backward_with_result(operands, result, grad)?;
     for (operand, grad) in operands.into_iter().zip(&mut grads) {
         *grad = accumulate_variable_grad(operand, grad.take())?;
     }
@@ -82,8 +93,8 @@ impl<F: AutogradOp<1>> CustomOp1 for CandleOp<F> {
         self.0.metal_forward()
     }
 
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [x] = gradients(&self.0, [x], grad)?;
+    fn bwd(&self, x: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [x] = gradients(&self.0, [x], result, grad)?;
         Ok(x)
     }
 }
@@ -127,10 +138,10 @@ impl<F: AutogradOp<2>> CustomOp2 for CandleOp<F> {
         &self,
         a: &Tensor,
         b: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        gradients(&self.0, [a, b], grad).map(|[a, b]| (a, b))
+        gradients(&self.0, [a, b], result, grad).map(|[a, b]| (a, b))
     }
 }
 
@@ -180,10 +191,10 @@ impl<F: AutogradOp<3>> CustomOp3 for CandleOp<F> {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        gradients(&self.0, [a, b, c], grad).map(|[a, b, c]| (a, b, c))
+        gradients(&self.0, [a, b, c], result, grad).map(|[a, b, c]| (a, b, c))
     }
 }
 
@@ -205,6 +216,16 @@ pub(super) trait TensorOp<const N: usize>: Send + Sync + 'static {
 
     /// As [`AutogradOp::backward`].
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+
+    /// As [`Self::backward`], for an operation that needs its result again.
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.backward(operands, grad)
+    }
 }
 
 /// The result of a [`TensorOp`].
@@ -355,5 +376,14 @@ impl<F: TensorOp<N>, const N: usize> AutogradOp<N> for PrecomputedOp<F> {
 
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         self.op.backward(operands, grad)
+    }
+
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.op.backward_with_result(operands, result, grad)
     }
 }

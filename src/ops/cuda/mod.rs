@@ -10,6 +10,7 @@ mod bias;
 mod conv;
 #[cfg(feature = "cudnn")]
 mod cudnn;
+mod attention;
 mod gpu;
 #[cfg(test)]
 mod host;
@@ -32,6 +33,7 @@ pub(super) use projection::{map_to_tokens, tokens_to_map};
 pub(super) use update::adamw_steps;
 #[cfg(feature = "cuda")]
 pub(super) use update::{ema_updates, global_squared_norm};
+pub(super) use attention::{attention, has_attention_kernel};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
