@@ -10,12 +10,15 @@ mod bias;
 mod gpu;
 #[cfg(test)]
 mod host;
+mod norm;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 pub(super) use activation::geglu;
+#[cfg(feature = "cuda")]
+pub(super) use norm::{group_norm, layer_norm};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
