@@ -18,6 +18,7 @@ mod linear;
 mod matmul;
 mod projection;
 mod update;
+mod norm;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
@@ -34,6 +35,7 @@ pub(super) use update::adamw_steps;
 #[cfg(feature = "cuda")]
 pub(super) use update::{ema_updates, global_squared_norm};
 pub(super) use attention::{attention, has_attention_kernel};
+pub(super) use norm::{group_norm, layer_norm};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
