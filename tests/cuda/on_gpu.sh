@@ -4,6 +4,9 @@
 # PyTorch for CUDA 13 with numpy and safetensors; no compiler, no network. Every part has its time limit: one that hangs leaves time for the rest.
 #
 #   OUT=results bash tests/cuda/on_gpu.sh
+#
+# A rehearsal without a card, on the fake GPU: TINY=1 LIMIT=12 GPU_LIBRARIES=FAKE bash tests/cuda/on_gpu.sh (FAKE: made by
+# tests/cuda/build_fakegpu). Numbers come out wrong then: the unit tests and the replays fail.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 bundle=$PWD/.gpu here=$PWD/tests/cuda out=${OUT:-gpu-results}
@@ -68,7 +71,8 @@ part "4. PyTorch and diffusers at Stable Diffusion 1.5's size"
 timeout 130 "$python" "$here/pytorch_step.py" ${TINY:+--tiny --batch 2 --steps 3} 2>&1 | grep '^{' | tee "$out/pytorch.jsonl"
 
 part "5. coffey at Stable Diffusion 1.5's size"
-"$python" "$here/sd15.py" "$work/sd15" ${TINY---random}
+if [ -n "${TINY:-}" ]; then random=(); else random=(--random); fi
+"$python" "$here/sd15.py" "$work/sd15" "${random[@]}"
 sd15=(-s train.device=cuda:0 -s 'encode.devices=["cuda:0"]' -s "model.teacher=$work/sd15" -s image.resolution=512)
 step() { # NAME, settings: until LIMIT seconds have passed; killed, or it would write a checkpoint of some gigabytes
   local name=$1 watcher
