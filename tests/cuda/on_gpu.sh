@@ -79,7 +79,7 @@ step() { # NAME, settings: until LIMIT seconds have passed; killed, or it would 
   shift
   (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done >"$work/$name.memory" 2>/dev/null) &
   watcher=$!
-  timeout -s KILL "${LIMIT:-35}" "$coffey" train -c configs/quickstart.toml "${sd15[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=256 \
+  timeout -s KILL "${LIMIT:-45}" "$coffey" train -c configs/quickstart.toml "${sd15[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=256 \
     -s train.max_steps=100000 -s "train.output=$work/$name" -s optimizer.learning_rate=1e-6 -s train.gradient_checkpointing=true "${quiet[@]}" "$@" >"$out/$name.log" 2>&1
   kill "$watcher"
   wait "$watcher" 2>/dev/null
@@ -108,7 +108,7 @@ step fp16-8bit "${FP16[@]}" -s optimizer.kind=adamw8bit
 step bf16-kept "${BF16[@]}" -s train.gradient_checkpointing=false
 
 part "6. where the time goes: each call waited for"
-LIMIT=45 LD_PRELOAD=$bundle/libgputrace.so GPUTRACE_OUT=$out/trace.txt step traced "${FP16[@]}"
+LIMIT=50 LD_PRELOAD=$bundle/libgputrace.so GPUTRACE_OUT=$out/trace.txt step traced "${FP16[@]}"
 awk '/^--- a step/ { steps++; text = "" } /^--- to the end/ { exit } { text = text $0 "\n" } END { printf "%s", text }' "$out/trace.txt" | head -45
 
 part "7. precompute: images a second"
