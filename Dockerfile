@@ -3,16 +3,34 @@
 #   docker build -t coffey .
 #   docker run --rm --read-only -v coffey-runs:/data coffey train -c configs/quickstart.toml -s train.output=/data/quickstart
 #
-# CUDA: the code is type-checked, but this image has not been built with it and nothing has run on a GPU. The build base needs
-# the CUDA toolkit, Rust 1.95 or newer, gcc and ca-certificates; the final base needs the CUDA runtime libraries and cuDNN.
+# For NVIDIA GPUs, on a host with the driver for CUDA 13 and the NVIDIA container toolkit (docs/gpu.md; it has not run on a GPU yet):
 #
-#   docker build -t coffey:cuda --build-arg FEATURES=cuda,cudnn --build-arg BUILD_BASE=… --build-arg FINAL_BASE=… .
+#   docker build -t coffey:cuda --build-arg FEATURES=cuda,cudnn .
+#   docker run --rm --gpus all -v coffey-runs:/data coffey:cuda train -c … -s train.device=cuda:0
+#
+# The CUDA toolkit comes from PyPI; the final image has of it the libraries that coffey loads.
 ARG BUILD_BASE=rust:1-slim-bookworm
 ARG FINAL_BASE=debian:bookworm-slim
 
 FROM ${BUILD_BASE} AS build
 ARG FEATURES=""
 WORKDIR /build
+
+# The CUDA toolkit, and the libraries for the final image: cuBLAS, cuRAND, cuDNN without what attention and recurrent networks need.
+COPY tools/cuda tools/cuda
+RUN set -eu; \
+    mkdir -p /libraries /toolkit; \
+    case "$FEATURES" in *cuda*) \
+        apt-get update -qq; \
+        apt-get install -y -qq --no-install-recommends g++ python3-pip; \
+        rm -rf /var/lib/apt/lists/*; \
+        tools/cuda/toolkit.sh /toolkit; \
+        cd /toolkit/python/nvidia; \
+        cp cu13/lib/libcublas.so.* cu13/lib/libcublasLt.so.* cu13/lib/libcurand.so.* cudnn/lib/libcudnn*.so.* \
+            /lib/x86_64-linux-gnu/libz.so.1 /libraries/; \
+        rm /libraries/libcudnn_adv.so.*;; \
+    *) touch /toolkit/env.sh;; \
+    esac
 
 # Dependencies have their own layer, which is built again only when a manifest or the lock file changes. cargo needs the source
 # files of all targets in the manifests, so each gets an empty file.
@@ -30,13 +48,17 @@ RUN set -eu; \
             echo 'fn main() {}' > "$crate/$file"; \
         done; \
     done; \
+    . /toolkit/env.sh; \
     cargo build --release --locked --bin coffey --features "$FEATURES"
 
+# build.rs compiles the kernels in src.
+COPY build.rs* LICENSE ./
 COPY src src
 COPY pipeline/src pipeline/src
 # cargo compares modification times, and the copied sources may be older than the build of the empty files.
 RUN set -eu; \
     find src pipeline/src -name '*.rs' -exec touch {} +; \
+    . /toolkit/env.sh; \
     cargo build --release --locked --bin coffey --features "$FEATURES"; \
     strip -o /coffey target/release/coffey
 
@@ -47,7 +69,10 @@ LABEL org.opencontainers.image.title="coffey" \
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin coffey \
     && install -d -o coffey -g coffey /data
+COPY --from=build /libraries /usr/local/lib/coffey
 COPY --from=build /coffey /usr/local/bin/coffey
+# The last two are the container toolkit's: all GPUs, and of the driver what computes.
+ENV LD_LIBRARY_PATH=/usr/local/lib/coffey NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /opt/coffey
 COPY LICENSE ./
 COPY configs configs

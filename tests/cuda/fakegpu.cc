@@ -207,18 +207,14 @@ Buffer *find(u64 address, u64 *start = nullptr) {
 void used(Buffer &buffer, int q, u64 time, bool writes, const std::string &what) {
   auto &seen = queues[q].seen;
   bool conflict = false;
-  std::vector<Use> left;
+  std::vector<Use> left; // what later uses have to be ordered after, besides this one
   for (auto &use : buffer.uses) {
-    if (use.queue == q || at(seen, use.queue) >= use.time) continue;
-    if (use.writes || writes) conflict = true;
-    else left.push_back(use);
+    bool ordered = use.queue == q || at(seen, use.queue) >= use.time;
+    if (!ordered && (use.writes || writes)) conflict = true;
+    else if (!writes && (use.writes || !ordered)) left.push_back(use);
   }
   if (conflict) unsynchronised[what]++;
   left.push_back({q, time, writes});
-  if (!writes) { // a write before it on the same queue still has to be waited for by others
-    for (auto &use : buffer.uses)
-      if (use.queue == q && use.writes) left.back().writes = true;
-  }
   buffer.uses = std::move(left);
 }
 

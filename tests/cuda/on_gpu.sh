@@ -4,6 +4,9 @@
 # PyTorch for CUDA 13 with numpy and safetensors; no compiler, no network. Every part has its time limit: one that hangs leaves time for the rest.
 #
 #   OUT=results bash tests/cuda/on_gpu.sh
+#
+# A rehearsal without a card, on the fake GPU: TINY=1 LIMIT=12 GPU_LIBRARIES=FAKE bash tests/cuda/on_gpu.sh (FAKE: made by
+# tests/cuda/build_fakegpu). Numbers come out wrong then: the unit tests and the replays fail.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 bundle=$PWD/.gpu here=$PWD/tests/cuda out=${OUT:-gpu-results}
@@ -68,14 +71,15 @@ part "4. PyTorch and diffusers at Stable Diffusion 1.5's size"
 timeout 130 "$python" "$here/pytorch_step.py" ${TINY:+--tiny --batch 2 --steps 3} 2>&1 | grep '^{' | tee "$out/pytorch.jsonl"
 
 part "5. coffey at Stable Diffusion 1.5's size"
-"$python" "$here/sd15.py" "$work/sd15" ${TINY---random}
+if [ -n "${TINY:-}" ]; then random=(); else random=(--random); fi
+"$python" "$here/sd15.py" "$work/sd15" "${random[@]}"
 sd15=(-s train.device=cuda:0 -s 'encode.devices=["cuda:0"]' -s "model.teacher=$work/sd15" -s image.resolution=512)
 step() { # NAME, settings: until LIMIT seconds have passed; killed, or it would write a checkpoint of some gigabytes
   local name=$1 watcher
   shift
   (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done >"$work/$name.memory" 2>/dev/null) &
   watcher=$!
-  timeout -s KILL "${LIMIT:-35}" "$coffey" train -c configs/quickstart.toml "${sd15[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=256 \
+  timeout -s KILL "${LIMIT:-45}" "$coffey" train -c configs/quickstart.toml "${sd15[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=256 \
     -s train.max_steps=100000 -s "train.output=$work/$name" -s optimizer.learning_rate=1e-6 -s train.gradient_checkpointing=true "${quiet[@]}" "$@" >"$out/$name.log" 2>&1
   kill "$watcher"
   wait "$watcher" 2>/dev/null
@@ -104,7 +108,7 @@ step fp16-8bit "${FP16[@]}" -s optimizer.kind=adamw8bit
 step bf16-kept "${BF16[@]}" -s train.gradient_checkpointing=false
 
 part "6. where the time goes: each call waited for"
-LIMIT=45 LD_PRELOAD=$bundle/libgputrace.so GPUTRACE_OUT=$out/trace.txt step traced "${FP16[@]}"
+LIMIT=50 LD_PRELOAD=$bundle/libgputrace.so GPUTRACE_OUT=$out/trace.txt step traced "${FP16[@]}"
 awk '/^--- a step/ { steps++; text = "" } /^--- to the end/ { exit } { text = text $0 "\n" } END { printf "%s", text }' "$out/trace.txt" | head -45
 
 part "7. precompute: images a second"
