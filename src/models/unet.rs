@@ -312,6 +312,13 @@ impl Denoiser for UNet {
     }
 }
 
+/// Whether a UNet that computes in 16 bits casts the parameter of a name to them: all but those of norms, which are computed in
+/// `f32`.
+pub fn casts_parameter(name: &str) -> bool {
+    let module = name.rsplit('.').nth(1).unwrap_or_default();
+    !module.contains("norm")
+}
+
 /// The tensors of a student: the teacher's, and a new `time_embedding.cond_proj` drawn by `init` when the teacher has none.
 ///
 /// `init` receives the number of elements and the bound of the uniform distribution `torch.nn.Linear` draws from.

@@ -127,7 +127,7 @@ impl AdamW {
                     param,
                     moments,
                     grad,
-                    copy: None,
+                    copy: variables.copy_of(name),
                 });
             }
         }

@@ -132,7 +132,7 @@ impl Adaptation for LastConvolution {
         vec![ModelFolder {
             name: "unet",
             config: self.student.config().to_json().clone(),
-            tensors: self.params.detached(),
+            tensors: self.params.values(),
         }]
     }
 }
@@ -228,7 +228,7 @@ fn objective_and_adaptation_of_a_test_train_a_student() {
         .state()
         .student
         .params()
-        .detached()
+        .values()
         .into_keys()
         .collect();
     assert_eq!(before, ["conv_out.bias", "conv_out.weight"]);

@@ -193,7 +193,22 @@ impl MemoryPlan {
         self.add(device, "teacher", teacher * held, of(teacher));
         self.add(device, "student", student * F32, of(student));
         self.add(device, "target", student * F32, of(student));
-        self.add(device, "gradients", student * F32, of(student));
+        let mixed = config.train.mixed_precision != MixedPrecision::No;
+        if mixed {
+            let how = "student and target in the type to compute in";
+            self.add(
+                device,
+                "16-bit copies",
+                2 * student * (F32 / 2),
+                how.to_owned(),
+            );
+        }
+        // A GPU's optimiser takes them as they are; sums over micro-batches are f32.
+        let gradient = match (mixed, config.train.gradient_accumulation, device) {
+            (true, 1, DeviceSpec::Cuda(_)) => F32 / 2,
+            _ => F32,
+        };
+        self.add(device, "gradients", student * gradient, of(student));
         // Two moments a parameter; those in 8 bits have an f32 scale for each 256.
         let (moments, how) = match config.optimizer.kind {
             OptimizerKind::AdamW => (student * 2 * F32, "two moments a parameter"),

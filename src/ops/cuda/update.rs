@@ -252,6 +252,11 @@ mod tests {
         Tensor::from_iter(codes.iter().enumerate().map(value), &Device::Cpu)
     }
 
+    fn close(got: &Tensor, want: &Tensor) -> Result<()> {
+        let [got, want] = [got, want].map(|x| x.to_dtype(DType::F64));
+        assert_close(&got?, &want?, 1e-6)
+    }
+
     fn same_copy(part: &Part) -> Result<()> {
         let Some(copy) = &part.copy else {
             return Ok(());
@@ -273,7 +278,7 @@ mod tests {
             three_steps(&mut got, [dtype, dtype], &adamw_steps)?;
             three_steps(&mut want, [dtype, DType::F32], &ops::adamw_steps)?;
             for (got, want) in got.iter().zip(&want) {
-                assert_close(&got.param, &want.param, 1e-6)?;
+                close(&got.param, &want.param)?;
                 let (
                     AdamWMoments::Full {
                         first: m,
@@ -284,8 +289,8 @@ mod tests {
                 else {
                     panic!("moments of another kind");
                 };
-                assert_close(m, first, 1e-6)?;
-                assert_close(v, second, 1e-6)?;
+                close(m, first)?;
+                close(v, second)?;
                 same_copy(got)?;
                 same_copy(want)?;
             }
@@ -300,7 +305,7 @@ mod tests {
             three_steps(&mut got, [dtype, dtype], &adamw_steps)?;
             three_steps(&mut want, [dtype, DType::F32], &ops::adamw_steps)?;
             for (got, want) in got.iter().zip(&want) {
-                assert_close(&got.param, &want.param, 1e-6)?;
+                close(&got.param, &want.param)?;
                 let (AdamWMoments::Blocks(m), AdamWMoments::Blocks(w)) =
                     (&got.moments, &want.moments)
                 else {
@@ -309,12 +314,8 @@ mod tests {
                 for (got, want, signed) in
                     [(&m.first, &w.first, true), (&m.second, &w.second, false)]
                 {
-                    assert_close(
-                        &dequantized(got, signed)?,
-                        &dequantized(want, signed)?,
-                        1e-6,
-                    )?;
-                    assert_close(&got.absmax, &want.absmax, 1e-6)?;
+                    close(&dequantized(got, signed)?, &dequantized(want, signed)?)?;
+                    close(&got.absmax, &want.absmax)?;
                 }
                 same_copy(got)?;
             }
