@@ -37,7 +37,7 @@ mod upsample;
 #[cfg(test)]
 mod gradcheck;
 
-pub use activation::{geglu, quick_gelu};
+pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
 pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
 pub use attention::{Attention, attention};

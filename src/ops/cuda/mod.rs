@@ -7,18 +7,24 @@
 
 mod activation;
 mod bias;
+mod cast;
 mod gpu;
 #[cfg(test)]
 mod host;
 mod norm;
+mod upsample;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
-pub(super) use activation::geglu;
+pub(super) use activation::{geglu, gelu, quick_gelu, silu};
+#[cfg(feature = "cuda")]
+pub(super) use cast::cast;
 #[cfg(feature = "cuda")]
 pub(super) use norm::{group_norm, layer_norm};
+#[cfg(feature = "cuda")]
+pub(super) use upsample::upsample_nearest_2x;
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
