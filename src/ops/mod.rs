@@ -31,6 +31,7 @@ mod linear;
 mod norm;
 mod portable;
 mod projection;
+mod residual;
 mod update;
 mod upsample;
 
@@ -47,6 +48,7 @@ pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
+pub use residual::{add, add_to_rows, concatenate};
 pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
 pub use upsample::upsample_nearest_2x;
 

@@ -12,6 +12,7 @@ mod gpu;
 #[cfg(test)]
 mod host;
 mod norm;
+mod residual;
 mod upsample;
 
 #[cfg(feature = "cuda")]
@@ -23,6 +24,8 @@ pub(super) use activation::{geglu, gelu, quick_gelu, silu};
 pub(super) use cast::cast;
 #[cfg(feature = "cuda")]
 pub(super) use norm::{group_norm, layer_norm};
+#[cfg(feature = "cuda")]
+pub(super) use residual::{add, add_to_rows, concatenate};
 #[cfg(feature = "cuda")]
 pub(super) use upsample::upsample_nearest_2x;
 
