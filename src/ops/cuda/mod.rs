@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod bias;
+mod cast;
 mod conv;
 #[cfg(feature = "cudnn")]
 mod cudnn;
@@ -18,24 +19,27 @@ mod linear;
 mod matmul;
 mod norm;
 mod projection;
+mod residual;
 mod update;
+mod upsample;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
-#[cfg(feature = "cuda")]
-pub(super) use activation::geglu;
-pub(super) use attention::{attention, has_attention_kernel};
-#[cfg(feature = "cuda")]
-pub(super) use conv::conv2d;
-#[cfg(feature = "cuda")]
-pub(super) use linear::linear;
-pub(super) use norm::{group_norm, layer_norm};
-#[cfg(feature = "cuda")]
-pub(super) use projection::{map_to_tokens, tokens_to_map};
 pub(super) use update::adamw_steps;
 #[cfg(feature = "cuda")]
-pub(super) use update::{ema_updates, global_squared_norm};
+pub(super) use {
+    activation::{geglu, gelu, quick_gelu, silu},
+    attention::{attention, has_attention_kernel},
+    cast::cast,
+    conv::conv2d,
+    linear::linear,
+    norm::{group_norm, layer_norm},
+    projection::{map_to_tokens, tokens_to_map},
+    residual::{add, add_to_rows, concatenate},
+    update::{ema_updates, global_squared_norm},
+    upsample::upsample_nearest_2x,
+};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]
