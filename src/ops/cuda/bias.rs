@@ -6,16 +6,19 @@ use super::gpu::{Arg, Launch, Module, THREADS, address, empty, launch, module};
 
 const MODULE: Module = module!("bias");
 
-/// Threads of a block that adds up partial sums.
-const SUM_THREADS: u32 = 512;
-
 /// Adds a bias to the elements of each channel, in place, with one launch.
 ///
 /// `x`: contiguous, of `dtype`, `[outer, channels, inner]`: a linear layer's result is `[rows, channels, 1]`, a feature map
 /// `[B, channels, H·W]`. `bias`: contiguous, `channels` numbers, or `outer·channels` for a bias of each image's own; in `dtype`
 /// or in `f32`.
-pub(super) fn add_bias(
+pub(super) fn add_bias(x: Arg<'_>, dtype: DType, shape: [usize; 3], bias: &Tensor) -> Result<()> {
+    add_bias_into(x, x, dtype, shape, bias)
+}
+
+/// As [`add_bias`], into `out` of the shape of `x`.
+pub(super) fn add_bias_into(
     x: Arg<'_>,
+    out: Arg<'_>,
     dtype: DType,
     [outer, channels, inner]: [usize; 3],
     bias: &Tensor,
@@ -25,7 +28,13 @@ pub(super) fn add_bias(
         bail!("a bias of {biases} for {outer}·{channels} channels");
     }
     let count = outer * channels * inner;
-    let sizes = [x, Arg::Tensor(bias), wide(bias, dtype)?, Arg::long(count)];
+    let sizes = [
+        x,
+        out,
+        Arg::Tensor(bias),
+        wide(bias, dtype)?,
+        Arg::long(count),
+    ];
     if inner == 1 && biases == channels {
         let kernel = elementwise("bias_add_to_rows", dtype, count);
         launch(
@@ -50,13 +59,13 @@ pub(super) fn bias_grad(
     let sums = empty(bias.shape(), bias.dtype(), bias.device())?;
     if inner == 1 && bias.elem_count() == channels {
         let parts = column_sums(grad, outer, channels)?;
-        sum_rows(MODULE, "bias_sum_rows", &parts, &sums)?;
+        sum_rows(&parts, &sums)?;
     } else if bias.elem_count() == outer * channels {
         plane_sums(grad, outer * channels, inner, &sums)?;
     } else {
         let parts = empty((outer, channels), DType::F32, grad.device())?;
         plane_sums(grad, outer * channels, inner, &parts)?;
-        sum_rows(MODULE, "bias_sum_rows", &parts, &sums)?;
+        sum_rows(&parts, &sums)?;
     }
     Ok(sums)
 }
@@ -171,14 +180,25 @@ fn plane_sums(x: &Tensor, planes: usize, inner: usize, sums: &Tensor) -> Result<
     )
 }
 
-/// The sums over the rows of `parts`, `[rows, columns]` in `f32`, into `out`, by a kernel that calls `sum_rows` of `vector.cuh`.
-fn sum_rows(module: Module, kernel: &str, parts: &Tensor, out: &Tensor) -> Result<()> {
+/// The sums over the rows of `parts`, `[rows, columns]` in `f32`, into `out`.
+fn sum_rows(parts: &Tensor, out: &Tensor) -> Result<()> {
     let (rows, columns) = parts.dims2()?;
-    let grid = [columns.div_ceil(32), 1, 1];
-    let kernel = Launch::new(module, kernel, out.dtype(), grid, SUM_THREADS);
+    let kernel = row_sums(MODULE, "bias_sum_rows", out.dtype(), [columns, 1]);
     let args = [Arg::Tensor(parts), Arg::Tensor(out)];
     let sizes = [Arg::int(rows)?, Arg::int(columns)?];
     launch(parts, &kernel, &[&args[..], &sizes].concat())
+}
+
+/// The launch of a kernel that calls `sum_rows` of `vector.cuh` for `columns` of each of `matrices`.
+pub(super) fn row_sums(
+    module: Module,
+    name: &str,
+    dtype: DType,
+    [columns, matrices]: [usize; 2],
+) -> Launch {
+    const THREADS: u32 = 512;
+    let grid = [columns.div_ceil(32), matrices, 1];
+    Launch::new(module, name, dtype, grid, THREADS)
 }
 
 #[cfg(test)]
@@ -195,18 +215,22 @@ mod tests {
 
     #[test]
     fn cuda_biases_equal_candles() -> Result<()> {
+        // Rows: packs, odd sizes, blocks of rows, tiles of columns. Maps: odd sizes, packs.
+        let cases = [
+            ([70, 24, 1], false),
+            ([3, 5, 1], false),
+            ([3, 5, 1], true),
+            ([300, 64, 1], false),
+            ([9, 2056, 1], false),
+            ([2, 5, 7], false),
+            ([2, 5, 7], true),
+            ([3, 2, 264], false),
+            ([3, 2, 264], true),
+        ];
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for shape in [
-                [70, 24, 1],
-                [3, 5, 1],
-                [300, 2056, 1],
-                [2, 5, 7],
-                [3, 2, 264],
-            ] {
-                for own in [false, true] {
-                    for held in [dtype, DType::F32] {
-                        check(shape, own, dtype, held)?;
-                    }
+            for (shape, own) in cases {
+                for held in [dtype, DType::F32] {
+                    check(shape, own, dtype, held)?;
                 }
             }
         }

@@ -7,6 +7,7 @@
 
 mod activation;
 mod bias;
+mod cast;
 mod conv;
 #[cfg(feature = "cudnn")]
 mod cudnn;
@@ -15,19 +16,30 @@ mod gpu;
 mod host;
 mod linear;
 mod matmul;
+mod norm;
 mod projection;
+mod residual;
+mod upsample;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
-pub(super) use activation::geglu;
+pub(super) use activation::{geglu, gelu, quick_gelu, silu};
+#[cfg(feature = "cuda")]
+pub(super) use cast::cast;
 #[cfg(feature = "cuda")]
 pub(super) use conv::conv2d;
 #[cfg(feature = "cuda")]
 pub(super) use linear::linear;
 #[cfg(feature = "cuda")]
+pub(super) use norm::{group_norm, layer_norm};
+#[cfg(feature = "cuda")]
 pub(super) use projection::{map_to_tokens, tokens_to_map};
+#[cfg(feature = "cuda")]
+pub(super) use residual::{add, add_to_rows, concatenate};
+#[cfg(feature = "cuda")]
+pub(super) use upsample::upsample_nearest_2x;
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]

@@ -1,31 +1,32 @@
-// Biases added in place, and their gradients. x is [outer, channels, inner]; a bias has a number for each channel.
+// Biases added, in place where `out` is `x`, and their gradients. x is [outer, channels, inner]; a bias has a number for each
+// channel.
 
 #include "vector.cuh"
 
 namespace {
 
 // x is [rows, width].
-template <class T, int N> __device__ void add_to_rows(T* x, Parameters bias, int64_t count, int width) {
+template <class T, int N> __device__ void add_to_rows(const T* x, T* out, Parameters bias, int64_t count, int width) {
   for (int64_t i = thread_index() * N; i < count; i += thread_count() * N) {
     float value[N], shift[N];
     load(x + i, value);
     load_parameters<T>(bias, remainder_of(i, width), shift);
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] += shift[k];
-    store(x + i, value);
+    store(out + i, value);
   }
 }
 
 // x is [planes, inner], and plane p has the bias p % biases.
 template <class T, int N>
-__device__ void add_to_maps(T* x, Parameters bias, int64_t count, int64_t inner, int biases) {
+__device__ void add_to_maps(const T* x, T* out, Parameters bias, int64_t count, int64_t inner, int biases) {
   for (int64_t i = thread_index() * N; i < count; i += thread_count() * N) {
     const float shift = load_parameter<T>(bias, remainder_of(quotient(i, inner), biases));
     float value[N];
     load(x + i, value);
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] += shift;
-    store(x + i, value);
+    store(out + i, value);
   }
 }
 
@@ -78,38 +79,39 @@ template <class T> __device__ void sum_planes(const T* x, void* sums, int wide, 
 
 }  // namespace
 
-#define BIAS(T)                                                                                               \
-  KERNEL bias_add_to_rows_##T(T* x, const void* bias, int wide, int64_t count, int width) {                   \
-    if (packs<T>(width, x, bias)) {                                                                           \
-      add_to_rows<T, LANES<T>>(x, {bias, wide}, count, width);                                                \
-    } else {                                                                                                  \
-      add_to_rows<T, 1>(x, {bias, wide}, count, width);                                                       \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_add_to_rows_##T)                                                                                \
-  KERNEL bias_add_to_maps_##T(T* x, const void* bias, int wide, int64_t count, int64_t inner, int biases) {   \
-    if (packs<T>(inner, x)) {                                                                                 \
-      add_to_maps<T, LANES<T>>(x, {bias, wide}, count, inner, biases);                                        \
-    } else {                                                                                                  \
-      add_to_maps<T, 1>(x, {bias, wide}, count, inner, biases);                                               \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_add_to_maps_##T)                                                                                \
-  KERNEL bias_sum_columns_##T(const T* x, float* parts, int rows, int width, int each, int packed) {          \
-    if (packed) {                                                                                             \
-      sum_columns<T, LANES<T>>(x, parts, rows, width, each);                                                  \
-    } else {                                                                                                  \
-      sum_columns<T, 1>(x, parts, rows, width, each);                                                         \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_sum_columns_##T)                                                                                \
-  KERNEL bias_sum_planes_##T(const T* x, void* sums, int wide, int planes, int64_t inner) {                   \
-    sum_planes(x, sums, wide, planes, inner);                                                                 \
-  }                                                                                                           \
-  EXPORT(bias_sum_planes_##T)                                                                                 \
-  KERNEL bias_sum_rows_##T(const float* parts, T* out, int rows, int columns) {                               \
-    sum_rows(parts, out, rows, columns);                                                                      \
-  }                                                                                                           \
+#define BIAS(T)                                                                                                \
+  KERNEL bias_add_to_rows_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int width) {      \
+    if (packs<T>(width, x, out, bias)) {                                                                       \
+      add_to_rows<T, LANES<T>>(x, out, {bias, wide}, count, width);                                            \
+    } else {                                                                                                   \
+      add_to_rows<T, 1>(x, out, {bias, wide}, count, width);                                                   \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_add_to_rows_##T)                                                                                 \
+  KERNEL bias_add_to_maps_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int64_t inner,    \
+                               int biases) {                                                                   \
+    if (packs<T>(inner, x, out)) {                                                                             \
+      add_to_maps<T, LANES<T>>(x, out, {bias, wide}, count, inner, biases);                                    \
+    } else {                                                                                                   \
+      add_to_maps<T, 1>(x, out, {bias, wide}, count, inner, biases);                                           \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_add_to_maps_##T)                                                                                 \
+  KERNEL bias_sum_columns_##T(const T* x, float* parts, int rows, int width, int each, int packed) {           \
+    if (packed) {                                                                                              \
+      sum_columns<T, LANES<T>>(x, parts, rows, width, each);                                                   \
+    } else {                                                                                                   \
+      sum_columns<T, 1>(x, parts, rows, width, each);                                                          \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_sum_columns_##T)                                                                                 \
+  KERNEL bias_sum_planes_##T(const T* x, void* sums, int wide, int planes, int64_t inner) {                    \
+    sum_planes(x, sums, wide, planes, inner);                                                                  \
+  }                                                                                                            \
+  EXPORT(bias_sum_planes_##T)                                                                                  \
+  KERNEL bias_sum_rows_##T(const float* parts, T* out, int rows, int columns) {                                \
+    sum_rows(parts, out, rows, columns, columns);                                                              \
+  }                                                                                                            \
   EXPORT(bias_sum_rows_##T)
 
 BIAS(f32)

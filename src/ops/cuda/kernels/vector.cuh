@@ -4,7 +4,13 @@
 // and with `N = 1`.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
+
+// What a kernel reads, and what it writes and nothing else points to: the loads of a loop need not wait for its stores.
+template <class T> using In = const T* __restrict__;
+template <class T> using Out = T* __restrict__;
 
 // Numbers of 16 bytes.
 template <class T> constexpr int LANES = 16 / int(sizeof(T));
@@ -47,6 +53,16 @@ template <int N, class T> __device__ __forceinline__ void store(T* p, const floa
     for (int i = 0; i < N; ++i) pack.values[i] = from_float<T>(x[i]);
     *reinterpret_cast<Pack<T>*>(p) = pack;
   }
+}
+
+// Calls `body(N, i)` for the numbers `i` to `i + N` of `count`, once for each by all threads of a grid of one dimension: whole
+// packs if `packed`, and single numbers. `N` is a type whose `value` is the number.
+template <class T, class Body> __device__ __forceinline__ void for_each(int64_t count, bool packed, Body body) {
+  const int64_t whole = packed ? count - count % LANES<T> : 0;
+  for (int64_t i = thread_index() * LANES<T>; i < whole; i += thread_count() * LANES<T>) {
+    body(std::integral_constant<int, LANES<T>>(), i);
+  }
+  for (int64_t i = whole + thread_index(); i < count; i += thread_count()) body(std::integral_constant<int, 1>(), i);
 }
 
 // Parameters: of the type of the tensor that they belong to, or f32 if `wide`.
@@ -111,19 +127,34 @@ template <int N> __device__ __forceinline__ void sum_tile(const Tile& tile, floa
   }
 }
 
-// `out[c] = Σ parts[row][c]` over the rows of a matrix of `columns`. The blocks of the grid's first dimension have 32 columns
-// each; `lanes` threads share one.
-template <class T> __device__ void sum_rows(const float* parts, T* out, int rows, int columns) {
+// `out[c] = Σ parts[row·stride + c]` over `rows`. The blocks of the grid's first dimension have 32 columns each, and each column
+// a thread of every warp.
+template <class T> __device__ void sum_rows(const float* parts, T* out, int rows, int columns, int stride) {
   __shared__ float sums[1024];
   const int column = blockIdx.x * WARP + threadIdx.x % WARP, lanes = blockDim.x / WARP;
   float sum = 0;
   if (column < columns) {
 #pragma unroll 4
-    for (int row = threadIdx.x / WARP; row < rows; row += lanes) sum += parts[int64_t(row) * columns + column];
+    for (int row = threadIdx.x / WARP; row < rows; row += lanes) sum += parts[int64_t(row) * stride + column];
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x >= WARP || column >= columns) return;
   for (int lane = 1; lane < lanes; ++lane) sum += sums[lane * WARP + threadIdx.x];
   out[column] = from_float<T>(sum);
+}
+
+// The logistic function for numbers that are kept as `T`: in f32 to the last bits, else to about 1e-6.
+template <class T> __device__ __forceinline__ float sigmoid(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return 1 / (1 + expf(-x));
+  } else {
+    return __fdividef(1.0f, 1 + __expf(-x));
+  }
+}
+
+// The gradient of `y` given that of SiLU of `y`.
+template <class T> __device__ __forceinline__ float silu_backward(float y, float grad) {
+  const float s = sigmoid<T>(y);
+  return grad * s * (1 + y * (1 - s));
 }
