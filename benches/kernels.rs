@@ -185,7 +185,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let cases: Vec<Case> = serde_json::from_str(include_str!("kernels.json"))?;
     for case in cases.iter().filter(|case| case.name.contains(&args.only)) {
         // As in a step: inside the pool.
-        let Timing { forward, backward } = ops::in_pool(|| measure(&case.kernel, args.seconds))?;
+        let Timing { forward, backward } =
+            ops::in_pool(&Device::Cpu, || measure(&case.kernel, args.seconds))?;
         println!(
             "{}",
             json!({ "name": case.name, "forward": forward, "backward": backward })

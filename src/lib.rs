@@ -12,6 +12,7 @@ pub mod adaptation;
 pub mod cli;
 pub mod conditioning;
 pub mod config;
+pub mod device;
 pub mod diffusion;
 pub mod draw;
 pub mod encode;

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device};
 
 use super::{Adaptation, ModelFolder};
-use crate::models::unet::{WEIGHTS_STEM, student_tensors};
+use crate::models::unet::{WEIGHTS_STEM, casts_parameter, student_tensors};
 use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights};
 use crate::ops::{Activations, Attention};
 use crate::params::{ParamSet, Tensors};
@@ -23,7 +23,7 @@ pub struct ForwardOptions {
     pub attention: Attention,
     /// Activations that the blocks of the trained network keep for the backward pass.
     pub activations: Activations,
-    /// Type to compute in; `None`: the weights' f32.
+    /// Type to compute in; `None`: the weights' f32. The weights are then kept in this type besides f32.
     pub compute: Option<DType>,
 }
 
@@ -93,7 +93,11 @@ impl Full {
             weights.expect_all_taken(&[])?;
             Ok::<_, ModelError>(unet.computing_in(options.compute))
         };
-        let (params, target_params) = (ParamSet::new(params)?, ParamSet::new(target)?);
+        let param_set = |tensors| match options.compute {
+            Some(dtype) => ParamSet::new(tensors)?.with_copies(dtype, casts_parameter),
+            None => ParamSet::new(tensors),
+        };
+        let (params, target_params) = (param_set(params)?, param_set(target)?);
         Ok(Self {
             student: build(params.tracked())?.with_activations(options.activations),
             frozen_student: build(params.detached())?,
@@ -129,11 +133,79 @@ impl Adaptation for Full {
         let folder = |name, params: &ParamSet| ModelFolder {
             name,
             config: self.student.config().to_json().clone(),
-            tensors: params.detached(),
+            tensors: params.values(),
         };
         vec![
             folder(UNET, &self.params),
             folder(UNET_TARGET, &self.target_params),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Result, Tensor};
+
+    use super::*;
+    use crate::models::Conditioning;
+    use crate::ops;
+    use crate::params::Grads;
+
+    /// The prediction of a network and the gradients of its square.
+    fn step(network: &UNet, params: &ParamSet) -> Result<(Vec<f32>, Grads)> {
+        let width = network.config().to_json()["cross_attention_dim"].as_u64();
+        let channels = network.config().to_json()["in_channels"].as_u64();
+        let filled = |shape: &[u64]| {
+            let shape: Vec<usize> = shape.iter().map(|&n| n as usize).collect();
+            let n = shape.iter().product::<usize>();
+            Tensor::from_iter((0..n).map(|i| (i as f32).sin()), &Device::Cpu)?.reshape(shape)
+        };
+        let latents = filled(&[2, channels.expect("channels"), 8, 8])?;
+        let conditioning = Conditioning::text(filled(&[2, 5, width.expect("a width")])?);
+        let output = network.forward(&latents, &[3, 700], &conditioning)?;
+        let gradients = ops::backward(&output.sqr()?.mean_all()?)?;
+        let mut sums = Grads::new();
+        params.accumulate(&mut sums, gradients)?;
+        Ok((output.flatten_all()?.to_vec1()?, sums))
+    }
+
+    #[test]
+    fn full_over_copies_equals_casts_at_every_use() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher/unet");
+        let config = UNetConfig::read(&folder).unwrap();
+        let tensors = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &Device::Cpu).unwrap();
+        let tensors = tensors.into_tensors();
+        for (dtype, activations) in [
+            (DType::F16, Activations::Recompute),
+            (DType::BF16, Activations::Keep),
+        ] {
+            let options = ForwardOptions {
+                attention: Attention::MemoryEfficient,
+                activations,
+                compute: Some(dtype),
+            };
+            let full = Full::new(&config, &tensors, &tensors, &folder, options).unwrap();
+            let params = ParamSet::new(&tensors).unwrap();
+            let weights = Weights::new(params.tracked(), &folder);
+            let casting = UNet::new(weights.builder(), &config, options.attention).unwrap();
+            let casting = casting.computing_in(options.compute);
+            let (got, got_gradients) = step(&full.student, &full.params).unwrap();
+            let (want, want_gradients) = step(&casting, &params).unwrap();
+            assert_eq!(got, want);
+            assert_eq!(got_gradients.len(), tensors.len());
+            for (name, want) in &want_gradients {
+                let got = &got_gradients[name];
+                assert_eq!(got.dtype(), DType::F32, "{name}");
+                let [got, want] = [got, want].map(|t| t.flatten_all()?.to_vec1::<f32>());
+                assert_eq!(got.unwrap(), want.unwrap(), "{name}");
+            }
+            // Norms alone are computed in f32.
+            let held = full.params.tracked();
+            let wide = held
+                .iter()
+                .filter(|(_, tensor)| tensor.dtype() == DType::F32);
+            assert!(wide.clone().count() > 0);
+            assert!(wide.clone().all(|(name, _)| name.contains("norm")));
+        }
     }
 }

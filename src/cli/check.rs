@@ -15,18 +15,18 @@ use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
-    DataAccess, content, open_device, open_devices, source_options, stream_config,
+    DataAccess, content, encode_devices, source_options, stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
 use crate::config::{Config, ConfigError, ModelRef, PrecomputeRequired, TrainRequired, in_s3};
 use crate::diffusion::Prediction;
-use crate::encode::{EncoderOutput, Encoders};
+use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
 use crate::ops::Attention;
 use crate::pretrained::{Components, Models as ModelFolders};
-use crate::train::lcm_schedule;
+use crate::train::{encoder_options, lcm_schedule};
 use cost::{Cost, SampleSizes};
 use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
@@ -194,12 +194,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     report.step("dry run", || {
         let start = Instant::now();
         let unet = teacher.as_ref().map(|teacher| &teacher.unet);
-        let done = dry_run(
-            batch,
-            &encoders.models,
-            unet,
-            &open_device(config.train.device)?,
-        )?;
+        let done = dry_run(batch, &encoders.models, unet, &train_device(&config)?)?;
         Ok((
             (),
             format!("{done} in {:.2} s", start.elapsed().as_secs_f64()),
@@ -278,9 +273,13 @@ fn load_encoders(
     config: &Config,
     folders: &ModelFolders,
 ) -> Result<(LoadedEncoders, String), Failure> {
-    let devices = open_devices(&config.encode.devices)?;
+    let devices = encode_devices(config)?;
     let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
-    let models = Encoders::load(pipeline, vae, &devices[0], 1)?;
+    let options = EncoderOptions {
+        vae_batch: 1,
+        ..encoder_options(&config.encode)
+    };
+    let models = Encoders::load(pipeline, vae, &devices[0], options)?;
     let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
     let weights = |folder: &Path, stem| Weights::load(folder, stem, DType::F32, &Device::Cpu);
     let vae = weights(&vae_folder, WEIGHTS_STEM)?;
@@ -327,7 +326,7 @@ fn load_teacher(
         text_width: encoders.text_width(),
         resolution: config.image.resolution as usize,
     })?;
-    let device = open_device(config.train.device)?;
+    let device = train_device(config)?;
     let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
     let unet = UNet::new(weights.builder(), &unet_config, Attention::Plain)?;
     weights.expect_all_taken(&[])?;

@@ -9,7 +9,7 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamError};
 
 use super::ranks::RankArgs;
-use super::resources::{DataAccess, open_device, source_options, start_monitor, stream_config};
+use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodePool, Encoders};
@@ -22,6 +22,7 @@ use crate::precompute::{PrecomputeError, counted, write_latents};
 use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
+use crate::train::encoder_options;
 
 /// Number of missing shards that a message names.
 const MISSING_NAMED: usize = 10;
@@ -181,12 +182,12 @@ fn finish(config: &Config, output: &str) -> Result<(), Failure> {
 }
 
 fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encoders, Failure> {
-    let device = open_device(config.encode.devices[index])?;
+    let device = encode_device(config, index)?;
     Ok(Encoders::load(
         &models.pipeline,
         models.vae.as_deref(),
         &device,
-        config.encode.batch_size,
+        encoder_options(&config.encode),
     )?)
 }
 

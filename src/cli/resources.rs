@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
+use crate::device;
 use crate::latents::{LatentSource, LatentSourceError};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
@@ -177,16 +178,31 @@ pub(super) fn stream_config(
     }
 }
 
-pub(super) fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
-    match spec {
-        DeviceSpec::Cpu => Ok(Device::Cpu),
-        DeviceSpec::Cuda(ordinal) => Device::new_cuda(ordinal)
-            .map_err(|error| Failure::Failed(format!("{spec} can't be opened: {error}").into())),
-    }
+/// The device of `train.device`.
+pub(super) fn train_device(config: &Config) -> Result<Device, Failure> {
+    open_device(config, "train.device", config.train.device)
 }
 
-pub(super) fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Device>, Failure> {
-    specs.iter().map(|&spec| open_device(spec)).collect()
+/// The device of one entry of `encode.devices`.
+pub(super) fn encode_device(config: &Config, index: usize) -> Result<Device, Failure> {
+    let key = format!("encode.devices[{index}]");
+    open_device(config, &key, config.encode.devices[index])
+}
+
+/// The devices of `encode.devices`, an entry each.
+pub(super) fn encode_devices(config: &Config) -> Result<Vec<Device>, Failure> {
+    let entries = 0..config.encode.devices.len();
+    entries.map(|index| encode_device(config, index)).collect()
+}
+
+fn open_device(config: &Config, key: &str, spec: DeviceSpec) -> Result<Device, Failure> {
+    device::open(spec).map_err(|error| {
+        if error.is_config() {
+            config.refuse_device(key, spec, error).into()
+        } else {
+            Failure::Failed(format!("{key}: {spec} can't be opened: {error}").into())
+        }
+    })
 }
 
 /// The monitor of a command, and its HTTP server if `[metrics]` asks for one. The server answers until it is dropped.

@@ -9,11 +9,12 @@ use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 
 use super::Failure;
-use super::resources::{DataAccess, open_device};
+use super::resources::DataAccess;
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
+use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
-use crate::encode::Encoders;
+use crate::encode::{EncoderOptions, Encoders};
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Components;
@@ -104,6 +105,18 @@ impl From<SampleError> for Failure {
     }
 }
 
+/// The device of `--device`.
+fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
+    device::open(spec).map_err(|error| {
+        let message = format!("--device {spec} can't be opened: {error}").into();
+        if error.is_config() {
+            Failure::Usage(message)
+        } else {
+            Failure::Failed(message)
+        }
+    })
+}
+
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
@@ -111,7 +124,12 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
     let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
-    let encoders = Encoders::load(&folders.pipeline, folders.vae.as_deref(), &device, CHUNK)?;
+    let encoders = Encoders::load(
+        &folders.pipeline,
+        folders.vae.as_deref(),
+        &device,
+        EncoderOptions::exact(CHUNK),
+    )?;
     folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;

@@ -5,9 +5,10 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig};
 
 use super::resources::{
-    DataAccess, content, open_device, open_devices, source_options, start_monitor, stream_config,
+    DataAccess, content, encode_devices, source_options, start_monitor, stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
+use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
@@ -25,8 +26,9 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
     let required = config.require_train()?;
-    let train_device = open_device(config.train.device)?;
-    let encode_devices = open_devices(&config.encode.devices)?;
+    device::allow_tf32(config.train.tf32);
+    let train_device = train_device(&config)?;
+    let encode_devices = encode_devices(&config)?;
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {

@@ -25,13 +25,14 @@ pub struct TextEncoder {
 }
 
 impl TextEncoder {
-    /// Loads `text_encoder/` and `tokenizer/` of the pipeline in the folder `pipeline`.
+    /// Loads `text_encoder/` and `tokenizer/` of the pipeline in the folder `pipeline`. The weights are held in `dtype` and
+    /// computed with in it.
     ///
     /// # Errors
     /// When a file is missing or does not describe a CLIP text encoder.
-    pub fn load(pipeline: &Path, device: &Device) -> Result<Self, ModelError> {
+    pub fn load(pipeline: &Path, dtype: DType, device: &Device) -> Result<Self, ModelError> {
         Ok(Self {
-            model: ClipTextModel::load(&pipeline.join("text_encoder"), DType::F32, device)?,
+            model: ClipTextModel::load(&pipeline.join("text_encoder"), dtype, device)?,
             tokenizer: ClipTokenizer::load(&pipeline.join("tokenizer"))?,
         })
     }
@@ -51,6 +52,7 @@ impl TextEncoder {
             .iter()
             .map(|caption| self.tokenizer.encode(caption.as_ref()))
             .collect::<Result<_, _>>()?;
-        Ok(Conditioning::text(self.model.forward(&ids)?))
+        let hidden = self.model.forward(&ids)?.to_dtype(DType::F32)?;
+        Ok(Conditioning::text(hidden))
     }
 }

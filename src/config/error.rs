@@ -80,14 +80,6 @@ pub enum ConfigError {
         /// What to write for the key.
         meaning: &'static str,
     },
-    /// A value whose feature this version does not have.
-    #[error("{entry}: not built yet; {instead}")]
-    NotBuilt {
-        /// The key and its value.
-        entry: Box<KeyValue>,
-        /// What to write instead.
-        instead: &'static str,
-    },
     /// A value that needs a cargo feature this binary was compiled without.
     #[error(
         "{entry}: this binary was built without {what}; {instead} or build with `--features {feature}`"

@@ -1,11 +1,12 @@
 //! What each command needs besides a valid configuration: keys that have no default, and folders that exist.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use super::error::ConfigError;
 use super::limits::quoted;
 use super::model_ref::{ModelPlace, ModelRef};
-use super::values::in_s3;
+use super::values::{DeviceSpec, in_s3};
 use super::{Config, DataKind, Latents, Listen, Model, Resume};
 
 /// Keys that `train` requires.
@@ -93,6 +94,14 @@ impl Config {
             needs: format!(
                 "can't listen there: {cause}; choose another port, or an address of this machine (port 0 is any free one)"
             ),
+        }
+    }
+
+    /// The error for a device that can't be opened because of `cause`.
+    pub fn refuse_device(&self, key: &str, device: DeviceSpec, cause: impl Display) -> ConfigError {
+        ConfigError::Invalid {
+            entry: self.origin.entry(key, format!("{:?}", device.to_string())),
+            needs: format!("can't be opened: {cause}"),
         }
     }
 

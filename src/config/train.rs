@@ -36,6 +36,8 @@ pub struct Train {
     pub mixed_precision: MixedPrecision,
     /// Type the teacher's weights are held in; the CPU computes in f32. `--cast_teacher_unet`
     pub teacher_dtype: FloatType,
+    /// Let CUDA devices round the operands of f32 products and convolutions to TF32. `--allow_tf32`
+    pub tf32: bool,
     /// Seed of all random draws. `--seed`
     pub seed: u64,
     /// Seconds of waiting for a batch before the run ends, naming the stage that hangs. No flag.
@@ -55,6 +57,7 @@ impl Default for Train {
             attention: Attention::MemoryEfficient,
             mixed_precision: MixedPrecision::No,
             teacher_dtype: FloatType::F32,
+            tf32: false,
             seed: 453_645_634,
             stall_timeout: 1800,
         }

@@ -65,6 +65,16 @@ pub enum FloatType {
     Bf16,
 }
 
+impl From<FloatType> for candle_core::DType {
+    fn from(float: FloatType) -> Self {
+        match float {
+            FloatType::F32 => Self::F32,
+            FloatType::F16 => Self::F16,
+            FloatType::Bf16 => Self::BF16,
+        }
+    }
+}
+
 /// Whether a path is a prefix in S3 and not a folder.
 #[must_use]
 pub fn in_s3(path: &Path) -> bool {

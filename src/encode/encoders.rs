@@ -77,6 +77,30 @@ pub struct Encoders {
     vae_batch: usize,
 }
 
+/// How encoders are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EncoderOptions {
+    /// Images that pass the autoencoder at once on a GPU, at least 1.
+    ///
+    /// On the CPU the results do not depend on it: small images are encoded in parallel, large images in turn.
+    pub vae_batch: usize,
+    /// Type that the autoencoder's weights are held in and computed with.
+    pub vae_dtype: DType,
+    /// Type that the text encoder's weights are held in and computed with.
+    pub text_dtype: DType,
+}
+
+impl EncoderOptions {
+    /// Everything in `f32`.
+    pub fn exact(vae_batch: usize) -> Self {
+        Self {
+            vae_batch,
+            vae_dtype: DType::F32,
+            text_dtype: DType::F32,
+        }
+    }
+}
+
 /// A batch after the encoders, on the device that made it.
 #[derive(Clone, Debug)]
 pub struct EncoderOutput {
@@ -89,23 +113,20 @@ pub struct EncoderOutput {
 impl Encoders {
     /// Loads the encoders of the pipeline in the folder `pipeline`; the autoencoder from `vae` if it is given.
     ///
-    /// On a GPU at most `vae_batch` images pass the autoencoder at once. On the CPU the results do not depend on it: small
-    /// images are encoded in parallel, large images in turn.
-    ///
     /// # Errors
     /// When a file is missing, or is not of such a model.
     pub fn load(
         pipeline: &Path,
         vae: Option<&Path>,
         device: &Device,
-        vae_batch: usize,
+        options: EncoderOptions,
     ) -> Result<Self, ModelError> {
         let vae = vae.map_or_else(|| pipeline.join("vae"), Path::to_owned);
         Ok(Self {
-            vae: AutoencoderKl::load(&vae, DType::F32, device)?,
-            text: TextEncoder::load(pipeline, device)?,
+            vae: AutoencoderKl::load(&vae, options.vae_dtype, device)?,
+            text: TextEncoder::load(pipeline, options.text_dtype, device)?,
             device: device.clone(),
-            vae_batch: vae_batch.max(1),
+            vae_batch: options.vae_batch.max(1),
         })
     }
 
@@ -241,4 +262,41 @@ fn stored_tensor<const D: usize>(halves: F16Array<D>) -> Result<Tensor, EncodeEr
     Tensor::from_vec(values, shape, &Device::Cpu)
         .and_then(|tensor| tensor.to_dtype(DType::F32))
         .map_err(EncodeError::on(&Device::Cpu))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encoders_in_16_bits_give_nearly_the_same() {
+        let teacher = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher");
+        let pixels: Vec<u8> = (0..3 * 64 * 64u32)
+            .map(|i| (i * i / 7 % 251) as u8)
+            .collect();
+        let encode = |dtype| {
+            let options = EncoderOptions {
+                vae_batch: 1,
+                vae_dtype: dtype,
+                text_dtype: dtype,
+            };
+            let encoders = Encoders::load(&teacher, None, &Device::Cpu, options).unwrap();
+            let moments = encoders.encode_pixels(&pixels, 64).unwrap();
+            let text = encoders.encode_text(&["a red apple"]).unwrap();
+            [moments, text.hidden]
+        };
+        let number = |tensor: Tensor| tensor.to_scalar::<f32>().unwrap();
+        let exact = encode(DType::F32);
+        for (dtype, tolerance) in [(DType::F16, 0.01), (DType::BF16, 0.08)] {
+            for (got, want) in encode(dtype).iter().zip(&exact) {
+                assert_eq!(got.dtype(), DType::F32);
+                let apart = number((got - want).unwrap().abs().unwrap().max_all().unwrap());
+                let scale = number(want.abs().unwrap().max_all().unwrap());
+                assert!(
+                    0.0 < apart && apart < tolerance * scale,
+                    "{dtype:?}: {apart} of {scale}"
+                );
+            }
+        }
+    }
 }

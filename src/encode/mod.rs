@@ -6,5 +6,5 @@
 mod encoders;
 mod pool;
 
-pub use encoders::{EncodeError, EncoderOutput, Encoders};
+pub use encoders::{EncodeError, EncoderOptions, EncoderOutput, Encoders};
 pub use pool::{EncodePool, EncodedBatch};

@@ -15,7 +15,8 @@ pub(super) fn to_f16(values: &[f32]) -> Result<Vec<f16>, NotF16> {
             _ if value.is_finite() => Err(NotF16(value, "more than f16 can hold (65504)")),
             _ => Err(NotF16(
                 value,
-                "which no finite input makes of sound weights",
+                "which no finite input makes of sound weights in f32; in f16 some VAEs overflow: \
+                 encode.vae_dtype = \"bf16\" or \"f32\", or a VAE made for f16 (model.vae)",
             )),
         })
         .collect()

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Fingerprint, LatentError};
-use crate::config::{Config, TextKind};
+use crate::config::{Config, FloatType, TextKind};
 
 /// Version of the format. Other versions are not read.
 pub const FORMAT_VERSION: u32 = 1;
@@ -39,10 +39,37 @@ pub struct Recipe {
     pub prompt_embeds_shape: Option<[usize; 2]>,
     /// Stored form of the captions.
     pub text: TextKind,
+    /// Types the encoders ran in; absent if all are f32.
+    #[serde(default, skip_serializing_if = "EncodedIn::is_exact")]
+    pub encoded_in: EncodedIn,
     /// The image transform.
     pub image: ImageRecipe,
     /// The selection of samples.
     pub selection: Selection,
+}
+
+/// Types the encoders ran in, as `encode.vae_dtype` and `encode.dtype`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncodedIn {
+    /// That of the autoencoder.
+    pub vae: FloatType,
+    /// That of the text encoder; f32 if captions are stored in place of embeddings.
+    pub text_encoder: FloatType,
+}
+
+impl Default for EncodedIn {
+    fn default() -> Self {
+        Self {
+            vae: FloatType::F32,
+            text_encoder: FloatType::F32,
+        }
+    }
+}
+
+impl EncodedIn {
+    fn is_exact(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Shape and scale of the latents.
@@ -136,6 +163,13 @@ impl Recipe {
             latent,
             prompt_embeds_shape: (text != TextKind::Caption).then_some(prompt_embeds_shape),
             text,
+            encoded_in: EncodedIn {
+                vae: config.encode.vae_dtype,
+                text_encoder: match text {
+                    TextKind::Caption => FloatType::F32,
+                    _ => config.encode.dtype,
+                },
+            },
             image: ImageRecipe {
                 resolution: image.resolution,
                 interpolation: image.interpolation,

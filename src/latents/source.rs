@@ -368,6 +368,10 @@ fn agree(
                 "vae": fingerprint.vae,
                 "text_encoder": embeds.then_some(&fingerprint.text_encoder),
             },
+            "encoded_in": {
+                "vae": recipe.encoded_in.vae,
+                "text_encoder": embeds.then_some(recipe.encoded_in.text_encoder),
+            },
             "latent": recipe.latent,
             "prompt_embeds_shape": recipe.prompt_embeds_shape.filter(|_| embeds),
             // The number of crops and their seed may differ.

@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::parts::shards_of;
 use super::*;
-use crate::config::{Config, TextKind};
-use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
+use crate::config::{Config, FloatType, TextKind};
+use crate::encode::{EncodeError, EncodePool, EncodedBatch, EncoderOptions, Encoders};
 use crate::ranks::Rank;
 
 fn root(path: &str) -> PathBuf {
@@ -103,7 +103,9 @@ fn pool(
         ..StreamConfig::default()
     };
     let stream = Stream::open(config, &sources, &metrics, runtime.handle()).unwrap();
-    let encoders = Arc::new(Encoders::load(&teacher(), None, &Device::Cpu, 32).unwrap());
+    let encoders = Arc::new(
+        Encoders::load(&teacher(), None, &Device::Cpu, EncoderOptions::exact(32)).unwrap(),
+    );
     let encoders = vec![encoders; workers];
     EncodePool::start(stream, encoders, &metrics, runtime.handle()).unwrap()
 }
@@ -399,6 +401,13 @@ fn latent_writer_refuses_another_recipe() {
     let message = refused(weights);
     assert!(
         message.contains("fingerprint.vae = \"sha256:1\", and now it is \"sha256:9\""),
+        "{message}"
+    );
+    let mut types = recipe(TextKind::Embeds);
+    types.encoded_in.vae = FloatType::F16;
+    let message = refused(types);
+    assert!(
+        message.contains("encoded_in") && message.contains("\"f16\""),
         "{message}"
     );
     let message = refused(recipe(TextKind::Both));

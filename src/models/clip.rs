@@ -153,7 +153,8 @@ impl ClipTextModel {
         let mut x = ids
             .apply(&self.token_embedding)?
             .broadcast_add(&positions.narrow(0, 0, t)?)?;
-        ops::in_pool(|| {
+        let device = x.device().clone();
+        ops::in_pool(&device, || {
             for layer in &self.layers {
                 x = layer.forward(&x, self.heads, self.activation)?;
             }

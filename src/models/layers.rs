@@ -1,7 +1,8 @@
 //! Layers that hold parameters: thin structs over the functions of [`crate::ops`].
 //!
 //! Each reads `weight` and `bias` from a builder: this file is the one place where a parameter becomes part of a network.
-//! A parameter may be held in another type than the network computes in, which is that of `x`; it is cast where it is used.
+//! A parameter may be held in another type than the network computes in, which is that of `x`; it is cast where it is used. A
+//! trained network is built over copies in that type ([`ParamSet::with_copies`](crate::params::ParamSet::with_copies)).
 //!
 //! candle-nn's layers of the same names are not used: its `LayerNorm` has no gradient, its `Conv2d` a slow one, and all
 //! compute in the type that the parameters are held in.

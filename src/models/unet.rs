@@ -302,12 +302,21 @@ impl Denoiser for UNet {
         timesteps: &[i64],
         conditioning: &Conditioning,
     ) -> Result<Tensor> {
-        ops::in_pool(|| self.run(latents, timesteps, conditioning))
+        ops::in_pool(latents.device(), || {
+            self.run(latents, timesteps, conditioning)
+        })
     }
 
     fn guidance_width(&self) -> Option<usize> {
         self.config.time_cond_proj_dim
     }
+}
+
+/// Whether a UNet that computes in 16 bits casts the parameter of a name to them: all but those of norms, which are computed in
+/// `f32`.
+pub fn casts_parameter(name: &str) -> bool {
+    let module = name.rsplit('.').nth(1).unwrap_or_default();
+    !module.contains("norm")
 }
 
 /// The tensors of a student: the teacher's, and a new `time_embedding.cond_proj` drawn by `init` when the teacher has none.

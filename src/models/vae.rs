@@ -248,13 +248,16 @@ impl AutoencoderKl {
 
     /// Moments of the latents' distribution: mean, then log-variance, unscaled.
     ///
-    /// `pixels`: `[B, 3, H, W]` in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]` in the dtype of the pixels. As diffusers'
+    /// `pixels`: `[B, 3, H, W]` f32 in [-1, 1] → `[B, 2·latent_channels, H/f, W/f]` f32, computed in the type of the weights. As diffusers'
     /// `AutoencoderKL.encode(…).latent_dist.parameters`.
     ///
     /// # Errors
     /// When the shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<Tensor> {
-        ops::in_pool(|| self.run_encoder(pixels))
+        ops::in_pool(pixels.device(), || {
+            let pixels = ops::cast(pixels, self.encoder.conv_in.dtype())?;
+            ops::cast(&self.run_encoder(&pixels)?, DType::F32)
+        })
     }
 
     /// Whether a batch of images of this side is encoded on the CPU to the bits that each image would give alone.
@@ -286,13 +289,16 @@ impl AutoencoderKl {
 
     /// Pixels of unscaled latents.
     ///
-    /// `latents`: `[B, latent_channels, h, w]` → `[B, 3, h·f, w·f]`, about in [-1, 1], in the dtype of the latents. As diffusers'
+    /// `latents`: `[B, latent_channels, h, w]` f32 → `[B, 3, h·f, w·f]` f32, about in [-1, 1], computed in the type of the weights. As diffusers'
     /// `AutoencoderKL.decode`.
     ///
     /// # Errors
     /// When the shapes do not fit, or after [`without_decoder`](Self::without_decoder).
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        ops::in_pool(|| self.run_decoder(latents))
+        ops::in_pool(latents.device(), || {
+            let latents = ops::cast(latents, self.encoder.conv_in.dtype())?;
+            ops::cast(&self.run_decoder(&latents)?, DType::F32)
+        })
     }
 
     fn run_decoder(&self, latents: &Tensor) -> Result<Tensor> {

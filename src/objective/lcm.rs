@@ -157,15 +157,15 @@ impl Lcm {
         timesteps: &[i64],
         inputs: &LcmInputs,
     ) -> Result<Tensor> {
-        let estimate = |on: &Conditioning| -> Result<(Tensor, Tensor)> {
-            let output = teacher.forward(x, timesteps, on)?;
+        let (cond, uncond) = guided_pair(teacher, x, timesteps, inputs)?;
+        let estimate = |output: &Tensor| -> Result<(Tensor, Tensor)> {
             Ok((
-                self.schedule.predicted_original(&output, x, timesteps)?,
-                self.schedule.predicted_noise(&output, x, timesteps)?,
+                self.schedule.predicted_original(output, x, timesteps)?,
+                self.schedule.predicted_noise(output, x, timesteps)?,
             ))
         };
-        let (cond_original, cond_noise) = estimate(&inputs.conditioning)?;
-        let (uncond_original, uncond_noise) = estimate(&inputs.unconditional)?;
+        let (cond_original, cond_noise) = estimate(&cond)?;
+        let (uncond_original, uncond_noise) = estimate(&uncond)?;
         let w = per_sample(&inputs.w, x)?;
         let guide = |cond: &Tensor, uncond: &Tensor| cond + (cond - uncond)?.broadcast_mul(&w)?;
         self.solver.step(
@@ -174,6 +174,31 @@ impl Lcm {
             &inputs.index,
         )
     }
+}
+
+/// The teacher's outputs on the captions and on the empty caption, `[B, C, h, w]` each.
+///
+/// On a GPU both are one pass over `2·B` samples, which reads each weight once and launches half the kernels. On the CPU they are
+/// two passes: a batch of another size may sum in another order.
+fn guided_pair(
+    teacher: &dyn Denoiser,
+    x: &Tensor,
+    timesteps: &[i64],
+    inputs: &LcmInputs,
+) -> Result<(Tensor, Tensor)> {
+    let LcmInputs {
+        conditioning,
+        unconditional,
+        ..
+    } = inputs;
+    if x.device().is_cpu() {
+        let pass = |on: &Conditioning| teacher.forward(x, timesteps, on);
+        return Ok((pass(conditioning)?, pass(unconditional)?));
+    }
+    let both = Conditioning::cat(&[conditioning.clone(), unconditional.clone()])?;
+    let output = teacher.forward(&Tensor::cat(&[x, x], 0)?, &timesteps.repeat(2), &both)?;
+    let batch = x.dim(0)?;
+    Ok((output.narrow(0, 0, batch)?, output.narrow(0, batch, batch)?))
 }
 
 impl Objective for Lcm {

@@ -2,6 +2,8 @@
 
 use candle_core::{D, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 
 /// The first half of the last dimension times the exact GELU of the second, as diffusers' `GEGLU`.
@@ -13,6 +15,10 @@ use super::{cpu, portable};
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     if !x.dim(D::Minus1)?.is_multiple_of(2) {
         candle_core::bail!("geglu: the last dimension of {:?} is odd", x.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::geglu(x);
     }
     if cpu::has_kernel(x) {
         cpu::geglu(x)

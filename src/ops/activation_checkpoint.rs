@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
 
-use super::autograd_op::{PrecomputedOp, TensorOp, apply2};
+use super::autograd_op::{OpResult, PrecomputedOp, TensorOp, apply2};
 use super::backward::{accumulate_all, backward};
 
 /// Whether a block's activations are kept from its forward pass to its backward pass.
@@ -90,8 +90,8 @@ where
 {
     const NAME: &'static str = "activation_checkpoint";
 
-    fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<Tensor> {
-        (self.block)(x, condition)
+    fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<OpResult> {
+        Ok((self.block)(x, condition)?.into())
     }
 
     fn backward(&self, [x, condition]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {

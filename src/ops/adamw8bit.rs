@@ -12,7 +12,7 @@ use super::{AdamWStep, cpu, portable};
 /// Numbers that share a scale.
 pub(super) const BLOCK: usize = 256;
 
-/// A moment of a parameter in 8 bits. Clones share it; a step replaces it.
+/// A moment of a parameter in 8 bits. A step writes over it or replaces it; clones may share it.
 #[derive(Clone, Debug)]
 pub struct BlockQuantized {
     /// The code of each number of the parameter, `[n]` u8.
@@ -57,13 +57,10 @@ impl BlockMoments {
     }
 }
 
-/// As [`super::adamw_step()`], with moments in 8 bits.
+/// [`super::adamw_steps()`] of one parameter with moments in 8 bits.
 ///
 /// `param` is `f32`, `grad` of its shape.
-///
-/// # Errors
-/// When the parameter is not `f32` or the shapes do not fit together.
-pub fn adamw8bit_step(
+pub(super) fn adamw8bit_step(
     param: &Var,
     moments: &mut BlockMoments,
     grad: &Tensor,
@@ -84,6 +81,8 @@ pub fn adamw8bit_step(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::gradcheck::device;
+    use crate::ops::{AdamWMoments, AdamWUpdate};
 
     const N: usize = 4500;
 
@@ -95,7 +94,7 @@ mod tests {
             let unit = (bits >> 8) as f32 / (1 << 24) as f32 - 0.5;
             unit * 0.5f32.powi((i / BLOCK as u64 % 12) as i32)
         };
-        Tensor::from_iter((0..N as u64).map(number), &Device::Cpu).unwrap()
+        Tensor::from_iter((0..N as u64).map(number), &device()).unwrap()
     }
 
     fn steps(mut step: impl FnMut(&Var, &Tensor, &AdamWStep) -> Result<()>) -> Result<Var> {
@@ -125,7 +124,7 @@ mod tests {
             env!("CARGO_MANIFEST_DIR"),
             "/tests/golden/adamw8bit.safetensors"
         );
-        let golden = candle_core::safetensors::load(golden, &Device::Cpu)?;
+        let golden = candle_core::safetensors::load(golden, &device())?;
         for (name, map) in [("map.signed", &*SIGNED), ("map.unsigned", &*UNSIGNED)] {
             assert_eq!(golden[name].to_vec1::<f32>()?, map.values());
         }
@@ -135,9 +134,19 @@ mod tests {
         let portable = |p: &Var, m: &mut BlockMoments, g: &Tensor, s: &AdamWStep| {
             crate::ops::portable::adamw8bit_step(p, m, g, 0.5, s)
         };
+        let cuda = |p: &Var, m: &mut BlockMoments, g: &Tensor, s: &AdamWStep| {
+            // The kernel writes over the tensors that both moments share.
+            let update = AdamWUpdate {
+                param: p,
+                moments: &mut AdamWMoments::Blocks(m.clone()),
+                grad: g,
+                copy: None,
+            };
+            crate::ops::cuda::adamw_steps(&mut [update], 0.5, s)
+        };
         type Step<'a> = &'a dyn Fn(&Var, &mut BlockMoments, &Tensor, &AdamWStep) -> Result<()>;
-        for way in [&kernel as Step<'_>, &portable] {
-            let mut moments = BlockMoments::zeros(N, &Device::Cpu)?;
+        for way in [&kernel as Step<'_>, &portable, &cuda] {
+            let mut moments = BlockMoments::zeros(N, &device())?;
             let param = steps(|p, g, s| way(p, &mut moments, g, s))?;
             let apart = (param.as_tensor() - &golden["param"])?
                 .abs()?
@@ -167,11 +176,11 @@ mod tests {
 
     #[test]
     fn adamw8bit_steps_stay_near_those_of_adamw() -> Result<()> {
-        let mut moments = BlockMoments::zeros(N, &Device::Cpu)?;
+        let mut moments = BlockMoments::zeros(N, &device())?;
         let coded = steps(|p, g, s| adamw8bit_step(p, &mut moments, g, 0.5, s))?;
-        let [m, v] = [(); 2].map(|()| Var::zeros(N, DType::F32, &Device::Cpu));
+        let [m, v] = [(); 2].map(|()| Var::zeros(N, DType::F32, &device()));
         let (m, v) = (m?, v?);
-        let full = steps(|p, g, s| crate::ops::adamw_step(p, &m, &v, g, 0.5, s))?;
+        let full = steps(|p, g, s| crate::ops::update::adamw_step(p, &m, &v, g, 0.5, s))?;
         let moved = (full.as_tensor() - counted(0))?
             .sqr()?
             .sum_all()?

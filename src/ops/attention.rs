@@ -3,13 +3,17 @@
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 
 /// How attention is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Attention {
-    /// Blocks of queries at a time; the backward computes the weights anew. Nothing of size `N·M` outlives the call.
+    /// Blocks of queries at a time; the backward computes the weights anew. Nothing of size `N·M` outlives the call. With CUDA,
+    /// heads of up to 160 numbers have kernels that hold no weights in memory; wider ones, such as the VAE's of 512, are left to
+    /// cuBLAS.
     MemoryEfficient,
     /// Of candle's tensor operations: the weights `[B, heads, N, M]` are kept for the backward.
     Plain,
@@ -48,6 +52,10 @@ pub fn attention(
         );
     }
     match kind {
+        #[cfg(feature = "cuda")]
+        Attention::MemoryEfficient if cuda::has_attention_kernel(q, heads) => {
+            cuda::attention(q, k, v, heads, causal)
+        }
         Attention::MemoryEfficient if cpu::has_kernel(q) => cpu::attention(q, k, v, heads, causal),
         Attention::MemoryEfficient => portable::attention(q, k, v, heads, causal),
         Attention::Plain => portable::plain_attention(q, k, v, heads, causal),

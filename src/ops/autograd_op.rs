@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor, backend::BackendStorage, bail,
+    Storage, Tensor, backend::BackendStorage, bail, op::BackpropOp,
 };
 
 use super::backward::accumulate_variable_grad;
@@ -32,6 +32,16 @@ pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
 
     /// A gradient for each operand that is tracked, of its shape and dtype, given the result's.
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+
+    /// As [`Self::backward`], for an operation that needs its result again.
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.backward(operands, grad)
+    }
 }
 
 /// `op` of one tensor.
@@ -56,9 +66,10 @@ struct CandleOp<F>(F);
 fn gradients<F: AutogradOp<N>, const N: usize>(
     op: &F,
     operands: [&Tensor; N],
+    result: &Tensor,
     grad: &Tensor,
 ) -> Result<[Option<Tensor>; N]> {
-    let mut grads = op.backward(operands, grad)?;
+    let mut grads = op.backward_with_result(operands, result, grad)?;
     for (operand, grad) in operands.into_iter().zip(&mut grads) {
         *grad = accumulate_variable_grad(operand, grad.take())?;
     }
@@ -82,8 +93,8 @@ impl<F: AutogradOp<1>> CustomOp1 for CandleOp<F> {
         self.0.metal_forward()
     }
 
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [x] = gradients(&self.0, [x], grad)?;
+    fn bwd(&self, x: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [x] = gradients(&self.0, [x], result, grad)?;
         Ok(x)
     }
 }
@@ -127,10 +138,10 @@ impl<F: AutogradOp<2>> CustomOp2 for CandleOp<F> {
         &self,
         a: &Tensor,
         b: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        gradients(&self.0, [a, b], grad).map(|[a, b]| (a, b))
+        gradients(&self.0, [a, b], result, grad).map(|[a, b]| (a, b))
     }
 }
 
@@ -180,11 +191,19 @@ impl<F: AutogradOp<3>> CustomOp3 for CandleOp<F> {
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _res: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        gradients(&self.0, [a, b, c], grad).map(|[a, b, c]| (a, b, c))
+        gradients(&self.0, [a, b, c], result, grad).map(|[a, b, c]| (a, b, c))
     }
+}
+
+/// The gradient of an operand, if that is tracked.
+pub(super) fn if_tracked(
+    operand: &Tensor,
+    gradient: impl FnOnce() -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    operand.track_op().then(gradient).transpose()
 }
 
 /// A function of `N` tensors, made of tensor operations, with a backward of its own.
@@ -193,19 +212,71 @@ pub(super) trait TensorOp<const N: usize>: Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The result for operands that carry no graph.
-    fn forward(&self, operands: [&Tensor; N]) -> Result<Tensor>;
+    fn forward(&self, operands: [&Tensor; N]) -> Result<OpResult>;
 
     /// As [`AutogradOp::backward`].
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+
+    /// As [`Self::backward`], for an operation that needs its result again.
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        _result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.backward(operands, grad)
+    }
+}
+
+/// The result of a [`TensorOp`].
+#[derive(Debug)]
+pub(super) enum OpResult {
+    /// A tensor whose storage others may share. As a node of the graph it is copied: candle gives no way to move its storage.
+    Shared(Tensor),
+    /// Storage of its own, contiguous, with its shape.
+    #[cfg_attr(
+        not(any(feature = "cuda", test)),
+        expect(dead_code, reason = "kernels for CUDA give it")
+    )]
+    Owned(Storage, Shape),
+}
+
+impl OpResult {
+    /// The result as a tensor without a graph.
+    pub(super) fn into_tensor(self) -> Tensor {
+        match self {
+            Self::Shared(tensor) => tensor,
+            Self::Owned(storage, shape) => {
+                Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+            }
+        }
+    }
+}
+
+impl From<Tensor> for OpResult {
+    fn from(tensor: Tensor) -> Self {
+        Self::Shared(tensor)
+    }
 }
 
 /// `op` of one tensor, as a node of the graph if the tensor is tracked.
 pub(super) fn apply_tensor_op1(op: impl TensorOp<1>, x: &Tensor) -> Result<Tensor> {
     let value = op.forward([&x.detach()])?;
     if !x.track_op() {
-        return Ok(value);
+        return Ok(value.into_tensor());
     }
     apply1(PrecomputedOp::new(op, value), x)
+}
+
+/// `op` of two tensors, as a node of the graph if one of them is tracked.
+#[cfg(any(feature = "cuda", test))]
+pub(super) fn apply_tensor_op2(op: impl TensorOp<2>, operands: [&Tensor; 2]) -> Result<Tensor> {
+    let [a, b] = operands.map(Tensor::detach);
+    let value = op.forward([&a, &b])?;
+    if !operands.into_iter().any(Tensor::track_op) {
+        return Ok(value.into_tensor());
+    }
+    apply2(PrecomputedOp::new(op, value), operands)
 }
 
 /// `op` of three tensors, as a node of the graph if one of them is tracked.
@@ -213,27 +284,27 @@ pub(super) fn apply_tensor_op3(op: impl TensorOp<3>, operands: [&Tensor; 3]) -> 
     let [a, b, c] = operands.map(Tensor::detach);
     let value = op.forward([&a, &b, &c])?;
     if !operands.into_iter().any(Tensor::track_op) {
-        return Ok(value);
+        return Ok(value.into_tensor());
     }
     apply3(PrecomputedOp::new(op, value), operands)
 }
 
-/// A [`TensorOp`] and its result, which candle asks for once, as storage. The result is copied into the graph: candle gives
-/// no way to move a tensor's storage, and the copy is small beside the work.
+/// A [`TensorOp`] and its result, which candle asks for once, as storage.
 pub(super) struct PrecomputedOp<F> {
     op: F,
-    value: Mutex<Option<Tensor>>,
+    value: Mutex<Option<OpResult>>,
 }
 
 impl<F> PrecomputedOp<F> {
-    pub(super) fn new(op: F, value: Tensor) -> Self {
-        let value = Mutex::new(Some(value));
+    pub(super) fn new(op: F, value: impl Into<OpResult>) -> Self {
+        let value = Mutex::new(Some(value.into()));
         Self { op, value }
     }
 
-    /// The result, copied by `copy`, which gives `None` for another device's storage.
+    /// The storage of the result: moved by `own`, or copied by `copy`; both give `None` for another device's storage.
     fn storage<S>(
         &self,
+        own: impl FnOnce(Storage) -> Option<S>,
         copy: impl FnOnce(&Storage, &Layout) -> Result<Option<S>>,
     ) -> Result<(S, Shape)> {
         let value = self
@@ -241,13 +312,17 @@ impl<F> PrecomputedOp<F> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let Some(value) = value else {
-            bail!("an operation's result was asked for twice");
+        let (storage, shape) = match value {
+            None => bail!("an operation's result was asked for twice"),
+            Some(OpResult::Owned(storage, shape)) => (own(storage), shape),
+            Some(OpResult::Shared(tensor)) => {
+                let (storage, layout) = tensor.storage_and_layout();
+                (copy(&storage, layout)?, layout.shape().clone())
+            }
         };
-        let (storage, layout) = value.storage_and_layout();
-        match copy(&storage, layout)? {
-            Some(copied) => Ok((copied, layout.shape().clone())),
-            None => bail!("an operation's result is on {:?}", value.device()),
+        match storage {
+            Some(storage) => Ok((storage, shape)),
+            None => bail!("an operation's result is on another device than its operands"),
         }
     }
 }
@@ -261,27 +336,54 @@ impl<F: TensorOp<N>, const N: usize> AutogradOp<N> for PrecomputedOp<F> {
     const NAME: &'static str = F::NAME;
 
     fn cpu_forward(&self, _: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Cpu(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Cpu(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Cpu(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn cuda_forward(&self) -> Result<(CudaStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Cuda(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Cuda(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Cuda(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn metal_forward(&self) -> Result<(MetalStorage, Shape)> {
-        self.storage(|storage, layout| match storage {
-            Storage::Metal(s) => copied(s, layout).map(Some),
-            _ => Ok(None),
-        })
+        self.storage(
+            |storage| match storage {
+                Storage::Metal(s) => Some(s),
+                _ => None,
+            },
+            |storage, layout| match storage {
+                Storage::Metal(s) => copied(s, layout).map(Some),
+                _ => Ok(None),
+            },
+        )
     }
 
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
         self.op.backward(operands, grad)
+    }
+
+    fn backward_with_result(
+        &self,
+        operands: [&Tensor; N],
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        self.op.backward_with_result(operands, result, grad)
     }
 }

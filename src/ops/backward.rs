@@ -20,7 +20,7 @@ thread_local! {
 /// # Errors
 /// When an operation's backward fails.
 pub fn backward(scalar: &Tensor) -> Result<GradStore> {
-    in_pool(|| collect(scalar))
+    in_pool(scalar.device(), || collect(scalar))
 }
 
 fn collect(scalar: &Tensor) -> Result<GradStore> {

@@ -55,14 +55,15 @@ fn from_wide(wide: Vec<f32>, dtype: DType) -> CpuStorage {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
     use crate::ops::backward;
+    use crate::ops::gradcheck::device;
 
     #[test]
     fn cast_equals_that_of_candle() -> Result<()> {
-        let x = Tensor::randn(0f32, 1.0, (3, 1 << 14), &Device::Cpu)?;
+        let x = Tensor::randn(0f32, 1.0, (3, 1 << 14), &device())?;
         for dtype in [DType::F16, DType::BF16] {
             let half = cast(&x, dtype)?;
             assert_eq!(half.dtype(), dtype);
@@ -74,7 +75,7 @@ mod tests {
 
     #[test]
     fn cast_gradient_has_the_type_of_the_operand() -> Result<()> {
-        let x = Var::new(&[1f32, 2.0, 3.0], &Device::Cpu)?;
+        let x = Var::new(&[1f32, 2.0, 3.0], &device())?;
         let half = cast(&x, DType::F16)?;
         let gradients = backward(&cast(&half.sqr()?, DType::F32)?.sum_all()?)?;
         let gradient = gradients.get(&x).expect("a gradient");

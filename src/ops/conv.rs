@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 pub use cpu::convolves_alike;
 
@@ -34,6 +36,10 @@ pub fn conv2d(
             weight.dims(),
             bias.map(Tensor::dims)
         );
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::conv2d(x, weight, bias, stride, padding);
     }
     if cpu::has_kernel(x) {
         cpu::conv2d(x, weight, bias, stride, padding)

@@ -1,8 +1,23 @@
 //! Helpers of this module's unit tests: seeded tensors, comparison, finite differences in `f64`.
+//!
+//! The tests run on the device that `COFFEY_TEST_DEVICE` names, as `cuda:0`: the CPU if it is not set. So the same binary checks
+//! a GPU, whose results are compared with the CPU's kernels where a test has both.
 
 use candle_core::{Device, Result, Tensor, Var};
 
-/// A seeded tensor of `f64` in [-1, 1].
+/// The device that the tests run on.
+pub(super) fn device() -> Device {
+    let name = std::env::var("COFFEY_TEST_DEVICE");
+    let device = name.as_deref().unwrap_or("cpu").parse().unwrap();
+    crate::device::open(device).unwrap()
+}
+
+/// Copies of `tensors` on the CPU.
+pub(super) fn on_cpu(tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+    tensors.iter().map(|x| x.to_device(&Device::Cpu)).collect()
+}
+
+/// A seeded tensor of `f64` in [-1, 1] on [`device`].
 pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
     let n: usize = shape.iter().product();
     let mut state = seed;
@@ -14,11 +29,13 @@ pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
             (state >> 33) as f64 / (1u64 << 30) as f64 - 1.0
         })
         .collect();
-    Tensor::from_vec(data, shape, &Device::Cpu)
+    Tensor::from_vec(data, shape, &device())
 }
 
 pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
     assert_eq!(got.dims(), want.dims());
+    let [got, want] = [got, want].map(|x| x.to_device(&Device::Cpu));
+    let (got, want) = (got?, want?);
     let worst = (got - want)?
         .abs()?
         .flatten_all()?
@@ -52,7 +69,7 @@ pub(super) fn check_gradients(
                 let mut moved = base.clone();
                 moved[i] += h;
                 let mut inputs = inputs.to_vec();
-                inputs[which] = Tensor::from_vec(moved, inputs[which].dims(), &Device::Cpu)?;
+                inputs[which] = Tensor::from_vec(moved, inputs[which].dims(), &device())?;
                 objective(&inputs)
             };
             let want = (at(H)? - at(-H)?) / (2.0 * H);

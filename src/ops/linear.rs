@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 
 /// `x · weightᵀ + bias` over the last dimension, as `torch.nn.functional.linear`.
@@ -20,6 +22,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             x.dims(),
             weight.dims()
         ),
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::linear(x, weight, bias, shape.into());
     }
     if cpu::has_kernel(x) {
         return cpu::linear(x, weight, bias, shape.into());

@@ -10,6 +10,8 @@
 //! - `ops/cpu/NAME.rs`: a kernel over slices, for floats on the CPU (`f64` is for checks against finite differences).
 //! - `ops/portable/NAME.rs`: the same out of candle's tensor operations, for any device.
 //!
+//! Those that take the time of a step on a GPU have `ops/cuda/NAME.rs` too, with kernels in `ops/cuda/kernels/NAME.cu`.
+//!
 //! This module knows tensors and nothing of diffusion.
 
 mod activation;
@@ -21,6 +23,8 @@ mod backward;
 mod cast;
 mod conv;
 mod cpu;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 mod dynamic_map;
 mod half;
 mod linear;
@@ -35,7 +39,7 @@ mod gradcheck;
 
 pub use activation::{geglu, quick_gelu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
-pub use adamw8bit::{BlockMoments, BlockQuantized, adamw8bit_step};
+pub use adamw8bit::{BlockMoments, BlockQuantized};
 pub use attention::{Attention, attention};
 pub use backward::backward;
 pub use cast::cast;
@@ -43,17 +47,24 @@ pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
-pub use update::{AdamWStep, adamw_step, ema_update, squared_norm};
+pub use update::{
+    AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, global_squared_norm,
+};
 pub use upsample::upsample_nearest_2x;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
-/// Runs `work`, a chain of operations, on a thread of rayon's pool.
+/// Runs `work`, a chain of operations on tensors of `device`, on a thread of rayon's pool if that is the CPU.
 ///
 /// From outside the pool each operation would wake a thread of it and sleep until that is done, which for small tensors costs
-/// as much as the work. The result is the same.
-pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| work())
+/// as much as the work. The result is the same. The work of another device stays on the calling thread: its operations only go to the
+/// device's queue, and cuDNN has a state for each thread.
+pub fn in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
+    if device.is_cpu() {
+        rayon::scope(|_| work())
+    } else {
+        work()
+    }
 }
 
 /// `bias`, or `len` zeros in the dtype and on the device of `like`: operations of candle's graph have a fixed number of operands.

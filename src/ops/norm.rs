@@ -2,6 +2,8 @@
 
 use candle_core::{D, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 
 /// Group normalisation over channels and space, as `torch.nn.functional.group_norm`; with `silu`, followed by SiLU, as in
@@ -28,6 +30,10 @@ pub fn group_norm(
             weight.dims()
         );
     }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::group_norm(x, weight, bias, groups, eps, silu);
+    }
     if cpu::has_kernel(x) {
         cpu::group_norm(x, weight, bias, groups, eps, silu)
     } else {
@@ -50,6 +56,10 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
             x.dims(),
             weight.dims()
         );
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::layer_norm(x, weight, bias, eps);
     }
     if cpu::has_kernel(x) {
         cpu::layer_norm(x, weight, bias, eps)

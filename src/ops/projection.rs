@@ -2,6 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, portable};
 
 /// A 1x1 convolution (`torch.nn.functional.conv2d`) whose result is laid out as tokens, one a pixel.
@@ -13,6 +15,10 @@ use super::{cpu, portable};
 /// When the shapes or dtypes do not fit together.
 pub fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     check(x, x.dims4()?.1, weight, bias)?;
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::map_to_tokens(x, weight, bias);
+    }
     if cpu::has_kernel(x) {
         cpu::map_to_tokens(x, weight, bias)
     } else {
@@ -37,6 +43,10 @@ pub fn tokens_to_map(
     check(x, channels, weight, bias)?;
     if pixels != size.0 * size.1 {
         candle_core::bail!("tokens_to_map: x is {:?} but the map {size:?}", x.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::tokens_to_map(x, weight, bias, size);
     }
     if cpu::has_kernel(x) {
         cpu::tokens_to_map(x, weight, bias, size)

@@ -3,12 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Result, Tensor, Var};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::loss_scale::LossScale;
 use crate::config::{self, OptimizerKind};
-use crate::ops::{self, AdamWStep, BlockMoments, BlockQuantized};
+use crate::ops::{self, AdamWMoments, AdamWStep, AdamWUpdate, BlockMoments, BlockQuantized};
 use crate::params::{Grads, ParamSet};
 
 /// Variables with fewer elements keep their moments in `f32`, as in bitsandbytes.
@@ -18,7 +17,7 @@ const SMALLEST_QUANTIZED: usize = 4096;
 #[derive(Debug)]
 pub struct AdamW {
     settings: config::Optimizer,
-    moments: BTreeMap<String, Moments>,
+    moments: BTreeMap<String, AdamWMoments>,
     numbers: OptimizerState,
 }
 
@@ -29,13 +28,6 @@ pub struct OptimizerState {
     steps: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     loss_scale: Option<LossScale>,
-}
-
-/// Moving averages of a variable's gradient and of its square.
-#[derive(Debug)]
-enum Moments {
-    Full { first: Var, second: Var },
-    Blocks(BlockMoments),
 }
 
 const FIRST: &str = "exp_avg.";
@@ -50,13 +42,13 @@ impl AdamW {
     /// # Errors
     /// When the moments can't be allocated.
     pub fn new(settings: &config::Optimizer, variables: &ParamSet, scaled: bool) -> Result<Self> {
-        let moments = |var: &Var| -> Result<Moments> {
+        let moments = |var: &Var| -> Result<AdamWMoments> {
             let (n, device) = (var.elem_count(), var.device());
             if settings.kind == OptimizerKind::AdamW8bit && n >= SMALLEST_QUANTIZED {
-                return BlockMoments::zeros(n, device).map(Moments::Blocks);
+                return BlockMoments::zeros(n, device).map(AdamWMoments::Blocks);
             }
             let zeros = || Var::zeros(var.shape(), DType::F32, device);
-            Ok(Moments::Full {
+            Ok(AdamWMoments::Full {
                 first: zeros()?,
                 second: zeros()?,
             })
@@ -95,10 +87,7 @@ impl AdamW {
     /// When a tensor operation fails.
     pub fn norm(&self, gradients: &Grads) -> Result<f64> {
         let gradients: Vec<&Tensor> = gradients.values().collect();
-        let squares = gradients.into_par_iter().map(ops::squared_norm);
-        // Collected before summation: the order of the sum must not depend on threads.
-        let squares: Vec<f64> = squares.collect::<Result<_>>()?;
-        Ok(squares.iter().sum::<f64>().sqrt() / self.factor())
+        Ok(ops::global_squared_norm(&gradients)?.sqrt() / self.factor())
     }
 
     /// One step with the gradients of the scaled loss. `norm` is the global norm of the loss's gradients; above `max_grad_norm`
@@ -131,23 +120,18 @@ impl AdamW {
             weight_decay: settings.weight_decay,
             step: self.numbers.steps,
         };
-        let updates: Vec<_> = variables.iter().zip(self.moments.values_mut()).collect();
-        // In parallel over tensors: most are too small to be split.
-        updates
-            .into_par_iter()
-            .try_for_each(|((name, var), moments)| {
-                let Some(gradient) = gradients.get(name) else {
-                    return Ok(());
-                };
-                match moments {
-                    Moments::Full { first, second } => {
-                        ops::adamw_step(var, first, second, gradient, scale, &step)
-                    }
-                    Moments::Blocks(moments) => {
-                        ops::adamw8bit_step(var, moments, gradient, scale, &step)
-                    }
-                }
-            })
+        let mut updates = Vec::with_capacity(self.moments.len());
+        for ((name, param), moments) in variables.iter().zip(self.moments.values_mut()) {
+            if let Some(grad) = gradients.get(name) {
+                updates.push(AdamWUpdate {
+                    param,
+                    moments,
+                    grad,
+                    copy: variables.copy_of(name),
+                });
+            }
+        }
+        ops::adamw_steps(&mut updates, scale, &step)
     }
 
     /// The numbers besides [`Self::state`].
@@ -162,11 +146,11 @@ impl AdamW {
         for (name, moments) in &self.moments {
             let mut add = |prefix: &str, t: Tensor| state.push((format!("{prefix}{name}"), t));
             match moments {
-                Moments::Full { first, second } => {
+                AdamWMoments::Full { first, second } => {
                     add(FIRST, first.as_detached_tensor());
                     add(SECOND, second.as_detached_tensor());
                 }
-                Moments::Blocks(BlockMoments { first, second }) => {
+                AdamWMoments::Blocks(BlockMoments { first, second }) => {
                     add(FIRST, first.codes.clone());
                     add(FIRST_ABSMAX, first.absmax.clone());
                     add(SECOND, second.codes.clone());
@@ -207,11 +191,11 @@ impl AdamW {
                 part.ok_or_else(|| candle_core::Error::Msg(format!("no {prefix}{name}")))
             };
             match moments {
-                Moments::Full { first, second } => {
+                AdamWMoments::Full { first, second } => {
                     first.set(&part(FIRST)?)?;
                     second.set(&part(SECOND)?)?;
                 }
-                Moments::Blocks(BlockMoments { first, second }) => {
+                AdamWMoments::Blocks(BlockMoments { first, second }) => {
                     *first = BlockQuantized {
                         codes: part(FIRST)?,
                         absmax: part(FIRST_ABSMAX)?,

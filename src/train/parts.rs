@@ -12,7 +12,7 @@ use super::run::RunOptions;
 use crate::adaptation::{ForwardOptions, Full};
 use crate::config::{self, Config, LossKind, MixedPrecision};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
-use crate::encode::Encoders;
+use crate::encode::{EncoderOptions, Encoders};
 use crate::models::{PipelineParts, UNet, check_fit};
 use crate::objective::{Lcm, Loss};
 use crate::ops::Activations;
@@ -79,26 +79,31 @@ impl RunParts {
     }
 }
 
+/// `[encode]` as the encoders take it.
+pub(crate) fn encoder_options(encode: &config::Encode) -> EncoderOptions {
+    EncoderOptions {
+        vae_batch: encode.batch_size,
+        vae_dtype: encode.vae_dtype.into(),
+        text_dtype: encode.dtype.into(),
+    }
+}
+
 /// Encoders of the run's models on `device`.
 pub(super) fn load_encoders(
     options: &RunOptions<'_>,
     device: &Device,
 ) -> Result<Encoders, TrainError> {
-    let (models, batch_size) = (options.models, options.config.encode.batch_size);
+    let models = options.models;
     Ok(Encoders::load(
         &models.pipeline,
         models.vae.as_deref(),
         device,
-        batch_size,
+        encoder_options(&options.config.encode),
     )?)
 }
 
 fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNet, TrainError> {
-    let dtype = match config.train.teacher_dtype {
-        config::FloatType::F32 => DType::F32,
-        config::FloatType::F16 => DType::F16,
-        config::FloatType::Bf16 => DType::BF16,
-    };
+    let dtype = config.train.teacher_dtype.into();
     let teacher = UNet::load(
         &pipeline.join("unet"),
         dtype,

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result};
 use coffey::adaptation::{Adaptation, ModelFolder};
 use coffey::config;
 use coffey::diffusion::{DdimSampler, NoiseSchedule, Sampler, TeacherPredictor};
-use coffey::encode::{EncodePool, EncodedBatch, Encoders};
+use coffey::encode::{EncodePool, EncodedBatch, EncoderOptions, Encoders};
 use coffey::models::{Denoiser, UNet, UNetConfig, Weights};
 use coffey::objective::{Loss, Networks, Objective, StepKey, StepOutput, Trace};
 use coffey::ops::Attention;
@@ -132,7 +132,7 @@ impl Adaptation for LastConvolution {
         vec![ModelFolder {
             name: "unet",
             config: self.student.config().to_json().clone(),
-            tensors: self.params.detached(),
+            tensors: self.params.values(),
         }]
     }
 }
@@ -162,7 +162,13 @@ impl Batches {
             ..StreamConfig::default()
         };
         let stream = Stream::open(config, &sources, &metrics, runtime.handle()).unwrap();
-        let encoders = Encoders::load(teacher, None, &Device::Cpu, batch_size).unwrap();
+        let encoders = Encoders::load(
+            teacher,
+            None,
+            &Device::Cpu,
+            EncoderOptions::exact(batch_size),
+        )
+        .unwrap();
         let encoders = vec![Arc::new(encoders)];
         Self {
             pool: EncodePool::start(stream, encoders, &metrics, runtime.handle()).unwrap(),
@@ -222,7 +228,7 @@ fn objective_and_adaptation_of_a_test_train_a_student() {
         .state()
         .student
         .params()
-        .detached()
+        .values()
         .into_keys()
         .collect();
     assert_eq!(before, ["conv_out.bias", "conv_out.weight"]);

@@ -10,6 +10,7 @@
 mod bench;
 mod chaos;
 mod check;
+mod device;
 mod extending;
 mod inspect;
 mod latents;

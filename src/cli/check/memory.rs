@@ -13,8 +13,16 @@ use crate::models::UNetConfig;
 use crate::ops::Attention;
 use crate::process::available_memory;
 
-/// Bytes of an `f32`, the type of all weights but the teacher's.
+/// Bytes of an `f32`.
 const F32: u64 = 4;
+
+/// Bytes of a number.
+fn bytes_of(float: FloatType) -> u64 {
+    match float {
+        FloatType::F32 => F32,
+        FloatType::F16 | FloatType::Bf16 => F32 / 2,
+    }
+}
 /// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and concatenated
 /// input.
 const KEPT_BY_RESNET: u64 = 10;
@@ -143,7 +151,12 @@ impl MemoryPlan {
             None => config.encode.batch_size,
         };
         let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
+        let (text_each, vae_each) = (
+            bytes_of(config.encode.dtype),
+            bytes_of(config.encode.vae_dtype),
+        );
         let encoders = sizes.text_encoder + sizes.vae - sizes.vae_decoder;
+        let bytes = sizes.text_encoder * text_each + (sizes.vae - sizes.vae_decoder) * vae_each;
         let (images, stored) = match sizes.content {
             Content::Images => (true, false),
             Content::Latents(shapes) => (false, shapes.prompt_embeds.is_some()),
@@ -153,14 +166,15 @@ impl MemoryPlan {
             if sizes.teacher.is_some() && i == 0 {
                 let parameters = sizes.text_encoder + sizes.vae;
                 let how = format!("{}, for pictures too", of(parameters));
-                self.add(device, "encoders", parameters * F32, how);
+                let bytes = bytes + sizes.vae_decoder * vae_each;
+                self.add(device, "encoders", bytes, how);
             } else if !stored {
-                self.add(device, "encoders", encoders * F32, of(encoders));
+                self.add(device, "encoders", bytes, of(encoders));
             }
             if images {
                 let images =
                     Encoders::images_at_once(device == DeviceSpec::Cpu, batch, side as usize);
-                let maps = HELD_BY_VAE * width * side * side * F32;
+                let maps = HELD_BY_VAE * width * side * side * vae_each;
                 let how = format!("estimate for {images} images at once");
                 self.add(device, "encoding", images as u64 * maps, how);
             }
@@ -175,14 +189,26 @@ impl MemoryPlan {
         };
         let student = teacher + embedding as u64;
         let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
-        let held = match config.train.teacher_dtype {
-            FloatType::F32 => F32,
-            FloatType::F16 | FloatType::Bf16 => F32 / 2,
-        };
+        let held = bytes_of(config.train.teacher_dtype);
         self.add(device, "teacher", teacher * held, of(teacher));
         self.add(device, "student", student * F32, of(student));
         self.add(device, "target", student * F32, of(student));
-        self.add(device, "gradients", student * F32, of(student));
+        let mixed = config.train.mixed_precision != MixedPrecision::No;
+        if mixed {
+            let how = "student and target in the type to compute in";
+            self.add(
+                device,
+                "16-bit copies",
+                2 * student * (F32 / 2),
+                how.to_owned(),
+            );
+        }
+        // A GPU's optimiser takes them as they are; sums over micro-batches are f32.
+        let gradient = match (mixed, config.train.gradient_accumulation, device) {
+            (true, 1, DeviceSpec::Cuda(_)) => F32 / 2,
+            _ => F32,
+        };
+        self.add(device, "gradients", student * gradient, of(student));
         // Two moments a parameter; those in 8 bits have an f32 scale for each 256.
         let (moments, how) = match config.optimizer.kind {
             OptimizerKind::AdamW => (student * 2 * F32, "two moments a parameter"),

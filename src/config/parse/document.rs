@@ -114,16 +114,6 @@ impl Document {
         Ok(document)
     }
 
-    /// The value at a dotted key.
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
-        let mut parts = key.split('.');
-        let mut value = self.root.get(parts.next()?)?;
-        for part in parts {
-            value = value.as_table()?.get(part)?;
-        }
-        Some(value)
-    }
-
     /// Applies one `key=value`.
     fn set(&mut self, argument: &str) -> Result<(), ConfigError> {
         let wrong = |message: String| ConfigError::Override {

@@ -1,4 +1,4 @@
-//! The refusal of unknown keys, and of words whose feature is not built yet. The known keys are the fields of the structs.
+//! The refusal of unknown keys. The known keys are the fields of the structs.
 
 use std::fmt;
 
@@ -95,44 +95,6 @@ fn check_keys(
                 place: document.origin.place(&path),
                 hint: hint(tables, prefix, key, value.is_table()),
                 key: path,
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Words of one key whose feature this version does not have. When the feature is built, the row is deleted.
-#[derive(Debug)]
-pub(in crate::config) struct NotBuilt {
-    pub(in crate::config) key: &'static str,
-    pub(in crate::config) words: &'static [&'static str],
-    /// What to write instead.
-    pub(in crate::config) instead: &'static str,
-}
-
-pub(in crate::config) const NOT_BUILT: &[NotBuilt] = &[
-    NotBuilt {
-        key: "encode.dtype",
-        words: &["f16", "bf16"],
-        instead: r#"use "f32""#,
-    },
-    NotBuilt {
-        key: "encode.vae_dtype",
-        words: &["f16", "bf16"],
-        instead: r#"use "f32""#,
-    },
-];
-
-/// Refuses the first value of the document that is not built.
-pub(super) fn refuse_not_built(document: &Document) -> Result<(), ConfigError> {
-    for row in NOT_BUILT {
-        if let Some(value) = document.get(row.key)
-            && let Value::String(word) = value
-            && row.words.contains(&word.as_str())
-        {
-            return Err(ConfigError::NotBuilt {
-                entry: document.origin.entry(row.key, value),
-                instead: row.instead,
             });
         }
     }

@@ -1,8 +1,7 @@
 //! From the text of a configuration and its `-s` overrides to structs.
 //!
 //! Three passes: `document` merges text and overrides into one table that knows where each key was written; `keys` refuses unknown
-//! keys, and words whose feature is not built yet; `decode` turns the table into structs. The limits of values are checked after that,
-//! outside this module.
+//! keys; `decode` turns the table into structs. The limits of values are checked after that, outside this module.
 
 mod decode;
 mod document;
@@ -15,7 +14,7 @@ use document::Document;
 
 pub(super) use document::{Origin, flatten, join};
 #[cfg(test)]
-pub(super) use keys::{NOT_BUILT, known_keys};
+pub(super) use keys::known_keys;
 
 /// Parses `text`, which messages call `file_name`, with `overrides`, each `key=value`, laid over it in order.
 pub(super) fn parse(
@@ -25,7 +24,6 @@ pub(super) fn parse(
 ) -> Result<Config, ConfigError> {
     let document = Document::parse(text, file_name, overrides)?;
     keys::refuse_unknown(&document)?;
-    keys::refuse_not_built(&document)?;
     let Document { root, mut origin } = document;
     origin.note(&root);
     let mut config: Config = decode::decode(&Value::Table(root), &origin)?;

@@ -203,12 +203,13 @@ fn devices_and_resume_round_trip() {
 fn built_words_are_accepted() {
     with(&[
         "data.kind=images",
-        "encode.dtype=f32",
-        "encode.vae_dtype=f32",
+        "encode.dtype=f16",
+        "encode.vae_dtype=bf16",
         "train.gradient_checkpointing=true",
         "train.attention=plain",
         "train.mixed_precision=no",
         "train.teacher_dtype=bf16",
+        "train.tf32=true",
         "metrics.listen=127.0.0.1:9464",
         "latents={output=\"a\",crops=1}",
     ]);

@@ -350,30 +350,3 @@ fn cuda_device_needs_a_cuda_build() {
     );
     assert!(refused("train.device=cuda:0").contains("built without CUDA"));
 }
-
-#[test]
-fn not_built_words_are_refused() {
-    for row in parse::NOT_BUILT {
-        for value in row.words {
-            let argument = format!("{}={value}", row.key);
-            let error = parse(MINIMAL, &[&argument]).unwrap_err();
-            assert!(
-                matches!(error, ConfigError::NotBuilt { .. }),
-                "{argument}: {error}"
-            );
-            let message = error.to_string();
-            assert!(
-                message.starts_with(&format!("-s {argument}: key {} = ", row.key)),
-                "{message}"
-            );
-            assert!(
-                message.ends_with(&format!(": not built yet; {}", row.instead)),
-                "{message}"
-            );
-        }
-    }
-    assert_eq!(
-        refusal("[encode]\ndtype = \"f16\"\n"),
-        "a.toml:4: key encode.dtype = \"f16\": not built yet; use \"f32\""
-    );
-}

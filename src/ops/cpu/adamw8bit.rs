@@ -1,4 +1,4 @@
-//! [`ops::adamw8bit_step`](crate::ops::adamw8bit_step()) on the CPU: each task widens, updates and rounds one block at a time.
+//! [`ops::adamw8bit`](crate::ops::adamw8bit) on the CPU: each task widens, updates and rounds one block at a time.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,15 +7,16 @@ use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::kernel::TensorView;
-use super::update::{Factors, slice_mut};
+use super::update::slice_mut;
 use crate::ops::adamw8bit::BLOCK;
 use crate::ops::dynamic_map::{DynamicMap, SIGNED, UNSIGNED};
+use crate::ops::update::Factors;
 use crate::ops::{AdamWStep, BlockMoments, BlockQuantized};
 
 /// Blocks that one task updates.
 const TASK: usize = 64;
 
-/// As [`crate::ops::adamw8bit_step()`].
+/// As [`crate::ops::adamw8bit::adamw8bit_step()`].
 pub(in crate::ops) fn adamw8bit_step(
     param: &Var,
     moments: &mut BlockMoments,

@@ -1,5 +1,4 @@
-//! [`ops::ema_update`](crate::ops::ema_update()), [`ops::squared_norm`](crate::ops::squared_norm()) and
-//! [`ops::adamw_step`](crate::ops::adamw_step()) on the CPU, for `f32`.
+//! [`ops::update`](crate::ops::update) on the CPU, for one `f32` tensor.
 
 use candle_core::{
     CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var, backend::BackendStorage, bail,
@@ -10,17 +9,18 @@ use rayon::prelude::*;
 use super::kernel::{TensorView, slice};
 use super::reduce::sum1;
 use crate::ops::AdamWStep;
+use crate::ops::update::Factors;
 
 /// Elements that one task updates.
 const CHUNK: usize = 1 << 14;
 
-/// As [`crate::ops::ema_update()`].
+/// As [`crate::ops::update::ema_update()`].
 pub(in crate::ops) fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
     let (weight, decay) = ((1.0 - decay) as f32, decay as f32);
     target.inplace_op2(&source.detach().contiguous()?, &Ema { decay, weight })
 }
 
-/// As [`crate::ops::squared_norm()`].
+/// As [`crate::ops::update::squared_norm()`].
 pub(in crate::ops) fn squared_norm(x: &Tensor) -> Result<f64> {
     let x = x.contiguous()?;
     let view = TensorView::of(&x);
@@ -29,7 +29,7 @@ pub(in crate::ops) fn squared_norm(x: &Tensor) -> Result<f64> {
     Ok(parts.collect::<Vec<f64>>().into_iter().sum())
 }
 
-/// As [`crate::ops::adamw_step()`].
+/// As [`crate::ops::update::adamw_step()`].
 pub(in crate::ops) fn adamw_step(
     param: &Var,
     moment1: &Var,
@@ -46,56 +46,6 @@ pub(in crate::ops) fn adamw_step(
         &moment2.as_detached_tensor(),
         &AdamWUpdate(factors),
     )
-}
-
-/// The factors of a step, computed in `f64` and rounded once.
-#[derive(Clone, Copy)]
-pub(super) struct Factors {
-    grad_scale: f32,
-    weight1: f32,
-    beta2: f32,
-    weight2: f32,
-    keep: f32,
-    step_size: f32,
-    root_correction2: f32,
-    epsilon: f32,
-}
-
-impl Factors {
-    pub(super) fn new(step: &AdamWStep, grad_scale: f64) -> Self {
-        let correction1 = 1.0 - step.beta1.powf(step.step as f64);
-        let correction2 = 1.0 - step.beta2.powf(step.step as f64);
-        Self {
-            grad_scale: grad_scale as f32,
-            weight1: (1.0 - step.beta1) as f32,
-            beta2: step.beta2 as f32,
-            weight2: (1.0 - step.beta2) as f32,
-            keep: (1.0 - step.learning_rate * step.weight_decay) as f32,
-            step_size: (step.learning_rate / correction1) as f32,
-            root_correction2: correction2.sqrt() as f32,
-            epsilon: step.epsilon as f32,
-        }
-    }
-
-    /// `m + (1 - beta1) · (grad - m)`.
-    #[inline(always)]
-    pub(super) fn average(&self, m: f32, grad: f32) -> f32 {
-        m + self.weight1 * (grad * self.grad_scale - m)
-    }
-
-    /// `beta2 · v + (1 - beta2) · grad²`.
-    #[inline(always)]
-    pub(super) fn square_average(&self, v: f32, grad: f32) -> f32 {
-        let g = grad * self.grad_scale;
-        self.beta2 * v + self.weight2 * g * g
-    }
-
-    /// `keep · p - step_size · m / (√v / √(1 - beta2ᵗ) + epsilon)`.
-    #[inline(always)]
-    pub(super) fn updated(&self, p: f32, m: f32, v: f32) -> f32 {
-        let denominator = v.sqrt() / self.root_correction2 + self.epsilon;
-        p * self.keep - self.step_size * m / denominator
-    }
 }
 
 /// The elements of a contiguous `f32` storage, to write.

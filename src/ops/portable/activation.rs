@@ -6,7 +6,7 @@ use candle_core::{D, Result, Tensor};
 
 use super::wide;
 use crate::ops::activation::QUICK;
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
 
 /// As [`crate::ops::geglu()`], which checks the shape.
 pub(in crate::ops) fn geglu(x: &Tensor) -> Result<Tensor> {
@@ -41,9 +41,9 @@ impl Gated {
 impl TensorOp<1> for GegluOp {
     const NAME: &'static str = "geglu";
 
-    fn forward(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+    fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {
         let Gated { value, gate, cdf } = Gated::new(x)?;
-        value.mul(&gate)?.mul(&cdf)?.to_dtype(x.dtype())
+        Ok(value.mul(&gate)?.mul(&cdf)?.to_dtype(x.dtype())?.into())
     }
 
     fn backward(&self, [x]: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
 
 /// Attention weights that are held at once.
 const WEIGHTS: usize = 1 << 25;
@@ -119,7 +119,7 @@ fn accumulate(sum: &mut Option<Tensor>, term: &Tensor) -> Result<()> {
 impl TensorOp<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
-    fn forward(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    fn forward(&self, [q, k, v]: [&Tensor; 3]) -> Result<OpResult> {
         let scaled = (split(q, self.heads)? * scale(q, self.heads)?)?;
         let (k, v) = (split(k, self.heads)?, split(v, self.heads)?);
         let mut out = Vec::new();
@@ -128,7 +128,7 @@ impl TensorOp<3> for AttentionOp {
             let weights = weights(&q, &k, self.first(from))?.to_dtype(v.dtype())?;
             out.push(weights.matmul(&v)?);
         }
-        merge(&Tensor::cat(&out, 2)?)
+        Ok(merge(&Tensor::cat(&out, 2)?)?.into())
     }
 
     fn backward(&self, inputs: [&Tensor; 3], grad: &Tensor) -> Result<[Option<Tensor>; 3]> {

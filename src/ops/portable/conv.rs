@@ -2,13 +2,13 @@
 //! one matrix product for each tap of the kernel.
 //!
 //! candle's own backward computes the first as a transposed convolution and the second as a convolution with a kernel of the
-//! image's size; on CUDA both are naive kernels. cuDNN sums a convolution of `f16` tensors in `f16`, as candle asks for it;
-//! `bf16` and `f32` are summed in `f32`.
+//! image's size; on CUDA both are naive kernels. There this file is for builds without cuDNN, in which candle's forward is a
+//! matrix product with sums in `f32`.
 
 use candle_core::{Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
 use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::conv2d()`], which checks the shapes.
@@ -103,13 +103,14 @@ impl Conv2dOp {
 impl TensorOp<3> for Conv2dOp {
     const NAME: &'static str = "conv2d";
 
-    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
         let y = convolve(x, weight, self.padding, self.stride)?;
         if !self.biased {
-            return Ok(y);
+            return Ok(y.into());
         }
         let rank = bias.rank();
-        y.broadcast_add(&bias.unsqueeze(rank)?.unsqueeze(rank + 1)?)
+        let bias = bias.unsqueeze(rank)?.unsqueeze(rank + 1)?;
+        Ok(y.broadcast_add(&bias)?.into())
     }
 
     fn backward(

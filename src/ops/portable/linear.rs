@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
 use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::linear()`], which checks the shapes, for `x` `[N, in]`.
@@ -21,12 +21,12 @@ struct LinearOp {
 impl TensorOp<3> for LinearOp {
     const NAME: &'static str = "linear";
 
-    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
         let y = x.matmul(&weight.t()?)?;
         if self.biased {
-            y.broadcast_add(bias)
+            Ok(y.broadcast_add(bias)?.into())
         } else {
-            Ok(y)
+            Ok(y.into())
         }
     }
 

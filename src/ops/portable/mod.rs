@@ -17,6 +17,8 @@ mod upsample;
 
 use candle_core::{DType, Result, Tensor};
 
+use super::autograd_op::if_tracked;
+
 pub(super) use activation::{geglu, quick_gelu};
 pub(super) use attention::{attention, plain_attention};
 pub(super) use conv::conv2d;
@@ -32,12 +34,4 @@ fn wide(x: &Tensor) -> Result<Tensor> {
         DType::F16 | DType::BF16 => x.to_dtype(DType::F32),
         _ => Ok(x.clone()),
     }
-}
-
-/// The gradient of an operand, if that is tracked.
-fn if_tracked(
-    operand: &Tensor,
-    gradient: impl FnOnce() -> Result<Tensor>,
-) -> Result<Option<Tensor>> {
-    operand.track_op().then(gradient).transpose()
 }

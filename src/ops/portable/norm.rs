@@ -4,7 +4,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
 
 /// As [`crate::ops::group_norm()`], which checks the shapes.
 pub(in crate::ops) fn group_norm(
@@ -73,10 +73,10 @@ fn sigmoid(x: &Tensor) -> Result<Tensor> {
 impl TensorOp<3> for GroupNormOp {
     const NAME: &'static str = "group_norm";
 
-    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+    fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
         let y = self.normalise(x, weight, bias)?.y;
         let y = if self.silu { y.silu()? } else { y };
-        y.reshape(x.shape())?.to_dtype(x.dtype())
+        Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?.into())
     }
 
     fn backward(

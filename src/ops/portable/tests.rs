@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor, Var};
 use super::*;
 use crate::ops;
 use crate::ops::autograd_op::apply_tensor_op3;
-use crate::ops::gradcheck::{assert_close, check_gradients, random};
+use crate::ops::gradcheck::{assert_close, check_gradients, on_cpu, random};
 
 type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
@@ -15,7 +15,9 @@ fn run(inputs: &[Tensor], dtype: DType, f: Op<'_>) -> Result<Vec<Tensor>> {
     let vars: Vec<Var> = vars.collect::<Result<_>>()?;
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let out = f(&tensors)?;
-    let direction = random(out.dims(), 99)?.to_dtype(dtype)?;
+    let direction = random(out.dims(), 99)?
+        .to_dtype(dtype)?
+        .to_device(out.device())?;
     let grads = out.mul(&direction)?.backward()?;
     let mut all = vec![out.detach()];
     for var in &vars {
@@ -28,7 +30,7 @@ fn run(inputs: &[Tensor], dtype: DType, f: Op<'_>) -> Result<Vec<Tensor>> {
 fn check(inputs: &[Tensor], f: Op<'_>, kernel: Op<'_>) -> Result<()> {
     check_gradients(inputs, f)?;
     let exact = run(inputs, DType::F64, f)?;
-    for (got, want) in exact.iter().zip(run(inputs, DType::F64, kernel)?) {
+    for (got, want) in exact.iter().zip(run(&on_cpu(inputs)?, DType::F64, kernel)?) {
         assert_close(got, &want, 1e-11)?;
     }
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
@@ -73,7 +75,7 @@ fn portable_conv2d_equals_the_kernel() -> Result<()> {
     ];
     let f = |t: &[Tensor]| conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
     let kernel = |t: &[Tensor]| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
-    let ours = run(&inputs, DType::F64, &kernel)?;
+    let ours = run(&on_cpu(&inputs)?, DType::F64, &kernel)?;
     for (got, want) in ours.iter().zip(run(&inputs, DType::F64, &f)?) {
         assert_close(got, &want, 1e-11)?;
     }

@@ -5,27 +5,27 @@ use candle_core::{DType, Result, Tensor, Var};
 use super::wide;
 use crate::ops::adamw8bit::{BLOCK, BlockMoments, BlockQuantized};
 use crate::ops::dynamic_map::{DynamicMap, SIGNED, UNSIGNED};
-use crate::ops::{self, AdamWStep};
+use crate::ops::{AdamWStep, update};
 
 /// Writes `value` over a variable, in the variable's dtype.
 fn store(target: &Var, value: &Tensor) -> Result<()> {
     target.set(&value.to_dtype(target.dtype())?)
 }
 
-/// As [`crate::ops::ema_update()`].
+/// As [`crate::ops::update::ema_update()`].
 pub(in crate::ops) fn ema_update(target: &Var, source: &Tensor, decay: f64) -> Result<()> {
     let kept = (wide(&target.as_detached_tensor())? * decay)?;
     let new = (wide(&source.detach())? * (1.0 - decay))?;
     store(target, &(kept + new)?)
 }
 
-/// As [`crate::ops::squared_norm()`], accumulated in `f32` (`f64` for an `f64` tensor).
+/// As [`crate::ops::update::squared_norm()`], accumulated in `f32` (`f64` for an `f64` tensor).
 pub(in crate::ops) fn squared_norm(x: &Tensor) -> Result<f64> {
     let sum = wide(&x.detach())?.sqr()?.sum_all()?;
     sum.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// As [`crate::ops::adamw_step()`].
+/// As [`crate::ops::update::adamw_step()`].
 pub(in crate::ops) fn adamw_step(
     param: &Var,
     moment1: &Var,
@@ -49,7 +49,7 @@ pub(in crate::ops) fn adamw_step(
     store(param, &(kept - update)?)
 }
 
-/// As [`crate::ops::adamw8bit_step()`]: the moments of this one parameter are widened for the step.
+/// As [`crate::ops::adamw8bit::adamw8bit_step()`]: the moments of this one parameter are widened for the step.
 pub(in crate::ops) fn adamw8bit_step(
     param: &Var,
     moments: &mut BlockMoments,
@@ -62,7 +62,7 @@ pub(in crate::ops) fn adamw8bit_step(
     };
     let m = wide(&moments.first, &SIGNED)?;
     let v = wide(&moments.second, &UNSIGNED)?;
-    ops::adamw_step(param, &m, &v, grad, grad_scale, step)?;
+    update::adamw_step(param, &m, &v, grad, grad_scale, step)?;
     *moments = BlockMoments {
         first: quantized(&m, &SIGNED)?,
         second: quantized(&v, &UNSIGNED)?,
@@ -108,10 +108,10 @@ fn quantized(moment: &Var, map: &DynamicMap) -> Result<BlockQuantized> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     use super::*;
-    use crate::ops::gradcheck::{assert_close, random};
+    use crate::ops::gradcheck::{assert_close, device, on_cpu, random};
 
     fn var(values: &Tensor, dtype: DType) -> Result<Var> {
         Var::from_tensor(&values.to_dtype(dtype)?)
@@ -130,7 +130,8 @@ mod tests {
                 random(&[37], 2)?,
                 random(&[37], 3)?.abs()?,
             ];
-            let want = start.each_ref().map(|x| var(x, DType::F32).unwrap());
+            let want = on_cpu(&start)?;
+            let want: Vec<Var> = want.iter().map(|x| var(x, DType::F32).unwrap()).collect();
             let got = start.each_ref().map(|x| var(x, dtype).unwrap());
             for number in 1..=3 {
                 let grad = random(&[37], 10 + number)?;
@@ -142,10 +143,11 @@ mod tests {
                     weight_decay: 0.5,
                     step: number,
                 };
-                let (w, g) = (grad.to_dtype(DType::F32)?, grad.to_dtype(dtype)?);
-                crate::ops::adamw_step(&want[0], &want[1], &want[2], &w, 0.5, &step)?;
+                let g = grad.to_dtype(dtype)?;
+                let w = &on_cpu(&[grad.to_dtype(DType::F32)?])?[0];
+                update::adamw_step(&want[0], &want[1], &want[2], w, 0.5, &step)?;
                 adamw_step(&got[0], &got[1], &got[2], &g, 0.5, &step)?;
-                crate::ops::ema_update(&want[0], &w, 0.75)?;
+                update::ema_update(&want[0], w, 0.75)?;
                 ema_update(&got[0], &g, 0.75)?;
             }
             for (got, want) in got.iter().zip(&want) {
@@ -159,7 +161,7 @@ mod tests {
 
     #[test]
     fn squared_norm_does_not_overflow_in_16_bits() -> Result<()> {
-        let x = Tensor::full(300f32, 500, &Device::Cpu)?;
+        let x = Tensor::full(300f32, 500, &device())?;
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
             assert_eq!(squared_norm(&x.to_dtype(dtype)?)?, 4.5e7, "{dtype:?}");
         }

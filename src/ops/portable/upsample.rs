@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::autograd_op::{TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
 
 /// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
@@ -15,12 +15,14 @@ struct UpsampleOp;
 impl TensorOp<1> for UpsampleOp {
     const NAME: &'static str = "upsample_nearest_2x";
 
-    fn forward(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+    fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {
         let (b, c, h, w) = x.dims4()?;
-        x.reshape((b * c, h, 1, w, 1))?
+        let y = x
+            .reshape((b * c, h, 1, w, 1))?
             .broadcast_as((b * c, h, 2, w, 2))?
             .contiguous()?
-            .reshape((b, c, 2 * h, 2 * w))
+            .reshape((b, c, 2 * h, 2 * w))?;
+        Ok(y.into())
     }
 
     fn backward(&self, [x]: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {

@@ -1,0 +1,51 @@
+//! The operations on CUDA devices: kernels of our own in `kernels/`, cuDNN's convolutions, cuBLAS's products.
+//!
+//! Each operation is a [`TensorOp`](super::autograd_op::TensorOp) whose forward and backward launch kernels. Kernels take
+//! contiguous `f32`, `f16` and `bf16` tensors and compute in `f32`; no sum depends on the order in which threads finish.
+//!
+//! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
+
+mod activation;
+mod bias;
+mod conv;
+#[cfg(feature = "cudnn")]
+mod cudnn;
+mod attention;
+mod gpu;
+#[cfg(test)]
+mod host;
+mod linear;
+mod matmul;
+mod projection;
+mod update;
+mod norm;
+
+#[cfg(feature = "cuda")]
+use candle_core::{DType, Tensor};
+
+#[cfg(feature = "cuda")]
+pub(super) use activation::geglu;
+#[cfg(feature = "cuda")]
+pub(super) use conv::conv2d;
+#[cfg(feature = "cuda")]
+pub(super) use linear::linear;
+#[cfg(feature = "cuda")]
+pub(super) use projection::{map_to_tokens, tokens_to_map};
+pub(super) use update::adamw_steps;
+#[cfg(feature = "cuda")]
+pub(super) use update::{ema_updates, global_squared_norm};
+pub(super) use attention::{attention, has_attention_kernel};
+pub(super) use norm::{group_norm, layer_norm};
+
+/// Whether the kernels take a tensor.
+#[cfg(feature = "cuda")]
+pub(super) fn has_kernel(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Whether the kernels of optimiser arithmetic change these tensors.
+#[cfg(feature = "cuda")]
+pub(super) fn has_update_kernel<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    let mut tensors = tensors.into_iter();
+    tensors.all(|x| x.device().is_cuda() && x.dtype() == DType::F32)
+}
