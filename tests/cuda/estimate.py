@@ -16,7 +16,8 @@ ONE_BLOCK = 27e9  # bytes a second of one block
 PRODUCT = {"f16": 500e12, "bf16": 500e12, "tf32": 250e12, "f32": 45e12, "f64": 30e12}
 CONVOLUTION = {"f16": 400e12, "bf16": 400e12, "tf32": 200e12, "f32": 40e12, "f64": 30e12}
 CONVOLUTION_WITHOUT_TENSOR_CORES = 50e12
-ATTENTION = {"f16": 300e12, "bf16": 300e12, "f32": 35e12}
+# Our kernels issue mma.sync and have not been tuned on a card; the best of others reach two to four times as much.
+ATTENTION = {"f16": 150e12, "bf16": 150e12, "f32": 15e12}
 # Seconds of the CPU for a call.
 CALL = {"launch": 4e-6, "allocation": 1.8e-6, "h2d": 6e-6, "d2d": 3e-6, "d2h": 12e-6}
 
@@ -28,6 +29,21 @@ CANDLE = re.compile(
 # FLOP of kernels of our own that compute more than they load: by the beginning of the name, a function of the launch's arguments
 # (numbers, or "p" for an address), grid and block.
 COMPUTE = {}
+
+
+def attention(products):
+    """FLOP of `products` matrix products of queries and keys. The last arguments are N, M, heads, d and whether it is causal."""
+
+    def flop(arguments, grid):
+        n, m, _, d, causal = arguments[-5:]
+        return 2.0 * products * grid[1] * n * m * d / (1 + causal)
+
+    return flop
+
+
+COMPUTE["attention_forward"] = attention(2)
+COMPUTE["attention_backward_q"] = attention(3)
+COMPUTE["attention_backward_kv"] = attention(4)
 
 
 def parse(key):
