@@ -4,6 +4,7 @@ mod cost;
 mod memory;
 mod report;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,13 +19,16 @@ use super::resources::{
     DataAccess, content, encode_devices, source_options, stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
-use crate::config::{Config, ConfigError, ModelRef, PrecomputeRequired, TrainRequired, in_s3};
+use crate::config::{
+    Config, ConfigError, DeviceSpec, ModelRef, PrecomputeRequired, TrainRequired, in_s3,
+};
+use crate::device;
 use crate::diffusion::Prediction;
 use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
-use crate::ops::Attention;
+use crate::ops::{self, Attention};
 use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::{encoder_options, lcm_schedule};
 use cost::{Cost, SampleSizes};
@@ -122,6 +126,12 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             Ok(((), format!("`coffey train` {target}")))
         })?;
     }
+    let cards = match &purpose {
+        Purpose::Train(_) if config.train.device != DeviceSpec::Cpu => {
+            report.step("device", || check_train_device(&config))?
+        }
+        _ => BTreeMap::new(),
+    };
     let (data, models) = report.step("models", || {
         let data = DataAccess::open(source_options(&config))?;
         let wanted = match &purpose {
@@ -212,7 +222,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             .as_ref()
             .map(|teacher| (teacher.parameters, teacher.unet.config())),
     };
-    report.memory(MemoryPlan::new(&config, &sizes));
+    report.memory(MemoryPlan::new(&config, &sizes, cards))?;
     report.step("output", || {
         let (key, folder) = purpose.output();
         if in_s3(folder) {
@@ -225,6 +235,15 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         }
         Ok(((), format!("{} can be written", folder.display())))
     })
+}
+
+/// The memory of the device that trains, by its name, and how it computes the operations of a step.
+fn check_train_device(config: &Config) -> Result<(BTreeMap<String, u64>, String), Failure> {
+    let (name, device) = (config.train.device.to_string(), train_device(config)?);
+    let memory = device::memory(&device).unwrap_or_default();
+    let how = ops::describe(&device, config.train.attention).unwrap_or_default();
+    let message = format!("{name} with {:.1} GB: {how}", memory as f64 / 1e9);
+    Ok(([(name, memory)].into(), message))
 }
 
 /// The first sample that a run can use, as a batch, and the mean size of the first samples in the shard in bytes.

@@ -123,7 +123,12 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     let device = open_device(args.device)?;
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
-    let unet = UNet::load(&folders.unet, DType::F32, &device, Attention::Plain)?;
+    let unet = UNet::load(
+        &folders.unet,
+        DType::F32,
+        &device,
+        Attention::MemoryEfficient,
+    )?;
     let encoders = Encoders::load(
         &folders.pipeline,
         folders.vae.as_deref(),

@@ -95,6 +95,12 @@ fn keep_freed_memory(ordinal: usize) -> Result<(), DriverError> {
     }
 }
 
+/// All memory of the device. Bytes.
+pub(super) fn memory(device: &CudaDevice) -> Option<u64> {
+    let (_, all) = device.cuda_stream().context().mem_get_info().ok()?;
+    u64::try_from(all).ok()
+}
+
 /// The error of a call of the driver: its name, and its text if the driver has one.
 fn called(error: DriverError) -> DeviceError {
     let name = format!("{:?}", error.0);

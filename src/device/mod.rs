@@ -105,6 +105,15 @@ pub fn open(spec: DeviceSpec) -> Result<Device, DeviceError> {
     }
 }
 
+/// Memory of a CUDA device that is open, whoever uses it. Bytes; `None` for the CPU.
+pub fn memory(device: &Device) -> Option<u64> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::memory(device),
+        _ => None,
+    }
+}
+
 /// Lets matrix products and convolutions of f32 round their operands to TF32, on every CUDA device and from now on. Without this call they
 /// don't. The CPU computes in f32.
 pub fn allow_tf32(allow: bool) {

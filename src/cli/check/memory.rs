@@ -41,6 +41,10 @@ const HELD_BY_VAE: u64 = 4;
 /// 100 MB besides the other parts. Bytes.
 const PROGRAM: u64 = 60_000_000;
 
+/// What to change for a card that is too small.
+const LESS: &str = "a smaller train.batch_size and encode.batch_size, train.gradient_checkpointing = true, train.mixed_precision, \
+    train.teacher_dtype, optimizer.kind = \"adamw8bit\", encode.vae_dtype, or latents in place of images";
+
 /// Measured sizes of models and data.
 pub(super) struct Sizes<'a> {
     /// Mean size of a sample in its shard. Bytes.
@@ -65,6 +69,19 @@ pub(super) struct MemoryPlan {
     parts: Vec<MemoryPart>,
     /// Free main memory now. Bytes.
     available: Option<u64>,
+    /// Memory of each CUDA device. Bytes.
+    #[serde(skip)]
+    cards: BTreeMap<String, u64>,
+}
+
+/// Whether the memory is enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Enough,
+    /// Main memory that is free now is less than the estimate; more may become free.
+    MoreThanFree,
+    /// The estimate is more than a card has.
+    MoreThanCard,
 }
 
 #[derive(Serialize)]
@@ -76,10 +93,12 @@ struct MemoryPart {
 }
 
 impl MemoryPlan {
-    pub(super) fn new(config: &Config, sizes: &Sizes<'_>) -> Self {
+    /// `cards`: the memory of each CUDA device that the configuration names.
+    pub(super) fn new(config: &Config, sizes: &Sizes<'_>, cards: BTreeMap<String, u64>) -> Self {
         let mut plan = Self {
             parts: Vec::new(),
             available: available_memory(),
+            cards,
         };
         let how = "code, threads and their scratch memory".to_owned();
         plan.add(DeviceSpec::Cpu, "program", PROGRAM, how);
@@ -247,9 +266,20 @@ impl MemoryPlan {
         totals
     }
 
-    /// Whether main memory is enough, and the message that says so.
-    pub(super) fn verdict(&self) -> (bool, String) {
+    /// Whether the memory is enough, and the message that says so.
+    pub(super) fn verdict(&self) -> (Verdict, String) {
         let totals = self.totals();
+        for (card, has) in &self.cards {
+            let needed = totals.get(card).copied().unwrap_or_default();
+            if needed > *has {
+                let message = format!(
+                    "about {} on {card}: more than its {}; less is needed with {LESS}",
+                    size(needed),
+                    size(*has)
+                );
+                return (Verdict::MoreThanCard, message);
+            }
+        }
         let each: Vec<String> = totals
             .iter()
             .map(|(device, bytes)| format!("{} on {device}", size(*bytes)))
@@ -258,17 +288,17 @@ impl MemoryPlan {
         let message = format!("about {}", each.join(", "));
         match self.available {
             Some(available) if needed > available => (
-                false,
+                Verdict::MoreThanFree,
                 format!(
                     "{message}: more than the {} of main memory that is free",
                     size(available)
                 ),
             ),
             Some(available) => (
-                true,
+                Verdict::Enough,
                 format!("{message}; {} of main memory is free", size(available)),
             ),
-            None => (true, message),
+            None => (Verdict::Enough, message),
         }
     }
 
@@ -424,16 +454,23 @@ mod tests {
                 part(DeviceSpec::Cpu, 500),
             ],
             available: Some(2000),
+            cards: [("cuda:0".to_owned(), 7)].into(),
         };
         assert_eq!(
             plan.totals(),
             [("cpu".to_owned(), 2000), ("cuda:0".to_owned(), 7)].into()
         );
-        assert!(plan.verdict().0);
+        assert_eq!(plan.verdict().0, Verdict::Enough);
         plan.available = Some(1999);
-        let (enough, message) = plan.verdict();
+        let (verdict, message) = plan.verdict();
+        assert_eq!(verdict, Verdict::MoreThanFree);
+        assert!(message.contains("more than the 2.0 kB"), "{message}");
+        plan.cards.insert("cuda:0".to_owned(), 6);
+        let (verdict, message) = plan.verdict();
+        assert_eq!(verdict, Verdict::MoreThanCard);
         assert!(
-            !enough && message.contains("more than the 2.0 kB"),
+            message
+                .starts_with("about 0.0 kB on cuda:0: more than its 0.0 kB; less is needed with "),
             "{message}"
         );
     }

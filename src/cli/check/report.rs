@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::cost::Cost;
-use super::memory::MemoryPlan;
+use super::memory::{MemoryPlan, Verdict};
 use crate::cli::{Failure, with_causes};
 
 /// The result of one step.
@@ -71,23 +71,25 @@ impl CheckReport {
         self.cost = Some(cost);
     }
 
-    pub(super) fn memory(&mut self, plan: MemoryPlan) {
-        let (enough, message) = plan.verdict();
-        self.line(
-            "memory",
-            if enough {
-                StepStatus::Ok
-            } else {
-                StepStatus::Warning
-            },
-            message,
-        );
+    /// Records the memory plan. One that a card can't hold is an error.
+    pub(super) fn memory(&mut self, plan: MemoryPlan) -> Result<(), Failure> {
+        let (verdict, message) = plan.verdict();
+        let status = match verdict {
+            Verdict::Enough => StepStatus::Ok,
+            Verdict::MoreThanFree => StepStatus::Warning,
+            Verdict::MoreThanCard => StepStatus::Error,
+        };
+        self.line("memory", status, message.clone());
         if !self.quiet {
             for line in plan.lines() {
                 outln!("           {line}");
             }
         }
         self.memory = Some(plan);
+        match verdict {
+            Verdict::MoreThanCard => Err(Failure::Usage(message.into())),
+            _ => Ok(()),
+        }
     }
 
     fn line(&mut self, step: &'static str, status: StepStatus, message: String) {
