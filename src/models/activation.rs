@@ -51,14 +51,14 @@ impl Activation {
 impl Module for Activation {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Silu => x.silu(),
+            Self::Silu => ops::silu(x),
             Self::Mish => {
                 // tanh(ln(1 + e)) = n / (n + 2) with n = e·(e + 2); from x = 20 on it is 1 in f32, and e must not overflow.
                 let e = x.minimum(20f64)?.exp()?;
                 let n = e.mul(&(&e + 2.0)?)?;
                 x.mul(&n.div(&(&n + 2.0)?)?)
             }
-            Self::Gelu => x.gelu_erf(),
+            Self::Gelu => ops::gelu(x),
             Self::QuickGelu => ops::quick_gelu(x),
             Self::Relu => x.relu(),
         }

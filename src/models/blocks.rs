@@ -103,7 +103,7 @@ impl ResnetBlock {
             }
         };
         let h = h.apply(&self.conv2)?;
-        let sum = x.apply(&self.conv_shortcut.as_ref())?.add(&h)?;
+        let sum = ops::add(&x.apply(&self.conv_shortcut.as_ref())?, &h)?;
         if self.config.output_scale == 1.0 {
             Ok(sum)
         } else {

@@ -47,12 +47,13 @@ impl Layer {
         let k = normed.apply(&self.k_proj)?;
         let v = normed.apply(&self.v_proj)?;
         let attended = ops::attention(&q, &k, &v, heads, true, Attention::MemoryEfficient)?;
-        let x = attended.apply(&self.out_proj)?.add(x)?;
-        x.apply(&self.layer_norm2)?
+        let x = ops::add(&attended.apply(&self.out_proj)?, x)?;
+        let hidden = x
+            .apply(&self.layer_norm2)?
             .apply(&self.fc1)?
             .apply(&activation)?
-            .apply(&self.fc2)?
-            .add(&x)
+            .apply(&self.fc2)?;
+        ops::add(&hidden, &x)
     }
 }
 

@@ -113,7 +113,7 @@ impl Conv2d {
 
     /// As [`Module::forward`], plus `shift` `[B, outputs]` on the channels of each image.
     pub(super) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
-        let bias = shift.broadcast_add(&like(&self.bias, x)?)?;
+        let bias = ops::add_to_rows(shift, &like(&self.bias, x)?)?;
         self.convolve(x, &bias)
     }
 

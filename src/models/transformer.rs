@@ -94,11 +94,11 @@ impl TransformerBlock {
         } else {
             &normed
         };
-        let x = self.attn1.forward(&normed, first)?.add(x)?;
+        let x = ops::add(&self.attn1.forward(&normed, first)?, x)?;
         let normed = x.apply(&self.norm2)?;
-        let x = self.attn2.forward(&normed, context)?.add(&x)?;
+        let x = ops::add(&self.attn2.forward(&normed, context)?, &x)?;
         let hidden = x.apply(&self.norm3)?.apply(&self.ff_in)?;
-        ops::geglu(&hidden)?.apply(&self.ff_out)?.add(&x)
+        ops::add(&ops::geglu(&hidden)?.apply(&self.ff_out)?, &x)
     }
 }
 
@@ -131,6 +131,6 @@ impl Transformer2d {
         for block in &self.blocks {
             tokens = block.forward(&tokens, context)?;
         }
-        self.proj_out.to_map(&tokens, (h, w))?.add(x)
+        ops::add(&self.proj_out.to_map(&tokens, (h, w))?, x)
     }
 }

@@ -277,7 +277,7 @@ impl UNet {
                         "the up blocks ask for more skip connections than the down blocks made"
                     );
                 };
-                x = level.layer(i, &Tensor::cat(&[&x, &skip], 1)?, &shared)?;
+                x = level.layer(i, &ops::concatenate(&x, &skip)?, &shared)?;
             }
             if let (Some(upsample), Some(next)) = (upsample, skips.last()) {
                 let (_, _, h, w) = next.dims4()?;

@@ -145,7 +145,7 @@ impl Module for MidAttention {
         let k = self.to_k.to_tokens(&normed)?;
         let v = self.to_v.to_tokens(&normed)?;
         let out = ops::attention(&q, &k, &v, 1, false, Attention::MemoryEfficient)?;
-        self.to_out.to_map(&out, (h, w))?.add(x)
+        ops::add(&self.to_out.to_map(&out, (h, w))?, x)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Gated GELU and the quick GELU.
+//! Activations that are not fused with another operation.
 
 use candle_core::{D, Result, Tensor};
 
@@ -32,11 +32,39 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// When `x` is not of a float dtype.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::quick_gelu(x);
+    }
     if cpu::has_kernel(x) {
         cpu::quick_gelu(x)
     } else {
         portable::quick_gelu(x)
     }
+}
+
+/// SiLU, `x·σ(x)`, of the shape and dtype of `x`.
+///
+/// # Errors
+/// When `x` is not of a float dtype.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::silu(x);
+    }
+    x.silu()
+}
+
+/// The exact GELU, `x·Φ(x)`, of the shape and dtype of `x`.
+///
+/// # Errors
+/// When `x` is not of a float dtype.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) {
+        return cuda::gelu(x);
+    }
+    x.gelu_erf()
 }
 
 /// The factor in the quick GELU.

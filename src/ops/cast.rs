@@ -5,6 +5,8 @@ use half::{bf16, f16};
 
 use super::autograd_op::{AutogradOp, apply1};
 use super::cpu::slice;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::half::{narrow, widen};
 
 /// `x` as `dtype`, of the same shape; differentiable. As `torch.Tensor.to`.
@@ -14,8 +16,13 @@ use super::half::{narrow, widen};
 pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let ours = |dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
     if x.dtype() == dtype {
-        Ok(x.clone())
-    } else if x.device().is_cpu() && ours(x.dtype()) && ours(dtype) {
+        return Ok(x.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::has_kernel(x) && ours(dtype) {
+        return cuda::cast(x, dtype);
+    }
+    if x.device().is_cpu() && ours(x.dtype()) && ours(dtype) {
         apply1(Cast(dtype), &x.contiguous()?)
     } else {
         x.to_dtype(dtype)

@@ -31,13 +31,14 @@ mod linear;
 mod norm;
 mod portable;
 mod projection;
+mod residual;
 mod update;
 mod upsample;
 
 #[cfg(test)]
 mod gradcheck;
 
-pub use activation::{geglu, quick_gelu};
+pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
 pub use adamw8bit::{BlockMoments, BlockQuantized};
 pub use attention::{Attention, attention};
@@ -47,6 +48,7 @@ pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
+pub use residual::{add, add_to_rows, concatenate};
 pub use update::{
     AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, global_squared_norm,
 };

@@ -138,14 +138,18 @@ pub(super) struct Output {
 impl Output {
     pub(super) fn new(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Self> {
         let shape = shape.into();
-        // SAFETY: every bit pattern is a number of these types, and the kernels write before they read.
         let storage = match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Storage::Cuda(unsafe { device.alloc_uninit(&shape, dtype) }?),
+            Device::Cuda(device) => {
+                // SAFETY: as in `empty`.
+                Storage::Cuda(unsafe { device.alloc_uninit(&shape, dtype) }?)
+            }
             #[cfg(test)]
-            Device::Cpu => Storage::Cpu(unsafe {
-                candle_core::cpu_backend::CpuDevice.alloc_uninit(&shape, dtype)
-            }?),
+            Device::Cpu => {
+                let cpu = candle_core::cpu_backend::CpuDevice;
+                // SAFETY: as in `empty`.
+                Storage::Cpu(unsafe { cpu.alloc_uninit(&shape, dtype) }?)
+            }
             device => bail!("no kernels for {device:?}"),
         };
         Ok(Self { storage, shape })

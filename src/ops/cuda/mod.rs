@@ -6,36 +6,40 @@
 //! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
 
 mod activation;
+mod attention;
 mod bias;
+mod cast;
 mod conv;
 #[cfg(feature = "cudnn")]
 mod cudnn;
-mod attention;
 mod gpu;
 #[cfg(test)]
 mod host;
 mod linear;
 mod matmul;
-mod projection;
-mod update;
 mod norm;
+mod projection;
+mod residual;
+mod update;
+mod upsample;
 
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
-#[cfg(feature = "cuda")]
-pub(super) use activation::geglu;
-#[cfg(feature = "cuda")]
-pub(super) use conv::conv2d;
-#[cfg(feature = "cuda")]
-pub(super) use linear::linear;
-#[cfg(feature = "cuda")]
-pub(super) use projection::{map_to_tokens, tokens_to_map};
 pub(super) use update::adamw_steps;
 #[cfg(feature = "cuda")]
-pub(super) use update::{ema_updates, global_squared_norm};
-pub(super) use attention::{attention, has_attention_kernel};
-pub(super) use norm::{group_norm, layer_norm};
+pub(super) use {
+    activation::{geglu, gelu, quick_gelu, silu},
+    attention::{attention, has_attention_kernel},
+    cast::cast,
+    conv::conv2d,
+    linear::linear,
+    norm::{group_norm, layer_norm},
+    projection::{map_to_tokens, tokens_to_map},
+    residual::{add, add_to_rows, concatenate},
+    update::{ema_updates, global_squared_norm},
+    upsample::upsample_nearest_2x,
+};
 
 /// Whether the kernels take a tensor.
 #[cfg(feature = "cuda")]

@@ -353,7 +353,8 @@ mod tests {
 
     #[test]
     fn cuda_norm_equals_the_cpu() -> Result<()> {
-        for scale in [1.0, 1e18] {
+        // The CPU's sums of 1024 numbers hold squares of the greater scale.
+        for scale in [1.0, 1e17] {
             let all = set(3)?;
             let all: Vec<Tensor> = all.iter().map(|x| x * scale).collect::<Result<_>>()?;
             let all: Vec<&Tensor> = all.iter().collect();

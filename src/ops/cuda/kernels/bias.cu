@@ -1,4 +1,5 @@
-// Biases added, in place where `out` is `x`, and their gradients. x is [outer, channels, inner]; a bias has a number for each channel.
+// Biases added, in place where `out` is `x`, and their gradients. x is [outer, channels, inner]; a bias has a number for each
+// channel.
 
 #include "vector.cuh"
 
@@ -78,39 +79,39 @@ template <class T> __device__ void sum_planes(const T* x, void* sums, int wide, 
 
 }  // namespace
 
-#define BIAS(T)                                                                                               \
-  KERNEL bias_add_to_rows_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int width) {                   \
-    if (packs<T>(width, x, out, bias)) {                                                                           \
-      add_to_rows<T, LANES<T>>(x, out, {bias, wide}, count, width);                                                \
-    } else {                                                                                                  \
-      add_to_rows<T, 1>(x, out, {bias, wide}, count, width);                                                       \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_add_to_rows_##T)                                                                                \
-  KERNEL bias_add_to_maps_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int64_t inner,      \
-                               int biases) {                                                                  \
-    if (packs<T>(inner, x, out)) {                                                                            \
-      add_to_maps<T, LANES<T>>(x, out, {bias, wide}, count, inner, biases);                                        \
-    } else {                                                                                                  \
-      add_to_maps<T, 1>(x, out, {bias, wide}, count, inner, biases);                                               \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_add_to_maps_##T)                                                                                \
-  KERNEL bias_sum_columns_##T(const T* x, float* parts, int rows, int width, int each, int packed) {          \
-    if (packed) {                                                                                             \
-      sum_columns<T, LANES<T>>(x, parts, rows, width, each);                                                  \
-    } else {                                                                                                  \
-      sum_columns<T, 1>(x, parts, rows, width, each);                                                         \
-    }                                                                                                         \
-  }                                                                                                           \
-  EXPORT(bias_sum_columns_##T)                                                                                \
-  KERNEL bias_sum_planes_##T(const T* x, void* sums, int wide, int planes, int64_t inner) {                   \
-    sum_planes(x, sums, wide, planes, inner);                                                                 \
-  }                                                                                                           \
-  EXPORT(bias_sum_planes_##T)                                                                                 \
-  KERNEL bias_sum_rows_##T(const float* parts, T* out, int rows, int columns) {                               \
-    sum_rows(parts, out, rows, columns, columns);                                                                    \
-  }                                                                                                           \
+#define BIAS(T)                                                                                                \
+  KERNEL bias_add_to_rows_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int width) {      \
+    if (packs<T>(width, x, out, bias)) {                                                                       \
+      add_to_rows<T, LANES<T>>(x, out, {bias, wide}, count, width);                                            \
+    } else {                                                                                                   \
+      add_to_rows<T, 1>(x, out, {bias, wide}, count, width);                                                   \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_add_to_rows_##T)                                                                                 \
+  KERNEL bias_add_to_maps_##T(const T* x, T* out, const void* bias, int wide, int64_t count, int64_t inner,    \
+                               int biases) {                                                                   \
+    if (packs<T>(inner, x, out)) {                                                                             \
+      add_to_maps<T, LANES<T>>(x, out, {bias, wide}, count, inner, biases);                                    \
+    } else {                                                                                                   \
+      add_to_maps<T, 1>(x, out, {bias, wide}, count, inner, biases);                                           \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_add_to_maps_##T)                                                                                 \
+  KERNEL bias_sum_columns_##T(const T* x, float* parts, int rows, int width, int each, int packed) {           \
+    if (packed) {                                                                                              \
+      sum_columns<T, LANES<T>>(x, parts, rows, width, each);                                                   \
+    } else {                                                                                                   \
+      sum_columns<T, 1>(x, parts, rows, width, each);                                                          \
+    }                                                                                                          \
+  }                                                                                                            \
+  EXPORT(bias_sum_columns_##T)                                                                                 \
+  KERNEL bias_sum_planes_##T(const T* x, void* sums, int wide, int planes, int64_t inner) {                    \
+    sum_planes(x, sums, wide, planes, inner);                                                                  \
+  }                                                                                                            \
+  EXPORT(bias_sum_planes_##T)                                                                                  \
+  KERNEL bias_sum_rows_##T(const float* parts, T* out, int rows, int columns) {                                \
+    sum_rows(parts, out, rows, columns, columns);                                                              \
+  }                                                                                                            \
   EXPORT(bias_sum_rows_##T)
 
 BIAS(f32)

@@ -144,8 +144,8 @@ struct Channel {
 };
 
 template <class T>
-__device__ __forceinline__ Channel channel_of(Parameters weight, Parameters bias, const float* stats, int64_t row, int64_t c) {
-  return {stats[2 * row], stats[2 * row + 1], load_parameter<T>(weight, c), load_parameter<T>(bias, c)};
+__device__ __forceinline__ Channel channel_of(Parameters weight, Parameters bias, float mean, float rstd, int64_t c) {
+  return {mean, rstd, load_parameter<T>(weight, c), load_parameter<T>(bias, c)};
 }
 
 // The gradients of weight and bias of each channel of each image, [B, 2, all channels], each by a warp, or by a block if
@@ -157,7 +157,8 @@ __device__ void group_sums(const T* x, const T* grad, Parameters weight, Paramet
   const int plane = blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
   if (plane >= planes) return;  // whole warps
   const int all = groups * channels, c = plane % all;
-  const Channel channel = channel_of<T>(weight, bias, stats, plane / channels, c);
+  stats += 2 * (plane / channels);
+  const Channel channel = channel_of<T>(weight, bias, stats[0], stats[1], c);
   x += plane * inner;
   grad += plane * inner;
   float against = 0, total = 0;
@@ -198,12 +199,13 @@ __device__ void group_backward(const T* x, const T* grad, Parameters weight, Par
   // Means over the row of the gradient of xhat times xhat, and of that gradient.
   against = block_sum(against) / group.size;
   total = block_sum(total) / group.size;
+  const float mean = stats[2 * int64_t(blockIdx.x)], rstd = stats[2 * int64_t(blockIdx.x) + 1];
   x += group.row();
   grad += group.row();
   x_grad += group.row();
 #pragma unroll 2
   for (int64_t i = group.first + threadIdx.x * N; i < group.end; i += blockDim.x * N) {
-    const Channel channel = channel_of<T>(weight, bias, stats, blockIdx.x, group.channel + quotient(i, inner));
+    const Channel channel = channel_of<T>(weight, bias, mean, rstd, group.channel + quotient(i, inner));
     float value[N], g[N];
     load(x + i, value);
     load(grad + i, g);
@@ -327,55 +329,55 @@ template <class T> __device__ void parameter_grads(const float* parts, T* weight
 }  // namespace
 
 // `function<T, N>` of the arguments.
-#define BY_PACKS(packed, function, T, ...) \
-  if (packed) {                            \
-    function<T, LANES<T>>(__VA_ARGS__);    \
-  } else {                                 \
-    function<T, 1>(__VA_ARGS__);           \
+#define BY_PACKS(packed, function, T, ...)                                                                       \
+  if (packed) {                                                                                                  \
+    function<T, LANES<T>>(__VA_ARGS__);                                                                          \
+  } else {                                                                                                       \
+    function<T, 1>(__VA_ARGS__);                                                                                 \
   }
 
 #define NORM(T)                                                                                                  \
-  KERNEL group_norm_parts_##T(const T* x, float* parts, int64_t size, int64_t each) {                            \
+  KERNEL group_norm_parts_##T(In<T> x, Out<float> parts, int64_t size, int64_t each) {                           \
     BY_PACKS(packs<T>(size, x), group_parts, T, x, parts, size, each)                                            \
   }                                                                                                              \
   EXPORT(group_norm_parts_##T)                                                                                   \
-  KERNEL group_norm_forward_##T(const T* x, T* out, const void* weight, const void* bias, int wide,              \
-                                const float* parts, float* stats, int groups, int channels, int64_t inner,       \
+  KERNEL group_norm_forward_##T(In<T> x, Out<T> out, In<void> weight, In<void> bias, int wide,                   \
+                                In<float> parts, Out<float> stats, int groups, int channels, int64_t inner,      \
                                 int64_t each, float eps, int silu) {                                             \
     const Parameters w = {weight, wide}, b = {bias, wide};                                                       \
     BY_PACKS(packs<T>(inner, x, out), group_forward, T, x, out, w, b, parts, stats, groups, channels, inner,     \
              each, eps, silu != 0)                                                                               \
   }                                                                                                              \
   EXPORT(group_norm_forward_##T)                                                                                 \
-  KERNEL group_norm_sums_##T(const T* x, const T* grad, const void* weight, const void* bias, int wide,          \
-                             const float* stats, float* sums, int planes, int groups, int channels,              \
+  KERNEL group_norm_sums_##T(In<T> x, In<T> grad, In<void> weight, In<void> bias, int wide,                      \
+                             In<float> stats, Out<float> sums, int planes, int groups, int channels,             \
                              int64_t inner, int silu, int by_block) {                                            \
     const Parameters w = {weight, wide}, b = {bias, wide};                                                       \
     BY_PACKS(packs<T>(inner, x, grad), group_sums, T, x, grad, w, b, stats, sums, planes, groups, channels,      \
              inner, silu != 0, by_block != 0)                                                                    \
   }                                                                                                              \
   EXPORT(group_norm_sums_##T)                                                                                    \
-  KERNEL group_norm_backward_##T(const T* x, const T* grad, const void* weight, const void* bias, int wide,      \
-                                 const float* stats, const float* sums, T* x_grad, int groups, int channels,     \
+  KERNEL group_norm_backward_##T(In<T> x, In<T> grad, In<void> weight, In<void> bias, int wide,                  \
+                                 In<float> stats, In<float> sums, Out<T> x_grad, int groups, int channels,       \
                                  int64_t inner, int64_t each, int silu) {                                        \
     const Parameters w = {weight, wide}, b = {bias, wide};                                                       \
     BY_PACKS(packs<T>(inner, x, grad, x_grad), group_backward, T, x, grad, w, b, stats, sums, x_grad, groups,    \
              channels, inner, each, silu != 0)                                                                   \
   }                                                                                                              \
   EXPORT(group_norm_backward_##T)                                                                                \
-  KERNEL layer_norm_forward_##T(const T* x, T* out, const void* weight, const void* bias, int wide,              \
-                                float* stats, int rows, int width, float eps) {                                  \
+  KERNEL layer_norm_forward_##T(In<T> x, Out<T> out, In<void> weight, In<void> bias, int wide,                   \
+                                Out<float> stats, int rows, int width, float eps) {                              \
     const Parameters w = {weight, wide}, b = {bias, wide};                                                       \
     BY_PACKS(packs<T>(width, x, out, weight, bias), layer_forward, T, x, out, w, b, stats, rows, width, eps)     \
   }                                                                                                              \
   EXPORT(layer_norm_forward_##T)                                                                                 \
-  KERNEL layer_norm_backward_##T(const T* x, const T* grad, const void* weight, int wide, const float* stats,    \
-                                 T* x_grad, float* parts, int rows, int width, int each, int packed) {           \
+  KERNEL layer_norm_backward_##T(In<T> x, In<T> grad, In<void> weight, int wide, In<float> stats,                \
+                                 Out<T> x_grad, Out<float> parts, int rows, int width, int each, int packed) {   \
     const Parameters w = {weight, wide};                                                                         \
     BY_PACKS(packed, layer_backward, T, x, grad, w, stats, x_grad, parts, rows, width, each)                     \
   }                                                                                                              \
   EXPORT(layer_norm_backward_##T)                                                                                \
-  KERNEL norm_parameter_grads_##T(const float* parts, T* weight, T* bias, int rows, int width) {                 \
+  KERNEL norm_parameter_grads_##T(In<float> parts, Out<T> weight, Out<T> bias, int rows, int width) {            \
     parameter_grads(parts, weight, bias, rows, width);                                                           \
   }                                                                                                              \
   EXPORT(norm_parameter_grads_##T)

@@ -8,6 +8,10 @@
 
 #include "common.cuh"
 
+// What a kernel reads, and what it writes and nothing else points to: the loads of a loop need not wait for its stores.
+template <class T> using In = const T* __restrict__;
+template <class T> using Out = T* __restrict__;
+
 // Numbers of 16 bytes.
 template <class T> constexpr int LANES = 16 / int(sizeof(T));
 
