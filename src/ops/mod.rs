@@ -10,7 +10,7 @@
 //! - `ops/cpu/NAME.rs`: a kernel over slices, for floats on the CPU (`f64` is for checks against finite differences).
 //! - `ops/portable/NAME.rs`: the same out of candle's tensor operations, for any device.
 //!
-//! Those that take the time of a step on a GPU have `ops/cuda/NAME.rs` too, with kernels in `ops/cuda/kernels/NAME.cu`.
+//! An operation that takes time in a step on a GPU has `ops/cuda/NAME.rs` too, with kernels in `ops/cuda/kernels/NAME.cu`.
 //!
 //! This module knows tensors and nothing of diffusion.
 

@@ -13,7 +13,7 @@ use super::{BlockMoments, adamw8bit, cast, cpu, portable};
 pub struct EmaUpdate<'a> {
     /// The average.
     pub target: &'a Var,
-    /// What it moves towards, of its shape and dtype.
+    /// The tensor that the target moves towards, of the target's shape and dtype.
     pub source: &'a Tensor,
     /// A copy of the average in another type, to be refreshed.
     pub copy: Option<&'a Var>,

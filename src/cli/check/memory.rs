@@ -41,7 +41,7 @@ const HELD_BY_VAE: u64 = 4;
 /// 100 MB besides the other parts. Bytes.
 const PROGRAM: u64 = 60_000_000;
 
-/// What to change for a card that is too small.
+/// The settings that need less memory, for a card that is too small.
 const LESS: &str = "a smaller train.batch_size and encode.batch_size, train.gradient_checkpointing = true, train.mixed_precision, \
     train.teacher_dtype, optimizer.kind = \"adamw8bit\", encode.vae_dtype, or latents in place of images";
 

@@ -50,7 +50,7 @@ pub(in crate::ops) fn attention(
     apply_tensor_op3(op, operands)
 }
 
-/// What a kernel does; the sizes of its tiles differ.
+/// The part of attention that a kernel computes; each has its own sizes of tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Forward,

@@ -75,7 +75,7 @@ impl Convolution {
     }
 }
 
-/// What is computed of a convolution `y = x * weight`.
+/// The part of a convolution `y = x * weight` that is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Pass {
     /// `y`, of `[x, weight]`.
@@ -198,7 +198,7 @@ mod tests {
     use crate::ops::cuda::host::check;
     use crate::ops::gradcheck::random;
 
-    /// What cuDNN computes, by the portable convolution.
+    /// The results of cuDNN's calls, by the portable convolution.
     pub(super) fn on_the_cpu(
         pass: Pass,
         conv: &Convolution,

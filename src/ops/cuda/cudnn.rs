@@ -49,7 +49,7 @@ struct Library {
     handle: sys::cudnnHandle_t,
     stream: Arc<CudaStream>,
     plans: HashMap<(Pass, Convolution, Precision), Plan>,
-    /// What the algorithms work in. One is enough: what a stream is given runs in turn.
+    /// The memory that the algorithms work in. One buffer is enough: the calls on a stream run in turn.
     workspace: Option<CudaSlice<u8>>,
 }
 
