@@ -2,11 +2,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 
 use super::autograd_op::{OpResult, PrecomputedOp, TensorOp, apply2};
-use super::backward::{accumulate_all, backward};
+use super::backward::{accumulate_all, collect_variable_grads};
+use super::tape::Tape;
 
 /// Whether a block's activations are kept from its forward pass to its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,9 +52,10 @@ where
     apply2(PrecomputedOp::new(op, output), [x, condition])
 }
 
-/// One pass through a block: its result, and a leaf of its graph for each tracked operand.
+/// One pass through a block: its result, its operations, and a leaf of its graph for each tracked operand.
 struct TrackedPass {
     output: Tensor,
+    tape: Tape,
     x: Option<Var>,
     condition: Option<Var>,
 }
@@ -70,8 +71,11 @@ impl TrackedPass {
             Some(leaf) => leaf.as_tensor().clone(),
             None => t.clone(),
         };
+        let operands = (operand(&x_leaf, x), operand(&condition_leaf, condition));
+        let (output, tape) = Tape::record(|| block(&operands.0, &operands.1))?;
         Ok(Self {
-            output: block(&operand(&x_leaf, x), &operand(&condition_leaf, condition))?,
+            output,
+            tape,
             x: x_leaf,
             condition: condition_leaf,
         })
@@ -104,40 +108,18 @@ where
             Some(pass) => pass,
             None => TrackedPass::new(&self.block, x, condition)?,
         };
-        let mut found = backward(&pass.output.apply_op1(Seed(grad.clone()))?)?;
+        let pass_backward = || pass.tape.backward(&pass.output, grad.clone());
+        let ((), mut found) = collect_variable_grads(pass_backward)?;
         let gradients = [pass.x, pass.condition].map(|leaf| found.remove(leaf.as_ref()?));
         accumulate_all(found)?;
         Ok(gradients)
     }
 }
 
-/// A scalar, 0, whose gradient with respect to the operand is the given tensor: the start of a backward pass.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let scalar = Shape::from(());
-        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
-    }
-
-    fn cuda_fwd(&self, x: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let scalar = Shape::from(());
-        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
-    }
-
-    fn bwd(&self, _x: &Tensor, _res: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::gradcheck::random;
-    use super::super::{conv2d, linear};
+    use super::super::{backward, conv2d, linear};
     use super::*;
 
     /// Gradients of x, the condition and a weight through two checkpoints that share all three.

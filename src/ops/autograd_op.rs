@@ -7,10 +7,11 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
-    Storage, Tensor, backend::BackendStorage, bail, op::BackpropOp,
+    Storage, Tensor, Var, backend::BackendStorage, bail, op::BackpropOp,
 };
 
 use super::backward::accumulate_variable_grad;
+use super::tape::Tape;
 
 /// A node of the graph with `N` operands.
 pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
@@ -30,6 +31,20 @@ pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
         bail!("{} has no Metal kernel", Self::NAME)
     }
 
+    /// The result outside candle's graph.
+    fn result(&self, operands: [&Tensor; N]) -> Result<OpResult> {
+        let operands = operands.map(Tensor::storage_and_layout);
+        if !operands.iter().all(|(s, _)| matches!(**s, Storage::Cpu(_))) {
+            bail!("{} has a kernel for the CPU only", Self::NAME);
+        }
+        let on_cpu = operands.each_ref().map(|(storage, layout)| match &**storage {
+            Storage::Cpu(storage) => (storage, *layout),
+            _ => unreachable!("checked above"),
+        });
+        let (storage, shape) = self.cpu_forward(on_cpu)?;
+        Ok(OpResult::Owned(Storage::Cpu(storage), shape))
+    }
+
     /// A gradient for each operand that is tracked, of its shape and dtype, given the result's.
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
 
@@ -46,17 +61,32 @@ pub(super) trait AutogradOp<const N: usize>: Send + Sync + 'static {
 
 /// `op` of one tensor.
 pub(super) fn apply1(op: impl AutogradOp<1>, x: &Tensor) -> Result<Tensor> {
-    x.apply_op1(CandleOp(op))
+    apply(op, [x], |op| x.apply_op1(op))
 }
 
 /// `op` of two tensors.
 pub(super) fn apply2(op: impl AutogradOp<2>, [a, b]: [&Tensor; 2]) -> Result<Tensor> {
-    a.apply_op2(b, CandleOp(op))
+    apply(op, [a, b], |op| a.apply_op2(b, op))
 }
 
 /// `op` of three tensors.
 pub(super) fn apply3(op: impl AutogradOp<3>, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
-    a.apply_op3(b, c, CandleOp(op))
+    apply(op, [a, b, c], |op| a.apply_op3(b, c, op))
+}
+
+/// Records `op` on the tape of this thread if there is one; else makes it a node of candle's graph.
+fn apply<F: AutogradOp<N>, const N: usize>(
+    op: F,
+    operands: [&Tensor; N],
+    node: impl FnOnce(CandleOp<F>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if !Tape::is_recording() || !operands.into_iter().any(Tensor::track_op) {
+        return node(CandleOp(op));
+    }
+    let result = op.result(operands)?;
+    Tape::push(operands, result, move |operands, result, grad| {
+        op.backward_with_result(operands, result, grad)
+    })
 }
 
 /// An operation as candle's traits want it.
@@ -234,10 +264,6 @@ pub(super) enum OpResult {
     /// A tensor whose storage others may share. As a node of the graph it is copied: candle gives no way to move its storage.
     Shared(Tensor),
     /// Storage of its own, contiguous, with its shape.
-    #[cfg_attr(
-        not(any(feature = "cuda", test)),
-        expect(dead_code, reason = "kernels for CUDA give it")
-    )]
     Owned(Storage, Shape),
 }
 
@@ -250,6 +276,16 @@ impl OpResult {
                 Tensor::from_storage(storage, shape, BackpropOp::none(), false)
             }
         }
+    }
+
+    /// The result as a variable: a leaf of candle's graph.
+    pub(super) fn into_variable(self) -> Result<Tensor> {
+        Ok(match self {
+            Self::Shared(tensor) => Var::from_tensor(&tensor)?.into_inner(),
+            Self::Owned(storage, shape) => {
+                Tensor::from_storage(storage, shape, BackpropOp::none(), true)
+            }
+        })
     }
 }
 
@@ -301,21 +337,23 @@ impl<F> PrecomputedOp<F> {
         Self { op, value }
     }
 
+    fn take(&self) -> Result<OpResult> {
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        match value.take() {
+            Some(value) => Ok(value),
+            None => bail!("an operation's result was asked for twice"),
+        }
+    }
+
     /// The storage of the result: moved by `own`, or copied by `copy`; both give `None` for another device's storage.
     fn storage<S>(
         &self,
         own: impl FnOnce(Storage) -> Option<S>,
         copy: impl FnOnce(&Storage, &Layout) -> Result<Option<S>>,
     ) -> Result<(S, Shape)> {
-        let value = self
-            .value
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let (storage, shape) = match value {
-            None => bail!("an operation's result was asked for twice"),
-            Some(OpResult::Owned(storage, shape)) => (own(storage), shape),
-            Some(OpResult::Shared(tensor)) => {
+        let (storage, shape) = match self.take()? {
+            OpResult::Owned(storage, shape) => (own(storage), shape),
+            OpResult::Shared(tensor) => {
                 let (storage, layout) = tensor.storage_and_layout();
                 (copy(&storage, layout)?, layout.shape().clone())
             }
@@ -334,6 +372,10 @@ fn copied<S: BackendStorage>(storage: &S, layout: &Layout) -> Result<S> {
 
 impl<F: TensorOp<N>, const N: usize> AutogradOp<N> for PrecomputedOp<F> {
     const NAME: &'static str = F::NAME;
+
+    fn result(&self, _: [&Tensor; N]) -> Result<OpResult> {
+        self.take()
+    }
 
     fn cpu_forward(&self, _: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
         self.storage(

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::in_pool;
 
@@ -24,13 +25,20 @@ pub fn backward(scalar: &Tensor) -> Result<GradStore> {
 }
 
 fn collect(scalar: &Tensor) -> Result<GradStore> {
-    let outer = VARIABLE_GRADS.replace(Some(GradStore::default()));
-    let store = scalar.backward();
-    let accumulated = VARIABLE_GRADS.replace(outer);
-    let mut gradients = accumulated.unwrap_or_default();
+    let (store, mut gradients) = collect_variable_grads(|| scalar.backward())?;
     // candle's own operations found the rest.
-    gradients.extend(store?)?;
+    gradients.extend(store)?;
     Ok(gradients)
+}
+
+/// Runs a backward pass, and returns the gradients of variables that it accumulated.
+pub(super) fn collect_variable_grads<R>(
+    pass: impl FnOnce() -> Result<R>,
+) -> Result<(R, GradStore)> {
+    let outer = VARIABLE_GRADS.replace(Some(GradStore::default()));
+    let result = pass();
+    let accumulated = VARIABLE_GRADS.replace(outer);
+    Ok((result?, accumulated.unwrap_or_default()))
 }
 
 /// Adds a gradient to the running [`backward`]'s if `operand` is a variable. Otherwise, and under candle's own backward,
@@ -42,8 +50,8 @@ pub(super) fn accumulate_variable_grad(
     VARIABLE_GRADS.with_borrow_mut(|running| match (running, gradient) {
         (Some(gradients), Some(gradient)) if operand.is_variable() => {
             let sum = match gradients.remove(operand) {
-                Some(before) => before.add(&gradient)?,
-                None => gradient,
+                Some(before) => before.add(&gradient)?.detach(),
+                None => gradient.detach(),
             };
             gradients.insert(operand, sum);
             Ok(None)
@@ -52,7 +60,21 @@ pub(super) fn accumulate_variable_grad(
     })
 }
 
-/// Adds the gradients that an inner [`backward`] found to those of the running one.
+/// Adds `gradient` to the running pass's gradient of `operand`; through candle's operations to the gradients of the variables
+/// that `operand` depends on.
+pub(super) fn propagate(operand: &Tensor, gradient: Tensor) -> Result<()> {
+    match accumulate_variable_grad(operand, Some(gradient))? {
+        None => Ok(()),
+        Some(gradient) => accumulate_all(operand.apply_op1(Seed(gradient))?.backward()?),
+    }
+}
+
+/// Takes the gradient of a variable from the running pass.
+pub(super) fn take_gradient(variable: &Tensor) -> Option<Tensor> {
+    VARIABLE_GRADS.with_borrow_mut(|running| running.as_mut()?.remove(variable))
+}
+
+/// Adds the gradients that an inner pass found to those of the running one.
 pub(super) fn accumulate_all(inner: GradStore) -> Result<()> {
     VARIABLE_GRADS.with_borrow_mut(|running| match running {
         Some(gradients) => gradients.extend(inner),
@@ -60,4 +82,27 @@ pub(super) fn accumulate_all(inner: GradStore) -> Result<()> {
             bail!("an activation checkpoint's gradients need ops::backward, not Tensor::backward")
         }
     })
+}
+
+/// A scalar, 0, whose gradient with respect to the operand is the given tensor: the start of a backward pass.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, _layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let scalar = Shape::from(());
+        Ok((x.device().zeros_impl(&scalar, x.dtype())?, scalar))
+    }
+
+    fn bwd(&self, _x: &Tensor, _res: &Tensor, _grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
 }

@@ -32,6 +32,7 @@ mod norm;
 mod portable;
 mod projection;
 mod residual;
+mod tape;
 mod update;
 mod upsample;
 
@@ -56,6 +57,8 @@ pub use upsample::upsample_nearest_2x;
 
 use candle_core::{Device, Result, Tensor};
 
+use self::tape::Tape;
+
 /// Runs `work`, a chain of operations on tensors of `device`, on a thread of rayon's pool if that is the CPU.
 ///
 /// From outside the pool each operation would wake a thread of it and sleep until that is done, which for small tensors costs
@@ -63,7 +66,8 @@ use candle_core::{Device, Result, Tensor};
 /// device's queue, and cuDNN has a state for each thread.
 pub fn in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
     if device.is_cpu() {
-        rayon::scope(|_| work())
+        // The thread may be at another pass, whose operations wait for others.
+        rayon::scope(|_| Tape::pause(work))
     } else {
         work()
     }
