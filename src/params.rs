@@ -133,11 +133,7 @@ impl ParamSet {
     pub fn follow(&self, source: &Self, decay: f64) -> Result<()> {
         let pairs = self.iter().zip(source.variables.values());
         let updates: Vec<EmaUpdate<'_>> = pairs
-            .map(|((name, target), source)| EmaUpdate {
-                target,
-                source,
-                copy: self.copy_of(name),
-            })
+            .map(|((_, target), source)| EmaUpdate { target, source })
             .collect();
         ops::ema_updates(&updates, decay)
     }
@@ -148,6 +144,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::ops::{AdamWMoments, AdamWStep, AdamWUpdate};
 
     fn tensors(a: &[f32], b: &[f32]) -> Result<Tensors> {
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu);
@@ -155,19 +152,47 @@ mod tests {
     }
 
     #[test]
-    fn param_set_copies_follow_their_variables() -> Result<()> {
+    fn param_set_follows_another() -> Result<()> {
         let target = ParamSet::new(&tensors(&[0.0, 1.0], &[2.0])?)?;
-        let target = target.with_copies(DType::F16, |name| name == "a")?;
-        let source = ParamSet::new(&tensors(&[8.0, 0.1], &[0.0])?)?;
+        let source = ParamSet::new(&tensors(&[8.0, 3.0], &[0.0])?)?;
         target.follow(&source, 0.75)?;
-        let types = |tensors: Tensors| tensors.values().map(Tensor::dtype).collect::<Vec<_>>();
-        assert_eq!(types(target.values()), [DType::F32; 2]);
-        assert_eq!(types(target.detached()), [DType::F16, DType::F32]);
-        let copy = target.tracked()["a"].to_dtype(DType::F32)?;
-        let want = target.values()["a"].to_dtype(DType::F16)?;
-        let want = want.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        assert_eq!(copy.to_vec1::<f32>()?, want);
+        assert_eq!(target.values()["a"].to_vec1::<f32>()?, [2.0, 1.5]);
         assert_eq!(target.values()["b"].to_vec1::<f32>()?, [1.5]);
+        Ok(())
+    }
+
+    #[test]
+    fn param_set_copies_follow_their_variables() -> Result<()> {
+        let params = ParamSet::new(&tensors(&[0.1, 1.0], &[2.0])?)?;
+        let params = params.with_copies(DType::F16, |name| name == "a")?;
+        let types = |tensors: Tensors| tensors.values().map(Tensor::dtype).collect::<Vec<_>>();
+        assert_eq!(types(params.values()), [DType::F32; 2]);
+        assert_eq!(types(params.detached()), [DType::F16, DType::F32]);
+        let before = params.values()["a"].to_vec1::<f32>()?;
+        let moment = || Var::zeros(2, DType::F32, &Device::Cpu);
+        let update = AdamWUpdate {
+            param: &params.variables["a"],
+            moments: &mut AdamWMoments::Full {
+                first: moment()?,
+                second: moment()?,
+            },
+            grad: &Tensor::new(&[1f32, -1.0], &Device::Cpu)?,
+            copy: params.copy_of("a"),
+        };
+        let step = AdamWStep {
+            learning_rate: 0.1,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            step: 1,
+        };
+        ops::adamw_steps(&mut [update], 1.0, &step)?;
+        let after = params.values()["a"].clone();
+        assert_ne!(after.to_vec1::<f32>()?, before);
+        let wide = |x: &Tensor| x.to_dtype(DType::F32)?.to_vec1::<f32>();
+        let rounded = after.to_dtype(DType::F16)?;
+        assert_eq!(wide(&params.tracked()["a"])?, wide(&rounded)?);
         Ok(())
     }
 
@@ -179,8 +204,9 @@ mod tests {
         // The second gradient is too small for a sum in f16.
         for factor in [1.0, 1.0 / 4096.0] {
             let leaves = params.tracked();
-            let loss = (&leaves["a"] * factor)?.sum_all()?.to_dtype(DType::F32)?;
-            params.accumulate(&mut sums, ops::backward(&loss)?)?;
+            let loss = || (&leaves["a"] * factor)?.sum_all()?.to_dtype(DType::F32);
+            let (gradients, ()) = ops::gradients(|| Ok((loss()?, ())))?;
+            params.accumulate(&mut sums, gradients)?;
             assert_eq!(params.without_gradient(&sums), ["b"]);
         }
         assert_eq!(sums["a"].to_vec1::<f32>()?, [1.0 + 1.0 / 4096.0; 2]);

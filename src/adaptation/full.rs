@@ -23,7 +23,7 @@ pub struct ForwardOptions {
     pub attention: Attention,
     /// Activations that the blocks of the trained network keep for the backward pass.
     pub activations: Activations,
-    /// Type to compute in; `None`: the weights' f32. The weights are then kept in this type besides f32.
+    /// Type to compute in; `None`: the weights' f32. The student's weights are then kept in this type besides f32.
     pub compute: Option<DType>,
 }
 
@@ -93,11 +93,13 @@ impl Full {
             weights.expect_all_taken(&[])?;
             Ok::<_, ModelError>(unet.computing_in(options.compute))
         };
-        let param_set = |tensors| match options.compute {
-            Some(dtype) => ParamSet::new(tensors)?.with_copies(dtype, casts_parameter),
-            None => ParamSet::new(tensors),
+        let params = ParamSet::new(params)?;
+        let params = match options.compute {
+            Some(dtype) => params.with_copies(dtype, casts_parameter)?,
+            None => params,
         };
-        let (params, target_params) = (param_set(params)?, param_set(target)?);
+        // A step uses the target's weights once, where copies would be held at the student's peak.
+        let target_params = ParamSet::new(target)?;
         Ok(Self {
             student: build(params.tracked())?.with_activations(options.activations),
             frozen_student: build(params.detached())?,
@@ -162,8 +164,10 @@ mod tests {
         };
         let latents = filled(&[2, channels.expect("channels"), 8, 8])?;
         let conditioning = Conditioning::text(filled(&[2, 5, width.expect("a width")])?);
-        let output = network.forward(&latents, &[3, 700], &conditioning)?;
-        let gradients = ops::backward(&output.sqr()?.mean_all()?)?;
+        let (gradients, output) = ops::gradients(|| {
+            let output = network.forward(&latents, &[3, 700], &conditioning)?;
+            Ok((output.sqr()?.mean_all()?, output))
+        })?;
         let mut sums = Grads::new();
         params.accumulate(&mut sums, gradients)?;
         Ok((output.flatten_all()?.to_vec1()?, sums))

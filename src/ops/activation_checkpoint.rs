@@ -1,12 +1,10 @@
 //! Activation checkpointing: blocks of a network whose activations are recomputed in the backward pass instead of being kept.
 
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::{Result, Tensor, Var};
 
-use super::autograd_op::{OpResult, PrecomputedOp, TensorOp, apply2};
+use super::autograd_op::is_recorded;
 use super::backward::{accumulate_all, collect_variable_grads};
-use super::tape::Tape;
+use super::tape::{Tape, no_grad};
 
 /// Whether a block's activations are kept from its forward pass to its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +19,7 @@ pub enum Activations {
 /// `torch.utils.checkpoint.checkpoint`; without a tracked operand the block simply runs.
 ///
 /// `block` must be deterministic. The gradients are then the same to the last bit whatever `activations` says. Only
-/// [`ops::backward`](super::backward()) can compute them; candle's own is refused.
+/// [`ops::gradients`](super::gradients()) can compute them; candle's own is refused.
 ///
 /// # Errors
 /// When the block fails.
@@ -34,22 +32,24 @@ pub fn activation_checkpoint<F>(
 where
     F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 {
-    if !x.track_op() && !condition.track_op() {
+    if !is_recorded(&[x, condition]) {
         return block(x, condition);
     }
-    let pass = match activations {
-        Activations::Keep => Some(TrackedPass::new(&block, x, condition)?),
-        Activations::Recompute => None,
+    let (output, kept) = match activations {
+        Activations::Keep => {
+            let pass = TrackedPass::new(&block, x, condition)?;
+            (pass.output.clone(), Some(pass))
+        }
+        Activations::Recompute => (no_grad(|| block(x, condition))?.detach(), None),
     };
-    let output = match &pass {
-        Some(pass) => pass.output.detach(),
-        None => block(&x.detach(), &condition.detach())?.detach(),
+    let backward = move |[x, condition]: [&Tensor; 2], _: &Tensor, grad: &Tensor| {
+        let pass = match kept {
+            Some(pass) => pass,
+            None => TrackedPass::new(&block, x, condition)?,
+        };
+        pass.backward(grad)
     };
-    let op = CheckpointedBlock {
-        block,
-        pass: Mutex::new(pass),
-    };
-    apply2(PrecomputedOp::new(op, output), [x, condition])
+    Tape::push([x, condition], output.into(), backward)
 }
 
 /// One pass through a block: its result, its operations, and a leaf of its graph for each tracked operand.
@@ -80,37 +80,12 @@ impl TrackedPass {
             condition: condition_leaf,
         })
     }
-}
 
-struct CheckpointedBlock<F> {
-    block: F,
-    /// The kept pass of [`Activations::Keep`]; the backward takes it and so frees it.
-    pass: Mutex<Option<TrackedPass>>,
-}
-
-impl<F> TensorOp<2> for CheckpointedBlock<F>
-where
-    F: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
-{
-    const NAME: &'static str = "activation_checkpoint";
-
-    fn forward(&self, [x, condition]: [&Tensor; 2]) -> Result<OpResult> {
-        Ok((self.block)(x, condition)?.into())
-    }
-
-    fn backward(&self, [x, condition]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        let kept = self
-            .pass
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let pass = match kept {
-            Some(pass) => pass,
-            None => TrackedPass::new(&self.block, x, condition)?,
-        };
-        let pass_backward = || pass.tape.backward(&pass.output, grad.clone());
-        let ((), mut found) = collect_variable_grads(pass_backward)?;
-        let gradients = [pass.x, pass.condition].map(|leaf| found.remove(leaf.as_ref()?));
+    /// The gradients of `x` and the condition; those of the variables inside go to the running backward pass.
+    fn backward(self, grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let backward = || self.tape.backward(&self.output, grad.clone());
+        let ((), mut found) = collect_variable_grads(backward)?;
+        let gradients = [self.x, self.condition].map(|leaf| found.remove(leaf.as_ref()?));
         accumulate_all(found)?;
         Ok(gradients)
     }
@@ -119,7 +94,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::super::gradcheck::random;
-    use super::super::{backward, conv2d, linear};
+    use super::super::{conv2d, gradients as gradients_of, linear};
     use super::*;
 
     /// Gradients of x, the condition and a weight through two checkpoints that share all three.
@@ -132,10 +107,11 @@ mod tests {
             let shift = linear(c, &random(&[3, 3], 4)?, None)?.reshape((2, 3, 1, 1))?;
             conv2d(x, &w, None, 1, 1)?.broadcast_add(&shift)?.silu()? + x
         };
-        let once = activation_checkpoint(&x, &condition, activations, block.clone())?;
-        let twice = activation_checkpoint(&once, &condition, activations, block)?;
-        let loss = (twice.sqr()?.sum_all()? + once.sum_all()?)?;
-        let gradients = backward(&loss)?;
+        let (gradients, ()) = gradients_of(|| {
+            let once = activation_checkpoint(&x, &condition, activations, block.clone())?;
+            let twice = activation_checkpoint(&once, &condition, activations, block)?;
+            Ok(((twice.sqr()?.sum_all()? + once.sum_all()?)?, ()))
+        })?;
         [&x, &condition, &weight]
             .map(|v| {
                 gradients
@@ -164,9 +140,11 @@ mod tests {
         let w = weight.as_tensor().clone();
         let block = move |x: &Tensor, c: &Tensor| linear(&x.sqr()?, &w, None)?.mul(c);
         let condition = random(&[2, 3], 3)?;
-        let plain = block(&x, &condition)?.sqr()?.sum_all()?.backward()?;
-        let cut = activation_checkpoint(&x, &condition, Activations::Recompute, block)?;
-        let cut = backward(&cut.sqr()?.sum_all()?)?;
+        let (plain, ()) = gradients_of(|| Ok((block(&x, &condition)?.sqr()?.sum_all()?, ())))?;
+        let (cut, ()) = gradients_of(|| {
+            let cut = activation_checkpoint(&x, &condition, Activations::Recompute, block)?;
+            Ok((cut.sqr()?.sum_all()?, ()))
+        })?;
         for variable in [&x, &weight] {
             let want = plain.get(variable).expect("a gradient").to_vec2::<f64>()?;
             let got = cut.get(variable).expect("a gradient").to_vec2::<f64>()?;

@@ -7,28 +7,25 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::in_pool;
+use super::tape::Tape;
 
 thread_local! {
-    /// Gradients of variables, from this module's operations, while [`backward`] runs on this thread.
+    /// The gradients that the backward pass of this thread has found.
     static VARIABLE_GRADS: RefCell<Option<GradStore>> = const { RefCell::new(None) };
 }
 
-/// The gradients of `scalar` with respect to every variable that it depends on, each of the variable's shape and dtype.
+/// The gradients of the scalar that `pass` computes with respect to every variable that it depends on, each of the variable's
+/// shape and dtype; and what `pass` returns besides.
 ///
-/// The numbers of [`Tensor::backward`], with less traffic: candle adds each gradient to a tensor of zeros first, which
-/// for a weight is several passes over it. Here the operations of this module hand over gradients of variables as they are.
+/// The numbers of [`Tensor::backward`], with less traffic: candle adds every gradient to a tensor of zeros first.
 ///
 /// # Errors
-/// When an operation's backward fails.
-pub fn backward(scalar: &Tensor) -> Result<GradStore> {
-    in_pool(scalar.device(), || collect(scalar))
-}
-
-fn collect(scalar: &Tensor) -> Result<GradStore> {
-    let (store, mut gradients) = collect_variable_grads(|| scalar.backward())?;
-    // candle's own operations found the rest.
-    gradients.extend(store)?;
-    Ok(gradients)
+/// When `pass` or an operation's backward fails.
+pub fn gradients<R>(pass: impl FnOnce() -> Result<(Tensor, R)>) -> Result<(GradStore, R)> {
+    let ((scalar, rest), tape) = Tape::record(pass)?;
+    let backward = || tape.backward(&scalar, scalar.ones_like()?);
+    let ((), gradients) = in_pool(scalar.device(), || collect_variable_grads(backward))?;
+    Ok((gradients, rest))
 }
 
 /// Runs a backward pass, and returns the gradients of variables that it accumulated.
@@ -41,46 +38,37 @@ pub(super) fn collect_variable_grads<R>(
     Ok((result?, accumulated.unwrap_or_default()))
 }
 
-/// Adds a gradient to the running [`backward`]'s if `operand` is a variable. Otherwise, and under candle's own backward,
-/// returns it for candle to go on with.
-pub(super) fn accumulate_variable_grad(
-    operand: &Tensor,
-    gradient: Option<Tensor>,
-) -> Result<Option<Tensor>> {
-    VARIABLE_GRADS.with_borrow_mut(|running| match (running, gradient) {
-        (Some(gradients), Some(gradient)) if operand.is_variable() => {
-            let sum = match gradients.remove(operand) {
-                Some(before) => before.add(&gradient)?.detach(),
-                None => gradient.detach(),
-            };
-            gradients.insert(operand, sum);
-            Ok(None)
-        }
-        (_, gradient) => Ok(gradient),
-    })
-}
-
 /// Adds `gradient` to the running pass's gradient of `operand`; through candle's operations to the gradients of the variables
 /// that `operand` depends on.
 pub(super) fn propagate(operand: &Tensor, gradient: Tensor) -> Result<()> {
-    match accumulate_variable_grad(operand, Some(gradient))? {
-        None => Ok(()),
-        Some(gradient) => accumulate_all(operand.apply_op1(Seed(gradient))?.backward()?),
+    if !operand.is_variable() {
+        return accumulate_all(operand.apply_op1(Seed(gradient))?.backward()?);
     }
+    with_running(|gradients| {
+        let sum = match gradients.remove(operand) {
+            Some(before) => before.add(&gradient)?,
+            None => gradient,
+        };
+        gradients.insert(operand, sum.detach());
+        Ok(())
+    })
 }
 
 /// Takes the gradient of a variable from the running pass.
-pub(super) fn take_gradient(variable: &Tensor) -> Option<Tensor> {
-    VARIABLE_GRADS.with_borrow_mut(|running| running.as_mut()?.remove(variable))
+pub(super) fn take_gradient(variable: &Tensor) -> Result<Option<Tensor>> {
+    // candle's gradients may carry a graph.
+    with_running(|gradients| Ok(gradients.remove(variable).map(|gradient| gradient.detach())))
 }
 
 /// Adds the gradients that an inner pass found to those of the running one.
 pub(super) fn accumulate_all(inner: GradStore) -> Result<()> {
+    with_running(|gradients| gradients.extend(inner))
+}
+
+fn with_running<R>(work: impl FnOnce(&mut GradStore) -> Result<R>) -> Result<R> {
     VARIABLE_GRADS.with_borrow_mut(|running| match running {
-        Some(gradients) => gradients.extend(inner),
-        None => {
-            bail!("an activation checkpoint's gradients need ops::backward, not Tensor::backward")
-        }
+        Some(gradients) => work(gradients),
+        None => bail!("a gradient outside a backward pass"),
     })
 }
 

@@ -1,10 +1,10 @@
 //! Changes of type, by all cores on the CPU.
 
-use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor, backend::BackendStorage};
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use half::{bf16, f16};
 
-use super::autograd_op::{AutogradOp, apply1};
-use super::cpu::slice;
+use super::autograd_op::{AutogradOp, OpResult, apply};
+use super::cpu::TensorView;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::half::{narrow, widen};
@@ -23,7 +23,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
         return cuda::cast(x, dtype);
     }
     if x.device().is_cpu() && ours(x.dtype()) && ours(dtype) {
-        apply1(Cast(dtype), &x.contiguous()?)
+        apply(Cast(dtype), [&x.contiguous()?])
     } else {
         x.to_dtype(dtype)
     }
@@ -34,17 +34,14 @@ struct Cast(DType);
 impl AutogradOp<1> for Cast {
     const NAME: &'static str = "cast";
 
-    fn cpu_forward(
-        &self,
-        [(x, layout)]: [(&CpuStorage, &Layout); 1],
-    ) -> Result<(CpuStorage, Shape)> {
-        let to = self.0;
+    fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {
+        let (to, view) = (self.0, TensorView::of(x));
         let values = match x.dtype() {
-            DType::F16 => from_wide(widen(slice::<f16>(x, layout)?), to),
-            DType::BF16 => from_wide(widen(slice::<bf16>(x, layout)?), to),
-            _ => narrow(slice::<f32>(x, layout)?, to),
+            DType::F16 => from_wide(widen(view.slice::<f16>()?), to),
+            DType::BF16 => from_wide(widen(view.slice::<bf16>()?), to),
+            _ => narrow(view.slice::<f32>()?, to),
         };
-        Ok((values, layout.shape().clone()))
+        Ok(OpResult::Owned(Storage::Cpu(values), x.shape().clone()))
     }
 
     fn backward(&self, [x]: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
@@ -65,8 +62,8 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::ops::backward;
     use crate::ops::gradcheck::device;
+    use crate::ops::gradients;
 
     #[test]
     fn cast_equals_that_of_candle() -> Result<()> {
@@ -83,8 +80,10 @@ mod tests {
     #[test]
     fn cast_gradient_has_the_type_of_the_operand() -> Result<()> {
         let x = Var::new(&[1f32, 2.0, 3.0], &device())?;
-        let half = cast(&x, DType::F16)?;
-        let gradients = backward(&cast(&half.sqr()?, DType::F32)?.sum_all()?)?;
+        let (gradients, ()) = gradients(|| {
+            let half = cast(&x, DType::F16)?;
+            Ok((cast(&half.sqr()?, DType::F32)?.sum_all()?, ()))
+        })?;
         let gradient = gradients.get(&x).expect("a gradient");
         assert_eq!(gradient.to_vec1::<f32>()?, [2.0, 4.0, 6.0]);
         Ok(())

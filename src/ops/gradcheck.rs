@@ -5,6 +5,8 @@
 
 use candle_core::{Device, Result, Tensor, Var};
 
+use super::gradients;
+
 /// The device that the tests run on.
 pub(super) fn device() -> Device {
     let name = std::env::var("COFFEY_TEST_DEVICE");
@@ -45,24 +47,42 @@ pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Resul
     Ok(())
 }
 
+/// The result of `f`, and the gradient of `Σ f(inputs)·r` with respect to each input, for a fixed random `r`.
+pub(super) fn result_and_gradients(
+    inputs: &[Tensor],
+    f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<(Tensor, Vec<Tensor>)> {
+    let vars: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<Result<_>>()?;
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let (grads, out) = gradients(|| {
+        let out = f(&tensors)?;
+        Ok((out.mul(&direction(&out)?)?, out.detach()))
+    })?;
+    let gradient = |var| grads.get(var).expect("a gradient").clone();
+    Ok((
+        out,
+        vars.iter().map(|var| gradient(var.as_tensor())).collect(),
+    ))
+}
+
+/// The fixed random tensor that a result of the shape, dtype and device of `out` is multiplied by.
+fn direction(out: &Tensor) -> Result<Tensor> {
+    random(out.dims(), 99)?
+        .to_dtype(out.dtype())?
+        .to_device(out.device())
+}
+
 /// Checks the gradient of `Σ f(inputs)·r`, for a fixed random `r`, against central differences: every element of every input.
 pub(super) fn check_gradients(
     inputs: &[Tensor],
     f: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) -> Result<()> {
-    let vars: Vec<Var> = inputs.iter().map(Var::from_tensor).collect::<Result<_>>()?;
-    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let out = f(&tensors)?;
-    let direction = random(out.dims(), 99)?;
-    let grads = out.mul(&direction)?.sum_all()?.backward()?;
+    let (out, gradients) = result_and_gradients(inputs, &f)?;
+    let direction = direction(&out)?;
     let objective = |inputs: &[Tensor]| f(inputs)?.mul(&direction)?.sum_all()?.to_scalar::<f64>();
     const H: f64 = 1e-6;
-    for (which, var) in vars.iter().enumerate() {
-        let grad = grads
-            .get(var)
-            .expect("no gradient")
-            .flatten_all()?
-            .to_vec1::<f64>()?;
+    for (which, gradient) in gradients.iter().enumerate() {
+        let grad = gradient.flatten_all()?.to_vec1::<f64>()?;
         let base = inputs[which].flatten_all()?.to_vec1::<f64>()?;
         for (i, &got) in grad.iter().enumerate() {
             let at = |h: f64| {
@@ -103,7 +123,8 @@ mod tests {
     fn frozen_operands_get_no_gradient() -> Result<()> {
         let x = Var::from_tensor(&random(&[1, 2, 4, 4], 1)?)?;
         let weight = random(&[2, 2, 3, 3], 2)?;
-        let grads = conv2d(&x, &weight, None, 1, 1)?.sum_all()?.backward()?;
+        let sum = || conv2d(&x, &weight, None, 1, 1)?.sum_all();
+        let (grads, ()) = gradients(|| Ok((sum()?, ())))?;
         assert!(grads.get(&x).is_some());
         assert!(grads.get(&weight).is_none());
         Ok(())

@@ -43,13 +43,14 @@ pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
 pub use adamw8bit::{BlockMoments, BlockQuantized};
 pub use attention::{Attention, attention};
-pub use backward::backward;
+pub use backward::gradients;
 pub use cast::cast;
 pub use conv::{conv2d, convolves_alike};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
 pub use residual::{add, add_to_rows, concatenate};
+pub use tape::no_grad;
 pub use update::{
     AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, global_squared_norm,
 };
@@ -57,7 +58,7 @@ pub use upsample::upsample_nearest_2x;
 
 use candle_core::{Device, Result, Tensor};
 
-use self::tape::Tape;
+use self::tape::Recording;
 
 /// Runs `work`, a chain of operations on tensors of `device`, on a thread of rayon's pool if that is the CPU.
 ///
@@ -66,8 +67,10 @@ use self::tape::Tape;
 /// device's queue, and cuDNN has a state for each thread.
 pub fn in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
     if device.is_cpu() {
-        // The thread may be at another pass, whose operations wait for others.
-        rayon::scope(|_| Tape::pause(work))
+        let recording = Recording::take();
+        let (result, recording) = rayon::scope(|_| recording.run(work));
+        recording.put_back();
+        result
     } else {
         work()
     }

@@ -13,11 +13,56 @@ use super::autograd_op::OpResult;
 use super::backward::{propagate, take_gradient};
 
 thread_local! {
-    /// The tape of the pass that this thread records.
-    static RECORDING: RefCell<Option<Tape>> = const { RefCell::new(None) };
+    static RECORDING: RefCell<Recording> = const { RefCell::new(Recording::Outside) };
 }
 
-/// The tracked operations of a pass, in the order of their computation.
+/// What this thread does with operations on tracked tensors.
+#[derive(Debug, Default)]
+pub(super) enum Recording {
+    /// They are refused.
+    #[default]
+    Outside,
+    /// Their results have no graph.
+    NoGrad,
+    /// They are recorded.
+    On(Tape),
+}
+
+/// [`Recording`] without its tape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    Outside,
+    NoGrad,
+    Recording,
+}
+
+impl Recording {
+    /// Takes the state of this thread, so that it can be [`run`](Self::run) on another one and put back.
+    pub(super) fn take() -> Self {
+        RECORDING.take()
+    }
+
+    /// Ends what [`Self::take`] began.
+    pub(super) fn put_back(self) {
+        RECORDING.set(self);
+    }
+
+    /// Runs `work` on this thread in this state. Returns the state after it.
+    pub(super) fn run<R>(self, work: impl FnOnce() -> R) -> (R, Self) {
+        let outer = RECORDING.replace(self);
+        let result = work();
+        (result, RECORDING.replace(outer))
+    }
+}
+
+/// Runs `pass` without recording it: its results carry no graph, whatever its operands are. As `torch.no_grad`.
+///
+/// candle's own operations on variables still build a graph.
+pub fn no_grad<R>(pass: impl FnOnce() -> R) -> R {
+    Recording::NoGrad.run(pass).0
+}
+
+/// The operations of a pass on tracked tensors, in the order of their computation.
 #[derive(Debug, Default)]
 pub(super) struct Tape(Vec<Entry>);
 
@@ -37,25 +82,23 @@ impl fmt::Debug for Entry {
 }
 
 impl Tape {
-    /// Runs `pass` and records the tracked operations of this module that it computes on this thread.
+    /// Runs `pass` and records the tracked operations of this module that it computes.
     pub(super) fn record<R>(pass: impl FnOnce() -> Result<R>) -> Result<(R, Self)> {
-        let outer = RECORDING.replace(Some(Self::default()));
-        let result = pass();
-        let tape = RECORDING.replace(outer).unwrap_or_default();
+        let (result, recording) = Recording::On(Self::default()).run(pass);
+        let tape = match recording {
+            Recording::On(tape) => tape,
+            Recording::Outside | Recording::NoGrad => Self::default(),
+        };
         Ok((result?, tape))
     }
 
-    /// Runs `work` without recording it.
-    pub(super) fn pause<R>(work: impl FnOnce() -> R) -> R {
-        let outer = RECORDING.replace(None);
-        let result = work();
-        RECORDING.set(outer);
-        result
-    }
-
-    /// Whether this thread records a pass.
-    pub(super) fn is_recording() -> bool {
-        RECORDING.with_borrow(Option::is_some)
+    /// The state of this thread.
+    pub(super) fn mode() -> Mode {
+        RECORDING.with_borrow(|recording| match recording {
+            Recording::Outside => Mode::Outside,
+            Recording::NoGrad => Mode::NoGrad,
+            Recording::On(_) => Mode::Recording,
+        })
     }
 
     /// Adds an operation to the tape of this thread. Returns its result as a variable.
@@ -81,8 +124,8 @@ impl Tape {
             result: result.clone(),
             backward: Box::new(backward),
         };
-        RECORDING.with_borrow_mut(|tape| {
-            if let Some(tape) = tape {
+        RECORDING.with_borrow_mut(|recording| {
+            if let Recording::On(tape) = recording {
                 tape.0.push(entry);
             }
         });
@@ -94,7 +137,7 @@ impl Tape {
     pub(super) fn backward(mut self, output: &Tensor, grad: Tensor) -> Result<()> {
         propagate(output, grad)?;
         while let Some(Entry { result, backward }) = self.0.pop() {
-            let Some(grad) = take_gradient(&result) else {
+            let Some(grad) = take_gradient(&result)? else {
                 continue;
             };
             drop(result);

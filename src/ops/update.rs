@@ -15,8 +15,6 @@ pub struct EmaUpdate<'a> {
     pub target: &'a Var,
     /// The tensor that the target moves towards, of the target's shape and dtype.
     pub source: &'a Tensor,
-    /// A copy of the average in another type, to be refreshed.
-    pub copy: Option<&'a Var>,
 }
 
 /// `target = decay · target + (1 - decay) · source` for each tensor: the step of an exponential moving average, in the order of
@@ -27,7 +25,6 @@ pub struct EmaUpdate<'a> {
 pub fn ema_updates(updates: &[EmaUpdate<'_>], decay: f64) -> Result<()> {
     for update in updates {
         check_size(update.target, "a source", update.source)?;
-        check_copy(update.target, update.copy)?;
     }
     #[cfg(feature = "cuda")]
     if cuda::has_update_kernel(
@@ -37,10 +34,9 @@ pub fn ema_updates(updates: &[EmaUpdate<'_>], decay: f64) -> Result<()> {
     ) {
         return cuda::ema_updates(updates, decay);
     }
-    updates.par_iter().try_for_each(|update| {
-        ema_update(update.target, update.source, decay)?;
-        refresh(update.copy, update.target)
-    })
+    updates
+        .par_iter()
+        .try_for_each(|update| ema_update(update.target, update.source, decay))
 }
 
 /// The sum of the squares of all elements of all tensors, each of a float dtype. Summed in `f64` over the tensors in their order,

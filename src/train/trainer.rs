@@ -187,10 +187,11 @@ impl Trainer {
             target: student.target(),
             teacher: &*self.teacher,
         };
-        let output = self.objective.step(&networks, batch, key)?;
         let micro_batches = self.options.gradient_accumulation as f64;
-        let scaled = (&output.loss * (loss_scale / micro_batches))?;
-        let gradients = ops::backward(&scaled)?;
+        let (gradients, output) = ops::gradients(|| {
+            let output = self.objective.step(&networks, batch, key)?;
+            Ok(((&output.loss * (loss_scale / micro_batches))?, output))
+        })?;
         student
             .params()
             .accumulate(&mut sums.gradients, gradients)?;

@@ -4,7 +4,7 @@ use candle_core::{Result, Shape, Tensor};
 use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::kernel::{Kernel, apply1};
+use super::kernel::{Kernel, apply};
 use super::real::{Real, real, sigmoid};
 use crate::ops::activation::QUICK;
 
@@ -17,12 +17,12 @@ pub(in crate::ops) fn geglu(x: &Tensor) -> Result<Tensor> {
         width = *last;
     }
     let shape = Shape::from(dims);
-    apply1(GegluKernel { width, shape }, x)
+    apply(GegluKernel { width, shape }, [x])
 }
 
 /// As [`crate::ops::quick_gelu()`].
 pub(in crate::ops) fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    apply1(QuickGeluKernel(x.shape().clone()), x)
+    apply(QuickGeluKernel(x.shape().clone()), [x])
 }
 
 /// `Φ(x)`, the normal distribution function.

@@ -5,7 +5,7 @@ use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Threads, gemm};
-use super::kernel::{Kernel, apply3};
+use super::kernel::{Kernel, apply};
 use super::real::{Real, real};
 use super::reduce::{dot, map_and_sum, max};
 
@@ -26,7 +26,7 @@ pub(in crate::ops) fn attention(
         heads,
         causal,
     };
-    apply3(kernel, [q, k, v])
+    apply(kernel, [q, k, v])
 }
 
 /// Queries of a block: their weights are held at once.

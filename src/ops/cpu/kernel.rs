@@ -11,7 +11,7 @@ use candle_core::{
 use half::{bf16, f16};
 
 use super::real::Real;
-use crate::ops::autograd_op::{self, AutogradOp};
+use crate::ops::autograd_op::{self, AutogradOp, OpResult};
 use crate::ops::half::{narrow, widen};
 
 /// A differentiable operation on `N` contiguous CPU tensors, written over slices. Each slice is a tensor, row-major.
@@ -40,15 +40,16 @@ pub(in crate::ops) fn has_kernel(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && dtypes.contains(&tensor.dtype())
 }
 
-/// Applies a kernel to one tensor.
-pub(super) fn apply1(kernel: impl Kernel<1>, x: &Tensor) -> Result<Tensor> {
-    autograd_op::apply1(KernelOp(kernel), &x.contiguous()?)
-}
-
-/// Applies a kernel to three tensors.
-pub(super) fn apply3(kernel: impl Kernel<3>, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
-    let operands = [&a.contiguous()?, &b.contiguous()?, &c.contiguous()?];
-    autograd_op::apply3(KernelOp(kernel), operands)
+/// Applies a kernel to tensors of any layout.
+pub(super) fn apply<const N: usize>(
+    kernel: impl Kernel<N>,
+    operands: [&Tensor; N],
+) -> Result<Tensor> {
+    let mut contiguous = operands.map(Tensor::clone);
+    for operand in &mut contiguous {
+        *operand = operand.contiguous()?;
+    }
+    autograd_op::apply(KernelOp(kernel), contiguous.each_ref())
 }
 
 /// A type that kernels compute in.
@@ -103,10 +104,10 @@ struct KernelOp<K>(K);
 impl<K: Kernel<N>, const N: usize> AutogradOp<N> for KernelOp<K> {
     const NAME: &'static str = K::NAME;
 
-    fn cpu_forward(&self, operands: [(&CpuStorage, &Layout); N]) -> Result<(CpuStorage, Shape)> {
-        let dtype = operands[0].0.dtype();
+    fn forward(&self, operands: [&Tensor; N]) -> Result<OpResult> {
+        let dtype = operands[0].dtype();
         let result = by_dtype!(dtype, K::NAME, forward(&self.0, operands))?;
-        Ok((result, self.0.shape()))
+        Ok(OpResult::Owned(Storage::Cpu(result), self.0.shape()))
     }
 
     fn backward(&self, operands: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]> {
@@ -117,12 +118,12 @@ impl<K: Kernel<N>, const N: usize> AutogradOp<N> for KernelOp<K> {
 
 fn forward<T: Computes, K: Kernel<N>, const N: usize>(
     kernel: &K,
-    operands: [(&CpuStorage, &Layout); N],
+    operands: [&Tensor; N],
 ) -> Result<CpuStorage> {
-    let dtype = operands[0].0.dtype();
-    let values = each(operands, |(storage, layout)| T::read(storage, layout))?;
+    let views = operands.map(TensorView::of);
+    let values = each(views.each_ref(), TensorView::read::<T>)?;
     let result = kernel.forward(values.each_ref().map(AsRef::as_ref));
-    Ok(T::write(result, dtype))
+    Ok(T::write(result, operands[0].dtype()))
 }
 
 fn backward<T: Computes, K: Kernel<N>, const N: usize>(
@@ -170,10 +171,7 @@ fn each<A, B: Default, const N: usize>(
 }
 
 /// The elements of a contiguous operand of a custom op.
-pub(in crate::ops) fn slice<'a, T: WithDType>(
-    storage: &'a CpuStorage,
-    layout: &Layout,
-) -> Result<&'a [T]> {
+pub(super) fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
         None => bail!("an operand of a coffey operation must be contiguous"),
@@ -181,18 +179,18 @@ pub(in crate::ops) fn slice<'a, T: WithDType>(
 }
 
 /// A contiguous CPU tensor, locked for reading as a slice.
-pub(super) struct TensorView<'a> {
+pub(in crate::ops) struct TensorView<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
 }
 
 impl<'a> TensorView<'a> {
-    pub(super) fn of(tensor: &'a Tensor) -> Self {
+    pub(in crate::ops) fn of(tensor: &'a Tensor) -> Self {
         let (storage, layout) = tensor.storage_and_layout();
         Self { storage, layout }
     }
 
-    pub(super) fn slice<T: WithDType>(&self) -> Result<&[T]> {
+    pub(in crate::ops) fn slice<T: WithDType>(&self) -> Result<&[T]> {
         slice(self.cpu()?, self.layout)
     }
 

@@ -4,7 +4,7 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Threads, gemm};
-use super::kernel::{Kernel, apply3};
+use super::kernel::{Kernel, apply};
 use super::real::Real;
 use super::reduce::sum_rows;
 use crate::ops::bias_or_zeros;
@@ -24,7 +24,7 @@ pub(in crate::ops) fn linear(
         biased: bias.is_some(),
         shape,
     };
-    apply3(kernel, [x, weight, &bias_or_zeros(bias, out, x)?])
+    apply(kernel, [x, weight, &bias_or_zeros(bias, out, x)?])
 }
 
 /// Rows that one task fills, and rows of a partial sum of the bias's gradient; fixed, so that sums do not depend on the

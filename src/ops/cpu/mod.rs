@@ -25,7 +25,7 @@ pub(super) use adamw8bit::adamw8bit_step;
 pub(super) use attention::attention;
 pub(super) use conv::conv2d;
 pub use conv::convolves_alike;
-pub(super) use kernel::{has_kernel, slice};
+pub(super) use kernel::{TensorView, has_kernel};
 pub(super) use linear::linear;
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use projection::{map_to_tokens, tokens_to_map};

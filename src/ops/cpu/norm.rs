@@ -4,7 +4,7 @@ use candle_core::{D, Result, Shape, Tensor};
 use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
-use super::kernel::{Kernel, apply3};
+use super::kernel::{Kernel, apply};
 use super::real::{Real, real, sigmoid};
 use super::reduce::{sum_rows, sum1, sum2};
 
@@ -25,7 +25,7 @@ pub(in crate::ops) fn group_norm(
         silu,
         shape: x.shape().clone(),
     };
-    apply3(kernel, [x, weight, bias])
+    apply(kernel, [x, weight, bias])
 }
 
 /// As [`crate::ops::layer_norm()`], which checks the shapes.
@@ -40,7 +40,7 @@ pub(in crate::ops) fn layer_norm(
         eps,
         shape: x.shape().clone(),
     };
-    apply3(kernel, [x, weight, bias])
+    apply(kernel, [x, weight, bias])
 }
 
 /// Mean and reciprocal standard deviation (biased) of a slice.

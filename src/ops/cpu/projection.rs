@@ -6,7 +6,7 @@ use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::gemm::{Mat, MatMut, Threads, gemm};
-use super::kernel::{Kernel, apply3};
+use super::kernel::{Kernel, apply};
 use super::linear::BIAS_ROWS;
 use super::real::Real;
 use super::reduce::{sum_planes, sum_rows};
@@ -24,7 +24,7 @@ pub(in crate::ops) fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) 
         to: PixelLayout::Tokens,
         shape: Shape::from((batch, pixels, outputs)),
     };
-    apply3(kernel, [x, weight, bias])
+    apply(kernel, [x, weight, bias])
 }
 
 /// As [`crate::ops::tokens_to_map()`], which checks the shapes.
@@ -45,7 +45,7 @@ pub(in crate::ops) fn tokens_to_map(
         to: PixelLayout::Map,
         shape: Shape::from((batch, outputs, h, w)),
     };
-    apply3(kernel, [x, weight, bias])
+    apply(kernel, [x, weight, bias])
 }
 
 /// How the channels and pixels of an image are laid out.

@@ -3,13 +3,13 @@
 use candle_core::{Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::kernel::{Kernel, apply1};
+use super::kernel::{Kernel, apply};
 use super::real::Real;
 
 /// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
-    apply1(UpsampleKernel { b, c, h, w }, x)
+    apply(UpsampleKernel { b, c, h, w }, [x])
 }
 
 struct UpsampleKernel {

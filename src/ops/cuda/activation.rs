@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 
 use super::bias::packed;
 use super::gpu::{Arg, Module, Output, empty_like, launch, module};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 const MODULE: Module = module!("activation");
 
@@ -24,7 +24,7 @@ pub(in crate::ops) fn gelu(x: &Tensor) -> Result<Tensor> {
 }
 
 fn pointwise(x: &Tensor, forward: &'static str, backward: &'static str) -> Result<Tensor> {
-    apply_tensor_op1(Pointwise { forward, backward }, &x.contiguous()?)
+    apply(Pointwise { forward, backward }, [&x.contiguous()?])
 }
 
 /// A function of each number, by the kernels of these names.
@@ -33,7 +33,7 @@ struct Pointwise {
     backward: &'static str,
 }
 
-impl TensorOp<1> for Pointwise {
+impl AutogradOp<1> for Pointwise {
     const NAME: &'static str = "activation";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {
@@ -66,12 +66,12 @@ impl TensorOp<1> for Pointwise {
 
 /// As [`crate::ops::geglu()`], which checks the shape.
 pub(in crate::ops) fn geglu(x: &Tensor) -> Result<Tensor> {
-    apply_tensor_op1(Geglu, &x.contiguous()?)
+    apply(Geglu, [&x.contiguous()?])
 }
 
 struct Geglu;
 
-impl TensorOp<1> for Geglu {
+impl AutogradOp<1> for Geglu {
     const NAME: &'static str = "geglu";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {

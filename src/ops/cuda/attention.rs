@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::gpu::{Arg, Launch, Module, Output, THREADS, empty, empty_like, launch, module};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply, is_recorded};
 
 /// Numbers of the widest head that the kernels take.
 const WIDEST: usize = 160;
@@ -36,8 +36,7 @@ pub(in crate::ops) fn attention(
         );
     }
     let operands = [&q.contiguous()?, &k.contiguous()?, &v.contiguous()?];
-    let tracked = operands.into_iter().any(Tensor::track_op);
-    let lse = tracked.then(|| empty((b, heads, n), DType::F32, q.device()));
+    let lse = is_recorded(&operands).then(|| empty((b, heads, n), DType::F32, q.device()));
     let op = AttentionOp {
         b,
         n,
@@ -47,7 +46,7 @@ pub(in crate::ops) fn attention(
         causal,
         lse: lse.transpose()?,
     };
-    apply_tensor_op3(op, operands)
+    apply(op, operands)
 }
 
 /// The part of attention that a kernel computes; each has its own sizes of tiles.
@@ -188,7 +187,7 @@ impl AttentionOp {
     }
 }
 
-impl TensorOp<3> for AttentionOp {
+impl AutogradOp<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
     fn forward(&self, [q, k, v]: [&Tensor; 3]) -> Result<OpResult> {
@@ -250,9 +249,9 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::ops::Attention;
     use crate::ops::cuda::host::check;
     use crate::ops::gradcheck::{assert_close, random};
+    use crate::ops::{self, Attention};
 
     /// Attention of `[b, n, heads·d]` to `[b, m, heads·d]`, in every dtype, against the CPU's.
     fn check_shape([b, n, m, heads, d]: [usize; 5], causal: bool) -> Result<()> {
@@ -328,12 +327,13 @@ mod tests {
         let inputs = [1, 2, 3].map(|seed| random(&[1, 5, 8], seed)?.to_dtype(DType::F32));
         let [q, k, v] = inputs;
         let (q, k, v) = (q?, k?, Var::from_tensor(&v?)?);
-        let grads = attention(&q, &k, &v, 2, false)?.sum_all()?.backward()?;
+        let gradients = |q: &Tensor, v: &Tensor| {
+            ops::gradients(|| Ok((attention(q, &k, v, 2, false)?.sum_all()?, ())))
+        };
+        let (grads, ()) = gradients(&q, &v)?;
         assert!(grads.get(&v).is_some() && grads.get(&q).is_none() && grads.get(&k).is_none());
         let q = Var::from_tensor(&q)?;
-        let grads = attention(&q, &k, &v.detach(), 2, false)?
-            .sum_all()?
-            .backward()?;
+        let (grads, ()) = gradients(&q, &v.detach())?;
         assert!(grads.get(&q).is_some() && grads.get(&k).is_none());
         Ok(())
     }

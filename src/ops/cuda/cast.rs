@@ -3,16 +3,16 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 /// As [`crate::ops::cast()`].
 pub(in crate::ops) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
-    apply_tensor_op1(Cast(dtype), x)
+    apply(Cast(dtype), [x])
 }
 
 struct Cast(DType);
 
-impl TensorOp<1> for Cast {
+impl AutogradOp<1> for Cast {
     const NAME: &'static str = "cast";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {

@@ -9,7 +9,7 @@ use super::bias::{add_bias, bias_grad};
 use super::cudnn;
 use super::gpu::{Arg, Output};
 use super::projection::pointwise;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op2, apply_tensor_op3, if_tracked};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply, if_tracked};
 use crate::ops::{cast, portable};
 
 /// As [`crate::ops::conv2d()`], which checks the shapes. The bias may be in `f32`.
@@ -31,8 +31,8 @@ pub(in crate::ops) fn conv2d(
     let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     let op = Conv2d(Convolution::new(x, weight, stride, padding)?);
     match bias {
-        Some(bias) => apply_tensor_op3(op, [x, weight, &bias.contiguous()?]),
-        None => apply_tensor_op2(op, [x, weight]),
+        Some(bias) => apply(op, [x, weight, &bias.contiguous()?]),
+        None => apply(op, [x, weight]),
     }
 }
 
@@ -156,7 +156,7 @@ impl Conv2d {
     }
 }
 
-impl TensorOp<2> for Conv2d {
+impl AutogradOp<2> for Conv2d {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, operands: [&Tensor; 2]) -> Result<OpResult> {
@@ -168,7 +168,7 @@ impl TensorOp<2> for Conv2d {
     }
 }
 
-impl TensorOp<3> for Conv2d {
+impl AutogradOp<3> for Conv2d {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
@@ -208,15 +208,16 @@ mod tests {
         let convolve = |x: &Tensor, weight: &Tensor| {
             portable::conv2d(x, weight, None, conv.stride, conv.padding)
         };
-        let of = |wanted: &Var, y: Tensor, grad: &Tensor| {
-            let grads = y.mul(grad)?.sum_all()?.backward()?;
+        let of = |wanted: &Var, [x, weight]: [&Tensor; 2], grad: &Tensor| {
+            let sum = || convolve(x, weight)?.mul(grad)?.sum_all();
+            let (grads, ()) = ops::gradients(|| Ok((sum()?, ())))?;
             Ok::<_, candle_core::Error>(grads.get(wanted).expect("a gradient").clone())
         };
         let unknown = Var::zeros(shape, conv.dtype, a.device())?;
         let result = match pass {
             Pass::Forward => convolve(a, b)?,
-            Pass::InputGrad => of(&unknown, convolve(&unknown, a)?, b)?,
-            Pass::WeightGrad => of(&unknown, convolve(a, &unknown)?, b)?,
+            Pass::InputGrad => of(&unknown, [&unknown, a], b)?,
+            Pass::WeightGrad => of(&unknown, [a, &unknown], b)?,
         };
         assert_eq!(result.dims(), shape);
         let result = result.copy()?;

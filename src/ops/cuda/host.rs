@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use candle_core::{DType, Result, Tensor, Var, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::gpu::Value;
-use crate::ops::gradcheck::{assert_close, random};
+use crate::ops::gradcheck::{assert_close, result_and_gradients};
 
 /// `coffey_launch` of `host.h`.
 type LaunchFn =
@@ -92,17 +92,12 @@ fn run(
     dtype: DType,
     f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
 ) -> Result<Vec<Tensor>> {
-    let vars = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(dtype)?));
-    let vars: Vec<Var> = vars.collect::<Result<_>>()?;
-    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let out = f(&tensors)?;
-    let direction = random(out.dims(), 99)?.to_dtype(dtype)?;
-    let grads = out.mul(&direction)?.backward()?;
-    let mut all = vec![out.detach()];
-    for var in &vars {
-        all.push(grads.get(var).expect("a gradient").clone());
-    }
-    Ok(all)
+    let inputs: Vec<Tensor> = inputs
+        .iter()
+        .map(|x| x.to_dtype(dtype))
+        .collect::<Result<_>>()?;
+    let (out, gradients) = result_and_gradients(&inputs, f)?;
+    Ok([vec![out], gradients].concat())
 }
 
 /// Checks the result and the gradients of an operation that launches kernels in `f32`, `f16` and `bf16` against the CPU's

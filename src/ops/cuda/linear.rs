@@ -5,7 +5,7 @@ use candle_core::{D, Result, Shape, Tensor};
 use super::bias::{add_bias, bias_grad};
 use super::gpu::{Arg, Output};
 use super::matmul::matmul;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op2, apply_tensor_op3, if_tracked};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply, if_tracked};
 
 /// As [`crate::ops::linear()`], which checks the shapes and gives that of the result. The bias may be in `f32`.
 pub(in crate::ops) fn linear(
@@ -17,8 +17,8 @@ pub(in crate::ops) fn linear(
     let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     let op = Linear { shape };
     match bias {
-        Some(bias) => apply_tensor_op3(op, [x, weight, &bias.contiguous()?]),
-        None => apply_tensor_op2(op, [x, weight]),
+        Some(bias) => apply(op, [x, weight, &bias.contiguous()?]),
+        None => apply(op, [x, weight]),
     }
 }
 
@@ -48,7 +48,7 @@ fn rows(x: &Tensor) -> Result<Tensor> {
     x.reshape(((), x.dim(D::Minus1)?))
 }
 
-impl TensorOp<2> for Linear {
+impl AutogradOp<2> for Linear {
     const NAME: &'static str = "linear";
 
     fn forward(&self, [x, weight]: [&Tensor; 2]) -> Result<OpResult> {
@@ -60,7 +60,7 @@ impl TensorOp<2> for Linear {
     }
 }
 
-impl TensorOp<3> for Linear {
+impl AutogradOp<3> for Linear {
     const NAME: &'static str = "linear";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {

@@ -6,7 +6,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::bias::{Tiles, lanes, row_sums, wide};
 use super::gpu::{Arg, Launch, Module, Output, THREADS, empty, empty_like, launch, module};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply, is_recorded};
 
 const MODULE: Module = module!("norm");
 
@@ -23,9 +23,9 @@ pub(in crate::ops) fn group_norm(
         groups,
         eps,
         silu,
-        stats: Stats::of_tracked([x, weight, bias]),
+        stats: Stats::of([x, weight, bias]),
     };
-    apply(op, [x, weight, bias])
+    apply_norm(op, [x, weight, bias])
 }
 
 /// As [`crate::ops::layer_norm()`], which checks the shapes.
@@ -35,17 +35,17 @@ pub(in crate::ops) fn layer_norm(
     bias: &Tensor,
     eps: f64,
 ) -> Result<Tensor> {
-    let stats = Stats::of_tracked([x, weight, bias]);
-    apply(LayerNorm { eps, stats }, [x, weight, bias])
+    let stats = Stats::of([x, weight, bias]);
+    apply_norm(LayerNorm { eps, stats }, [x, weight, bias])
 }
 
-fn apply(op: impl TensorOp<3>, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
+fn apply_norm(op: impl AutogradOp<3>, [x, weight, bias]: [&Tensor; 3]) -> Result<Tensor> {
     if weight.dtype() != bias.dtype() {
         let (weight, bias) = (weight.dtype(), bias.dtype());
         bail!("a norm with weights in {weight:?} and biases in {bias:?}");
     }
     let (x, weight, bias) = (x.contiguous()?, weight.contiguous()?, bias.contiguous()?);
-    apply_tensor_op3(op, [&x, &weight, &bias])
+    apply(op, [&x, &weight, &bias])
 }
 
 /// Mean and reciprocal standard deviation of each row, `[rows, 2]` in `f32`: of the forward, for the backward.
@@ -55,11 +55,11 @@ struct Stats {
 }
 
 impl Stats {
-    /// Of an operation that has a backward if an operand is tracked.
-    fn of_tracked(operands: [&Tensor; 3]) -> Self {
+    /// Of an operation of these operands.
+    fn of(operands: [&Tensor; 3]) -> Self {
         Self {
             kept: OnceLock::new(),
-            wanted: operands.into_iter().any(Tensor::track_op),
+            wanted: is_recorded(&operands),
         }
     }
 
@@ -172,7 +172,7 @@ impl GroupNorm {
     }
 }
 
-impl TensorOp<3> for GroupNorm {
+impl AutogradOp<3> for GroupNorm {
     const NAME: &'static str = "group_norm";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
@@ -278,7 +278,7 @@ struct LayerNorm {
     stats: Stats,
 }
 
-impl TensorOp<3> for LayerNorm {
+impl AutogradOp<3> for LayerNorm {
     const NAME: &'static str = "layer_norm";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {
@@ -425,9 +425,11 @@ mod tests {
         let f32 = |x: &Tensor| x.to_dtype(DType::F32);
         let x = candle_core::Var::from_tensor(&f32(&x)?)?;
         let (weight, bias) = (f32(&weight)?, f32(&bias)?);
-        let normed = group_norm(&x, &weight, &bias, 2, 1e-5, true)?;
-        let normed = layer_norm(&normed.transpose(1, 3)?, &weight, &bias, 1e-5)?;
-        let grads = normed.sum_all()?.backward()?;
+        let (grads, ()) = crate::ops::gradients(|| {
+            let normed = group_norm(&x, &weight, &bias, 2, 1e-5, true)?;
+            let normed = layer_norm(&normed.transpose(1, 3)?, &weight, &bias, 1e-5)?;
+            Ok((normed.sum_all()?, ()))
+        })?;
         assert!(grads.get(&x).is_some());
         assert!(grads.get(&weight).is_none());
         let frozen = group_norm(&x.detach(), &weight, &bias, 2, 1e-5, true)?;

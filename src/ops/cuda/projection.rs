@@ -6,7 +6,7 @@ use candle_core::{Result, Shape, Tensor};
 use super::bias::{add_bias, bias_grad};
 use super::gpu::{Arg, Output};
 use super::matmul::matmul;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op2, apply_tensor_op3, if_tracked};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply, if_tracked};
 
 /// As [`crate::ops::map_to_tokens()`], which checks the shapes. The bias may be in `f32`.
 pub(in crate::ops) fn map_to_tokens(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -80,8 +80,8 @@ impl Projection {
     fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
         match bias {
-            Some(bias) => apply_tensor_op3(self, [x, weight, &bias.contiguous()?]),
-            None => apply_tensor_op2(self, [x, weight]),
+            Some(bias) => apply(self, [x, weight, &bias.contiguous()?]),
+            None => apply(self, [x, weight]),
         }
     }
 
@@ -143,7 +143,7 @@ impl Projection {
     }
 }
 
-impl TensorOp<2> for Projection {
+impl AutogradOp<2> for Projection {
     const NAME: &'static str = "projection";
 
     fn forward(&self, [x, weight]: [&Tensor; 2]) -> Result<OpResult> {
@@ -155,7 +155,7 @@ impl TensorOp<2> for Projection {
     }
 }
 
-impl TensorOp<3> for Projection {
+impl AutogradOp<3> for Projection {
     const NAME: &'static str = "projection";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {

@@ -5,28 +5,28 @@ use candle_core::{D, Result, Tensor};
 
 use super::bias::{add_bias_into, bias_grad, packed};
 use super::gpu::{Arg, Module, Output, empty_like, launch, module};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op2};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 const MODULE: Module = module!("residual");
 
 /// As [`crate::ops::add()`], which checks the shapes.
 pub(in crate::ops) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    apply_tensor_op2(Add, [&a.contiguous()?, &b.contiguous()?])
+    apply(Add, [&a.contiguous()?, &b.contiguous()?])
 }
 
 /// As [`crate::ops::add_to_rows()`], which checks the shapes.
 pub(in crate::ops) fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
-    apply_tensor_op2(AddToRows, [&x.contiguous()?, &row.contiguous()?])
+    apply(AddToRows, [&x.contiguous()?, &row.contiguous()?])
 }
 
 /// As [`crate::ops::concatenate()`], which checks the shapes.
 pub(in crate::ops) fn concatenate(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    apply_tensor_op2(Concatenate, [&a.contiguous()?, &b.contiguous()?])
+    apply(Concatenate, [&a.contiguous()?, &b.contiguous()?])
 }
 
 struct Add;
 
-impl TensorOp<2> for Add {
+impl AutogradOp<2> for Add {
     const NAME: &'static str = "add";
 
     fn forward(&self, [a, b]: [&Tensor; 2]) -> Result<OpResult> {
@@ -62,7 +62,7 @@ impl AddToRows {
     }
 }
 
-impl TensorOp<2> for AddToRows {
+impl AutogradOp<2> for AddToRows {
     const NAME: &'static str = "add_to_rows";
 
     fn forward(&self, [x, row]: [&Tensor; 2]) -> Result<OpResult> {
@@ -104,7 +104,7 @@ impl Concatenate {
     }
 }
 
-impl TensorOp<2> for Concatenate {
+impl AutogradOp<2> for Concatenate {
     const NAME: &'static str = "concatenate";
 
     fn forward(&self, [a, b]: [&Tensor; 2]) -> Result<OpResult> {

@@ -3,13 +3,13 @@
 use candle_core::{Result, Tensor};
 
 use super::gpu::{Arg, Launch, Module, Output, empty_like, launch, module};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 const MODULE: Module = module!("upsample");
 
 /// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    apply_tensor_op1(Upsample, &x.contiguous()?)
+    apply(Upsample, [&x.contiguous()?])
 }
 
 struct Upsample;
@@ -23,7 +23,7 @@ impl Upsample {
     }
 }
 
-impl TensorOp<1> for Upsample {
+impl AutogradOp<1> for Upsample {
     const NAME: &'static str = "upsample_nearest_2x";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {

@@ -6,11 +6,11 @@ use candle_core::{D, Result, Tensor};
 
 use super::wide;
 use crate::ops::activation::QUICK;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 /// As [`crate::ops::geglu()`], which checks the shape.
 pub(in crate::ops) fn geglu(x: &Tensor) -> Result<Tensor> {
-    apply_tensor_op1(GegluOp, x)
+    apply(GegluOp, [x])
 }
 
 /// As [`crate::ops::quick_gelu()`], differentiated by candle: SiLU with a scaled argument.
@@ -38,7 +38,7 @@ impl Gated {
     }
 }
 
-impl TensorOp<1> for GegluOp {
+impl AutogradOp<1> for GegluOp {
     const NAME: &'static str = "geglu";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 /// Attention weights that are held at once.
 const WEIGHTS: usize = 1 << 25;
@@ -23,7 +23,7 @@ pub(in crate::ops) fn attention(
         causal,
         rows,
     };
-    apply_tensor_op3(op, [q, k, v])
+    apply(op, [q, k, v])
 }
 
 /// As [`crate::ops::attention()`] with all weights at once, differentiated by candle.
@@ -116,7 +116,7 @@ fn accumulate(sum: &mut Option<Tensor>, term: &Tensor) -> Result<()> {
     Ok(())
 }
 
-impl TensorOp<3> for AttentionOp {
+impl AutogradOp<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
     fn forward(&self, [q, k, v]: [&Tensor; 3]) -> Result<OpResult> {

@@ -8,7 +8,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::conv2d()`], which checks the shapes.
@@ -24,7 +24,7 @@ pub(in crate::ops) fn conv2d(
         padding,
         biased: bias.is_some(),
     };
-    apply_tensor_op3(op, [x, weight, &bias_or_zeros(bias, 1, x)?])
+    apply(op, [x, weight, &bias_or_zeros(bias, 1, x)?])
 }
 
 /// candle's convolution. On the CPU it has no `bf16`, and is slow in `f16`: both are computed in `f32` there.
@@ -100,7 +100,7 @@ impl Conv2dOp {
     }
 }
 
-impl TensorOp<3> for Conv2dOp {
+impl AutogradOp<3> for Conv2dOp {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 use crate::ops::bias_or_zeros;
 
 /// As [`crate::ops::linear()`], which checks the shapes, for `x` `[N, in]`.
@@ -11,14 +11,14 @@ pub(in crate::ops) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>)
     let op = LinearOp {
         biased: bias.is_some(),
     };
-    apply_tensor_op3(op, [x, weight, &bias_or_zeros(bias, 1, x)?])
+    apply(op, [x, weight, &bias_or_zeros(bias, 1, x)?])
 }
 
 struct LinearOp {
     biased: bool,
 }
 
-impl TensorOp<3> for LinearOp {
+impl AutogradOp<3> for LinearOp {
     const NAME: &'static str = "linear";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {

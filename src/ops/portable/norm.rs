@@ -4,7 +4,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::{if_tracked, wide};
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op3};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 /// As [`crate::ops::group_norm()`], which checks the shapes.
 pub(in crate::ops) fn group_norm(
@@ -15,7 +15,7 @@ pub(in crate::ops) fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Tensor> {
-    apply_tensor_op3(GroupNormOp { groups, eps, silu }, [x, weight, bias])
+    apply(GroupNormOp { groups, eps, silu }, [x, weight, bias])
 }
 
 /// As [`crate::ops::layer_norm()`], which checks the shapes: group normalisation with one pixel and one group.
@@ -70,7 +70,7 @@ fn sigmoid(x: &Tensor) -> Result<Tensor> {
     (x.neg()?.exp()? + 1.0)?.recip()
 }
 
-impl TensorOp<3> for GroupNormOp {
+impl AutogradOp<3> for GroupNormOp {
     const NAME: &'static str = "group_norm";
 
     fn forward(&self, [x, weight, bias]: [&Tensor; 3]) -> Result<OpResult> {

@@ -4,26 +4,19 @@ use candle_core::{DType, Result, Tensor, Var};
 
 use super::*;
 use crate::ops;
-use crate::ops::autograd_op::apply_tensor_op3;
-use crate::ops::gradcheck::{assert_close, check_gradients, on_cpu, random};
+use crate::ops::autograd_op::apply;
+use crate::ops::gradcheck::{assert_close, check_gradients, on_cpu, random, result_and_gradients};
 
 type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
 
 /// The result for `inputs` as `dtype`, and its gradients against a fixed random direction.
 fn run(inputs: &[Tensor], dtype: DType, f: Op<'_>) -> Result<Vec<Tensor>> {
-    let vars = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(dtype)?));
-    let vars: Vec<Var> = vars.collect::<Result<_>>()?;
-    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let out = f(&tensors)?;
-    let direction = random(out.dims(), 99)?
-        .to_dtype(dtype)?
-        .to_device(out.device())?;
-    let grads = out.mul(&direction)?.backward()?;
-    let mut all = vec![out.detach()];
-    for var in &vars {
-        all.push(grads.get(var).expect("no gradient").clone());
-    }
-    Ok(all)
+    let inputs: Vec<Tensor> = inputs
+        .iter()
+        .map(|x| x.to_dtype(dtype))
+        .collect::<Result<_>>()?;
+    let (out, gradients) = result_and_gradients(&inputs, f)?;
+    Ok([vec![out], gradients].concat())
 }
 
 /// Checks a portable operation in `f64` against finite differences and the CPU kernel, and other dtypes of both against `f64`.
@@ -101,7 +94,7 @@ fn portable_attention_equals_the_kernel() -> Result<()> {
                 causal,
                 rows: 2,
             };
-            apply_tensor_op3(op, [&t[0], &t[1], &t[2]])
+            apply(op, [&t[0], &t[1], &t[2]])
         };
         check(&inputs, &blocks, &kernel)?;
         check(
@@ -204,7 +197,7 @@ fn portable_frozen_operands_get_no_gradient_and_no_graph() -> Result<()> {
             let var = Var::from_tensor(inputs[tracked])?;
             let mut inputs = inputs.map(Tensor::clone);
             inputs[tracked] = var.as_tensor().clone();
-            let grads = f(&inputs)?.sqr()?.backward()?;
+            let (grads, ()) = ops::gradients(|| Ok((f(&inputs)?.sqr()?, ())))?;
             for (i, input) in inputs.iter().enumerate() {
                 assert_eq!(grads.get(input).is_some(), i == tracked, "{name} {i}");
             }

@@ -3,16 +3,16 @@
 use candle_core::{Result, Tensor};
 
 use super::wide;
-use crate::ops::autograd_op::{OpResult, TensorOp, apply_tensor_op1};
+use crate::ops::autograd_op::{AutogradOp, OpResult, apply};
 
 /// As [`crate::ops::upsample_nearest_2x()`].
 pub(in crate::ops) fn upsample_nearest_2x(x: &Tensor) -> Result<Tensor> {
-    apply_tensor_op1(UpsampleOp, x)
+    apply(UpsampleOp, [x])
 }
 
 struct UpsampleOp;
 
-impl TensorOp<1> for UpsampleOp {
+impl AutogradOp<1> for UpsampleOp {
     const NAME: &'static str = "upsample_nearest_2x";
 
     fn forward(&self, [x]: [&Tensor; 1]) -> Result<OpResult> {

@@ -5,7 +5,7 @@ mod winograd;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::kernel::{Kernel, apply3};
+use super::kernel::{Kernel, apply};
 use super::real::Real;
 use super::reduce::sum_planes;
 use crate::ops::bias_or_zeros;
@@ -37,7 +37,7 @@ pub(in crate::ops) fn conv2d(
         bias_per_image: bias.rank() == 2,
         geometry,
     };
-    apply3(kernel, [x, weight, &bias])
+    apply(kernel, [x, weight, &bias])
 }
 
 /// Whether a batch of images, of at most `channels` channels and at least `side` pixels a side, is convolved on the CPU to the

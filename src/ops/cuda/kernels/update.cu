@@ -38,7 +38,6 @@ struct EmaRow {
   int64_t first_block, elements;
   float* target;
   const float* source;
-  Array copy;
 };
 
 struct NormRow {
@@ -258,8 +257,7 @@ __device__ void adamw8bit(const AdamW8BitRow* rows, int count, const float* maps
 __device__ void ema(const EmaRow* rows, int count, float decay, float weight) {
   const EmaRow row = row_of_block(rows, count);
   const Chunk chunk = chunk_of_block(row);
-  const int64_t addresses =
-      reinterpret_cast<int64_t>(row.target) | reinterpret_cast<int64_t>(row.source) | row.copy.address;
+  const int64_t addresses = reinterpret_cast<int64_t>(row.target) | reinterpret_cast<int64_t>(row.source);
   for (int64_t i = chunk.begin + 4 * threadIdx.x; i < chunk.end; i += 4 * blockDim.x) {
     const Place at(i, chunk.end, addresses);
     float target[4], source[4];
@@ -267,7 +265,6 @@ __device__ void ema(const EmaRow* rows, int count, float decay, float weight) {
     load(row.source, at, source);
     for (int k = 0; k < 4; ++k) target[k] = fmaf(weight, source[k], target[k] * decay);
     store(row.target, at, target);
-    store(row.copy, at, target);
   }
 }
 
