@@ -102,7 +102,7 @@ pub fn describe(device: &Device, kind: Attention) -> Option<String> {
     ))
 }
 
-/// `bias`, or `len` zeros in the dtype and on the device of `like`: operations of candle's graph have a fixed number of operands.
+/// `bias`, or `len` zeros in the dtype and on the device of `like`: an operation has a fixed number of operands.
 fn bias_or_zeros(bias: Option<&Tensor>, len: usize, like: &Tensor) -> Result<Tensor> {
     match bias {
         Some(bias) => Ok(bias.clone()),

@@ -214,13 +214,8 @@ impl MemoryPlan {
         self.add(device, "target", student * F32, of(student));
         let mixed = config.train.mixed_precision != MixedPrecision::No;
         if mixed {
-            let how = "student and target in the type to compute in";
-            self.add(
-                device,
-                "16-bit copies",
-                2 * student * (F32 / 2),
-                how.to_owned(),
-            );
+            let how = "the student in the type to compute in".to_owned();
+            self.add(device, "16-bit copies", student * (F32 / 2), how);
         }
         // A GPU's optimiser takes them as they are; sums over micro-batches are f32.
         let gradient = match (mixed, config.train.gradient_accumulation, device) {

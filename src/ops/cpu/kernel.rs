@@ -1,4 +1,4 @@
-//! Kernels as nodes of candle's graph: the one place where slices of floats meet tensors.
+//! Kernels as operations on tensors: the one place where slices of floats meet tensors.
 //!
 //! 16-bit operands are widened to `f32` for the kernel, and its results are rounded: as a matrix unit does.
 
@@ -98,7 +98,7 @@ macro_rules! by_dtype {
     };
 }
 
-/// A kernel as an operation of the graph.
+/// A kernel as an operation.
 struct KernelOp<K>(K);
 
 impl<K: Kernel<N>, const N: usize> AutogradOp<N> for KernelOp<K> {

@@ -126,7 +126,7 @@ pub(super) enum Value {
     Float(f32),
 }
 
-/// The result of an operation's forward, for a kernel to fill: storage that goes into candle's graph without a copy.
+/// The result of an operation's forward, for a kernel to fill: storage that becomes a variable without a copy.
 ///
 /// Its numbers are undefined until a kernel has written all of them.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! The operations on CUDA devices: kernels of our own in `kernels/`, cuDNN's convolutions, cuBLAS's products.
 //!
-//! Each operation is a [`TensorOp`](super::autograd_op::TensorOp) whose forward and backward launch kernels. Kernels take
+//! Each operation is a [`AutogradOp`](super::autograd_op::AutogradOp) whose forward and backward launch kernels. Kernels take
 //! contiguous `f32`, `f16` and `bf16` tensors and compute in `f32`; no sum depends on the order in which threads finish.
 //!
 //! Tests run the same code without a GPU: there the kernels are compiled for the CPU ([`host`]) and take its tensors.
