@@ -7,13 +7,15 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
+mod download;
+#[cfg(feature = "cuda")]
 mod libraries;
 #[cfg(feature = "cuda")]
 mod symbols;
 
 use std::fmt;
 
-use candle_core::Device;
+use candle_core::{Device, Result as TensorResult, Tensor};
 
 use crate::config::DeviceSpec;
 
@@ -111,6 +113,22 @@ pub fn memory(device: &Device) -> Option<u64> {
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => cuda::memory(device),
         _ => None,
+    }
+}
+
+/// Copies in main memory of contiguous tensors that are all on one device, in their order. Later changes of the tensors are not in them.
+///
+/// # Errors
+/// When a tensor can't be copied.
+pub fn copies(tensors: &[Tensor]) -> TensorResult<Vec<Tensor>> {
+    match tensors.first().map(Tensor::device) {
+        #[cfg(feature = "cuda")]
+        Some(Device::Cuda(device)) => download::download(device, tensors),
+        Some(Device::Cpu) => tensors.iter().map(Tensor::copy).collect(),
+        _ => {
+            let moved = tensors.iter().map(|tensor| tensor.to_device(&Device::Cpu));
+            moved.collect()
+        }
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::io;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 use coffey_pipeline::{Destination, SourceError};
 use serde_json::{Map, Value};
 
 use super::{CheckpointState, OPTIMIZER, STATE};
 use crate::adaptation::ModelFolder;
+use crate::device;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{config_text, model_metadata, write_safetensors};
 use crate::params::Tensors;
@@ -34,18 +35,9 @@ impl Snapshot {
 
     /// A copy in main memory, which training does not change.
     pub(in crate::train) fn copied(self) -> Result<Self> {
-        let copy = |tensor: Tensor| {
-            if tensor.device().is_cpu() {
-                tensor.copy()
-            } else {
-                tensor.to_device(&Device::Cpu)
-            }
-        };
         let copy_all = |tensors: Tensors| -> Result<Tensors> {
-            let tensors = tensors.into_iter();
-            tensors
-                .map(|(name, tensor)| Ok((name, copy(tensor)?)))
-                .collect()
+            let (names, tensors): (Vec<String>, Vec<Tensor>) = tensors.into_iter().unzip();
+            Ok(names.into_iter().zip(device::copies(&tensors)?).collect())
         };
         let folders = self.folders.into_iter().map(|folder| {
             Ok(ModelFolder {
