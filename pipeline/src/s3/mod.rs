@@ -7,8 +7,11 @@ mod client;
 mod connect;
 mod credentials;
 mod error;
+mod operation;
 mod options;
+mod paging;
 mod read;
+mod refusal;
 mod write;
 
 pub use options::S3Options;
@@ -16,4 +19,5 @@ pub use read::ObjectInfo;
 pub use write::ObjectMeta;
 
 pub(crate) use client::S3;
-pub(crate) use write::{ObjectPath, UploadMarker, UploadedPart};
+pub(crate) use paging::Paging;
+pub(crate) use write::{ObjectPath, UploadMarker, UploadedPart, wrong_uploads};
