@@ -342,7 +342,7 @@ mod tests {
         state.count(&rejection.to_string());
         assert_eq!(
             state.report().to_string(),
-            "1 samples seen; left out: filter:max_punsafe 1; no sample's json has the key aesthetic or \
+            "1 sample seen; left out: filter:max_punsafe 1; no sample's json has the key aesthetic or \
              aesthetic_score or AESTHETIC_SCORE that min_aesthetic reads"
         );
     }
