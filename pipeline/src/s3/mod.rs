@@ -12,6 +12,8 @@ mod options;
 mod paging;
 mod read;
 mod refusal;
+#[cfg(test)]
+mod refusal_tests;
 mod write;
 
 pub use options::S3Options;
