@@ -55,6 +55,7 @@ pub mod metrics;
 mod net;
 pub mod order;
 mod panic;
+mod plural;
 mod s3;
 pub mod shard;
 pub mod source;
@@ -66,6 +67,7 @@ pub use destination::Destination;
 pub use flow::FlowMetrics;
 pub use format::latents::LatentShapes;
 pub use order::{Cursor, Order};
+pub use plural::counted;
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
     CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,

@@ -8,7 +8,7 @@ use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::source::S3Counts;
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, decode_limit};
+use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, counted, decode_limit};
 use serde::Serialize;
 
 use super::ranks::RankArgs;
@@ -104,9 +104,9 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let latents = data.latents(&mut config, &shards)?;
     let batch_size = config.train.batch_size;
     errln!(
-        "shards: {}; reading {} samples in batches of {batch_size}, decode_threads = {}",
-        shards.len(),
-        args.samples,
+        "{}; reading {} in batches of {batch_size}, decode_threads = {}",
+        counted(shards.len(), "shard"),
+        counted(args.samples, "sample"),
         config.data.decode_threads
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
@@ -252,10 +252,10 @@ fn describe(measured: &Measured, embedded: bool) -> String {
     fact(
         "speed",
         format!(
-            "{:.1} images/s, {:.2} MB/s ({} images in {:.2} s)",
+            "{:.1} images/s, {:.2} MB/s ({} in {:.2} s)",
             measured.images_per_second,
             measured.megabytes_per_second,
-            measured.samples,
+            counted(measured.samples, "image"),
             measured.elapsed_seconds
         ),
     );
@@ -280,7 +280,7 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         fact("peak memory", format!("{:.0} MB", bytes as f64 / 1e6));
     }
     if let Some(CacheCounts { hits, misses }) = measured.cache {
-        let text = format!("{hits} shards from disk, {misses} fetched");
+        let text = format!("{} from disk, {misses} fetched", counted(hits, "shard"));
         fact("data.cache_dir", text);
     }
     for (name, counts) in [
@@ -305,9 +305,9 @@ fn describe(measured: &Measured, embedded: bool) -> String {
         fact(
             "machine",
             format!(
-                "{:.1} images/s are decoded, resized and cropped from memory by {} threads, {:.2} ms of CPU each; the stream reached {:.0} %",
+                "{:.1} images/s are decoded, resized and cropped from memory by {}, {:.2} ms of CPU each; the stream reached {:.0} %",
                 limit.images_per_second,
-                limit.threads,
+                counted(limit.threads, "thread"),
                 limit.cpu_ms_per_image,
                 limit.reached * 100.0
             ),

@@ -7,7 +7,7 @@ use clap::Args;
 use coffey_pipeline::inspect::{
     self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
 };
-use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
+use coffey_pipeline::{ShardUrl, counted};
 use serde::Serialize;
 
 use super::Failure;
@@ -28,13 +28,8 @@ pub(super) struct InspectArgs {
     /// Take [s3], the keys of images and captions in [data], and image.resolution (smaller images are named) from this file.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Override one key of the configuration, as `s3.anonymous=true`.
-    #[arg(
-        short = 's',
-        long = "set",
-        value_name = "KEY=VALUE",
-        requires = "config"
-    )]
+    /// Set one of these keys, as `s3.anonymous=true`, with or without a file.
+    #[arg(short = 's', long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Print one JSON object to standard output.
     #[arg(long)]
@@ -132,38 +127,27 @@ fn merge(total: &mut Spread, part: &Spread) {
 
 /// Runs `coffey inspect`.
 pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
-    let defaults = StreamConfig::default();
-    let (options, wanted, configured) = match &args.config {
-        Some(path) => {
-            let config = Config::load(path, &args.set)?;
-            config.require_bench()?;
-            let data = config.data;
-            (
-                config.s3,
-                InspectOptions {
-                    image_keys: data.image_keys,
-                    caption_keys: data.caption_keys,
-                    resolution: Some(config.image.resolution),
-                },
-                data.shards,
-            )
+    let config = match &args.config {
+        Some(path) => Config::load(path, &args.set)?,
+        None => {
+            let text = format!("data.shards = {}", toml::Value::from(args.urls.clone()));
+            Config::parse(&text, "the command line", &args.set)?
         }
-        None => (
-            S3Options::default(),
-            InspectOptions {
-                image_keys: defaults.image_keys,
-                caption_keys: defaults.caption_keys,
-                resolution: None,
-            },
-            Vec::new(),
-        ),
+    };
+    config.require_bench()?;
+    let resolution = config.image.resolution;
+    let is_chosen = args.config.is_some() || config.is_written("image.resolution");
+    let wanted = InspectOptions {
+        image_keys: config.data.image_keys,
+        caption_keys: config.data.caption_keys,
+        resolution: is_chosen.then_some(resolution),
     };
     let urls = if args.urls.is_empty() {
-        configured
+        config.data.shards
     } else {
         args.urls
     };
-    let data = DataAccess::open(options)?;
+    let data = DataAccess::open(config.s3)?;
     let shards = data.shards(&urls)?;
     let mut report = InspectReport::default();
     let mut across = CrossShardCheck::default();
@@ -368,13 +352,13 @@ fn describe_totals(totals: &Totals) -> String {
     describe_latents(&mut text, totals.latents.as_ref());
     describe_passed_over(&mut text, &totals.passed_over);
     let shards = [
-        (totals.unreadable_shards, "unreadable shards"),
-        (totals.broken_shards, "broken shards"),
+        (totals.unreadable_shards, "unreadable shard"),
+        (totals.broken_shards, "broken shard"),
     ];
     let shards = shards
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{count} {what}"));
+        .map(|(count, what)| counted(count, what));
     let kinds = totals.problems_by_kind.iter();
     let found: Vec<String> = shards
         .chain(kinds.map(|(kind, count)| format!("{count} {}", kind.name())))
@@ -409,7 +393,10 @@ fn describe_latents(text: &mut String, report: Option<&LatentReport>) {
         line("arrays", format!("{count} {array}"));
     }
     if report.not_finite > 0 {
-        line("NaN, Inf", format!("in {} samples", report.not_finite));
+        line(
+            "NaN, Inf",
+            format!("in {}", counted(report.not_finite, "sample")),
+        );
     }
     let half = report.channels.len() / 2;
     let (means, log_variances) = report.channels.split_at(half);

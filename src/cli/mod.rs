@@ -16,6 +16,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Config, ConfigError};
 
@@ -163,10 +166,18 @@ pub fn run() -> ExitCode {
     };
     // For warnings of the stream, such as a truncated shard.
     tracing_subscriber::fmt()
-        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_max_level(LevelFilter::WARN)
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
+        .finish()
+        // The SDK warns of faults with a dump of its structures; the error that follows has their causes.
+        .with(
+            Targets::new()
+                .with_default(LevelFilter::WARN)
+                .with_target("aws", LevelFilter::OFF)
+                .with_target("aws_runtime::env_config", LevelFilter::WARN),
+        )
         .init();
     let result = match cli.command {
         Commands::Train(args) => train::run(args),

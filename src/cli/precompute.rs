@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Stream, StreamError};
+use coffey_pipeline::{Stream, StreamError, counted};
 
 use super::ranks::RankArgs;
 use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
@@ -18,7 +18,7 @@ use crate::latents::{
 };
 use crate::models::{PipelineParts, UNetConfig, check_fit};
 use crate::monitor::StreamingCommand;
-use crate::precompute::{PrecomputeError, counted, write_latents};
+use crate::precompute::{PrecomputeError, write_latents};
 use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
@@ -158,7 +158,7 @@ fn finish(config: &Config, output: &str) -> Result<(), Failure> {
         errln!(
             "all {} there: {}",
             counted(manifest.shards.len(), "shard"),
-            counted(samples as usize, "sample")
+            counted(samples, "sample")
         );
         outln!("{output}");
         return Ok(());
@@ -224,7 +224,7 @@ fn summarize(manifest: &Manifest, there: usize, elapsed: Duration, flow: Option<
         counted(shards.len(), "shard"),
         shards.len() - there,
         elapsed.as_secs_f64(),
-        counted(manifest.samples() as usize, "sample"),
+        counted(manifest.samples(), "sample"),
         sum(|entry| entry.bytes) as f64 / 1e6,
     );
     let mut reasons = std::collections::BTreeMap::<&str, u64>::new();

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Stream, StreamConfig};
+use coffey_pipeline::{Stream, StreamConfig, counted};
 
 use super::resources::{
     DataAccess, content, encode_devices, source_options, start_monitor, stream_config, train_device,
@@ -51,7 +51,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     })?;
     errln!("opening {}", config.data.shards.join(", "));
     let shards = access.shards(&config.data.shards)?;
-    errln!("{} shards", shards.len());
+    errln!("{}", counted(shards.len(), "shard"));
     let latents = access.latents(&mut config, &shards)?;
     if let Some(latents) = &latents {
         latents.check(&models)?;

@@ -142,6 +142,11 @@ impl Config {
         Ok(config)
     }
 
+    /// Whether `key` is in the file or in an override.
+    pub fn is_written(&self, key: &str) -> bool {
+        self.origin.has(key)
+    }
+
     /// The configuration with every default written out, as TOML.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::Path;
 
+use coffey_pipeline::counted;
 use serde::Deserialize;
 
 use super::public::{PublicModel, public_config, public_model, public_url};
@@ -257,7 +258,7 @@ One to eight steps; guidance from {least} to {most}. Guidance costs no second fo
             let tail = &lines[lines.len().saturating_sub(LOSS_STEPS)..];
             let mean = tail.iter().map(|line| line.loss).sum::<f64>() / tail.len() as f64;
             rows.push((
-                format!("loss, mean of the last {} steps", tail.len()),
+                format!("loss, mean of the last {}", counted(tail.len(), "step")),
                 format!("{mean:.5}"),
             ));
         }

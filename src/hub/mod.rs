@@ -18,6 +18,8 @@ pub use settings::{HubToken, Settings, SettingsError};
 
 use std::path::{Path, PathBuf};
 
+use coffey_pipeline::counted;
+
 /// Why a request to the Hub failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
@@ -80,7 +82,7 @@ pub enum HubError {
         id: String,
     },
     /// All attempts failed.
-    #[error("can't {what} ({attempts} attempts): {cause}")]
+    #[error("can't {what} ({}): {cause}", counted(*attempts, "attempt"))]
     Unreachable {
         /// The action.
         what: String,

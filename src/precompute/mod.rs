@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use coffey_pipeline::StreamError;
 use coffey_pipeline::flow::{FlowSnapshot, Recent};
 use coffey_pipeline::stages::Stage;
+use coffey_pipeline::{StreamError, counted};
 use tokio_util::sync::CancellationToken;
 
 use crate::encode::{EncodeError, EncodePool};
@@ -66,7 +66,7 @@ pub fn write_latents(
                 totals.progress.say(format!(
                     "warning: {} is broken after {}: {cause}",
                     entry.source,
-                    counted(entry.samples as usize, "sample")
+                    counted(entry.samples, "sample")
                 ));
             }
         }
@@ -75,11 +75,6 @@ pub fn write_latents(
     }
     monitor.stop_waiting();
     Ok(totals.recent.overall(metrics))
-}
-
-/// `count` and its noun, in the plural unless it is one.
-pub fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Counts of written shards and samples, and their display.

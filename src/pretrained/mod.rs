@@ -14,7 +14,7 @@ pub use files::Components;
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{SourceError, Sources};
+use coffey_pipeline::{SourceError, Sources, counted};
 use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
@@ -90,7 +90,8 @@ pub enum PretrainedError {
     },
     /// The Hub can't be reached.
     #[error(
-        "{id}: can't fetch the model from {endpoint} ({attempts} attempts): {cause}; check the network and HF_ENDPOINT"
+        "{id}: can't fetch the model from {endpoint} ({}): {cause}; check the network and HF_ENDPOINT",
+        counted(*attempts, "attempt")
     )]
     Unreachable {
         /// The model.

@@ -129,6 +129,72 @@ fn inspect_continues_after_unreadable_shard() {
 }
 
 #[test]
+fn inspect_takes_overrides_without_a_file() {
+    let root = text_of("s3.embedded_root", &repository("assets/quickstart"));
+    let printed = succeed(&["inspect", "s3://emoji/00000.tar", "-s", &root]);
+    says(
+        &printed,
+        &["s3://emoji/00000.tar\n", "shards    1\n", "problems  none"],
+    );
+    // `image.resolution` is checked where it is set.
+    let resolution = ["-s", "image.resolution=128"];
+    let printed = succeed(&[&["inspect", SHARD], &resolution[..]].concat());
+    says(&printed, &["below_resolution"]);
+    let printed = succeed(&["inspect", SHARD, "-s", "s3.anonymous=true"]);
+    says(&printed, &["problems  none"]);
+    refuse(
+        2,
+        &["inspect", SHARD, "-s", "s3.anonymus=true"],
+        &["-s s3.anonymus=true", "s3.anonymous"],
+    );
+    refuse(
+        2,
+        &["inspect", SHARD, "-s", "s3.anonymous=1"],
+        &["-s s3.anonymous=1"],
+    );
+    refuse(2, &["inspect", "-s", "s3.anonymous=true"], &["<URL>"]);
+}
+
+fn text_of(key: &str, path: &std::path::Path) -> String {
+    format!("{key}={:?}", text(path))
+}
+
+/// The SDK logs the structures of a failed look-up of credentials.
+#[test]
+fn credentials_error_is_one_line() {
+    let home = TempDir::new().unwrap();
+    let file = home.path().join("config");
+    std::fs::write(&file, "[default]\ncredential_process = /bin/false\n").unwrap();
+    let mut command = command(&[
+        "inspect",
+        "s3://b/0.tar",
+        "-s",
+        "s3.endpoint_url=http://127.0.0.1:9",
+    ]);
+    command
+        .env_remove("AWS_ACCESS_KEY_ID")
+        .env_remove("AWS_SECRET_ACCESS_KEY")
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .env("AWS_CONFIG_FILE", &file)
+        .env("AWS_SHARED_CREDENTIALS_FILE", &file);
+    let (_, messages) = run(command, 1);
+    says(
+        &messages,
+        &[
+            "s3://b/0.tar: no usable AWS credentials (",
+            "exited with code",
+            "aws sso login",
+        ],
+    );
+    assert!(
+        !messages.contains("ProviderError") && !messages.contains("WARN"),
+        "{messages}"
+    );
+    let about = messages.lines().filter(|line| line.contains("credentials"));
+    assert_eq!(about.count(), 1, "{messages}");
+}
+
+#[test]
 fn inspect_refuses_bad_input() {
     refuse(
         1,

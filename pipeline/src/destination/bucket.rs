@@ -1,5 +1,6 @@
 //! A prefix in S3: requests with retries.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::sync::OnceCell;
 
 use super::{Entry, ObjectMeta, PartOptions};
 use crate::net::{RequestFailure, RetryBudget, RetryOptions, SourceError};
-use crate::s3::{ObjectPath, S3, UploadMarker};
+use crate::s3::{ObjectPath, Paging, S3, UploadMarker, wrong_uploads};
 use crate::shard::ShardUrl;
 use crate::source::{ObjectReader, Sources};
 
@@ -183,6 +184,8 @@ impl Bucket {
         let prefix = &self.target("");
         self.runtime.block_on(async {
             let mut count = 0;
+            let mut paging = Paging::default();
+            let mut seen = HashSet::new();
             let mut marker: Option<UploadMarker> = None;
             loop {
                 let page = self
@@ -200,7 +203,11 @@ impl Bucket {
                     }
                     Err(error) => return Err(error),
                 };
+                let (sent, before) = (page.uploads.len(), seen.len());
                 for upload in page.uploads {
+                    if !seen.insert(upload.clone()) {
+                        continue;
+                    }
                     let name = upload.key.strip_prefix(&self.prefix);
                     if name.is_some_and(&ours) {
                         let target = ObjectPath::new(&self.bucket, upload.key);
@@ -208,10 +215,14 @@ impl Bucket {
                         count += 1;
                     }
                 }
-                match page.next {
-                    Some(next) => marker = Some(next),
-                    None => return Ok(count),
-                }
+                let Some(next) = page.next else {
+                    return Ok(count);
+                };
+                let place = format!("{} {}", next.key, next.id);
+                paging
+                    .advance(place, sent, seen.len() - before)
+                    .map_err(|cause| wrong_uploads(&prefix.url, cause))?;
+                marker = Some(next);
             }
         })
     }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::flow::FlowMetrics;
 use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
+use crate::plural::counted;
 use crate::shard::{PassedOver, PassedOverKind, Sample, ShardUrl};
 use crate::source::Sources;
 use crate::stages::Stage;
@@ -282,7 +283,10 @@ impl Inspector {
             match part {
                 NonSample::Member(member) => self.passed_over(&member),
                 NonSample::Trailing(bytes) => {
-                    let what = format!("{bytes} bytes after the end of the archive are not read");
+                    let what = format!(
+                        "not read after the end of the archive: {}",
+                        counted(bytes, "byte")
+                    );
                     self.problem(ProblemKind::TrailingData, "", what);
                 }
             }
@@ -399,7 +403,7 @@ impl Inspector {
             }
             (None, Some((extension, bytes))) => {
                 self.report.undecodable += 1;
-                let what = format!("{extension} is too large ({bytes} bytes)");
+                let what = format!("{extension} is too large ({})", counted(*bytes, "byte"));
                 self.problem(ProblemKind::TooLarge, &sample.key, what);
             }
             (None, None) => {

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::plural::counted;
 use crate::shard::UrlError;
 
 /// Why an object could not be read or written.
@@ -31,8 +32,8 @@ pub enum SourceError {
     },
     /// No credentials were found to sign with.
     #[error(
-        "{url}: no usable AWS credentials ({cause}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role, \
-         or [s3] anonymous = true for a public bucket"
+        "{url}: no usable AWS credentials ({cause}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE (after \
+         `aws sso login` where it uses SSO) or a role, or [s3] anonymous = true for a public bucket"
     )]
     Credentials {
         /// The object.
@@ -50,6 +51,38 @@ pub enum SourceError {
         url: String,
         /// The server's answer.
         cause: String,
+    },
+    /// The signature in a URL has expired.
+    #[error(
+        "{url}: the signed URL has expired ({cause}); make new signed URLs that outlast the run, or name the shards as s3:// and \
+         set credentials"
+    )]
+    ExpiredUrl {
+        /// The object.
+        url: String,
+        /// The server's answer.
+        cause: String,
+    },
+    /// The object is in an archive and can't be read at once.
+    #[error(
+        "{url}: the object is archived ({cause}); restore it first (`aws s3api restore-object`, or a copy to another storage \
+         class), and start again when that is done"
+    )]
+    Archived {
+        /// The object.
+        url: String,
+        /// The server's answer.
+        cause: String,
+    },
+    /// The pages of a listing don't fit together, so that objects may be missing.
+    #[error("{url}: the server's listing is wrong: {cause}; {hint}")]
+    Listing {
+        /// The prefix.
+        url: String,
+        /// The fault.
+        cause: String,
+        /// The way around it.
+        hint: &'static str,
     },
     /// The server's certificate was not accepted.
     #[error("{url}: the certificate of {endpoint} is not accepted ({cause}){hint}")]
@@ -104,7 +137,8 @@ pub enum SourceError {
     },
     /// The object changed while it was read. Two versions are never spliced.
     #[error(
-        "{url}: the object changed while it was read (after {offset} bytes: {cause}); start again when it no longer changes"
+        "{url}: the object changed while it was read (after {}: {cause}); start again when it no longer changes",
+        counted(*offset, "byte")
     )]
     Changed {
         /// The object.
@@ -116,7 +150,8 @@ pub enum SourceError {
     },
     /// The server can't be reached.
     #[error(
-        "{url}: can't connect to {endpoint} ({attempts} attempts): {cause}; check the network{hint}"
+        "{url}: can't connect to {endpoint} ({}): {cause}; check the network{hint}",
+        counted(*attempts, "attempt")
     )]
     Unreachable {
         /// The object.
@@ -131,7 +166,12 @@ pub enum SourceError {
         hint: &'static str,
     },
     /// Passing faults used up the retry budget of a stretch of the object.
-    #[error("{url}: gave up after {attempts} attempts in {:.1} s, with {offset} bytes read: {cause}", elapsed.as_secs_f64())]
+    #[error(
+        "{url}: gave up after {} in {:.1} s, with {} read: {cause}",
+        counted(*attempts, "attempt"),
+        elapsed.as_secs_f64(),
+        counted(*offset, "byte")
+    )]
     Exhausted {
         /// The object.
         url: String,
@@ -145,7 +185,11 @@ pub enum SourceError {
         cause: String,
     },
     /// Passing faults used up the retry budget of a write.
-    #[error("{url}: not written, gave up after {attempts} attempts in {:.1} s: {cause}", elapsed.as_secs_f64())]
+    #[error(
+        "{url}: not written, gave up after {} in {:.1} s: {cause}",
+        counted(*attempts, "attempt"),
+        elapsed.as_secs_f64()
+    )]
     NotWritten {
         /// The object.
         url: String,
@@ -211,6 +255,9 @@ impl SourceError {
             | Self::Forbidden { .. }
             | Self::Credentials { .. }
             | Self::Expired { .. }
+            | Self::ExpiredUrl { .. }
+            | Self::Archived { .. }
+            | Self::Listing { .. }
             | Self::Certificate { .. }
             | Self::StdinAgain
             | Self::WrongRegion { .. }

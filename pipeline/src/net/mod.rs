@@ -5,6 +5,7 @@
 //! no request itself.
 
 mod error;
+mod refusal;
 mod response;
 mod retry;
 mod server;
@@ -14,6 +15,7 @@ pub use error::SourceError;
 pub use server::{S3Counts, ServerRecord};
 
 pub(crate) use error::causes;
+pub(crate) use refusal::{ServerMessage, element, is_passing, one_line};
 pub(crate) use response::{Body, Condition, GetResult, content_range};
 pub(crate) use retry::{FIRST_DELAY, RequestFailure, RetryBudget, RetryOptions};
 pub(crate) use tls::{CaBundle, certificate_error};

@@ -34,6 +34,9 @@ pub(crate) struct RetryOptions {
 pub(crate) enum RequestFailure {
     /// A retry would not help.
     Fatal(SourceError),
+    /// The server does not support the request in this form; as [`RequestFailure::Fatal`], unless there
+    /// is another form.
+    Unsupported(SourceError),
     /// A retry may succeed.
     Passing {
         /// Label in the metrics.
@@ -123,7 +126,7 @@ impl RetryBudget {
         let spent = self.attempts >= self.options.max_attempts;
         let url = self.url.clone();
         let (reason, cause) = match failure {
-            RequestFailure::Fatal(error) => return Err(error),
+            RequestFailure::Fatal(error) | RequestFailure::Unsupported(error) => return Err(error),
             RequestFailure::Connect {
                 cause,
                 endpoint,

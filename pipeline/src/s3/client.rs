@@ -8,7 +8,9 @@ use aws_sdk_s3::types::RequestPayer;
 
 use super::S3Options;
 use super::connect::{Chain, Connection};
-use super::error::{EXPIRED, Operation, meaning};
+use super::error::meaning;
+use super::operation::Operation;
+use super::refusal::EXPIRED;
 use crate::net::{CaBundle, RequestFailure, ServerRecord};
 use crate::shard::ShardUrl;
 
@@ -16,6 +18,8 @@ use crate::shard::ShardUrl;
 #[derive(Debug)]
 pub(crate) struct S3 {
     pub(super) chain: Chain,
+    /// The server's address, for messages and to tell the objects of one server from another's.
+    endpoint: String,
     connection: Mutex<Arc<Connection>>,
     pub(super) renewing: tokio::sync::Mutex<()>,
     pub(super) server: ServerRecord,
@@ -31,8 +35,10 @@ impl S3 {
         server: ServerRecord,
     ) -> Self {
         let chain = Chain::new(options, embedded, ca_bundle);
+        let connection = chain.connect().await;
         Self {
-            connection: Mutex::new(Arc::new(chain.connect().await)),
+            endpoint: connection.endpoint.clone(),
+            connection: Mutex::new(Arc::new(connection)),
             renewing: tokio::sync::Mutex::new(()),
             server,
             chain,
@@ -56,7 +62,7 @@ impl S3 {
 
     /// The server's address, for messages and to tell the objects of one server from another's.
     pub(crate) fn endpoint(&self) -> &str {
-        &self.chain.endpoint
+        &self.endpoint
     }
 
     pub(super) fn payer(&self) -> Option<RequestPayer> {
@@ -78,7 +84,7 @@ impl S3 {
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
-        let (outcome, failure) = meaning(url, self.endpoint(), error, operation);
+        let (outcome, failure) = meaning(url, used, error, operation);
         self.server.record_request(outcome);
         match outcome {
             EXPIRED => self.renew(url, used, failure).await,

@@ -7,8 +7,13 @@ mod client;
 mod connect;
 mod credentials;
 mod error;
+mod operation;
 mod options;
+mod paging;
 mod read;
+mod refusal;
+#[cfg(test)]
+mod refusal_tests;
 mod write;
 
 pub use options::S3Options;
@@ -16,4 +21,5 @@ pub use read::ObjectInfo;
 pub use write::ObjectMeta;
 
 pub(crate) use client::S3;
-pub(crate) use write::{ObjectPath, UploadMarker, UploadedPart};
+pub(crate) use paging::Paging;
+pub(crate) use write::{ObjectPath, UploadMarker, UploadedPart, wrong_uploads};

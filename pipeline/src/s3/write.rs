@@ -11,8 +11,8 @@ use bytes::Bytes;
 
 use super::client::S3;
 use super::connect::Connection;
-use super::error::{Operation, passing};
-use crate::net::RequestFailure;
+use super::operation::Operation;
+use crate::net::{RequestFailure, SourceError};
 use crate::shard::ShardUrl;
 
 /// The place of an object in S3.
@@ -44,8 +44,9 @@ impl UploadedPart {
     }
 }
 
-/// An upload by key and id; also the place where a page of a listing begins.
-#[derive(Debug, Clone)]
+/// An upload by key and id; also the place where a page of a listing begins, with an empty id if the
+/// server gives none.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct UploadMarker {
     pub(crate) key: String,
     pub(crate) id: String,
@@ -77,6 +78,7 @@ impl S3 {
         &self,
         url: &ShardUrl,
         used: &Arc<Connection>,
+        operation: Operation,
         response: Result<T, SdkError<E, HttpResponse>>,
     ) -> Result<T, RequestFailure>
     where
@@ -87,7 +89,7 @@ impl S3 {
                 self.server.record_request("ok");
                 Ok(output)
             }
-            Err(error) => Err(self.failure(url, used, &error, Operation::Write).await),
+            Err(error) => Err(self.failure(url, used, &error, operation).await),
         }
     }
 
@@ -110,7 +112,7 @@ impl S3 {
             request = request.metadata(key, value);
         }
         let response = request.send().await;
-        self.finished(&target.url, &connection, response)
+        self.finished(&target.url, &connection, Operation::Put, response)
             .await
             .map(drop)
     }
@@ -132,11 +134,16 @@ impl S3 {
             request = request.metadata(key, value);
         }
         let response = request.send().await;
-        let output = self.finished(&target.url, &connection, response).await?;
+        let output = self
+            .finished(&target.url, &connection, Operation::BeginUpload, response)
+            .await?;
         output
             .upload_id()
             .map(str::to_owned)
-            .ok_or_else(|| passing("bad_response", "no id of the upload".to_owned()))
+            .ok_or_else(|| RequestFailure::Passing {
+                reason: "bad_response",
+                cause: "no id of the upload".to_owned(),
+            })
     }
 
     /// Sends a part; `number` counts from 1.
@@ -158,7 +165,9 @@ impl S3 {
             .set_request_payer(self.payer())
             .body(ByteStream::from(body));
         let response = request.send().await;
-        let output = self.finished(&target.url, &connection, response).await?;
+        let output = self
+            .finished(&target.url, &connection, Operation::SendPart, response)
+            .await?;
         // A server that received checksums of parts asks for them again at the end.
         Ok(UploadedPart(
             CompletedPart::builder()
@@ -190,9 +199,14 @@ impl S3 {
             .set_request_payer(self.payer())
             .multipart_upload(parts);
         let response = request.send().await;
-        self.finished(&target.url, &connection, response)
-            .await
-            .map(drop)
+        self.finished(
+            &target.url,
+            &connection,
+            Operation::CompleteUpload,
+            response,
+        )
+        .await
+        .map(drop)
     }
 
     /// Aborts an upload and removes its parts. A missing upload is no error.
@@ -211,7 +225,7 @@ impl S3 {
             self.server.record_request("ok");
             return Ok(());
         }
-        self.finished(&target.url, &connection, response)
+        self.finished(&target.url, &connection, Operation::AbortUpload, response)
             .await
             .map(drop)
     }
@@ -226,7 +240,7 @@ impl S3 {
             .key(&target.key)
             .set_request_payer(self.payer());
         let response = request.send().await;
-        self.finished(&target.url, &connection, response)
+        self.finished(&target.url, &connection, Operation::Delete, response)
             .await
             .map(drop)
     }
@@ -250,7 +264,9 @@ impl S3 {
             self.server.record_request("not_found");
             return Ok(None);
         }
-        let output = self.finished(&target.url, &connection, response).await?;
+        let output = self
+            .finished(&target.url, &connection, Operation::Head, response)
+            .await?;
         let size = output.content_length().and_then(|n| u64::try_from(n).ok());
         let metadata = output.metadata().cloned().unwrap_or_default();
         Ok(Some(ObjectMeta {
@@ -273,25 +289,49 @@ impl S3 {
             .prefix(&prefix.key)
             .set_request_payer(self.payer())
             .set_key_marker(marker.map(|marker| marker.key.clone()))
-            .set_upload_id_marker(marker.map(|marker| marker.id.clone()));
+            .set_upload_id_marker(
+                marker
+                    .map(|marker| marker.id.clone())
+                    .filter(|id| !id.is_empty()),
+            );
         let response = request.send().await;
-        let output = self.finished(&prefix.url, &connection, response).await?;
-        let uploads = output.uploads().iter().filter_map(|upload| {
-            Some(UploadMarker {
-                key: upload.key()?.to_owned(),
-                id: upload.upload_id()?.to_owned(),
-            })
+        let output = self
+            .finished(&prefix.url, &connection, Operation::ListUploads, response)
+            .await?;
+        let wrong =
+            |cause: &str| RequestFailure::Fatal(wrong_uploads(&prefix.url, cause.to_owned()));
+        let uploads = output.uploads().iter().map(|upload| {
+            let (key, id) = (upload.key()?.to_owned(), upload.upload_id()?.to_owned());
+            Some(UploadMarker { key, id })
         });
-        let next = match (output.next_key_marker(), output.next_upload_id_marker()) {
-            (Some(key), Some(id)) if output.is_truncated() == Some(true) => Some(UploadMarker {
+        let uploads: Option<Vec<_>> = uploads.collect();
+        let uploads = uploads.ok_or_else(|| wrong("it has an upload without a key or an id"))?;
+        let is_truncated = output.is_truncated() == Some(true);
+        let next = output.next_key_marker().filter(|key| !key.is_empty());
+        let next = match next {
+            Some(key) if is_truncated => Some(UploadMarker {
                 key: key.to_owned(),
-                id: id.to_owned(),
+                id: output
+                    .next_upload_id_marker()
+                    .unwrap_or_default()
+                    .to_owned(),
             }),
+            None if is_truncated => {
+                return Err(wrong(
+                    "a page is truncated (IsTruncated) and has no NextKeyMarker",
+                ));
+            }
             _ => None,
         };
-        Ok(IncompleteUploads {
-            uploads: uploads.collect(),
-            next,
-        })
+        Ok(IncompleteUploads { uploads, next })
+    }
+}
+
+/// The error for a wrong listing of the incomplete uploads under a prefix.
+pub(crate) fn wrong_uploads(prefix: &ShardUrl, cause: String) -> SourceError {
+    SourceError::Listing {
+        url: prefix.redacted(),
+        cause: format!("incomplete uploads: {cause}"),
+        hint: "abort the incomplete uploads with another tool, or let a lifecycle rule of the bucket do it",
     }
 }

@@ -6,6 +6,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::plural::counted;
+
 /// Rules for the numbers in a sample's json and for its caption. A rule that is `None` accepts all samples.
 ///
 /// A sample without the json key of a rule is rejected with a separate reason. A score of 0.0 is a valid score.
@@ -131,7 +133,7 @@ pub struct FilterReport {
 
 impl fmt::Display for FilterReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} samples seen", self.seen)?;
+        write!(f, "{} seen", counted(self.seen, "sample"))?;
         for (index, (reason, count)) in self.rejected.iter().enumerate() {
             let lead = if index == 0 { "; left out: " } else { ", " };
             write!(f, "{lead}{reason} {count}")?;
@@ -340,7 +342,7 @@ mod tests {
         state.count(&rejection.to_string());
         assert_eq!(
             state.report().to_string(),
-            "1 samples seen; left out: filter:max_punsafe 1; no sample's json has the key aesthetic or \
+            "1 sample seen; left out: filter:max_punsafe 1; no sample's json has the key aesthetic or \
              aesthetic_score or AESTHETIC_SCORE that min_aesthetic reads"
         );
     }

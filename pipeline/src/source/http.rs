@@ -9,8 +9,8 @@ use reqwest::header::{
 use reqwest::{Client, Response, StatusCode};
 
 use crate::net::{
-    Body, CaBundle, Condition, GetResult, RequestFailure, SourceError, causes, certificate_error,
-    content_range,
+    Body, CaBundle, Condition, GetResult, RequestFailure, ServerMessage, SourceError, causes,
+    certificate_error, content_range, is_passing,
 };
 use crate::shard::ShardUrl;
 
@@ -93,7 +93,7 @@ pub(crate) async fn get(
         return Ok(None);
     }
     if !response.status().is_success() {
-        return Err(refusal(url, &response, offset));
+        return Err(refusal(url, response, offset).await);
     }
     let headers = response.headers();
     let length = header(headers, CONTENT_LENGTH).and_then(|length| length.parse().ok());
@@ -110,32 +110,67 @@ pub(crate) async fn get(
     }))
 }
 
-fn refusal(url: &ShardUrl, response: &Response, offset: u64) -> RequestFailure {
+/// Longest error text that is read. Bytes.
+const ERROR_BYTES: usize = 16 << 10;
+/// Longest wait for it.
+const ERROR_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The start of a response's body, as far as it comes.
+async fn error_text(response: &mut Response) -> Vec<u8> {
+    let mut text = Vec::new();
+    let read = async {
+        while text.len() < ERROR_BYTES
+            && let Ok(Some(chunk)) = response.chunk().await
+        {
+            text.extend_from_slice(&chunk);
+        }
+    };
+    tokio::time::timeout(ERROR_PATIENCE, read).await.ok();
+    text.truncate(ERROR_BYTES);
+    text
+}
+
+async fn refusal(url: &ShardUrl, mut response: Response, offset: u64) -> RequestFailure {
     let status = response.status();
-    let cause = format!("HTTP {status}");
+    let is_signed = response.url().query().is_some();
+    let said = ServerMessage::parse(&error_text(&mut response).await);
+    let text = said.to_string();
+    let separator = if text.is_empty() { "" } else { ": " };
+    let cause = format!("HTTP {status}{separator}{text}");
     let url = url.redacted();
+    let forbidden = |hint| {
+        let (url, cause) = (url.clone(), cause.clone());
+        RequestFailure::Fatal(SourceError::Forbidden { url, cause, hint })
+    };
+    if said.is_archived() {
+        return RequestFailure::Fatal(SourceError::Archived { url, cause });
+    }
     match status.as_u16() {
         429 => RequestFailure::Passing {
             reason: "throttled",
             cause,
         },
-        408 | 500.. => RequestFailure::Passing {
+        status if is_passing(status) => RequestFailure::Passing {
             reason: "server_error",
             cause,
         },
+        400 | 401 | 403 | 410 if said.is_expired() && is_signed => {
+            RequestFailure::Fatal(SourceError::ExpiredUrl { url, cause })
+        }
+        401 | 403 if said.is_expired() => forbidden("renew the login that it speaks of"),
         404 | 410 => RequestFailure::Fatal(SourceError::NotFound {
             url,
             cause,
             hint: " and the range in braces",
         }),
-        401 | 403 => RequestFailure::Fatal(SourceError::Forbidden {
-            url,
-            cause,
-            hint: "the server wants a login or a signed URL",
-        }),
+        401 | 403 if is_signed => forbidden(
+            "the server does not accept the URL's signature: copy the whole URL (quote it in a shell), or make a new one",
+        ),
+        401 | 403 => forbidden("the server wants a login or a signed URL"),
         412 | 416 if offset > 0 => {
             RequestFailure::Fatal(SourceError::Changed { url, offset, cause })
         }
+        400 | 405 | 501 => RequestFailure::Unsupported(SourceError::Refused { url, cause }),
         _ => RequestFailure::Fatal(SourceError::Refused { url, cause }),
     }
 }

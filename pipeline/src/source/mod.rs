@@ -181,7 +181,7 @@ impl Sources {
         &self.0.options
     }
 
-    /// Each object under a prefix of a bucket, `s3://bucket/prefix/`, in the listing's order.
+    /// Each object under a prefix of a bucket, `s3://bucket/prefix/`, by key.
     ///
     /// # Errors
     /// [`SourceError::Unsupported`] for any other URL, else the error of the listing.

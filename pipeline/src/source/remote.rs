@@ -16,6 +16,7 @@ use crate::net::{
     Body, Condition, GetResult, RequestFailure, RetryBudget, RetryOptions, ServerRecord,
     SourceError,
 };
+use crate::plural::counted;
 use crate::s3::S3;
 use crate::shard::ShardUrl;
 
@@ -104,7 +105,7 @@ impl Pace {
         let seconds = seen.waited.as_secs_f64();
         ((seen.bytes as f64) < LEAST_PACE * seconds).then(|| RequestFailure::Passing {
             reason: "too_slow",
-            cause: format!("only {} bytes in {seconds:.1} s", seen.bytes),
+            cause: format!("only {} in {seconds:.1} s", counted(seen.bytes, "byte")),
         })
     }
 }
@@ -125,6 +126,8 @@ pub(crate) struct RemoteReader {
     pace: Pace,
     /// When the last bytes were handed out.
     handed_out: Instant,
+    /// Whether the server refuses conditions; its versions are then compared here alone.
+    unconditional: bool,
     /// Whether the connection was idle for so long that the server may close it.
     idle: bool,
 }
@@ -147,6 +150,7 @@ impl RemoteReader {
             version: None,
             pace: Pace::default(),
             handed_out: Instant::now(),
+            unconditional: false,
             idle: false,
         }
     }
@@ -204,10 +208,12 @@ impl RemoteReader {
         loop {
             let known_version = known.and_then(|known| known.version.as_deref());
             let condition = match (self.version.as_deref(), known_version) {
+                _ if self.unconditional => Condition::None,
                 (Some(version), _) => Condition::Is(version),
                 (None, Some(version)) => Condition::IsNot(version),
                 (None, None) => Condition::None,
             };
+            let has_condition = !matches!(condition, Condition::None);
             let request = self.remote.get(&self.url, self.offset, condition);
             let failure = match timeout(self.options.stall_timeout, request).await {
                 Ok(Ok(None)) if known_version.is_some() => return Ok(false),
@@ -222,6 +228,10 @@ impl RemoteReader {
                         return Ok(false);
                     }
                     return self.accept(response).map(|()| true);
+                }
+                Ok(Err(RequestFailure::Unsupported(_))) if has_condition => {
+                    self.unconditional = true;
+                    continue;
                 }
                 Ok(Err(failure)) => failure,
                 Err(_) => self.stalled(),
@@ -315,7 +325,11 @@ impl RemoteReader {
                 Ok(Ok(None)) => match self.total {
                     Some(total) if self.offset < total => RequestFailure::Passing {
                         reason: "short_body",
-                        cause: format!("the body ended after {} of {total} bytes", self.offset),
+                        cause: format!(
+                            "the body ended after {} of {}",
+                            self.offset,
+                            counted(total, "byte")
+                        ),
                     },
                     _ => {
                         self.total = Some(self.offset);
@@ -347,7 +361,7 @@ impl RemoteReader {
         let chunk = chunk.split_off(skipped);
         self.offset += chunk.len() as u64;
         if let Some(total) = self.total.filter(|total| self.offset > *total) {
-            return Err(self.changed(format!("more than its {total} bytes came")));
+            return Err(self.changed(format!("more than its {} came", counted(total, "byte"))));
         }
         self.budget.progress(chunk.len());
         Ok(chunk)

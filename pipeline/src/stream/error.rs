@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::flow::Closed;
 use crate::order::CursorMismatch;
+use crate::plural::counted;
 use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
 use crate::stages::Stage;
@@ -21,8 +22,10 @@ pub enum StreamError {
     Url(#[from] UrlError),
     /// There are fewer shards than ranks.
     #[error(
-        "{shards} shards can't be shared between {world} ranks: every rank needs at least one; \
-         start at most {shards} ranks, or cut the data into more shards"
+        "{} can't be shared between {world} ranks: every rank needs at least one; start at most {}, or cut the data \
+         into more shards",
+        counted(*shards, "shard"),
+        counted(*shards, "rank")
     )]
     TooFewShards {
         /// Number of shards.

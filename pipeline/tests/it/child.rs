@@ -39,6 +39,11 @@ impl Child {
         Self::new("reads_object", url).set(ENDPOINT, endpoint)
     }
 
+    /// Writes an object below a prefix of an S3 server.
+    pub(crate) fn writes(url: &str, endpoint: &str) -> Self {
+        Self::new("writes_object", url).set(ENDPOINT, endpoint)
+    }
+
     /// Streams shards from an S3 server, one after another.
     pub(crate) fn reads_in_turn(url: &str, endpoint: &str) -> Self {
         Self::new("reads_shards_in_turn", url)
@@ -144,6 +149,23 @@ fn reads_object() {
     });
     match bench.read(&variable(URL)) {
         Ok(bytes) => print(format_args!("read {} bytes", bytes.len())),
+        Err(error) => print(error),
+    }
+}
+
+#[test]
+#[ignore = "a child process of other tests, which set its environment"]
+fn writes_object() {
+    let bench = Bench::new(S3Options {
+        endpoint_url: Some(variable(ENDPOINT)),
+        path_style: true,
+        max_attempts: 3,
+        ..S3Options::default()
+    });
+    let runtime = bench.runtime.handle();
+    let place = bench.sources.destination(&variable(URL), runtime).unwrap();
+    match place.write("object", b"content") {
+        Ok(_) => print("written"),
         Err(error) => print(error),
     }
 }

@@ -18,6 +18,7 @@ mod inspect;
 #[cfg(feature = "embedded-s3")]
 mod latents;
 mod limits;
+mod listings;
 #[cfg(feature = "embedded-s3")]
 mod memory;
 mod network;
@@ -25,6 +26,7 @@ mod network;
 mod order;
 #[cfg(feature = "embedded-s3")]
 mod recorder;
+mod refusals;
 mod soak;
 #[cfg(feature = "embedded-s3")]
 mod sources;

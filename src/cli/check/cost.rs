@@ -1,7 +1,7 @@
 //! Estimate of what a `precompute` run reads, writes and requests from S3.
 
 use coffey_pipeline::destination::PartOptions;
-use coffey_pipeline::{SampleMeta, ShardUrl};
+use coffey_pipeline::{SampleMeta, ShardUrl, counted};
 use serde::Serialize;
 
 use crate::cli::Failure;
@@ -106,9 +106,11 @@ impl Cost {
             ..
         } = self;
         format!(
-            "{shards} shards of {:.3} GB (by the sizes of {sized}), about {samples} samples; about {:.3} GB of latents; S3 requests of one \
+            "{} of {:.3} GB (by the sizes of {sized}), about {}; about {:.3} GB of latents; S3 requests of one \
              process without retries: {} GET, {} PUT and POST, {} LIST",
+            counted(*shards, "shard"),
             gb(self.input_bytes),
+            counted(*samples, "sample"),
             gb(self.output_bytes),
             self.reads,
             self.writes,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use coffey_pipeline::Content;
+use coffey_pipeline::{Content, counted};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -130,7 +130,8 @@ impl MemoryPlan {
         if sizes.teacher.is_some() {
             let (samples, each) = (data.shuffle_buffer as u64, sizes.sample_bytes);
             let how = format!(
-                "{samples} samples of {}, the mean of the first ones, at most {} MB",
+                "{} of {}, the mean of the first ones, at most {} MB",
+                counted(samples, "sample"),
                 size(each),
                 data.shuffle_buffer_mb
             );
@@ -146,7 +147,7 @@ impl MemoryPlan {
         let (what, how, each) = match sizes.content {
             Content::Images => (
                 "decoded images",
-                format!("{images} images of {side}x{side}"),
+                format!("{} of {side}x{side}", counted(images, "image")),
                 3 * side * side,
             ),
             Content::Latents(shapes) => {
@@ -155,7 +156,7 @@ impl MemoryPlan {
                     .prompt_embeds
                     .map_or(0, |[tokens, width]| tokens * width);
                 let numbers = channels * height * width + embeds;
-                let how = format!("{images} samples as f16");
+                let how = format!("{} as f16", counted(images, "sample"));
                 ("latents", how, 2 * numbers as u64)
             }
         };
@@ -194,7 +195,7 @@ impl MemoryPlan {
                 let images =
                     Encoders::images_at_once(device == DeviceSpec::Cpu, batch, side as usize);
                 let maps = HELD_BY_VAE * width * side * side * vae_each;
-                let how = format!("estimate for {images} images at once");
+                let how = format!("estimate for {} at once", counted(images as u64, "image"));
                 self.add(device, "encoding", images as u64 * maps, how);
             }
         }

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use coffey_pipeline::counted;
+
 use super::{Earlier, Ending, Observer, RunView, StepReport};
 use crate::monitor::Monitor;
 use crate::process::available_memory;
@@ -110,8 +112,8 @@ impl Checkpoints {
                 };
                 self.progress.say(format!(
                     "warning: checkpoint-{step} could not be saved: {error}; {newest}, training goes on and saves again after \
-                     {} steps (checkpoint.every)",
-                    self.every
+                     {} (checkpoint.every)",
+                    counted(self.every, "step")
                 ));
             }
         }

@@ -3,8 +3,8 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use coffey_pipeline::FlowMetrics;
 use coffey_pipeline::flow::{FlowSnapshot, Recent};
+use coffey_pipeline::{FlowMetrics, counted};
 
 use super::skipped_log::SkipCounts;
 use super::{Earlier, Ending, Observer, RunView, StepReport};
@@ -72,8 +72,8 @@ impl Observer for Console {
         let overall = self.recent.overall(&self.metrics);
         let limit = overall.and_then(|flow| flow.limiting_stage());
         let mut parts = vec![format!(
-            "{} steps in {seconds:.1} s",
-            run.state.step - first
+            "{} in {seconds:.1} s",
+            counted(run.state.step - first, "step")
         )];
         parts.extend(limit.map(|stage| format!("limit: {stage}")));
         let counts = self.skipped.borrow();
