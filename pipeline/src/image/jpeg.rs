@@ -9,10 +9,11 @@
 //! Truncated data and invalid codes are errors, where libjpeg warns and guesses. No image with grey or torn
 //! parts is trained on.
 
-use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
+use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
 
 use super::buffer::grow_to;
 use super::error::DecodeError;
+use super::planes::{Sampling, to_rgb};
 
 /// Progressive files have about ten scans; each scan costs a pass over the whole image.
 const MAX_SCANS: usize = 100;
@@ -27,6 +28,8 @@ pub(super) struct Jpeg<'a> {
     /// Whether the end-of-image marker follows the last scan. The decoder for arithmetic coding does not
     /// detect missing data.
     is_complete: bool,
+    /// The sampling factors of luma and chroma, if luma has the smaller ones.
+    coarse_luma: Option<[Sampling; 3]>,
 }
 
 fn damaged(error: &JpegError) -> DecodeError {
@@ -57,6 +60,7 @@ impl<'a> Jpeg<'a> {
                 )));
             }
         };
+        let coarse_luma = coarse_luma(&decoder);
         decoder.set_output_format(format);
         let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
         let is_complete = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
@@ -64,7 +68,13 @@ impl<'a> Jpeg<'a> {
             decoder,
             format,
             is_complete,
+            coarse_luma,
         })
+    }
+
+    /// Whether [`Self::decode`] accepts other reductions than 1.
+    pub(super) fn is_reducible(&self) -> bool {
+        self.coarse_luma.is_none()
     }
 
     /// Width and height. Pixels.
@@ -76,12 +86,15 @@ impl<'a> Jpeg<'a> {
     /// Decodes to 8-bit RGB at one `reduction`th (1, 2, 4 or 8) of the size, rounded up. Writes the pixels to
     /// the start of `pixels` and returns the size.
     pub(super) fn decode(
-        &mut self,
+        mut self,
         reduction: u32,
         pixels: &mut Vec<u8>,
     ) -> Result<(u32, u32), DecodeError> {
         if !self.is_complete {
             return Err(DecodeError::Damaged("ends early".to_owned()));
+        }
+        if let Some(factors) = &self.coarse_luma {
+            return decode_planes(self.decoder, factors, pixels);
         }
         let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
         self.decoder.set_scale(scale);
@@ -108,6 +121,42 @@ impl<'a> Jpeg<'a> {
         let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
         Ok((side(info.width), side(info.height)))
     }
+}
+
+fn coarse_luma(decoder: &Decoder<'_>) -> Option<[Sampling; 3]> {
+    if decoder.jpeg_color_space() != ColorSpace::YCbCr {
+        return None;
+    }
+    let factors = decoder.header().components.iter().map(|component| {
+        let across = usize::from(component.horizontal_sampling);
+        (across, usize::from(component.vertical_sampling))
+    });
+    let factors: [Sampling; 3] = factors.collect::<Vec<_>>().try_into().ok()?;
+    let [luma, chroma @ ..] = factors;
+    let is_finer = |chroma: &Sampling| chroma.0 > luma.0 || chroma.1 > luma.1;
+    chroma.iter().any(is_finer).then_some(factors)
+}
+
+/// Decodes a JPEG of three components to RGB by way of its planes.
+fn decode_planes(
+    decoder: Decoder<'_>,
+    factors: &[Sampling; 3],
+    pixels: &mut Vec<u8>,
+) -> Result<(u32, u32), DecodeError> {
+    let (raw, warnings) = decoder
+        .decode_raw_with_warnings()
+        .map_err(|error| damaged(&error))?;
+    if let Some(warning) = warnings.first() {
+        return Err(DecodeError::Damaged(format!("{warning:?}")));
+    }
+    let rgb = grow_to(pixels, raw.width * raw.height * 3);
+    to_rgb(&raw, factors, rgb).ok_or_else(|| {
+        DecodeError::Damaged(format!(
+            "has the sampling factors {factors:?}, which libjpeg refuses too"
+        ))
+    })?;
+    let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
+    Ok((side(raw.width), side(raw.height)))
 }
 
 /// Pillow's conversion of an ink over black: their product, with Pillow's rounding. Both are stored inverted,

@@ -86,6 +86,7 @@ impl From<DecodeError> for DecodeFailure {
             cause: error.to_string(),
             reason: match error {
                 DecodeError::TooLarge { .. } => SkipReason::TOO_LARGE,
+                DecodeError::UnreadFormat(format) => SkipReason::UnreadFormat(format),
                 DecodeError::UnknownFormat | DecodeError::Damaged(_) => SkipReason::DECODE_ERROR,
             },
         }
