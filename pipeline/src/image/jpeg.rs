@@ -13,7 +13,7 @@ use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, JpegError, PixelFormat
 
 use super::buffer::grow_to;
 use super::error::DecodeError;
-use super::planes::{Sampling, to_rgb};
+use super::planes::{Sampling, colour, full_size};
 
 /// Progressive files have about ten scans; each scan costs a pass over the whole image.
 const MAX_SCANS: usize = 100;
@@ -28,8 +28,8 @@ pub(super) struct Jpeg<'a> {
     /// Whether the end-of-image marker follows the last scan. The decoder for arithmetic coding does not
     /// detect missing data.
     is_complete: bool,
-    /// The sampling factors of luma and chroma, if luma has the smaller ones.
-    coarse_luma: Option<[Sampling; 3]>,
+    /// The sampling factors, if the decoder can't upsample the components.
+    by_planes: Option<Vec<Sampling>>,
 }
 
 fn damaged(error: &JpegError) -> DecodeError {
@@ -60,7 +60,7 @@ impl<'a> Jpeg<'a> {
                 )));
             }
         };
-        let coarse_luma = coarse_luma(&decoder);
+        let by_planes = by_planes(&decoder);
         decoder.set_output_format(format);
         let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
         let is_complete = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
@@ -68,13 +68,13 @@ impl<'a> Jpeg<'a> {
             decoder,
             format,
             is_complete,
-            coarse_luma,
+            by_planes,
         })
     }
 
     /// Whether [`Self::decode`] accepts other reductions than 1.
     pub(super) fn is_reducible(&self) -> bool {
-        self.coarse_luma.is_none()
+        self.by_planes.is_none()
     }
 
     /// Width and height. Pixels.
@@ -93,7 +93,7 @@ impl<'a> Jpeg<'a> {
         if !self.is_complete {
             return Err(DecodeError::Damaged("ends early".to_owned()));
         }
-        if let Some(factors) = &self.coarse_luma {
+        if let Some(factors) = &self.by_planes {
             return decode_planes(self.decoder, factors, pixels);
         }
         let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
@@ -123,38 +123,55 @@ impl<'a> Jpeg<'a> {
     }
 }
 
-fn coarse_luma(decoder: &Decoder<'_>) -> Option<[Sampling; 3]> {
-    if decoder.jpeg_color_space() != ColorSpace::YCbCr {
+/// The sampling factors, if the decoder can't upsample the components: the first one does not have the greatest factors, or black
+/// has others.
+fn by_planes(decoder: &Decoder<'_>) -> Option<Vec<Sampling>> {
+    if !matches!(
+        decoder.jpeg_color_space(),
+        ColorSpace::YCbCr | ColorSpace::Cmyk | ColorSpace::Ycck
+    ) {
         return None;
     }
     let factors = decoder.header().components.iter().map(|component| {
         let across = usize::from(component.horizontal_sampling);
         (across, usize::from(component.vertical_sampling))
     });
-    let factors: [Sampling; 3] = factors.collect::<Vec<_>>().try_into().ok()?;
-    let [luma, chroma @ ..] = factors;
-    let is_finer = |chroma: &Sampling| chroma.0 > luma.0 || chroma.1 > luma.1;
-    chroma.iter().any(is_finer).then_some(factors)
+    let factors: Vec<Sampling> = factors.collect();
+    let first = *factors.first()?;
+    let is_finer = |other: &Sampling| other.0 > first.0 || other.1 > first.1;
+    let other_black = factors.get(3).is_some_and(|black| *black != first);
+    (other_black || factors.iter().any(is_finer)).then_some(factors)
 }
 
-/// Decodes a JPEG of three components to RGB by way of its planes.
+/// Decodes to RGB by way of the components' planes.
 fn decode_planes(
     decoder: Decoder<'_>,
-    factors: &[Sampling; 3],
+    factors: &[Sampling],
     pixels: &mut Vec<u8>,
 ) -> Result<(u32, u32), DecodeError> {
+    let colours = decoder.jpeg_color_space();
     let (raw, warnings) = decoder
         .decode_raw_with_warnings()
         .map_err(|error| damaged(&error))?;
     if let Some(warning) = warnings.first() {
         return Err(DecodeError::Damaged(format!("{warning:?}")));
     }
-    let rgb = grow_to(pixels, raw.width * raw.height * 3);
-    to_rgb(&raw, factors, rgb).ok_or_else(|| {
-        DecodeError::Damaged(format!(
-            "has the sampling factors {factors:?}, which libjpeg refuses too"
-        ))
+    let planes = full_size(&raw, factors).ok_or_else(|| {
+        let factors = format!("has the sampling factors {factors:?}, which libjpeg refuses too");
+        DecodeError::Damaged(factors)
     })?;
+    let rgb = grow_to(pixels, raw.width * raw.height * 3);
+    for (index, pixel) in rgb.chunks_exact_mut(3).enumerate() {
+        let first = [&planes[0], &planes[1], &planes[2]].map(|plane| plane[index]);
+        let black = planes.get(3).map(|plane| plane[index]);
+        pixel.copy_from_slice(&match (colours, black) {
+            (ColorSpace::Cmyk, Some(black)) => first.map(|ink| shade(ink, black)),
+            (ColorSpace::Ycck, Some(black)) => {
+                colour(first).map(|level| shade(u8::MAX - level, black))
+            }
+            _ => colour(first),
+        });
+    }
     let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
     Ok((side(raw.width), side(raw.height)))
 }

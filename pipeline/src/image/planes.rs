@@ -1,7 +1,7 @@
-//! Component planes of a JPEG to RGB, as libjpeg does it: "fancy upsampling", then conversion of colours.
+//! Component planes of a JPEG at full size, as libjpeg makes them ("fancy upsampling"), and its conversion of colours.
 //!
-//! For JPEGs whose luma is sampled more coarsely than a chroma channel. The decoder refuses them; libjpeg upsamples any
-//! component.
+//! For JPEGs whose first component (luma, or cyan) is not the most finely sampled one, or whose black is sampled in another way. The
+//! decoder refuses or distorts them; libjpeg upsamples any component.
 
 use libjpeg_turbo_rs::RawImage;
 
@@ -24,14 +24,13 @@ impl Plane<'_> {
 /// Horizontal and vertical sampling factors of a component.
 pub(super) type Sampling = (usize, usize);
 
-/// Writes RGB to `pixels`, which is as long as the image. `None` if a factor does not divide the greatest one, or a plane is
-/// too small.
-pub(super) fn to_rgb(raw: &RawImage, factors: &[Sampling; 3], pixels: &mut [u8]) -> Option<()> {
+/// The components' samples at the size of the image, in order. `None` if a factor does not divide the greatest one, or a
+/// plane is too small.
+pub(super) fn full_size(raw: &RawImage, factors: &[Sampling]) -> Option<Vec<Vec<u8>>> {
     let most = factors.iter().fold((1, 1), |most, factor| {
         (most.0.max(factor.0), most.1.max(factor.1))
     });
-    let mut components = Vec::new();
-    for (index, factor) in factors.iter().enumerate() {
+    let component = |(index, factor): (usize, &Sampling)| {
         if most.0 % factor.0 != 0 || most.1 % factor.1 != 0 {
             return None;
         }
@@ -45,18 +44,15 @@ pub(super) fn to_rgb(raw: &RawImage, factors: &[Sampling; 3], pixels: &mut [u8])
             return None;
         }
         let expansion = (most.0 / factor.0, most.1 / factor.1);
-        components.push(upsampled(&plane, expansion, raw.width, raw.height));
-    }
-    for (index, rgb) in pixels.chunks_exact_mut(3).enumerate() {
-        let sample = |component: usize| i32::from(components[component][index]);
-        rgb.copy_from_slice(&colour(sample(0), sample(1) - 128, sample(2) - 128));
-    }
-    Some(())
+        Some(upsampled(&plane, expansion, raw.width, raw.height))
+    };
+    factors.iter().enumerate().map(component).collect()
 }
 
 /// RGB of luma and chroma, in fixed point with 16 bits.
-fn colour(y: i32, cb: i32, cr: i32) -> [u8; 3] {
+pub(super) fn colour([y, cb, cr]: [u8; 3]) -> [u8; 3] {
     const HALF: i32 = 1 << 15;
+    let (y, cb, cr) = (i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128);
     let level = |value: i32| u8::try_from(value.clamp(0, 255)).unwrap_or(u8::MAX);
     [
         level(y + ((91_881 * cr + HALF) >> 16)),

@@ -18,6 +18,8 @@ use scan::{Style, scan};
 
 /// Most levels of lists and objects. Python's own limit is slightly below 1000, depending on the caller.
 const MAX_DEPTH: usize = 990;
+/// Most levels of what is given to serde: the limit of `serde_json`.
+const MAX_STRICT_DEPTH: usize = 127;
 
 /// Why a text is not JSON, and where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

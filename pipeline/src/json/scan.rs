@@ -1,6 +1,6 @@
 //! The grammar of Python's `json.loads`, without recursion.
 
-use super::{JsonError, MAX_DEPTH, Member, Place};
+use super::{JsonError, MAX_DEPTH, MAX_STRICT_DEPTH, Member, Place};
 
 /// Most digits of a whole number: Python's limit for `int`.
 const MAX_DIGITS: usize = 4300;
@@ -98,8 +98,12 @@ impl Scanner<'_> {
     }
 
     fn begin(&mut self, container: Container, bracket: char) -> Result<(), JsonError> {
-        if self.open.len() == MAX_DEPTH {
-            return Err(self.fault(&format!("is nested more than {MAX_DEPTH} levels deep")));
+        let most = match self.style {
+            Style::Verbatim => MAX_DEPTH,
+            Style::Strict => MAX_STRICT_DEPTH,
+        };
+        if self.open.len() == most {
+            return Err(self.fault(&format!("is nested more than {most} levels deep")));
         }
         self.open.push(container);
         self.at += 1;

@@ -27,8 +27,8 @@ FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 FORMATS = pathlib.Path("formats")
-# "luma-ACROSSxDOWN": how much coarser luma is sampled than chroma.
-WRITTEN_ELSEWHERE = ["411.jpg", "440.jpg", "arithmetic.jpg"] + [
+# "luma-ACROSSxDOWN": how much coarser luma is sampled than chroma; "black-": black than luma; "cyan-": cyan than magenta.
+WRITTEN_ELSEWHERE = ["411.jpg", "440.jpg", "arithmetic.jpg", "cyan-2x1.jpg", "black-2x2.jpg"] + [
     f"luma-{coarser}.jpg" for coarser in ("2x1", "1x2", "2x2", "2x2-mixed", "4x1", "2x1-progressive")
 ]
 
