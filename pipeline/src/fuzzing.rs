@@ -9,11 +9,11 @@ use std::ops::ControlFlow;
 
 use crate::Cursor;
 use crate::image::{DecodeError, decode, probe};
+use crate::json::{Document, from_slice};
 use crate::net::content_range as read_content_range;
 use crate::shard::{
     Filter, FilterState, Sample, ShardUrl, TAIL_BYTES, TarItem, TarOptions, expand, read_samples,
 };
-use crate::stream::parse_json;
 
 const MAX_MEMBER_BYTES: u64 = 1 << 14;
 const MAX_PIXELS: u64 = 1 << 12;
@@ -70,11 +70,20 @@ pub fn urls(bytes: &[u8]) {
     }
 }
 
+/// Reads a JSON document. Its text must read again to itself.
+pub fn json(bytes: &[u8]) {
+    drop(from_slice::<serde_json::Value>(bytes));
+    let Ok(document) = Document::parse(bytes) else {
+        return;
+    };
+    assert_eq!(Document::parse(document.text().as_bytes()), Ok(document));
+}
+
 /// Filters a sample. The first line is the caption, the rest the json.
 pub fn filter(bytes: &[u8]) {
     let mut lines = bytes.splitn(2, |byte| *byte == b'\n');
     let caption = String::from_utf8_lossy(lines.next().unwrap_or_default());
-    let json = parse_json(lines.next().unwrap_or_default());
+    let json = Document::parse(lines.next().unwrap_or_default()).ok();
     let mut state = FilterState::new(Filter {
         min_size: Some(512),
         max_pwatermark: Some(0.5),
@@ -127,6 +136,7 @@ pub fn entries() -> BTreeMap<&'static str, fn(&[u8])> {
         ("cursor", cursor),
         ("filter", filter),
         ("image", image),
+        ("json", json),
         ("tar", tar),
         ("urls", urls),
     ])

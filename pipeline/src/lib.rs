@@ -51,6 +51,7 @@ pub mod format;
 pub mod fuzzing;
 pub mod image;
 pub mod inspect;
+pub mod json;
 pub mod metrics;
 mod net;
 pub mod order;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Result, Tensor};
+use coffey_pipeline::json;
 
 use super::mix;
 use crate::models::{did_you_mean, nearest_key};
@@ -133,16 +134,16 @@ impl NoiseSchedule {
     /// When it can't be read or names a schedule that is not known.
     pub fn read(folder: &Path) -> std::result::Result<Self, ScheduleError> {
         let path = folder.join("scheduler_config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| ScheduleError::Io {
+        let bytes = std::fs::read(&path).map_err(|source| ScheduleError::Io {
             path: path.clone(),
             source,
         })?;
-        Self::parse(&text).map_err(|message| ScheduleError::Invalid { path, message })
+        Self::parse(&bytes).map_err(|message| ScheduleError::Invalid { path, message })
     }
 
-    fn parse(text: &str) -> std::result::Result<Self, String> {
+    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
         let map: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_str(text).map_err(|e| e.to_string())?;
+            json::from_slice(bytes).map_err(|e| e.to_string())?;
         // Keys with a leading underscore are notes of the library that wrote the file.
         let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());
         if let Some(key) = map.keys().find(unknown) {
@@ -151,7 +152,7 @@ impl NoiseSchedule {
                 "\"{key}\" is not a key of diffusers' schedulers{hint}"
             ));
         }
-        let file: File = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        let file: File = json::from_slice(bytes).map_err(|e| e.to_string())?;
         Self::new(&file)
     }
 
@@ -471,15 +472,26 @@ pub(super) mod tests {
                 &["rescale_betas_zero_snr", "v_prediction"],
             ),
             ("[]", &["map"]),
+            (
+                r#"{"beta_end": -Infinity}"#,
+                &["\"beta_end\"", "\"-Infinity\"", "f64"],
+            ),
+            (
+                r#"{"trained_betas": [0.1, NaN]}"#,
+                &["\"trained_betas[1]\"", "\"NaN\""],
+            ),
         ] {
-            let message = NoiseSchedule::parse(text).unwrap_err();
+            let message = NoiseSchedule::parse(text.as_bytes()).unwrap_err();
             for word in words {
                 assert!(message.contains(word), "{text}: {word:?}? {message}");
             }
         }
         let pndm = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": true,
             "set_alpha_to_one": false, "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
-        assert_eq!(NoiseSchedule::parse(pndm).unwrap().len(), 1000);
+        assert_eq!(NoiseSchedule::parse(pndm.as_bytes()).unwrap().len(), 1000);
+        let dpm =
+            r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}"#;
+        assert_eq!(NoiseSchedule::parse(dpm.as_bytes()).unwrap().len(), 1000);
     }
 
     #[test]

@@ -297,7 +297,7 @@ fn config_reads_defaults_and_keys_without_effect() {
     let folder = tempdir().unwrap();
     std::fs::write(
         folder.path().join("config.json"),
-        r#"{"_diffusers_version": "0.2.2"}"#,
+        "\u{feff}{\"_diffusers_version\": \"0.2.2\", \"_note\": NaN}",
     )
     .unwrap();
     let config = UNetConfig::read(folder.path()).unwrap();

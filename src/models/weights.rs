@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::json;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
 use super::{ModelError, mapped};
@@ -173,11 +174,11 @@ fn weight_files(
 
 /// Reads and parses a JSON file.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ModelError::Io {
+    let bytes = std::fs::read(path).map_err(|source| ModelError::Io {
         path: path.to_owned(),
         source,
     })?;
-    serde_json::from_str(&text).map_err(|e| ModelError::Config {
+    json::from_slice(&bytes).map_err(|e| ModelError::Config {
         path: path.to_owned(),
         message: e.to_string(),
     })

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use coffey_pipeline::json;
+
 /// Stem of the weight files of diffusers' models.
 const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 /// Stem of the weight files of transformers' models.
@@ -218,9 +220,9 @@ pub(super) fn shards(index: &str, path: &Path) -> Result<BTreeSet<String>, Strin
     struct WeightIndex {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{index}: {error}"))?;
+    let bytes = std::fs::read(path).map_err(|error| format!("{index}: {error}"))?;
     let parsed: WeightIndex =
-        serde_json::from_str(&text).map_err(|error| format!("{index}: {error}"))?;
+        json::from_slice(&bytes).map_err(|error| format!("{index}: {error}"))?;
     let folder = index.rsplit_once('/').map_or("", |(folder, _)| folder);
     let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
     names

@@ -153,8 +153,14 @@ mod needs_python {
 
 /// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
 fn wide_images(shard: &Path, count: u32) {
+    let without_json: Vec<Option<&[u8]>> = vec![None; count as usize];
+    wide_images_with(shard, &without_json);
+}
+
+/// Writes a shard with a wide image for each of `jsons`.
+fn wide_images_with(shard: &Path, jsons: &[Option<&[u8]>]) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
-    for key in 0..count {
+    for (key, json) in (0_u32..).zip(jsons) {
         let colour =
             |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
         let mut png = std::io::Cursor::new(Vec::new());
@@ -162,7 +168,9 @@ fn wide_images(shard: &Path, count: u32) {
             .write_to(&mut png, image::ImageFormat::Png)
             .unwrap();
         let caption = format!("wide picture {key}").into_bytes();
-        for (extension, content) in [("png", png.into_inner()), ("txt", caption)] {
+        let json = json.map(|json| ("json", json.to_vec()));
+        let image = [("png", png.into_inner()), ("txt", caption)];
+        for (extension, content) in image.into_iter().chain(json) {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
             header.set_mode(0o644);
@@ -264,6 +272,42 @@ fn check_inspect(latents: &Path) {
 }
 
 #[test]
+fn precompute_keeps_every_json() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let jsons: [(&[u8], &str); 6] = [
+        (
+            br#"{"a": NaN, "b": -Infinity, "c": 1e400, "d": 12345678901234567890, "e": 0.10}"#,
+            r#"{"a":NaN,"b":-Infinity,"c":1e400,"d":12345678901234567890,"e":0.10,"#,
+        ),
+        (b"\xEF\xBB\xBF{\"a\": \"\\ud800\"}", r#"{"a":"\ud800","#),
+        (b"\xFF\xFE{\0\"\0a\0\"\0:\x001\0}\0", r#"{"a":1,"#),
+        (br#"{"a": 1, "a": 2}"#, r#"{"a":1,"a":2,"#),
+        (b"[NaN]", r#"{"json":[NaN],"#),
+        (b"{\"a\": \xFF", r#"{"unreadable_json":"{\"a\": \udcff","#),
+    ];
+    let contents: Vec<_> = jsons.iter().map(|(json, _)| Some(*json)).collect();
+    wide_images_with(&at("odd.tar"), &contents);
+    let data = format!("data.shards={}", at("odd.tar").display());
+    let output = at("latents");
+    messages(precompute(&output, &["-s", &data]));
+
+    let mut written = tar::Archive::new(fs::File::open(output.join("odd.tar")).unwrap());
+    let mut texts = Vec::new();
+    for entry in written.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        if entry.path().unwrap().extension().unwrap() == "json" {
+            texts.push(std::io::read_to_string(&mut entry).unwrap());
+        }
+    }
+    assert_eq!(texts.len(), jsons.len());
+    for (text, (_, kept)) in texts.iter().zip(jsons) {
+        let expected = format!("{kept}\"coffey\":{{\"original_width\":160,");
+        assert!(text.starts_with(&expected), "{text}");
+    }
+}
+
+#[test]
 fn precompute_ranks_share_shards() {
     let folder = TempDir::new().unwrap();
     let shards = ["-s", "data.shards=s3://emoji/{00000..00002}.tar"];
@@ -315,7 +359,8 @@ fn precompute_refuses_bad_input() {
     refused(precompute(&out, &missing), 1, &["s3://emoji/none.tar"]);
     fs::write(folder.path().join("text.tar"), "not a tar at all").unwrap();
     let shard = format!("data.shards={}", folder.path().join("text.tar").display());
-    refused(precompute(&out, &["-s", &shard]), 1, &["text.tar", "tar"]);
+    let text = ["text.tar", "is not a tar: it is text (not a tar at all)"];
+    refused(precompute(&out, &["-s", &shard]), 1, &text);
     assert!(
         !files(&out)
             .keys()

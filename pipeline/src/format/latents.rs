@@ -18,14 +18,18 @@
 //! ```
 //!
 //! With several crops, `crop_top`, `crop_left` and `flipped` are lists. The scale is `resized / original`; `crop_top`
-//! and `crop_left` count in the resized image. An input json that is not an object becomes the value of the key
-//! `json`, beside `coffey`.
+//! and `crop_left` count in the resized image.
+//!
+//! The input's keys and values are copied as they are, also those that only Python reads ([`crate::json`]). An
+//! input json that is not an object becomes the value of the key `json`, beside `coffey`; one that can't be read becomes
+//! a string, the value of the key `unreadable_json` ([`crate::json::Unreadable::quoted`]).
 
 use half::f16;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::npy;
 use crate::image::{CropGeometry, CropWindow};
+use crate::json::{Document, SampleJson, is_key};
 
 /// Extension of a sample's latents.
 pub const LATENT: &str = "latent.npy";
@@ -39,6 +43,8 @@ pub const JSON: &str = "json";
 const GEOMETRY: &str = "coffey";
 /// Key of an input json that is not an object.
 const INPUT_JSON: &str = "json";
+/// Key of an input json that can't be read.
+const UNREADABLE_JSON: &str = "unreadable_json";
 
 /// Expected shapes of a sample's arrays: a sample with other shapes is skipped.
 ///
@@ -76,7 +82,7 @@ pub struct LatentSample<'a> {
     /// The caption.
     pub caption: &'a str,
     /// The input's json.
-    pub json: Option<&'a Value>,
+    pub json: Option<&'a SampleJson>,
     /// Which part of the image the latents show.
     pub geometry: &'a CropGeometry,
     /// Side of the square that was encoded. Pixels.
@@ -95,43 +101,51 @@ impl LatentSample<'_> {
             members.push((PROMPT_EMBEDS, npy::write(embeds.shape, embeds.values)?));
         }
         members.push((CAPTION, self.caption.as_bytes().to_vec()));
-        members.push((JSON, json.to_string().into_bytes()));
+        members.push((JSON, json.into_bytes()));
         Ok(members)
     }
 }
 
 /// The input's json with the key `coffey`.
-fn json_with_geometry(input: Option<&Value>, geometry: &CropGeometry, resolution: u32) -> Value {
+fn json_with_geometry(
+    input: Option<&SampleJson>,
+    geometry: &CropGeometry,
+    resolution: u32,
+) -> String {
     let of_crop = |value: fn(&CropWindow) -> Value| match geometry.crops.as_slice() {
         [crop] => value(crop),
         crops => crops.iter().map(value).collect(),
     };
-    let mut object = match input {
-        Some(Value::Object(object)) => object.clone(),
-        Some(other) => Map::from_iter([(INPUT_JSON.to_owned(), other.clone())]),
-        None => Map::new(),
+    let mut members: Vec<String> = match input {
+        None => Vec::new(),
+        Some(Ok(document)) => match document.members() {
+            Some(members) => members
+                .filter(|(key, _)| !is_key(key, GEOMETRY))
+                .map(|(key, value)| format!("{key}:{value}"))
+                .collect(),
+            None => vec![format!("\"{INPUT_JSON}\":{document}")],
+        },
+        Some(Err(unreadable)) => {
+            vec![format!("\"{UNREADABLE_JSON}\":{}", unreadable.quoted())]
+        }
     };
-    // `insert` alone would leave an input's key of this name at its place in the order of keys.
-    object.shift_remove(GEOMETRY);
-    object.insert(
-        GEOMETRY.to_owned(),
-        json!({
-            "original_width": geometry.original.0,
-            "original_height": geometry.original.1,
-            "resized_width": geometry.resized.0,
-            "resized_height": geometry.resized.1,
-            "crop_top": of_crop(|crop| crop.top.into()),
-            "crop_left": of_crop(|crop| crop.left.into()),
-            "flipped": of_crop(|crop| crop.flipped.into()),
-            "target_width": resolution,
-            "target_height": resolution,
-        }),
-    );
-    Value::Object(object)
+    let shown = json!({
+        "original_width": geometry.original.0,
+        "original_height": geometry.original.1,
+        "resized_width": geometry.resized.0,
+        "resized_height": geometry.resized.1,
+        "crop_top": of_crop(|crop| crop.top.into()),
+        "crop_left": of_crop(|crop| crop.left.into()),
+        "flipped": of_crop(|crop| crop.flipped.into()),
+        "target_width": resolution,
+        "target_height": resolution,
+    });
+    members.push(format!("\"{GEOMETRY}\":{shown}"));
+    format!("{{{}}}", members.join(","))
 }
 
 /// Geometry of crop number `index` from a sample's json. Missing values are zeros.
-pub(crate) fn geometry_of_crop(json: &Value, index: usize) -> CropGeometry {
+pub(crate) fn geometry_of_crop(json: &Document, index: usize) -> CropGeometry {
     let Some(geometry) = json.get(GEOMETRY) else {
         return CropGeometry::default();
     };
@@ -156,7 +170,10 @@ pub(crate) fn geometry_of_crop(json: &Value, index: usize) -> CropGeometry {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
+    use crate::json::read_sample_json;
 
     fn geometry() -> CropGeometry {
         CropGeometry {
@@ -170,49 +187,73 @@ mod tests {
         }
     }
 
+    fn sample_json(text: &[u8]) -> SampleJson {
+        read_sample_json(&Bytes::copy_from_slice(text))
+    }
+
+    fn read(text: &str) -> Document {
+        Document::parse(text.as_bytes()).unwrap()
+    }
+
+    const SHOWN: &str = "\"coffey\":{\"original_width\":90,\"original_height\":60,\"resized_width\":96,\"resized_height\":64,\
+         \"crop_top\":0,\"crop_left\":16,\"flipped\":true,\"target_width\":64,\"target_height\":64}";
+
     #[test]
     fn latent_json_keeps_the_input_and_adds_the_crop() {
-        let input = json!({"width": 9, "coffey": 1, "z": 0.25});
+        for (input, kept) in [
+            (
+                r#"{"width": 9, "coffey": 1, "z": 0.25}"#,
+                r#""width":9,"z":0.25,"#,
+            ),
+            (
+                r#"{"a": NaN, "b": [1e400, 12345678901234567890, 0.10]}"#,
+                r#""a":NaN,"b":[1e400,12345678901234567890,0.10],"#,
+            ),
+            (
+                r#"{"a": "\ud800", "a": -Infinity, "\u0063offey": 2}"#,
+                r#""a":"\ud800","a":-Infinity,"#,
+            ),
+            ("\u{feff}{}", ""),
+            ("[1]", r#""json":[1],"#),
+            ("NaN", r#""json":NaN,"#),
+            (r#"{"a": 1,}"#, r#""unreadable_json":"{\"a\": 1,}","#),
+            ("", r#""unreadable_json":"","#),
+        ] {
+            let written = json_with_geometry(Some(&sample_json(input.as_bytes())), &geometry(), 64);
+            assert_eq!(written, format!("{{{kept}{SHOWN}}}"));
+            read(&written);
+        }
+        let none = json_with_geometry(None, &geometry(), 64);
+        assert_eq!(none, format!("{{{SHOWN}}}"));
         let mut geometry = geometry();
-        let one = json_with_geometry(Some(&input), &geometry, 64);
-        assert_eq!(
-            one.to_string(),
-            "{\"width\":9,\"z\":0.25,\"coffey\":{\"original_width\":90,\"original_height\":60,\"resized_width\":96,\
-             \"resized_height\":64,\"crop_top\":0,\"crop_left\":16,\"flipped\":true,\"target_width\":64,\"target_height\":64}}"
-        );
         geometry.crops.push(CropWindow {
             top: 0,
             left: 3,
             flipped: false,
         });
-        let two = json_with_geometry(Some(&input), &geometry, 64);
-        assert_eq!(two["coffey"]["crop_left"], json!([16, 3]));
-        assert_eq!(two["coffey"]["flipped"], json!([true, false]));
-        assert_eq!(two["coffey"]["target_width"], 64);
-        let list = json_with_geometry(Some(&json!([1])), &geometry, 64);
-        assert_eq!(list["json"], json!([1]));
-        let none = json_with_geometry(None, &geometry, 64);
-        assert_eq!(none.as_object().unwrap().len(), 1);
+        let two = read(&json_with_geometry(None, &geometry, 64));
+        let two = two.get("coffey").unwrap();
+        assert_eq!(two["crop_left"], json!([16, 3]));
+        assert_eq!(two["flipped"], json!([true, false]));
+        assert_eq!(two["target_width"], 64);
     }
 
     #[test]
     fn latent_json_is_read_as_it_was_written() {
         let mut written = geometry();
-        assert_eq!(
-            geometry_of_crop(&json_with_geometry(None, &written, 64), 0),
-            written
-        );
+        let written_json = |written: &CropGeometry| read(&json_with_geometry(None, written, 64));
+        assert_eq!(geometry_of_crop(&written_json(&written), 0), written);
         written.crops.push(CropWindow {
             top: 0,
             left: 3,
             flipped: false,
         });
-        let json = json_with_geometry(None, &written, 64);
+        let json = written_json(&written);
         for (index, crop) in written.crops.iter().enumerate() {
             assert_eq!(geometry_of_crop(&json, index).crops, [*crop]);
         }
-        assert_eq!(geometry_of_crop(&json!({}), 0), CropGeometry::default());
-        let partial = geometry_of_crop(&json!({"coffey": {"crop_top": -1}}), 0);
+        assert_eq!(geometry_of_crop(&read("{}"), 0), CropGeometry::default());
+        let partial = geometry_of_crop(&read(r#"{"coffey": {"crop_top": -1}}"#), 0);
         assert_eq!((partial.original, partial.resized), ((0, 0), (0, 0)));
     }
 

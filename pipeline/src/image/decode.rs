@@ -9,6 +9,7 @@
 //! - transparency is composited on white (Pillow drops the alpha channel);
 //! - 16 bit channels are rounded to 8 (Pillow truncates them, and turns 16-bit grey white);
 //! - the first frame of an animation is used;
+//! - of a GIF the screen reaches as far as the first frame; outside the frame it has the frame's first colour;
 //! - data that ends early is an error, in every format.
 
 use std::io::Cursor;
@@ -18,6 +19,8 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use super::error::DecodeError;
 use super::jpeg::Jpeg;
+use super::repair::{colour_outside, repaired};
+use super::unread::unread_format;
 use crate::panic::panic_message;
 
 /// An image in memory.
@@ -46,7 +49,11 @@ pub(super) struct Encoded<'a> {
 
 enum FormatDecoder<'a> {
     Jpeg(Box<Jpeg<'a>>),
-    Other(Box<dyn ImageDecoder + 'a>),
+    Other {
+        decoder: Box<dyn ImageDecoder + 'a>,
+        /// The colour beneath transparent pixels.
+        beneath: [u8; 3],
+    },
 }
 
 fn damaged(error: &image::ImageError) -> DecodeError {
@@ -66,6 +73,9 @@ fn catch_panics<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, D
 impl<'a> Encoded<'a> {
     /// Reads only the header.
     pub(super) fn open(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        if let Some(name) = unread_format(bytes) {
+            return Err(DecodeError::UnreadFormat(name));
+        }
         let format = image::guess_format(bytes).map_err(|_| DecodeError::UnknownFormat)?;
         let (format, name) = FORMATS
             .into_iter()
@@ -77,11 +87,16 @@ impl<'a> Encoded<'a> {
                 let size = jpeg.size();
                 (FormatDecoder::Jpeg(Box::new(jpeg)), size)
             } else {
-                let decoder = ImageReader::with_format(Cursor::new(bytes), format)
-                    .into_decoder()
-                    .map_err(|error| damaged(&error))?;
+                let decoder =
+                    ImageReader::with_format(Cursor::new(repaired(format, bytes)), format)
+                        .into_decoder()
+                        .map_err(|error| damaged(&error))?;
                 let size = decoder.dimensions();
-                (FormatDecoder::Other(Box::new(decoder)), size)
+                let decoder = FormatDecoder::Other {
+                    decoder: Box::new(decoder),
+                    beneath: colour_outside(format, bytes).unwrap_or(WHITE),
+                };
+                (decoder, size)
             };
             Ok(Self {
                 decoder,
@@ -97,13 +112,15 @@ impl<'a> Encoded<'a> {
     }
 
     /// The largest reduction at which [`Self::decode`] still yields a shorter side of at least
-    /// `resolution`. 1 for all formats but JPEG.
+    /// `resolution`. 1 for all formats but JPEG, and for rare kinds of that.
     pub(super) fn reduction(&self, resolution: u32) -> u32 {
         let shorter = self.size.0.min(self.size.1);
         let enough = |reduction: &u32| shorter / reduction >= resolution;
-        match self.decoder {
-            FormatDecoder::Jpeg(_) => [8, 4, 2].into_iter().find(enough).unwrap_or(1),
-            FormatDecoder::Other(_) => 1,
+        match &self.decoder {
+            FormatDecoder::Jpeg(jpeg) if jpeg.is_reducible() => {
+                [8, 4, 2].into_iter().find(enough).unwrap_or(1)
+            }
+            _ => 1,
         }
     }
 
@@ -127,8 +144,11 @@ impl<'a> Encoded<'a> {
             return Err(DecodeError::Damaged("has no pixels".to_owned()));
         }
         catch_panics(|| match self.decoder {
-            FormatDecoder::Jpeg(mut jpeg) => jpeg.decode(reduction, pixels),
-            FormatDecoder::Other(mut decoder) => {
+            FormatDecoder::Jpeg(jpeg) => jpeg.decode(reduction, pixels),
+            FormatDecoder::Other {
+                mut decoder,
+                beneath,
+            } => {
                 let mut limits = image::Limits::no_limits();
                 // Twice the widest pixel (16-bit RGBA): decoders need memory besides the result.
                 limits.max_alloc = Some(max_pixels.saturating_mul(16));
@@ -137,7 +157,7 @@ impl<'a> Encoded<'a> {
                     .map_err(|error| damaged(&error))?;
                 let image = DynamicImage::from_decoder(decoder).map_err(|error| damaged(&error))?;
                 let rgb = if image.color().has_alpha() {
-                    on_white(&image.into_rgba8())
+                    composited(&image.into_rgba8(), beneath)
                 } else {
                     image.into_rgb8()
                 };
@@ -172,15 +192,17 @@ pub fn decode(bytes: &[u8], max_pixels: u64) -> Result<Decoded, DecodeError> {
     Ok(Decoded { pixels, format })
 }
 
-fn on_white(image: &image::RgbaImage) -> RgbImage {
+const WHITE: [u8; 3] = [255; 3];
+
+fn composited(image: &image::RgbaImage, beneath: [u8; 3]) -> RgbImage {
     let mut flat = RgbImage::new(image.width(), image.height());
     for (to, from) in flat.pixels_mut().zip(image.pixels()) {
         let [r, g, b, alpha] = from.0;
-        to.0 = [r, g, b].map(|level| {
+        for ((to, from), beneath) in to.0.iter_mut().zip([r, g, b]).zip(beneath) {
             let alpha = u32::from(alpha);
-            let mixed = (u32::from(level) * alpha + 255 * (255 - alpha) + 127) / 255;
-            u8::try_from(mixed).unwrap_or(u8::MAX)
-        });
+            let mixed = u32::from(from) * alpha + u32::from(beneath) * (255 - alpha);
+            *to = u8::try_from((mixed + 127) / 255).unwrap_or(u8::MAX);
+        }
     }
     flat
 }

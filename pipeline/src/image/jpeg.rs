@@ -9,10 +9,11 @@
 //! Truncated data and invalid codes are errors, where libjpeg warns and guesses. No image with grey or torn
 //! parts is trained on.
 
-use libjpeg_turbo_rs::{DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
+use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, JpegError, PixelFormat, ScalingFactor};
 
 use super::buffer::grow_to;
 use super::error::DecodeError;
+use super::planes::{Sampling, colour, full_size};
 
 /// Progressive files have about ten scans; each scan costs a pass over the whole image.
 const MAX_SCANS: usize = 100;
@@ -27,6 +28,8 @@ pub(super) struct Jpeg<'a> {
     /// Whether the end-of-image marker follows the last scan. The decoder for arithmetic coding does not
     /// detect missing data.
     is_complete: bool,
+    /// The sampling factors, if the decoder can't upsample the components.
+    by_planes: Option<Vec<Sampling>>,
 }
 
 fn damaged(error: &JpegError) -> DecodeError {
@@ -57,6 +60,7 @@ impl<'a> Jpeg<'a> {
                 )));
             }
         };
+        let by_planes = by_planes(&decoder);
         decoder.set_output_format(format);
         let last = |marker: u8| bytes.windows(2).rposition(|pair| pair == [0xFF, marker]);
         let is_complete = !decoder.is_arithmetic() || last(END_OF_IMAGE) > last(START_OF_SCAN);
@@ -64,7 +68,13 @@ impl<'a> Jpeg<'a> {
             decoder,
             format,
             is_complete,
+            by_planes,
         })
+    }
+
+    /// Whether [`Self::decode`] accepts other reductions than 1.
+    pub(super) fn is_reducible(&self) -> bool {
+        self.by_planes.is_none()
     }
 
     /// Width and height. Pixels.
@@ -76,12 +86,15 @@ impl<'a> Jpeg<'a> {
     /// Decodes to 8-bit RGB at one `reduction`th (1, 2, 4 or 8) of the size, rounded up. Writes the pixels to
     /// the start of `pixels` and returns the size.
     pub(super) fn decode(
-        &mut self,
+        mut self,
         reduction: u32,
         pixels: &mut Vec<u8>,
     ) -> Result<(u32, u32), DecodeError> {
         if !self.is_complete {
             return Err(DecodeError::Damaged("ends early".to_owned()));
+        }
+        if let Some(factors) = &self.by_planes {
+            return decode_planes(self.decoder, factors, pixels);
         }
         let scale = ScalingFactor::try_new(1, reduction).map_err(|error| damaged(&error))?;
         self.decoder.set_scale(scale);
@@ -108,6 +121,59 @@ impl<'a> Jpeg<'a> {
         let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
         Ok((side(info.width), side(info.height)))
     }
+}
+
+/// The sampling factors, if the decoder can't upsample the components: the first one does not have the greatest factors, or black
+/// has others.
+fn by_planes(decoder: &Decoder<'_>) -> Option<Vec<Sampling>> {
+    if !matches!(
+        decoder.jpeg_color_space(),
+        ColorSpace::YCbCr | ColorSpace::Cmyk | ColorSpace::Ycck
+    ) {
+        return None;
+    }
+    let factors = decoder.header().components.iter().map(|component| {
+        let across = usize::from(component.horizontal_sampling);
+        (across, usize::from(component.vertical_sampling))
+    });
+    let factors: Vec<Sampling> = factors.collect();
+    let first = *factors.first()?;
+    let is_finer = |other: &Sampling| other.0 > first.0 || other.1 > first.1;
+    let other_black = factors.get(3).is_some_and(|black| *black != first);
+    (other_black || factors.iter().any(is_finer)).then_some(factors)
+}
+
+/// Decodes to RGB by way of the components' planes.
+fn decode_planes(
+    decoder: Decoder<'_>,
+    factors: &[Sampling],
+    pixels: &mut Vec<u8>,
+) -> Result<(u32, u32), DecodeError> {
+    let colours = decoder.jpeg_color_space();
+    let (raw, warnings) = decoder
+        .decode_raw_with_warnings()
+        .map_err(|error| damaged(&error))?;
+    if let Some(warning) = warnings.first() {
+        return Err(DecodeError::Damaged(format!("{warning:?}")));
+    }
+    let planes = full_size(&raw, factors).ok_or_else(|| {
+        let factors = format!("has the sampling factors {factors:?}, which libjpeg refuses too");
+        DecodeError::Damaged(factors)
+    })?;
+    let rgb = grow_to(pixels, raw.width * raw.height * 3);
+    for (index, pixel) in rgb.chunks_exact_mut(3).enumerate() {
+        let first = [&planes[0], &planes[1], &planes[2]].map(|plane| plane[index]);
+        let black = planes.get(3).map(|plane| plane[index]);
+        pixel.copy_from_slice(&match (colours, black) {
+            (ColorSpace::Cmyk, Some(black)) => first.map(|ink| shade(ink, black)),
+            (ColorSpace::Ycck, Some(black)) => {
+                colour(first).map(|level| shade(u8::MAX - level, black))
+            }
+            _ => colour(first),
+        });
+    }
+    let side = |pixels| u32::try_from(pixels).unwrap_or(u32::MAX);
+    Ok((side(raw.width), side(raw.height)))
 }
 
 /// Pillow's conversion of an ink over black: their product, with Pillow's rounding. Both are stored inverted,

@@ -12,8 +12,11 @@ mod crop;
 mod decode;
 mod error;
 mod jpeg;
+mod planes;
+mod repair;
 mod resize;
 mod transform;
+mod unread;
 
 pub use crop::{CropGeometry, CropMode, CropWindow};
 pub use decode::{Decoded, decode, probe};

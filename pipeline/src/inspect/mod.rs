@@ -17,11 +17,12 @@ use tokio_util::sync::CancellationToken;
 use crate::flow::FlowMetrics;
 use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
+use crate::json::Document;
 use crate::plural::counted;
 use crate::shard::{PassedOver, PassedOverKind, Sample, ShardUrl};
 use crate::source::Sources;
 use crate::stages::Stage;
-use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError, parse_json};
+use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError};
 
 pub use cross_shard::CrossShardCheck;
 pub use latents::{ChannelStats, LatentReport};
@@ -333,12 +334,8 @@ impl Inspector {
             self.image(sample);
         }
         self.caption(sample);
-        if sample
-            .members
-            .get(JSON)
-            .is_some_and(|raw| parse_json(raw).is_none())
-        {
-            let what = "json does not parse";
+        if let Some(Err(error)) = sample.members.get(JSON).map(|raw| Document::parse(raw)) {
+            let what = format!("json does not parse: {error}");
             self.problem(ProblemKind::BadJson, &sample.key, what);
         }
     }

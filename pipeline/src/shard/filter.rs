@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::json::Document;
 use crate::plural::counted;
 
 /// Rules for the numbers in a sample's json and for its caption. A rule that is `None` accepts all samples.
@@ -71,11 +72,16 @@ const PUNSAFE: Keys = &["punsafe"];
 const SIMILARITY: Keys = &["similarity"];
 const AESTHETIC: Keys = &["aesthetic", "aesthetic_score", "AESTHETIC_SCORE"];
 
-fn number(json: &Value, keys: Keys) -> Option<f64> {
+/// The first of `keys` with a number. NaN stands for a missing value, in Python's tables.
+fn number(json: &Document, keys: Keys) -> Option<f64> {
     keys.iter().find_map(|key| match json.get(key)? {
         Value::Number(number) => number.as_f64(),
-        // Json made from tables may hold numbers as text.
-        Value::String(text) => text.trim().parse().ok(),
+        // Json made from tables may hold numbers as text; infinity is read as text, too.
+        Value::String(text) => text
+            .trim()
+            .parse()
+            .ok()
+            .filter(|number: &f64| !number.is_nan()),
         _ => None,
     })
 }
@@ -169,7 +175,11 @@ impl FilterState {
     }
 
     /// Checks a sample, and records which json keys it has.
-    pub(crate) fn check(&mut self, json: Option<&Value>, caption: &str) -> Result<(), Rejection> {
+    pub(crate) fn check(
+        &mut self,
+        json: Option<&Document>,
+        caption: &str,
+    ) -> Result<(), Rejection> {
         // Every rule is evaluated, also after a rejection, so that all json keys are recorded.
         let mut verdict = Ok(());
         let mut reject = |rejection| {
@@ -262,9 +272,13 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn document(json: &str) -> Document {
+        Document::parse(json.as_bytes()).unwrap()
+    }
+
     fn check(filter: &Filter, json: Value) -> Result<(), String> {
         FilterState::new(filter.clone())
-            .check(Some(&json), "a caption")
+            .check(Some(&document(&json.to_string())), "a caption")
             .map_err(|rejection| rejection.to_string())
     }
 
@@ -311,6 +325,57 @@ mod tests {
     }
 
     #[test]
+    fn filter_reads_numbers_as_python_writes_them() {
+        let filter = Filter {
+            min_size: Some(512),
+            max_pwatermark: Some(0.5),
+            ..Filter::default()
+        };
+        for (json, verdict) in [
+            (
+                r#"{"width": NaN, "height": 600, "pwatermark": 0.1}"#,
+                Some("filter:min_size_missing"),
+            ),
+            (
+                r#"{"original_width": NaN, "width": 600, "height": 600, "pwatermark": 0.1, "x": NaN}"#,
+                None,
+            ),
+            (
+                r#"{"width": 600, "height": 600, "pwatermark": NaN}"#,
+                Some("filter:max_pwatermark_missing"),
+            ),
+            (
+                r#"{"width": 600, "height": 600, "pwatermark": "nan"}"#,
+                Some("filter:max_pwatermark_missing"),
+            ),
+            (
+                r#"{"width": 600, "height": 600, "pwatermark": Infinity}"#,
+                Some("filter:max_pwatermark"),
+            ),
+            (
+                r#"{"width": 600, "height": 600, "pwatermark": -Infinity}"#,
+                None,
+            ),
+            (
+                r#"{"width": 1e400, "height": 12345678901234567890, "pwatermark": 0}"#,
+                None,
+            ),
+            (
+                r#"{"width": 1, "height": 600, "pwatermark": 0, "width": 600}"#,
+                None,
+            ),
+            (
+                "\u{feff}{\"width\": 600, \"height\": 600, \"pwatermark\": 0, \"caption\": \"\\ud83d\"}",
+                None,
+            ),
+        ] {
+            let got = FilterState::new(filter.clone()).check(Some(&document(json)), "");
+            let got = got.err().map(|rejection| rejection.to_string());
+            assert_eq!(got.as_deref(), verdict, "{json}");
+        }
+    }
+
+    #[test]
     fn filter_measures_captions_in_characters() {
         let filter = Filter {
             min_caption_chars: Some(2),
@@ -337,7 +402,9 @@ mod tests {
             max_punsafe: Some(0.1),
             ..Filter::default()
         });
-        let rejection = state.check(Some(&json!({"punsafe": 0.9})), "").unwrap_err();
+        let rejection = state
+            .check(Some(&document(r#"{"punsafe": 0.9}"#)), "")
+            .unwrap_err();
         state.saw();
         state.count(&rejection.to_string());
         assert_eq!(

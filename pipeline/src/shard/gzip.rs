@@ -1,41 +1,15 @@
-//! Compression of a tar: detected from the content; gzip is decompressed while it is read.
+//! Gzip around a tar: detected from the content, and decompressed while it is read.
 
 use std::fmt;
 use std::io::{self, BufRead, Read};
 
 use flate2::bufread::GzDecoder;
 
-/// Number of bytes that identify each kind.
-pub(super) const MAGIC_BYTES: usize = 6;
-
 const GZIP: &[u8] = &[0x1f, 0x8b];
-/// Kinds that are detected, but not supported.
-const OTHERS: [(&[u8], &str); 4] = [
-    (b"BZh", "bzip2"),
-    (&[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
-    (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
-    (b"PK\x03\x04", "zip"),
-];
 
-/// The compression of a file, from its first bytes.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Compression {
-    None,
-    Gzip,
-    /// Not supported; the name of the kind.
-    Other(&'static str),
-}
-
-impl Compression {
-    pub(super) fn of(start: &[u8]) -> Self {
-        if start.starts_with(GZIP) {
-            return Self::Gzip;
-        }
-        OTHERS
-            .iter()
-            .find(|(magic, _)| start.starts_with(magic))
-            .map_or(Self::None, |(_, name)| Self::Other(name))
-    }
+/// Whether a file that begins with these bytes is in gzip.
+pub(super) fn is_gzip(start: &[u8]) -> bool {
+    start.starts_with(GZIP)
 }
 
 /// A fault of the gzip, to be told from a fault of the tar in it.
@@ -167,10 +141,8 @@ mod tests {
     }
 
     #[test]
-    fn compression_is_detected_from_the_content() {
-        assert_eq!(Compression::of(&gzip(b"x")), Compression::Gzip);
-        assert_eq!(Compression::of(b"BZh91AY&SY"), Compression::Other("bzip2"));
-        assert_eq!(Compression::of(b"00000.jpg"), Compression::None);
-        assert_eq!(Compression::of(b""), Compression::None);
+    fn gzip_is_detected_from_the_content() {
+        assert!(is_gzip(&gzip(b"x")));
+        assert!(!is_gzip(b"00000.jpg") && !is_gzip(b""));
     }
 }

@@ -8,6 +8,7 @@ mod filter;
 #[cfg(test)]
 mod golden_tests;
 mod gzip;
+mod other_file;
 mod sample;
 mod tar;
 mod url;

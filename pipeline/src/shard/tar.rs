@@ -5,8 +5,12 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
-use super::gzip::{Compression, Filling, GzipFault, Inflate, MAGIC_BYTES};
+use super::gzip::{Filling, GzipFault, Inflate, is_gzip};
+use super::other_file::describe;
 use super::sample::{Sample, split_name};
+
+/// Size of a member's header.
+const HEADER_BYTES: u64 = 512;
 
 /// Compressed bytes handed to the decompressor at once.
 const COMPRESSED_BYTES: usize = 64 << 10;
@@ -98,35 +102,38 @@ fn printable(error: &std::io::Error) -> String {
 /// reference's loader. Folders and links are passed over. The sample in which a fault occurs is dropped,
 /// since members may be missing.
 pub(crate) fn read_samples(
-    mut reader: impl Read,
+    reader: impl Read,
     options: TarOptions,
     deliver: impl FnMut(TarItem) -> ControlFlow<()>,
 ) -> Result<(), TarError> {
-    let mut magic = [0; MAGIC_BYTES];
-    let mut filled = 0;
-    while filled < magic.len() {
-        match reader.read(&mut magic[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(TarError::Broken(printable(&error))),
-        }
-    }
-    let start = &magic[..filled];
+    let (start, reader) = peek(reader)?;
     if start.is_empty() {
         return Err(TarError::Broken("is empty: 0 bytes".to_owned()));
     }
-    let compression = Compression::of(start);
-    let reader = Cursor::new(start).chain(reader);
-    match compression {
-        Compression::None => read_tar(reader, options, deliver),
-        Compression::Gzip => {
-            let reader = BufReader::with_capacity(COMPRESSED_BYTES, Filling(reader));
-            read_tar(Inflate::new(reader), options, deliver)
-        }
-        Compression::Other(name) => Err(TarError::NotATar(format!(
-            "it is {name}, and shards are read as plain tars or in gzip"
-        ))),
+    if !is_gzip(&start) {
+        return read_tar(reader, options, deliver).map_err(|error| named(error, &start, ""));
+    }
+    let reader = BufReader::with_capacity(COMPRESSED_BYTES, Filling(reader));
+    let (start, reader) = peek(Inflate::new(reader))?;
+    read_tar(reader, options, deliver).map_err(|error| named(error, &start, " in gzip"))
+}
+
+/// The first bytes of a file, as many as a tar's header has, and a reader of the whole file.
+fn peek<R: Read>(mut reader: R) -> Result<(Vec<u8>, impl Read), TarError> {
+    let mut start = Vec::new();
+    let read = reader.by_ref().take(HEADER_BYTES).read_to_end(&mut start);
+    read.map_err(|error| TarError::Broken(printable(&error)))?;
+    Ok((start.clone(), Cursor::new(start).chain(reader)))
+}
+
+/// Says what a file is that is not a tar, if its first bytes tell.
+fn named(error: TarError, start: &[u8], packed: &str) -> TarError {
+    match error {
+        TarError::NotATar(cause) => TarError::NotATar(match describe(start) {
+            Some(what) => format!("it is {}{packed}{}", what.name, what.advice),
+            None => cause,
+        }),
+        other => other,
     }
 }
 
@@ -401,6 +408,22 @@ mod tests {
             let (_, result) = read(content);
             assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
         }
+        let message = |content: &[u8]| read(content).1.unwrap_err().to_string();
+        let html = "it is an HTML page, such as a login page or an error page";
+        assert_eq!(message(&page), format!("is not a tar: {html}"));
+        assert_eq!(
+            message(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
+            "is not a tar: it is a git-lfs pointer; run `git lfs pull` in its repository"
+        );
+        assert_eq!(
+            message(&gzip(b"{\"error\": \"expired\"}")),
+            "is not a tar: it is JSON ({\"error\": \"expired\"}) in gzip"
+        );
+        assert_eq!(message(b"short"), "is not a tar: it is text (short)");
+        // A tar may begin like another file.
+        let (samples, result) = read(&tar_of(&[("BZh91.jpg", b"1"), ("{}.jpg", b"2")]));
+        result.unwrap();
+        assert_eq!(shape(&samples), ["BZh91:jpg", "{}:jpg"]);
     }
 
     #[test]

@@ -71,7 +71,8 @@ impl<K: SampleKind> DecodeWorker<K> {
             self.shard_keys[pass.shard].wrapping_add(sample.index.wrapping_mul(SPREAD));
         let mut rng = rng(self.seed, "crop", occasion, sample_key);
         let json = sample.json.parse();
-        match self.kind.decode(&sample.encoded, json.as_ref(), &mut rng) {
+        let document = json.as_ref().and_then(|json| json.as_ref().ok());
+        match self.kind.decode(&sample.encoded, document, &mut rng) {
             Ok((data, geometry)) => StreamEvent::Decoded {
                 pass,
                 draw,

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde_json::Value;
 
 use super::error::StreamError;
 use super::kinds::SampleKind;
-use super::sample::{SampleMeta, parse_json};
+use super::sample::SampleMeta;
 use super::skip::SkipReason;
+use crate::json::{Document, SampleJson, read_sample_json};
 use crate::order::{OrderState, SampleRef, ShardPass};
 
 /// A sample's json, parsed only where the filter needs it.
@@ -16,15 +16,15 @@ use crate::order::{OrderState, SampleRef, ShardPass};
 pub(super) enum Json {
     None,
     Raw(Bytes),
-    Parsed(Value),
+    Parsed(Document),
 }
 
 impl Json {
-    pub(super) fn parse(self) -> Option<Value> {
+    pub(super) fn parse(self) -> Option<SampleJson> {
         match self {
             Self::None => None,
-            Self::Raw(raw) => parse_json(&raw),
-            Self::Parsed(value) => Some(value),
+            Self::Raw(raw) => Some(read_sample_json(&raw)),
+            Self::Parsed(document) => Some(Ok(document)),
         }
     }
 }

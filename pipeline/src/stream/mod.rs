@@ -40,7 +40,6 @@ pub use sample::SampleMeta;
 pub use skip::{ShardSummary, SkippedSample};
 
 pub(crate) use reader::{NonSample, OpenShard, ReaderContext, ShardEvent};
-pub(crate) use sample::parse_json;
 
 use std::thread::JoinHandle;
 

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
-
 use crate::image::CropGeometry;
+use crate::json::SampleJson;
 
 /// Metadata of a sample in a batch.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,14 +18,9 @@ pub struct SampleMeta {
     pub epoch: u64,
     /// The caption, as it is in the shard. Empty for latents with embeddings and without a caption.
     pub caption: String,
-    /// The sample's json, if there is one and it parses.
-    pub json: Option<Value>,
+    /// The sample's json, if there is one: read, or as it is if it can't be read.
+    pub json: Option<SampleJson>,
     /// Sizes of the image, and the windows of its crops. For latents: from their json, with the window of the drawn
     /// crop.
     pub geometry: CropGeometry,
-}
-
-/// The json of a sample; `None` if it does not parse.
-pub(crate) fn parse_json(raw: &[u8]) -> Option<Value> {
-    serde_json::from_slice(raw).ok()
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::config::StreamConfig;
 use super::event::{Json, SelectedSample};
 use super::kinds::SampleKind;
-use super::sample::parse_json;
 use super::skip::SkipReason;
+use crate::json::Document;
 use crate::order::ShardPass;
 use crate::shard::{FilterReport, FilterState, Sample};
 
@@ -64,12 +64,12 @@ impl<K: SampleKind> SampleSelector<K> {
         let json = match sample.members.get("json") {
             None => Json::None,
             Some(raw) if self.needs_json => {
-                Json::Parsed(parse_json(raw).ok_or(SkipReason::BAD_JSON)?)
+                Json::Parsed(Document::parse(raw).map_err(|_| SkipReason::BAD_JSON)?)
             }
             Some(raw) => Json::Raw(raw.clone()),
         };
         let parsed = match &json {
-            Json::Parsed(value) => Some(value),
+            Json::Parsed(document) => Some(document),
             Json::None | Json::Raw(_) => None,
         };
         self.filter

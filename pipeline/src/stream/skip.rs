@@ -12,6 +12,8 @@ use crate::shard::Rejection;
 pub(crate) enum SkipReason {
     /// The sample is broken.
     Broken(&'static str),
+    /// The image is of this format, which is not read.
+    UnreadFormat(&'static str),
     /// The filter rejects the sample.
     Filtered(Rejection),
 }
@@ -30,12 +32,13 @@ impl SkipReason {
     pub(crate) fn name(&self) -> Cow<'static, str> {
         match self {
             Self::Broken(name) => Cow::Borrowed(name),
+            Self::UnreadFormat(format) => Cow::Owned(format!("format:{format}")),
             Self::Filtered(rejection) => Cow::Owned(rejection.to_string()),
         }
     }
 
     pub(crate) fn is_broken(&self) -> bool {
-        matches!(self, Self::Broken(_))
+        matches!(self, Self::Broken(_) | Self::UnreadFormat(_))
     }
 }
 

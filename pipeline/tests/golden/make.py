@@ -4,8 +4,8 @@ Run with Pillow 13.0.0 and numpy 2.4.6 in this folder: python make.py
 
 - source.png and FILTER-SIZE.png: resizing.
 - formats/KIND.EXT and formats/KIND.EXT.png: an image and Pillow's `convert("RGB")` of it; where it has
-  transparency, that on white. Pillow can't write 4:1:1, 4:4:0 and arithmetic coding: those three JPEGs were written
-  with libjpeg-turbo-rs 0.9 and are only read here.
+  transparency, that on white. Pillow can't write 4:1:1, 4:4:0, arithmetic coding and luma coarser than
+  chroma: the JPEGs in WRITTEN_ELSEWHERE were written with libjpeg-turbo-rs 0.9 and are only read here.
 - photo.jpg, photo-64.png: a photograph-like JPEG and what is left of it at a shorter side of 64.
 """
 
@@ -27,6 +27,10 @@ FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 FORMATS = pathlib.Path("formats")
+# "luma-ACROSSxDOWN": how much coarser luma is sampled than chroma; "black-": black than luma; "cyan-": cyan than magenta.
+WRITTEN_ELSEWHERE = ["411.jpg", "440.jpg", "arithmetic.jpg", "cyan-2x1.jpg", "black-2x2.jpg"] + [
+    f"luma-{coarser}.jpg" for coarser in ("2x1", "1x2", "2x2", "2x2-mixed", "4x1", "2x1-progressive")
+]
 
 
 def source() -> Image.Image:
@@ -98,6 +102,20 @@ def rle_bmp(image: Image.Image) -> bytes:
     return head + info + table + data
 
 
+def extended_webp(flags: int, chunks: bytes, width: int = 35, height: int = 29) -> bytes:
+    """A WebP whose header has these flags, whatever its chunks are."""
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<II", 10, flags) + sides + chunks
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def of_screen(gif: bytes, width: int, height: int, left: int = 0, top: int = 0) -> bytes:
+    """A GIF with another screen, and its frame at another place."""
+    frame = gif.index(b",", 13 + 3 * (2 << (gif[10] & 7)))
+    place = struct.pack("<HH", left, top)
+    return gif[:6] + struct.pack("<HH", width, height) + gif[10 : frame + 1] + place + gif[frame + 5 :]
+
+
 def formats():
     """Pairs of a file name and its content."""
     image = soft(35, 29)
@@ -159,6 +177,32 @@ def formats():
     others = [image.rotate(180), grey.convert("RGB")]
     yield "animated.webp", save(image, "WEBP", lossless=True, save_all=True, append_images=others, duration=80)
 
+    # Headers that name metadata (EXIF 8, XMP 4, ICC 32) or transparency (16) that is not there.
+    for kind, options in {"lossy": {"quality": 90}, "lossless": {"lossless": True}}.items():
+        chunks = save(image, "WEBP", **options)[12:]
+        for name, flags in {"exif": 8, "xmp": 4, "icc": 32, "alpha": 16, "all": 60}.items():
+            yield f"{kind}-without-{name}.webp", extended_webp(flags, chunks)
+        yield f"{kind}-unknown-chunk.webp", extended_webp(8, b"ABCD" + struct.pack("<I", 5) + b"12345\0" + chunks)
+    chunks = save(clear, "WEBP", lossless=True, exact=True)
+    yield "lossless-clear-unflagged.webp", extended_webp(0, chunks[chunks.index(b"VP8L") :])
+    chunks = save(clear, "WEBP", quality=90)
+    yield "lossy-opaque.webp", extended_webp(0, chunks[chunks.index(b"ALPH") :])
+    chunks = save(image, "WEBP", lossless=True, save_all=True, append_images=others, duration=80)
+    yield "animated-without-exif.webp", extended_webp(2 | 8 | 4, chunks[chunks.index(b"ANIM") :])
+
+    still = save(palette, "GIF")
+    yield "beyond-screen.gif", of_screen(still, 20, 10)
+    yield "no-screen.gif", of_screen(still, 0, 0)
+    yield "part-of-screen.gif", of_screen(still, 50, 40, 7, 9)
+    yield "partly-beyond-screen.gif", of_screen(still, 20, 20, 7, 9)
+    yield "clear-beyond-screen.gif", of_screen(save(palette, "GIF", transparency=3), 20, 20, 3, 2)
+
+    whole = save(image, "PNG")
+    yield "without-end.png", whole[:-12]
+    yield "without-checksum.png", whole[:-16]
+    yield "half-checksum.png", whole[:-14]
+    yield "half-end.png", whole[:-7]
+
     yield "still.gif", save(palette, "GIF")
     yield "interlaced.gif", save(palette, "GIF", interlace=1)
     yield "clear.gif", save(palette, "GIF", transparency=3)
@@ -190,7 +234,7 @@ for name, resampling in FILTERS.items():
 FORMATS.mkdir(exist_ok=True)
 for name, content in formats():
     (FORMATS / name).write_bytes(content)
-for name in ("411.jpg", "440.jpg", "arithmetic.jpg", *(name for name, _ in formats())):
+for name in (*WRITTEN_ELSEWHERE, *(name for name, _ in formats())):
     with Image.open(FORMATS / name) as picture:
         on_white(picture).save(FORMATS / f"{name}.png", optimize=True)
 

@@ -123,11 +123,10 @@ impl Cost {
 fn output_sample(latents: &Latents, sizes: &SampleSizes<'_>) -> u64 {
     let member = |content: u64| BLOCK + content.div_ceil(BLOCK) * BLOCK;
     let halves = |shape: &[usize]| 2 * shape.iter().product::<usize>() as u64;
-    let json = sizes
-        .sample
-        .json
-        .as_ref()
-        .map_or(0, |json| json.to_string().len());
+    let json = sizes.sample.json.as_ref().map_or(0, |json| match json {
+        Ok(document) => document.text().len(),
+        Err(unreadable) => unreadable.quoted().len(),
+    });
     let embeds = match latents.text {
         TextKind::Caption => 0,
         TextKind::Embeds | TextKind::Both => member(NPY_HEADER + halves(&sizes.prompt_embeds)),

@@ -1,9 +1,8 @@
 //! Captions only: the samples of another kind, without their data.
 
-use serde_json::Value;
-
 use super::{DecodeFailure, SampleKind};
 use crate::image::CropGeometry;
+use crate::json::Document;
 use crate::order::rng::Rng;
 use crate::shard::Sample;
 use crate::stream::skip::SkipReason;
@@ -35,7 +34,7 @@ impl<K: SampleKind> SampleKind for CaptionsOnly<K> {
     fn decode(
         &mut self,
         _bytes: &usize,
-        _json: Option<&Value>,
+        _json: Option<&Document>,
         _rng: &mut Rng,
     ) -> Result<((), CropGeometry), DecodeFailure> {
         Ok(((), CropGeometry::default()))

@@ -1,10 +1,10 @@
 //! Images: decoded, resized and cropped to pixels.
 
 use bytes::Bytes;
-use serde_json::Value;
 
 use super::{DecodeFailure, SampleKind, absent, append};
 use crate::image::{CropGeometry, Crops, DecodeError, ImageOptions, ImageTransform};
+use crate::json::Document;
 use crate::order::rng::Rng;
 use crate::shard::Sample;
 use crate::stream::config::StreamConfig;
@@ -57,7 +57,7 @@ impl SampleKind for Images {
     fn decode(
         &mut self,
         image: &Bytes,
-        _json: Option<&Value>,
+        _json: Option<&Document>,
         rng: &mut Rng,
     ) -> Result<(Vec<u8>, CropGeometry), DecodeFailure> {
         let Crops { pixels, geometry } = self.transform.apply(image, &self.options, rng)?;
@@ -86,6 +86,7 @@ impl From<DecodeError> for DecodeFailure {
             cause: error.to_string(),
             reason: match error {
                 DecodeError::TooLarge { .. } => SkipReason::TOO_LARGE,
+                DecodeError::UnreadFormat(format) => SkipReason::UnreadFormat(format),
                 DecodeError::UnknownFormat | DecodeError::Damaged(_) => SkipReason::DECODE_ERROR,
             },
         }

@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 use half::f16;
-use serde_json::Value;
 
 use super::{DecodeFailure, SampleKind, absent, append};
 use crate::format::latents::{LATENT, LatentShapes, PROMPT_EMBEDS, geometry_of_crop};
 use crate::format::{ArrayError, Npy};
 use crate::image::CropGeometry;
+use crate::json::Document;
 use crate::order::rng::{Rng, index_below};
 use crate::shard::Sample;
 use crate::stream::data::{BatchData, F16Array};
@@ -76,7 +76,7 @@ impl SampleKind for Latents {
     fn decode(
         &mut self,
         files: &LatentFiles,
-        json: Option<&Value>,
+        json: Option<&Document>,
         rng: &mut Rng,
     ) -> Result<(LatentValues, CropGeometry), DecodeFailure> {
         let crops = Npy::open(&files.moments)?.arrays(&self.shapes.moments)?;
@@ -138,7 +138,6 @@ mod tests {
     use super::*;
     use crate::order::rng::rng;
     use npyz::{WriteOptions, WriterBuilder};
-    use serde_json::json;
 
     fn npy(shape: &[u64], values: &[f16]) -> Bytes {
         let mut bytes = Vec::new();
@@ -167,10 +166,11 @@ mod tests {
             moments: npy(&[3, 2, 1, 3], &halves(0..18)),
             prompt_embeds: None,
         };
-        let json = json!({"coffey": {
+        let json = br#"{"coffey": {
             "original_width": 90, "original_height": 60, "resized_width": 96, "resized_height": 64,
-            "crop_top": [0, 1, 2], "crop_left": [7, 8, 9], "flipped": [false, true, false],
-        }});
+            "crop_top": [0, 1, 2], "crop_left": [7, 8, 9], "flipped": [false, true, false]
+        }}"#;
+        let json = Document::parse(json).unwrap();
         let mut drawn = std::collections::BTreeSet::new();
         for occasion in 0..20 {
             let draw = || {

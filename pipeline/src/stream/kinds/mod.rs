@@ -9,9 +9,8 @@ mod latents;
 
 use std::fmt::Debug;
 
-use serde_json::Value;
-
 use crate::image::CropGeometry;
+use crate::json::Document;
 use crate::order::rng::Rng;
 use crate::shard::Sample;
 
@@ -47,7 +46,7 @@ pub(super) trait SampleKind: Clone + Debug + Send + 'static {
     fn decode(
         &mut self,
         encoded: &Self::Encoded,
-        json: Option<&Value>,
+        json: Option<&Document>,
         rng: &mut Rng,
     ) -> Result<(Self::Decoded, CropGeometry), DecodeFailure>;
 
