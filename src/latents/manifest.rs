@@ -14,7 +14,7 @@ use crate::config::{Config, FloatType, TextKind};
 pub const FORMAT_VERSION: u32 = 1;
 
 /// Reasons to skip a sample after it was counted towards `max_samples`.
-const DECODE_REASONS: [&str; 2] = ["decode_error", "too_large"];
+const DRAWN_REASONS: [&str; 3] = ["decode_error", "too_large", "duplicate_key"];
 
 /// A manifest file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -138,7 +138,7 @@ pub struct ShardEntry {
 impl ShardEntry {
     /// Number of samples that count towards `max_samples`: also samples that failed to decode.
     pub(super) fn counted(&self) -> u64 {
-        let undecodable = DECODE_REASONS
+        let undecodable = DRAWN_REASONS
             .iter()
             .filter_map(|&reason| self.skipped.get(reason));
         self.samples + undecodable.sum::<u64>()

@@ -138,9 +138,10 @@ fn work(writer: &mut LatentWriter, batch_size: usize, workers: usize) -> Vec<Str
         let finished = match batch {
             Ok(batch) => writer.write(&batch),
             Err(EncodeError::Stream(error)) => match *error {
-                StreamError::NothingUsable {
-                    shards, skipped, ..
-                } => writer.finish_shards(&skipped, &shards),
+                StreamError::NothingUsable { .. } => {
+                    let rest = pool.stream().take_undelivered();
+                    writer.finish_shards(&rest.skipped, &rest.finished_shards)
+                }
                 other => panic!("{other}"),
             },
             Err(other) => panic!("{other}"),
