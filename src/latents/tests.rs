@@ -12,7 +12,7 @@ use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
-    ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig, StreamError,
+    ImageOptions, S3Options, ShardSummary, ShardUrl, Sources, Stream, StreamConfig, StreamError,
 };
 use npyz::half::f16;
 use serde_json::{Value, json};
@@ -391,7 +391,17 @@ fn latent_writer_continues_an_interrupted_run() {
 fn latent_writer_refuses_another_recipe() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    drop(open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap());
+    // A place without a finished shard takes any recipe.
+    drop(open(output.path(), recipe(TextKind::Both), Rank::SOLO, &shards).unwrap());
+    let mut writer = open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap();
+    let summary = ShardSummary {
+        shard: 0,
+        samples: 0,
+        skipped: BTreeMap::new(),
+        broken: None,
+    };
+    writer.finish_shards(&[], &[summary]).unwrap();
+    drop(writer);
     let refused = |recipe: Recipe| {
         let error = open(output.path(), recipe, Rank::SOLO, &shards).unwrap_err();
         assert!(error.is_config());

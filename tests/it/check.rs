@@ -7,7 +7,8 @@ use coffey::models::unet::WEIGHTS_STEM;
 use tempfile::TempDir;
 
 use crate::support::{
-    PRECOMPUTE, QUICKSTART, args, command, refuse, run, succeed, succeed_json, text, without_tensor,
+    PRECOMPUTE, QUICKSTART, args, command, refuse, repository, run, says, succeed, succeed_json,
+    text, without_tensor,
 };
 
 /// The arguments of `check` on the quickstart, with the run's output in `folder`.
