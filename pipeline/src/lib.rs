@@ -74,6 +74,6 @@ pub use source::{
     CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
-    Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkippedSample,
-    Stream, StreamConfig, StreamError, decode_limit,
+    Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkipExample,
+    SkipExamples, SkippedSample, Stream, StreamConfig, StreamError, Undelivered, decode_limit,
 };

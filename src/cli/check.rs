@@ -36,7 +36,7 @@ use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
 use tokio_util::sync::CancellationToken;
 
-/// Samples of the first shard whose mean size is measured.
+/// Samples whose mean size is measured, the first of the data.
 const PROBED_SAMPLES: usize = 16;
 /// Stem of the weight files of transformers' models.
 const TEXT_ENCODER_STEM: &str = "model";
@@ -163,7 +163,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     };
     let content = content(latents.as_ref());
     let (batch, sample_bytes) = report.step("first sample", || {
-        let (batch, sample_bytes) = first_sample(&config, content, &data, &shards[0])?;
+        let (batch, sample_bytes) = first_sample(&config, &purpose, content, &data, &shards)?;
         let sample = &batch.samples[0];
         let (width, height) = sample.geometry.original;
         let what = match content {
@@ -171,8 +171,8 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
         };
         let message = format!(
-            "{}: {what}{width}x{height} pixels, {:?}",
-            sample.key, sample.caption
+            "{} of {}: {what}{width}x{height} pixels, {:?}",
+            sample.key, shards[sample.shard], sample.caption
         );
         Ok(((batch, sample_bytes), message))
     })?;
@@ -246,20 +246,26 @@ fn check_train_device(config: &Config) -> Result<(BTreeMap<String, u64>, String)
     Ok(([(name, memory)].into(), message))
 }
 
-/// The first sample that a run can use, as a batch, and the mean size of the first samples in the shard in bytes.
+/// The first sample that a run uses, as a batch, and the mean size of the first samples in bytes. Reads shards in the order of the
+/// run, without its shuffle buffer, until there are enough samples.
 fn first_sample(
     config: &Config,
+    purpose: &Purpose,
     content: Content,
     data: &DataAccess,
-    shard: &ShardUrl,
+    shards: &[ShardUrl],
 ) -> Result<(Batch, u64), Failure> {
     let metrics = FlowMetrics::private();
+    let order = match purpose {
+        Purpose::Train(_) => Order::Shuffled,
+        Purpose::Precompute(_) => Order::Sequential,
+    };
     let probe = StreamConfig {
         content,
         prefetch_batches: 1,
         decode_threads: 1,
-        max_samples: None,
-        ..stream_config(config, vec![shard.clone()], Order::Sequential, 1)
+        shuffle_buffer: 0,
+        ..stream_config(config, shards.to_vec(), order, 1)
     };
     let stream = Stream::open(probe, &data.sources, &metrics, data.runtime.handle())?;
     let consumer = metrics.stage(Stage::Train);
@@ -273,10 +279,8 @@ fn first_sample(
     }
     let snapshot = metrics.snapshot();
     let untar = snapshot.stage(Stage::Untar);
-    // A sequential stream that yields nothing ends in an error.
-    let batch = first.ok_or_else(|| {
-        Failure::Failed(format!("{shard}: the stream ended without a sample").into())
-    })?;
+    // A stream that yields nothing ends in an error.
+    let batch = first.ok_or_else(|| Failure::Failed("the stream ended without a sample".into()))?;
     Ok((batch, untar.bytes / untar.items.max(1)))
 }
 

@@ -40,7 +40,7 @@ enum Commands {
     Sample(sample::SampleArgs),
     /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
     Inspect(inspect::InspectArgs),
-    /// Dry run: configuration, credentials, first shard, models, memory plan, cost of a `precompute`.
+    /// Dry run: configuration, credentials, first samples, models, memory plan, cost of a `precompute`.
     Check(check::CheckArgs),
     /// Run the data pipeline alone and name the stage that limits its speed.
     Bench(bench::BenchArgs),

@@ -124,6 +124,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         let mut stream_config =
             stream_config(&config, shards, Order::Sequential, config.encode.batch_size);
         stream_config.max_samples = writer.remaining_samples();
+        stream_config.skip_duplicate_keys = true;
         stream_config.image.crops = required.latents.crops;
         let stream = Stream::open(
             stream_config,

@@ -170,6 +170,7 @@ pub(super) fn stream_config(
         filter: data.filter.clone().unwrap_or_default(),
         image: config.image,
         order,
+        skip_duplicate_keys: false,
         batch_size,
         seed: config.train.seed,
         rank: 0,

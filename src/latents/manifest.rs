@@ -14,7 +14,7 @@ use crate::config::{Config, FloatType, TextKind};
 pub const FORMAT_VERSION: u32 = 1;
 
 /// Reasons to skip a sample after it was counted towards `max_samples`.
-const DECODE_REASONS: [&str; 2] = ["decode_error", "too_large"];
+const DRAWN_REASONS: [&str; 3] = ["decode_error", "too_large", "duplicate_key"];
 /// What the reason begins with for an image of a format that is not read. Counted as those.
 const UNREAD_FORMAT: &str = "format:";
 
@@ -140,11 +140,11 @@ pub struct ShardEntry {
 impl ShardEntry {
     /// Number of samples that count towards `max_samples`: also samples that failed to decode.
     pub(super) fn counted(&self) -> u64 {
-        let is_undecodable =
-            |reason: &str| DECODE_REASONS.contains(&reason) || reason.starts_with(UNREAD_FORMAT);
+        let is_drawn =
+            |reason: &str| DRAWN_REASONS.contains(&reason) || reason.starts_with(UNREAD_FORMAT);
         let skipped = self.skipped.iter();
-        let undecodable = skipped.filter(|(reason, _)| is_undecodable(reason));
-        self.samples + undecodable.map(|(_, count)| count).sum::<u64>()
+        let drawn = skipped.filter(|(reason, _)| is_drawn(reason));
+        self.samples + drawn.map(|(_, count)| count).sum::<u64>()
     }
 }
 

@@ -92,6 +92,19 @@ impl Inventory {
             .try_for_each(|(name, manifest)| manifest.check(&self.place.place(name), recipe))
     }
 
+    /// As [`Inventory::check`], except for the manifest `own` while it lists no shard: nothing was written by its recipe.
+    pub(super) fn check_unless_empty(&self, recipe: &Recipe, own: &str) -> Result<(), LatentError> {
+        let manifests = self.manifests.iter();
+        manifests
+            .filter(|(name, manifest)| *name != own || !manifest.shards.is_empty())
+            .try_for_each(|(name, manifest)| manifest.check(&self.place.place(name), recipe))
+    }
+
+    /// Whether there is an object of this name.
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.sizes.contains_key(name)
+    }
+
     /// Refuses to overwrite an object of this name if there are no manifests.
     pub(super) fn check_free(&self, name: &str) -> Result<(), LatentError> {
         if self.sizes.contains_key(name) && self.is_empty() {

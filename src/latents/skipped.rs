@@ -1,4 +1,4 @@
-//! `skipped/NAME.jsonl`: the skipped samples of a finished shard, with their reasons.
+//! `skipped/NAME.jsonl`: the skipped samples of a shard, with their reasons.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ struct Line<'a> {
     reason: &'a str,
 }
 
-/// Skipped samples of unfinished shards.
+/// Skipped samples of shards whose list is not written yet.
 #[derive(Debug, Default)]
 pub(super) struct Skipped(BTreeMap<usize, Vec<SkippedSample>>);
 
@@ -30,6 +30,11 @@ impl Skipped {
         for sample in samples {
             self.0.entry(sample.shard).or_default().push(sample.clone());
         }
+    }
+
+    /// The shards with skipped samples that are not written.
+    pub(super) fn shards(&self) -> Vec<usize> {
+        self.0.keys().copied().collect()
     }
 
     /// Writes the skipped samples of the shard `name`, if there are any. `url` must hold no secrets.

@@ -12,7 +12,7 @@ use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
-    ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig, StreamError,
+    ImageOptions, S3Options, ShardSummary, ShardUrl, Sources, Stream, StreamConfig, StreamError,
 };
 use npyz::half::f16;
 use serde_json::{Value, json};
@@ -138,9 +138,10 @@ fn work(writer: &mut LatentWriter, batch_size: usize, workers: usize) -> Vec<Str
         let finished = match batch {
             Ok(batch) => writer.write(&batch),
             Err(EncodeError::Stream(error)) => match *error {
-                StreamError::NothingUsable {
-                    shards, skipped, ..
-                } => writer.finish_shards(&skipped, &shards),
+                StreamError::NothingUsable { .. } => {
+                    let rest = pool.stream().take_undelivered();
+                    writer.finish_shards(&rest.skipped, &rest.finished_shards)
+                }
                 other => panic!("{other}"),
             },
             Err(other) => panic!("{other}"),
@@ -390,7 +391,17 @@ fn latent_writer_continues_an_interrupted_run() {
 fn latent_writer_refuses_another_recipe() {
     let (input, output) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let shards = inputs(input.path());
-    drop(open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap());
+    // A place without a finished shard takes any recipe.
+    drop(open(output.path(), recipe(TextKind::Both), Rank::SOLO, &shards).unwrap());
+    let mut writer = open(output.path(), recipe(TextKind::Embeds), Rank::SOLO, &shards).unwrap();
+    let summary = ShardSummary {
+        shard: 0,
+        samples: 0,
+        skipped: BTreeMap::new(),
+        broken: None,
+    };
+    writer.finish_shards(&[], &[summary]).unwrap();
+    drop(writer);
     let refused = |recipe: Recipe| {
         let error = open(output.path(), recipe, Rank::SOLO, &shards).unwrap_err();
         assert!(error.is_config());
@@ -422,7 +433,7 @@ fn latent_writer_refuses_another_recipe() {
         message.contains("image.seed = ") && message.contains("now it is unset"),
         "{message}"
     );
-    assert_eq!(files(output.path()).len(), 1, "a refusal writes nothing");
+    assert_eq!(files(output.path()).len(), 2, "a refusal writes nothing");
 }
 
 #[test]

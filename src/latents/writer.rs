@@ -47,7 +47,7 @@ impl LatentWriter {
     ) -> Result<Self, LatentError> {
         check_names(&shards)?;
         let inventory = Inventory::take(&place)?;
-        inventory.check(&recipe)?;
+        inventory.check_unless_empty(&recipe, &manifest_name(rank))?;
         let finished = inventory.finished()?;
         let mut manifest = Manifest::new(recipe);
         if rank == Rank::SOLO {
@@ -59,6 +59,11 @@ impl LatentWriter {
             let name = url.name();
             inventory.check_free(&name)?;
             inventory.check_source(url)?;
+            let list = skipped::file_name(&name);
+            if !finished.contains_key(&name) && inventory.holds(&list) {
+                // Of a run that ended in an error.
+                place.remove(&list)?;
+            }
             match finished.get(&name) {
                 Some(entry) => drop(manifest.shards.insert(name, entry.clone())),
                 None => remaining.push(url.clone()),
@@ -126,6 +131,23 @@ impl LatentWriter {
         self.skipped.add(skipped);
         let finished = shards.iter().map(|summary| self.finish_shard(summary));
         finished.collect()
+    }
+
+    /// Lists the skipped samples of unfinished shards, for a run that ends in an error. `skipped` are the samples skipped since
+    /// the batch before. Returns the places of the lists.
+    ///
+    /// # Errors
+    /// When the place fails.
+    pub fn list_skipped(&mut self, skipped: &[SkippedSample]) -> Result<Vec<String>, LatentError> {
+        self.skipped.add(skipped);
+        let mut lists = Vec::new();
+        for shard in self.skipped.shards() {
+            let url = &self.remaining[shard];
+            let (source, name) = (url.redacted(), url.name());
+            self.skipped.finish(&self.place, shard, &name, &source)?;
+            lists.push(self.place.place(&skipped::file_name(&name)));
+        }
+        Ok(lists)
     }
 
     /// Ends the work of this process: [`join`]s the manifests if all shards of all processes are finished.

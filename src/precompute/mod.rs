@@ -47,15 +47,22 @@ pub fn write_latents(
             Ok(Some(batch)) => (batch.samples.len(), stage.work(|| writer.write(&batch))?),
             Ok(None) => break,
             Err(EncodeError::Cancelled) => return Err(PrecomputeError::Stopped),
-            Err(EncodeError::Stream(error)) => match *error {
-                // The shards that were left hold no usable sample, but earlier ones do.
-                StreamError::NothingUsable {
-                    ref shards,
-                    ref skipped,
-                    ..
-                } if writer.manifest().samples() > 0 => (0, writer.finish_shards(skipped, shards)?),
-                error => return Err(EncodeError::from(error).into()),
-            },
+            Err(EncodeError::Stream(error)) => {
+                let rest = pool.stream().take_undelivered();
+                match *error {
+                    // The shards that were left hold no usable sample, but earlier ones do.
+                    StreamError::NothingUsable { .. } if writer.manifest().samples() > 0 => {
+                        let finished =
+                            writer.finish_shards(&rest.skipped, &rest.finished_shards)?;
+                        (0, finished)
+                    }
+                    error => {
+                        let listed = writer.list_skipped(&rest.skipped);
+                        totals.say_listed(listed);
+                        return Err(EncodeError::from(error).into());
+                    }
+                }
+            }
             Err(other) => return Err(other.into()),
         };
         stage.add_items(samples as u64);
@@ -100,6 +107,23 @@ impl WriteTotals {
                 template: "{spinner} {wide_bar} {pos}/{len} shards  {msg}",
                 line_every: Duration::from_secs(10),
             }),
+        }
+    }
+
+    /// Says which lists of skipped samples an ended run leaves.
+    fn say_listed(&self, listed: Result<Vec<String>, LatentError>) {
+        match listed.as_deref() {
+            Ok([]) => {}
+            Ok([one]) => self
+                .progress
+                .say(format!("skipped samples are listed in {one}")),
+            Ok([one, more @ ..]) => self.progress.say(format!(
+                "skipped samples are listed in {one} and {} beside it",
+                counted(more.len(), "file")
+            )),
+            Err(error) => self.progress.say(format!(
+                "warning: the skipped samples could not be listed: {error}"
+            )),
         }
     }
 

@@ -6,19 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::Device;
+use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::{Recent, StageHandle};
 use coffey_pipeline::stages::Stage;
 
 use super::checkpoint::Saver;
 use super::observers::{
     AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
-    LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure,
+    LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure, list_skipped,
 };
 use super::parts::{RunParts, load_encoders, load_student};
 use super::resume::{describe_run, moved_teacher, restore_optimizer, resume_from};
 use super::run_dir::RunDir;
 use super::{
-    AdamW, Ending, Observers, RunView, Services, TrainError, TrainState, Trainer, TrainerOptions,
+    AdamW, Ending, Observer, Observers, RunView, Services, TrainError, TrainState, Trainer,
+    TrainerOptions,
 };
 use crate::adaptation::Adaptation;
 use crate::config::{Config, MixedPrecision, TextFrom};
@@ -76,6 +78,7 @@ struct Run<'a> {
     trainer: Trainer,
     observers: Observers,
     saver: Rc<Saver>,
+    progress: Rc<Progress>,
     /// Declared last: the lock on the output must outlive the saver.
     output: RunDir,
 }
@@ -97,7 +100,8 @@ impl<'a> Run<'a> {
             output.records(),
         ));
         let state = load_state(options, services, &output, &saver, &progress)?;
-        let observers = observers(options, services, &parts, &output, &saver, &state, progress)?;
+        let shown = Rc::clone(&progress);
+        let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
         let trainer = Trainer::new(
             Box::new(parts.objective),
             parts.teacher.denoiser,
@@ -119,6 +123,7 @@ impl<'a> Run<'a> {
             trainer,
             observers,
             saver,
+            progress,
             output,
         })
     }
@@ -157,6 +162,7 @@ impl<'a> Run<'a> {
             stage: monitor.flow().stage(Stage::Train),
             services: self.services,
             stall_timeout: Duration::from_secs(train.stall_timeout),
+            skipped: Vec::new(),
         };
         self.observers.on_start(&view(&self.trainer, cancel))?;
         while self.trainer.state().step < train.max_steps {
@@ -165,9 +171,18 @@ impl<'a> Run<'a> {
             }
             let step = self.trainer.state().step + 1;
             let traces = self.observers.wants_traces(step);
+            batches.skipped.clear();
             let mut report = match self.trainer.step(&mut || batches.next(step), traces) {
+                Ok(report) => report,
                 Err(TrainError::Stopped) => return Ok(Ending::Stopped),
-                made => made?,
+                Err(error) => {
+                    let mut skipped = std::mem::take(&mut batches.skipped);
+                    skipped.extend(batches.pool.stream().take_undelivered().skipped);
+                    let listed = || self.observers.on_failed(step, &skipped);
+                    let place = self.output.place();
+                    list_skipped(&skipped, listed, &self.saver, place, &self.progress);
+                    return Err(error);
+                }
             };
             let run = view(&self.trainer, cancel);
             self.observers.on_step(&mut report, &run)?;
@@ -191,6 +206,8 @@ struct Batches<'a> {
     stage: StageHandle,
     services: &'a Services<'a>,
     stall_timeout: Duration,
+    /// Samples skipped before the batches of the current step.
+    skipped: Vec<SkippedSample>,
 }
 
 impl Batches<'_> {
@@ -198,7 +215,11 @@ impl Batches<'_> {
     fn next(&mut self, step: u64) -> Result<EncodedBatch, TrainError> {
         let (cancel, timeout) = (&self.services.cancel, self.stall_timeout);
         match self.pool.next(&self.stage, cancel, timeout) {
-            Ok(batch) => batch.ok_or(TrainError::StreamEnded { step }),
+            Ok(batch) => {
+                let batch = batch.ok_or(TrainError::StreamEnded { step })?;
+                self.skipped.extend_from_slice(&batch.skipped);
+                Ok(batch)
+            }
             Err(EncodeError::Cancelled) => Err(TrainError::Stopped),
             Err(EncodeError::TimedOut(timeout)) => Err(TrainError::Stalled {
                 seconds: timeout.as_secs(),
@@ -267,7 +288,7 @@ fn observers(
     let (metrics_log, records) = MetricsLog::open(folder, state.step, Rc::clone(&progress))?;
     monitor.resume(records.iter().map(Into::into));
     let shards = services.shards.clone();
-    let skipped_log = SkippedLog::open(folder, state.step, shards, Rc::clone(&progress))?;
+    let mut skipped_log = SkippedLog::open(folder, state.step, shards, Rc::clone(&progress))?;
     let configuration = config
         .to_toml()
         .map_err(|error| TrainError::Mismatch(error.to_string()))?;
@@ -298,7 +319,13 @@ fn observers(
         let audit = AuditWriter::start(folder, steps, config, &parts.objective, student)?;
         observers.push(audit);
     }
-    let endpoint = endpoint_error(options, services, parts, &progress)?;
+    let mut skipped = Vec::new();
+    let endpoint = endpoint_error(options, services, parts, &progress, &mut skipped);
+    if let Err(TrainError::Encode(EncodeError::Stream(_))) = &endpoint {
+        let listed = || skipped_log.on_failed(state.step + 1, &skipped);
+        list_skipped(&skipped, listed, saver, output.place(), &progress);
+    }
+    let endpoint = endpoint?;
     if let Some(error) = &endpoint {
         observers.push(Endpoint {
             error: Rc::clone(error),
@@ -385,6 +412,7 @@ fn endpoint_error(
     services: &Services<'_>,
     parts: &RunParts,
     progress: &Progress,
+    skipped: &mut Vec<SkippedSample>,
 ) -> Result<Option<Rc<EndpointError>>, TrainError> {
     let config = options.config;
     let wanted = config.report.endpoint_captions;
@@ -394,7 +422,7 @@ fn endpoint_error(
     progress.say(format!(
         "drawing the teacher's endpoints of {wanted} captions"
     ));
-    let captions = services.first_captions(wanted)?;
+    let captions = services.first_captions(wanted, skipped)?;
     let (seed, latent, device) = (config.train.seed, parts.latent, options.device);
     let prompts = Prompts::new(
         &parts.encoders,

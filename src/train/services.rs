@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use coffey_pipeline::order::Cursor;
-use coffey_pipeline::{Destination, ShardUrl, SourceError, Stream, StreamError};
+use coffey_pipeline::{Destination, ShardUrl, SkippedSample, SourceError, Stream, StreamError};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -38,8 +38,13 @@ impl std::fmt::Debug for Services<'_> {
 }
 
 impl Services<'_> {
-    /// The first `wanted` distinct captions of the data, in the order of the shards.
-    pub(super) fn first_captions(&self, wanted: usize) -> Result<Vec<String>, TrainError> {
+    /// The first `wanted` distinct captions of the data, in the order of the shards. If the data ends in an error, `skipped`
+    /// receives the skipped samples.
+    pub(super) fn first_captions(
+        &self,
+        wanted: usize,
+        skipped: &mut Vec<SkippedSample>,
+    ) -> Result<Vec<String>, TrainError> {
         let stream = (self.captions)(wanted.min(64))?;
         let (mut captions, mut seen) = (Vec::new(), BTreeSet::new());
         loop {
@@ -50,7 +55,15 @@ impl Services<'_> {
             let Some(batch) = next.ok_or(TrainError::Stopped)? else {
                 return Ok(captions);
             };
-            for sample in batch?.samples {
+            let batch = match batch {
+                Ok(batch) => batch,
+                Err(error) => {
+                    skipped.extend(stream.take_undelivered().skipped);
+                    return Err(error.into());
+                }
+            };
+            skipped.extend(batch.skipped);
+            for sample in batch.samples {
                 if captions.len() < wanted && seen.insert(sample.caption.clone()) {
                     captions.push(sample.caption);
                 }

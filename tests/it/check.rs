@@ -7,7 +7,8 @@ use coffey::models::unet::WEIGHTS_STEM;
 use tempfile::TempDir;
 
 use crate::support::{
-    PRECOMPUTE, QUICKSTART, args, command, refuse, run, succeed, succeed_json, text, without_tensor,
+    PRECOMPUTE, QUICKSTART, args, command, refuse, repository, run, says, succeed, succeed_json,
+    text, without_tensor,
 };
 
 /// The arguments of `check` on the quickstart, with the run's output in `folder`.
@@ -190,6 +191,31 @@ fn check_stops_at_first_fault() {
         1,
         "first sample",
         &["no_image"],
+    );
+}
+
+#[test]
+fn check_and_bench_judge_by_more_than_the_first_shard() {
+    let folder = TempDir::new().unwrap();
+    let shards = folder.path().join("shards");
+    std::fs::create_dir(&shards).unwrap();
+    let whole = std::fs::read(repository("assets/quickstart/emoji/00000.tar")).unwrap();
+    for n in 0..8 {
+        let content = if n == 5 { whole.as_slice() } else { &[] };
+        std::fs::write(shards.join(format!("{n}.tar")), content).unwrap();
+    }
+    let data = format!("data.shards={}/", text(&shards));
+    for seed in ["train.seed=1", "train.seed=2", "train.seed=3"] {
+        let printed = succeed(&check(&folder, &["-s", &data, "-s", seed]));
+        says(&printed, &["5.tar: "]);
+        let bench = args("bench", QUICKSTART, [data.as_str(), seed]);
+        succeed(&[bench, ["--samples", "9"].map(str::to_owned).to_vec()].concat());
+    }
+    std::fs::write(shards.join("5.tar"), []).unwrap();
+    refuse(
+        1,
+        &check(&folder, &["-s", &data]),
+        &["no sample can be used", "which is empty: 0 bytes"],
     );
 }
 

@@ -119,8 +119,85 @@ fn crops_of_one_image_share_a_sample() {
     assert_eq!(crops, 12);
 }
 
+#[test]
+fn repeated_keys_are_written_once_and_counted() {
+    let folder = TempDir::new().unwrap();
+    let (shard, output) = (
+        folder.path().join("twice.tar"),
+        folder.path().join("latents"),
+    );
+    wide_images_of(&shard, [0, 0, 1, 2, 2, 2, 0], "png");
+    let data = format!("data.shards={}", shard.display());
+    messages(precompute(&output, &["-s", &data]));
+    let mut written = tar::Archive::new(fs::File::open(output.join("twice.tar")).unwrap());
+    let mut keys: Vec<String> = Vec::new();
+    for entry in written.entries().unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.path().unwrap().display().to_string();
+        if name.ends_with(".txt") {
+            keys.push(name);
+        }
+    }
+    assert_eq!(keys, ["00000.txt", "00001.txt", "00002.txt", "00000.txt"]);
+    let manifest: Value = serde_json::from_slice(&files(&output)["manifest.json"]).unwrap();
+    let entry = &manifest["shards"]["twice.tar"];
+    assert_eq!(entry["samples"], 4, "{entry}");
+    assert_eq!(entry["skipped"], serde_json::json!({"duplicate_key": 3}));
+    let list = fs::read_to_string(output.join("skipped/twice.tar.jsonl")).unwrap();
+    assert_eq!(list.lines().count(), 3, "{list}");
+}
+
+#[test]
+fn failed_precompute_lists_skipped_samples_and_takes_the_right_key() {
+    let folder = TempDir::new().unwrap();
+    let (shard, output) = (folder.path().join("odd.tar"), folder.path().join("latents"));
+    wide_images_of(&shard, 0..3, "Photo");
+    let data = format!("data.shards={}", shard.display());
+    let list = output.join("skipped/odd.tar.jsonl");
+    let said = refused(
+        precompute(&output, &["-s", &data]),
+        1,
+        &[
+            "no_image 3",
+            "sample \"00000\"",
+            "odd.tar, which has the members photo, txt",
+            "add \"photo\" to data.image_keys",
+        ],
+    );
+    says(&said, &["skipped samples are listed in", text(&list)]);
+    let listed = fs::read_to_string(&list).unwrap();
+    assert_eq!(
+        listed.matches("\"reason\":\"no_image\"").count(),
+        3,
+        "{listed}"
+    );
+    // Nothing was written by the other keys, so that the place takes these.
+    messages(precompute(
+        &output,
+        &["-s", &data, "-s", "data.image_keys=[\"photo\"]"],
+    ));
+    assert!(output.join("odd.tar").is_file() && !list.exists());
+}
+
 mod needs_python {
     use super::*;
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with webdataset, PyTorch and diffusers"]
+    fn webdataset_reads_latents_of_repeated_keys() {
+        let folder = TempDir::new().unwrap();
+        let (shard, output) = (
+            folder.path().join("twice.tar"),
+            folder.path().join("latents"),
+        );
+        wide_images_of(&shard, [0, 0, 1, 1], "png");
+        let data = format!("data.shards={}", shard.display());
+        messages(precompute(&output, &["-s", &data]));
+        let unique = folder.path().join("unique.tar");
+        wide_images_of(&unique, [0, 1], "png");
+        std::fs::rename(unique, &shard).unwrap();
+        read_with_webdataset(&output, &[shard]);
+    }
 
     /// Reads latent shards with webdataset and, where installed, compares them with diffusers' encoders.
     fn read_with_webdataset(latents: &Path, images: &[PathBuf]) {
@@ -153,14 +230,24 @@ mod needs_python {
 
 /// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
 fn wide_images(shard: &Path, count: u32) {
-    let without_json: Vec<Option<&[u8]>> = vec![None; count as usize];
-    wide_images_with(shard, &without_json);
+    wide_images_of(shard, 0..count, "png");
 }
 
-/// Writes a shard with a wide image for each of `jsons`.
+/// The same with one image for each of `keys`, under names that end in `image`.
+fn wide_images_of(shard: &Path, keys: impl IntoIterator<Item = u32>, image: &str) {
+    let samples: Vec<_> = keys.into_iter().map(|key| (key, None)).collect();
+    write_wide_images(shard, &samples, image);
+}
+
+/// The same with one image for each of `jsons`.
 fn wide_images_with(shard: &Path, jsons: &[Option<&[u8]>]) {
+    let samples: Vec<_> = (0_u32..).zip(jsons.iter().copied()).collect();
+    write_wide_images(shard, &samples, "png");
+}
+
+fn write_wide_images(shard: &Path, samples: &[(u32, Option<&[u8]>)], image: &str) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
-    for (key, json) in (0_u32..).zip(jsons) {
+    for &(key, json) in samples {
         let colour =
             |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
         let mut png = std::io::Cursor::new(Vec::new());
@@ -169,8 +256,8 @@ fn wide_images_with(shard: &Path, jsons: &[Option<&[u8]>]) {
             .unwrap();
         let caption = format!("wide picture {key}").into_bytes();
         let json = json.map(|json| ("json", json.to_vec()));
-        let image = [("png", png.into_inner()), ("txt", caption)];
-        for (extension, content) in image.into_iter().chain(json) {
+        let members = [(image, png.into_inner()), ("txt", caption)];
+        for (extension, content) in members.into_iter().chain(json) {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
             header.set_mode(0o644);

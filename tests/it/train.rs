@@ -256,6 +256,35 @@ fn skipped_samples_are_listed_once_across_kills() {
 }
 
 #[test]
+fn skipped_samples_are_listed_if_no_step_is_made() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run");
+    let list = run.join("skipped.jsonl");
+    // The captions of the endpoint error are read before the first step, in the order of the shards.
+    for captions in [0, 4] {
+        let captions = format!("report.endpoint_captions={captions}");
+        let args = train_args(&run, &["data.caption_keys=[\"cls\"]", &captions]);
+        let said = refuse(
+            1,
+            &args,
+            &[
+                "no_caption",
+                "txt is text: add \"txt\" to data.caption_keys",
+            ],
+        );
+        says(&said, &["skipped samples are listed in", text(&list)]);
+        let listed = std::fs::read_to_string(&list).unwrap();
+        let lines = listed.lines();
+        assert!(lines.clone().count() >= 100, "{listed}");
+        assert!(
+            lines
+                .map(|line| serde_json::from_str::<Value>(line).unwrap())
+                .all(|line| line["step"] == 1 && line["reason"] == "no_caption")
+        );
+    }
+}
+
+#[test]
 fn sigterm_saves_and_next_run_resumes() {
     let folder = TempDir::new().unwrap();
     let run = folder.path().join("run");

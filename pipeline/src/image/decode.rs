@@ -40,6 +40,13 @@ const FORMATS: [(ImageFormat, &str); 5] = [
     (ImageFormat::Bmp, "bmp"),
 ];
 
+/// Lower-case name of an image's format; `None` if it is none of the formats that are decoded.
+pub(crate) fn format_of(bytes: &[u8]) -> Option<&'static str> {
+    let format = image::guess_format(bytes).ok()?;
+    let known = FORMATS.into_iter().find(|(known, _)| *known == format);
+    known.map(|(_, name)| name)
+}
+
 /// An image whose header has been read.
 pub(super) struct Encoded<'a> {
     decoder: FormatDecoder<'a>,

@@ -23,6 +23,7 @@ pub use decode::{Decoded, decode, probe};
 pub use error::DecodeError;
 pub use resize::{Interpolation, resized_size};
 
+pub(crate) use decode::format_of;
 pub(crate) use transform::{Crops, ImageTransform};
 
 use serde::{Deserialize, Serialize};

@@ -59,6 +59,10 @@ pub(crate) struct OrderState {
     /// Samples read so far, without those that the filter rejected.
     pub(crate) read: u64,
     pub(crate) shuffle: ShuffleState,
+    /// The epoch that reads the shards that the epoch before it did not read, if the open shards or those that follow are
+    /// of this epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) complement: Option<u64>,
 }
 
 /// An open shard and the position in it.

@@ -66,6 +66,15 @@ impl EpochPlan {
         });
         all
     }
+
+    /// The shards that this rank does not read in `epoch`, in the given order.
+    pub(crate) fn shards_without(&self, epoch: u64) -> Vec<usize> {
+        let mut read = vec![false; self.shards];
+        for shard in self.shards(epoch) {
+            read[shard] = true;
+        }
+        (0..self.shards).filter(|&shard| !read[shard]).collect()
+    }
 }
 
 #[cfg(test)]
@@ -124,5 +133,24 @@ mod tests {
         let distinct: std::collections::BTreeSet<_> = drawn.iter().collect();
         assert_eq!(drawn.len(), 23);
         assert!(distinct.len() < 23);
+    }
+
+    #[test]
+    fn plan_complements_an_epoch() {
+        for (resample, world) in [(true, 1), (true, 3), (false, 1), (false, 3)] {
+            let plan = EpochPlan {
+                resample,
+                ..plan(0, world)
+            };
+            let mut all = [plan.shards(5), plan.shards_without(5)].concat();
+            all.sort_unstable();
+            all.dedup();
+            assert_eq!(all, (0..23).collect::<Vec<_>>());
+            assert!(
+                plan.shards_without(5)
+                    .iter()
+                    .all(|shard| !plan.shards(5).contains(shard))
+            );
+        }
     }
 }

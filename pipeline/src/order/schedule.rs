@@ -27,16 +27,45 @@ pub(crate) struct ShardSchedule {
     plan: EpochPlan,
     shards: Vec<usize>,
     next: SchedulePosition,
+    /// The epoch that reads the shards that the epoch before it did not read, if there is one.
+    complement: Option<u64>,
 }
 
 impl ShardSchedule {
-    /// A schedule that continues at `next`.
-    pub(crate) fn new(plan: EpochPlan, next: SchedulePosition) -> Self {
-        Self {
+    /// A schedule that continues at `next`. `complement` is that of [`ShardSchedule::complement`].
+    pub(crate) fn new(plan: EpochPlan, next: SchedulePosition, complement: Option<u64>) -> Self {
+        let mut schedule = Self {
             plan,
-            shards: plan.shards(next.epoch),
+            shards: Vec::new(),
             next,
+            complement,
+        };
+        schedule.shards = schedule.shards_of(next.epoch);
+        schedule
+    }
+
+    fn shards_of(&self, epoch: u64) -> Vec<usize> {
+        match epoch.checked_sub(1) {
+            Some(before) if self.complement == Some(epoch) => self.plan.shards_without(before),
+            _ => self.plan.shards(epoch),
         }
+    }
+
+    /// Continues after `epoch` with an epoch of the shards that `epoch` did not read. Returns the number of these shards.
+    pub(crate) fn complete(&mut self, epoch: u64) -> usize {
+        let next = epoch + 1;
+        self.complement = Some(next);
+        self.next = SchedulePosition {
+            epoch: next,
+            index: 0,
+        };
+        self.shards = self.shards_of(next);
+        self.shards.len()
+    }
+
+    /// The last epoch that [`ShardSchedule::complete`] made.
+    pub(crate) fn complement(&self) -> Option<u64> {
+        self.complement
     }
 
     /// The next shard: its position in the schedule and its index in the list of shards.
@@ -49,7 +78,7 @@ impl ShardSchedule {
                 epoch: self.next.epoch + 1,
                 index: 0,
             };
-            self.shards = self.plan.shards(self.next.epoch);
+            self.shards = self.shards_of(self.next.epoch);
         }
         let (position, shard) = (self.next, *self.shards.get(self.next.index)?);
         self.next.index += 1;
@@ -87,16 +116,16 @@ mod tests {
     #[test]
     fn schedule_continues_from_any_position() {
         let plan = plan(Order::Shuffled);
-        let mut schedule = ShardSchedule::new(plan, SchedulePosition::default());
+        let mut schedule = ShardSchedule::new(plan, SchedulePosition::default(), None);
         let all: Vec<_> = (0..10).filter_map(|_| schedule.next()).collect();
         let epochs: Vec<u64> = all.iter().map(|(position, _)| position.epoch).collect();
         assert_eq!(epochs, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]);
         for at in 0..9 {
-            let mut first = ShardSchedule::new(plan, SchedulePosition::default());
+            let mut first = ShardSchedule::new(plan, SchedulePosition::default(), None);
             for _ in 0..at {
                 first.next();
             }
-            let mut resumed = ShardSchedule::new(plan, first.position());
+            let mut resumed = ShardSchedule::new(plan, first.position(), None);
             assert_eq!(resumed.next(), Some(all[at]));
             assert_eq!(resumed.next(), Some(all[at + 1]));
         }
@@ -104,7 +133,8 @@ mod tests {
 
     #[test]
     fn schedule_skips_the_rest_of_an_epoch() {
-        let mut schedule = ShardSchedule::new(plan(Order::Shuffled), SchedulePosition::default());
+        let start = SchedulePosition::default();
+        let mut schedule = ShardSchedule::new(plan(Order::Shuffled), start, None);
         schedule.next();
         schedule.skip_rest_of(3);
         assert_eq!(schedule.position(), SchedulePosition { epoch: 0, index: 1 });
@@ -116,8 +146,35 @@ mod tests {
     }
 
     #[test]
+    fn schedule_completes_an_epoch_and_continues_from_any_position() {
+        let plan = EpochPlan {
+            resample: true,
+            ..plan(Order::Shuffled)
+        };
+        let mut schedule = ShardSchedule::new(plan, SchedulePosition::default(), None);
+        // A shard of the next epoch was opened ahead.
+        for _ in 0..4 {
+            schedule.next();
+        }
+        let rest = plan.shards_without(0);
+        assert_eq!(schedule.complete(0), rest.len());
+        let mut at = schedule.position();
+        let expected = rest.into_iter().chain(plan.shards(2));
+        for shard in expected {
+            let complement = schedule.complement();
+            let mut resumed = ShardSchedule::new(plan, at, complement);
+            let next = schedule.next().unwrap();
+            assert_eq!(next.1, shard);
+            assert_eq!(resumed.next(), Some(next));
+            at = schedule.position();
+        }
+        assert_eq!(at.epoch, 2);
+    }
+
+    #[test]
     fn schedule_ends_when_sequential() {
-        let mut schedule = ShardSchedule::new(plan(Order::Sequential), SchedulePosition::default());
+        let start = SchedulePosition::default();
+        let mut schedule = ShardSchedule::new(plan(Order::Sequential), start, None);
         let shards: Vec<_> = std::iter::from_fn(|| schedule.next())
             .map(|(_, shard)| shard)
             .collect();

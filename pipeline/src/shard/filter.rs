@@ -135,6 +135,8 @@ pub struct FilterReport {
     pub rejected: BTreeMap<String, u64>,
     /// Rules whose json keys no sample had, with these keys.
     pub missing_keys: Vec<(&'static str, Vec<&'static str>)>,
+    /// URL of the first shard that holds no sample, without secrets.
+    pub empty_shard: Option<String>,
 }
 
 impl fmt::Display for FilterReport {
@@ -143,6 +145,9 @@ impl fmt::Display for FilterReport {
         for (index, (reason, count)) in self.rejected.iter().enumerate() {
             let lead = if index == 0 { "; left out: " } else { ", " };
             write!(f, "{lead}{reason} {count}")?;
+        }
+        if let Some(shard) = &self.empty_shard {
+            write!(f, "; {shard} holds no sample")?;
         }
         for (rule, keys) in &self.missing_keys {
             write!(
@@ -242,14 +247,16 @@ impl FilterState {
         self.seen += 1;
     }
 
-    /// Whether some rule's json key has never appeared in at least `seen` samples.
-    pub(crate) fn lacks_a_key_after(&self, seen: u64) -> bool {
-        self.seen >= seen && self.met.values().any(|(_, met)| !met)
+    /// Whether `seen` samples were checked and some rule's json key has appeared in none of them.
+    pub(crate) fn lacks_a_key_at(&self, seen: u64) -> bool {
+        self.seen == seen && self.met.values().any(|(_, met)| !met)
     }
 
-    /// Counts one sample skipped before or by the filter.
-    pub(crate) fn count(&mut self, reason: &str) {
-        *self.rejected.entry(reason.to_owned()).or_default() += 1;
+    /// Counts one sample skipped before or by the filter. Returns the number of samples skipped for this reason.
+    pub(crate) fn count(&mut self, reason: &str) -> u64 {
+        let count = self.rejected.entry(reason.to_owned()).or_default();
+        *count += 1;
+        *count
     }
 
     pub(crate) fn report(&self) -> FilterReport {
@@ -263,6 +270,7 @@ impl FilterState {
             seen: self.seen,
             rejected: self.rejected.clone(),
             missing_keys,
+            empty_shard: None,
         }
     }
 }

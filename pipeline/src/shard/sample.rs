@@ -15,6 +15,8 @@ pub struct Sample {
     pub members: BTreeMap<String, Bytes>,
     /// Extensions of members that were not read because they are too large, with their sizes.
     pub oversized: BTreeMap<String, u64>,
+    /// Whether an adjacent sample has the same key, because an extension is repeated.
+    pub is_part: bool,
 }
 
 impl Sample {
@@ -23,6 +25,7 @@ impl Sample {
             key: Arc::from(String::from_utf8_lossy(key)),
             members: BTreeMap::new(),
             oversized: BTreeMap::new(),
+            is_part: false,
         }
     }
 

@@ -180,17 +180,20 @@ fn read_tar(
                 }
             }
         };
-        let begins_another = current.as_ref().is_none_or(|sample| {
-            current_key != key
-                || sample.members.contains_key(&extension)
-                || sample.oversized.contains_key(&extension)
+        let repeats = current.as_ref().is_some_and(|sample| {
+            current_key == key
+                && (sample.members.contains_key(&extension)
+                    || sample.oversized.contains_key(&extension))
         });
-        if begins_another {
+        if repeats || current.is_none() || current_key != key {
             key.clone_into(&mut current_key);
-            if let Some(done) = current.replace(Sample::new(key))
-                && let ControlFlow::Break(()) = deliver(TarItem::Sample(done))
-            {
-                return Ok(());
+            let mut next = Sample::new(key);
+            next.is_part = repeats;
+            if let Some(mut done) = current.replace(next) {
+                done.is_part |= repeats;
+                if let ControlFlow::Break(()) = deliver(TarItem::Sample(done)) {
+                    return Ok(());
+                }
             }
         }
         let size = entry.size();

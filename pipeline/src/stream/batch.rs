@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::flow::{Closed, OrderedReceiver, Sender, StageHandle};
 use crate::order::{
     BufferMirror, Cursor, Order, OrderIdentity, OrderState, SampleRef, ShardPass, ShardProgress,
 };
 use crate::panic::panic_message;
-use crate::shard::FilterReport;
+use crate::shard::ShardUrl;
 use crate::stages::Stage;
 
 use super::config::StreamConfig;
@@ -17,10 +17,12 @@ use super::data::BatchData;
 use super::error::{Halt, StreamError};
 use super::event::{ShuffleDraw, StreamEvent};
 use super::kinds::SampleKind;
+use super::left_out::LeftOut;
 use super::sample::SampleMeta;
-use super::skip::{ShardSummary, SkipReason, SkippedSample};
+use super::skip::{ShardSummary, SkipExamples, SkipReason, SkippedSample, Undelivered};
 
-/// The fraction of broken samples is checked after this many samples, and at the end of every epoch.
+/// The fraction of broken samples is checked after this many samples. It is also checked at the end of every epoch that
+/// reads each shard once; the few shards of a short epoch of draws may be the only broken ones.
 const CHECKED_AFTER: u64 = 100;
 
 /// Samples ready for the models. `D` is the data of the samples.
@@ -43,12 +45,17 @@ pub struct Batch<D = BatchData> {
 
 pub(super) struct Batcher<K: SampleKind> {
     kind: K,
+    /// Receives the rest when the stream ends in an error.
+    undelivered: Arc<Mutex<Undelivered>>,
     out: Sender<Result<Batch<K::Output>, StreamError>>,
     stage: StageHandle,
     identity: OrderIdentity,
     batch_size: usize,
     max_bad_fraction: f64,
     sequential: bool,
+    /// Whether shards are drawn with replacement.
+    draws: bool,
+    skip_duplicate_keys: bool,
     resumed: bool,
     /// Whether any sample has been added, and any batch delivered.
     begun: bool,
@@ -63,6 +70,9 @@ pub(super) struct Batcher<K: SampleKind> {
     finished: Vec<ShardSummary>,
     /// All broken samples, by reason.
     broken: BTreeMap<String, u64>,
+    left_out: LeftOut,
+    /// The last decoded sample: its shard pass and its key.
+    last: Option<(u64, Arc<str>)>,
     /// Contents of the shuffle buffer after the last drawn sample.
     buffer: BufferMirror<SampleRef>,
     /// State of the interleaver after the last drawn sample.
@@ -74,7 +84,9 @@ impl<K: SampleKind> Batcher<K> {
         kind: K,
         config: &StreamConfig,
         identity: OrderIdentity,
+        shards: Arc<[ShardUrl]>,
         out: Sender<Result<Batch<K::Output>, StreamError>>,
+        undelivered: Arc<Mutex<Undelivered>>,
         stage: StageHandle,
     ) -> Self {
         let resumed = config.resume.is_some();
@@ -84,12 +96,15 @@ impl<K: SampleKind> Batcher<K> {
             .unwrap_or_else(|| Cursor::new(identity.clone(), 0, 0, 0));
         Self {
             kind,
+            undelivered,
             out,
             stage,
             identity,
             batch_size: config.batch_size,
             max_bad_fraction: config.max_bad_fraction,
             sequential: config.order == Order::Sequential,
+            draws: config.order == Order::Shuffled && config.resample,
+            skip_duplicate_keys: config.skip_duplicate_keys,
             resumed,
             begun: false,
             delivered: false,
@@ -101,6 +116,8 @@ impl<K: SampleKind> Batcher<K> {
             skipped: Vec::new(),
             finished: Vec::new(),
             broken: start.broken,
+            left_out: LeftOut::new(config, shards),
+            last: None,
             buffer: BufferMirror::new(start.buffer),
             state: start.state,
         }
@@ -123,13 +140,15 @@ impl<K: SampleKind> Batcher<K> {
     /// Delivers the batch that was complete before the fault, then the error.
     fn fail(&mut self, mut error: StreamError) -> Result<(), Closed> {
         self.release_held()?;
-        if let StreamError::NothingUsable {
-            shards, skipped, ..
-        } = &mut error
-        {
-            *shards = std::mem::take(&mut self.finished);
-            *skipped = std::mem::take(&mut self.skipped);
-        }
+        self.left_out.illustrate(&mut error);
+        let undelivered = Undelivered {
+            skipped: std::mem::take(&mut self.skipped),
+            finished_shards: std::mem::take(&mut self.finished),
+        };
+        *self
+            .undelivered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = undelivered;
         self.out.send_blocking(Err(error), &self.stage)
     }
 
@@ -153,15 +172,7 @@ impl<K: SampleKind> Batcher<K> {
             }
             self.release_held()?;
             if !self.delivered && !self.resumed {
-                return Err(Halt::Failed(StreamError::NothingUsable {
-                    report: FilterReport {
-                        seen: self.broken.values().sum(),
-                        rejected: self.broken.clone(),
-                        missing_keys: Vec::new(),
-                    },
-                    shards: Vec::new(),
-                    skipped: Vec::new(),
-                }));
+                return Err(Halt::Failed(self.left_out.nothing_usable()));
             }
         }
         Ok(())
@@ -175,6 +186,17 @@ impl<K: SampleKind> Batcher<K> {
                 data,
                 draw,
             } => {
+                if self.repeats_last_key(pass, &meta.key) {
+                    let cause = "has the key of the sample before it".to_owned();
+                    return self.skip_drawn(
+                        pass,
+                        meta.key,
+                        &SkipReason::DUPLICATE_KEY,
+                        cause,
+                        *draw,
+                    );
+                }
+                self.left_out.decoded();
                 self.record_draw(pass, *draw);
                 self.add(*meta, &data, pass)
             }
@@ -182,34 +204,31 @@ impl<K: SampleKind> Batcher<K> {
                 pass,
                 key,
                 reason,
+                cause,
                 draw,
-            } => {
-                let read = draw.state.read;
-                let reason = reason.name().into_owned();
-                self.stage.metrics().skip(&reason);
-                *self.broken.entry(reason.clone()).or_default() += 1;
-                let progress = self.record_draw(pass, *draw);
-                *progress.undecodable.entry(reason.clone()).or_default() += 1;
-                self.skip(pass, key, reason);
-                self.finish_if_complete(pass);
-                self.check_bad_fraction(read, CHECKED_AFTER)
-            }
+            } => self.skip_drawn(pass, key, &reason, cause, *draw),
             StreamEvent::Skipped {
                 pass,
                 key,
                 reason,
+                example,
                 read,
-            } => self.skip_unselected(pass, key, &reason, read),
+            } => self.skip_unselected(pass, key, &reason, example, read),
             StreamEvent::ShardDone {
                 pass,
                 selected,
                 broken,
             } => {
+                if let Some(cause) = &broken {
+                    self.left_out.broken_shard(pass.shard, cause);
+                }
                 self.progress(pass).done = Some((selected, broken));
                 self.finish_if_complete(pass);
-                Ok(())
+                Ok(self.left_out.check_usable()?)
             }
-            StreamEvent::EpochDone { read } => self.check_bad_fraction(read, 1),
+            StreamEvent::EpochDone { read } => {
+                self.check_bad_fraction(read, if self.draws { CHECKED_AFTER } else { 1 })
+            }
             StreamEvent::Failed(error) => Err(Halt::Failed(error)),
         }
     }
@@ -220,17 +239,51 @@ impl<K: SampleKind> Batcher<K> {
         pass: ShardPass,
         key: Arc<str>,
         reason: &SkipReason,
+        example: Option<String>,
         read: u64,
     ) -> Result<(), Halt> {
         let name = reason.name().into_owned();
         let left_out = &mut self.progress(pass).left_out;
         *left_out.entry(name.clone()).or_default() += 1;
+        self.left_out.count(pass.shard, &key, &name, example);
         self.skip(pass, key, name.clone());
         if reason.is_broken() {
             *self.broken.entry(name).or_default() += 1;
             self.check_bad_fraction(read, CHECKED_AFTER)?;
         }
         Ok(())
+    }
+
+    /// Records a sample that was drawn and is not delivered.
+    fn skip_drawn(
+        &mut self,
+        pass: ShardPass,
+        key: Arc<str>,
+        reason: &SkipReason,
+        cause: String,
+        draw: ShuffleDraw,
+    ) -> Result<(), Halt> {
+        let read = draw.state.read;
+        let name = reason.name().into_owned();
+        self.stage.metrics().skip(&name);
+        let progress = self.record_draw(pass, draw);
+        *progress.undecodable.entry(name.clone()).or_default() += 1;
+        self.left_out.count_drawn(pass.shard, &key, &name, cause);
+        self.skip(pass, key, name.clone());
+        self.finish_if_complete(pass);
+        if reason.is_broken() {
+            *self.broken.entry(name).or_default() += 1;
+            self.check_bad_fraction(read, CHECKED_AFTER)?;
+        }
+        Ok(self.left_out.check_usable()?)
+    }
+
+    /// Whether a decoded sample is to be skipped because the sample before it has its key.
+    fn repeats_last_key(&mut self, pass: ShardPass, key: &Arc<str>) -> bool {
+        let now = Some((pass.id, Arc::clone(key)));
+        let repeats = self.skip_duplicate_keys && self.last == now;
+        self.last = now;
+        repeats
     }
 
     fn skip(&mut self, pass: ShardPass, key: Arc<str>, reason: String) {
@@ -264,7 +317,9 @@ impl<K: SampleKind> Batcher<K> {
             |progress| matches!(progress.done, Some((selected, _)) if progress.drawn == selected),
         );
         if complete && let Some(progress) = self.shards.remove(&pass.id) {
-            self.finished.push(progress.into());
+            let summary = ShardSummary::from(progress);
+            self.left_out.finished(&summary);
+            self.finished.push(summary);
         }
     }
 
@@ -284,6 +339,7 @@ impl<K: SampleKind> Batcher<K> {
             read,
             allowed: self.max_bad_fraction,
             counts: self.broken.clone(),
+            examples: SkipExamples::default(),
         }))
     }
 

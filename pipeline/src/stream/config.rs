@@ -54,6 +54,9 @@ pub struct StreamConfig {
     pub image: ImageOptions,
     /// Order of the samples.
     pub order: Order,
+    /// Skip a sample with the key of the sample delivered before it, if both are from one shard. Readers of a tar that is
+    /// written from the stream would take the two for one sample. For [`Order::Sequential`]; a cursor does not hold the key.
+    pub skip_duplicate_keys: bool,
     /// Samples in a batch.
     pub batch_size: usize,
     /// Seed of all randomness.
@@ -85,6 +88,7 @@ impl Default for StreamConfig {
             filter: Filter::default(),
             image: ImageOptions::default(),
             order: Order::Shuffled,
+            skip_duplicate_keys: false,
             batch_size: 1,
             seed: 0,
             rank: 0,

@@ -93,6 +93,7 @@ impl<K: SampleKind> DecodeWorker<K> {
                     pass,
                     key: sample.key,
                     reason,
+                    cause,
                     draw,
                 }
             }

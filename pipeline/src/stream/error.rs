@@ -9,7 +9,7 @@ use crate::shard::{FilterReport, UrlError};
 use crate::source::SourceError;
 use crate::stages::Stage;
 
-use super::skip::{ShardSummary, SkippedSample};
+use super::skip::SkipExamples;
 
 /// Why a stream ends, or does not start.
 #[derive(Debug, thiserror::Error)]
@@ -59,18 +59,16 @@ pub enum StreamError {
         cause: String,
     },
     /// No sample can be used.
-    #[error("no sample can be used: {report}")]
+    #[error("no sample can be used: {report}{examples}")]
     NothingUsable {
         /// Counts by reason, and json keys that no sample had.
         report: FilterReport,
-        /// The shards that were read to their end. No batch lists them.
-        shards: Vec<ShardSummary>,
-        /// Skipped samples of these shards.
-        skipped: Vec<SkippedSample>,
+        /// The first skipped sample of each reason.
+        examples: SkipExamples,
     },
     /// More samples are broken than allowed.
     #[error(
-        "{broken} of {read} samples are broken, more than max_bad_fraction = {allowed} allows: {}",
+        "{broken} of {read} samples are broken, more than max_bad_fraction = {allowed} allows: {}{examples}",
         list(counts)
     )]
     TooManyBroken {
@@ -82,6 +80,8 @@ pub enum StreamError {
         allowed: f64,
         /// Broken samples by reason.
         counts: BTreeMap<String, u64>,
+        /// The first broken sample of each reason.
+        examples: SkipExamples,
     },
     /// A fault in this program.
     #[error("the {stage} stage failed by a fault in coffey: {message}")]
@@ -132,6 +132,12 @@ pub(crate) enum Halt {
     Closed,
     /// The stream ends in an error.
     Failed(StreamError),
+}
+
+impl From<StreamError> for Halt {
+    fn from(error: StreamError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl From<Closed> for Halt {

@@ -83,6 +83,7 @@ pub(super) enum StreamEvent<K: SampleKind> {
         pass: ShardPass,
         key: Arc<str>,
         reason: SkipReason,
+        cause: String,
         draw: Box<ShuffleDraw>,
     },
     /// A sample was skipped before the shuffle, after `read` samples.
@@ -90,6 +91,8 @@ pub(super) enum StreamEvent<K: SampleKind> {
         pass: ShardPass,
         key: Arc<str>,
         reason: SkipReason,
+        /// Description of the sample, if it is an example for its reason.
+        example: Option<String>,
         read: u64,
     },
     /// A shard was read: `selected` of its samples are in the stream.

@@ -15,7 +15,7 @@ use crate::order::{
     ShardSchedule, ShuffleBuffer,
 };
 use crate::panic::panic_message;
-use crate::shard::Sample;
+use crate::shard::{FilterReport, Sample};
 use crate::stages::Stage;
 
 use super::config::StreamConfig;
@@ -26,6 +26,7 @@ use super::reader::{OpenShard, ReaderContext, ShardEvent};
 use super::resume::{Reread, reread};
 use super::select::{SampleSelector, Unselected};
 use super::shards::{OpenSlot, ShardOpener};
+use super::skip::SkipExamples;
 
 /// A shard that is read ahead of its turn.
 struct PrefetchedShard {
@@ -61,6 +62,8 @@ pub(super) struct Interleaver<K: SampleKind> {
     read: u64,
     /// Whether any sample was selected.
     selected_any: bool,
+    /// The first shard that was read whole and holds no sample.
+    empty_shard: Option<usize>,
 }
 
 impl<K: SampleKind> Interleaver<K> {
@@ -92,7 +95,7 @@ impl<K: SampleKind> Interleaver<K> {
             opener: ShardOpener::new(config.shards.clone(), context, cancel, waiting),
             selector: SampleSelector::new(kind, config),
             events,
-            schedule: ShardSchedule::new(config.plan(), state.next),
+            schedule: ShardSchedule::new(config.plan(), state.next, state.complement),
             prefetched: VecDeque::new(),
             slots: Vec::new(),
             buffer: ShuffleBuffer::new(config.seed, Capacity { items, bytes }),
@@ -106,6 +109,7 @@ impl<K: SampleKind> Interleaver<K> {
             passes: state.passes,
             read: state.read,
             selected_any: position > 0,
+            empty_shard: None,
         }
     }
 
@@ -130,6 +134,9 @@ impl<K: SampleKind> Interleaver<K> {
         }
         loop {
             self.finish_epoch()?;
+            if self.accepted == 0 {
+                self.read_the_rest()?;
+            }
             if self.order == Order::Sequential {
                 return Ok(());
             }
@@ -174,6 +181,10 @@ impl<K: SampleKind> Interleaver<K> {
             match self.opener.next_event(&self.slots[turn].shard)? {
                 ShardEvent::Sample(sample) => self.add_sample(turn, &sample)?,
                 ShardEvent::End { broken } => {
+                    let OpenPass { pass, taken, .. } = self.slots[turn].at;
+                    if taken == 0 && broken.is_none() {
+                        self.empty_shard.get_or_insert(pass.shard);
+                    }
                     // The next shard takes the slot and the turn.
                     self.turn = turn;
                     let ended = match self.begin_shard()? {
@@ -197,18 +208,40 @@ impl<K: SampleKind> Interleaver<K> {
         while !continuous && !self.buffer.is_empty() {
             self.draw()?;
         }
-        self.pass_on(StreamEvent::EpochDone { read: self.read })?;
-        if self.accepted == 0 {
+        self.pass_on(StreamEvent::EpochDone { read: self.read })
+    }
+
+    /// After an epoch without a selected sample: makes the next epoch read the shards that this one did not read. Draws with
+    /// replacement leave out a third of the shards, and each rank reads only some. Fails if every shard was read.
+    fn read_the_rest(&mut self) -> Result<(), Halt> {
+        let read_all =
+            self.order == Order::Sequential || self.schedule.complement() == Some(self.epoch);
+        self.prefetched.clear();
+        if read_all {
             return Err(self.nothing_usable());
+        }
+        let rest = self.schedule.complete(self.epoch);
+        if rest == 0 {
+            return Err(self.nothing_usable());
+        }
+        if !self.selected_any {
+            let all = self.opener.count();
+            tracing::warn!(
+                "no sample can be used so far, from {} of {all} shards: reading the others",
+                all - rest
+            );
         }
         Ok(())
     }
 
     fn nothing_usable(&self) -> Halt {
+        let empty_shard = self.empty_shard.map(|shard| self.opener.redacted(shard));
         Halt::Failed(StreamError::NothingUsable {
-            report: self.selector.report(),
-            shards: Vec::new(),
-            skipped: Vec::new(),
+            report: FilterReport {
+                empty_shard,
+                ..self.selector.report()
+            },
+            examples: SkipExamples::default(),
         })
     }
 
@@ -276,15 +309,20 @@ impl<K: SampleKind> Interleaver<K> {
                 }
                 self.draw_to_capacity()
             }
-            Err(unselected) => self.skip_sample(pass, unselected),
+            Err(unselected) => self.skip_sample(pass, sample, unselected),
         }
     }
 
-    fn skip_sample(&mut self, pass: ShardPass, unselected: Unselected) -> Result<(), Halt> {
+    fn skip_sample(
+        &mut self,
+        pass: ShardPass,
+        sample: &Sample,
+        unselected: Unselected,
+    ) -> Result<(), Halt> {
         let Unselected { key, reason } = unselected;
         self.read += u64::from(reason.is_broken());
         let name = reason.name();
-        self.selector.count_skipped(&name);
+        let example = self.selector.count_skipped(pass, sample, &reason);
         self.opener.metrics().skip(&name);
         let url = self.opener.redacted(pass.shard);
         tracing::debug!(shard = %url, %key, reason = %name, "sample skipped");
@@ -292,10 +330,11 @@ impl<K: SampleKind> Interleaver<K> {
             pass,
             key,
             reason,
+            example,
             read: self.read,
         })?;
-        if !self.selected_any && self.selector.lacks_json_key() {
-            return Err(self.nothing_usable());
+        if !self.selected_any && self.selector.begins_to_miss_a_key() {
+            tracing::warn!("no sample can be used so far: {}", self.selector.report());
         }
         Ok(())
     }
@@ -344,11 +383,16 @@ impl<K: SampleKind> Interleaver<K> {
             passes: self.passes,
             read: self.read,
             shuffle: self.buffer.state(),
+            complement: self
+                .schedule
+                .complement()
+                .filter(|&epoch| epoch >= self.epoch),
         }
     }
 
     fn end_shard(&mut self, slot: &OpenSlot, broken: Option<String>) -> Result<(), Halt> {
         let OpenPass { pass, selected, .. } = slot.at;
+        self.selector.end_shard(pass);
         if let Some(cause) = &broken {
             let url = self.opener.redacted(pass.shard);
             tracing::warn!(shard = %url, cause, "broken shard: the samples before the fault are used");

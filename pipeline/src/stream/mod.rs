@@ -22,8 +22,10 @@ mod decode;
 mod decode_limit;
 mod error;
 mod event;
+mod explain;
 mod interleave;
 mod kinds;
+mod left_out;
 mod reader;
 mod resume;
 mod sample;
@@ -37,10 +39,11 @@ pub use data::{BatchData, F16Array};
 pub use decode_limit::{DecodeLimit, decode_limit};
 pub use error::StreamError;
 pub use sample::SampleMeta;
-pub use skip::{ShardSummary, SkippedSample};
+pub use skip::{ShardSummary, SkipExample, SkipExamples, SkippedSample, Undelivered};
 
 pub(crate) use reader::{NonSample, OpenShard, ReaderContext, ShardEvent};
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
@@ -61,7 +64,8 @@ use kinds::{CaptionsOnly, Images, Latents, SampleKind};
 #[derive(Debug)]
 pub struct Stream<D = BatchData> {
     batches: Receiver<Result<Batch<D>, StreamError>>,
-    shards: Vec<ShardUrl>,
+    shards: Arc<[ShardUrl]>,
+    undelivered: Arc<Mutex<Undelivered>>,
     cancel: CancellationToken,
     threads: Vec<JoinHandle<()>>,
 }
@@ -165,9 +169,18 @@ fn start_stream<K: SampleKind>(
         max_member_bytes: config.image.max_bytes,
         non_samples: None,
     };
-    let shards = config.shards.clone();
+    let shards: Arc<[ShardUrl]> = config.shards.clone().into();
+    let undelivered = Arc::default();
     let batch = metrics.stage(Stage::Batch);
-    let batcher = Batcher::new(kind.clone(), config, identity, sender, batch);
+    let batcher = Batcher::new(
+        kind.clone(),
+        config,
+        identity,
+        Arc::clone(&shards),
+        sender,
+        Arc::clone(&undelivered),
+        batch,
+    );
     let interleaver = Interleaver::new(kind, config, context, events, cancel.clone());
     let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
         std::thread::Builder::new().name(name.to_owned()).spawn(run)
@@ -184,6 +197,7 @@ fn start_stream<K: SampleKind>(
     let stream = Stream {
         batches,
         shards,
+        undelivered,
         cancel,
         threads,
     };
@@ -206,6 +220,16 @@ impl<D> Stream<D> {
     #[must_use]
     pub fn shards(&self) -> &[ShardUrl] {
         &self.shards
+    }
+
+    /// The samples and shards that no batch lists, once [`Stream::batches`] has given an error. Empty when called again.
+    #[must_use]
+    pub fn take_undelivered(&self) -> Undelivered {
+        let mut undelivered = self
+            .undelivered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut undelivered)
     }
 }
 

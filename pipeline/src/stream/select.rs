@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use super::config::StreamConfig;
 use super::event::{Json, SelectedSample};
+use super::explain::Explainer;
 use super::kinds::SampleKind;
 use super::skip::SkipReason;
 use crate::json::Document;
 use crate::order::ShardPass;
 use crate::shard::{FilterReport, FilterState, Sample};
 
-/// If no sample has passed after this many samples and some filter rule's json key has never appeared, the stream
-/// ends in an error.
+/// If no sample has passed after this many samples and some filter rule's json key has never appeared, a warning says so.
 const MISSING_KEY_AFTER: u64 = 10_000;
 
 /// Selects samples and counts those that are skipped.
@@ -20,6 +20,7 @@ pub(super) struct SampleSelector<K> {
     caption_keys: Vec<String>,
     needs_json: bool,
     filter: FilterState,
+    explainer: Explainer,
 }
 
 /// A sample that was not selected.
@@ -35,6 +36,7 @@ impl<K: SampleKind> SampleSelector<K> {
             caption_keys: config.caption_keys.clone(),
             needs_json: config.filter.needs_json(),
             filter: FilterState::new(config.filter.clone()),
+            explainer: Explainer::new(config),
         }
     }
 
@@ -48,7 +50,11 @@ impl<K: SampleKind> SampleSelector<K> {
         self.try_select(pass, index, sample)
             .map_err(|reason| Unselected {
                 key: Arc::clone(&sample.key),
-                reason,
+                reason: if sample.is_part && reason.is_missing_member() {
+                    SkipReason::DUPLICATE_MEMBER
+                } else {
+                    reason
+                },
             })
     }
 
@@ -94,14 +100,25 @@ impl<K: SampleKind> SampleSelector<K> {
         }
     }
 
-    /// Counts a skipped sample for the report.
-    pub(super) fn count_skipped(&mut self, reason: &str) {
-        self.filter.count(reason);
+    /// Counts a skipped sample for the report. Returns its description if it is an example for its reason.
+    pub(super) fn count_skipped(
+        &mut self,
+        pass: ShardPass,
+        sample: &Sample,
+        reason: &SkipReason,
+    ) -> Option<String> {
+        let first = self.filter.count(&reason.name()) == 1;
+        self.explainer.explain(pass.id, sample, reason, first)
     }
 
-    /// Whether some filter rule's json key has not appeared in the first [`MISSING_KEY_AFTER`] samples.
-    pub(super) fn lacks_json_key(&self) -> bool {
-        self.filter.lacks_a_key_after(MISSING_KEY_AFTER)
+    /// No more samples of a shard follow.
+    pub(super) fn end_shard(&mut self, pass: ShardPass) {
+        self.explainer.end_shard(pass.id);
+    }
+
+    /// Whether exactly [`MISSING_KEY_AFTER`] samples were seen and some filter rule's json key has not appeared.
+    pub(super) fn begins_to_miss_a_key(&self) -> bool {
+        self.filter.lacks_a_key_at(MISSING_KEY_AFTER)
     }
 
     pub(super) fn report(&self) -> FilterReport {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use crate::order::ShardProgress;
@@ -14,6 +15,8 @@ pub(crate) enum SkipReason {
     Broken(&'static str),
     /// The image is of this format, which is not read.
     UnreadFormat(&'static str),
+    /// The sample repeats members of the sample before it.
+    Duplicate(&'static str),
     /// The filter rejects the sample.
     Filtered(Rejection),
 }
@@ -27,11 +30,13 @@ impl SkipReason {
     pub(crate) const TOO_LARGE: Self = Self::Broken("too_large");
     pub(crate) const DECODE_ERROR: Self = Self::Broken("decode_error");
     pub(crate) const OTHER_ARRAY: Self = Self::Broken("other_array");
+    pub(crate) const DUPLICATE_KEY: Self = Self::Duplicate("duplicate_key");
+    pub(crate) const DUPLICATE_MEMBER: Self = Self::Duplicate("duplicate_member");
 
     /// Name in the metrics.
     pub(crate) fn name(&self) -> Cow<'static, str> {
         match self {
-            Self::Broken(name) => Cow::Borrowed(name),
+            Self::Broken(name) | Self::Duplicate(name) => Cow::Borrowed(name),
             Self::UnreadFormat(format) => Cow::Owned(format!("format:{format}")),
             Self::Filtered(rejection) => Cow::Owned(rejection.to_string()),
         }
@@ -39,6 +44,40 @@ impl SkipReason {
 
     pub(crate) fn is_broken(&self) -> bool {
         matches!(self, Self::Broken(_) | Self::UnreadFormat(_))
+    }
+
+    /// Whether the sample has no image or no caption.
+    pub(crate) fn is_missing_member(&self) -> bool {
+        matches!(*self, Self::NO_IMAGE | Self::NO_CAPTION)
+    }
+}
+
+/// The first sample that was skipped for a reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkipExample {
+    /// URL of the shard, without secrets.
+    pub shard: String,
+    /// Key in the shard; `None` if the whole shard is broken.
+    pub key: Option<Arc<str>>,
+    /// Members of the sample and the remedy, or the fault; empty for filter rules.
+    pub what: String,
+}
+
+/// The first skipped sample of each reason.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SkipExamples(pub BTreeMap<String, SkipExample>);
+
+impl fmt::Display for SkipExamples {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (reason, SkipExample { shard, key, what }) in &self.0 {
+            write!(f, "; the first {reason} is ")?;
+            if let Some(key) = key {
+                write!(f, "sample {key:?} of ")?;
+            }
+            let gap = if what.is_empty() { "" } else { ", which " };
+            write!(f, "{shard}{gap}{what}")?;
+        }
+        Ok(())
     }
 }
 
@@ -51,6 +90,15 @@ pub struct SkippedSample {
     pub key: Arc<str>,
     /// Name of the reason in the metrics: `decode_error`, `filter:min_size` …
     pub reason: String,
+}
+
+/// Samples and shards that no batch of a stream lists, because the stream ended in an error.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Undelivered {
+    /// Samples skipped since the last batch, in the order of the stream.
+    pub skipped: Vec<SkippedSample>,
+    /// Shards that were read to their end since the last batch.
+    pub finished_shards: Vec<ShardSummary>,
 }
 
 /// Counts of a finished shard.

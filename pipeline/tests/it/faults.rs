@@ -1,7 +1,7 @@
 //! Broken shards and samples, and how a stream reports them.
 
-use crate::support::{Bench, bucket, config, keys, sample, sequential, shard, tar_of};
-use coffey_pipeline::{Filter, Order, ShardUrl, StreamConfig, StreamError};
+use crate::support::{Bench, bucket, config, keys, sample, sequential, shard, take, tar_of};
+use coffey_pipeline::{Filter, Order, ShardUrl, StreamConfig, StreamError, Undelivered};
 
 #[test]
 fn non_tar_ends_stream_with_its_url() {
@@ -143,15 +143,17 @@ fn oversized_images_are_skipped_undecoded() {
     assert_eq!(keys(&batches).len(), 2);
     assert_eq!(batches[0].finished_shards[0].skipped["too_large"], 1);
     config.image.max_pixels = 1;
-    let error = bench.error(config.clone());
-    let StreamError::NothingUsable {
-        shards, skipped, ..
-    } = error
-    else {
-        panic!("{error}");
-    };
+    let stream = bench.open(config.clone()).unwrap();
+    let error = take(&stream, &bench.metrics, 1).unwrap_err();
+    assert!(
+        matches!(error, StreamError::NothingUsable { .. }),
+        "{error}"
+    );
+    let rest = stream.take_undelivered();
+    let shards = &rest.finished_shards;
     assert_eq!((shards.len(), shards[0].skipped["too_large"]), (1, 3));
-    assert_eq!(skipped.len(), 3);
+    assert_eq!(rest.skipped.len(), 3);
+    assert_eq!(stream.take_undelivered(), Undelivered::default());
     config.image.max_bytes = 10;
     let text = bench.error(config).to_string();
     assert!(text.contains("too_large 3"), "{text}");
@@ -207,4 +209,232 @@ fn filter_rejects_by_size_and_watermark() {
         ["000000003", "000000004", "000010003", "000010004"]
     );
     assert_eq!(bench.metrics.snapshot().skipped["filter:min_size"], 6);
+}
+
+/// A configuration that draws shards with replacement and reads `shards` one after the other.
+fn draws(shards: Vec<ShardUrl>, seed: u64) -> StreamConfig {
+    StreamConfig {
+        resample: true,
+        open_shards: 1,
+        seed,
+        ..config(shards)
+    }
+}
+
+#[test]
+fn draws_go_on_while_any_shard_has_samples() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 16, |n| 1 + u32::from(n == 11) * 9);
+    let bench = Bench::embedded(root.path());
+    for n in (0..16).filter(|n| n % 3 == 0) {
+        let empty = if n % 2 == 0 { tar_of(&[]) } else { Vec::new() };
+        std::fs::write(root.path().join(format!("data/{n:05}.tar")), empty).unwrap();
+    }
+    // Only shard 11 has samples that pass.
+    let filter = Filter {
+        min_size: Some(505),
+        ..Filter::default()
+    };
+    let mut completed = 0;
+    for seed in 0..30 {
+        if seed >= 3 && completed > 0 {
+            break;
+        }
+        let settings = |resume| StreamConfig {
+            filter: filter.clone(),
+            shuffle_buffer: 3,
+            batch_size: 2,
+            resume,
+            ..draws(shards.clone(), seed)
+        };
+        let whole = bench.batches(settings(None), 9).unwrap();
+        assert!(keys(&whole).iter().all(|key| key.starts_with("00011")));
+        let cursors: Vec<String> = whole[..8]
+            .iter()
+            .map(|batch| serde_json::to_string(&batch.cursor).unwrap())
+            .collect();
+        // An epoch of draws had no sample.
+        let missed = cursors.iter().any(|json| json.contains("complement"));
+        completed += usize::from(missed);
+        for (n, json) in cursors.iter().enumerate().filter(|_| missed) {
+            let cursor = serde_json::from_str(json).unwrap();
+            let rest = bench.batches(settings(Some(cursor)), 8 - n).unwrap();
+            assert_eq!(rest, whole[n + 1..], "seed {seed}, from batch {n}");
+        }
+    }
+    assert!(completed > 0, "no epoch of draws was without a sample");
+}
+
+#[test]
+fn draws_end_once_every_shard_was_read_in_vain() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 12, |_| 3);
+    let filter = Filter {
+        min_size: Some(900),
+        ..Filter::default()
+    };
+    for (resample, rank, world) in [(true, 0, 1), (true, 1, 3), (false, 0, 1), (false, 2, 3)] {
+        let bench = Bench::embedded(root.path());
+        let stream = bench.open(StreamConfig {
+            filter: filter.clone(),
+            resample,
+            rank,
+            world,
+            ..draws(shards.clone(), 5)
+        });
+        let stream = stream.unwrap();
+        let error = take(&stream, &bench.metrics, 1).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("the first filter:min_size is sample"),
+            "{text}"
+        );
+        let rest = stream.take_undelivered();
+        let read: std::collections::BTreeSet<_> =
+            rest.finished_shards.iter().map(|s| s.shard).collect();
+        assert_eq!(read.len(), 12, "{resample} {rank} {world}");
+        assert!(rest.finished_shards.len() < 24, "{resample} {rank} {world}");
+        assert_eq!(rest.skipped.len(), 3 * rest.finished_shards.len());
+    }
+}
+
+#[test]
+fn draws_of_undecodable_images_end() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 3, |_| 1);
+    for n in 0..3 {
+        let mut members = sample(n, 0);
+        members[0].1 = b"not an image".to_vec();
+        let path = root.path().join(format!("data/{n:05}.tar"));
+        std::fs::write(path, tar_of(&members)).unwrap();
+    }
+    let bench = Bench::embedded(root.path());
+    let error = bench.error(StreamConfig {
+        max_bad_fraction: 1.0,
+        ..draws(shards, 1)
+    });
+    let text = error.to_string();
+    assert!(
+        text.starts_with("no sample can be used")
+            && text.contains("the first decode_error is sample \"0000"),
+        "{text}"
+    );
+}
+
+#[test]
+fn few_draws_do_not_decide_that_too_much_is_broken() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 2, |n| 1 + 149 * n);
+    std::fs::write(
+        root.path().join("data/00000.tar"),
+        tar_of(&[("a.txt".to_owned(), b"no image".to_vec())]),
+    )
+    .unwrap();
+    let bench = Bench::embedded(root.path());
+    for seed in 0..6 {
+        bench.batches(draws(shards.clone(), seed), 8).unwrap();
+    }
+}
+
+#[test]
+fn error_names_a_sample_its_members_and_the_key_to_set() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 1, |_| 1);
+    let bench = Bench::embedded(root.path());
+    let picture = || sample(0, 0).remove(0).1;
+    let member = |name: &str, content: &[u8]| (name.to_owned(), content.to_vec());
+    let text = |members: &[(String, Vec<u8>)]| {
+        std::fs::write(root.path().join("data/00000.tar"), tar_of(members)).unwrap();
+        bench.error(sequential(shards.clone())).to_string()
+    };
+    let named = text(&[
+        member("in/s.0.input.png", &picture()),
+        member("in/s.0.outputs.txt", b"a cat"),
+    ]);
+    assert!(
+        named.contains("sample \"in/s\" of s3://data/00000.tar, which has the members 0.input.png, 0.outputs.txt")
+            && named.contains("add \"0.input.png\" to data.image_keys"),
+        "{named}"
+    );
+    let mut unsorted: Vec<_> = (0..3)
+        .map(|n| member(&format!("{n}.png"), &picture()))
+        .collect();
+    unsorted.extend((0..3).map(|n| member(&format!("{n}.txt"), b"a cat")));
+    let unsorted = text(&unsorted);
+    assert!(
+        unsorted.contains("sample \"0\"")
+            && unsorted.contains("other members elsewhere in the shard")
+            && unsorted.contains("tar --sort=name"),
+        "{unsorted}"
+    );
+    assert!(text(&[]).contains("s3://data/00000.tar holds no sample"));
+    std::fs::write(root.path().join("data/00000.tar"), b"").unwrap();
+    let empty = bench.error(sequential(shards.clone())).to_string();
+    assert!(
+        empty.contains("the first broken_shard is s3://data/00000.tar, which is empty: 0 bytes"),
+        "{empty}"
+    );
+}
+
+#[test]
+fn repeated_members_and_keys_are_skipped_where_a_tar_is_written() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = bucket(root.path(), 1, |_| 1);
+    let bench = Bench::embedded(root.path());
+    let picture = sample(0, 0).remove(0).1;
+    let read = |names: &[&str], skip_duplicate_keys| {
+        let content = |name: &str| match name.rsplit_once('.') {
+            Some((_, "png")) if name.starts_with("broken") => b"broken".to_vec(),
+            Some((_, "png")) => picture.clone(),
+            _ => name.as_bytes().to_vec(),
+        };
+        let members: Vec<_> = names
+            .iter()
+            .map(|n| ((*n).to_owned(), content(n)))
+            .collect();
+        std::fs::write(root.path().join("data/00000.tar"), tar_of(&members)).unwrap();
+        let batches = bench
+            .all(StreamConfig {
+                skip_duplicate_keys,
+                max_bad_fraction: 0.5,
+                ..sequential(shards.clone())
+            })
+            .unwrap();
+        let summary = batches.last().unwrap().finished_shards[0].clone();
+        let skipped: Vec<_> = summary.skipped.into_iter().collect();
+        (keys(&batches).join(" "), skipped)
+    };
+    let skips = |reason: &str, count| vec![(reason.to_owned(), count)];
+    let twice = ["a.png", "a.txt", "a.png", "a.txt", "b.png", "b.txt"];
+    assert_eq!(read(&twice, false), ("a a b".to_owned(), Vec::new()));
+    assert_eq!(
+        read(&twice, true),
+        ("a b".to_owned(), skips("duplicate_key", 1))
+    );
+    // A sample between two of one key is left out: they would be neighbours.
+    let parted = [
+        "a.png",
+        "a.txt",
+        "broken.png",
+        "broken.txt",
+        "a.png",
+        "a.txt",
+        "b.png",
+        "b.txt",
+    ];
+    let (written, skipped) = read(&parted, true);
+    assert_eq!((written.as_str(), skipped.len()), ("a b", 2));
+    assert_eq!(read(&parted, false).0, "a a b");
+    // Keys that return later are other samples.
+    let later = ["a.png", "a.txt", "b.png", "b.txt", "a.png", "a.txt"];
+    assert_eq!(read(&later, true), ("a b a".to_owned(), Vec::new()));
+    for (repeated, parts) in [
+        (&["a.png", "a.png", "a.txt", "b.png", "b.txt"][..], 1),
+        (&["a.png", "a.txt", "a.txt", "b.png", "b.txt"], 1),
+        (&["a.png", "a.png", "a.txt", "a.txt", "b.png", "b.txt"], 2),
+    ] {
+        let expected = ("a b".to_owned(), skips("duplicate_member", parts));
+        assert_eq!(read(repeated, true), expected, "{repeated:?}");
+        assert_eq!(read(repeated, false), expected, "{repeated:?}");
+    }
 }

@@ -31,7 +31,7 @@ pub(super) use grids::Grids;
 pub(super) use loss_curve::LossCurve;
 pub(super) use metrics_log::MetricsLog;
 pub(super) use monitor::MonitorReporter;
-pub(super) use skipped_log::SkippedLog;
+pub(super) use skipped_log::{SkippedLog, list_skipped};
 pub(super) use tensorboard::TensorBoard;
 
 use super::{StepRecord, TrainError, TrainState};
@@ -100,6 +100,14 @@ pub trait Observer: fmt::Debug {
 
     /// The grids of `step` are in the run's `samples/`.
     fn on_grids(&mut self, _step: u64) {}
+
+    /// The run ends in an error at `step`. `skipped` are the samples skipped since the step before.
+    ///
+    /// # Errors
+    /// When they can't be recorded.
+    fn on_failed(&mut self, _step: u64, _skipped: &[SkippedSample]) -> Result<(), TrainError> {
+        Ok(())
+    }
 
     /// Makes everything written about the steps so far durable.
     ///
@@ -177,6 +185,14 @@ impl Observers {
         run: &RunView<'_>,
     ) -> Result<(), TrainError> {
         self.each(|observer, earlier| observer.on_step(report, run, earlier))
+    }
+
+    /// Tells every observer that the run ends in an error at `step`.
+    ///
+    /// # Errors
+    /// The first error of an observer.
+    pub fn on_failed(&mut self, step: u64, skipped: &[SkippedSample]) -> Result<(), TrainError> {
+        self.each(|observer, _| observer.on_failed(step, skipped))
     }
 
     /// Tells every observer that the last step of this process was made.

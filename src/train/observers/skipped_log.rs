@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::append_log::AppendLog;
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::progress::Progress;
+use crate::train::checkpoint::Saver;
 use crate::train::{TrainError, io};
 
 #[derive(Serialize)]
@@ -105,8 +106,35 @@ impl Observer for SkippedLog {
         Ok(())
     }
 
+    fn on_failed(&mut self, step: u64, skipped: &[SkippedSample]) -> Result<(), TrainError> {
+        self.append(step, skipped);
+        self.file.sync()
+    }
+
     fn sync(&mut self) -> Result<(), TrainError> {
         self.file.sync()
+    }
+}
+
+/// Lists the skipped samples of a run that ends in an error by `list`, uploads the list, and says that it is in `output`.
+pub(in crate::train) fn list_skipped(
+    skipped: &[SkippedSample],
+    list: impl FnOnce() -> Result<(), TrainError>,
+    saver: &Saver,
+    output: &Path,
+    progress: &Progress,
+) {
+    if skipped.is_empty() {
+        return;
+    }
+    match list().and_then(|()| saver.records().upload()) {
+        Ok(()) => progress.say(format!(
+            "skipped samples are listed in {}",
+            output.join("skipped.jsonl").display()
+        )),
+        Err(error) => progress.say(format!(
+            "warning: the skipped samples could not be listed: {error}"
+        )),
     }
 }
 

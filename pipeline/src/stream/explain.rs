@@ -1,0 +1,280 @@
+//! Descriptions of skipped samples, for the error of a stream that ends because of them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use super::config::StreamConfig;
+use super::skip::SkipReason;
+use crate::image::format_of;
+use crate::json::Document;
+use crate::shard::Sample;
+
+/// Most members that a description names.
+const NAMED_MEMBERS: usize = 12;
+/// Most incomplete samples of an open shard that are remembered.
+const REMEMBERED_KEYS: usize = 4096;
+/// Keys of a sample's json that hold a caption in known data sets.
+const JSON_CAPTIONS: [&str; 6] = ["caption", "text", "txt", "prompt", "CAPTION", "TEXT"];
+const SORT: &str =
+    "sort its members by name (`tar --sort=name`): the members of a sample must be adjacent";
+
+/// Describes skipped samples by their members and the keys to set.
+pub(super) struct Explainer {
+    image_keys: Vec<String>,
+    caption_keys: Vec<String>,
+    max_member_bytes: u64,
+    scattered: ScatteredMembers,
+}
+
+impl Explainer {
+    pub(super) fn new(config: &StreamConfig) -> Self {
+        Self {
+            image_keys: config.image_keys.clone(),
+            caption_keys: config.caption_keys.clone(),
+            max_member_bytes: config.image.max_bytes,
+            scattered: ScatteredMembers::default(),
+        }
+    }
+
+    /// Describes a skipped sample of the shard pass `pass`: the first one of its reason, and the first one whose members
+    /// are not adjacent. `None` for other samples.
+    pub(super) fn explain(
+        &mut self,
+        pass: u64,
+        sample: &Sample,
+        reason: &SkipReason,
+        first: bool,
+    ) -> Option<String> {
+        if reason.is_missing_member() && self.scattered.finds(pass, &sample.key) {
+            return Some(format!(
+                "has the {}, and other members elsewhere in the shard: {SORT}",
+                members(sample)
+            ));
+        }
+        first.then(|| self.describe(sample, reason))
+    }
+
+    /// Forgets the samples of a shard that was read.
+    pub(super) fn end_shard(&mut self, pass: u64) {
+        self.scattered.incomplete.remove(&pass);
+    }
+
+    fn describe(&self, sample: &Sample, reason: &SkipReason) -> String {
+        let members = members(sample);
+        match *reason {
+            SkipReason::NO_IMAGE => format!(
+                "has the {members} and none of data.image_keys = {:?}; {}",
+                self.image_keys,
+                images(sample)
+            ),
+            SkipReason::NO_CAPTION => format!(
+                "has the {members} and none of data.caption_keys = {:?}; {}",
+                self.caption_keys,
+                captions(sample)
+            ),
+            SkipReason::NO_LATENT | SkipReason::NO_EMBEDS => {
+                format!("has the {members}; is the shard one of `coffey precompute`?")
+            }
+            SkipReason::DUPLICATE_MEMBER => format!(
+                "has only the {members} between two members of the same name; each file name may be in a shard once"
+            ),
+            SkipReason::TOO_LARGE => {
+                let large = sample.oversized.iter().next();
+                large.map_or(String::new(), |(extension, bytes)| {
+                    let most = self.max_member_bytes;
+                    format!("has the member {extension} of {bytes} bytes; at most {most} are read")
+                })
+            }
+            SkipReason::BAD_JSON => "has a json that does not parse".to_owned(),
+            // Decoding finds formats that are not read: no sample comes here with them.
+            SkipReason::Broken(_)
+            | SkipReason::UnreadFormat(_)
+            | SkipReason::Duplicate(_)
+            | SkipReason::Filtered(_) => String::new(),
+        }
+    }
+}
+
+/// The extensions of a sample's members, as "member jpg" or "members jpg, txt".
+fn members(sample: &Sample) -> String {
+    let mut all: Vec<&str> = sample
+        .members
+        .keys()
+        .chain(sample.oversized.keys())
+        .map(String::as_str)
+        .collect();
+    all.sort_unstable();
+    let named = all[..all.len().min(NAMED_MEMBERS)].join(", ");
+    match all.len() {
+        1 => format!("member {named}"),
+        count if count > NAMED_MEMBERS => {
+            format!("members {named} and {} more", count - NAMED_MEMBERS)
+        }
+        _ => format!("members {named}"),
+    }
+}
+
+/// The remedy for a sample without an image.
+fn images(sample: &Sample) -> String {
+    let found = sample
+        .members
+        .iter()
+        .find_map(|(extension, content)| Some((extension, format_of(content)?)));
+    match found {
+        Some((extension, format)) => format!(
+            "{extension} is a {}: add {extension:?} to data.image_keys{}",
+            format.to_uppercase(),
+            dotted(extension)
+        ),
+        None => format!(
+            "no member is a JPEG, PNG, WebP, GIF or BMP; if the shard has the image elsewhere, {SORT}"
+        ),
+    }
+}
+
+/// The remedy for a sample without a caption.
+fn captions(sample: &Sample) -> String {
+    let is_text = |content: &[u8]| {
+        format_of(content).is_none()
+            && std::str::from_utf8(content)
+                .is_ok_and(|text| !text.trim().is_empty() && !text.contains('\0'))
+    };
+    let text = sample.members.iter().find(|(extension, content)| {
+        !extension.ends_with("json") && !extension.ends_with("npy") && is_text(content)
+    });
+    if let Some((extension, _)) = text {
+        return format!(
+            "{extension} is text: add {extension:?} to data.caption_keys if it is the caption{}",
+            dotted(extension)
+        );
+    }
+    let json = sample.members.get("json");
+    let json = json.and_then(|raw| Document::parse(raw).ok());
+    let key = json.as_ref().and_then(|json| {
+        let is_caption =
+            |key: &&str| matches!(json.get(key), Some(serde_json::Value::String(text)) if !text.is_empty());
+        JSON_CAPTIONS.into_iter().find(is_caption)
+    });
+    match key {
+        Some(key) => format!(
+            "its json has the key {key:?}, but a caption is read from a member of its own: write it to {}.txt",
+            sample.key
+        ),
+        None => format!("no member is text; if the shard has the caption elsewhere, {SORT}"),
+    }
+}
+
+/// The rule for names with several dots.
+fn dotted(extension: &str) -> &'static str {
+    if extension.contains('.') {
+        " (the key of a sample ends at the first dot of the file name)"
+    } else {
+        ""
+    }
+}
+
+/// Finds a sample whose members are not adjacent: two incomplete samples of one shard with the same key.
+#[derive(Default)]
+struct ScatteredMembers {
+    /// Keys of incomplete samples, by the passes of open shards.
+    incomplete: BTreeMap<u64, HashSet<Arc<str>>>,
+    found: bool,
+}
+
+impl ScatteredMembers {
+    /// Records an incomplete sample. Returns whether it is the first one whose key came before.
+    fn finds(&mut self, pass: u64, key: &Arc<str>) -> bool {
+        if self.found {
+            return false;
+        }
+        let keys = self.incomplete.entry(pass).or_default();
+        self.found = keys.contains(key);
+        if self.found {
+            self.incomplete.clear();
+        } else if keys.len() < REMEMBERED_KEYS {
+            keys.insert(Arc::clone(key));
+        }
+        self.found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    const JPEG: &[u8] = &[0xff, 0xd8, 0xff, 0xe0, 0, 16, b'J', b'F', b'I', b'F'];
+
+    fn sample(members: &[(&str, &'static [u8])]) -> Sample {
+        let mut sample = Sample::new(b"k");
+        for (extension, content) in members {
+            let content = Bytes::from_static(content);
+            sample.members.insert((*extension).to_owned(), content);
+        }
+        sample
+    }
+
+    fn explain(sample: &Sample, reason: &SkipReason) -> String {
+        let mut explainer = Explainer::new(&StreamConfig::default());
+        let text = explainer.explain(0, sample, reason, true).unwrap();
+        assert_eq!(explainer.explain(1, sample, reason, false), None);
+        text
+    }
+
+    #[test]
+    fn explanation_names_members_and_key_to_set() {
+        let named = sample(&[("input.jpg", JPEG), ("outputs.txt", b"a class")]);
+        assert_eq!(
+            explain(&named, &SkipReason::NO_IMAGE),
+            "has the members input.jpg, outputs.txt and none of data.image_keys = [\"jpg\", \"png\", \"jpeg\", \"webp\"]; \
+             input.jpg is a JPEG: add \"input.jpg\" to data.image_keys (the key of a sample ends at the first dot of the \
+             file name)"
+        );
+        let text = explain(&named, &SkipReason::NO_CAPTION);
+        assert!(
+            text.contains("add \"outputs.txt\" to data.caption_keys"),
+            "{text}"
+        );
+        let odd = explain(&sample(&[("jfif", JPEG)]), &SkipReason::NO_IMAGE);
+        assert!(
+            odd.starts_with("has the member jfif and")
+                && odd.ends_with("\"jfif\" to data.image_keys"),
+            "{odd}"
+        );
+    }
+
+    #[test]
+    fn explanation_says_where_a_caption_must_be() {
+        let json = sample(&[("jpg", JPEG), ("json", b"{\"caption\": \"a cat\"}")]);
+        let text = explain(&json, &SkipReason::NO_CAPTION);
+        assert!(
+            text.contains("json has the key \"caption\"") && text.ends_with("write it to k.txt"),
+            "{text}"
+        );
+        for lonely in [
+            sample(&[("jpg", JPEG)]),
+            sample(&[("jpg", JPEG), ("txt2", b" ")]),
+        ] {
+            let text = explain(&lonely, &SkipReason::NO_CAPTION);
+            assert!(text.contains("tar --sort=name"), "{text}");
+        }
+    }
+
+    #[test]
+    fn explanation_finds_members_that_are_not_adjacent() {
+        let mut explainer = Explainer::new(&StreamConfig::default());
+        let (image, text) = (sample(&[("jpg", JPEG)]), sample(&[("txt", b"t")]));
+        let mut explain =
+            |pass, sample, reason, first| explainer.explain(pass, sample, &reason, first);
+        assert!(explain(0, &image, SkipReason::NO_CAPTION, true).is_some());
+        // The same key in another shard is another sample.
+        assert_eq!(explain(1, &text, SkipReason::NO_IMAGE, false), None);
+        let found = explain(0, &text, SkipReason::NO_IMAGE, false).unwrap();
+        assert!(
+            found.starts_with("has the member txt, and other members elsewhere"),
+            "{found}"
+        );
+        assert_eq!(explain(1, &image, SkipReason::NO_CAPTION, false), None);
+    }
+}
