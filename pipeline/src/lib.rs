@@ -68,7 +68,8 @@ pub use format::latents::LatentShapes;
 pub use order::{Cursor, Order};
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
-    CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
+    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, ObjectInfo, S3Options, ShardList,
+    SourceError, SourceOptions, Sources,
 };
 pub use stream::{
     Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkippedSample,

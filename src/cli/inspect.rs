@@ -7,11 +7,11 @@ use clap::Args;
 use coffey_pipeline::inspect::{
     self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
 };
-use coffey_pipeline::{S3Options, ShardUrl, StreamConfig};
+use coffey_pipeline::{ShardUrl, SourceOptions, StreamConfig};
 use serde::Serialize;
 
 use super::Failure;
-use super::resources::DataAccess;
+use super::resources::{DataAccess, hub_options, source_options};
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
 
@@ -137,9 +137,13 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         Some(path) => {
             let config = Config::load(path, &args.set)?;
             config.require_bench()?;
+            let options = SourceOptions {
+                cache: None,
+                ..source_options(&config)
+            };
             let data = config.data;
             (
-                config.s3,
+                options,
                 InspectOptions {
                     image_keys: data.image_keys,
                     caption_keys: data.caption_keys,
@@ -149,7 +153,10 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             )
         }
         None => (
-            S3Options::default(),
+            SourceOptions {
+                hub: hub_options(),
+                ..SourceOptions::default()
+            },
             InspectOptions {
                 image_keys: defaults.image_keys,
                 caption_keys: defaults.caption_keys,
@@ -164,7 +171,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         args.urls
     };
     let data = DataAccess::open(options)?;
-    let shards = data.shards(&urls)?;
+    let shards = data.shards(&urls)?.shards;
     let mut report = InspectReport::default();
     let mut across = CrossShardCheck::default();
     let mut manifests = Manifests::default();

@@ -7,6 +7,7 @@ mod client;
 mod connect;
 mod credentials;
 mod error;
+mod lookup;
 mod options;
 mod read;
 mod write;
