@@ -124,7 +124,9 @@ impl DataAccess {
         let start = Instant::now();
         let LookUp { shards, unknown } = self.runtime.block_on(self.sources.look_up(shards))?;
         if unknown > 0 {
-            errln!("warning: whether {unknown} of {shards} shards are there is not known: their servers answer neither HEAD nor a request for one byte");
+            errln!(
+                "warning: whether {unknown} of {shards} shards are there is not known: their servers answer neither HEAD nor a request for one byte"
+            );
         }
         Ok(match shards {
             0 => String::new(),
@@ -183,7 +185,10 @@ pub(super) fn hub_options() -> HubOptions {
 pub(super) fn source_options(config: &Config) -> SourceOptions {
     let data = &config.data;
     // The configuration was checked when it was read.
-    let headers = data.http_headers.iter().filter_map(|text| text.parse().ok());
+    let headers = data
+        .http_headers
+        .iter()
+        .filter_map(|text| text.parse().ok());
     SourceOptions {
         s3: config.s3.clone(),
         http_headers: headers.collect(),

@@ -106,7 +106,10 @@ mod tests {
                 "s3://bucket/{00000..01210}.tar",
             ),
             ("pipe:aws s3 cp s3://b/{0..3}.tar -", "s3://b/{0..3}.tar"),
-            ("hf://datasets/u/n@v/{0..3}.tar", "hf://datasets/u/n@v/{0..3}.tar"),
+            (
+                "hf://datasets/u/n@v/{0..3}.tar",
+                "hf://datasets/u/n@v/{0..3}.tar",
+            ),
             (
                 "pipe:curl -H 'token: x' https://u:p@h/a.tar?k=v || true",
                 "https://h/a.tar",

@@ -47,12 +47,20 @@ impl S3 {
         self.server.record_request("ok");
         let objects = page.contents().iter();
         let is_archived = |class: &ObjectStorageClass| {
-            matches!(class, ObjectStorageClass::Glacier | ObjectStorageClass::DeepArchive)
+            matches!(
+                class,
+                ObjectStorageClass::Glacier | ObjectStorageClass::DeepArchive
+            )
         };
         let readable = objects.filter(|object| !object.storage_class().is_some_and(is_archived));
         Ok(KeyPage {
-            readable: readable.filter_map(|object| object.key().map(str::to_owned)).collect(),
-            last: page.contents().last().and_then(|object| object.key().map(str::to_owned)),
+            readable: readable
+                .filter_map(|object| object.key().map(str::to_owned))
+                .collect(),
+            last: page
+                .contents()
+                .last()
+                .and_then(|object| object.key().map(str::to_owned)),
             next: page
                 .next_continuation_token()
                 .filter(|_| page.is_truncated() == Some(true))

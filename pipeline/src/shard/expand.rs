@@ -110,9 +110,9 @@ fn expand_braces(pattern: &str) -> Result<Vec<String>, UrlError> {
             None => match mistakes::braces(inside) {
                 Some(reason) => return Err(invalid(pattern, reason)),
                 None => expand_braces(inside)?
-                .into_iter()
-                .map(|text| format!("{{{text}}}"))
-                .collect(),
+                    .into_iter()
+                    .map(|text| format!("{{{text}}}"))
+                    .collect(),
             },
         }
     } else {

@@ -54,7 +54,8 @@ impl HubFile {
                 && word != ".."
                 && word != "."
         };
-        if !is_word(user) || !is_word(name) {
+        let is_kind = ["datasets", "spaces", "models", "buckets"].contains(&user);
+        if is_kind || !is_word(user) || !is_word(name) {
             return Err(format!("has no valid repository; {FORM}"));
         }
         Ok(Self {
@@ -119,9 +120,6 @@ impl fmt::Display for HubFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "hf://{}", self.repository)?;
         match &self.revision {
-            Some(revision) if revision.starts_with("refs/pr/") || revision.starts_with("refs/convert/") => {
-                write!(f, "@{revision}")?;
-            }
             Some(revision) => write!(f, "@{}", revision.replace('/', "%2F"))?,
             None => {}
         }
@@ -136,15 +134,27 @@ mod tests {
     #[test]
     fn hub_url_is_resolved_and_repeated() {
         for (text, address) in [
-            ("datasets/u/n/a/0.tar", "h/datasets/u/n/resolve/main/a/0.tar"),
+            (
+                "datasets/u/n/a/0.tar",
+                "h/datasets/u/n/resolve/main/a/0.tar",
+            ),
             ("datasets/u/n@v1/0.tar", "h/datasets/u/n/resolve/v1/0.tar"),
-            ("datasets/u/n@refs/pr/3/0.tar", "h/datasets/u/n/resolve/refs%2Fpr%2F3/0.tar"),
-            ("datasets/u/n@a%2Fb/0.tar", "h/datasets/u/n/resolve/a%2Fb/0.tar"),
+            (
+                "datasets/u/n@refs/pr/3/0.tar",
+                "h/datasets/u/n/resolve/refs%2Fpr%2F3/0.tar",
+            ),
+            (
+                "datasets/u/n@a%2Fb/0.tar",
+                "h/datasets/u/n/resolve/a%2Fb/0.tar",
+            ),
             ("u/n/a?b#c%.tar", "h/u/n/resolve/main/a%3Fb%23c%25.tar"),
         ] {
             let file = HubFile::parse(text).unwrap();
             assert_eq!(file.resolve("h"), address);
-            assert_eq!(file.to_string(), format!("hf://{text}"));
+            assert_eq!(
+                HubFile::parse(file.to_string().trim_start_matches("hf://")),
+                Ok(file)
+            );
         }
         let model = HubFile::parse("models/u/n/0.tar").unwrap();
         assert_eq!(model.to_string(), "hf://u/n/0.tar");
@@ -158,9 +168,22 @@ mod tests {
 
     #[test]
     fn hub_url_errors_say_the_form() {
-        for text in ["datasets/u", "datasets/u/n", "u", "", "datasets/u/n@/0.tar", "datasets//n/0.tar", "buckets/u/n/0.tar", "datasets/../n/0.tar"] {
+        for text in [
+            "datasets/u",
+            "datasets/u/n",
+            "u",
+            "",
+            "datasets/u/n@/0.tar",
+            "datasets//n/0.tar",
+            "buckets/u/n/0.tar",
+            "models/datasets/n/0.tar",
+            "datasets/../n/0.tar",
+        ] {
             let error = HubFile::parse(text).unwrap_err();
-            assert!(error.contains("hf://datasets/USER/NAME/"), "{text}: {error}");
+            assert!(
+                error.contains("hf://datasets/USER/NAME/"),
+                "{text}: {error}"
+            );
         }
     }
 }

@@ -28,7 +28,9 @@ fn mistake(text: &str) -> Option<String> {
         && ["s3", "http", "https", "hf", "gs", "file"].contains(&scheme)
         && !text[scheme.len()..].starts_with("://")
     {
-        return Some(format!("has one '/' after {scheme}: where two belong: write {scheme}://…"));
+        return Some(format!(
+            "has one '/' after {scheme}: where two belong: write {scheme}://…"
+        ));
     }
     // A query is passed on as it is.
     let path = match text.starts_with("http") {
@@ -47,7 +49,9 @@ fn mistake(text: &str) -> Option<String> {
         ));
     }
     if path.contains('*') {
-        let folder = &path[..path[..path.find('*')?].rfind('/').map_or(0, |slash| slash + 1)];
+        let folder = &path[..path[..path.find('*')?]
+            .rfind('/')
+            .map_or(0, |slash| slash + 1)];
         return Some(if path.starts_with("http") {
             "'*' is not expanded, and folders can't be listed over HTTP: count the shards in braces, as {00000..01210}"
                 .to_owned()
@@ -72,9 +76,11 @@ fn mistake(text: &str) -> Option<String> {
 fn is_several(text: &str) -> bool {
     let scheme_follows = |rest: &str| {
         let rest = rest.trim_start().trim_start_matches(QUOTES);
-        ["s3://", "http://", "https://", "hf://", "gs://", "file://", "pipe:"]
-            .iter()
-            .any(|scheme| rest.starts_with(scheme))
+        [
+            "s3://", "http://", "https://", "hf://", "gs://", "file://", "pipe:",
+        ]
+        .iter()
+        .any(|scheme| rest.starts_with(scheme))
     };
     let mut depth = 0_usize;
     for (at, c) in text.char_indices() {
@@ -125,9 +131,8 @@ pub(super) fn braces(inside: &str) -> Option<String> {
     }
     if first.is_empty() || last.is_empty() {
         let open = between.contains("..") && !(first.is_empty() && last.is_empty());
-        return open.then(|| {
-            format!("{{{inside}}} has only one end: write both, as {{00000..01210}}")
-        });
+        return open
+            .then(|| format!("{{{inside}}} has only one end: write both, as {{00000..01210}}"));
     }
     Some(format!(
         "{{{inside}}} counts nothing: write {{{first}..{last}}}, with two dots and no spaces"
@@ -141,9 +146,9 @@ pub(super) fn unknown_scheme(scheme: &str, rest: &str) -> String {
             "; a bucket of Google's is read as s3://{rest} with [s3] endpoint_url = \"https://storage.googleapis.com\" and an HMAC \
              key, or, if it is public, as https://storage.googleapis.com/{rest}"
         ),
-        "s3a" | "s3n" | "r2" | "minio" | "oss" => format!(
-            "; write s3://{rest}, with [s3] endpoint_url for another server than AWS"
-        ),
+        "s3a" | "s3n" | "r2" | "minio" | "oss" => {
+            format!("; write s3://{rest}, with [s3] endpoint_url for another server than AWS")
+        }
         "az" | "abfs" | "abfss" | "wasb" | "wasbs" => {
             "; a blob of Azure's is read by its https:// URL, signed if it is private".to_owned()
         }
@@ -215,8 +220,18 @@ mod tests {
 
     #[test]
     fn mistake_in_braces_names_the_two_dots() {
-        for inside in ["00000-00003", "00000...00003", "00000:00003", "00000 .. 00003", "00000 - 00003", "00000–00003"] {
-            assert!(braces(inside).unwrap().contains("{00000..00003}"), "{inside}");
+        for inside in [
+            "00000-00003",
+            "00000...00003",
+            "00000:00003",
+            "00000 .. 00003",
+            "00000 - 00003",
+            "00000–00003",
+        ] {
+            assert!(
+                braces(inside).unwrap().contains("{00000..00003}"),
+                "{inside}"
+            );
         }
         assert!(braces("00000..").unwrap().contains("only one end"));
         assert!(braces("..3").unwrap().contains("only one end"));

@@ -35,10 +35,18 @@ const S3_OPTIONS: &[(&[&str], &str)] = &[
     (&["--no-sign-request"], "set [s3] anonymous = true"),
     (&["--request-payer"], "set [s3] requester_pays = true"),
     (&["--ca-bundle"], "set [s3] ca_bundle"),
-    (&["--no-verify-ssl"], "set [s3] ca_bundle to the authority of the server's certificate"),
+    (
+        &["--no-verify-ssl"],
+        "set [s3] ca_bundle to the authority of the server's certificate",
+    ),
     (&["--credentials-file"], "set AWS_SHARED_CREDENTIALS_FILE"),
     (
-        &["--sse-c", "--sse-c-key", "--sse-c-copy-source", "--sse-c-copy-source-key"],
+        &[
+            "--sse-c",
+            "--sse-c-key",
+            "--sse-c-copy-source",
+            "--sse-c-copy-source-key",
+        ],
         "objects under a key of the customer's can't be read",
     ),
     (
@@ -77,7 +85,16 @@ const S5CMD: Program = Program {
     commands: &[&["cat"]],
     names_output: NO_OUTPUT,
     flags: &["--json", "--stat"],
-    values: &["--numworkers", "-r", "--retry-count", "-c", "--concurrency", "-p", "--part-size", "--log"],
+    values: &[
+        "--numworkers",
+        "-r",
+        "--retry-count",
+        "-c",
+        "--concurrency",
+        "-p",
+        "--part-size",
+        "--log",
+    ],
     ..AWS
 };
 const HEADERS: &str = "set data.http_headers; for files of the Hugging Face Hub set HF_TOKEN";
@@ -87,32 +104,130 @@ const CURL: Program = Program {
     commands: &[&[]],
     names_output: NO_OUTPUT,
     flags: &[
-        "-s", "--silent", "-S", "--show-error", "-L", "--location", "-f", "--fail", "--fail-with-body",
-        "--fail-early", "-g", "--globoff", "-#", "--progress-bar", "--no-progress-meter", "-v", "--verbose",
-        "-N", "--no-buffer", "-4", "--ipv4", "-6", "--ipv6", "-0", "--http1.0", "--http1.1", "--http2", "--compressed",
-        "--retry-all-errors", "--retry-connrefused", "--tcp-nodelay", "--tcp-fastopen", "--no-keepalive", "-q",
-        "--disable", "--tlsv1.2", "--tlsv1.3", "--ssl-reqd",
+        "-s",
+        "--silent",
+        "-S",
+        "--show-error",
+        "-L",
+        "--location",
+        "-f",
+        "--fail",
+        "--fail-with-body",
+        "--fail-early",
+        "-g",
+        "--globoff",
+        "-#",
+        "--progress-bar",
+        "--no-progress-meter",
+        "-v",
+        "--verbose",
+        "-N",
+        "--no-buffer",
+        "-4",
+        "--ipv4",
+        "-6",
+        "--ipv6",
+        "-0",
+        "--http1.0",
+        "--http1.1",
+        "--http2",
+        "--compressed",
+        "--retry-all-errors",
+        "--retry-connrefused",
+        "--tcp-nodelay",
+        "--tcp-fastopen",
+        "--no-keepalive",
+        "-q",
+        "--disable",
+        "--tlsv1.2",
+        "--tlsv1.3",
+        "--ssl-reqd",
     ],
     values: &[
-        "--retry", "--retry-delay", "--retry-max-time", "--connect-timeout", "-m", "--max-time", "-y",
-        "--speed-time", "-Y", "--speed-limit", "--limit-rate", "--max-redirs", "--keepalive-time", "--stderr",
+        "--retry",
+        "--retry-delay",
+        "--retry-max-time",
+        "--connect-timeout",
+        "-m",
+        "--max-time",
+        "-y",
+        "--speed-time",
+        "-Y",
+        "--speed-limit",
+        "--limit-rate",
+        "--max-redirs",
+        "--keepalive-time",
+        "--stderr",
     ],
     output: &["-o", "--output"],
     needs_output: false,
     refused: &[
         (&["-H", "--header"], HEADERS),
         (&["--oauth2-bearer"], HEADERS),
-        (&["-b", "--cookie"], "set data.http_headers to the header \"Cookie\""),
-        (&["-A", "--user-agent"], "set data.http_headers to the header \"User-Agent\""),
-        (&["-e", "--referer"], "set data.http_headers to the header \"Referer\""),
-        (&["-u", "--user", "-n", "--netrc", "--netrc-file", "--netrc-optional"], LOGIN),
-        (&["-x", "--proxy", "--socks5", "--socks5-hostname", "--preproxy"], "set HTTPS_PROXY or HTTP_PROXY"),
+        (
+            &["-b", "--cookie"],
+            "set data.http_headers to the header \"Cookie\"",
+        ),
+        (
+            &["-A", "--user-agent"],
+            "set data.http_headers to the header \"User-Agent\"",
+        ),
+        (
+            &["-e", "--referer"],
+            "set data.http_headers to the header \"Referer\"",
+        ),
+        (
+            &[
+                "-u",
+                "--user",
+                "-n",
+                "--netrc",
+                "--netrc-file",
+                "--netrc-optional",
+            ],
+            LOGIN,
+        ),
+        (
+            &[
+                "-x",
+                "--proxy",
+                "--socks5",
+                "--socks5-hostname",
+                "--preproxy",
+            ],
+            "set HTTPS_PROXY or HTTP_PROXY",
+        ),
         (&["--noproxy"], "set NO_PROXY"),
         (&["-k", "--insecure", "--cacert", "--capath"], CERTIFICATES),
-        (&["-E", "--cert", "--key"], "certificates of the client can't be sent"),
-        (&["-r", "--range", "-C", "--continue-at"], "a shard is read whole"),
-        (&["-O", "--remote-name", "-J", "--remote-header-name"], "a shard is read, not written to a file"),
-        (&["-X", "--request", "-d", "--data", "-F", "--form", "-T", "--upload-file", "-I", "--head", "-G", "--get"], "a shard is read by GET"),
+        (
+            &["-E", "--cert", "--key"],
+            "certificates of the client can't be sent",
+        ),
+        (
+            &["-r", "--range", "-C", "--continue-at"],
+            "a shard is read whole",
+        ),
+        (
+            &["-O", "--remote-name", "-J", "--remote-header-name"],
+            "a shard is read, not written to a file",
+        ),
+        (
+            &[
+                "-X",
+                "--request",
+                "-d",
+                "--data",
+                "-F",
+                "--form",
+                "-T",
+                "--upload-file",
+                "-I",
+                "--head",
+                "-G",
+                "--get",
+            ],
+            "a shard is read by GET",
+        ),
     ],
     schemes: &["http://", "https://"],
 };
@@ -120,23 +235,74 @@ const WGET: Program = Program {
     commands: &[&[]],
     names_output: NO_OUTPUT,
     flags: &[
-        "-q", "--quiet", "-nv", "--no-verbose", "-v", "--verbose", "--show-progress", "--retry-connrefused",
-        "-4", "--inet4-only", "-6", "--inet6-only", "--https-only", "--no-hsts",
+        "-q",
+        "--quiet",
+        "-nv",
+        "--no-verbose",
+        "-v",
+        "--verbose",
+        "--show-progress",
+        "--retry-connrefused",
+        "-4",
+        "--inet4-only",
+        "-6",
+        "--inet6-only",
+        "--https-only",
+        "--no-hsts",
     ],
     values: &[
-        "-t", "--tries", "-T", "--timeout", "--dns-timeout", "--connect-timeout", "--read-timeout", "-w", "--wait",
-        "--waitretry", "--limit-rate", "--max-redirect", "--progress",
+        "-t",
+        "--tries",
+        "-T",
+        "--timeout",
+        "--dns-timeout",
+        "--connect-timeout",
+        "--read-timeout",
+        "-w",
+        "--wait",
+        "--waitretry",
+        "--limit-rate",
+        "--max-redirect",
+        "--progress",
     ],
     output: &["-O", "--output-document"],
     needs_output: true,
     refused: &[
         (&["--header"], HEADERS),
-        (&["-U", "--user-agent"], "set data.http_headers to the header \"User-Agent\""),
-        (&["--referer"], "set data.http_headers to the header \"Referer\""),
-        (&["--user", "--password", "--http-user", "--http-password", "--ask-password"], LOGIN),
-        (&["--no-check-certificate", "--ca-certificate", "--ca-directory"], CERTIFICATES),
-        (&["-c", "--continue", "--start-pos"], "a shard is read whole"),
-        (&["--post-data", "--post-file", "--method", "--body-data"], "a shard is read by GET"),
+        (
+            &["-U", "--user-agent"],
+            "set data.http_headers to the header \"User-Agent\"",
+        ),
+        (
+            &["--referer"],
+            "set data.http_headers to the header \"Referer\"",
+        ),
+        (
+            &[
+                "--user",
+                "--password",
+                "--http-user",
+                "--http-password",
+                "--ask-password",
+            ],
+            LOGIN,
+        ),
+        (
+            &[
+                "--no-check-certificate",
+                "--ca-certificate",
+                "--ca-directory",
+            ],
+            CERTIFICATES,
+        ),
+        (
+            &["-c", "--continue", "--start-pos"],
+            "a shard is read whole",
+        ),
+        (
+            &["--post-data", "--post-file", "--method", "--body-data"],
+            "a shard is read by GET",
+        ),
         (&["--no-proxy"], "set NO_PROXY"),
     ],
     ..CURL
@@ -148,7 +314,10 @@ const GSUTIL: Program = Program {
     values: &[],
     refused: &[
         (&["-r"], "a shard is read whole"),
-        (&["-u", "-i", "-o", "-h"], "a bucket is reached as [s3] says"),
+        (
+            &["-u", "-i", "-o", "-h"],
+            "a bucket is reached as [s3] says",
+        ),
     ],
     schemes: &["gs://", "s3://"],
     ..AWS
@@ -159,7 +328,15 @@ const GCLOUD: Program = Program {
     flags: &["-q", "--quiet", "--no-user-output-enabled"],
     refused: &[
         (&["-r", "--range"], "a shard is read whole"),
-        (&["--billing-project", "--project", "--account", "--impersonate-service-account"], "a bucket is reached as [s3] says"),
+        (
+            &[
+                "--billing-project",
+                "--project",
+                "--account",
+                "--impersonate-service-account",
+            ],
+            "a bucket is reached as [s3] says",
+        ),
     ],
     ..GSUTIL
 };
@@ -321,7 +498,11 @@ impl Program {
             [] => !url.contains("://") && !url.starts_with(['@', '-']) && !url.starts_with("pipe:"),
             schemes => schemes.iter().any(|scheme| url.starts_with(scheme)),
         };
-        if fits { Ok(url.clone()) } else { Err(usage()) }
+        if fits {
+            Ok(url.trim().to_owned())
+        } else {
+            Err(usage())
+        }
     }
 }
 
@@ -332,9 +513,15 @@ impl Program {
 fn words(command: &str) -> Result<Vec<String>, String> {
     let mut command = command.trim();
     // Only a failure or a message is discarded by these.
-    while let Some(rest) = ["|| true", "|| :", "|| exit 0", "2>/dev/null", "2> /dev/null"]
-        .iter()
-        .find_map(|end| command.strip_suffix(end))
+    while let Some(rest) = [
+        "|| true",
+        "|| :",
+        "|| exit 0",
+        "2>/dev/null",
+        "2> /dev/null",
+    ]
+    .iter()
+    .find_map(|end| command.strip_suffix(end))
     {
         command = rest.trim_end();
     }
@@ -378,7 +565,9 @@ mod tests {
     use super::*;
 
     fn url(command: &str) -> String {
-        unwrap_pipe(&format!("pipe:{command}")).unwrap().into_owned()
+        unwrap_pipe(&format!("pipe:{command}"))
+            .unwrap()
+            .into_owned()
     }
 
     fn refused(command: &str) -> String {
@@ -392,18 +581,33 @@ mod tests {
         for (command, expected) in [
             ("aws s3 cp s3://b/{0..1}.tar -", "s3://b/{0..1}.tar"),
             ("aws s3 cp --quiet s3://b/0.tar - || true", "s3://b/0.tar"),
-            ("aws --cli-read-timeout=0 s3 cp 's3://b/a b.tar' /dev/stdout", "s3://b/a b.tar"),
-            ("/usr/bin/curl -sSL --retry 3 \"https://h/a?x=1&y=2\"", "https://h/a?x=1&y=2"),
-            ("curl -sfLm60 https://h/a.tar -o - 2>/dev/null", "https://h/a.tar"),
+            (
+                "aws --cli-read-timeout=0 s3 cp 's3://b/a b.tar' /dev/stdout",
+                "s3://b/a b.tar",
+            ),
+            (
+                "/usr/bin/curl -sSL --retry 3 \"https://h/a?x=1&y=2\"",
+                "https://h/a?x=1&y=2",
+            ),
+            (
+                "curl -sfLm60 https://h/a.tar -o - 2>/dev/null",
+                "https://h/a.tar",
+            ),
             ("curl -o- https://h/a.tar", "https://h/a.tar"),
             ("wget -qO- https://h/a.tar", "https://h/a.tar"),
             ("wget -q -O - --tries=3 https://h/a.tar", "https://h/a.tar"),
-            ("wget --output-document=- https://h/a.tar", "https://h/a.tar"),
+            (
+                "wget --output-document=- https://h/a.tar",
+                "https://h/a.tar",
+            ),
             ("s5cmd cat s3://b/0.tar", "s3://b/0.tar"),
             ("gsutil -q cat gs://b/0.tar", "gs://b/0.tar"),
             ("gsutil cp gs://b/0.tar -", "gs://b/0.tar"),
             ("gcloud storage cat gs://b/0.tar", "gs://b/0.tar"),
-            ("cat /data/my\\ shards/{0..1}.tar", "/data/my shards/{0..1}.tar"),
+            (
+                "cat /data/my\\ shards/{0..1}.tar",
+                "/data/my shards/{0..1}.tar",
+            ),
         ] {
             assert_eq!(url(command), expected, "{command}");
         }
@@ -413,26 +617,62 @@ mod tests {
     #[test]
     fn pipe_options_that_change_the_bytes_are_refused_by_name() {
         for (command, names) in [
-            ("curl -s -L https://h/a -H 'Authorization:Bearer hf_test'", ["-H", "data.http_headers"]),
+            (
+                "curl -s -L https://h/a -H 'Authorization:Bearer hf_test'",
+                ["-H", "data.http_headers"],
+            ),
             ("curl -sH'Authorization: x' https://h/a", ["-H", "HF_TOKEN"]),
-            ("curl --header x https://h/a", ["--header", "data.http_headers"]),
+            (
+                "curl --header x https://h/a",
+                ["--header", "data.http_headers"],
+            ),
             ("curl -u me:pw https://h/a", ["-u", "Authorization"]),
             ("curl -sr 0-99 https://h/a", ["-r", "whole"]),
-            ("curl -x http://proxy:3128 https://h/a", ["-x", "HTTPS_PROXY"]),
+            (
+                "curl -x http://proxy:3128 https://h/a",
+                ["-x", "HTTPS_PROXY"],
+            ),
             ("curl -k https://h/a", ["-k", "ca_bundle"]),
             ("curl -o x.tar https://h/a", ["-o", "URL alone"]),
             ("curl --foo https://h/a", ["--foo", "not known"]),
             ("wget https://h/a", ["-O -", "URL alone"]),
-            ("wget -qO- --header=x https://h/a", ["--header", "data.http_headers"]),
-            ("aws s3 cp s3://b/k - --profile p", ["--profile", "AWS_PROFILE"]),
-            ("aws s3 cp s3://b/k - --no-sign-request", ["--no-sign-request", "anonymous"]),
-            ("aws --region=x s3 cp s3://b/k -", ["--region", "[s3] region"]),
-            ("aws s3 cp --request-payer requester s3://b/k -", ["--request-payer", "requester_pays"]),
-            ("aws s3 cp --endpoint-url=https://m s3://b/k -", ["--endpoint-url", "[s3] endpoint_url"]),
-            ("s5cmd --endpoint-url https://m cat s3://b/k", ["--endpoint-url", "[s3] endpoint_url"]),
-            ("AWS_PROFILE=p aws s3 cp s3://b/k -", ["AWS_PROFILE=", "environment"]),
+            (
+                "wget -qO- --header=x https://h/a",
+                ["--header", "data.http_headers"],
+            ),
+            (
+                "aws s3 cp s3://b/k - --profile p",
+                ["--profile", "AWS_PROFILE"],
+            ),
+            (
+                "aws s3 cp s3://b/k - --no-sign-request",
+                ["--no-sign-request", "anonymous"],
+            ),
+            (
+                "aws --region=x s3 cp s3://b/k -",
+                ["--region", "[s3] region"],
+            ),
+            (
+                "aws s3 cp --request-payer requester s3://b/k -",
+                ["--request-payer", "requester_pays"],
+            ),
+            (
+                "aws s3 cp --endpoint-url=https://m s3://b/k -",
+                ["--endpoint-url", "[s3] endpoint_url"],
+            ),
+            (
+                "s5cmd --endpoint-url https://m cat s3://b/k",
+                ["--endpoint-url", "[s3] endpoint_url"],
+            ),
+            (
+                "AWS_PROFILE=p aws s3 cp s3://b/k -",
+                ["AWS_PROFILE=", "environment"],
+            ),
             ("gsutil cat -r 0-9 gs://b/k", ["-r", "whole"]),
-            ("aws s3 cp s3://b/k k.tar", ["aws s3 cp URL", "standard output"]),
+            (
+                "aws s3 cp s3://b/k k.tar",
+                ["aws s3 cp URL", "standard output"],
+            ),
             ("aws s3 sync s3://b/k -", ["aws s3 cp URL", "URL alone"]),
             ("curl https://h/a https://h/b", ["curl URL", "URL alone"]),
             ("cat a.tar b.tar", ["cat URL", "URL alone"]),

@@ -65,7 +65,10 @@ mod tests {
     fn redact_hides_passwords_signatures_and_options() {
         for (text, shown) in [
             ("https://h/a.tar?sig=x/@y", "https://h/a.tar?REDACTED"),
-            ("https://user:pw@h:8/a@b.tar", "https://REDACTED@h:8/a@b.tar"),
+            (
+                "https://user:pw@h:8/a@b.tar",
+                "https://REDACTED@h:8/a@b.tar",
+            ),
             ("s3://b/a?c@d.tar", "s3://b/a?c@d.tar"),
             ("/data/a.tar", "/data/a.tar"),
             (
@@ -79,6 +82,9 @@ mod tests {
             assert_eq!(redact(text), shown);
         }
         let patterns = ["a.tar::https://h/b?c".to_owned(), "c.tar".to_owned()];
-        assert_eq!(redact_patterns(&patterns), "a.tar::https://h/b?REDACTED, c.tar");
+        assert_eq!(
+            redact_patterns(&patterns),
+            "a.tar::https://h/b?REDACTED, c.tar"
+        );
     }
 }

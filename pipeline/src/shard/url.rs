@@ -317,7 +317,10 @@ mod tests {
             "b.tar"
         );
         let hub: ShardUrl = "hf://datasets/u/n/a/b.tar".parse().unwrap();
-        assert_eq!((hub.to_string(), hub.name()), ("hf://datasets/u/n/a/b.tar".into(), "b.tar".into()));
+        assert_eq!(
+            (hub.to_string(), hub.name()),
+            ("hf://datasets/u/n/a/b.tar".into(), "b.tar".into())
+        );
         assert!(!hub.is_folder() && hub.folder().unwrap().is_folder());
         let stdin: ShardUrl = " - ".parse().unwrap();
         assert_eq!(stdin.location(), &Location::Stdin);

@@ -42,7 +42,14 @@ impl FromStr for HttpHeader {
             .ok_or_else(|| format!("has no ':' after the header's name; {FORM}"))?;
         let name = HeaderName::from_str(name.trim())
             .map_err(|_| format!("has no valid name of a header; {FORM}"))?;
-        let own = ["host", "range", "connection", "content-length", "transfer-encoding", "accept-encoding"];
+        let own = [
+            "host",
+            "range",
+            "connection",
+            "content-length",
+            "transfer-encoding",
+            "accept-encoding",
+        ];
         if own.contains(&name.as_str()) || name.as_str().starts_with("if-") {
             return Err(format!("sets the header {name}, which coffey sets itself"));
         }
@@ -67,7 +74,10 @@ impl FromStr for HttpHeader {
 
 impl HttpHeader {
     /// The value, with each `${NAME}` replaced.
-    fn fill(&self, mut variable: impl FnMut(&str) -> Option<String>) -> Result<HeaderValue, String> {
+    fn fill(
+        &self,
+        mut variable: impl FnMut(&str) -> Option<String>,
+    ) -> Result<HeaderValue, String> {
         let mut value = String::new();
         let mut rest = self.template.as_str();
         while let Some((before, after)) = rest.split_once("${") {
@@ -106,9 +116,14 @@ impl ServerHeaders {
                 header: format!("{} {}", header.origin, header.name),
                 cause,
             })?;
-            all.0.push((header.origin.clone(), header.name.clone(), value));
+            all.0
+                .push((header.origin.clone(), header.name.clone(), value));
         }
-        let endpoint = hub.endpoint.as_ref().ok().and_then(|url| Url::parse(url).ok());
+        let endpoint = hub
+            .endpoint
+            .as_ref()
+            .ok()
+            .and_then(|url| Url::parse(url).ok());
         if let (Some(endpoint), Some(token)) = (endpoint, &hub.token) {
             let origin = endpoint.origin().ascii_serialization();
             let is_set = |(server, name, _): &(String, HeaderName, _)| {
@@ -118,8 +133,9 @@ impl ServerHeaders {
                 let value = HeaderValue::from_str(&format!("Bearer {token}"));
                 let mut value = value.map_err(|_| SourceError::Header {
                     header: format!("{origin} {AUTHORIZATION}"),
-                    cause: "the token of the Hub (HF_TOKEN) has a character that no header may have"
-                        .to_owned(),
+                    cause:
+                        "the token of the Hub (HF_TOKEN) has a character that no header may have"
+                            .to_owned(),
                 })?;
                 value.set_sensitive(true);
                 all.0.push((origin, AUTHORIZATION, value));
@@ -153,12 +169,22 @@ mod tests {
     fn http_header_names_a_server_and_a_variable() {
         let header = parsed("https://Data.org:443 Authorization: Bearer ${COFFEY_T}").unwrap();
         assert_eq!(header.origin, "https://data.org");
-        let value = header.fill(|name| (name == "COFFEY_T").then(|| "abc".to_owned())).unwrap();
+        let value = header
+            .fill(|name| (name == "COFFEY_T").then(|| "abc".to_owned()))
+            .unwrap();
         assert_eq!(value.to_str().unwrap(), "Bearer abc");
         assert!(!format!("{value:?}").contains("abc"));
-        assert!(header.fill(|_| None).unwrap_err().contains("COFFEY_T is not set"));
+        assert!(
+            header
+                .fill(|_| None)
+                .unwrap_err()
+                .contains("COFFEY_T is not set")
+        );
         for (text, words) in [
-            ("https://h Authorization: Bearer s3cret", "environment variable"),
+            (
+                "https://h Authorization: Bearer s3cret",
+                "environment variable",
+            ),
             ("https://h", "has no header"),
             ("h Authorization: ${T}", "begin with a server"),
             ("https://h/path Authorization: ${T}", "begin with a server"),
@@ -169,7 +195,10 @@ mod tests {
             ("https://h Range: ${T}", "sets itself"),
         ] {
             let error = parsed(text).unwrap_err();
-            assert!(error.contains(words) && !error.contains("s3cret"), "{text}: {error}");
+            assert!(
+                error.contains(words) && !error.contains("s3cret"),
+                "{text}: {error}"
+            );
         }
     }
 
@@ -183,7 +212,12 @@ mod tests {
         assert!(!format!("{hub:?} {headers:?}").contains("s3cret"));
         let of = |url: &str| headers.of(&Url::parse(url).unwrap());
         assert_eq!(of("https://hub.org/x")[AUTHORIZATION], "Bearer hf_s3cret");
-        for other in ["http://hub.org/x", "https://hub.org:444/x", "https://cdn.hub.org/x", "https://hub.org.evil/x"] {
+        for other in [
+            "http://hub.org/x",
+            "https://hub.org:444/x",
+            "https://cdn.hub.org/x",
+            "https://hub.org.evil/x",
+        ] {
             assert!(of(other).is_empty(), "{other}");
         }
         let missing = parsed("https://h A: ${COFFEY_NO_SUCH_VARIABLE}").unwrap();

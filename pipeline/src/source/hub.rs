@@ -38,10 +38,12 @@ impl Sources {
         folder: &HubFile,
     ) -> Result<Vec<ShardUrl>, SourceError> {
         let paths = self.hub_files(url, folder, true).await?;
-        let files = paths.into_iter().map(|path| ShardUrl::hub(HubFile {
-            path,
-            ..folder.clone()
-        }));
+        let files = paths.into_iter().map(|path| {
+            ShardUrl::hub(HubFile {
+                path,
+                ..folder.clone()
+            })
+        });
         Ok(files.filter(ShardUrl::is_shard).collect())
     }
 
@@ -66,10 +68,13 @@ impl Sources {
                     return Err(refusal(url, &response, 0));
                 }
                 let next = next_page(&response);
-                let body = response.bytes().await.map_err(|error| RequestFailure::Passing {
-                    reason: "body",
-                    cause: causes(&error.without_url()),
-                })?;
+                let body = response
+                    .bytes()
+                    .await
+                    .map_err(|error| RequestFailure::Passing {
+                        reason: "body",
+                        cause: causes(&error.without_url()),
+                    })?;
                 let entries: Vec<Entry> = serde_json::from_slice(&body).map_err(|error| {
                     RequestFailure::Fatal(SourceError::Refused {
                         url: url.redacted(),
@@ -103,7 +108,9 @@ impl Sources {
 /// The address of the next page, from `Link: <…>; rel="next"`.
 fn next_page(response: &Response) -> Option<String> {
     let links = response.headers().get(LINK)?.to_str().ok()?;
-    let next = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    let next = links
+        .split(',')
+        .find(|link| link.contains("rel=\"next\""))?;
     let (target, _) = next.trim().strip_prefix('<')?.split_once('>')?;
     response.url().join(target).ok().map(String::from)
 }

@@ -21,10 +21,14 @@ pub struct ShardList {
 impl ShardList {
     /// The shards that no listing gave: they may be missing.
     pub fn unlisted(&self) -> impl Iterator<Item = &ShardUrl> {
-        let starts = [0].into_iter().chain(self.listed.iter().map(|range| range.end));
+        let starts = [0]
+            .into_iter()
+            .chain(self.listed.iter().map(|range| range.end));
         let ends = self.listed.iter().map(|range| range.start);
         let ends = ends.chain([self.shards.len()]);
-        starts.zip(ends).flat_map(|(start, end)| &self.shards[start..end])
+        starts
+            .zip(ends)
+            .flat_map(|(start, end)| &self.shards[start..end])
     }
 }
 

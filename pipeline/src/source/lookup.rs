@@ -124,7 +124,10 @@ impl Sources {
             for part in names.chunks(keys) {
                 listings.push(Listing {
                     folder: folder.clone(),
-                    names: part.iter().map(|(name, index)| ((*name).to_owned(), *index)).collect(),
+                    names: part
+                        .iter()
+                        .map(|(name, index)| ((*name).to_owned(), *index))
+                        .collect(),
                     after,
                 });
                 after = part.last().map(|(name, _)| (*name).to_owned());
@@ -253,7 +256,11 @@ impl Sources {
 }
 
 /// Requests the first byte of a shard. The rest of the body of a server that ignores ranges is not read.
-async fn first_byte(client: &HttpClient, url: &ShardUrl, address: &str) -> Result<(), RequestFailure> {
+async fn first_byte(
+    client: &HttpClient,
+    url: &ShardUrl,
+    address: &str,
+) -> Result<(), RequestFailure> {
     let mut fields = HeaderMap::new();
     fields.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
     let response = client.send(url, Method::GET, address, &fields).await?;
@@ -300,10 +307,12 @@ enum Probe {
 
 async fn look_at(files: Vec<(ShardUrl, PathBuf)>) -> Vec<Answer> {
     let look = move || {
-        let answers = files.iter().map(|(url, path)| match std::fs::metadata(path) {
-            Ok(_) => Answer::Readable,
-            Err(error) => Answer::Missing(local::failed(url, &error)),
-        });
+        let answers = files
+            .iter()
+            .map(|(url, path)| match std::fs::metadata(path) {
+                Ok(_) => Answer::Readable,
+                Err(error) => Answer::Missing(local::failed(url, &error)),
+            });
         answers.collect()
     };
     match tokio::task::spawn_blocking(look).await {
@@ -344,8 +353,7 @@ impl Listing {
         // A prefix may hold many other objects: requests one by one are then faster.
         let most_pages = 4 + self.names.len() / 100;
         for _ in 0..most_pages {
-            let mut budget =
-                RetryBudget::new(self.folder.redacted(), options, s3.server().clone());
+            let mut budget = RetryBudget::new(self.folder.redacted(), options, s3.server().clone());
             let page = loop {
                 let after = self.after.as_deref().filter(|_| token.is_none());
                 let request = s3.list_page(&self.folder, (bucket, prefix), after, token.as_deref());

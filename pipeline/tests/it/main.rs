@@ -19,6 +19,8 @@ mod inspect;
 mod latents;
 mod limits;
 #[cfg(feature = "embedded-s3")]
+mod lookup;
+#[cfg(feature = "embedded-s3")]
 mod memory;
 mod network;
 #[cfg(feature = "embedded-s3")]
