@@ -71,7 +71,8 @@ pub use order::{Cursor, Order};
 pub use plural::counted;
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
-    CacheCounts, CacheOptions, ObjectInfo, S3Options, SourceError, SourceOptions, Sources,
+    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, ObjectInfo, S3Options, ShardList,
+    SourceError, SourceOptions, Sources,
 };
 pub use stream::{
     Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkipExample,

@@ -146,8 +146,11 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         Ok(((data, models), folders.join(", VAE ")))
     })?;
     let shards = report.step("sources", || {
-        let shards = data.shards(&config.data.shards)?;
-        let message = format!("shards: {}, the first is {}", shards.len(), shards[0]);
+        let list = data.shards(&config.data.shards)?;
+        let looked_up = data.look_up(&config, list.unlisted())?;
+        let shards = list.shards;
+        let first = shards[0].redacted();
+        let message = format!("shards: {}{looked_up}; the first is {first}", shards.len());
         Ok((shards, message))
     })?;
     let latents = match config.data.latents() {

@@ -7,11 +7,11 @@ use clap::Args;
 use coffey_pipeline::inspect::{
     self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
 };
-use coffey_pipeline::{ShardUrl, counted};
+use coffey_pipeline::{ShardUrl, SourceOptions, counted};
 use serde::Serialize;
 
 use super::Failure;
-use super::resources::DataAccess;
+use super::resources::{DataAccess, source_options};
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
 
@@ -21,7 +21,7 @@ const LISTED_PROBLEMS: usize = 3;
 /// Options of `coffey inspect`.
 #[derive(Args, Debug)]
 pub(super) struct InspectArgs {
-    /// Shards: s3://, http(s)://, file paths or -; braces expand, @FILE is a list, a trailing / lists a folder. S3 is reached as the AWS environment
+    /// Shards: s3://, http(s)://, hf://, file paths or -; braces expand, @FILE is a list, a trailing / lists a folder. S3 is reached as the AWS environment
     /// says, or `[s3]` of --config. Without any: the shards of --config.
     #[arg(value_name = "URL", required_unless_present = "config")]
     urls: Vec<String>,
@@ -135,6 +135,10 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
         }
     };
     config.require_bench()?;
+    let options = SourceOptions {
+        cache: None,
+        ..source_options(&config)
+    };
     let resolution = config.image.resolution;
     let is_chosen = args.config.is_some() || config.is_written("image.resolution");
     let wanted = InspectOptions {
@@ -147,8 +151,8 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     } else {
         args.urls
     };
-    let data = DataAccess::open(config.s3)?;
-    let shards = data.shards(&urls)?;
+    let data = DataAccess::open(options)?;
+    let shards = data.shards(&urls)?.shards;
     let mut report = InspectReport::default();
     let mut across = CrossShardCheck::default();
     let mut manifests = Manifests::default();

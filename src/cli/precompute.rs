@@ -1,12 +1,13 @@
 //! `coffey precompute`: image shards in, latent shards out.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Stream, StreamError, counted};
+use coffey_pipeline::{ShardUrl, Stream, StreamError, counted};
 
 use super::ranks::RankArgs;
 use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
@@ -76,7 +77,8 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let models = data.until_cancelled(&cancel, || {
         data.models(&config, &required.teacher, Components::encoding)
     })?;
-    let shards = data.shards(&config.data.shards)?;
+    let list = data.shards(&config.data.shards)?;
+    let shards = list.shards.clone();
     if shards.len() < rank.world {
         let (shards, world) = (shards.len(), rank.world);
         return Err(StreamError::TooFewShards { shards, world }.into());
@@ -108,6 +110,14 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             "{} already in {output} (by the manifest and their sizes; contents were not read again)",
             counted(there, "shard")
         );
+    }
+
+    // The shards of other ranks are theirs, and a finished shard is not read again.
+    let remaining: BTreeSet<&ShardUrl> = writer.remaining().iter().collect();
+    let to_read = list.unlisted().filter(|url| remaining.contains(url));
+    let looked_up = data.until_cancelled(&cancel, || data.look_up(&config, to_read))?;
+    if !looked_up.is_empty() {
+        errln!("{} to read{looked_up}", counted(remaining.len(), "shard"));
     }
 
     let started = Instant::now();
@@ -151,7 +161,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
 /// `--finish`: joins manifests without reading models or images.
 fn finish(config: &Config, output: &str) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(config))?;
-    let shards = data.shards(&config.data.shards)?;
+    let shards = data.shards(&config.data.shards)?.shards;
     let place = data.sources.destination(output, data.runtime.handle())?;
     let Joined { manifest, missing } = join(&place, &shards)?;
     if missing.is_empty() {

@@ -1,13 +1,14 @@
 //! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, Content, FlowMetrics, ShardUrl, SourceOptions, Sources, StreamConfig,
+    CacheOptions, Content, FlowMetrics, HubOptions, LookUp, ShardList, ShardUrl, SourceOptions,
+    Sources, StreamConfig,
 };
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -15,9 +16,13 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::device;
+use crate::hub::Settings;
 use crate::latents::{LatentSource, LatentSourceError};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
+
+/// Shards from which a look-up is announced.
+const ANNOUNCED: usize = 10_000;
 
 /// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
@@ -95,8 +100,41 @@ impl DataAccess {
     }
 
     /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
-    pub(super) fn shards(&self, urls: &[String]) -> Result<Vec<ShardUrl>, Failure> {
+    pub(super) fn shards(&self, urls: &[String]) -> Result<ShardList, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
+    }
+
+    /// Looks up whether `shards` are there, unless the configuration says not to. Returns the end of a message: how long it
+    /// took.
+    pub(super) fn look_up<'a>(
+        &self,
+        config: &Config,
+        shards: impl IntoIterator<Item = &'a ShardUrl>,
+    ) -> Result<String, Failure> {
+        if !config.data.check_shards {
+            return Ok(String::new());
+        }
+        let shards: Vec<&ShardUrl> = shards.into_iter().collect();
+        if shards.len() >= ANNOUNCED {
+            errln!(
+                "looking up {} shards (data.check_shards = false leaves this out)",
+                shards.len()
+            );
+        }
+        let start = Instant::now();
+        let LookUp { shards, unknown } = self.runtime.block_on(self.sources.look_up(shards))?;
+        if unknown > 0 {
+            errln!(
+                "warning: whether {unknown} of {shards} shards are there is not known: their servers answer neither HEAD nor a request for one byte"
+            );
+        }
+        Ok(match shards {
+            0 => String::new(),
+            shards => format!(
+                ", {shards} of them looked up in {:.2} s",
+                start.elapsed().as_secs_f64()
+            ),
+        })
     }
 
     /// The manifests of `shards` if the configuration says that they hold latents. Replaces `[image]` by the settings the latents were
@@ -126,11 +164,35 @@ impl From<LatentSourceError> for Failure {
     }
 }
 
-/// `[s3]`, and the cache of `[data]`.
+/// The Hub as the environment says, for `hf://` shards.
+pub(super) fn hub_options() -> HubOptions {
+    match Settings::from_env() {
+        Ok(settings) => HubOptions {
+            endpoint: match settings.offline {
+                true => Err("HF_HUB_OFFLINE is set, and this is on the Hub".to_owned()),
+                false => Ok(settings.endpoint),
+            },
+            token: settings.token.map(|token| token.secret().to_owned()),
+        },
+        Err(error) => HubOptions {
+            endpoint: Err(error.to_string()),
+            token: None,
+        },
+    }
+}
+
+/// `[s3]`, the cache and the headers of `[data]`, and the Hub.
 pub(super) fn source_options(config: &Config) -> SourceOptions {
     let data = &config.data;
+    // The configuration was checked when it was read.
+    let headers = data
+        .http_headers
+        .iter()
+        .filter_map(|text| text.parse().ok());
     SourceOptions {
         s3: config.s3.clone(),
+        http_headers: headers.collect(),
+        hub: hub_options(),
         cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
             folder: folder.clone(),
             limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use coffey_pipeline::order::Order;
+use coffey_pipeline::shard::redact_patterns;
 use coffey_pipeline::{Stream, StreamConfig, counted};
 
 use super::resources::{
@@ -49,9 +50,11 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let models = access.until_cancelled(&cancel, || {
         access.models(&config, &required.teacher, Components::training)
     })?;
-    errln!("opening {}", config.data.shards.join(", "));
-    let shards = access.shards(&config.data.shards)?;
-    errln!("{}", counted(shards.len(), "shard"));
+    errln!("opening {}", redact_patterns(&config.data.shards));
+    let list = access.shards(&config.data.shards)?;
+    let looked_up = access.until_cancelled(&cancel, || access.look_up(&config, list.unlisted()))?;
+    let shards = list.shards;
+    errln!("{}{looked_up}", counted(shards.len(), "shard"));
     let latents = access.latents(&mut config, &shards)?;
     if let Some(latents) = &latents {
         latents.check(&models)?;

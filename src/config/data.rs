@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use coffey_pipeline::{Filter, StreamConfig};
+use coffey_pipeline::{Filter, HttpHeader, StreamConfig};
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -14,10 +14,14 @@ use super::limits::Limits;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Data {
-    /// Shard URLs before expansion: `s3://`, `http(s)://`, file paths, `-`, braces, prefixes ending in `/`, `@list.txt`,
+    /// Shard URLs before expansion: `s3://`, `http(s)://`, `hf://`, file paths, `-`, braces, prefixes ending in `/`, `@list.txt`,
     /// and the reference's `pipe:aws s3 cp … -`. A string is a list of one. Required. `--train_shards_path_or_url`
     #[serde(deserialize_with = "one_or_many")]
     pub shards: Vec<String>,
+    /// Look up before the run whether every shard is there. No flag.
+    pub check_shards: bool,
+    /// Headers of requests for `http(s)://` shards, each `https://HOST NAME: VALUE` with `${VARIABLE}` in the value. No flag.
+    pub http_headers: Vec<String>,
     /// What the shards hold. No flag.
     pub kind: DataKind,
     /// Source of the text embeddings, for latents only; [`TextFrom::Embeds`] when unset. No flag.
@@ -60,6 +64,8 @@ impl Default for Data {
         let stream = StreamConfig::default();
         Self {
             shards: Vec::new(),
+            check_shards: true,
+            http_headers: Vec::new(),
             kind: DataKind::Images,
             text_from: None,
             image_keys: stream.image_keys,
@@ -92,6 +98,11 @@ impl Data {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
         limits.written("data.shards")?;
         limits.words("data.shards", &self.shards)?;
+        for header in &self.http_headers {
+            if let Err(needs) = header.parse::<HttpHeader>() {
+                limits.check("data.http_headers", without_value(header), false, &needs)?;
+            }
+        }
         limits.words("data.image_keys", &self.image_keys)?;
         limits.words("data.caption_keys", &self.caption_keys)?;
         match (self.kind, self.text_from) {
@@ -130,6 +141,17 @@ impl Data {
             Some(filter) => check_filter(filter, limits),
             None => Ok(()),
         }
+    }
+}
+
+/// A header for a message: its value may be a secret.
+fn without_value(header: &str) -> String {
+    match header.split_once(char::is_whitespace) {
+        Some((server, field)) if server.contains("://") && !server.contains('@') => {
+            let name = field.split_once(':').map_or("", |(name, _)| name);
+            format!("\"{server} {name}: …\"")
+        }
+        _ => "\"…\"".to_owned(),
     }
 }
 

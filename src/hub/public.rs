@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use crate::config::{Config, ModelPlace, ModelRef};
 
 /// Keys and tables that describe the machine.
-const PRIVATE: [&str; 13] = [
+const PRIVATE: [&str; 14] = [
     "s3",
     "metrics",
     "latents",
@@ -16,6 +16,7 @@ const PRIVATE: [&str; 13] = [
     "encode",
     "data.cache_dir",
     "data.cache_limit_gb",
+    "data.http_headers",
     "train.output",
     "train.scratch",
     "train.device",
@@ -79,7 +80,7 @@ pub(super) fn public_config(config: &Config, teacher: &PublicModel) -> String {
 pub(super) fn public_url(shard: &str) -> String {
     let parts = shard.split("::").map(|part| {
         let part = part.trim();
-        let urls = ["s3://", "https://", "http://"];
+        let urls = ["s3://", "https://", "http://", "hf://"];
         let Some(start) = urls.iter().filter_map(|scheme| part.find(scheme)).min() else {
             return part.rsplit('/').next().unwrap_or_default().to_owned();
         };
@@ -105,6 +106,10 @@ mod tests {
                 "s3://bucket/{00000..01210}.tar",
             ),
             ("pipe:aws s3 cp s3://b/{0..3}.tar -", "s3://b/{0..3}.tar"),
+            (
+                "hf://datasets/u/n@v/{0..3}.tar",
+                "hf://datasets/u/n@v/{0..3}.tar",
+            ),
             (
                 "pipe:curl -H 'token: x' https://u:p@h/a.tar?k=v || true",
                 "https://h/a.tar",

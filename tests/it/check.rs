@@ -177,8 +177,25 @@ fn check_stops_at_first_fault() {
     faulty(
         "data.shards=s3://emoji/99999.tar",
         1,
-        "first sample",
+        "sources",
         &["99999.tar", "not found"],
+    );
+    faulty(
+        "data.shards=s3://emoji/{00002..00005}.tar",
+        1,
+        "sources",
+        &[
+            "2 of 4 shards",
+            "00004.tar",
+            "00005.tar",
+            "data.check_shards",
+        ],
+    );
+    faulty(
+        "data.http_headers=[\"https://h Authorization: Bearer s3cret\"]",
+        2,
+        "configuration",
+        &["data.http_headers", "environment variable"],
     );
     faulty(
         "data.shards=Cargo.toml",
@@ -217,6 +234,31 @@ fn check_and_bench_judge_by_more_than_the_first_shard() {
         &check(&folder, &["-s", &data]),
         &["no sample can be used", "which is empty: 0 bytes"],
     );
+}
+
+#[test]
+fn check_looks_no_shard_up_if_told_so() {
+    let folder = TempDir::new().unwrap();
+    let gap = ["-s", "data.shards=s3://emoji/{00003..00004}.tar"];
+    refuse(1, &check(&folder, &gap), &["1 of 2 shards", "00004.tar"]);
+    let printed = succeed(&check(
+        &folder,
+        &[&gap[..], &["-s", "data.check_shards=false"]].concat(),
+    ));
+    assert!(printed.contains("shards: 2;"), "{printed}");
+}
+
+#[test]
+fn header_values_are_in_no_output() {
+    let folder = TempDir::new().unwrap();
+    let shown = |set: &str| {
+        let (out, err) = run(command(&check(&folder, &["-s", set])), 2);
+        assert!(!format!("{out}{err}").contains("s3cret"), "{out}{err}");
+    };
+    shown("data.http_headers=[\"https://h Authorization: Bearer s3cret\"]");
+    shown("data.http_headers=[\"Authorization: Bearer s3cret\"]");
+    shown("data.shards=\"pipe:curl -H 'Authorization: Bearer s3cret' https://h/0.tar\"");
+    shown("data.shards=\"pipe:curl -u me:s3cret https://h/0.tar\"");
 }
 
 #[test]

@@ -444,6 +444,20 @@ fn precompute_refuses_bad_input() {
     let out = folder.path().join("out");
     let missing = ["-s", "data.shards=s3://emoji/none.tar"];
     refused(precompute(&out, &missing), 1, &["s3://emoji/none.tar"]);
+    // All at once, and only those of the rank.
+    let gaps = ["-s", "data.shards=s3://emoji/{00002..00006}.tar"];
+    refused(
+        precompute(&out, &gaps),
+        1,
+        &["3 of 5 shards", "00004.tar", "00005.tar", "00006.tar"],
+    );
+    let share = [&gaps[..], &["--rank", "0", "--world", "2"]].concat();
+    let said = refused(
+        precompute(&out, &share),
+        1,
+        &["2 of 3 shards", "00004.tar", "00006.tar"],
+    );
+    assert!(!said.contains("00005.tar"), "{said}");
     fs::write(folder.path().join("text.tar"), "not a tar at all").unwrap();
     let shard = format!("data.shards={}", folder.path().join("text.tar").display());
     let text = ["text.tar", "is not a tar: it is text (not a tar at all)"];

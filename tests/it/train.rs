@@ -384,8 +384,18 @@ fn train_refuses_bad_input() {
         &[
             "data.shards=s3://emoji/{00003..00004}.tar",
             "data.resample_shards=false",
+            "data.check_shards=false",
         ],
         &["s3://emoji/00004.tar"],
+    );
+    refused(
+        1,
+        &["data.shards=s3://emoji/{00003..00005}.tar"],
+        &[
+            "2 of 3 shards",
+            "s3://emoji/00004.tar",
+            "s3://emoji/00005.tar",
+        ],
     );
     refused(
         1,

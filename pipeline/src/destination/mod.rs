@@ -100,6 +100,8 @@ impl Sources {
     ) -> Result<Destination, SourceError> {
         let url: ShardUrl = if target.starts_with("s3://") && !target.ends_with('/') {
             format!("{target}/").parse()?
+        } else if !target.contains("://") && !["", "-"].contains(&target) {
+            ShardUrl::file(target)
         } else {
             target.parse()?
         };
@@ -109,10 +111,12 @@ impl Sources {
                 let bucket = Bucket::new(self.clone(), runtime.clone(), bucket, key, parts);
                 Ok(Destination(Backend::Bucket(Arc::new(bucket))))
             }
-            Location::Http(_) | Location::Stdin => Err(SourceError::Unsupported {
-                url: url.redacted(),
-                cause: "can't be written to; name a folder or s3://bucket/prefix/".to_owned(),
-            }),
+            Location::Http(_) | Location::Hub(_) | Location::Stdin => {
+                Err(SourceError::Unsupported {
+                    url: url.redacted(),
+                    cause: "can't be written to; name a folder or s3://bucket/prefix/".to_owned(),
+                })
+            }
         }
     }
 }

@@ -106,6 +106,24 @@ pub enum SourceError {
         /// The fault.
         cause: String,
     },
+    /// A header for HTTP shards can't be sent.
+    #[error("data.http_headers: {header}: {cause}")]
+    Header {
+        /// The server and the header's name.
+        header: String,
+        /// The fault.
+        cause: String,
+    },
+    /// Shards were looked up before the run, and some of them can't be read.
+    #[error("{found}: {named}{hint}")]
+    Missing {
+        /// How many of how many.
+        found: String,
+        /// The first of them, each with its cause.
+        named: String,
+        /// Things to check.
+        hint: String,
+    },
     /// Standard input was opened a second time.
     #[error(
         "-: standard input can be read once, and this is the second time: a second epoch, data.resample_shards = true, or a \
@@ -249,6 +267,7 @@ impl SourceError {
             Self::Unsupported { .. }
             | Self::Embedded { .. }
             | Self::CaBundle { .. }
+            | Self::Header { .. }
             | Self::Url(_)
             | Self::List { .. } => true,
             Self::NotFound { .. }
@@ -262,6 +281,7 @@ impl SourceError {
             | Self::StdinAgain
             | Self::WrongRegion { .. }
             | Self::EmptyFolder { .. }
+            | Self::Missing { .. }
             | Self::Changed { .. }
             | Self::Unreachable { .. }
             | Self::Exhausted { .. }

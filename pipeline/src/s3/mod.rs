@@ -7,6 +7,7 @@ mod client;
 mod connect;
 mod credentials;
 mod error;
+mod lookup;
 mod operation;
 mod options;
 mod paging;

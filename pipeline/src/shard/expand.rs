@@ -1,6 +1,8 @@
 //! Patterns to URLs: `::`, braces, and the `pipe:` commands of older scripts. Purely text.
 
-use super::url::{ShardUrl, UrlError, invalid, unwrap_pipe};
+use super::mistakes;
+use super::pipe::unwrap_pipe;
+use super::url::{ShardUrl, UrlError, invalid};
 
 /// Most shards of one pattern: a pattern with more is a mistake.
 const MAX_EXPANSION: usize = if cfg!(any(test, feature = "fuzzing")) {
@@ -62,7 +64,8 @@ pub(crate) fn split(patterns: &str) -> Vec<&str> {
 /// Expands one pattern without `::`.
 pub(crate) fn expand_one(pattern: &str) -> Result<Vec<ShardUrl>, UrlError> {
     let pattern = unwrap_pipe(pattern.trim())?;
-    let urls = expand_braces(pattern)?;
+    mistakes::refuse(&pattern)?;
+    let urls = expand_braces(&pattern)?;
     urls.iter().map(|url| url.parse()).collect()
 }
 
@@ -104,10 +107,13 @@ fn expand_braces(pattern: &str) -> Result<Vec<String>, UrlError> {
         match sequence(pattern, inside)? {
             Some(sequence) => sequence,
             // As in a shell: braces that list nothing are kept.
-            None => expand_braces(inside)?
-                .into_iter()
-                .map(|text| format!("{{{text}}}"))
-                .collect(),
+            None => match mistakes::braces(inside) {
+                Some(reason) => return Err(invalid(pattern, reason)),
+                None => expand_braces(inside)?
+                    .into_iter()
+                    .map(|text| format!("{{{text}}}"))
+                    .collect(),
+            },
         }
     } else {
         let mut parts = Vec::new();
@@ -231,6 +237,15 @@ mod tests {
     }
 
     #[test]
+    fn expand_braces_of_hub_urls() {
+        assert_eq!(
+            expanded("hf://datasets/u/n@v1/{0..1}.tar"),
+            ["hf://datasets/u/n@v1/0.tar", "hf://datasets/u/n@v1/1.tar"]
+        );
+        assert_eq!(expanded("file:///data/{0..1}*.tar").len(), 2);
+    }
+
+    #[test]
     fn expand_splits_at_two_colons() {
         assert_eq!(
             expanded("a{0..1}.tar::pipe:aws s3 cp s3://b/{2..3}.tar -"),
@@ -250,14 +265,14 @@ mod tests {
             ]
         );
         assert_eq!(
-            expanded("pipe:curl -s -L -x http://proxy:3128 'https://host/0.tar'"),
-            ["https://host/0.tar"]
+            expanded("pipe:curl -s -L 'https://host/{0..1}.tar'"),
+            ["https://host/0.tar", "https://host/1.tar"]
         );
-        assert!(refused("pipe:cat /data/0.tar").contains("commands are not run"));
+        assert_eq!(expanded("pipe:cat /data/0.tar"), ["/data/0.tar"]);
+        let text = refused("pipe:gsutil cat gs://b/{0..1}.tar");
+        assert!(text.contains("https://storage.googleapis.com"), "{text}");
         // Without the option, an object of another server would be read.
         let text = refused("pipe:aws --endpoint-url https://minio s3 cp s3://b/0.tar -");
-        assert!(text.contains("set [s3] endpoint_url"), "{text}");
-        let text = refused("pipe:aws s3 cp --endpoint-url=https://minio s3://b/0.tar -");
         assert!(text.contains("set [s3] endpoint_url"), "{text}");
     }
 
@@ -269,6 +284,9 @@ mod tests {
         assert!(refused("{0..999}{0..999}").contains("more than"));
         assert!(refused("{{0..6000},{0..6000}}").contains("more than"));
         assert!(refused("{0..9..0}").contains("step"));
+        assert!(refused("a{00000-00003}.tar").contains("{00000..00003}"));
+        assert!(refused("s3://b/*.tar::c.tar").contains("s3://b/ for every .tar"));
+        assert!(refused("a/{0..1}.tar b/{0..1}.tar").contains("A::B"));
         assert!(refused("@list.txt").contains("names a list"));
         assert_eq!(expand(&[]).unwrap_err(), UrlError::Empty);
         assert_eq!(expand(&[" ".to_owned()]).unwrap_err(), UrlError::Empty);
@@ -278,7 +296,7 @@ mod tests {
     fn expand_never_panics() {
         let alphabet = [
             "{", "}", ",", "..", "0", "9", "é", "s3://", "/", "pipe:", " ", "a", "::", "[", "-",
-            "@",
+            "@", "*", "$", "hf://", "file:///",
         ];
         let mut generator = fastrand::Rng::with_seed(7);
         for _ in 0..20_000 {

@@ -8,18 +8,24 @@ mod filter;
 #[cfg(test)]
 mod golden_tests;
 mod gzip;
+mod hub;
+mod mistakes;
 mod other_file;
+mod pipe;
+mod redact;
 mod sample;
 mod tar;
 mod url;
 
 pub use expand::expand;
 pub use filter::{Filter, FilterReport, Rejection};
+pub use redact::redact_patterns;
 pub use sample::Sample;
 pub use url::{ShardUrl, UrlError};
 
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::FilterState;
+pub(crate) use hub::HubFile;
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };

@@ -6,6 +6,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::hub::HubFile;
+use super::mistakes;
+use super::pipe::unwrap_pipe;
+use super::redact::redact;
+
 /// Endings of shards in folders and prefixes; other files there are passed over.
 const SHARD_ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
 
@@ -15,7 +20,7 @@ pub enum UrlError {
     /// The text can't be the URL of a shard.
     #[error("shard URL {url:?}: {reason}")]
     Invalid {
-        /// The text.
+        /// The text, without secrets.
         url: String,
         /// The fault, and the right form.
         reason: String,
@@ -27,7 +32,7 @@ pub enum UrlError {
 
 pub(super) fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
     UrlError::Invalid {
-        url: url.to_owned(),
+        url: redact(url),
         reason: reason.into(),
     }
 }
@@ -36,15 +41,16 @@ pub(super) fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
 pub(crate) enum Location {
     S3 { bucket: String, key: String },
     Http(String),
+    Hub(HubFile),
     File(PathBuf),
     Stdin,
 }
 
 /// The URL of a shard, or of a folder of shards if it ends in `/`.
 ///
-/// `s3://bucket/key.tar`, `http://…`, `https://…`, `file:///path`, plain paths, and `-` for standard
-/// input; also the form of older webdataset scripts, `pipe:aws s3 cp s3://bucket/key.tar -`: the
-/// URL is extracted from the command, which is never run.
+/// `s3://bucket/key.tar`, `http://…`, `https://…`, `hf://datasets/USER/NAME/key.tar`, `file:///path`, plain
+/// paths, and `-` for standard input; also the form of older webdataset scripts,
+/// `pipe:aws s3 cp s3://bucket/key.tar -`: the URL is extracted from the command, which is never run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ShardUrl(Location);
@@ -64,6 +70,11 @@ impl ShardUrl {
         Self(Location::File(path.into()))
     }
 
+    /// A file of a repository on the Hub.
+    pub(crate) fn hub(file: HubFile) -> Self {
+        Self(Location::Hub(file))
+    }
+
     pub(crate) fn location(&self) -> &Location {
         &self.0
     }
@@ -74,20 +85,20 @@ impl ShardUrl {
         match &self.0 {
             Location::S3 { key, .. } => key.is_empty() || key.ends_with('/'),
             Location::Http(url) => url.ends_with('/'),
+            Location::Hub(file) => file.path.is_empty() || file.path.ends_with('/'),
             Location::File(path) => path.as_os_str().to_string_lossy().ends_with('/'),
             Location::Stdin => false,
         }
     }
 
-    /// The URL for messages: without the query, where signed URLs carry their secret.
+    /// The URL for messages: without the query, where signed URLs carry their secret, and without a password.
     #[must_use]
     pub fn redacted(&self) -> String {
         match &self.0 {
-            Location::Http(url) => match url.split_once('?') {
-                Some((plain, _)) => format!("{plain}?REDACTED"),
-                None => url.clone(),
-            },
-            Location::S3 { .. } | Location::File(_) | Location::Stdin => self.to_string(),
+            Location::Http(url) => redact(url),
+            Location::S3 { .. } | Location::Hub(_) | Location::File(_) | Location::Stdin => {
+                self.to_string()
+            }
         }
     }
 
@@ -106,6 +117,10 @@ impl ShardUrl {
             Location::Http(url) => {
                 Location::Http(parent(url.split(['?', '#']).next().unwrap_or(url)))
             }
+            Location::Hub(file) => Location::Hub(HubFile {
+                path: parent(&file.path),
+                ..file.clone()
+            }),
             Location::File(path) => {
                 let folder = path
                     .parent()
@@ -126,6 +141,10 @@ impl ShardUrl {
                 key: format!("{key}{name}"),
             },
             Location::Http(url) => Location::Http(format!("{url}{name}")),
+            Location::Hub(file) => Location::Hub(HubFile {
+                path: format!("{}{name}", file.path),
+                ..file.clone()
+            }),
             Location::File(path) => Location::File(path.join(name)),
             Location::Stdin => Location::Stdin,
         })
@@ -155,6 +174,7 @@ impl ShardUrl {
         let whole = match &self.0 {
             Location::S3 { key, .. } => key.as_str().into(),
             Location::Http(url) => url.split(['?', '#']).next().unwrap_or_default().into(),
+            Location::Hub(file) => file.path.as_str().into(),
             Location::File(path) => path.to_string_lossy(),
             Location::Stdin => "stdin.tar".into(),
         };
@@ -168,8 +188,9 @@ impl fmt::Display for ShardUrl {
         match &self.0 {
             Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
             Location::Http(url) => f.write_str(url),
-            // Without `file://` the path would be parsed as another scheme.
-            Location::File(path) if path.to_string_lossy().contains("://") => {
+            Location::Hub(file) => write!(f, "{file}"),
+            // Without `file://` the path would be parsed as something else.
+            Location::File(path) if path.is_absolute() && !is_plain(&path.to_string_lossy()) => {
                 write!(f, "file://{}", path.display())
             }
             Location::File(path) => write!(f, "{}", path.display()),
@@ -197,7 +218,7 @@ impl FromStr for ShardUrl {
 
     /// Reads one URL. Braces are taken as they are: see [`expand`](super::expand()).
     fn from_str(text: &str) -> Result<Self, UrlError> {
-        let url = unwrap_pipe(text.trim())?;
+        let url = &*unwrap_pipe(text.trim())?;
         if url.is_empty() {
             return Err(UrlError::Empty);
         }
@@ -210,6 +231,12 @@ impl FromStr for ShardUrl {
                 "names a list of shards where a shard is needed; a list may stand in data.shards, and not in another \
                  list (a file whose name begins with '@' is written ./@…)",
             ));
+        }
+        mistakes::refuse(url)?;
+        if let Some(rest) = url.strip_prefix("hf://") {
+            return HubFile::parse(rest)
+                .map(|file| Self(Location::Hub(file)))
+                .map_err(|reason| invalid(url, reason));
         }
         if let Some(rest) = url.strip_prefix("s3://") {
             let Some((bucket, key)) = rest.split_once('/') else {
@@ -246,65 +273,16 @@ impl FromStr for ShardUrl {
             }
             return Ok(Self::file(Path::new(path)));
         }
-        if let Some((scheme, _)) = url.split_once("://") {
-            let hint = match scheme {
-                "gs" => {
-                    "; a bucket of Google's is reached as s3:// with [s3] endpoint_url = \"https://storage.googleapis.com\""
-                }
-                "hf" => {
-                    "; a file on the Hub is https://huggingface.co/datasets/USER/NAME/resolve/main/FILE"
-                }
-                _ => "",
-            };
-            return Err(invalid(
-                url,
-                format!(
-                    "unknown scheme {scheme:?}; known are s3://, http://, https://, file://, plain paths and - for \
-                     standard input{hint}"
-                ),
-            ));
+        if let Some((scheme, rest)) = url.split_once("://") {
+            return Err(invalid(url, mistakes::unknown_scheme(scheme, rest)));
         }
         Ok(Self::file(url))
     }
 }
 
-/// Options of `aws` and `curl` whose value is a URL, but not the shard's.
-const OTHER_URLS: [&str; 4] = ["-x", "--proxy", "-e", "--referer"];
-const ENDPOINT_OPTION: &str = "--endpoint-url";
-
-/// Extracts the URL from `pipe:aws s3 cp URL -` and similar commands. Other text is returned unchanged.
-pub(super) fn unwrap_pipe(url: &str) -> Result<&str, UrlError> {
-    let Some(command) = url.strip_prefix("pipe:") else {
-        return Ok(url);
-    };
-    let words = || {
-        command
-            .split_whitespace()
-            .map(|word| word.trim_matches(['\'', '"']))
-    };
-    if let Some(word) = words().find(|word| word.starts_with(ENDPOINT_OPTION)) {
-        return Err(invalid(
-            url,
-            format!(
-                "{word} is not taken over from the command: set [s3] endpoint_url, and give the s3:// URL alone"
-            ),
-        ));
-    }
-    let mut before = "";
-    words()
-        .find(|word| {
-            let is_url = ["s3://", "http://", "https://"]
-                .iter()
-                .any(|scheme| word.starts_with(scheme));
-            let option = std::mem::replace(&mut before, word);
-            is_url && !OTHER_URLS.contains(&option)
-        })
-        .ok_or_else(|| {
-            invalid(
-                url,
-                "commands are not run; a s3:// or http(s):// URL is read out of them, and this one has none",
-            )
-        })
+/// Whether the path is parsed as that path.
+fn is_plain(path: &str) -> bool {
+    !path.contains("://") && path.trim() == path && mistakes::refuse(path).is_ok()
 }
 
 #[cfg(test)]
@@ -338,6 +316,12 @@ mod tests {
             "https://h/a/b.tar?x=/1".parse::<ShardUrl>().unwrap().name(),
             "b.tar"
         );
+        let hub: ShardUrl = "hf://datasets/u/n/a/b.tar".parse().unwrap();
+        assert_eq!(
+            (hub.to_string(), hub.name()),
+            ("hf://datasets/u/n/a/b.tar".into(), "b.tar".into())
+        );
+        assert!(!hub.is_folder() && hub.folder().unwrap().is_folder());
         let stdin: ShardUrl = " - ".parse().unwrap();
         assert_eq!(stdin.location(), &Location::Stdin);
         assert_eq!(
@@ -401,10 +385,12 @@ mod tests {
         assert!(refused("s3:///key").contains("no bucket"));
         assert!(refused("ftp://host/key").contains("known are s3://"));
         assert!(refused("gs://bucket/key").contains("https://storage.googleapis.com"));
-        assert!(refused("hf://datasets/a/b").contains("resolve/main"));
+        assert!(refused("hf://datasets/a/b").contains("hf://datasets/USER/NAME"));
         assert!(refused("@list.txt").contains("names a list"));
         assert!(refused("file://s3://bucket/0.tar").contains("absolute path"));
         assert!(refused("http:///x").contains("has no host"));
         assert_eq!(" ".parse::<ShardUrl>(), Err(UrlError::Empty));
+        let odd: ShardUrl = "file:///data/a*.tar".parse().unwrap();
+        assert_eq!(odd.to_string(), "file:///data/a*.tar");
     }
 }

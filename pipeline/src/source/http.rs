@@ -1,113 +1,194 @@
 //! Plain HTTP(S): one request at a time. The caller retries.
+//!
+//! Redirects are followed here, because the headers of one server may hold a secret that no other server may see.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::{
-    CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH, IF_MODIFIED_SINCE,
-    IF_NONE_MATCH, IF_UNMODIFIED_SINCE, LAST_MODIFIED, RANGE,
+    CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH,
+    IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_UNMODIFIED_SINCE, LAST_MODIFIED, LOCATION, RANGE,
 };
-use reqwest::{Client, Response, StatusCode};
+use reqwest::redirect::Policy;
+use reqwest::{Client, Method, Response, StatusCode, Url};
 
+use super::headers::ServerHeaders;
 use crate::net::{
     Body, CaBundle, Condition, GetResult, RequestFailure, ServerMessage, SourceError, causes,
     certificate_error, content_range, is_passing,
 };
-use crate::shard::ShardUrl;
+use crate::shard::{Location, ShardUrl};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const MOST_REDIRECTS: usize = 10;
+/// A response's fault, as the Hub names it.
+const HUB_ERROR: &str = "x-error-message";
 
-/// A client for all HTTP shards, which trusts `ca_bundle` besides the system's authorities.
-pub(crate) fn client(ca_bundle: Option<&CaBundle>) -> Result<Client, SourceError> {
-    // Fails only if the process has chosen a provider already, which serves as well.
-    rustls::crypto::ring::default_provider()
-        .install_default()
-        .ok();
-    Client::builder()
-        .connect_timeout(CONNECT_TIMEOUT)
-        .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
-        .tls_certs_merge(ca_bundle.map(CaBundle::certificates).unwrap_or_default())
-        .build()
-        .map_err(|error| SourceError::Unsupported {
-            url: "http(s)://".to_owned(),
-            cause: format!(
-                "no HTTP client: {}; where the system has no certificates, set [s3] ca_bundle or SSL_CERT_FILE",
-                causes(&error)
-            ),
+/// The client for all HTTP shards. Cloning shares connections.
+#[derive(Debug, Clone)]
+pub(crate) struct HttpClient {
+    client: Client,
+    headers: Arc<ServerHeaders>,
+}
+
+impl HttpClient {
+    /// A client that trusts `ca_bundle` besides the system's authorities.
+    pub(super) fn new(
+        ca_bundle: Option<&CaBundle>,
+        headers: ServerHeaders,
+    ) -> Result<Self, SourceError> {
+        // Fails only if the process has chosen a provider already, which serves as well.
+        rustls::crypto::ring::default_provider()
+            .install_default()
+            .ok();
+        let client = Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .redirect(Policy::none())
+            .user_agent(concat!("coffey/", env!("CARGO_PKG_VERSION")))
+            .tls_certs_merge(ca_bundle.map(CaBundle::certificates).unwrap_or_default())
+            .build()
+            .map_err(|error| SourceError::Unsupported {
+                url: "http(s)://".to_owned(),
+                cause: format!(
+                    "no HTTP client: {}; where the system has no certificates, set [s3] ca_bundle or SSL_CERT_FILE",
+                    causes(&error)
+                ),
+            })?;
+        Ok(Self {
+            client,
+            headers: Arc::new(headers),
         })
+    }
+
+    /// Sends a request, and follows redirects. Any status is a response.
+    pub(super) async fn send(
+        &self,
+        url: &ShardUrl,
+        method: Method,
+        address: &str,
+        fields: &HeaderMap,
+    ) -> Result<Response, RequestFailure> {
+        let refused = |cause: String| {
+            RequestFailure::Fatal(SourceError::Refused {
+                url: url.redacted(),
+                cause,
+            })
+        };
+        let mut at = Url::parse(address).map_err(|error| {
+            RequestFailure::Fatal(SourceError::Unsupported {
+                url: url.redacted(),
+                cause: format!("is no valid URL: {error}"),
+            })
+        })?;
+        let first = at.origin();
+        for _ in 0..=MOST_REDIRECTS {
+            let mut headers = fields.clone();
+            if at.origin() == first {
+                headers.extend(self.headers.of(&at));
+            }
+            let request = self.client.request(method.clone(), at.clone());
+            let response = request
+                .headers(headers)
+                .send()
+                .await
+                .map_err(|error| failure(url, error))?;
+            let target = match response.status().as_u16() {
+                301 | 302 | 303 | 307 | 308 => response.headers().get(LOCATION),
+                _ => None,
+            };
+            let Some(target) = target else {
+                return Ok(response);
+            };
+            at = target
+                .to_str()
+                .ok()
+                .and_then(|target| at.join(target).ok())
+                .filter(|target| ["http", "https"].contains(&target.scheme()))
+                .ok_or_else(|| refused("is redirected to no http(s):// URL".to_owned()))?;
+        }
+        Err(refused(format!(
+            "is redirected more than {MOST_REDIRECTS} times"
+        )))
+    }
+
+    /// Requests `address` from byte `offset` on; `None` if the condition does not hold.
+    pub(super) async fn get(
+        &self,
+        url: &ShardUrl,
+        address: &str,
+        offset: u64,
+        condition: Condition<'_>,
+    ) -> Result<Option<GetResult>, RequestFailure> {
+        let mut fields = HeaderMap::new();
+        let mut set = |name: HeaderName, value: &str| {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                fields.insert(name, value);
+            }
+        };
+        if offset > 0 {
+            set(RANGE, &format!("bytes={offset}-"));
+        }
+        // A version is an ETag or a date.
+        let is_tag = |version: &str| version.starts_with('"');
+        match condition {
+            Condition::None => {}
+            Condition::Is(version) if is_tag(version) => set(IF_MATCH, version),
+            Condition::Is(date) => set(IF_UNMODIFIED_SINCE, date),
+            Condition::IsNot(version) if is_tag(version) => set(IF_NONE_MATCH, version),
+            Condition::IsNot(date) => set(IF_MODIFIED_SINCE, date),
+        }
+        let response = self.send(url, Method::GET, address, &fields).await?;
+        if response.status() == StatusCode::NOT_MODIFIED {
+            return Ok(None);
+        }
+        if !response.status().is_success() {
+            return Err(refusal(url, response, offset).await);
+        }
+        let headers = response.headers();
+        let length = header(headers, CONTENT_LENGTH).and_then(|length| length.parse().ok());
+        let (start, total) = header(headers, CONTENT_RANGE)
+            .and_then(|range| content_range(&range))
+            .unwrap_or((0, length));
+        // A weak tag does not promise equal bytes, which resuming needs.
+        let tag = header(headers, ETAG).filter(|tag| tag.starts_with('"'));
+        Ok(Some(GetResult {
+            start,
+            total,
+            version: tag.or_else(|| header(headers, LAST_MODIFIED)),
+            body: Body::Http(response),
+        }))
+    }
 }
 
 fn header(headers: &HeaderMap, name: HeaderName) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
 }
 
-/// Requests `address` from byte `offset` on; `None` if the condition does not hold.
-pub(crate) async fn get(
-    client: &Client,
-    url: &ShardUrl,
-    address: &str,
-    offset: u64,
-    condition: Condition<'_>,
-) -> Result<Option<GetResult>, RequestFailure> {
-    let mut request = client.get(address);
-    if offset > 0 {
-        request = request.header(RANGE, format!("bytes={offset}-"));
-    }
-    // A version is an ETag or a date.
-    let is_tag = |version: &str| version.starts_with('"');
-    request = match condition {
-        Condition::None => request,
-        Condition::Is(version) if is_tag(version) => request.header(IF_MATCH, version),
-        Condition::Is(date) => request.header(IF_UNMODIFIED_SINCE, date),
-        Condition::IsNot(version) if is_tag(version) => request.header(IF_NONE_MATCH, version),
-        Condition::IsNot(date) => request.header(IF_MODIFIED_SINCE, date),
-    };
-    let response = request.send().await.map_err(|error| {
-        let (wrong_url, redirected) = (error.is_builder(), error.is_redirect());
-        let connecting = error.is_connect();
-        let cause = causes(&error.without_url());
-        if wrong_url || redirected {
-            let url = url.redacted();
-            return RequestFailure::Fatal(if wrong_url {
-                SourceError::Unsupported { url, cause }
-            } else {
-                SourceError::Refused { url, cause }
-            });
-        }
-        let endpoint = url.redacted();
-        if let Some(error) = certificate_error(url, &endpoint, &cause) {
-            return RequestFailure::Fatal(error);
-        }
-        if !connecting {
-            return RequestFailure::Passing {
-                reason: "bad_response",
-                cause,
-            };
-        }
-        RequestFailure::Connect {
+/// The failure of a request without a response.
+fn failure(url: &ShardUrl, error: reqwest::Error) -> RequestFailure {
+    let (wrong_url, connecting) = (error.is_builder(), error.is_connect());
+    let cause = causes(&error.without_url());
+    let endpoint = url.redacted();
+    if wrong_url {
+        return RequestFailure::Fatal(SourceError::Unsupported {
+            url: endpoint,
             cause,
-            endpoint,
-            hint: " and the URL",
-        }
-    })?;
-    if response.status() == StatusCode::NOT_MODIFIED {
-        return Ok(None);
+        });
     }
-    if !response.status().is_success() {
-        return Err(refusal(url, response, offset).await);
+    if let Some(error) = certificate_error(url, &endpoint, &cause) {
+        return RequestFailure::Fatal(error);
     }
-    let headers = response.headers();
-    let length = header(headers, CONTENT_LENGTH).and_then(|length| length.parse().ok());
-    let (start, total) = header(headers, CONTENT_RANGE)
-        .and_then(|range| content_range(&range))
-        .unwrap_or((0, length));
-    // A weak tag does not promise equal bytes, which resuming needs.
-    let tag = header(headers, ETAG).filter(|tag| tag.starts_with('"'));
-    Ok(Some(GetResult {
-        start,
-        total,
-        version: tag.or_else(|| header(headers, LAST_MODIFIED)),
-        body: Body::Http(response),
-    }))
+    if !connecting {
+        return RequestFailure::Passing {
+            reason: "bad_response",
+            cause,
+        };
+    }
+    RequestFailure::Connect {
+        cause,
+        endpoint,
+        hint: " and the URL",
+    }
 }
 
 /// Longest error text that is read. Bytes.
@@ -130,11 +211,17 @@ async fn error_text(response: &mut Response) -> Vec<u8> {
     text
 }
 
-async fn refusal(url: &ShardUrl, mut response: Response, offset: u64) -> RequestFailure {
+/// The meaning of a response that is no success.
+pub(super) async fn refusal(url: &ShardUrl, mut response: Response, offset: u64) -> RequestFailure {
     let status = response.status();
     let is_signed = response.url().query().is_some();
     let said = ServerMessage::parse(&error_text(&mut response).await);
-    let text = said.to_string();
+    let on_hub = matches!(url.location(), Location::Hub(_));
+    let message = response.headers().get(HUB_ERROR);
+    let text = match message.and_then(|message| message.to_str().ok()) {
+        Some(message) if on_hub => message.to_owned(),
+        _ => said.to_string(),
+    };
     let separator = if text.is_empty() { "" } else { ": " };
     let cause = format!("HTTP {status}{separator}{text}");
     let url = url.redacted();
@@ -163,10 +250,15 @@ async fn refusal(url: &ShardUrl, mut response: Response, offset: u64) -> Request
             cause,
             hint: " and the range in braces",
         }),
+        401 | 403 if on_hub => forbidden(
+            "check the name; for a private or gated repository set HF_TOKEN to a token that may read it (or log in with `hf auth login`), and accept its terms on the Hub",
+        ),
         401 | 403 if is_signed => forbidden(
             "the server does not accept the URL's signature: copy the whole URL (quote it in a shell), or make a new one",
         ),
-        401 | 403 => forbidden("the server wants a login or a signed URL"),
+        401 | 403 => forbidden(
+            "the server wants a login or a signed URL: data.http_headers sets a header, as \"Authorization\"",
+        ),
         412 | 416 if offset > 0 => {
             RequestFailure::Fatal(SourceError::Changed { url, offset, cause })
         }

@@ -1,11 +1,36 @@
 //! From the configured patterns to shards: lists are read, braces expanded, folders listed.
 
+use std::ops::Range;
+
 use super::{ObjectReader, Sources};
 use crate::net::SourceError;
 use crate::shard::{ShardUrl, UrlError, expand_one, split};
 
 /// Largest list of shards; ten million URLs take less. Bytes.
 const MOST_LIST_BYTES: usize = 1 << 30;
+
+/// Shards in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShardList {
+    /// The shards.
+    pub shards: Vec<ShardUrl>,
+    /// Indices of the shards that come from the listing of a folder or prefix.
+    listed: Vec<Range<usize>>,
+}
+
+impl ShardList {
+    /// The shards that no listing gave: they may be missing.
+    pub fn unlisted(&self) -> impl Iterator<Item = &ShardUrl> {
+        let starts = [0]
+            .into_iter()
+            .chain(self.listed.iter().map(|range| range.end));
+        let ends = self.listed.iter().map(|range| range.start);
+        let ends = ends.chain([self.shards.len()]);
+        starts
+            .zip(ends)
+            .flat_map(|(start, end)| &self.shards[start..end])
+    }
+}
 
 impl Sources {
     /// The shards of `patterns`, in order: braces are expanded, `@file` is replaced by the URLs and
@@ -18,7 +43,7 @@ impl Sources {
     /// # Errors
     /// [`SourceError::Url`] and [`SourceError::List`] for a bad URL, else the error of reading a list or
     /// listing a folder.
-    pub async fn shards(&self, patterns: &[String]) -> Result<Vec<ShardUrl>, SourceError> {
+    pub async fn shards(&self, patterns: &[String]) -> Result<ShardList, SourceError> {
         let mut urls = Vec::new();
         for pattern in patterns.iter().flat_map(|pattern| split(pattern)) {
             match pattern.trim().strip_prefix('@') {
@@ -33,7 +58,22 @@ impl Sources {
         if urls.is_empty() {
             return Err(UrlError::Empty.into());
         }
-        self.list(&urls).await
+        self.list_folders(urls).await
+    }
+
+    /// Replaces each folder by the shards in it.
+    pub(super) async fn list_folders(&self, urls: Vec<ShardUrl>) -> Result<ShardList, SourceError> {
+        let mut list = ShardList::default();
+        for url in urls {
+            if url.is_folder() {
+                let start = list.shards.len();
+                list.shards.append(&mut self.list_folder(&url).await?);
+                list.listed.push(start..list.shards.len());
+            } else {
+                list.shards.push(url);
+            }
+        }
+        Ok(list)
     }
 
     async fn in_list(&self, list: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {

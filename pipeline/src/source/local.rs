@@ -12,7 +12,7 @@ use crate::shard::ShardUrl;
 
 const CHUNK_BYTES: usize = 256 << 10;
 
-fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
+pub(super) fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
     let url = url.redacted();
     let home = url.starts_with("~/");
     match error.kind() {

@@ -7,15 +7,21 @@
 mod cache;
 #[cfg(feature = "embedded-s3")]
 mod embedded;
+mod headers;
 mod http;
+mod hub;
 mod lists;
 mod local;
+mod lookup;
 mod options;
 mod remote;
 mod stdin;
 
 pub use cache::CacheCounts;
-pub use options::{CacheOptions, SourceOptions};
+pub use headers::HttpHeader;
+pub use lists::ShardList;
+pub use lookup::LookUp;
+pub use options::{CacheOptions, HubOptions, SourceOptions};
 
 pub use crate::net::{S3Counts, ServerRecord, SourceError};
 pub use crate::s3::{ObjectInfo, S3Options};
@@ -33,6 +39,8 @@ use crate::shard::Location;
 use crate::shard::ShardUrl;
 
 use cache::{Cache, CachedReader, CachingReader};
+use headers::ServerHeaders;
+use http::HttpClient;
 use remote::{Remote, RemoteReader};
 use stdin::StdinReader;
 
@@ -44,7 +52,9 @@ struct Inner {
     options: S3Options,
     // Made on first use: a run on local files need not wait for credentials.
     s3: OnceCell<Arc<S3>>,
-    http: OnceCell<reqwest::Client>,
+    http: OnceCell<HttpClient>,
+    http_headers: Vec<HttpHeader>,
+    hub: HubOptions,
     cache: Option<Arc<Cache>>,
     stdin_taken: AtomicBool,
     s3_server: ServerRecord,
@@ -68,7 +78,12 @@ impl Sources {
     /// # Errors
     /// [`SourceError::Embedded`] if the embedded server can't start.
     pub async fn new(options: impl Into<SourceOptions>) -> Result<Self, SourceError> {
-        let SourceOptions { s3: options, cache } = options.into();
+        let SourceOptions {
+            s3: options,
+            cache,
+            http_headers,
+            hub,
+        } = options.into();
         #[cfg(feature = "embedded-s3")]
         let embedded = match &options.embedded_root {
             Some(root) => Some(embedded::EmbeddedS3::start(root).await?),
@@ -85,6 +100,8 @@ impl Sources {
             options,
             s3: OnceCell::new(),
             http: OnceCell::new(),
+            http_headers,
+            hub,
             cache: cache.map(|options| Arc::new(Cache::open(options))),
             stdin_taken: AtomicBool::new(false),
             s3_server: ServerRecord::s3(),
@@ -109,12 +126,13 @@ impl Sources {
         inner.s3.get_or_try_init(connect).await.cloned()
     }
 
-    async fn http(&self) -> Result<reqwest::Client, SourceError> {
+    async fn http(&self) -> Result<HttpClient, SourceError> {
         self.0
             .http
             .get_or_try_init(|| async {
                 let ca_bundle = CaBundle::load(self.0.options.ca_bundle.as_deref())?;
-                http::client(ca_bundle.as_ref())
+                let headers = ServerHeaders::new(&self.0.http_headers, &self.0.hub)?;
+                HttpClient::new(ca_bundle.as_ref(), headers)
             })
             .await
             .cloned()
@@ -134,39 +152,37 @@ impl Sources {
     /// # Errors
     /// [`SourceError::EmptyFolder`] for a folder without shards, else the error of the listing.
     pub async fn list(&self, urls: &[ShardUrl]) -> Result<Vec<ShardUrl>, SourceError> {
-        let mut all = Vec::with_capacity(urls.len());
-        for url in urls {
-            if !url.is_folder() {
-                all.push(url.clone());
-                continue;
+        Ok(self.list_folders(urls.to_vec()).await?.shards)
+    }
+
+    /// The shards in a folder, sorted.
+    async fn list_folder(&self, url: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
+        let mut found = match url.location() {
+            Location::S3 { bucket, key } => {
+                let s3 = self.s3().await?;
+                let objects = s3.objects(url, bucket, key, self.retry_options()).await?;
+                objects
+                    .into_iter()
+                    .map(|object| object.url)
+                    .filter(ShardUrl::is_shard)
+                    .collect()
             }
-            let mut found = match url.location() {
-                Location::S3 { bucket, key } => {
-                    let s3 = self.s3().await?;
-                    let objects = s3.objects(url, bucket, key, self.retry_options()).await?;
-                    objects
-                        .into_iter()
-                        .map(|object| object.url)
-                        .filter(ShardUrl::is_shard)
-                        .collect()
-                }
-                Location::File(path) => local::list(url, path).await?,
-                Location::Http(_) | Location::Stdin => {
-                    return Err(SourceError::Unsupported {
-                        url: url.redacted(),
-                        cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
-                    });
-                }
-            };
-            if found.is_empty() {
-                return Err(SourceError::EmptyFolder {
+            Location::Hub(folder) => self.list_hub(url, folder).await?,
+            Location::File(path) => local::list(url, path).await?,
+            Location::Http(_) | Location::Stdin => {
+                return Err(SourceError::Unsupported {
                     url: url.redacted(),
+                    cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
                 });
             }
-            found.sort();
-            all.append(&mut found);
+        };
+        if found.is_empty() {
+            return Err(SourceError::EmptyFolder {
+                url: url.redacted(),
+            });
         }
-        Ok(all)
+        found.sort();
+        Ok(found)
     }
 
     /// The record of the S3 server: counts of requests and retries so far.
@@ -260,8 +276,18 @@ impl Sources {
             Location::Http(address) => Located::Remote(Remote::Http {
                 client: self.http().await?,
                 address: address.clone(),
+                hub: String::new(),
                 server: self.0.http_servers.clone(),
             }),
+            Location::Hub(file) => {
+                let hub = self.hub_endpoint(url)?;
+                Located::Remote(Remote::Http {
+                    client: self.http().await?,
+                    address: file.resolve(hub),
+                    hub: hub.to_owned(),
+                    server: self.0.http_servers.clone(),
+                })
+            }
         })
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use super::http;
+use super::http::HttpClient;
 use crate::net::{
     Body, Condition, GetResult, RequestFailure, RetryBudget, RetryOptions, ServerRecord,
     SourceError,
@@ -34,8 +34,10 @@ pub(crate) enum Remote {
         key: String,
     },
     Http {
-        client: reqwest::Client,
+        client: HttpClient,
         address: String,
+        /// The Hub's address, for a file on the Hub; else empty.
+        hub: String,
         server: ServerRecord,
     },
 }
@@ -68,7 +70,7 @@ impl Remote {
             Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, condition).await,
             Self::Http {
                 client, address, ..
-            } => http::get(client, url, address, offset, condition).await,
+            } => client.get(url, address, offset, condition).await,
         }
     }
 
@@ -76,7 +78,7 @@ impl Remote {
     pub(crate) fn endpoint(&self) -> &str {
         match self {
             Self::S3 { s3, .. } => s3.endpoint(),
-            Self::Http { .. } => "",
+            Self::Http { hub, .. } => hub,
         }
     }
 }

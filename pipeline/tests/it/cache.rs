@@ -82,6 +82,7 @@ fn bench(web: &Web, folder: Option<(&Path, u64)>) -> Bench {
             folder: folder.to_owned(),
             limit_bytes,
         }),
+        ..SourceOptions::default()
     })
 }
 

@@ -20,6 +20,8 @@ mod latents;
 mod limits;
 mod listings;
 #[cfg(feature = "embedded-s3")]
+mod lookup;
+#[cfg(feature = "embedded-s3")]
 mod memory;
 mod network;
 #[cfg(feature = "embedded-s3")]

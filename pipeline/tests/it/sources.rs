@@ -164,7 +164,8 @@ fn list_file_stands_for_its_shards() {
         let found = bench
             .runtime
             .block_on(bench.sources.shards(&[pattern.to_owned()]))?;
-        Ok::<Vec<String>, SourceError>(found.iter().map(ToString::to_string).collect())
+        let shards = found.shards.iter();
+        Ok::<Vec<String>, SourceError>(shards.map(ToString::to_string).collect())
     };
     let expected = [
         "s3://data/00000.tar",

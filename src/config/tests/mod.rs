@@ -229,6 +229,8 @@ fn config_toml_round_trips() {
         "data.filter.min_size=64",
         "data.cache_dir=cache",
         "data.cache_limit_gb=20",
+        "data.check_shards=false",
+        "data.http_headers=['https://h Authorization: Bearer ${TOKEN}']",
         "s3.ca_bundle=authority.pem",
         "image.interpolation=nearest_exact",
     ]);

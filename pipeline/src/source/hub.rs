@@ -1,0 +1,116 @@
+//! Listings of repositories on the Hugging Face Hub.
+
+use reqwest::header::{HeaderMap, LINK};
+use reqwest::{Method, Response};
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use super::Sources;
+use super::http::refusal;
+use crate::net::{RequestFailure, RetryBudget, SourceError, causes};
+use crate::shard::{HubFile, ShardUrl};
+
+/// An entry of a listing.
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "type")]
+    kind: String,
+    /// Path in the repository.
+    path: String,
+}
+
+impl Sources {
+    /// The Hub's address.
+    pub(super) fn hub_endpoint(&self, url: &ShardUrl) -> Result<&str, SourceError> {
+        match &self.0.hub.endpoint {
+            Ok(endpoint) => Ok(endpoint),
+            Err(cause) => Err(SourceError::Unsupported {
+                url: url.redacted(),
+                cause: cause.clone(),
+            }),
+        }
+    }
+
+    /// The shards in a folder of a repository and below it.
+    pub(super) async fn list_hub(
+        &self,
+        url: &ShardUrl,
+        folder: &HubFile,
+    ) -> Result<Vec<ShardUrl>, SourceError> {
+        let paths = self.hub_files(url, folder, true).await?;
+        let files = paths.into_iter().map(|path| {
+            ShardUrl::hub(HubFile {
+                path,
+                ..folder.clone()
+            })
+        });
+        Ok(files.filter(ShardUrl::is_shard).collect())
+    }
+
+    /// The paths of the files in a folder of a repository.
+    pub(super) async fn hub_files(
+        &self,
+        url: &ShardUrl,
+        folder: &HubFile,
+        recursive: bool,
+    ) -> Result<Vec<String>, SourceError> {
+        let client = self.http().await?;
+        let options = self.retry_options();
+        let mut budget = RetryBudget::new(url.redacted(), options, self.0.http_servers.clone());
+        let mut address = folder.tree(self.hub_endpoint(url)?, recursive);
+        let mut found = Vec::new();
+        loop {
+            let request = async {
+                let response = client
+                    .send(url, Method::GET, &address, &HeaderMap::new())
+                    .await?;
+                if !response.status().is_success() {
+                    return Err(refusal(url, response, 0).await);
+                }
+                let next = next_page(&response);
+                let body = response
+                    .bytes()
+                    .await
+                    .map_err(|error| RequestFailure::Passing {
+                        reason: "body",
+                        cause: causes(&error.without_url()),
+                    })?;
+                let entries: Vec<Entry> = serde_json::from_slice(&body).map_err(|error| {
+                    RequestFailure::Fatal(SourceError::Refused {
+                        url: url.redacted(),
+                        cause: format!("the Hub's listing can't be read: {error}"),
+                    })
+                })?;
+                Ok((entries, next))
+            };
+            let failure = match timeout(options.stall_timeout, request).await {
+                Ok(Ok((entries, next))) => {
+                    budget.record_response();
+                    let files = entries.into_iter().filter(|entry| entry.kind == "file");
+                    found.extend(files.map(|entry| entry.path));
+                    match next.filter(|next| *next != address) {
+                        Some(next) => address = next,
+                        None => return Ok(found),
+                    }
+                    continue;
+                }
+                Ok(Err(failure)) => failure,
+                Err(_) => RequestFailure::Passing {
+                    reason: "stalled",
+                    cause: format!("no answer for {:.1} s", options.stall_timeout.as_secs_f64()),
+                },
+            };
+            budget.backoff(failure, 0).await?;
+        }
+    }
+}
+
+/// The address of the next page, from `Link: <…>; rel="next"`.
+fn next_page(response: &Response) -> Option<String> {
+    let links = response.headers().get(LINK)?.to_str().ok()?;
+    let next = links
+        .split(',')
+        .find(|link| link.contains("rel=\"next\""))?;
+    let (target, _) = next.trim().strip_prefix('<')?.split_once('>')?;
+    response.url().join(target).ok().map(String::from)
+}
