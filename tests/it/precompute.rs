@@ -9,7 +9,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    PRECOMPUTE, command, messages, python, refused, run, says, succeed_json, terminate, text,
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, command, messages, python, refused, run, says,
+    succeed_json, terminate, text,
 };
 
 /// `coffey precompute` into `output`.
@@ -153,6 +154,11 @@ mod needs_python {
 
 /// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
 fn wide_images(shard: &Path, count: u32) {
+    captioned_images(shard, count, |key| format!("wide picture {key}"));
+}
+
+/// As [`wide_images`], with captions by the image's number.
+fn captioned_images(shard: &Path, count: u32, caption: impl Fn(u32) -> String) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
     for key in 0..count {
         let colour =
@@ -161,7 +167,7 @@ fn wide_images(shard: &Path, count: u32) {
         image::RgbImage::from_fn(160, 80, colour)
             .write_to(&mut png, image::ImageFormat::Png)
             .unwrap();
-        let caption = format!("wide picture {key}").into_bytes();
+        let caption = caption(key).into_bytes();
         for (extension, content) in [("png", png.into_inner()), ("txt", caption)] {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
@@ -172,6 +178,39 @@ fn wide_images(shard: &Path, count: u32) {
         }
     }
     tar.finish().unwrap();
+}
+
+#[test]
+fn captions_with_too_many_tokens_are_counted() {
+    let folder = TempDir::new().unwrap();
+    let shard = folder.path().join("long.tar");
+    // 75 tokens fit; each exclamation mark is one.
+    captioned_images(&shard, 3, |key| match key {
+        0 => format!("wide picture {key}{}", " !".repeat(60)),
+        _ => format!("wide picture {key}{}", " !".repeat(76)),
+    });
+    let data = format!("data.shards={}", shard.display());
+    let printed = messages(precompute(&folder.path().join("latents"), &["-s", &data]));
+    assert!(
+        printed.contains("2 captions of this process cut"),
+        "{printed}"
+    );
+    let run = format!("train.output={}", folder.path().join("run").display());
+    let own = [
+        data.as_str(),
+        run.as_str(),
+        "train.batch_size=3",
+        "train.max_steps=1",
+    ];
+    let printed = messages(command(&args(
+        "train",
+        QUICKSTART,
+        own.iter().chain(NO_PICTURES.iter()),
+    )));
+    assert!(
+        printed.contains("captions cut, with too many tokens: "),
+        "{printed}"
+    );
 }
 
 /// Compares the estimate of `coffey check` with the latents that were written.
