@@ -29,6 +29,8 @@ pub const CHANNEL_ITEMS: &str = "coffey_channel_items";
 pub const CHANNEL_CAPACITY: &str = "coffey_channel_capacity";
 /// Samples left out.
 pub const SAMPLES_SKIPPED: &str = "coffey_samples_skipped_total";
+/// Captions that were cut to the length that the text encoder takes.
+pub const CAPTIONS_TRUNCATED: &str = "coffey_captions_truncated_total";
 /// Requests to S3.
 pub const S3_REQUESTS: &str = "coffey_s3_requests_total";
 /// Repeated requests to S3.
@@ -53,10 +55,15 @@ pub const TRAIN_SAMPLES: &str = "coffey_train_samples_total";
 pub const CHECKPOINT_SECONDS: &str = "coffey_checkpoint_seconds";
 
 /// Name, unit and help of each counter.
-const COUNTERS: [(&str, Unit, &str); 8] = [
+const COUNTERS: [(&str, Unit, &str); 9] = [
     (STAGE_ITEMS, Unit::Count, "Items a stage finished"),
     (STAGE_BYTES, Unit::Bytes, "Bytes that passed a stage"),
     (SAMPLES_SKIPPED, Unit::Count, "Samples left out, by reason"),
+    (
+        CAPTIONS_TRUNCATED,
+        Unit::Count,
+        "Captions cut to the length that the text encoder takes",
+    ),
     (S3_REQUESTS, Unit::Count, "Requests to S3, by outcome"),
     (
         S3_RETRIES,

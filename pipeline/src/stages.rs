@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::flow::{FlowMetrics, FlowSnapshot, OrderedNames, StageHandle, StageSnapshot};
 use crate::metrics::{
-    CHANNEL_CAPACITY, CHANNEL_ITEMS, EventCounter, SAMPLES_SKIPPED, STAGE_BLOCKED, STAGE_BUSY,
-    STAGE_BYTES, STAGE_ITEMS, STAGE_STARVED,
+    CAPTIONS_TRUNCATED, CHANNEL_CAPACITY, CHANNEL_ITEMS, EventCounter, SAMPLES_SKIPPED,
+    STAGE_BLOCKED, STAGE_BUSY, STAGE_BYTES, STAGE_ITEMS, STAGE_STARVED,
 };
 
 /// The stages a sample passes, in that order. The last three belong to the trainer.
@@ -202,7 +202,7 @@ impl FlowSnapshot {
         &self.stages[stage as usize]
     }
 
-    /// Writes the stage clock and the fill of the channels to the current recorder of the
+    /// Writes the stage clock, the fill of the channels and the count of cut captions to the current recorder of the
     /// [`metrics`](::metrics) facade. Skipped samples and S3 requests are recorded when they happen.
     pub fn export(&self) {
         for stage in &self.stages {
@@ -217,6 +217,7 @@ impl FlowSnapshot {
             gauge!(CHANNEL_ITEMS, "channel" => name.clone()).set(channel.items as f64);
             gauge!(CHANNEL_CAPACITY, "channel" => name.clone()).set(channel.capacity as f64);
         }
+        counter!(CAPTIONS_TRUNCATED).absolute(self.truncated_captions);
     }
 
     /// The stage that limits the others: the one whose threads wait least. A stage that was active for
@@ -282,6 +283,7 @@ mod tests {
             metrics.skip("no_image");
             metrics.skip("no_image");
             FlowMetrics::private().skip("no_image");
+            metrics.add_truncated_captions(2);
             metrics.snapshot().export();
         });
         let values: Vec<_> = recorder.snapshotter().snapshot().into_vec();
@@ -302,6 +304,10 @@ mod tests {
         assert_eq!(value(MetricKind::Gauge, STAGE_BUSY, "fetch"), 1.5);
         assert_eq!(value(MetricKind::Gauge, CHANNEL_CAPACITY, "batches"), 4.0);
         assert_eq!(value(MetricKind::Counter, SAMPLES_SKIPPED, "no_image"), 2.0);
+        let cut = values
+            .iter()
+            .find(|(key, ..)| key.key().name() == CAPTIONS_TRUNCATED);
+        assert!(matches!(cut.unwrap().3, DebugValue::Counter(2)));
     }
 
     #[test]

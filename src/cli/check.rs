@@ -322,12 +322,13 @@ fn load_encoders(
     };
     let latents = loaded.models.vae().config();
     let message = format!(
-        "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer",
+        "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer, {} tokens",
         millions(loaded.text_parameters),
         loaded.models.text_width(),
         millions(loaded.vae_parameters),
         latents.latent_channels,
-        latents.downscale()
+        latents.downscale(),
+        loaded.models.tokens()
     );
     Ok((loaded, message))
 }
@@ -385,6 +386,7 @@ fn dry_run(
     let EncoderOutput {
         moments,
         conditioning,
+        ..
     } = encoders.encode(batch.data, &[caption])?;
     all_finite(&conditioning.hidden, "the text encoder")?;
     all_finite(&moments, "the VAE")?;

@@ -147,6 +147,11 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         flow = write_latents(pool, &mut writer, &monitor, &cancel)?;
     }
     summarize(writer.manifest(), there, started.elapsed(), flow);
+    let cut = data.metrics.snapshot().truncated_captions;
+    if cut > 0 {
+        let captions = counted(cut as usize, "caption");
+        errln!("{captions} of this process cut: more tokens than the text encoder takes");
+    }
     let missing = writer.finish()?.missing;
     if !missing.is_empty() {
         errln!(

@@ -4,4 +4,4 @@
 
 mod text_encoder;
 
-pub use text_encoder::{TextEncoder, TextEncoderError};
+pub use text_encoder::{EncodedText, TextEncoder, TextEncoderError};

@@ -17,6 +17,15 @@ pub enum TextEncoderError {
     Tensor(#[from] candle_core::Error),
 }
 
+/// Encoded captions.
+#[derive(Clone, Debug)]
+pub struct EncodedText {
+    /// Conditioning on the captions.
+    pub conditioning: Conditioning,
+    /// Number of captions that have more tokens than fit, and were cut.
+    pub truncated: usize,
+}
+
 /// Text encoder and tokenizer of a pipeline.
 #[derive(Debug)]
 pub struct TextEncoder {
@@ -29,12 +38,18 @@ impl TextEncoder {
     /// computed with in it.
     ///
     /// # Errors
-    /// When a file is missing or does not describe a CLIP text encoder.
+    /// When a file is missing or does not describe a CLIP text encoder, or the tokenizer has more or fewer tokens than the text
+    /// encoder.
     pub fn load(pipeline: &Path, dtype: DType, device: &Device) -> Result<Self, ModelError> {
-        Ok(Self {
-            model: ClipTextModel::load(&pipeline.join("text_encoder"), dtype, device)?,
-            tokenizer: ClipTokenizer::load(&pipeline.join("tokenizer"))?,
-        })
+        let tokenizer = ClipTokenizer::load(&pipeline.join("tokenizer"))?;
+        let model = ClipTextModel::load(&pipeline.join("text_encoder"), dtype, device)?;
+        tokenizer.check_embeddings(model.vocabulary())?;
+        Ok(Self { model, tokenizer })
+    }
+
+    /// Tokens of the tokenizer.
+    pub fn tokens(&self) -> usize {
+        self.tokenizer.tokens()
     }
 
     /// Width `W` of the hidden states.
@@ -47,12 +62,18 @@ impl TextEncoder {
     ///
     /// # Errors
     /// When a caption can't be tokenized or a tensor operation fails.
-    pub fn encode<S: AsRef<str>>(&self, captions: &[S]) -> Result<Conditioning, TextEncoderError> {
-        let ids: Vec<Vec<u32>> = captions
-            .iter()
-            .map(|caption| self.tokenizer.encode(caption.as_ref()))
-            .collect::<Result<_, _>>()?;
+    pub fn encode<S: AsRef<str>>(&self, captions: &[S]) -> Result<EncodedText, TextEncoderError> {
+        let mut ids = Vec::with_capacity(captions.len());
+        let mut truncated = 0;
+        for caption in captions {
+            let caption = self.tokenizer.encode(caption.as_ref())?;
+            truncated += usize::from(caption.truncated);
+            ids.push(caption.ids);
+        }
         let hidden = self.model.forward(&ids)?.to_dtype(DType::F32)?;
-        Ok(Conditioning::text(hidden))
+        Ok(EncodedText {
+            conditioning: Conditioning::text(hidden),
+            truncated,
+        })
     }
 }

@@ -8,7 +8,7 @@ use coffey_pipeline::image::normalize;
 use coffey_pipeline::{BatchData, F16Array};
 use rayon::prelude::*;
 
-use crate::conditioning::{TextEncoder, TextEncoderError};
+use crate::conditioning::{EncodedText, TextEncoder, TextEncoderError};
 use crate::models::{AutoencoderKl, Conditioning, ModelError};
 
 /// Pixels of the images that pass the autoencoder as one batch on the CPU, where batching changes no bit of the result. More
@@ -108,6 +108,8 @@ pub struct EncoderOutput {
     pub moments: Tensor,
     /// Conditioning on the captions, `B` samples.
     pub conditioning: Conditioning,
+    /// Number of captions that have more tokens than fit, and were cut; captions with stored embeddings are not counted.
+    pub truncated: usize,
 }
 
 impl Encoders {
@@ -166,6 +168,11 @@ impl Encoders {
         &self.device
     }
 
+    /// Tokens of the tokenizer.
+    pub fn tokens(&self) -> usize {
+        self.text.tokens()
+    }
+
     /// Width of the text encoder's hidden states.
     pub fn text_width(&self) -> usize {
         self.text.width()
@@ -189,13 +196,20 @@ impl Encoders {
                 prompt_embeds,
             } => (stored_tensor(moments)?, prompt_embeds),
         };
-        let conditioning = match stored {
-            Some(embeds) => Conditioning::text(stored_tensor(embeds)?),
-            None => self.encode_text(captions)?,
+        let EncodedText {
+            conditioning,
+            truncated,
+        } = match stored {
+            Some(embeds) => EncodedText {
+                conditioning: Conditioning::text(stored_tensor(embeds)?),
+                truncated: 0,
+            },
+            None => self.encode_captions(captions)?,
         };
         Ok(EncoderOutput {
             moments,
             conditioning,
+            truncated,
         })
     }
 
@@ -204,6 +218,10 @@ impl Encoders {
     /// # Errors
     /// When a tensor operation fails.
     pub fn encode_text<S: AsRef<str>>(&self, captions: &[S]) -> Result<Conditioning, EncodeError> {
+        Ok(self.encode_captions(captions)?.conditioning)
+    }
+
+    fn encode_captions<S: AsRef<str>>(&self, captions: &[S]) -> Result<EncodedText, EncodeError> {
         self.text.encode(captions).map_err(|error| match error {
             TextEncoderError::Tokenizer(error) => error.into(),
             TextEncoderError::Tensor(error) => EncodeError::on(&self.device)(error),

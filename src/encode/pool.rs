@@ -159,7 +159,8 @@ fn work(
 ) {
     while let Some(job) = jobs.recv_blocking(stage) {
         let encoded = job.map_err(EncodeError::from).and_then(|batch| {
-            let caught = || catch_unwind(AssertUnwindSafe(|| encode(encoders, batch)));
+            let encode = || encode(encoders, batch, stage.metrics());
+            let caught = || catch_unwind(AssertUnwindSafe(encode));
             stage.work(caught).unwrap_or(Err(EncodeError::Panicked))
         });
         if let Ok(batch) = &encoded {
@@ -172,12 +173,14 @@ fn work(
     }
 }
 
-fn encode(encoders: &Encoders, batch: Batch) -> EncodeResult {
+fn encode(encoders: &Encoders, batch: Batch, metrics: &FlowMetrics) -> EncodeResult {
     let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
     let EncoderOutput {
         moments,
         conditioning,
+        truncated,
     } = encoders.encode(batch.data, &captions)?;
+    metrics.add_truncated_captions(truncated as u64);
     Ok(EncodedBatch {
         index: batch.index,
         samples: batch.samples,

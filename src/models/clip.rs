@@ -127,6 +127,11 @@ impl ClipTextModel {
         self.token_embedding.hidden_size()
     }
 
+    /// Number of token embeddings.
+    pub fn vocabulary(&self) -> usize {
+        self.token_embedding.embeddings().dims()[0]
+    }
+
     /// `last_hidden_state` of transformers' `CLIPTextModel.forward`.
     ///
     /// `ids`: `B` rows of one length `T` → `[B, T, width]` in the dtype of the weights.

@@ -26,7 +26,7 @@ pub use clip::ClipTextModel;
 pub(crate) use config::nearest_key;
 pub use denoiser::{Conditioning, Denoiser};
 pub use pipeline::{PipelineMismatch, PipelineParts, check_fit};
-pub use tokenizer::ClipTokenizer;
+pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weights::{Weights, config_text, model_metadata, save_model, write_safetensors};

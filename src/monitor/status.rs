@@ -39,6 +39,8 @@ pub(super) struct RunStatus {
     channels: Vec<ChannelStatus>,
     /// Counts of this process.
     skipped: BTreeMap<String, u64>,
+    /// Captions that were cut, by this process.
+    truncated_captions: u64,
     #[serde(flatten)]
     s3: S3Counts,
     step: Option<StepFigures>,
@@ -147,6 +149,7 @@ impl Monitor {
             stages: command.stages().map(stage).collect(),
             channels: channels(command, &flow),
             skipped: flow.skipped.clone(),
+            truncated_captions: flow.truncated_captions,
             s3: shared.s3.counts(),
             step: reported.step,
             checkpoint: reported.checkpoint.map(|checkpoint| CheckpointStatus {

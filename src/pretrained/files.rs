@@ -119,17 +119,18 @@ pub(super) fn plan(
     plan.files
         .extend(extras.filter(|name| available.contains(name)));
     for component in &components.components {
-        let (first, _) = config_files(component.names.first().map_or("", String::as_str));
-        let name = component.names.iter().find(|name| {
-            let (required, _) = config_files(name);
-            available.contains(&join(name, required[0]))
-        });
+        let first = component.names.first().map_or("", String::as_str);
+        let first = ConfigFiles::of(first);
+        let there = |name: &&String| ConfigFiles::of(name).form(name, available).is_some();
+        let name = component.names.iter().find(there);
         match name {
             Some(name) => plan_component(&mut plan, name, available)?,
             None if !component.required => {}
             None => {
                 let names = component.names.iter();
-                let files: Vec<_> = names.map(|name| join(name, first[0])).collect();
+                let files =
+                    names.flat_map(|name| first.forms.iter().map(|form| join(name, form[0])));
+                let files: Vec<_> = files.collect();
                 return Err(format!("it has no {}", files.join(" and no ")));
             }
         }
@@ -137,15 +138,40 @@ pub(super) fn plan(
     Ok(plan)
 }
 
-/// Required and optional configuration files of a component.
-fn config_files(component: &str) -> (&'static [&'static str], &'static [&'static str]) {
-    match component {
-        "scheduler" => (&["scheduler_config.json"], &[]),
-        "tokenizer" => (
-            &["vocab.json", "merges.txt"],
-            &["tokenizer_config.json", "special_tokens_map.json"],
-        ),
-        _ => (&["config.json"], &[]),
+/// The configuration files of a component.
+struct ConfigFiles {
+    /// Sets of files, in order of preference: the first that is there is needed whole.
+    forms: &'static [&'static [&'static str]],
+    optional: &'static [&'static str],
+}
+
+impl ConfigFiles {
+    fn of(component: &str) -> Self {
+        match component {
+            "scheduler" => Self {
+                forms: &[&["scheduler_config.json"]],
+                optional: &[],
+            },
+            // The order of preference of `ClipTokenizer::load`.
+            "tokenizer" => Self {
+                forms: &[&["tokenizer.json"], &["vocab.json", "merges.txt"]],
+                optional: &[
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                    "added_tokens.json",
+                ],
+            },
+            _ => Self {
+                forms: &[&["config.json"]],
+                optional: &[],
+            },
+        }
+    }
+
+    /// The first form that has its first file in the folder `component`.
+    fn form(&self, component: &str, available: &BTreeSet<String>) -> Option<&[&'static str]> {
+        let there = |form: &&&[&str]| available.contains(&join(component, form[0]));
+        self.forms.iter().find(there).copied()
     }
 }
 
@@ -154,15 +180,15 @@ fn plan_component(
     component: &str,
     available: &BTreeSet<String>,
 ) -> Result<(), String> {
-    let (required, optional) = config_files(component);
-    for name in required {
+    let files = ConfigFiles::of(component);
+    for name in files.form(component, available).unwrap_or_default() {
         let file = join(component, name);
         if !available.contains(&file) {
             return Err(format!("it has no {file}"));
         }
         plan.files.push(file);
     }
-    let optional = optional.iter().map(|name| join(component, name));
+    let optional = files.optional.iter().map(|name| join(component, name));
     plan.files
         .extend(optional.filter(|name| available.contains(name)));
     if matches!(component, "scheduler" | "tokenizer") {
@@ -351,6 +377,38 @@ mod tests {
         let alone = ["config.json", "diffusion_pytorch_model.safetensors"];
         let available = alone.map(str::to_owned).into();
         assert_eq!(plan(&Components::vae(), &available).unwrap().files, alone);
+    }
+
+    #[test]
+    fn plan_takes_one_form_of_tokenizer() {
+        let tokenizer = |available: &BTreeSet<String>| {
+            let files = sorted(plan(&Components::encoding(true), available)?);
+            let names = files
+                .iter()
+                .filter_map(|name| name.strip_prefix("tokenizer/"));
+            Ok::<_, String>(names.collect::<Vec<_>>().join(" "))
+        };
+        let mut available = hub();
+        available.insert("tokenizer/added_tokens.json".to_owned());
+        assert_eq!(
+            tokenizer(&available).unwrap(),
+            "added_tokens.json merges.txt special_tokens_map.json tokenizer_config.json vocab.json"
+        );
+        available.remove("tokenizer/merges.txt");
+        assert_eq!(
+            tokenizer(&available).unwrap_err(),
+            "it has no tokenizer/merges.txt"
+        );
+        available.insert("tokenizer/tokenizer.json".to_owned());
+        assert_eq!(
+            tokenizer(&available).unwrap(),
+            "added_tokens.json special_tokens_map.json tokenizer.json tokenizer_config.json"
+        );
+        available.retain(|name| !name.starts_with("tokenizer/"));
+        assert_eq!(
+            tokenizer(&available).unwrap_err(),
+            "it has no tokenizer/tokenizer.json and no tokenizer/vocab.json"
+        );
     }
 
     #[test]

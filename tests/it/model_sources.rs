@@ -134,6 +134,36 @@ fn teacher_from_folder_hub_or_s3_gives_same_run() {
 }
 
 #[test]
+fn tokenizer_file_alone_is_fetched_and_read() {
+    let of_folder = User::new("http://127.0.0.1:9");
+    let buckets = of_folder.path("buckets");
+    copy(Path::new("assets/quickstart/emoji"), &buckets.join("emoji"));
+    let saved = buckets.join("models/teacher");
+    copy(&teacher(), &saved);
+    let expected = train(&of_folder, "plain", &[]);
+    support::save_tokenizer_file(&saved);
+    let folder = format!("model.teacher={}", text(&saved));
+    assert_eq!(train(&of_folder, "folder", &[&folder]), expected);
+
+    let hub = Hub::start(ID, &saved, Behavior::default());
+    let user = User::new(&hub.endpoint);
+    let found = train(&user, "hub", &[&format!("model.teacher={ID}")]);
+    assert_eq!(found, expected);
+    let asked = hub.asked_files();
+    let tokenizer: Vec<_> = asked.iter().map(|(name, _)| name.as_str()).collect();
+    let tokenizer = tokenizer
+        .iter()
+        .filter(|name| name.starts_with("tokenizer/"));
+    assert!(tokenizer.eq(&[
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json"
+    ]));
+    let embedded = format!("s3.embedded_root={}", text(&buckets));
+    let from_s3 = ["model.teacher=s3://models/teacher", embedded.as_str()];
+    assert_eq!(train(&user, "s3", &from_s3), expected);
+}
+
+#[test]
 fn hub_files_are_fetched_once_and_only_if_needed() {
     let hub = Hub::start(ID, &teacher(), Behavior::default());
     let user = User::new(&hub.endpoint);

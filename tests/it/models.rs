@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use crate::support::{PRECOMPUTE, QUICKSTART, copy, refuse, teacher, text};
-use candle_core::{DType, Device};
+use crate::support::{PRECOMPUTE, QUICKSTART, copy, refuse, succeed_json, teacher, text};
+use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::WEIGHTS_STEM;
 use coffey::models::{UNetConfig, Weights, save_model};
 use serde_json::json;
@@ -78,4 +78,36 @@ fn damaged_text_encoder_file_is_named() {
     let bytes = std::fs::read(&file).unwrap();
     std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
     refused_by_all(&folder, &pipeline, [1; 4], &[text(&file), "cut short"]);
+}
+
+#[test]
+fn text_encoder_with_rows_for_unknown_tokens_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let pipeline = folder.path().join("teacher");
+    copy(&teacher(), &pipeline);
+    // A textual inversion: one more token embedding.
+    let part = pipeline.join("text_encoder");
+    let weights = Weights::load(&part, "model", DType::F32, &Device::Cpu).unwrap();
+    let mut tensors = weights.into_tensors();
+    let (_, rows) = tensors
+        .iter_mut()
+        .find(|(name, _)| name.ends_with("token_embedding.weight"))
+        .unwrap();
+    *rows = Tensor::cat(&[&*rows, &rows.narrow(0, 5, 1).unwrap()], 0).unwrap();
+    let config = std::fs::read_to_string(part.join("config.json")).unwrap();
+    let mut config: serde_json::Map<_, _> = serde_json::from_str(&config).unwrap();
+    config.insert("vocab_size".to_owned(), json!(1771));
+    save_model(&part, "model", &config, &tensors).unwrap();
+    let words = ["1770", "1771", "vocab_size", "added_tokens.json"];
+    refused_by_all(&folder, &pipeline, [1, 1, 1, 1], &words);
+
+    // With its token the pipeline is complete.
+    let tokens = json!({"<cat-toy>": 1770}).to_string();
+    std::fs::write(pipeline.join("tokenizer/added_tokens.json"), tokens).unwrap();
+    let teacher = format!("model.teacher={}", pipeline.display());
+    let output = format!("train.output={}", folder.path().join("run").display());
+    let report = succeed_json(&[
+        "check", "-c", QUICKSTART, "--json", "-s", &teacher, "-s", &output,
+    ]);
+    assert!(report.to_string().contains("1771 tokens"), "{report}");
 }

@@ -9,7 +9,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    PRECOMPUTE, command, messages, python, refused, run, says, succeed_json, terminate, text,
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, command, messages, python, refused, run, says,
+    succeed_json, terminate, text,
 };
 
 /// `coffey precompute` into `output`.
@@ -228,35 +229,74 @@ mod needs_python {
     }
 }
 
-/// A shard of `count` captioned images of 160 by 80 pixels, with a gradient of colours.
+/// A captioned image of 160 by 80 pixels in a shard, with a gradient of colours.
+struct WideImage<'a> {
+    key: u32,
+    extension: &'a str,
+    caption: String,
+    json: Option<&'a [u8]>,
+}
+
+impl WideImage<'_> {
+    fn new(key: u32) -> Self {
+        Self {
+            key,
+            extension: "png",
+            caption: format!("wide picture {key}"),
+            json: None,
+        }
+    }
+}
+
+/// A shard of `count` images.
 fn wide_images(shard: &Path, count: u32) {
-    wide_images_of(shard, 0..count, "png");
+    write_wide_images(shard, (0..count).map(WideImage::new));
 }
 
-/// The same with one image for each of `keys`, under names that end in `image`.
-fn wide_images_of(shard: &Path, keys: impl IntoIterator<Item = u32>, image: &str) {
-    let samples: Vec<_> = keys.into_iter().map(|key| (key, None)).collect();
-    write_wide_images(shard, &samples, image);
+/// As [`wide_images`], with captions by the image's number.
+fn captioned_images(shard: &Path, count: u32, caption: impl Fn(u32) -> String) {
+    let image = |key| WideImage {
+        caption: caption(key),
+        ..WideImage::new(key)
+    };
+    write_wide_images(shard, (0..count).map(image));
 }
 
-/// The same with one image for each of `jsons`.
+/// A shard with one image for each of `keys`, under names that end in `extension`.
+fn wide_images_of(shard: &Path, keys: impl IntoIterator<Item = u32>, extension: &str) {
+    let image = |key| WideImage {
+        extension,
+        ..WideImage::new(key)
+    };
+    write_wide_images(shard, keys.into_iter().map(image));
+}
+
+/// A shard with one image for each of `jsons`.
 fn wide_images_with(shard: &Path, jsons: &[Option<&[u8]>]) {
-    let samples: Vec<_> = (0_u32..).zip(jsons.iter().copied()).collect();
-    write_wide_images(shard, &samples, "png");
+    let image = |(key, &json)| WideImage {
+        json,
+        ..WideImage::new(key)
+    };
+    write_wide_images(shard, (0..).zip(jsons).map(image));
 }
 
-fn write_wide_images(shard: &Path, samples: &[(u32, Option<&[u8]>)], image: &str) {
+fn write_wide_images<'a>(shard: &Path, images: impl Iterator<Item = WideImage<'a>>) {
     let mut tar = tar::Builder::new(fs::File::create(shard).unwrap());
-    for &(key, json) in samples {
+    for WideImage {
+        key,
+        extension,
+        caption,
+        json,
+    } in images
+    {
         let colour =
             |x, y| image::Rgb([(3 * x + 40 * key) as u8, (2 * y) as u8, (x * y / 50) as u8]);
         let mut png = std::io::Cursor::new(Vec::new());
         image::RgbImage::from_fn(160, 80, colour)
             .write_to(&mut png, image::ImageFormat::Png)
             .unwrap();
-        let caption = format!("wide picture {key}").into_bytes();
+        let members = [(extension, png.into_inner()), ("txt", caption.into_bytes())];
         let json = json.map(|json| ("json", json.to_vec()));
-        let members = [(image, png.into_inner()), ("txt", caption)];
         for (extension, content) in members.into_iter().chain(json) {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
@@ -267,6 +307,39 @@ fn write_wide_images(shard: &Path, samples: &[(u32, Option<&[u8]>)], image: &str
         }
     }
     tar.finish().unwrap();
+}
+
+#[test]
+fn captions_with_too_many_tokens_are_counted() {
+    let folder = TempDir::new().unwrap();
+    let shard = folder.path().join("long.tar");
+    // 75 tokens fit; each exclamation mark is one.
+    captioned_images(&shard, 3, |key| match key {
+        0 => format!("wide picture {key}{}", " !".repeat(60)),
+        _ => format!("wide picture {key}{}", " !".repeat(76)),
+    });
+    let data = format!("data.shards={}", shard.display());
+    let printed = messages(precompute(&folder.path().join("latents"), &["-s", &data]));
+    assert!(
+        printed.contains("2 captions of this process cut"),
+        "{printed}"
+    );
+    let run = format!("train.output={}", folder.path().join("run").display());
+    let own = [
+        data.as_str(),
+        run.as_str(),
+        "train.batch_size=3",
+        "train.max_steps=1",
+    ];
+    let printed = messages(command(&args(
+        "train",
+        QUICKSTART,
+        own.iter().chain(NO_PICTURES.iter()),
+    )));
+    assert!(
+        printed.contains("captions cut, with too many tokens: "),
+        "{printed}"
+    );
 }
 
 /// Compares the estimate of `coffey check` with the latents that were written.

@@ -10,12 +10,13 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Every metric: its name, its type and its label.
-const STREAM: [(&str, &str, &str); 7] = [
+const STREAM: [(&str, &str, &str); 8] = [
     ("coffey_stage_items_total", "counter", "stage"),
     ("coffey_stage_bytes_total", "counter", "stage"),
     ("coffey_stage_busy_seconds_total", "gauge", "stage"),
     ("coffey_stage_starved_seconds_total", "gauge", "stage"),
     ("coffey_stage_blocked_seconds_total", "gauge", "stage"),
+    ("coffey_captions_truncated_total", "counter", ""),
     ("coffey_s3_requests_total", "counter", "outcome"),
     ("coffey_stalled", "gauge", ""),
 ];

@@ -38,6 +38,7 @@ struct Registry {
     stages: Box<[Counters]>,
     channels: Mutex<Vec<WatchedChannel>>,
     skipped: EventCounter,
+    truncated_captions: AtomicU64,
 }
 
 /// The registry that stages report to. Cloning is cheap and shares it.
@@ -72,6 +73,7 @@ impl FlowMetrics {
             stages: names.iter().map(|_| Counters::default()).collect(),
             channels: Mutex::default(),
             skipped,
+            truncated_captions: AtomicU64::new(0),
         }))
     }
 
@@ -93,6 +95,13 @@ impl FlowMetrics {
     /// Counts one item left out for `reason`.
     pub fn skip(&self, reason: &str) {
         self.0.skipped.add(reason.to_owned());
+    }
+
+    /// Counts captions that have more tokens than the text encoder takes, and were cut.
+    pub fn add_truncated_captions(&self, count: u64) {
+        self.0
+            .truncated_captions
+            .fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn watch_channel<T: Send + 'static>(
@@ -147,6 +156,7 @@ impl FlowMetrics {
                 .map(|(k, v)| (k.to_owned(), v))
                 .collect(),
             skipped: self.0.skipped.counts(),
+            truncated_captions: self.0.truncated_captions.load(Ordering::Relaxed),
         }
     }
 }

@@ -15,6 +15,9 @@ pub struct FlowSnapshot {
     pub channels: BTreeMap<String, ChannelSnapshot>,
     /// Samples left out, by reason.
     pub skipped: BTreeMap<String, u64>,
+    /// Captions that have more tokens than the text encoder takes, and were cut.
+    #[serde(skip)]
+    pub truncated_captions: u64,
 }
 
 /// One stage's numbers; times are summed over its threads.
@@ -92,6 +95,9 @@ impl FlowSnapshot {
             stages: stages.map(|(now, then)| now.since(then)).collect(),
             channels: self.channels.clone(),
             skipped,
+            truncated_captions: self
+                .truncated_captions
+                .saturating_sub(earlier.truncated_captions),
         }
     }
 
@@ -143,17 +149,20 @@ mod tests {
         decode.add_busy(seconds(50));
         train.add_starved(seconds(50));
         metrics.skip("no_image");
+        metrics.add_truncated_captions(2);
         let start = metrics.snapshot();
         decode.add_busy(seconds(2));
         decode.add_blocked(seconds(8));
         decode.add_items(3);
         train.add_busy(seconds(10));
         metrics.skip("bad_json");
+        metrics.add_truncated_captions(3);
         let end = metrics.snapshot();
         assert_eq!(end.limiting_stage(), Some(Stage::Decode));
         let between = end.since(&start);
         assert_eq!(between.limiting_stage(), Some(Stage::Train));
         assert_eq!(between.stage(Stage::Decode).items, 3);
+        assert_eq!((between.truncated_captions, end.truncated_captions), (3, 5));
         assert_eq!(
             between.skipped,
             BTreeMap::from([("bad_json".to_owned(), 1)])

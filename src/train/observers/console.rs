@@ -84,6 +84,10 @@ impl Observer for Console {
         if !counts.is_empty() {
             parts.push(format!("left out since step 1: {}", counts.join(", ")));
         }
+        let cut = self.metrics.snapshot().truncated_captions;
+        if cut > 0 {
+            parts.push(format!("captions cut, with too many tokens: {cut}"));
+        }
         self.progress.say(parts.join(" · "));
         Ok(())
     }

@@ -230,3 +230,36 @@ pub(crate) fn without_tensor(folder: &TempDir, part: &str, stem: &str, tensor: &
     save_model(&part, stem, config.as_object().unwrap(), &tensors).unwrap();
     pipeline
 }
+
+/// Gives the tokenizer of a pipeline the form of transformers 5: `tokenizer.json` in place of vocabulary and merges.
+pub(crate) fn save_tokenizer_file(pipeline: &Path) {
+    let folder = pipeline.join("tokenizer");
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let vocab: Value = serde_json::from_str(&read("vocab.json")).unwrap();
+    let merges = read("merges.txt");
+    let merges = merges.lines().filter(|line| !line.starts_with("#version"));
+    let merges: Vec<Vec<&str>> = merges.map(|line| line.split(' ').collect()).collect();
+    let added = ["<|startoftext|>", "<|endoftext|>"].map(|token| {
+        serde_json::json!({
+            "id": vocab[token], "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": true
+        })
+    });
+    let words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+    let file = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": true},
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]},
+        "post_processor": null, "decoder": null,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<|endoftext|>", "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": vocab,
+            "merges": merges},
+    });
+    std::fs::write(folder.join("tokenizer.json"), file.to_string()).unwrap();
+    for name in ["vocab.json", "merges.txt", "special_tokens_map.json"] {
+        std::fs::remove_file(folder.join(name)).unwrap();
+    }
+}
