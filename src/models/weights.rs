@@ -182,16 +182,13 @@ fn weight_files(
 pub fn tensor_names(path: &Path) -> Vec<String> {
     let read = || {
         let mut file = std::fs::File::open(path).ok()?;
-        let mut bytes = vec![0; 8];
-        file.read_exact(&mut bytes).ok()?;
-        let length = u64::from_le_bytes(bytes.clone().try_into().ok()?);
-        file.take(length.min(LONGEST_HEADER))
-            .read_to_end(&mut bytes)
-            .ok()?;
-        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).ok()?;
-        let mut names: Vec<_> = header.tensors().into_keys().collect();
-        names.sort();
-        Some(names)
+        let mut length = [0; 8];
+        file.read_exact(&mut length).ok()?;
+        let length = u64::from_le_bytes(length).min(LONGEST_HEADER);
+        let mut header = Vec::new();
+        file.take(length).read_to_end(&mut header).ok()?;
+        let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&header).ok()?;
+        Some(header.into_keys().collect())
     };
     read().unwrap_or_default()
 }

@@ -1,6 +1,7 @@
 //! What a folder, prefix or repository is, by its files, if it is no model in diffusers layout.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -227,7 +228,8 @@ fn other_format(place: &Place<'_>) -> Option<String> {
 }
 
 /// What a file is that was given as a model, by its name and the names of its tensors.
-pub(super) fn describe_file(name: &str, tensors: &[String]) -> String {
+pub(super) fn describe_file(path: &Path, tensors: &[String]) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let lower = name.to_lowercase();
     let has = |mark: &str| tensors.iter().any(|tensor| tensor.contains(mark));
     let is_lora = ["lora", "adapter_model"]
@@ -254,10 +256,12 @@ pub(super) fn describe_file(name: &str, tensors: &[String]) -> String {
         let class = if has("conditioner.embedders.") {
             "an SDXL checkpoint in one file, which coffey does not train"
         } else {
-            "a checkpoint in one file; a model is a folder in diffusers layout, into which it is converted in Python: \
-             StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            "a checkpoint in one file"
         };
-        return format!("is {class}");
+        return format!(
+            "is {class}; a model is a folder in diffusers layout, into which a checkpoint of Stable Diffusion is converted in Python: \
+             StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        );
     }
     if lower.ends_with("model_index.json") {
         return "is a file of a model; give its folder".to_owned();

@@ -232,7 +232,7 @@ pub fn fetch(
     match place {
         ModelPlace::File(path) => Err(PretrainedError::OtherKind {
             model: model.to_string(),
-            what: kind::describe_file(model.as_str(), &tensor_names(&path)),
+            what: kind::describe_file(&path, &tensor_names(&path)),
         }),
         ModelPlace::Folder(folder) => {
             let read = |file: &str| read_json(&folder.join(file));
