@@ -87,6 +87,11 @@ impl Components {
         !self.components.iter().all(of_vae)
     }
 
+    /// Whether the folder of a run has them, as that of a pipeline.
+    pub(super) fn are_in_runs(&self) -> bool {
+        self.extras.contains(&"run.json")
+    }
+
     /// A VAE that is the model itself or its subfolder `vae`.
     pub fn vae() -> Self {
         Self {
@@ -123,6 +128,10 @@ pub(super) fn plan(
     let extras = components.extras.iter().map(|name| (*name).to_owned());
     plan.files
         .extend(extras.filter(|name| available.contains(name)));
+    let has_folder = |name: &str| {
+        let prefix = join(name, "");
+        name.is_empty() || available.iter().any(|path| path.starts_with(&prefix))
+    };
     for component in &components.components {
         let (first, _) = config_files(component.names.first().map_or("", String::as_str));
         let name = component.names.iter().find(|name| {
@@ -132,11 +141,12 @@ pub(super) fn plan(
         match name {
             Some(name) => lacks.extend(plan_component(&mut plan, name, available).err()),
             None if !component.required => {}
-            None => {
+            None if component.names.iter().any(|name| has_folder(name)) => {
                 let names = component.names.iter();
                 let files: Vec<_> = names.map(|name| join(name, first[0])).collect();
                 lacks.push(files.join(" and no "));
             }
+            None => lacks.push(format!("folder {}", component.names.join(" or "))),
         }
     }
     if lacks.is_empty() {
@@ -390,7 +400,7 @@ mod tests {
         );
         assert!(unet(&available, Some("unet")).contains(&"unet/config.json".to_owned()));
         let error = plan(&Components::sampling(Some("other"), true), &available).unwrap_err();
-        assert_eq!(error, "it has no other/config.json");
+        assert_eq!(error, "it has no folder other");
         available.retain(|name| !name.starts_with("vae/"));
         assert!(plan(&Components::sampling(None, true), &available).is_ok());
     }
@@ -439,7 +449,7 @@ mod tests {
             "no tokenizer/merges.txt;",
             "no weights text_encoder/model.safetensors",
             "pytorch_model.bin",
-            "no vae/config.json",
+            "no folder vae",
         ] {
             assert!(error.contains(word), "{word:?}? {error}");
         }

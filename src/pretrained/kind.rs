@@ -21,7 +21,7 @@ impl Place<'_> {
     }
 
     /// Whether a file lies in the folder.
-    fn has_folder(&self, folder: &str) -> bool {
+    pub(super) fn has_folder(&self, folder: &str) -> bool {
         self.files.iter().any(|file| {
             file.strip_prefix(folder)
                 .is_some_and(|rest| rest.starts_with('/'))

@@ -271,7 +271,8 @@ fn plan(
         return Err(other_kind(what));
     }
     files::plan(components, files).map_err(|lacks| {
-        let what = kind::describe(&place);
+        let is_run = components.are_in_runs() && place.has_folder("unet");
+        let what = if is_run { None } else { kind::describe(&place) };
         what.map_or_else(
             || PretrainedError::NotAModel {
                 model: model.to_owned(),

@@ -299,7 +299,7 @@ fn teachers_that_are_something_else_are_named() {
         &user,
         text(&make("empty", &[("README.md", "")])),
         1,
-        &["no unet/config.json", "no vae/config.json"],
+        &["no folder unet", "no folder vae"],
     );
 
     let inpainting = teacher_in(&user, "inpainting");

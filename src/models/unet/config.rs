@@ -465,8 +465,8 @@ fn block_types(
 
 /// A kernel's size, which must be odd.
 fn odd(file: &ConfigFile, key: &str) -> usize {
-    let kernel = file.get(key, 3);
-    if kernel % 2 == 0 {
+    let kernel: usize = file.get(key, 3);
+    if kernel.is_multiple_of(2) {
         file.refuse(key, kernel, "an odd number");
     }
     kernel
