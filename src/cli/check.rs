@@ -27,7 +27,9 @@ use crate::diffusion::Prediction;
 use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{Denoiser, PipelineParts, UNet, UNetConfig, Weights, check_fit};
+use crate::models::{
+    Denoiser, PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit,
+};
 use crate::ops::{self, Attention};
 use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::{encoder_options, lcm_schedule};
@@ -38,8 +40,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Samples whose mean size is measured, the first of the data.
 const PROBED_SAMPLES: usize = 16;
-/// Stem of the weight files of transformers' models.
-const TEXT_ENCODER_STEM: &str = "model";
 
 /// Options of `coffey check`.
 #[derive(Args, Debug)]

@@ -18,6 +18,8 @@ pub struct ModelRef(String);
 pub enum ModelPlace {
     /// A folder that exists.
     Folder(PathBuf),
+    /// A file that exists, which is no model.
+    File(PathBuf),
     /// Everything under this prefix, `s3://bucket/…/`, ending in `/`.
     S3(String),
     /// A repository of the Hub, `user/model`.
@@ -36,11 +38,6 @@ pub enum ModelRefError {
         /// Whether the name starts with `~`.
         home: bool,
     },
-    /// A file.
-    #[error(
-        "is a file; a model is a folder in diffusers layout (diffusers turns a single-file checkpoint into one)"
-    )]
-    File,
     /// An S3 URL without a bucket.
     #[error("has no bucket; the form is s3://bucket/prefix")]
     NoBucket,
@@ -83,7 +80,7 @@ impl ModelRef {
             });
         }
         if path.is_file() {
-            return Err(ModelRefError::File);
+            return Ok(ModelPlace::File(path.to_owned()));
         }
         if is_hub_id(text) {
             return Ok(ModelPlace::Hub(text.to_owned()));
@@ -180,7 +177,10 @@ mod tests {
         }
         let said = place("~/model").unwrap_err().to_string();
         assert!(said.contains("not expanded"), "{said}");
-        assert_eq!(place("Cargo.toml"), Err(ModelRefError::File));
+        assert_eq!(
+            place("Cargo.toml"),
+            Ok(ModelPlace::File("Cargo.toml".into()))
+        );
         assert_eq!(place("s3://"), Err(ModelRefError::NoBucket));
         assert_eq!(place("s3:///a"), Err(ModelRefError::NoBucket));
         let said = place("https://huggingface.co/a/b").unwrap_err().to_string();

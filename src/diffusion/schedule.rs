@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use coffey_pipeline::json;
 
 use super::mix;
-use crate::models::{did_you_mean, nearest_key};
+use crate::models::{did_you_mean, nearest_key, warn_once};
 
 /// The prediction type of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -90,6 +90,27 @@ const KEYS: &[&str] = &[
     "variance_type",
 ];
 
+/// How the names of diffusers' schedulers begin that have no betas, or change them: their files read as a schedule of betas would be
+/// another model's.
+const OTHER_PROCESSES: [&str; 16] = [
+    "Amused",
+    "CMStochasticIterative",
+    "CogVideoX",
+    "CosineDPMSolver",
+    "DDPMWuerstchen",
+    "EDM",
+    "FlowMa", // FlowMatch…, FlowMap…
+    "Helios",
+    "IPNDM",
+    "KarrasVe",
+    "LTX",
+    "Piflow",
+    "SCM",
+    "ScoreSde",
+    "UnCLIP",
+    "VQDiffusion",
+];
+
 /// The keys of `scheduler_config.json` that decide the schedule, with `DDPMScheduler`'s defaults.
 #[derive(serde::Deserialize)]
 #[serde(default)]
@@ -138,20 +159,14 @@ impl NoiseSchedule {
             path: path.clone(),
             source,
         })?;
-        Self::parse(&bytes).map_err(|message| ScheduleError::Invalid { path, message })
+        Self::parse(&bytes, &path).map_err(|message| ScheduleError::Invalid { path, message })
     }
 
-    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
+    /// `path` is named in warnings.
+    fn parse(bytes: &[u8], path: &Path) -> std::result::Result<Self, String> {
         let map: serde_json::Map<String, serde_json::Value> =
             json::from_slice(bytes).map_err(|e| e.to_string())?;
-        // Keys with a leading underscore are notes of the library that wrote the file.
-        let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());
-        if let Some(key) = map.keys().find(unknown) {
-            let hint = did_you_mean(nearest_key(key, KEYS));
-            return Err(format!(
-                "\"{key}\" is not a key of diffusers' schedulers{hint}"
-            ));
-        }
+        check_keys(&map, path)?;
         let file: File = json::from_slice(bytes).map_err(|e| e.to_string())?;
         Self::new(&file)
     }
@@ -309,6 +324,50 @@ impl NoiseSchedule {
     }
 }
 
+/// Refuses, all at once, what makes another forward process and keys that are misspelled. Other unknown keys are ignored with a warning, as
+/// in diffusers.
+fn check_keys(
+    map: &serde_json::Map<String, serde_json::Value>,
+    path: &Path,
+) -> std::result::Result<(), String> {
+    let mut faults = Vec::new();
+    let mut ignored = Vec::new();
+    let class = map.get("_class_name").and_then(|name| name.as_str());
+    if let Some(class) = class.filter(|name| OTHER_PROCESSES.iter().any(|c| name.starts_with(c))) {
+        faults.push(format!(
+            "\"_class_name\": \"{class}\" is no schedule of betas (it is of flow matching or another process), and coffey trains on no \
+             other; supported: DDPMScheduler, DDIMScheduler, PNDMScheduler and those that diffusers calls compatible"
+        ));
+    }
+    if map.get("use_flow_sigmas") == Some(&true.into()) {
+        faults.push(
+            "\"use_flow_sigmas\": true is not supported: the model was trained by flow matching"
+                .to_owned(),
+        );
+    }
+    // Keys with a leading underscore are notes of the library that wrote the file.
+    let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());
+    for key in map.keys().filter(unknown) {
+        match nearest_key(key, KEYS) {
+            None => ignored.push(format!("\"{key}\"")),
+            nearest => faults.push(format!(
+                "\"{key}\" is not a key of diffusers' schedulers{}",
+                did_you_mean(nearest)
+            )),
+        }
+    }
+    if !faults.is_empty() {
+        return Err(faults.join("; "));
+    }
+    if !ignored.is_empty() {
+        let (path, keys) = (path.display(), ignored.join(", "));
+        warn_once(format!(
+            "{path}: {keys}: not a key of diffusers' schedulers, ignored as diffusers does"
+        ));
+    }
+    Ok(())
+}
+
 /// Rounds to `f32`, in which diffusers computes the schedule.
 fn single(x: f64) -> f64 {
     f64::from(x as f32)
@@ -458,8 +517,16 @@ pub(super) mod tests {
                 &["cosine", "squaredcos_cap_v2"][..],
             ),
             (
-                r#"{"predicton_type": "epsilon"}"#,
-                &["did you mean \"prediction_type\""],
+                r#"{"predicton_type": "epsilon", "beta_ent": 1, "use_flow_sigmas": true}"#,
+                &[
+                    "did you mean \"prediction_type\"",
+                    "did you mean \"beta_end\"",
+                    "use_flow_sigmas",
+                ],
+            ),
+            (
+                r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}"#,
+                &["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"],
             ),
             (
                 r#"{"prediction_type": "flow_prediction"}"#,
@@ -481,17 +548,20 @@ pub(super) mod tests {
                 &["\"trained_betas[1]\"", "\"NaN\""],
             ),
         ] {
-            let message = NoiseSchedule::parse(text.as_bytes()).unwrap_err();
+            let message = NoiseSchedule::parse(text.as_bytes(), Path::new("x")).unwrap_err();
             for word in words {
                 assert!(message.contains(word), "{text}: {word:?}? {message}");
             }
         }
         let pndm = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": true,
             "set_alpha_to_one": false, "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
-        assert_eq!(NoiseSchedule::parse(pndm.as_bytes()).unwrap().len(), 1000);
+        let fork = r#"{"_class_name": "LCMSchedulerWithTimestamp", "watermark": "x"}"#;
         let dpm =
             r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}"#;
-        assert_eq!(NoiseSchedule::parse(dpm.as_bytes()).unwrap().len(), 1000);
+        for text in [pndm, fork, dpm] {
+            let schedule = NoiseSchedule::parse(text.as_bytes(), Path::new("x")).unwrap();
+            assert_eq!(schedule.len(), 1000);
+        }
     }
 
     #[test]

@@ -8,11 +8,10 @@ use sha2::{Digest, Sha256};
 
 use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{ModelError, Weights};
+use crate::models::{ModelError, TEXT_ENCODER_STEM, Weights};
 
 /// Values that are hashed at once.
 const HASHED: usize = 1 << 14;
-const TEXT_ENCODER_STEM: &str = "model";
 
 /// Hashes of the weights of a VAE and a text encoder, `sha256:` and hexadecimal digits.
 ///

@@ -30,6 +30,7 @@ impl SimpleBackend for &Weights {
                 origin: self.origin_of(name),
                 name: name.to_owned(),
                 needed: needed(),
+                hint: self.explain(Some(name)),
             }));
         };
         if tensor.shape() != &shape {

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::activation::Activation;
 use super::config::ConfigFile;
 use super::layers::{LayerNorm, Linear};
-use super::{ModelError, Weights};
+use super::{ModelError, TEXT_ENCODER_STEM, Weights};
 use crate::ops::{self, Attention};
 
 /// transformers' `CLIPEncoderLayer`.
@@ -79,23 +79,25 @@ impl ClipTextModel {
         device: &Device,
     ) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read(folder)?;
-        file.only("model_type", &[json!("clip_text_model")])?;
-        let width: usize = file.get("hidden_size", 512)?;
-        let hidden = file.get("intermediate_size", 2048)?;
-        let heads: usize = file.get("num_attention_heads", 8)?;
+        file.only("model_type", &[json!("clip_text_model")]);
+        let width: usize = file.get("hidden_size", 512);
+        let hidden = file.get("intermediate_size", 2048);
+        let heads: usize = file.get("num_attention_heads", 8);
         if heads == 0 || !width.is_multiple_of(heads) {
-            return Err(file.unsupported(
-                "num_attention_heads",
-                heads,
-                format!("a divisor of {width}"),
-            ));
+            let known = format!("a divisor of {width}");
+            file.refuse("num_attention_heads", heads, known);
         }
-        let eps = file.get("layer_norm_eps", 1e-5)?;
-        let name: String = file.get("hidden_act", "quick_gelu".to_owned())?;
-        let Some(activation) = Activation::of_clip(&name) else {
-            return Err(file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
-        };
-        let weights = Weights::load(folder, "model", dtype, device)?;
+        let eps = file.get("layer_norm_eps", 1e-5);
+        let (vocab, positions) = (
+            file.get("vocab_size", 49408),
+            file.get("max_position_embeddings", 77),
+        );
+        let layers: usize = file.get("num_hidden_layers", 12);
+        let name: String = file.get("hidden_act", "quick_gelu".to_owned());
+        let activation = Activation::of_clip(&name)
+            .ok_or_else(|| file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
+        let activation = file.finish(activation)?;
+        let weights = Weights::load(folder, TEXT_ENCODER_STEM, dtype, device)?;
         // transformers 5 drops the text_model prefix, older versions write it.
         let root = weights.builder();
         let prefixed = root.contains_tensor("text_model.embeddings.token_embedding.weight");
@@ -105,13 +107,11 @@ impl ClipTextModel {
             root
         };
         let embeddings = vb.pp("embeddings");
-        let vocab = file.get("vocab_size", 49408)?;
-        let positions = file.get("max_position_embeddings", 77)?;
         let model = Self {
             token_embedding: embedding(vocab, width, embeddings.pp("token_embedding"))?,
             position_embedding: embedding(positions, width, embeddings.pp("position_embedding"))?,
-            layers: (0..file.get("num_hidden_layers", 12)?)
-                .map(|i: usize| Layer::new(vb.pp("encoder.layers").pp(i), width, hidden, eps))
+            layers: (0..layers)
+                .map(|i| Layer::new(vb.pp("encoder.layers").pp(i), width, hidden, eps))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::new(vb.pp("final_layer_norm"), width, eps)?,
             heads,

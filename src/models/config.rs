@@ -1,12 +1,15 @@
 //! Reading `config.json`: typed keys with diffusers' defaults, and a refusal by name of what coffey does not build.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use super::ModelError;
 use super::activation::Activation;
 use super::weights::read_json;
+use super::{ModelError, did_you_mean};
 
 /// A class of diffusers and the keys its `config.json` may have.
 #[derive(Debug)]
@@ -15,35 +18,102 @@ pub(super) struct Class {
     pub(super) keys: &'static [&'static str],
 }
 
+/// Keys that diffusers' `EMAModel.save_pretrained` adds to the configuration of the averaged model.
+const EMA_KEYS: [&str; 7] = [
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+];
+
 /// A model's `config.json`, kept whole so that it can be written back.
+///
+/// The methods that read a key record its fault and return a default instead; [`ConfigFile::finish`] returns all faults at once.
 #[derive(Clone, Debug)]
 pub(super) struct ConfigFile {
     path: PathBuf,
     pub(super) map: Map<String, Value>,
+    faults: RefCell<Vec<String>>,
 }
 
 impl ConfigFile {
     pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
         let map = read_json(&path)?;
-        Ok(Self { path, map })
+        let file = Self {
+            path,
+            map,
+            faults: RefCell::default(),
+        };
+        file.only("quantization_config", &[]);
+        Ok(file)
     }
 
-    /// Reads the configuration of a model of `class`: another class and keys the class does not have are refused.
+    /// Reads the configuration of a model of `class`. Another class is refused. Keys that the class lacks are ignored, as in diffusers,
+    /// with a warning; a misspelled key of the class is a fault.
     pub(super) fn read_class(folder: &Path, class: &Class) -> Result<Self, ModelError> {
         let file = Self::read(folder)?;
-        file.only("_class_name", &[Value::from(class.name)])?;
-        // Keys with a leading underscore are notes of the library that wrote the file.
-        let unknown = |key: &&String| !key.starts_with('_') && !class.keys.contains(&key.as_str());
-        match file.map.keys().find(unknown) {
-            None => Ok(file),
-            Some(key) => Err(ModelError::UnknownKey {
-                path: file.path,
-                key: key.clone(),
-                class: class.name,
-                nearest: nearest_key(key, class.keys),
-            }),
+        file.only("_class_name", &[Value::from(class.name)]);
+        if !file.faults.borrow().is_empty() {
+            return file.finish(Ok(file.clone()));
         }
+        let known = |key: &str| {
+            // Keys with a leading underscore are notes of the library that wrote the file.
+            key.starts_with('_')
+                || class.keys.contains(&key)
+                || EMA_KEYS.contains(&key)
+                || key == "quantization_config"
+        };
+        let mut ignored = Vec::new();
+        for key in file.map.keys().filter(|key| !known(key)) {
+            let quoted = format!("\"{key}\"");
+            match nearest_key(key, class.keys) {
+                None => ignored.push(quoted),
+                nearest => file.fault(format!(
+                    "{quoted} is not a key of {}{}",
+                    class.name,
+                    did_you_mean(nearest)
+                )),
+            }
+        }
+        if !ignored.is_empty() {
+            let (path, keys) = (file.path.display(), ignored.join(", "));
+            warn_once(format!(
+                "{path}: {keys}: not a key of {}, ignored as diffusers does",
+                class.name
+            ));
+        }
+        Ok(file)
+    }
+
+    /// Removes the keys that the class lacks, which diffusers' constructors refuse.
+    pub(super) fn only_keys_of(mut map: Map<String, Value>, class: &Class) -> Map<String, Value> {
+        map.retain(|key, _| key.starts_with('_') || class.keys.contains(&key.as_str()));
+        map
+    }
+
+    /// Records a fault.
+    fn fault(&self, message: String) {
+        self.faults.borrow_mut().push(message);
+    }
+
+    /// What was built, or the error with all faults.
+    pub(super) fn finish<T>(&self, built: Result<T, ModelError>) -> Result<T, ModelError> {
+        let mut faults = self.faults.borrow().clone();
+        let value = match built {
+            Ok(value) if faults.is_empty() => return Ok(value),
+            Err(error) if faults.is_empty() => return Err(error),
+            built => built,
+        };
+        match value {
+            Err(ModelError::Config { message, .. }) => faults.push(message),
+            Err(other) => return Err(other),
+            Ok(_) => {}
+        }
+        Err(self.invalid(faults.join("; ")))
     }
 
     /// The value of a key; JSON null counts as absent.
@@ -51,16 +121,12 @@ impl ConfigFile {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    /// A key with its default. Null is refused: in diffusers it does not stand for the default.
-    pub(super) fn get<T: serde::de::DeserializeOwned>(
-        &self,
-        key: &str,
-        default: T,
-    ) -> Result<T, ModelError> {
+    /// A key with its default. Null is a fault: in diffusers it does not stand for the default.
+    pub(super) fn get<T: serde::de::DeserializeOwned>(&self, key: &str, default: T) -> T {
         if self.is_null(key) {
-            return Err(self.invalid(format!("\"{key}\" must not be null")));
+            self.fault(format!("\"{key}\" must not be null"));
         }
-        self.optional(key).map(|v| v.unwrap_or(default))
+        self.optional(key).unwrap_or(default)
     }
 
     /// Whether a key is present and null.
@@ -69,77 +135,75 @@ impl ConfigFile {
     }
 
     /// A key that may be absent or null.
-    pub(super) fn optional<T: serde::de::DeserializeOwned>(
-        &self,
-        key: &str,
-    ) -> Result<Option<T>, ModelError> {
-        self.value(key)
-            .map(|value| {
-                serde_json::from_value(value.clone())
-                    .map_err(|e| self.invalid(format!("\"{key}\": {e}, but it is {value}")))
-            })
-            .transpose()
-    }
-
-    /// The activation that a key names.
-    pub(super) fn activation(&self, key: &str) -> Result<Option<Activation>, ModelError> {
-        let Some(name) = self.optional::<String>(key)? else {
-            return Ok(None);
-        };
-        match Activation::of_diffusers(&name) {
-            Some(activation) => Ok(Some(activation)),
-            None => Err(self.unsupported(key, format!("\"{name}\""), Activation::DIFFUSERS)),
+    pub(super) fn optional<T: serde::de::DeserializeOwned>(&self, key: &str) -> Option<T> {
+        let value = self.value(key)?;
+        match serde_json::from_value(value.clone()) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.fault(format!("\"{key}\": {error}, but it is {value}"));
+                None
+            }
         }
     }
 
+    /// The activation that a key names.
+    pub(super) fn activation(&self, key: &str) -> Option<Activation> {
+        let name = self.optional::<String>(key)?;
+        let activation = Activation::of_diffusers(&name);
+        if activation.is_none() {
+            self.refuse(key, format!("\"{name}\""), Activation::DIFFUSERS);
+        }
+        activation
+    }
+
     /// A number that must be above 0.
-    pub(super) fn positive(&self, key: &str, default: usize) -> Result<usize, ModelError> {
-        match self.get(key, default)? {
-            0 => Err(self.unsupported(key, 0, "a number above 0")),
-            n => Ok(n),
+    pub(super) fn positive(&self, key: &str, default: usize) -> usize {
+        match self.get(key, default) {
+            0 => {
+                self.refuse(key, 0, "a number above 0");
+                default
+            }
+            n => n,
         }
     }
 
     /// `norm_num_groups`, which must divide `channels`.
-    pub(super) fn groups(&self, channels: &[usize]) -> Result<usize, ModelError> {
-        let groups: usize = self.get("norm_num_groups", 32)?;
+    pub(super) fn groups(&self, channels: &[usize]) -> usize {
+        let groups: usize = self.get("norm_num_groups", 32);
         if groups == 0 || channels.iter().any(|c| c % groups != 0) {
             let known = format!("a divisor of every one of {channels:?}");
-            return Err(self.unsupported("norm_num_groups", groups, known));
+            self.refuse("norm_num_groups", groups, known);
         }
-        Ok(groups)
+        groups
     }
 
     /// Refuses a key with any but the supported values; an absent key passes.
-    pub(super) fn only(&self, key: &str, supported: &[Value]) -> Result<(), ModelError> {
+    pub(super) fn only(&self, key: &str, supported: &[Value]) {
         match self.value(key) {
-            Some(value) if !supported.contains(value) => Err(self.unsupported(
-                key,
-                value,
-                match supported {
+            Some(value) if !supported.contains(value) => {
+                let known = match supported {
                     [] => "null".to_owned(),
-                    some => some
-                        .iter()
-                        .map(Value::to_string)
-                        .collect::<Vec<_>>()
-                        .join(", "),
-                },
-            )),
-            _ => Ok(()),
+                    some => Vec::from_iter(some.iter().map(Value::to_string)).join(", "),
+                };
+                self.refuse(key, value, known);
+            }
+            _ => {}
         }
     }
 
-    /// Refuses a list of `block_out_channels` that describes no network.
-    pub(super) fn refuse_levels(&self, channels: &[usize]) -> Result<(), ModelError> {
+    /// `block_out_channels`: the channels of each level, one or more numbers above 0.
+    pub(super) fn levels(&self, default: &[usize]) -> Result<Vec<usize>, ModelError> {
+        const KEY: &str = "block_out_channels";
+        let before = self.faults.borrow().len();
+        let channels: Vec<usize> = self.get(KEY, default.to_vec());
         if channels.is_empty() || channels.contains(&0) {
-            let found = format!("{channels:?}");
-            return Err(self.unsupported(
-                "block_out_channels",
-                found,
-                "one or more numbers above 0",
-            ));
+            self.refuse(KEY, format!("{channels:?}"), "one or more numbers above 0");
         }
-        Ok(())
+        if self.faults.borrow().len() > before {
+            // All other lists have as many entries, so nothing more can be said.
+            return self.finish(Ok(channels));
+        }
+        Ok(channels)
     }
 
     pub(super) fn invalid(&self, message: String) -> ModelError {
@@ -149,19 +213,42 @@ impl ConfigFile {
         }
     }
 
+    /// Records a key whose value is not supported.
+    pub(super) fn refuse(
+        &self,
+        key: &str,
+        found: impl std::fmt::Display,
+        supported: impl std::fmt::Display,
+    ) {
+        self.fault(unsupported(key, found, supported));
+    }
+
     /// An error that names a key, its value and the supported values.
     pub(super) fn unsupported(
         &self,
         key: &str,
         found: impl std::fmt::Display,
-        supported: impl Into<String>,
+        supported: impl std::fmt::Display,
     ) -> ModelError {
-        ModelError::Unsupported {
-            path: self.path.clone(),
-            key: key.to_owned(),
-            found: found.to_string(),
-            supported: supported.into(),
-        }
+        self.invalid(unsupported(key, found, supported))
+    }
+}
+
+fn unsupported(
+    key: &str,
+    found: impl std::fmt::Display,
+    supported: impl std::fmt::Display,
+) -> String {
+    format!("\"{key}\": {found} is not supported; supported: {supported}")
+}
+
+/// Prints a warning, the first time that it is given: commands read a configuration more than once.
+pub(crate) fn warn_once(message: String) {
+    static GIVEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if !given.contains(&message) {
+        errln!("warning: {message}");
+        given.insert(message);
     }
 }
 

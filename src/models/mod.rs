@@ -20,16 +20,21 @@ pub mod tokenizer;
 mod transformer;
 pub mod unet;
 pub mod vae;
+mod weight_files;
+mod weight_names;
 mod weights;
 
 pub use clip::ClipTextModel;
-pub(crate) use config::nearest_key;
+pub(crate) use config::{nearest_key, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
-pub use pipeline::{PipelineMismatch, PipelineParts, check_fit};
+pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
-pub use weights::{Weights, config_text, model_metadata, save_model, write_safetensors};
+pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, index_shards};
+pub use weights::{
+    Weights, config_text, model_metadata, save_model, tensor_names, write_safetensors,
+};
 
 use std::path::PathBuf;
 
@@ -44,13 +49,23 @@ pub enum ModelError {
         /// The cause.
         source: std::io::Error,
     },
-    /// A folder without weights.
-    #[error("{folder}: no weights found; expected {expected} (diffusers layout)")]
+    /// A folder without weights in a form that is read.
+    #[error("no weights {}: {found}", path.display())]
     NoWeights {
-        /// The folder.
-        folder: PathBuf,
-        /// The file names looked for.
-        expected: String,
+        /// The file that is looked for first.
+        path: PathBuf,
+        /// What is there instead, and the remedy.
+        found: String,
+    },
+    /// A tensor is in two shards, or in one file under two names that differ only in prefixes of PyTorch's wrappers.
+    #[error("{}: has tensor \"{name}\", which {} has already; which one counts is not defined: save the model again", path.display(), first.display())]
+    TensorTwice {
+        /// The second file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The first file.
+        first: PathBuf,
     },
     /// A weights file is damaged.
     #[error("{path}: not a readable safetensors file: {message}")]
@@ -68,33 +83,9 @@ pub enum ModelError {
         /// The fault and its remedy.
         message: String,
     },
-    /// A key of `config.json` has a value that coffey does not build.
-    #[error("{path}: \"{key}\": {found} is not supported; supported: {supported}")]
-    Unsupported {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-        /// Its value.
-        found: String,
-        /// The values that coffey builds.
-        supported: String,
-    },
-    /// A key of `config.json` that its class does not have: misspelled, or of a model that coffey does not know.
-    #[error("{path}: \"{key}\" is not a key of {class}{}", did_you_mean(*nearest))]
-    UnknownKey {
-        /// The file.
-        path: PathBuf,
-        /// The key.
-        key: String,
-        /// diffusers' class.
-        class: &'static str,
-        /// The key of the class with the nearest spelling.
-        nearest: Option<&'static str>,
-    },
     /// A tensor that the configuration needs is missing.
     #[error(
-        "{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}"
+        "{origin}: tensor \"{name}\" is missing; the configuration needs it with shape {needed:?}{hint}"
     )]
     MissingTensor {
         /// The file or folder.
@@ -103,6 +94,8 @@ pub enum ModelError {
         name: String,
         /// The shape the configuration needs.
         needed: Vec<usize>,
+        /// What the names of the other tensors tell of the file.
+        hint: String,
     },
     /// A tensor has another shape than the configuration needs.
     #[error("{origin}: tensor \"{name}\" has shape {found:?}; the configuration needs {needed:?}")]
@@ -117,12 +110,14 @@ pub enum ModelError {
         needed: Vec<usize>,
     },
     /// Tensors that the configuration does not use.
-    #[error("{origin}: tensors that the configuration has no place for: {}", names.join(", "))]
+    #[error("{origin}: tensors that the configuration has no place for: {}{hint}", names.join(", "))]
     UnexpectedTensors {
         /// The file or folder.
         origin: PathBuf,
         /// The first few of the tensors.
         names: Vec<String>,
+        /// What the names of the tensors tell of the file.
+        hint: String,
     },
     /// A tokenizer's files do not make a tokenizer.
     #[error("{folder}: {message}")]

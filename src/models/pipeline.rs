@@ -24,6 +24,21 @@ pub struct PipelineParts<'a> {
 #[error("{0}")]
 pub struct PipelineMismatch(String);
 
+/// What a UNet is that takes more channels than the latents have, as the end of a message; empty if it does not.
+pub fn further_inputs(unet: usize, latents: usize) -> String {
+    let Some(further) = unet.checked_sub(latents).filter(|more| *more > 0) else {
+        return String::new();
+    };
+    let what = match further {
+        5 => "it is an inpainting model, with a mask and the masked image as inputs",
+        4 => "it edits images, with the original's latents as inputs (as InstructPix2Pix)",
+        1 => "it has a depth map as input",
+        3 => "it is an upscaler, with the small image as inputs",
+        _ => "it has other inputs",
+    };
+    format!(": {what}; coffey distils UNets that take latents alone, so give the base model")
+}
+
 /// Checks that text encoder, UNet, autoencoder and resolution fit together.
 ///
 /// # Errors
@@ -48,8 +63,11 @@ pub fn check_fit(parts: &PipelineParts<'_>) -> Result<(), PipelineMismatch> {
     }
     if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
         return mismatch(format!(
-            "the autoencoder's latents have {} channels, the UNet takes {} and makes {}",
-            vae.latent_channels, unet.in_channels, unet.out_channels
+            "the autoencoder's latents have {} channels, the UNet takes {} and makes {}{}",
+            vae.latent_channels,
+            unet.in_channels,
+            unet.out_channels,
+            further_inputs(unet.in_channels, vae.latent_channels)
         ));
     }
     if !resolution.is_multiple_of(vae.downscale()) {

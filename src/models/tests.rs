@@ -84,6 +84,7 @@ fn weights_load_from_every_layout_and_dtype() {
         ("diffusion_pytorch_model.fp16.safetensors", false),
         ("diffusion_pytorch_model.safetensors.index.json", true),
         ("diffusion_pytorch_model.safetensors.index.fp16.json", true),
+        ("diffusion_pytorch_model.safetensors.fp16.index.json", true),
     ] {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let folder = with_config("unet-one-level", |_| {});
@@ -138,10 +139,128 @@ fn weights_name_damaged_files() {
         &tensors(DType::F16),
     );
     std::fs::remove_file(folder.path().join("part-1.safetensors")).unwrap();
-    refused(folder.path(), &["part-1.safetensors"]);
+    refused(
+        folder.path(),
+        &["index.json", "part-1.safetensors", "not in the folder"],
+    );
     let index = folder.path().join(format!("{STEM}.safetensors.index.json"));
     std::fs::write(&index, r#"{"weight_map": {"a": "../a.safetensors"}}"#).unwrap();
     refused(folder.path(), &["index.json", "../a.safetensors"]);
+}
+
+#[test]
+fn weights_are_read_as_diffusers_chooses() {
+    let (full, half) = (tensors(DType::F32), tensors(DType::F16));
+    let scaled = |tensors: &BTreeMap<String, Tensor>| -> BTreeMap<String, Tensor> {
+        let scaled = tensors.iter().map(|(n, t)| (n.clone(), (t * 1.5).unwrap()));
+        scaled.collect()
+    };
+    let folder = with_config("unet-one-level", |_| {});
+    save_shards(
+        folder.path(),
+        &format!("{STEM}.safetensors.index.json"),
+        &full,
+    );
+    save(
+        folder.path().join(format!("{STEM}.fp16.safetensors")),
+        &scaled(&half),
+    );
+    save(
+        folder.path().join(format!("{STEM}.non_ema.safetensors")),
+        &scaled(&full),
+    );
+    save(
+        folder.path().join(format!("{STEM}.safetensors")),
+        &scaled(&full),
+    );
+    let read = || {
+        let weights = Weights::load(folder.path(), STEM, DType::F32, &Device::Cpu).unwrap();
+        weights.tensors()["conv_in.weight"].to_vec_of_all()
+    };
+    assert_eq!(read(), full["conv_in.weight"].to_vec_of_all());
+    std::fs::remove_file(folder.path().join(format!("{STEM}.safetensors.index.json"))).unwrap();
+    assert_eq!(read(), scaled(&full)["conv_in.weight"].to_vec_of_all());
+}
+
+/// All values of a tensor of f32.
+trait Values {
+    fn to_vec_of_all(&self) -> Vec<f32>;
+}
+
+impl Values for Tensor {
+    fn to_vec_of_all(&self) -> Vec<f32> {
+        self.flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+#[test]
+fn weights_lose_the_prefixes_of_wrappers() {
+    let plain = tensors(DType::F32);
+    for (prefix, inner) in [
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("", "_orig_mod."),
+    ] {
+        let folder = with_config("unet-one-level", |_| {});
+        let wrapped: BTreeMap<_, _> = plain
+            .iter()
+            .map(|(name, t)| {
+                (
+                    format!("{prefix}{}", name.replacen('.', &format!(".{inner}"), 1)),
+                    t.clone(),
+                )
+            })
+            .collect();
+        save_shards(
+            folder.path(),
+            &format!("{STEM}.safetensors.index.json"),
+            &wrapped,
+        );
+        load_unet(folder.path()).unwrap();
+        let got = Weights::load(folder.path(), STEM, DType::F32, &Device::Cpu).unwrap();
+        assert!(got.tensors().keys().eq(plain.keys()), "{prefix}{inner}");
+    }
+}
+
+#[test]
+fn weights_of_other_programs_are_named() {
+    let rename = |rename: &dyn Fn(&str) -> String| {
+        let folder = with_config("unet-one-level", |_| {});
+        let tensors = tensors(DType::F32);
+        let tensors = tensors.iter().map(|(name, t)| (rename(name), t.clone()));
+        save(
+            folder.path().join(format!("{STEM}.safetensors")),
+            &tensors.collect(),
+        );
+        folder
+    };
+    let peft = rename(&|name| name.replace("conv1.weight", "conv1.base_layer.weight"));
+    refused(peft.path(), &["missing", "base_layer", "merge_and_unload"]);
+    let part = rename(&|name| format!("unet.{name}"));
+    refused(
+        part.path(),
+        &["missing", "prefix \"unet.\"", "save_pretrained"],
+    );
+    let original = rename(&|name| format!("model.diffusion_model.{name}"));
+    refused(original.path(), &["from_single_file"]);
+}
+
+#[test]
+fn tensor_in_two_shards_is_refused() {
+    let folder = with_config("unet-one-level", |_| {});
+    let mut tensors = tensors(DType::F32);
+    save_shards(
+        folder.path(),
+        &format!("{STEM}.safetensors.index.json"),
+        &tensors,
+    );
+    let second = folder.path().join("part-1.safetensors");
+    tensors.retain(|name, _| name == "conv_in.bias" || name.len() % 2 == 1);
+    save(second, &tensors);
+    refused(
+        folder.path(),
+        &["part-0.safetensors", "part-1.safetensors", "already"],
+    );
 }
 
 #[test]
@@ -180,9 +299,9 @@ fn config_refuses_keys_that_are_not_built_by_name() {
             &["did you mean \"layers_per_block\""],
         ),
         (
-            "colour",
-            json!("green"),
-            &["not a key of UNet2DConditionModel"],
+            "quantization_config",
+            json!({"quant_method": "bitsandbytes"}),
+            &["quantization_config", "null"],
         ),
         (
             "_class_name",
@@ -289,6 +408,78 @@ fn config_refuses_keys_that_are_not_built_by_name() {
         });
         let message = VaeConfig::read(folder.path()).unwrap_err().to_string();
         assert!(message.contains(key), "{key}: {message}");
+    }
+}
+
+#[test]
+fn config_names_all_faults_at_once() {
+    let folder = with_config("unet-one-level", |config| {
+        for (key, value) in [
+            ("act_fn", json!("elu")),
+            ("layer_per_block", json!(2)),
+            ("class_embed_type", json!("timestep")),
+            ("conv_in_kernel", json!(4)),
+            ("in_channels", json!("four")),
+            ("mid_block_type", json!("Other")),
+        ] {
+            config.insert(key.to_owned(), value);
+        }
+    });
+    let message = UNetConfig::read(folder.path()).unwrap_err().to_string();
+    for word in [
+        "elu",
+        "layer_per_block",
+        "class_embed_type",
+        "odd",
+        "four",
+        "Other",
+    ] {
+        assert!(message.contains(word), "{word}? {message}");
+    }
+    assert_eq!(message.matches("config.json").count(), 1, "{message}");
+    let folder = with_config("text_encoder", |config| {
+        config.insert("hidden_act".to_owned(), json!("gelu_new"));
+        config.insert("num_attention_heads".to_owned(), json!(5));
+    });
+    let error = ClipTextModel::load(folder.path(), DType::F32, &Device::Cpu).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("gelu_new") && message.contains("num_attention_heads"),
+        "{message}"
+    );
+}
+
+#[test]
+fn config_ignores_keys_that_diffusers_ignores() {
+    let ema = [
+        ("decay", json!(0.9999)),
+        ("inv_gamma", json!(1.0)),
+        ("min_decay", json!(0.0)),
+        ("optimization_step", json!(5)),
+        ("power", json!(2.0 / 3.0)),
+        ("update_after_step", json!(0)),
+        ("use_ema_warmup", json!(false)),
+        ("colour", json!("green")),
+        ("quantization_config", json!(null)),
+    ];
+    for name in ["unet-one-level", "vae"] {
+        let folder = with_config(name, |config| {
+            config.extend(
+                ema.iter()
+                    .map(|(key, value)| ((*key).to_owned(), value.clone())),
+            );
+        });
+        if name == "vae" {
+            VaeConfig::read(folder.path()).unwrap();
+            continue;
+        }
+        // diffusers' constructor takes none of them, and a student's configuration goes to it.
+        let student = UNetConfig::read(folder.path())
+            .unwrap()
+            .with_guidance_embedding(8);
+        for (key, _) in &ema {
+            assert!(!student.to_json().contains_key(*key), "{key}");
+        }
     }
 }
 

@@ -61,41 +61,41 @@ impl VaeConfig {
     pub fn read(folder: &Path) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read_class(folder, &CLASS)?;
         for key in ["in_channels", "out_channels"] {
-            file.only(key, &[json!(3)])?;
+            file.only(key, &[json!(3)]);
         }
-        file.only("shift_factor", &[json!(0.0), json!(0)])?;
-        file.only("latents_mean", &[])?;
-        file.only("latents_std", &[])?;
-        let block_out_channels: Vec<usize> = file.get("block_out_channels", vec![64])?;
-        file.refuse_levels(&block_out_channels)?;
+        file.only("shift_factor", &[json!(0.0), json!(0)]);
+        file.only("latents_mean", &[]);
+        file.only("latents_std", &[]);
+        let block_out_channels = file.levels(&[64])?;
         for (key, only) in [
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
         ] {
-            let types: Vec<String> = file.get(key, vec![only.to_owned()])?;
+            let types: Vec<String> = file.get(key, vec![only.to_owned()]);
             if types.len() != block_out_channels.len() || types.iter().any(|t| t != only) {
                 let wanted = format!("\"{only}\", as many as block_out_channels");
-                return Err(file.unsupported(key, format!("{types:?}"), wanted));
+                file.refuse(key, format!("{types:?}"), wanted);
             }
         }
-        Ok(Self {
-            latent_channels: file.positive("latent_channels", 4)?,
-            scaling_factor: file.get("scaling_factor", 0.18215)?,
-            layers_per_block: file.positive("layers_per_block", 1)?,
+        let config = Self {
+            latent_channels: file.positive("latent_channels", 4),
+            scaling_factor: file.get("scaling_factor", 0.18215),
+            layers_per_block: file.positive("layers_per_block", 1),
             resnet: ResnetConfig {
                 norm: NormConfig {
-                    groups: file.groups(&block_out_channels)?,
+                    groups: file.groups(&block_out_channels),
                     eps: 1e-6,
                 },
-                activation: file.activation("act_fn")?.unwrap_or(Activation::Silu),
+                activation: file.activation("act_fn").unwrap_or(Activation::Silu),
                 time: None,
                 output_scale: 1.0,
             },
-            quant_conv: file.get("use_quant_conv", true)?,
-            post_quant_conv: file.get("use_post_quant_conv", true)?,
-            mid_attention: file.get("mid_block_add_attention", true)?,
+            quant_conv: file.get("use_quant_conv", true),
+            post_quant_conv: file.get("use_post_quant_conv", true),
+            mid_attention: file.get("mid_block_add_attention", true),
             block_out_channels,
-        })
+        };
+        file.finish(Ok(config))
     }
 
     /// Pixels of a latent along one side.

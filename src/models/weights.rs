@@ -1,6 +1,7 @@
 //! A model's named tensors: read from its folder, and written back to one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -8,7 +9,12 @@ use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::json;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
+use super::weight_files::{choose_weights, file_names, read_index};
+use super::weight_names::{explain, unwrapped};
 use super::{ModelError, mapped};
+
+/// The longest header of a safetensors file that the format allows. Bytes.
+const LONGEST_HEADER: u64 = 100_000_000;
 
 /// A model's tensors by name, in name order.
 #[derive(Debug)]
@@ -33,12 +39,12 @@ impl Weights {
         }
     }
 
-    /// Reads `{stem}.safetensors` or the shards of its index, else their `fp16` variant, as `dtype` on `device`.
+    /// Reads the weights that [`choose_weights`](super::choose_weights) chooses as `dtype` on `device`.
     ///
-    /// Tensors of integers keep their type. Files are memory-mapped: the peak is the tensors, and one of them as stored.
+    /// Names are without the prefixes of `torch.compile` and other wrappers of PyTorch. Tensors of integers keep their type. Files are memory-mapped: the peak is the tensors, and one of them as stored.
     ///
     /// # Errors
-    /// When no such file exists, or one is damaged.
+    /// When no such file exists, one is damaged, or a tensor is there twice.
     pub fn load(
         folder: &Path,
         stem: &str,
@@ -53,19 +59,28 @@ impl Weights {
             [origin.clone()].into()
         };
         let mut tensors = BTreeMap::new();
+        let mut found_in: BTreeMap<String, PathBuf> = BTreeMap::new();
         for path in files {
-            mapped::for_each_tensor(&path, |name, tensor| {
+            mapped::for_each_tensor(&path, |stored, tensor| {
+                let name = unwrapped(stored).into_owned();
+                if let Some(first) = found_in.insert(name.clone(), path.clone()) {
+                    return Err(ModelError::TensorTwice {
+                        path: path.clone(),
+                        name,
+                        first,
+                    });
+                }
                 let tensor = if tensor.dtype().is_float() {
                     tensor.to_dtype(dtype)?
                 } else {
                     tensor
                 };
-                if sharded {
-                    shards.insert(name.to_owned(), path.clone());
-                }
-                tensors.insert(name.to_owned(), tensor.to_device(device)?);
+                tensors.insert(name, tensor.to_device(device)?);
                 Ok(())
             })?;
+        }
+        if sharded {
+            shards.append(&mut found_in);
         }
         Ok(Self {
             tensors,
@@ -86,6 +101,11 @@ impl Weights {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         taken.insert(name.to_owned());
         Some(tensor.clone())
+    }
+
+    /// What the names of the tensors tell of a file that lacks the tensor `missing` or has others; the end of a message.
+    pub(super) fn explain(&self, missing: Option<&str>) -> String {
+        explain(self.tensors.keys().map(String::as_str), missing)
     }
 
     /// The tensors, in name order.
@@ -116,6 +136,7 @@ impl Weights {
             None => Ok(()),
             Some(first) => Err(ModelError::UnexpectedTensors {
                 origin: self.origin_of(first),
+                hint: self.explain(None),
                 names,
             }),
         }
@@ -127,49 +148,50 @@ fn weight_files(
     folder: &Path,
     stem: &str,
 ) -> Result<(PathBuf, BTreeMap<String, PathBuf>), ModelError> {
-    #[derive(serde::Deserialize)]
-    struct ShardIndex {
-        weight_map: BTreeMap<String, String>,
-    }
-    // diffusers and transformers put the variant before the last suffix, also of an index.
-    let candidates = [
-        format!("{stem}.safetensors"),
-        format!("{stem}.safetensors.index.json"),
-        format!("{stem}.fp16.safetensors"),
-        format!("{stem}.safetensors.index.fp16.json"),
-    ];
-    let found = candidates.iter().map(|name| folder.join(name));
-    let Some(path) = found.into_iter().find(|path| path.is_file()) else {
-        return Err(ModelError::NoWeights {
-            folder: folder.to_owned(),
-            expected: candidates.join(", "),
-        });
-    };
-    if path
-        .extension()
-        .is_some_and(|extension| extension != "json")
-    {
+    let names = file_names(folder);
+    let chosen = choose_weights(stem, &names).map_err(|found| ModelError::NoWeights {
+        path: folder.join(format!("{stem}.safetensors")),
+        found,
+    })?;
+    let path = folder.join(&chosen.name);
+    if !chosen.is_index() {
         return Ok((path, BTreeMap::new()));
     }
-    let ShardIndex { weight_map } = read_json(&path)?;
-    let invalid = |message: String| ModelError::Config {
-        path: path.clone(),
-        message,
-    };
-    if weight_map.is_empty() {
-        return Err(invalid("\"weight_map\" names no tensor".to_owned()));
+    let shards = read_index(&path)?;
+    let used: BTreeSet<&String> = shards.values().collect();
+    let missing: Vec<&str> = used
+        .into_iter()
+        .filter(|shard| !names.contains(*shard))
+        .map(String::as_str)
+        .collect();
+    if !missing.is_empty() {
+        return Err(ModelError::Config {
+            message: format!(
+                "names shards that are not in the folder: {}; copy or download them again",
+                missing.join(", ")
+            ),
+            path,
+        });
     }
-    let shards = weight_map.into_iter().map(|(name, file)| {
-        // A bare file name: an index must not lead out of its folder.
-        match Path::new(&file).file_name() {
-            Some(only) if only == file.as_str() => Ok((name, folder.join(file))),
-            _ => Err(invalid(format!(
-                "\"{file}\" is not the name of a file in this folder"
-            ))),
-        }
-    });
-    let shards = shards.collect::<Result<_, _>>()?;
-    Ok((path, shards))
+    let shards = shards
+        .into_iter()
+        .map(|(name, file)| (name, folder.join(file)));
+    Ok((path, shards.collect()))
+}
+
+/// Names of the tensors of a safetensors file, in name order; none if it is no such file.
+pub fn tensor_names(path: &Path) -> Vec<String> {
+    let read = || {
+        let mut file = std::fs::File::open(path).ok()?;
+        let mut length = [0; 8];
+        file.read_exact(&mut length).ok()?;
+        let length = u64::from_le_bytes(length).min(LONGEST_HEADER);
+        let mut header = Vec::new();
+        file.take(length).read_to_end(&mut header).ok()?;
+        let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&header).ok()?;
+        Some(header.into_keys().collect())
+    };
+    read().unwrap_or_default()
 }
 
 /// Reads and parses a JSON file.

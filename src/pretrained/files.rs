@@ -1,14 +1,10 @@
 //! Selects the files of a model to fetch: for each component its configuration and one form of its weights.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use coffey_pipeline::json;
-
-/// Stem of the weight files of diffusers' models.
-const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
-/// Stem of the weight files of transformers' models.
-const TRANSFORMERS_STEM: &str = "model";
+use crate::models::unet::WEIGHTS_STEM;
+use crate::models::{TEXT_ENCODER_STEM, choose_weights, index_shards};
 
 /// The components of a model that a command needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +81,17 @@ impl Components {
         }
     }
 
+    /// Whether they are parts of a pipeline, and not a VAE.
+    pub(super) fn is_pipeline(&self) -> bool {
+        let of_vae = |component: &Component| component.names.iter().any(|name| name == "vae");
+        !self.components.iter().all(of_vae)
+    }
+
+    /// Whether the folder of a run has them, as that of a pipeline.
+    pub(super) fn are_in_runs(&self) -> bool {
+        self.extras.contains(&"run.json")
+    }
+
     /// A VAE that is the model itself or its subfolder `vae`.
     pub fn vae() -> Self {
         Self {
@@ -104,38 +111,49 @@ pub(super) struct FetchPlan {
     pub(super) files: Vec<String>,
     /// The weight indexes in `files`, which list further files (shards).
     pub(super) indexes: Vec<String>,
+    /// Weights in `files` of a variant, chosen because the model has no others.
+    pub(super) variants: Vec<String>,
 }
 
 /// Chooses the files to fetch out of `available`, the paths in a model's folder.
 ///
 /// # Errors
-/// A message with what the model lacks.
+/// A message with everything that the model lacks.
 pub(super) fn plan(
     components: &Components,
     available: &BTreeSet<String>,
 ) -> Result<FetchPlan, String> {
     let mut plan = FetchPlan::default();
+    let mut lacks = Vec::new();
     let extras = components.extras.iter().map(|name| (*name).to_owned());
     plan.files
         .extend(extras.filter(|name| available.contains(name)));
+    let has_folder = |name: &str| {
+        let prefix = join(name, "");
+        name.is_empty() || available.iter().any(|path| path.starts_with(&prefix))
+    };
     for component in &components.components {
         let first = component.names.first().map_or("", String::as_str);
         let first = ConfigFiles::of(first);
         let there = |name: &&String| ConfigFiles::of(name).form(name, available).is_some();
         let name = component.names.iter().find(there);
         match name {
-            Some(name) => plan_component(&mut plan, name, available)?,
+            Some(name) => lacks.extend(plan_component(&mut plan, name, available).err()),
             None if !component.required => {}
-            None => {
+            None if component.names.iter().any(|name| has_folder(name)) => {
                 let names = component.names.iter();
                 let files =
                     names.flat_map(|name| first.forms.iter().map(|form| join(name, form[0])));
-                let files: Vec<_> = files.collect();
-                return Err(format!("it has no {}", files.join(" and no ")));
+                lacks.push(files.collect::<Vec<_>>().join(" and no "));
             }
+            None => lacks.push(format!("folder {}", component.names.join(" or "))),
         }
     }
-    Ok(plan)
+    if lacks.is_empty() {
+        Ok(plan)
+    } else {
+        Err(format!("it has no {}", lacks.join("; no ")))
+    }
 }
 
 /// The configuration files of a component.
@@ -184,7 +202,7 @@ fn plan_component(
     for name in files.form(component, available).unwrap_or_default() {
         let file = join(component, name);
         if !available.contains(&file) {
-            return Err(format!("it has no {file}"));
+            return Err(file);
         }
         plan.files.push(file);
     }
@@ -195,35 +213,24 @@ fn plan_component(
         return Ok(());
     }
     let stem = match component {
-        "text_encoder" => TRANSFORMERS_STEM,
-        _ => DIFFUSERS_STEM,
+        "text_encoder" => TEXT_ENCODER_STEM,
+        _ => WEIGHTS_STEM,
     };
-    // The order of preference of `Weights::load`: a model from S3 or the Hub gives the numbers of one in a folder.
-    let forms = [
-        "safetensors",
-        "fp16.safetensors",
-        "safetensors.index.json",
-        "safetensors.index.fp16.json",
-    ];
-    let file = forms
+    let prefix = join(component, "");
+    let names = available
         .iter()
-        .map(|form| join(component, &format!("{stem}.{form}")))
-        .find(|file| available.contains(file))
-        .ok_or_else(|| {
-            let pickled = available.contains(&join(component, &format!("{stem}.bin")))
-                || available.contains(&join(component, "pytorch_model.bin"));
-            format!(
-                "it has no weights {}{}",
-                join(component, &format!("{stem}.safetensors")),
-                if pickled {
-                    ", only .bin files, which are not read: save it again with safe_serialization=True"
-                } else {
-                    " (nor its fp16 variant or an index of shards)"
-                }
-            )
-        })?;
-    if file.ends_with(".json") {
+        .filter_map(|path| path.strip_prefix(&prefix))
+        .filter(|name| !name.contains('/'));
+    let chosen = choose_weights(stem, &names.map(str::to_owned).collect()).map_err(|found| {
+        let first = join(component, &format!("{stem}.safetensors"));
+        format!("weights {first}: {found}")
+    })?;
+    let file = join(component, &chosen.name);
+    if chosen.is_index() {
         plan.indexes.push(file.clone());
+    }
+    if chosen.is_variant {
+        plan.variants.push(file.clone());
     }
     plan.files.push(file);
     Ok(())
@@ -242,38 +249,37 @@ fn join(folder: &str, name: &str) -> String {
 /// # Errors
 /// A message with what is wrong with the index.
 pub(super) fn shards(index: &str, path: &Path) -> Result<BTreeSet<String>, String> {
-    #[derive(serde::Deserialize)]
-    struct WeightIndex {
-        weight_map: BTreeMap<String, String>,
-    }
-    let bytes = std::fs::read(path).map_err(|error| format!("{index}: {error}"))?;
-    let parsed: WeightIndex =
-        json::from_slice(&bytes).map_err(|error| format!("{index}: {error}"))?;
     let folder = index.rsplit_once('/').map_or("", |(folder, _)| folder);
-    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
-    names
-        .into_iter()
-        .map(|name| {
-            // The name becomes a path, which must stay in the index's folder.
-            if name.ends_with(".safetensors") && !name.contains(['/', '\\']) {
-                Ok(join(folder, &name))
-            } else {
-                Err(format!(
-                    "{index}: lists {name:?}, which is not a shard in the same folder"
-                ))
-            }
-        })
-        .collect()
+    let names = index_shards(path).map_err(|error| error.to_string())?;
+    Ok(names.into_iter().map(|name| join(folder, &name)).collect())
 }
 
-/// Paths in `folder` of the files in it and its subfolders; broken links are left out.
+/// The message for shards that an index names and `available` lacks, if there are any.
+pub(super) fn missing_shards(
+    index: &str,
+    shards: &BTreeSet<String>,
+    available: &BTreeSet<String>,
+) -> Result<(), String> {
+    let missing: Vec<_> = shards.difference(available).map(String::as_str).collect();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(format!(
+            "{index} names shards that are not there: {}",
+            missing.join(", ")
+        ))
+    }
+}
+
+/// Paths in `folder` of the files in it and in its subfolders; broken links are left out. A folder in a subfolder, which no model has,
+/// is one path that ends in `/`.
 pub(super) fn listing(folder: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
-    collect(folder, "", &mut found);
+    collect(folder, "", 1, &mut found);
     found
 }
 
-fn collect(folder: &Path, prefix: &str, found: &mut BTreeSet<String>) {
+fn collect(folder: &Path, prefix: &str, depth: usize, found: &mut BTreeSet<String>) {
     let Ok(entries) = folder.read_dir() else {
         return;
     };
@@ -282,21 +288,41 @@ fn collect(folder: &Path, prefix: &str, found: &mut BTreeSet<String>) {
         let name = join(prefix, &name.to_string_lossy());
         // A broken link is neither.
         if path.is_dir() {
-            collect(&path, &name, found);
+            match depth.checked_sub(1) {
+                Some(depth) => collect(&path, &name, depth, found),
+                None => drop(found.insert(join(&name, ""))),
+            }
         } else if path.is_file() {
             found.insert(name);
         }
     }
 }
 
+/// How complete a folder is that another program may have filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Completeness {
+    /// Files are missing.
+    Incomplete,
+    /// All files are there, but of some weights only a variant: the model may have other files, which are preferred.
+    Variant,
+    /// All files are there.
+    Complete,
+}
+
 /// Whether a folder has all files of `components`, including the shards that its indexes list.
-pub(super) fn is_complete(components: &Components, folder: &Path) -> bool {
+pub(super) fn completeness(components: &Components, folder: &Path) -> Completeness {
     let available = listing(folder);
-    plan(components, &available).is_ok_and(|plan| {
-        plan.indexes.iter().all(|index| {
-            shards(index, &folder.join(index)).is_ok_and(|shards| shards.is_subset(&available))
-        })
-    })
+    let Ok(plan) = plan(components, &available) else {
+        return Completeness::Incomplete;
+    };
+    let has_shards = plan.indexes.iter().all(|index| {
+        shards(index, &folder.join(index)).is_ok_and(|shards| shards.is_subset(&available))
+    });
+    match (has_shards, plan.variants.is_empty()) {
+        (false, _) => Completeness::Incomplete,
+        (true, false) => Completeness::Variant,
+        (true, true) => Completeness::Complete,
+    }
 }
 
 #[cfg(test)]
@@ -431,7 +457,7 @@ mod tests {
         );
         assert!(unet(&available, Some("unet")).contains(&"unet/config.json".to_owned()));
         let error = plan(&Components::sampling(Some("other"), true), &available).unwrap_err();
-        assert_eq!(error, "it has no other/config.json");
+        assert_eq!(error, "it has no folder other");
         available.retain(|name| !name.starts_with("vae/"));
         assert!(plan(&Components::sampling(None, true), &available).is_ok());
     }
@@ -440,46 +466,49 @@ mod tests {
     fn plan_takes_one_form_of_weights() {
         let whole = "unet/diffusion_pytorch_model.safetensors";
         let half = "unet/diffusion_pytorch_model.fp16.safetensors";
-        let mut available = hub();
-        available.remove(whole);
-        let files = sorted(plan(&Components::training(true), &available).unwrap());
-        assert!(files.contains(&half.to_owned()), "{files:?}");
         let index = format!("{whole}.index.json");
+        let training = |available: &_| plan(&Components::training(true), available);
+        let mut available = hub();
         available.insert(index.clone());
-        let found = plan(&Components::training(true), &available).unwrap();
-        assert!(found.indexes.is_empty() && !found.files.contains(&index));
-        available.remove(half);
-        let found = plan(&Components::training(true), &available).unwrap();
+        let found = training(&available).unwrap();
         assert_eq!(found.indexes, std::slice::from_ref(&index));
-        assert!(found.files.contains(&index));
+        assert!(found.files.contains(&index) && !found.files.contains(&whole.to_owned()));
         available.remove(&index);
-        let error = plan(&Components::training(true), &available).unwrap_err();
+        available.remove(whole);
+        let error = training(&available).unwrap_err();
+        for word in [
+            whole,
+            "diffusion_pytorch_model.bin",
+            half.trim_start_matches("unet/"),
+        ] {
+            assert!(error.contains(word), "{word:?}? {error}");
+        }
+        available.remove("unet/diffusion_pytorch_model.bin");
+        let found = training(&available).unwrap();
+        assert_eq!(found.variants, [half]);
+        assert!(found.files.contains(&half.to_owned()), "{:?}", found.files);
+        available.remove(half);
+        let error = training(&available).unwrap_err();
         assert!(
-            error.contains(whole) && error.contains("only .bin"),
+            error.contains(whole) && error.contains("non_ema"),
             "{error}"
         );
         assert!(plan(&Components::encoding(true), &available).is_ok());
     }
 
     #[test]
-    fn shards_outside_the_index_folder_are_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("index.json");
-        let write = |json: serde_json::Value| std::fs::write(&path, json.to_string()).unwrap();
-        let index = "unet/diffusion_pytorch_model.safetensors.index.json";
-        write(
-            serde_json::json!({"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors", "c": "x-1.safetensors"}}),
-        );
-        assert_eq!(
-            shards(index, &path).unwrap(),
-            ["unet/x-1.safetensors", "unet/x-2.safetensors"]
-                .map(str::to_owned)
-                .into()
-        );
-        for name in ["../x.safetensors", "/etc/passwd", "x.bin"] {
-            write(serde_json::json!({"weight_map": {"a": name}}));
-            let error = shards(index, &path).unwrap_err();
-            assert!(error.contains("not a shard"), "{error}");
+    fn plan_names_everything_that_is_missing() {
+        let mut available = hub();
+        available.retain(|name| !name.starts_with("vae/") && !name.ends_with("merges.txt"));
+        available.remove("text_encoder/model.safetensors");
+        let error = plan(&Components::training(true), &available).unwrap_err();
+        for word in [
+            "no tokenizer/merges.txt;",
+            "no weights text_encoder/model.safetensors",
+            "pytorch_model.bin",
+            "no folder vae",
+        ] {
+            assert!(error.contains(word), "{word:?}? {error}");
         }
     }
 
@@ -489,15 +518,24 @@ mod tests {
         let vae = folder.path().join("vae");
         std::fs::create_dir(&vae).unwrap();
         let write = |name: &str, text: &str| std::fs::write(vae.join(name), text).unwrap();
+        let state = || completeness(&Components::vae(), folder.path());
         write("config.json", "{}");
-        assert!(!is_complete(&Components::vae(), folder.path()));
+        assert_eq!(state(), Completeness::Incomplete);
         write(
             "diffusion_pytorch_model.safetensors.index.json",
             r#"{"weight_map": {"a": "x-1.safetensors", "b": "x-2.safetensors"}}"#,
         );
         write("x-1.safetensors", "");
-        assert!(!is_complete(&Components::vae(), folder.path()));
+        assert_eq!(state(), Completeness::Incomplete);
         write("x-2.safetensors", "");
-        assert!(is_complete(&Components::vae(), folder.path()));
+        assert_eq!(state(), Completeness::Complete);
+        for name in [
+            "diffusion_pytorch_model.safetensors.index.json",
+            "x-1.safetensors",
+        ] {
+            std::fs::remove_file(vae.join(name)).unwrap();
+        }
+        write("diffusion_pytorch_model.fp16.safetensors", "");
+        assert_eq!(state(), Completeness::Variant);
     }
 }

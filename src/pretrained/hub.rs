@@ -18,7 +18,7 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 
-use super::files::{self, Components};
+use super::files::{self, Completeness, Components};
 use super::progress::FileProgress;
 use super::{Fetched, PretrainedError, cache, io};
 use crate::config::Model;
@@ -61,16 +61,18 @@ impl HubClient {
         revision: &str,
         components: &Components,
     ) -> Result<Fetched, PretrainedError> {
-        let cached = self
-            .cached_commit(id, revision)
-            .map(|commit| Fetched {
-                folder: self.snapshot(id, &commit),
-                commit: Some(commit),
-            })
-            .filter(|cached| files::is_complete(components, &cached.folder));
+        let cached = self.cached_commit(id, revision).and_then(|commit| {
+            let folder = self.snapshot(id, &commit);
+            let completeness = files::completeness(components, &folder);
+            let commit = Some(commit);
+            (completeness != Completeness::Incomplete)
+                .then_some((Fetched { folder, commit }, completeness))
+        });
+        // A commit never changes, so no request is necessary, except for the files that Python did not fetch.
+        let suffices =
+            |found| self.settings.offline || is_commit(revision) && found == Completeness::Complete;
         match cached {
-            // A commit never changes, so no request is necessary.
-            Some(cached) if self.settings.offline || is_commit(revision) => return Ok(cached),
+            Some((cached, found)) if suffices(found) => return Ok(cached),
             None if self.settings.offline => {
                 return Err(PretrainedError::Offline {
                     id: id.to_owned(),
@@ -82,8 +84,8 @@ impl HubClient {
         }
         let info = match (self.info(id, revision), cached) {
             (Ok(info), _) => info,
-            (Err(error @ PretrainedError::Unreachable { .. }), Some(cached))
-            | (Err(error @ PretrainedError::Stalled { .. }), Some(cached)) => {
+            (Err(error @ PretrainedError::Unreachable { .. }), Some((cached, _)))
+            | (Err(error @ PretrainedError::Stalled { .. }), Some((cached, _))) => {
                 errln!("warning: {error}; using the files in the cache");
                 return Ok(cached);
             }
@@ -116,7 +118,7 @@ impl HubClient {
             .iter()
             .map(|file| file.rfilename.clone())
             .collect();
-        let plan = files::plan(components, &available).map_err(not_a_model)?;
+        let plan = super::plan(id, components, &available, &|_| None)?;
         let lock = self.cache.join(".locks").join(folder_name(id));
         let _lock = cache::lock(&lock.join("coffey.lock"), id)?;
         let folder = self.snapshot(id, &info.sha);
@@ -126,10 +128,8 @@ impl HubClient {
         }
         for index in &plan.indexes {
             let shards = files::shards(index, &folder.join(index)).map_err(not_a_model)?;
+            files::missing_shards(index, &shards, &available).map_err(not_a_model)?;
             for shard in shards.iter().filter(missing) {
-                if !available.contains(shard) {
-                    return Err(not_a_model(format!("it has no {shard}")));
-                }
                 self.download(id, &info.sha, shard)?;
             }
         }

@@ -2,23 +2,26 @@
 //!
 //! A folder is used in place. Other models are fetched into a cache: only the required files ([`Components`]), each written
 //! atomically, and only those that the cache lacks. A lock makes processes that need the same model wait for each other. This
-//! module never reads the weights; the loaders check them.
+//! module never reads the weights; the loaders check them. If files are missing, it says what the folder is instead.
 
 mod cache;
 mod files;
 mod hub;
+mod kind;
 mod progress;
 mod s3;
 
 pub use files::Components;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{SourceError, Sources, counted};
+use coffey_pipeline::{SourceError, Sources, counted, json};
 use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
 use crate::hub::SettingsError;
+use crate::models::tensor_names;
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +93,8 @@ pub enum PretrainedError {
     },
     /// The Hub can't be reached.
     #[error(
-        "{id}: can't fetch the model from {endpoint} ({}): {cause}; check the network and HF_ENDPOINT",
+        "{id}: there is no folder of that name here, and the Hub's model can't be fetched from {endpoint} ({}): {cause}; \
+         check the name, or the network and HF_ENDPOINT",
         counted(*attempts, "attempt")
     )]
     Unreachable {
@@ -105,7 +109,8 @@ pub enum PretrainedError {
     },
     /// The Hub stopped answering.
     #[error(
-        "{id}: {endpoint} sent nothing for {seconds} s during the download of {what}; run the command again to resume the download"
+        "{id}: {endpoint} sent nothing for {seconds} s during the download of {what} (there is no folder of that name here); run the command \
+         again to resume the download"
     )]
     Stalled {
         /// The model.
@@ -130,7 +135,7 @@ pub enum PretrainedError {
         cause: String,
     },
     /// The environment forbids the network, and the cache lacks files of the model.
-    #[error("{id}: HF_HUB_OFFLINE is set, and {} lacks files of the model at revision \"{revision}\"", cache.display())]
+    #[error("{id}: there is no folder of that name here, HF_HUB_OFFLINE is set, and {} lacks files of the model at revision \"{revision}\"", cache.display())]
     Offline {
         /// The model.
         id: String,
@@ -146,6 +151,14 @@ pub enum PretrainedError {
         model: String,
         /// The missing files.
         lacks: String,
+    },
+    /// The name stands for something else than a model in diffusers layout.
+    #[error("{model} {what}")]
+    OtherKind {
+        /// The model's name in the configuration.
+        model: String,
+        /// What it is, and what to give instead.
+        what: String,
     },
     /// A downloaded file has another checksum than the Hub's.
     #[error("{model}: {file} arrived damaged: {cause}")]
@@ -174,7 +187,10 @@ impl PretrainedError {
     /// Whether the cause is in the configuration or the environment (exit code 2).
     pub fn is_config(&self) -> bool {
         match self {
-            Self::Name { .. } | Self::Settings(_) | Self::NoHome { .. } => true,
+            Self::Name { .. }
+            | Self::Settings(_)
+            | Self::NoHome { .. }
+            | Self::OtherKind { .. } => true,
             Self::Source(error) => error.is_config(),
             _ => false,
         }
@@ -198,7 +214,7 @@ pub struct Fetched {
 
 /// Makes a model available in a local folder.
 ///
-/// `revision` applies to a Hub id only. A folder is returned unchecked. Blocks; must not be called on a thread of the
+/// `revision` applies to a Hub id only. Of a folder it is checked that the files are there. Blocks; must not be called on a thread of the
 /// runtime.
 ///
 /// # Errors
@@ -215,16 +231,61 @@ pub fn fetch(
         source,
     })?;
     match place {
-        ModelPlace::Folder(folder) => Ok(Fetched {
-            folder,
-            commit: None,
+        ModelPlace::File(path) => Err(PretrainedError::OtherKind {
+            model: model.to_string(),
+            what: kind::describe_file(&path, &tensor_names(&path)),
         }),
+        ModelPlace::Folder(folder) => {
+            let read = |file: &str| read_json(&folder.join(file));
+            let files = files::listing(&folder);
+            plan(model.as_str(), components, &files, &read)?;
+            Ok(Fetched {
+                folder,
+                commit: None,
+            })
+        }
         ModelPlace::S3(prefix) => Ok(Fetched {
             folder: s3::fetch(&prefix, components, sources, runtime)?,
             commit: None,
         }),
         ModelPlace::Hub(id) => hub::HubClient::from_env()?.fetch(&id, revision, components),
     }
+}
+
+/// Chooses the files of a model out of `files`; `json` reads one of them, if it can be read before it is chosen.
+fn plan(
+    model: &str,
+    components: &Components,
+    files: &BTreeSet<String>,
+    json: &dyn Fn(&str) -> Option<serde_json::Value>,
+) -> Result<files::FetchPlan, PretrainedError> {
+    let place = kind::Place {
+        name: model,
+        files,
+        json,
+    };
+    let other_kind = |what| PretrainedError::OtherKind {
+        model: model.to_owned(),
+        what,
+    };
+    if let Some(what) = kind::other_family(&place).filter(|_| components.is_pipeline()) {
+        return Err(other_kind(what));
+    }
+    files::plan(components, files).map_err(|lacks| {
+        let is_run = components.are_in_runs() && place.has_folder("unet");
+        let what = if is_run { None } else { kind::describe(&place) };
+        what.map_or_else(
+            || PretrainedError::NotAModel {
+                model: model.to_owned(),
+                lacks,
+            },
+            other_kind,
+        )
+    })
+}
+
+fn read_json(path: &Path) -> Option<serde_json::Value> {
+    json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
 /// [`fetch`] for a VAE that is a model by itself or the subfolder `vae` of a model; returns the VAE's folder.

@@ -47,7 +47,7 @@ pub(super) fn fetch(
         .map(|object| (object.name.as_str(), object))
         .collect();
     let there: BTreeSet<String> = objects.keys().map(|name| (*name).to_owned()).collect();
-    let plan = files::plan(components, &there).map_err(not_a_model)?;
+    let plan = super::plan(prefix, components, &there, &|_| None)?;
 
     let server = server(sources.options(), process::env_var);
     let folder = cache::home("XDG_CACHE_HOME", process::env_var)?
@@ -70,8 +70,10 @@ pub(super) fn fetch(
     }
     for index in &plan.indexes {
         let path = &paths[index];
-        for shard in files::shards(index, path).map_err(not_a_model)? {
-            fetch(&shard)?;
+        let shards = files::shards(index, path).map_err(not_a_model)?;
+        files::missing_shards(index, &shards, &there).map_err(not_a_model)?;
+        for shard in &shards {
+            fetch(shard)?;
         }
     }
     snapshot(&folder.join("snapshots"), &links)

@@ -14,6 +14,7 @@ mod device;
 mod extending;
 mod inspect;
 mod latents;
+mod model_forms;
 mod model_sources;
 mod models;
 mod page;

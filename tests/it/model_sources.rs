@@ -221,7 +221,11 @@ fn hub_files_are_fetched_once_and_only_if_needed() {
     assert!(hub.asked().is_empty());
     let mut offline = encode(&user, "e", &["model.teacher=someone/other"]);
     offline.env("HF_HUB_OFFLINE", "1");
-    refused(offline, 1, &["someone/other", "HF_HUB_OFFLINE"]);
+    refused(
+        offline,
+        1,
+        &["someone/other", "no folder of that name", "HF_HUB_OFFLINE"],
+    );
 }
 
 #[test]
@@ -358,7 +362,13 @@ fn hub_download_resumes_and_is_verified() {
     messages(encode(&user, "b", &[&teacher]));
 
     let offline = User::new("http://127.0.0.1:9");
-    let words = [ID, "http://127.0.0.1:9", "5 attempts", "HF_ENDPOINT"];
+    let words = [
+        ID,
+        "no folder of that name here",
+        "http://127.0.0.1:9",
+        "5 attempts",
+        "HF_ENDPOINT",
+    ];
     refused(encode(&offline, "c", &[&teacher]), 1, &words);
     let without_scheme = User::new("hub.example");
     refused(

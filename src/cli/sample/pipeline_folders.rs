@@ -6,7 +6,7 @@ use coffey_pipeline::S3Options;
 
 use crate::config::{Config, Model, ModelRef};
 use crate::encode::Encoders;
-use crate::models::UNetConfig;
+use crate::models::{UNetConfig, further_inputs};
 
 use super::Failure;
 
@@ -160,24 +160,27 @@ impl PipelineFolders {
     /// # Errors
     /// The first width that differs.
     pub(super) fn check_fit(&self, unet: &UNetConfig, encoders: &Encoders) -> Result<(), Failure> {
+        let latents = encoders.vae().config().latent_channels;
         let pairs = [
             (
                 "the width of the text embeddings",
                 unet.cross_attention_dim,
                 encoders.text_width(),
+                String::new(),
             ),
             (
                 "the number of latent channels",
                 unet.in_channels,
-                encoders.vae().config().latent_channels,
+                latents,
+                further_inputs(unet.in_channels, latents),
             ),
         ];
-        for (what, needed, found) in pairs {
+        for (what, needed, found, note) in pairs {
             if needed != found {
                 return failed(format!(
-                    "{} and {} do not belong together: {what} is {needed} in the one and {found} in the other",
+                    "{} and {} do not belong together: {what} is {needed} in the one and {found} in the other{note}",
                     self.unet.display(),
-                    self.pipeline.display()
+                    self.pipeline.display(),
                 ));
             }
         }

@@ -360,12 +360,8 @@ fn refuse_sides(config: &Keys, vocabulary: &Vocabulary) -> Result<(), ModelError
         let side: Option<String> = config.get(key)?;
         let side = side.as_ref().or(of_file.as_ref());
         if let Some(side) = side.filter(|side| !side.eq_ignore_ascii_case("right")) {
-            return Err(ModelError::Unsupported {
-                path: config.path.clone(),
-                key: key.to_owned(),
-                found: format!("\"{side}\""),
-                supported: "\"right\"".to_owned(),
-            });
+            let message = format!("\"{key}\": \"{side}\" is not supported; supported: \"right\"");
+            return Err(config.invalid(message));
         }
     }
     Ok(())

@@ -172,67 +172,65 @@ impl UNetConfig {
     /// When it can't be read or asks for something that coffey does not build; the key is named.
     pub fn read(folder: &Path) -> Result<Self, ModelError> {
         let file = ConfigFile::read_class(folder, &CLASS)?;
-        refuse_unsupported(&file)?;
-        let channels: Vec<usize> = file.get("block_out_channels", vec![320, 640, 1280, 1280])?;
-        file.refuse_levels(&channels)?;
+        refuse_unsupported(&file);
+        let channels = file.levels(&[320, 640, 1280, 1280])?;
         let base = channels[0];
-        let activation = file.activation("act_fn")?.unwrap_or(Activation::Silu);
-        let width = match file.optional("time_embedding_dim")? {
+        let activation = file.activation("act_fn").unwrap_or(Activation::Silu);
+        let width = match file.optional("time_embedding_dim") {
             None | Some(0) => 4 * base,
             Some(width) => width,
         };
-        let scale_shift = match file.get("resnet_time_scale_shift", "default".to_owned())? {
-            name if name == "default" => false,
-            name if name == "scale_shift" => true,
-            other => {
-                let (found, known) = (format!("\"{other}\""), "\"default\", \"scale_shift\"");
-                return Err(file.unsupported("resnet_time_scale_shift", found, known));
-            }
+        let resnet = ResnetConfig {
+            norm: NormConfig {
+                groups: file.groups(&channels),
+                eps: file.get("norm_eps", 1e-5),
+            },
+            activation,
+            time: Some(TimeConfig {
+                width,
+                scale_shift: scale_shift(&file),
+            }),
+            output_scale: 1.0,
         };
-        let Levels {
-            down,
-            mid,
-            up,
-            cross_attention_dim,
-        } = Levels::read(&file, &channels)?;
-        Ok(Self {
-            in_channels: file.positive("in_channels", 4)?,
-            out_channels: file.positive("out_channels", 4)?,
-            sample_size: match file.optional("sample_size")? {
+        let time = TimeEmbeddingConfig {
+            flip_sin_to_cos: file.get("flip_sin_to_cos", true),
+            freq_shift: file.get("freq_shift", 0.0),
+            width,
+            activation,
+            post: file.activation("timestep_post_act"),
+            last: file.activation("time_embedding_act_fn"),
+        };
+        let config = Self {
+            in_channels: file.positive("in_channels", 4),
+            out_channels: file.positive("out_channels", 4),
+            sample_size: match file.optional("sample_size") {
                 None => [64; 2],
                 Some(SampleSize::Square(side)) => [side; 2],
                 Some(SampleSize::Sides(sides)) => sides,
             },
-            cross_attention_dim,
-            time_cond_proj_dim: file.optional("time_cond_proj_dim")?,
-            down,
-            mid,
-            up,
-            resnet: ResnetConfig {
-                norm: NormConfig {
-                    groups: file.groups(&channels)?,
-                    eps: file.get("norm_eps", 1e-5)?,
-                },
-                activation,
-                time: Some(TimeConfig { width, scale_shift }),
-                output_scale: 1.0,
-            },
-            mid_scale: file.get("mid_block_scale_factor", 1.0)?,
-            time: TimeEmbeddingConfig {
-                flip_sin_to_cos: file.get("flip_sin_to_cos", true)?,
-                freq_shift: file.get("freq_shift", 0.0)?,
-                width,
-                activation,
-                post: file.activation("timestep_post_act")?,
-                last: file.activation("time_embedding_act_fn")?,
-            },
-            center_input: file.get("center_input_sample", false)?,
-            conv_in_kernel: odd(&file, "conv_in_kernel")?,
-            conv_out_kernel: odd(&file, "conv_out_kernel")?,
-            downsample_padding: file.get("downsample_padding", 1)?,
-            linear_projection: file.get("use_linear_projection", false)?,
-            map: file.map,
-        })
+            cross_attention_dim: 0,
+            time_cond_proj_dim: file.optional("time_cond_proj_dim"),
+            down: Vec::new(),
+            mid: None,
+            up: Vec::new(),
+            resnet,
+            mid_scale: file.get("mid_block_scale_factor", 1.0),
+            time,
+            center_input: file.get("center_input_sample", false),
+            conv_in_kernel: odd(&file, "conv_in_kernel"),
+            conv_out_kernel: odd(&file, "conv_out_kernel"),
+            downsample_padding: file.get("downsample_padding", 1),
+            linear_projection: file.get("use_linear_projection", false),
+            map: ConfigFile::only_keys_of(file.map.clone(), &CLASS),
+        };
+        let levels = Levels::read(&file, &channels);
+        file.finish(levels.map(|levels| Self {
+            cross_attention_dim: levels.cross_attention_dim,
+            down: levels.down,
+            mid: levels.mid,
+            up: levels.up,
+            ..config
+        }))
     }
 
     /// The same network with a guidance embedding of `width`, unless it has one: the student of a teacher.
@@ -310,7 +308,7 @@ impl Levels {
         let only_cross = per_level(file, "only_cross_attention", false, levels)?;
         let widths = per_level(file, "cross_attention_dim", 1280usize, levels)?;
         let depths = per_level(file, "transformer_layers_per_block", Depth::Same(1), levels)?;
-        let up_depths = match file.optional::<Vec<Depth>>("reverse_transformer_layers_per_block")? {
+        let up_depths = match file.optional::<Vec<Depth>>("reverse_transformer_layers_per_block") {
             Some(depths) if depths.len() == levels => depths,
             Some(depths) => {
                 let (found, needed) = (format!("{} entries", depths.len()), format!("{levels}"));
@@ -366,7 +364,7 @@ impl Levels {
         let mid_type = if file.is_null("mid_block_type") {
             None
         } else {
-            Some(file.get("mid_block_type", "UNetMidBlock2DCrossAttn".to_owned())?)
+            Some(file.get("mid_block_type", "UNetMidBlock2DCrossAttn".to_owned()))
         };
         let mid = match mid_type.as_deref() {
             None => None,
@@ -428,7 +426,7 @@ fn per_level<T: Clone + serde::de::DeserializeOwned>(
     default: T,
     levels: usize,
 ) -> Result<Vec<T>, ModelError> {
-    match file.get(key, PerLevel::One(default))? {
+    match file.get(key, PerLevel::One(default)) {
         PerLevel::One(value) => Ok(vec![value; levels]),
         PerLevel::Each(each) if each.len() == levels => Ok(each),
         PerLevel::Each(each) => Err(file.unsupported(
@@ -448,7 +446,7 @@ fn block_types(
     default: &[&str],
     levels: usize,
 ) -> Result<Vec<bool>, ModelError> {
-    let types: Vec<String> = file.get(key, default.iter().map(|&t| t.to_owned()).collect())?;
+    let types: Vec<String> = file.get(key, default.iter().map(|&t| t.to_owned()).collect());
     if types.len() != levels {
         let wanted = format!("{levels} block types, as many as block_out_channels");
         return Err(file.unsupported(key, format!("{types:?}"), wanted));
@@ -466,11 +464,19 @@ fn block_types(
 }
 
 /// A kernel's size, which must be odd.
-fn odd(file: &ConfigFile, key: &str) -> Result<usize, ModelError> {
-    match file.get(key, 3)? {
-        kernel if kernel % 2 == 1 => Ok(kernel),
-        even => Err(file.unsupported(key, even, "an odd number")),
+fn odd(file: &ConfigFile, key: &str) -> usize {
+    let kernel: usize = file.get(key, 3);
+    if kernel.is_multiple_of(2) {
+        file.refuse(key, kernel, "an odd number");
     }
+    kernel
+}
+
+/// Whether `resnet_time_scale_shift` is `scale_shift`.
+fn scale_shift(file: &ConfigFile) -> bool {
+    let key = "resnet_time_scale_shift";
+    file.only(key, &[json!("default"), json!("scale_shift")]);
+    file.get(key, "default".to_owned()) == "scale_shift"
 }
 
 /// Refuses keys that would change the numbers, unless they have diffusers' usual value.
@@ -478,7 +484,7 @@ fn odd(file: &ConfigFile, key: &str) -> Result<usize, ModelError> {
 /// `resnet_out_scale_factor`, `resnet_skip_time_act`, `cross_attention_norm`, `mid_block_only_cross_attention` and
 /// `addition_embed_type_num_heads` pass: in diffusers the blocks that coffey builds do not read them. `upcast_attention` asks
 /// for `f32`, in which attention is computed anyway.
-fn refuse_unsupported(file: &ConfigFile) -> Result<(), ModelError> {
+fn refuse_unsupported(file: &ConfigFile) {
     for key in [
         "addition_embed_type",
         "class_embed_type",
@@ -487,7 +493,7 @@ fn refuse_unsupported(file: &ConfigFile) -> Result<(), ModelError> {
         "num_attention_heads", // refused by diffusers, too
         "num_class_embeds",
     ] {
-        file.only(key, &[])?;
+        file.only(key, &[]);
     }
     for (key, values) in [
         ("attention_type", &[json!("default")][..]),
@@ -497,7 +503,6 @@ fn refuse_unsupported(file: &ConfigFile) -> Result<(), ModelError> {
         ("dual_cross_attention", &[json!(false)]),
         ("time_embedding_type", &[json!("positional")]),
     ] {
-        file.only(key, values)?;
+        file.only(key, values);
     }
-    Ok(())
 }
