@@ -36,6 +36,9 @@ PIECES = [
 def captions():
     generator = random.Random(1)
     yield from CAPTIONS
+    # Longer than what coffey tokenizes of a caption.
+    for letters in ["ab", "abcdefghijklmnopqrstuvwxyz", "苹果的一只", "a b"]:
+        yield "".join(generator.choices(letters, k=30_000))
     for _ in range(400):
         yield "".join(generator.choices(PIECES, k=generator.randrange(1, 60)))
 
