@@ -63,14 +63,13 @@ impl RunParts {
             },
             guidance: distill.w_min..distill.w_max,
             empty_prompts: distill.proportion_empty_prompts,
-            unconditional: unconditional.clone(),
+            unconditional,
             latent_scale: vae.scaling_factor,
         };
         Ok(Self {
             encoders,
             teacher: TeacherSampler {
                 denoiser: Rc::new(teacher),
-                unconditional,
                 schedule,
             },
             objective,
