@@ -4,9 +4,7 @@ use std::fmt;
 
 use candle_core::{Result, Tensor};
 
-use super::{
-    BoundaryScaling, NoiseSchedule, conditional_and_unconditional, guidance_embedding,
-};
+use super::{BoundaryScaling, NoiseSchedule, conditional_and_unconditional, guidance_embedding};
 use crate::models::{Conditioning, Denoiser};
 
 /// From noise to latents in a fixed number of steps.

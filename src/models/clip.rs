@@ -12,6 +12,9 @@ use super::layers::{LayerNorm, Linear};
 use super::{ModelError, Weights};
 use crate::ops::{self, Attention};
 
+/// Stem of the weight files of transformers' models.
+pub const TEXT_ENCODER_STEM: &str = "model";
+
 /// transformers' `CLIPEncoderLayer`.
 #[derive(Clone, Debug)]
 struct Layer {
@@ -95,7 +98,7 @@ impl ClipTextModel {
         let Some(activation) = Activation::of_clip(&name) else {
             return Err(file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
         };
-        let weights = Weights::load(folder, "model", dtype, device)?;
+        let weights = Weights::load(folder, TEXT_ENCODER_STEM, dtype, device)?;
         // transformers 5 drops the text_model prefix, older versions write it.
         let root = weights.builder();
         let prefixed = root.contains_tensor("text_model.embeddings.token_embedding.weight");

@@ -9,6 +9,7 @@ mod builder;
 pub mod clip;
 mod config;
 mod denoiser;
+mod fingerprint;
 #[cfg(test)]
 mod golden;
 mod layers;
@@ -25,11 +26,15 @@ mod weights;
 pub use clip::ClipTextModel;
 pub(crate) use config::nearest_key;
 pub use denoiser::{Conditioning, Denoiser};
+pub(crate) use fingerprint::text as fingerprint_text;
+pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
 pub use pipeline::{PipelineMismatch, PipelineParts, check_fit};
 pub use tokenizer::ClipTokenizer;
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
-pub use weights::{Weights, config_text, model_metadata, save_model, write_safetensors};
+pub use weights::{
+    Weights, config_text, model_metadata, save_model, weights_file, write_safetensors,
+};
 
 use std::path::PathBuf;
 

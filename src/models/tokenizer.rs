@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde_json::json;
+use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -10,8 +12,8 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
-use super::ModelError;
 use super::weights::read_json;
+use super::{ModelError, fingerprint_text};
 
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
@@ -221,6 +223,32 @@ impl ClipTokenizer {
                 .map_or(77, |l| l as usize),
             tokenizer,
         })
+    }
+
+    /// Fingerprint of what decides ids: vocabulary, merges, tokens found before the text is split, start, end, padding and length.
+    /// `sha256:` and hexadecimal digits.
+    ///
+    /// # Errors
+    /// When the tokenizer can't be written as JSON, which none should cause.
+    pub fn fingerprint(&self) -> Result<String, ModelError> {
+        let whole = serde_json::to_value(&self.tokenizer).map_err(|e| ModelError::Tokenizer {
+            folder: "tokenizer".into(),
+            message: e.to_string(),
+        })?;
+        let (model, added) = (&whole["model"], &whole["added_tokens"]);
+        let ids = [self.start, self.end, self.pad];
+        let mut sha = Sha256::new();
+        for part in [
+            &model["vocab"],
+            &model["merges"],
+            added,
+            &json!(ids),
+            &json!(self.length),
+        ] {
+            sha.update(part.to_string());
+            sha.update("\n");
+        }
+        Ok(fingerprint_text(sha))
     }
 
     /// Ids of a caption, `model_max_length` of them: start, tokens, end, padding; longer captions are cut. As transformers'

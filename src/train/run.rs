@@ -9,7 +9,9 @@ use candle_core::Device;
 use coffey_pipeline::flow::{Recent, StageHandle};
 use coffey_pipeline::stages::Stage;
 
-use super::checkpoint::Saver;
+use super::checkpoint::{RunIdentity, Saver};
+use super::models_fingerprint::ModelsFingerprint;
+use super::not_finite::with_advice;
 use super::observers::{
     AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
     LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure,
@@ -96,7 +98,8 @@ impl<'a> Run<'a> {
             output.checkpoints(config.checkpoint.keep),
             output.records(),
         ));
-        let state = load_state(options, services, &output, &saver, &progress)?;
+        let models = &parts.fingerprint;
+        let state = load_state(options, services, models, &output, &saver, &progress)?;
         let observers = observers(options, services, &parts, &output, &saver, &state, progress)?;
         let trainer = Trainer::new(
             Box::new(parts.objective),
@@ -167,7 +170,8 @@ impl<'a> Run<'a> {
             let traces = self.observers.wants_traces(step);
             let mut report = match self.trainer.step(&mut || batches.next(step), traces) {
                 Err(TrainError::Stopped) => return Ok(Ending::Stopped),
-                made => made?,
+                Err(error) => return Err(with_advice(error, self.options.config, &self.saver)),
+                Ok(report) => report,
             };
             let run = view(&self.trainer, cancel);
             self.observers.on_step(&mut report, &run)?;
@@ -230,13 +234,16 @@ fn pool_encoders(
 fn load_state(
     options: &RunOptions<'_>,
     services: &Services<'_>,
+    models: &ModelsFingerprint,
     output: &RunDir,
     saver: &Saver,
     progress: &Progress,
 ) -> Result<TrainState, TrainError> {
     let config = options.config;
-    saver.checkpoints().clear_unfinished()?;
-    let found = resume_from(config, saver.checkpoints(), output, services, progress)?;
+    let checkpoints = saver.checkpoints();
+    checkpoints.clear_unfinished()?;
+    saver.records().fetch()?;
+    let found = resume_from(options, models, checkpoints, output, services, progress)?;
     let folder = found.as_ref().map(|found| found.folder.as_path());
     let student = load_student(options, folder)?;
     let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
@@ -247,7 +254,6 @@ fn load_state(
         (state.step, state.samples) = (found.state.step, found.state.samples);
         state.cursor = Some(found.state.cursor);
     }
-    saver.records().fetch()?;
     Ok(state)
 }
 
@@ -278,7 +284,7 @@ fn observers(
     if state.step > 0
         && let Some(warning) = moved_teacher(folder, config, models)
     {
-        progress.say(warning);
+        progress.say(format!("warning: {warning}"));
     }
     describe_run(folder, config, models, &configuration)?;
 
@@ -325,7 +331,10 @@ fn observers(
         every: config.checkpoint.every,
         background: config.checkpoint.background,
         max_steps,
-        configuration,
+        identity: RunIdentity {
+            configuration,
+            models: parts.fingerprint.clone(),
+        },
         output: output.place().to_owned(),
         newest: (state.step > 0).then_some(state.step),
         monitor: monitor.clone(),

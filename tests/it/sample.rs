@@ -185,7 +185,14 @@ fn guidance_is_classifier_free_without_embedding() {
         (student.as_path(), "8", "takes guidance as an embedding"),
         (&teacher(), "1", "--guidance 1 turns"),
     ] {
-        let more = ["--prompt", "x", "--negative-prompt", "y", "--guidance", guidance];
+        let more = [
+            "--prompt",
+            "x",
+            "--negative-prompt",
+            "y",
+            "--guidance",
+            guidance,
+        ];
         let words = ["--negative-prompt: has no effect", words];
         refuse(2, &sample(model, &out, &more), &words);
     }
@@ -216,7 +223,9 @@ mod needs_python {
             more.extend(["--prompt", "red apple", "--unet", "unet"]);
             more.extend(negative.iter().flat_map(|n| ["--negative-prompt", n]));
             succeed(&sample(model, &out, &more));
-            let mut compared = [&teacher, unet, &noise, &out].map(|path| text(path)).to_vec();
+            let mut compared = [&teacher, unet, &noise, &out]
+                .map(|path| text(path))
+                .to_vec();
             compared.extend([scheduler, steps, guidance, "red apple"]);
             compared.extend(negative);
             python("compare_drawing.py", &compared);
