@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     quiet_candle();
+    keep_backtraces_out_of_messages();
     share_one_heap();
     coffey::cli::run()
 }
@@ -18,6 +19,14 @@ fn quiet_candle() {
         // SAFETY: no other thread runs yet that could read the environment.
         unsafe { std::env::set_var(THREADS, "1") };
     }
+}
+
+/// Keeps backtraces out of errors, whose messages are one line. candle captures one for each error where `RUST_BACKTRACE` is set, and
+/// prints it as a part of the message. A panic still prints its backtrace.
+#[allow(unsafe_code)]
+fn keep_backtraces_out_of_messages() {
+    // SAFETY: no other thread runs yet that could read the environment.
+    unsafe { std::env::set_var("RUST_LIB_BACKTRACE", "0") };
 }
 
 /// Has glibc keep one heap for all threads. Tensors are large, made on one thread and freed on another: a heap a thread would

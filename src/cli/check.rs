@@ -1,6 +1,7 @@
 //! `coffey check`: a dry run. Tries once everything that `train` or `precompute` needs.
 
 mod cost;
+mod dry_run;
 mod memory;
 mod report;
 
@@ -8,12 +9,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use clap::Args;
 use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{Batch, BatchData, Content, ShardUrl, Stream, StreamConfig};
+use coffey_pipeline::{Batch, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
     DataAccess, content, encode_devices, source_options, stream_config, train_device,
@@ -23,17 +24,16 @@ use crate::config::{
     Config, ConfigError, DeviceSpec, ModelRef, PrecomputeRequired, TrainRequired, in_s3,
 };
 use crate::device;
-use crate::diffusion::Prediction;
-use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
+use crate::diffusion::{NoiseSchedule, Prediction};
+use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{
-    Denoiser, PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit,
-};
-use crate::ops::{self, Attention};
+use crate::models::{PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit};
+use crate::ops;
 use crate::pretrained::{Components, Models as ModelFolders};
-use crate::train::{encoder_options, lcm_schedule};
+use crate::train::{compute_dtype, encoder_options, lcm_schedule};
 use cost::{Cost, SampleSizes};
+use dry_run::DryRun;
 use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
 use tokio_util::sync::CancellationToken;
@@ -206,8 +206,14 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     }
     report.step("dry run", || {
         let start = Instant::now();
-        let unet = teacher.as_ref().map(|teacher| &teacher.unet);
-        let done = dry_run(batch, &encoders.models, unet, &train_device(&config)?)?;
+        let dry_run = DryRun {
+            config: &config,
+            folders: &models,
+            encoders: &encoders.models,
+            teacher: teacher.as_ref(),
+            device: &train_device(&config)?,
+        };
+        let done = dry_run.run(&batch)?;
         Ok((
             (),
             format!("{done} in {:.2} s", start.elapsed().as_secs_f64()),
@@ -335,6 +341,7 @@ fn load_encoders(
 
 struct LoadedTeacher {
     unet: UNet,
+    schedule: NoiseSchedule,
     parameters: u64,
 }
 
@@ -354,9 +361,11 @@ fn load_teacher(
         resolution: config.image.resolution as usize,
     })?;
     let device = train_device(config)?;
-    let weights = Weights::load(&folder, WEIGHTS_STEM, DType::F32, &device)?;
-    let unet = UNet::new(weights.builder(), &unet_config, Attention::Plain)?;
+    let train = &config.train;
+    let weights = Weights::load(&folder, WEIGHTS_STEM, train.teacher_dtype.into(), &device)?;
+    let unet = UNet::new(weights.builder(), &unet_config, train.attention)?;
     weights.expect_all_taken(&[])?;
+    let unet = unet.computing_in(compute_dtype(config));
     let parameters = parameters(&weights, |_| true);
     let message = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
@@ -371,53 +380,12 @@ fn load_teacher(
             Prediction::VPrediction => "the velocity",
         }
     );
-    Ok((LoadedTeacher { unet, parameters }, message))
-}
-
-/// Encodes what the sample lacks (latents, embeddings) and passes it through the teacher once. Returns the step's message.
-fn dry_run(
-    batch: Batch,
-    encoders: &Encoders,
-    teacher: Option<&UNet>,
-    device: &Device,
-) -> Result<&'static str, Failure> {
-    let stored = matches!(batch.data, BatchData::Latents { .. });
-    let caption = batch.samples[0].caption.as_str();
-    let EncoderOutput {
-        moments,
-        conditioning,
-        ..
-    } = encoders.encode(batch.data, &[caption])?;
-    all_finite(&conditioning.hidden, "the text encoder")?;
-    all_finite(&moments, "the VAE")?;
-    let Some(unet) = teacher else {
-        return Ok("one sample encoded");
+    let teacher = LoadedTeacher {
+        unet,
+        schedule,
+        parameters,
     };
-    let latents = moments
-        .narrow(1, 0, unet.config().in_channels)?
-        .contiguous()?
-        .to_device(device)?;
-    let conditioning = conditioning.to_device(device)?;
-    all_finite(&unet.forward(&latents, &[0], &conditioning)?, "the teacher")?;
-    Ok(if stored {
-        "one sample read and passed through the teacher"
-    } else {
-        "one sample encoded and passed through the teacher"
-    })
-}
-
-fn all_finite(tensor: &Tensor, model: &str) -> Result<(), Failure> {
-    let sum = tensor
-        .abs()?
-        .sum_all()?
-        .to_dtype(DType::F32)?
-        .to_scalar::<f32>()?;
-    if sum.is_finite() {
-        return Ok(());
-    }
-    Err(Failure::Failed(
-        format!("{model} makes numbers that are not finite; its weights are damaged").into(),
-    ))
+    Ok((teacher, message))
 }
 
 /// Number of parameters in the tensors whose names are `wanted`.

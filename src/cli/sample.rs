@@ -3,7 +3,7 @@
 mod init_latents;
 mod pipeline_folders;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
@@ -51,9 +51,12 @@ pub(super) struct SampleArgs {
     /// Sampling steps [default: 4 with lcm, 50 with ddim]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Guidance scale: embedded into a student; for a teacher classifier-free guidance, off at 1 or less.
+    /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
     #[arg(long, default_value_t = 8.0)]
     guidance: f64,
+    /// What not to draw, for all prompts: with classifier-free guidance only.
+    #[arg(long, value_name = "TEXT")]
+    negative_prompt: Option<String>,
     /// Seed of the noise.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -138,9 +141,10 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;
+    let guidance = describe_guidance(&args, &folders.unet, unet.config().time_cond_proj_dim)?;
     let noise = initial_noise(&args, &unet, &encoders, &device)?;
     errln!(
-        "{} from {} in {} {} steps, guidance {}",
+        "{} from {} in {} {} steps, {guidance}",
         match args.prompt.len() {
             1 => "one image".to_owned(),
             n => format!("{n} images"),
@@ -150,7 +154,6 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         plan.scheduler
             .to_possible_value()
             .map_or(String::new(), |v| v.get_name().to_uppercase()),
-        args.guidance
     );
     let generator = Generator {
         denoiser: &unet,
@@ -159,6 +162,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         scheduler: plan.scheduler.into(),
         steps: plan.steps,
         guidance: args.guidance,
+        negative_prompt: args.negative_prompt.as_deref().unwrap_or_default(),
         seed: args.seed,
     };
     let mut images = Vec::new();
@@ -208,6 +212,33 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
         return wrong(format!("--out {}: must be a .png file", args.out.display()));
     }
     Ok(())
+}
+
+/// What the guidance does to a UNet: the scale is embedded where its embedding has a `width`. Refuses a negative prompt without
+/// effect.
+fn describe_guidance(
+    args: &SampleArgs,
+    unet: &Path,
+    width: Option<usize>,
+) -> Result<String, Failure> {
+    let (scale, unet) = (args.guidance, unet.display());
+    let (why, description) = match width {
+        Some(_) => (
+            format!("the UNet in {unet} takes guidance as an embedding"),
+            format!("guidance {scale}, embedded"),
+        ),
+        None if scale <= 1.0 => (
+            format!("--guidance {scale} turns classifier-free guidance off; it is on above 1"),
+            "no guidance".to_owned(),
+        ),
+        None => return Ok(format!("classifier-free guidance {scale}")),
+    };
+    match &args.negative_prompt {
+        Some(_) => Err(Failure::Usage(
+            format!("--negative-prompt: has no effect, {why}").into(),
+        )),
+        None => Ok(description),
+    }
 }
 
 /// Folders of everything that is needed, fetched if they are not on this machine.

@@ -10,6 +10,8 @@ use super::parse::flatten;
 pub enum ResumeEffect {
     /// The result would be that of another run: refused.
     OtherRun,
+    /// The result would be that of another run if there are other models at the new place.
+    OtherPlaceOfModels,
     /// The change is allowed, and changes the steps that follow.
     LaterSteps,
 }
@@ -58,6 +60,9 @@ const WITHOUT_EFFECT: &[&str] = &[
 
 /// Keys that may be changed on purpose in the middle of a run, as when the loss is no longer finite.
 const ADJUSTABLE: &[&str] = &["optimizer.learning_rate", "optimizer.max_grad_norm"];
+
+/// Keys that say where the models are.
+const PLACES_OF_MODELS: &[&str] = &["model.revision", "model.teacher", "model.vae"];
 
 fn is_one_of(key: &str, list: &[&str]) -> bool {
     list.iter().any(|known| {
@@ -111,6 +116,8 @@ impl Config {
             None
         } else if is_one_of(key, ADJUSTABLE) {
             Some(ResumeEffect::LaterSteps)
+        } else if is_one_of(key, PLACES_OF_MODELS) {
+            Some(ResumeEffect::OtherPlaceOfModels)
         } else {
             Some(ResumeEffect::OtherRun)
         }

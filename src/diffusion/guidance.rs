@@ -1,6 +1,34 @@
-//! The embedding of the guidance scale, an input of students.
+//! Guidance: the two outputs that classifier-free guidance extrapolates, and the embedding of the scale, an input of students.
 
 use candle_core::{Device, Result, Tensor};
+
+use crate::models::{Conditioning, Denoiser};
+
+/// A network's outputs on the captions and on the empty captions, `[B, C, h, w]` each. `latents`: `[B, C, h, w]`, the rest one for
+/// each of the `B` samples.
+///
+/// On a GPU both are one pass over `2·B` samples, which reads each weight once and launches half the kernels. On the CPU they are
+/// two passes: a batch of another size may sum in another order.
+///
+/// # Errors
+/// When the latents or the conditioning do not fit the network.
+pub fn conditional_and_unconditional(
+    denoiser: &dyn Denoiser,
+    latents: &Tensor,
+    timesteps: &[i64],
+    conditioning: &Conditioning,
+    unconditional: &Conditioning,
+) -> Result<(Tensor, Tensor)> {
+    if latents.device().is_cpu() {
+        let pass = |on: &Conditioning| denoiser.forward(latents, timesteps, on);
+        return Ok((pass(conditioning)?, pass(unconditional)?));
+    }
+    let both = Conditioning::cat(&[conditioning.clone(), unconditional.clone()])?;
+    let doubled = Tensor::cat(&[latents, latents], 0)?;
+    let output = denoiser.forward(&doubled, &timesteps.repeat(2), &both)?;
+    let batch = latents.dim(0)?;
+    Ok((output.narrow(0, 0, batch)?, output.narrow(0, batch, batch)?))
+}
 
 /// Sinusoidal embedding of `B` guidance weights `w` (classifier-free guidance's scale minus one): `[B, width]` f32.
 ///

@@ -10,9 +10,9 @@ mod schedule;
 mod solver;
 
 pub use boundary::BoundaryScaling;
-pub use guidance::guidance_embedding;
+pub use guidance::{conditional_and_unconditional, guidance_embedding};
 pub use sampler::{
-    DdimSampler, LcmSampler, NoisePredictor, Sampler, StudentPredictor, TeacherPredictor,
+    DdimSampler, LcmSampler, NoisePredictor, Sampler, StudentPredictor, TeacherPredictor, predictor,
 };
 pub use schedule::{NoiseSchedule, Prediction, ScheduleError};
 pub use solver::DdimSolver;

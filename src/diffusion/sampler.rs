@@ -1,10 +1,10 @@
-//! Samplers: DDIM with classifier-free guidance for teachers, the LCM sampler for students.
+//! Samplers, DDIM and that of Latent Consistency Models, and the two kinds of guidance.
 
 use std::fmt;
 
 use candle_core::{Result, Tensor};
 
-use super::{BoundaryScaling, NoiseSchedule, guidance_embedding};
+use super::{BoundaryScaling, NoiseSchedule, conditional_and_unconditional, guidance_embedding};
 use crate::models::{Conditioning, Denoiser};
 
 /// From noise to latents in a fixed number of steps.
@@ -31,10 +31,35 @@ pub trait NoisePredictor {
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor>;
 }
 
-/// A teacher under classifier-free guidance: `uncond + scale·(cond - uncond)`.
+/// A network under a guidance scale. As in diffusers' pipelines, the scale is embedded into a network that takes it
+/// ([`StudentPredictor`]); for another one it is that of classifier-free guidance ([`TeacherPredictor`]).
+///
+/// `conditioning` and `unconditional`: on the captions and on empty captions, `B` samples each.
+pub fn predictor<'a>(
+    denoiser: &'a dyn Denoiser,
+    conditioning: &'a Conditioning,
+    unconditional: &'a Conditioning,
+    guidance: f64,
+) -> Box<dyn NoisePredictor + 'a> {
+    match denoiser.guidance_width() {
+        Some(_) => Box::new(StudentPredictor {
+            denoiser,
+            conditioning,
+            guidance,
+        }),
+        None => Box::new(TeacherPredictor {
+            denoiser,
+            conditioning,
+            unconditional,
+            guidance,
+        }),
+    }
+}
+
+/// A network under classifier-free guidance: `uncond + scale·(cond - uncond)`.
 #[derive(Debug)]
 pub struct TeacherPredictor<'a> {
-    /// The teacher.
+    /// The network.
     pub denoiser: &'a dyn Denoiser,
     /// Conditioning on the captions, `B` samples.
     pub conditioning: &'a Conditioning,
@@ -47,12 +72,17 @@ pub struct TeacherPredictor<'a> {
 impl NoisePredictor for TeacherPredictor<'_> {
     fn predict(&self, latents: &Tensor, timestep: i64) -> Result<Tensor> {
         let timesteps = vec![timestep; latents.dim(0)?];
-        let run = |on: &Conditioning| self.denoiser.forward(latents, &timesteps, on);
-        let cond = run(self.conditioning)?;
+        let (denoiser, conditioning) = (self.denoiser, self.conditioning);
         if self.guidance <= 1.0 {
-            return Ok(cond);
+            return denoiser.forward(latents, &timesteps, conditioning);
         }
-        let uncond = run(self.unconditional)?;
+        let (cond, uncond) = conditional_and_unconditional(
+            denoiser,
+            latents,
+            &timesteps,
+            conditioning,
+            self.unconditional,
+        )?;
         &uncond + ((cond - &uncond)? * self.guidance)?
     }
 }

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Result, Tensor};
 use coffey_pipeline::json;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use super::mix;
-use crate::models::{did_you_mean, nearest_key, warn_once};
+use crate::models::{did_you_mean, fingerprint_text, nearest_key, warn_once};
 
 /// The prediction type of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -154,23 +156,54 @@ impl NoiseSchedule {
     /// # Errors
     /// When it can't be read or names a schedule that is not known.
     pub fn read(folder: &Path) -> std::result::Result<Self, ScheduleError> {
-        let path = folder.join("scheduler_config.json");
-        let bytes = std::fs::read(&path).map_err(|source| ScheduleError::Io {
-            path: path.clone(),
-            source,
-        })?;
-        Self::parse(&bytes, &path).map_err(|message| ScheduleError::Invalid { path, message })
+        in_file(folder, Self::parse)
     }
 
+    /// The keys of `scheduler_config.json` that training depends on, with their defaults filled in and long lists hashed.
+    ///
+    /// # Errors
+    /// As [`NoiseSchedule::read`].
+    pub fn settings(folder: &Path) -> std::result::Result<Map<String, Value>, ScheduleError> {
+        in_file(folder, |bytes, path| {
+            let file = File::parse(bytes, path)?;
+            let betas = file.trained_betas.map(|betas| {
+                let mut sha = Sha256::new();
+                for beta in betas {
+                    sha.update(single(beta).to_le_bytes());
+                }
+                fingerprint_text(sha)
+            });
+            let settings = serde_json::json!({
+                "num_train_timesteps": file.num_train_timesteps,
+                "beta_start": file.beta_start,
+                "beta_end": file.beta_end,
+                "beta_schedule": file.beta_schedule,
+                "trained_betas": betas,
+                "prediction_type": file.prediction_type,
+                "rescale_betas_zero_snr": file.rescale_betas_zero_snr,
+            });
+            match settings {
+                Value::Object(settings) => Ok(settings),
+                _ => Ok(Map::new()),
+            }
+        })
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> std::result::Result<Self, String> {
+        Self::new(&File::parse(bytes, path)?)
+    }
+}
+
+impl File {
     /// `path` is named in warnings.
     fn parse(bytes: &[u8], path: &Path) -> std::result::Result<Self, String> {
-        let map: serde_json::Map<String, serde_json::Value> =
-            json::from_slice(bytes).map_err(|e| e.to_string())?;
+        let map: Map<String, Value> = json::from_slice(bytes).map_err(|e| e.to_string())?;
         check_keys(&map, path)?;
-        let file: File = json::from_slice(bytes).map_err(|e| e.to_string())?;
-        Self::new(&file)
+        json::from_slice(bytes).map_err(|e| e.to_string())
     }
+}
 
+impl NoiseSchedule {
     fn new(file: &File) -> std::result::Result<Self, String> {
         let n = file.num_train_timesteps;
         let mut betas: Vec<f64> = match (&file.trained_betas, file.beta_schedule.as_str()) {
@@ -219,6 +252,9 @@ impl NoiseSchedule {
             betas = rescale_zero_terminal_snr(&betas);
         }
         let alphas_cumprod: Vec<f64> = cumulative(&betas).map(single).collect();
+        if file.prediction_type == Prediction::Epsilon {
+            refuse_pure_noise(file, &alphas_cumprod)?;
+        }
         Ok(Self {
             final_alpha_cumprod: if file.set_alpha_to_one {
                 1.0
@@ -315,8 +351,11 @@ impl NoiseSchedule {
         match self.prediction {
             Prediction::Epsilon => Ok(output.clone()),
             Prediction::Sample => {
-                let inverse: Vec<f64> = sigmas.iter().map(|s| 1.0 / s).collect();
-                let ratio: Vec<f64> = alphas.iter().zip(&sigmas).map(|(a, s)| -a / s).collect();
+                // A timestep without noise: the latents are the sample, and no noise is left to find.
+                let over = |number: f64, s: f64| if s > 0.0 { number / s } else { 0.0 };
+                let inverse: Vec<f64> = sigmas.iter().map(|&s| over(1.0, s)).collect();
+                let both = alphas.iter().zip(&sigmas);
+                let ratio: Vec<f64> = both.map(|(&a, &s)| over(-a, s)).collect();
                 mix(&inverse, x, &ratio, output)
             }
             Prediction::VPrediction => mix(&alphas, output, &sigmas, x),
@@ -366,6 +405,41 @@ fn check_keys(
         ));
     }
     Ok(())
+}
+
+/// Refuses a timestep with too little left of the latents for predicted noise to give them back: they are divided by `√ᾱ`, and the
+/// square of that is a number of f32.
+fn refuse_pure_noise(file: &File, alphas_cumprod: &[f64]) -> std::result::Result<(), String> {
+    let too_little = |&alpha: &f64| !((1.0 / alpha) as f32).is_finite();
+    let Some(timestep) = alphas_cumprod.iter().position(too_little) else {
+        return Ok(());
+    };
+    let betas = match &file.trained_betas {
+        Some(_) => "\"trained_betas\"".to_owned(),
+        None => format!(
+            "\"beta_schedule\": \"{}\" from \"beta_start\": {} to \"beta_end\": {}",
+            file.beta_schedule, file.beta_start, file.beta_end
+        ),
+    };
+    Err(format!(
+        "{betas}, and \"prediction_type\": \"epsilon\": at timestep {timestep} nothing is left of the latents that predicted noise \
+         could give back (alphas_cumprod is {:e}); smaller betas leave something, and \"v_prediction\" and \"sample\" can do without",
+        alphas_cumprod[timestep]
+    ))
+}
+
+/// What `parse` makes of `scheduler_config.json` in `folder`, given its bytes and its path.
+fn in_file<T>(
+    folder: &Path,
+    parse: impl FnOnce(&[u8], &Path) -> std::result::Result<T, String>,
+) -> std::result::Result<T, ScheduleError> {
+    let path = folder.join("scheduler_config.json");
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            parse(&bytes, &path).map_err(|message| ScheduleError::Invalid { path, message })
+        }
+        Err(source) => Err(ScheduleError::Io { path, source }),
+    }
 }
 
 /// Rounds to `f32`, in which diffusers computes the schedule.
@@ -547,11 +621,32 @@ pub(super) mod tests {
                 r#"{"trained_betas": [0.1, NaN]}"#,
                 &["\"trained_betas[1]\"", "\"NaN\""],
             ),
+            (
+                r#"{"beta_end": 1.0}"#,
+                &["beta_end", "1", "timestep 390", "v_prediction"],
+            ),
+            (
+                r#"{"beta_schedule": "scaled_linear", "beta_start": 0.5, "beta_end": 0.5}"#,
+                &["scaled_linear", "0.5", "timestep 12"],
+            ),
+            (
+                r#"{"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 1.0]}"#,
+                &["trained_betas", "at timestep 2", "epsilon"],
+            ),
         ] {
             let message = NoiseSchedule::parse(text.as_bytes(), Path::new("x")).unwrap_err();
             for word in words {
                 assert!(message.contains(word), "{text}: {word:?}? {message}");
             }
+        }
+        for prediction in ["v_prediction", "sample"] {
+            let text = format!(r#"{{"beta_end": 1.0, "prediction_type": "{prediction}"}}"#);
+            assert_eq!(
+                NoiseSchedule::parse(text.as_bytes(), Path::new("x"))
+                    .unwrap()
+                    .alpha_cumprod(999),
+                0.0
+            );
         }
         let pndm = r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": true,
             "set_alpha_to_one": false, "steps_offset": 1, "trained_betas": null, "clip_sample": false}"#;
@@ -562,6 +657,31 @@ pub(super) mod tests {
             let schedule = NoiseSchedule::parse(text.as_bytes(), Path::new("x")).unwrap();
             assert_eq!(schedule.len(), 1000);
         }
+    }
+
+    #[test]
+    fn predictions_are_finite_at_both_ends() -> Result<()> {
+        let x = Tensor::new(&[[[[0.5f32]]]], &candle_core::Device::Cpu)?;
+        for (prediction, betas) in [
+            ("sample", "[0.0, 0.5, 1.0]"),
+            ("v_prediction", "[0.0, 0.5, 1.0]"),
+            ("epsilon", "[0.0, 0.5, 0.999]"),
+        ] {
+            let text = format!(
+                r#"{{"num_train_timesteps": 3, "trained_betas": {betas}, "prediction_type": "{prediction}"}}"#
+            );
+            let schedule = NoiseSchedule::parse(text.as_bytes(), Path::new("x")).unwrap();
+            for t in 0..3 {
+                let original = schedule.predicted_original(&x, &x, &[t])?;
+                let noise = schedule.predicted_noise(&x, &x, &[t])?;
+                let both = [golden::flat(&original), golden::flat(&noise)].concat();
+                assert!(
+                    both.iter().all(|n| n.is_finite()),
+                    "{prediction} at {t}: {both:?}"
+                );
+            }
+        }
+        Ok(())
     }
 
     #[test]

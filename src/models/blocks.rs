@@ -8,14 +8,14 @@ use super::layers::{Conv2d, GroupNorm, Linear};
 use crate::ops;
 
 /// Normalisation settings of a model's residual blocks.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct NormConfig {
     pub(super) groups: usize,
     pub(super) eps: f64,
 }
 
 /// How a residual block uses the time embedding: diffusers' `time_embedding_norm`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct TimeConfig {
     /// Width of the time embedding.
     pub(super) width: usize,
@@ -24,7 +24,7 @@ pub(super) struct TimeConfig {
 }
 
 /// Settings that a model's residual blocks share.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct ResnetConfig {
     pub(super) norm: NormConfig,
     pub(super) activation: Activation,

@@ -9,6 +9,7 @@ mod builder;
 pub mod clip;
 mod config;
 mod denoiser;
+mod fingerprint;
 #[cfg(test)]
 mod golden;
 mod layers;
@@ -27,13 +28,15 @@ mod weights;
 pub use clip::ClipTextModel;
 pub(crate) use config::{nearest_key, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
+pub(crate) use fingerprint::text as fingerprint_text;
+pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
 pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, index_shards};
 pub use weights::{
-    Weights, config_text, model_metadata, save_model, tensor_names, write_safetensors,
+    Weights, config_text, model_metadata, save_model, tensor_names, weights_file, write_safetensors,
 };
 
 use std::path::PathBuf;

@@ -143,8 +143,16 @@ impl Weights {
     }
 }
 
+/// The weights file of a folder, or its index.
+///
+/// # Errors
+/// As [`Weights::load`].
+pub fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf, ModelError> {
+    weight_files(folder, stem).map(|(path, _)| path)
+}
+
 /// The weights file of a folder and no shards, or its index and the shard of each tensor.
-fn weight_files(
+pub(super) fn weight_files(
     folder: &Path,
     stem: &str,
 ) -> Result<(PathBuf, BTreeMap<String, PathBuf>), ModelError> {

@@ -9,8 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Loss, Networks, Objective, StepKey, StepOutput, Trace};
 use crate::diffusion::{
-    BoundaryScaling, DdimSolver, LcmSampler, NoiseSchedule, Sampler, guidance_embedding, mix,
-    per_sample,
+    BoundaryScaling, DdimSolver, LcmSampler, NoiseSchedule, Sampler, conditional_and_unconditional,
+    guidance_embedding, mix, per_sample,
 };
 use crate::encode::EncodedBatch;
 use crate::models::vae::sample_latents;
@@ -157,7 +157,9 @@ impl Lcm {
         timesteps: &[i64],
         inputs: &LcmInputs,
     ) -> Result<Tensor> {
-        let (cond, uncond) = guided_pair(teacher, x, timesteps, inputs)?;
+        let (on_captions, on_empty) = (&inputs.conditioning, &inputs.unconditional);
+        let (cond, uncond) =
+            conditional_and_unconditional(teacher, x, timesteps, on_captions, on_empty)?;
         let estimate = |output: &Tensor| -> Result<(Tensor, Tensor)> {
             Ok((
                 self.schedule.predicted_original(output, x, timesteps)?,
@@ -174,31 +176,6 @@ impl Lcm {
             &inputs.index,
         )
     }
-}
-
-/// The teacher's outputs on the captions and on the empty caption, `[B, C, h, w]` each.
-///
-/// On a GPU both are one pass over `2·B` samples, which reads each weight once and launches half the kernels. On the CPU they are
-/// two passes: a batch of another size may sum in another order.
-fn guided_pair(
-    teacher: &dyn Denoiser,
-    x: &Tensor,
-    timesteps: &[i64],
-    inputs: &LcmInputs,
-) -> Result<(Tensor, Tensor)> {
-    let LcmInputs {
-        conditioning,
-        unconditional,
-        ..
-    } = inputs;
-    if x.device().is_cpu() {
-        let pass = |on: &Conditioning| teacher.forward(x, timesteps, on);
-        return Ok((pass(conditioning)?, pass(unconditional)?));
-    }
-    let both = Conditioning::cat(&[conditioning.clone(), unconditional.clone()])?;
-    let output = teacher.forward(&Tensor::cat(&[x, x], 0)?, &timesteps.repeat(2), &both)?;
-    let batch = x.dim(0)?;
-    Ok((output.narrow(0, 0, batch)?, output.narrow(0, batch, batch)?))
 }
 
 impl Objective for Lcm {

@@ -18,6 +18,7 @@ pub use loss::Loss;
 use crate::diffusion::Sampler;
 use crate::encode::EncodedBatch;
 use crate::models::Denoiser;
+use crate::ops::all_finite;
 use crate::random::generator;
 
 /// The networks of a distillation.
@@ -86,6 +87,23 @@ impl Trace {
     pub fn with_indices(self, name: &'static str, indices: &[usize]) -> Result<Self> {
         let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
         Ok(self.with(name, &Tensor::new(indices, &Device::Cpu)?))
+    }
+
+    /// Name of the first tensor with a number that is not finite.
+    ///
+    /// # Errors
+    /// When a tensor can't be read.
+    pub fn first_not_finite(&self) -> Result<Option<&'static str>> {
+        for (name, tensor) in self
+            .0
+            .iter()
+            .filter(|(_, tensor)| tensor.dtype().is_float())
+        {
+            if !all_finite(tensor)? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// The tensors on the CPU, floating-point ones as f32.

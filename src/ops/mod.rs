@@ -56,7 +56,7 @@ pub use update::{
 };
 pub use upsample::upsample_nearest_2x;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use self::tape::Recording;
 
@@ -74,6 +74,16 @@ pub fn in_pool<R: Send>(device: &Device, work: impl FnOnce() -> R + Send) -> R {
     } else {
         work()
     }
+}
+
+/// Whether all numbers of a tensor of floats are finite.
+///
+/// # Errors
+/// When the device can't compute it.
+pub fn all_finite(tensor: &Tensor) -> Result<bool> {
+    // Not a number times 0 is not a number, nor is an infinity times 0.
+    let zeros = (tensor.to_dtype(DType::F32)? * 0.0)?;
+    Ok(zeros.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
 /// How a device other than the CPU computes the operations of a training step, for people.

@@ -5,8 +5,7 @@ use image::RgbImage;
 
 use super::{SampleError, decode_images};
 use crate::diffusion::{
-    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, Sampler, StudentPredictor,
-    TeacherPredictor,
+    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, Sampler, predictor,
 };
 use crate::encode::Encoders;
 use crate::models::Denoiser;
@@ -34,8 +33,10 @@ pub struct Generator<'a> {
     pub scheduler: SampleScheduler,
     /// Number of sampling steps.
     pub steps: usize,
-    /// Guidance scale: embedded into a student; for a teacher classifier-free guidance.
+    /// Guidance scale: embedded into a network that takes it, else of classifier-free guidance, which is off at 1 or less.
     pub guidance: f64,
+    /// Caption that classifier-free guidance leads away from.
+    pub negative_prompt: &'a str,
     /// Seed of the noise added between steps.
     pub seed: u64,
 }
@@ -52,11 +53,9 @@ impl Generator<'_> {
         noise: &Tensor,
     ) -> Result<Vec<RgbImage>, SampleError> {
         let conditioning = &self.encoders.encode_text(prompts)?;
-        let student = StudentPredictor {
-            denoiser: self.denoiser,
-            conditioning,
-            guidance: self.guidance,
-        };
+        let unconditional = self.encoders.encode_text(&[self.negative_prompt])?;
+        let unconditional = &unconditional.repeat(prompts.len())?;
+        let predictor = predictor(self.denoiser, conditioning, unconditional, self.guidance);
         let mut renoise = |step| self.renoise(first, step, noise);
         let sampler: Box<dyn Sampler + '_> = match self.scheduler {
             SampleScheduler::Lcm => Box::new(LcmSampler::new(
@@ -66,18 +65,7 @@ impl Generator<'_> {
             )),
             SampleScheduler::Ddim => Box::new(DdimSampler::new(self.schedule, self.steps)),
         };
-        let is_student = self.denoiser.guidance_width().is_some();
-        let latents = if is_student || self.scheduler == SampleScheduler::Lcm {
-            sampler.sample(&student, noise, &mut renoise)?
-        } else {
-            let teacher = TeacherPredictor {
-                denoiser: self.denoiser,
-                conditioning,
-                unconditional: &self.encoders.encode_text(&vec![""; prompts.len()])?,
-                guidance: self.guidance,
-            };
-            sampler.sample(&teacher, noise, &mut renoise)?
-        };
+        let latents = sampler.sample(&*predictor, noise, &mut renoise)?;
         decode_images(self.encoders, &latents)
     }
 

@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
 use super::{CHUNK, SampleError};
-use crate::diffusion::{NoisePredictor, Sampler, StudentPredictor, TeacherPredictor};
+use crate::diffusion::{Sampler, TeacherPredictor, predictor};
 use crate::encode::Encoders;
 use crate::models::{Conditioning, Denoiser};
 use crate::random::{generator, normal};
@@ -13,6 +13,8 @@ use crate::random::{generator, normal};
 #[derive(Debug)]
 pub struct Prompts {
     conditioning: Conditioning,
+    /// Conditioning on the empty caption, one sample.
+    unconditional: Conditioning,
     noise: Tensor,
     seed: u64,
     purpose: &'static str,
@@ -20,16 +22,11 @@ pub struct Prompts {
 
 /// How a network is guided.
 #[derive(Clone, Copy, Debug)]
-pub enum Guidance<'a> {
-    /// The scale is embedded into the network: a student.
-    Embedded(f64),
-    /// Classifier-free guidance against the conditioning on the empty caption, one sample: a teacher.
-    ClassifierFree {
-        /// Guidance scale; 1 or less turns guidance off.
-        scale: f64,
-        /// Conditioning on the empty caption, one sample.
-        unconditional: &'a Conditioning,
-    },
+pub enum Guidance {
+    /// The scale is embedded into a network that takes it; for another one as [`Guidance::ClassifierFree`].
+    AsNetworkTakes(f64),
+    /// Scale of classifier-free guidance, also for a network that could take it as an embedding; off at 1 or less.
+    ClassifierFree(f64),
 }
 
 impl Prompts {
@@ -63,6 +60,7 @@ impl Prompts {
             .collect::<Result<Vec<_>, SampleError>>()?;
         Ok(Self {
             conditioning: Conditioning::cat(&conditioning)?,
+            unconditional: encoders.encode_text(&[""])?.to_device(device)?,
             noise: Tensor::cat(&noise, 0)?,
             seed,
             purpose,
@@ -81,7 +79,7 @@ impl Prompts {
     pub fn sample(
         &self,
         denoiser: &dyn Denoiser,
-        guidance: Guidance<'_>,
+        guidance: Guidance,
         sampler: &dyn Sampler,
         cancel: &CancellationToken,
     ) -> Result<Tensor, SampleError> {
@@ -98,24 +96,19 @@ impl Prompts {
                 let mut rng = generator(self.seed, self.purpose, from as u64, step);
                 normal(&mut rng, noise.dims(), noise.device())
             };
-            let mut draw =
-                |predictor: &dyn NoisePredictor| sampler.sample(predictor, &noise, &mut renoise);
-            parts.push(match guidance {
-                Guidance::Embedded(guidance) => draw(&StudentPredictor {
+            let unconditional = &self.unconditional.repeat(count)?;
+            let predictor = match guidance {
+                Guidance::AsNetworkTakes(scale) => {
+                    predictor(denoiser, conditioning, unconditional, scale)
+                }
+                Guidance::ClassifierFree(guidance) => Box::new(TeacherPredictor {
                     denoiser,
                     conditioning,
+                    unconditional,
                     guidance,
                 }),
-                Guidance::ClassifierFree {
-                    scale,
-                    unconditional,
-                } => draw(&TeacherPredictor {
-                    denoiser,
-                    conditioning,
-                    unconditional: &unconditional.repeat(count)?,
-                    guidance: scale,
-                }),
-            }?);
+            };
+            parts.push(sampler.sample(&*predictor, &noise, &mut renoise)?);
         }
         Ok(Tensor::cat(&parts, 0)?)
     }

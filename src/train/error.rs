@@ -36,16 +36,17 @@ pub enum TrainError {
     /// A tensor operation outside a step failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
-    /// The loss or a gradient is not a number.
-    #[error(
-        "step {step}: {what} is not finite; nothing was saved after it. A lower optimizer.learning_rate or \
-         optimizer.max_grad_norm may help; the last checkpoint is whole"
-    )]
+    /// The loss or the gradient is not finite.
+    #[error("step {step}: {what} is not finite{advice}")]
     NotFinite {
         /// The step.
         step: u64,
-        /// The loss or a variable.
+        /// The loss or the gradient.
         what: String,
+        /// Name of the first tensor in the step's trace that is not finite; `None` if all are.
+        origin: Option<&'static str>,
+        /// What would help, and the checkpoint to go on from; the trainer knows neither and leaves it empty.
+        advice: String,
     },
     /// Trained variables have no gradient: candle drops some without an error.
     #[error("no gradient reaches {names}: a fault in coffey's operations")]

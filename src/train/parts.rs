@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 
 use super::TrainError;
+use super::models_fingerprint::ModelsFingerprint;
 use super::observers::TeacherSampler;
 use super::run::RunOptions;
 use crate::adaptation::{ForwardOptions, Full};
@@ -27,11 +28,26 @@ pub(super) struct RunParts {
     pub(super) objective: Lcm,
     /// Shape of a latent, `[C, h, w]`.
     pub(super) latent: [usize; 3],
+    pub(super) fingerprint: ModelsFingerprint,
 }
 
 impl RunParts {
-    /// Loads the teacher and the encoders, and checks that they fit together.
+    /// Loads the teacher and the encoders, and checks that they fit together. Their files are hashed at the same time.
     pub(super) fn load(options: &RunOptions<'_>) -> Result<Self, TrainError> {
+        let models = options.models;
+        std::thread::scope(|threads| {
+            let hashing = threads.spawn(|| ModelsFingerprint::of(models));
+            Self::load_networks(options, || match hashing.join() {
+                Ok(hashed) => hashed,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })
+    }
+
+    fn load_networks(
+        options: &RunOptions<'_>,
+        fingerprint: impl FnOnce() -> Result<ModelsFingerprint, TrainError>,
+    ) -> Result<Self, TrainError> {
         let config = options.config;
         let pipeline = options.models.pipeline.as_path();
         let schedule = lcm_schedule(config, pipeline)?;
@@ -63,18 +79,18 @@ impl RunParts {
             },
             guidance: distill.w_min..distill.w_max,
             empty_prompts: distill.proportion_empty_prompts,
-            unconditional: unconditional.clone(),
+            unconditional,
             latent_scale: vae.scaling_factor,
         };
         Ok(Self {
             encoders,
             teacher: TeacherSampler {
                 denoiser: Rc::new(teacher),
-                unconditional,
                 schedule,
             },
             objective,
             latent,
+            fingerprint: fingerprint()?,
         })
     }
 }
@@ -142,7 +158,7 @@ pub(super) fn load_student(
 }
 
 /// Type to compute in, where it is not that of the weights.
-fn compute_dtype(config: &Config) -> Option<DType> {
+pub(crate) fn compute_dtype(config: &Config) -> Option<DType> {
     match config.train.mixed_precision {
         MixedPrecision::No => None,
         MixedPrecision::Fp16 => Some(DType::F16),

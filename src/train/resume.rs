@@ -4,21 +4,26 @@ use std::fs;
 use std::path::Path;
 
 use super::checkpoint::{self, CheckpointStore, OPTIMIZER, SavedRun};
+use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::AdamW;
+use super::run::RunOptions;
 use super::run_dir::RunDir;
 use super::{Services, TrainError, io};
 use crate::config::{Config, Difference, Resume, ResumeEffect, in_s3};
+use crate::models::UNetConfig;
 use crate::pretrained::Models;
 use crate::progress::Progress;
 
 /// The checkpoint to resume from, if there is one.
 pub(super) fn resume_from(
-    config: &Config,
+    options: &RunOptions<'_>,
+    models: &ModelsFingerprint,
     checkpoints: &CheckpointStore,
     output: &RunDir,
     services: &Services<'_>,
     progress: &Progress,
 ) -> Result<Option<SavedRun>, TrainError> {
+    let config = options.config;
     let found = match &config.checkpoint.resume {
         Resume::Never => match checkpoints.steps()?.last() {
             None => None,
@@ -57,48 +62,107 @@ pub(super) fn resume_from(
             "going on from {} (step {})",
             found.place, found.state.step
         ));
-        check_same_run(config, found, progress)?;
+        check_same_run(options, models, found, output.folder(), progress)?;
     }
     Ok(found)
 }
 
-/// Refuses a configuration with which the run would make another student than so far, and warns of settings that were changed.
+/// Refuses a configuration or models with which the run would make another student than so far, and warns of settings that were
+/// changed.
 fn check_same_run(
-    config: &Config,
+    options: &RunOptions<'_>,
+    models: &ModelsFingerprint,
     found: &SavedRun,
+    output: &Path,
     progress: &Progress,
 ) -> Result<(), TrainError> {
     let place = &found.place;
-    let differences = config
+    let known = found.state.models.as_ref();
+    let differences = options
+        .config
         .differences(&found.state.configuration)
         .map_err(|error| TrainError::Checkpoint {
             path: place.into(),
             message: format!("its configuration can't be read: {error}"),
         })?;
-    let (contradictions, changes): (Vec<_>, Vec<_>) = differences
-        .into_iter()
-        .partition(|difference| difference.effect == ResumeEffect::OtherRun);
-    let describe = |difference: &Difference| {
-        let Difference { key, was, now, .. } = difference;
-        format!("{key} was {was} and is {now}")
+    let mut other_settings = Vec::new();
+    for Difference {
+        key,
+        was,
+        now,
+        effect,
+    } in differences
+    {
+        let change = format!("{key} was {was} and is {now}");
+        match effect {
+            ResumeEffect::LaterSteps => progress.say(format!(
+                "warning: {change}; the steps from here on are made with it"
+            )),
+            ResumeEffect::OtherPlaceOfModels if known.is_some() => {}
+            ResumeEffect::OtherRun | ResumeEffect::OtherPlaceOfModels => {
+                other_settings.push(change);
+            }
+        }
+    }
+    let other_models = other_models(options, models, found, output)?;
+    let what = match (other_settings.is_empty(), other_models.is_empty()) {
+        (true, true) => {
+            if known.is_none() {
+                progress.say(format!(
+                    "warning: {place} holds no fingerprint of the models, as none did in earlier versions: whether they are the same is \
+                     known by their names alone; checkpoints from here on hold it"
+                ));
+            }
+            return Ok(());
+        }
+        (false, true) => "another configuration",
+        (true, false) => "other models",
+        (false, false) => "another configuration and other models",
     };
-    for change in &changes {
-        progress.say(format!(
-            "warning: {}; the steps from here on are made with it",
-            describe(change)
-        ));
-    }
-    if contradictions.is_empty() {
-        return Ok(());
-    }
-    let contradictions: Vec<String> = contradictions.iter().map(describe).collect();
+    let contradictions = [other_settings, other_models].concat().join("; ");
     Err(TrainError::Mismatch(format!(
-        "{place} is of a run with another configuration: {}; restore that, or begin anew with another train.output",
-        contradictions.join("; ")
+        "{place} is of a run with {what}: {contradictions}; restore that, or begin anew with another train.output"
     )))
 }
 
-/// A warning if the teacher's branch on the Hub has moved since the run in this folder was last started.
+/// What of the models is another than in the run of a checkpoint, with part and file.
+fn other_models(
+    options: &RunOptions<'_>,
+    now: &ModelsFingerprint,
+    found: &SavedRun,
+    output: &Path,
+) -> Result<Vec<String>, TrainError> {
+    let models = options.models;
+    let unet = models.pipeline.join("unet");
+    let student = UNetConfig::read(&found.folder.join("unet"))?;
+    let teacher = UNetConfig::read(&unet)?;
+    let keys = student.differences(&teacher);
+    let mut changes = Vec::new();
+    if !keys.is_empty() {
+        let value = |config: &UNetConfig, key: &str| {
+            let value = config.to_json().get(key);
+            value.map_or_else(|| "unset".to_owned(), ToString::to_string)
+        };
+        let keys = keys.iter().map(|key| {
+            let (was, now) = (value(&student, key), value(&teacher, key));
+            format!("{key} was {was} and is {now}")
+        });
+        changes.push(format!(
+            "the network of the UNet ({}): {}",
+            unet.join("config.json").display(),
+            keys.collect::<Vec<_>>().join(", ")
+        ));
+    }
+    if let Some(was) = &found.state.models {
+        changes.extend(was.changes(now, models));
+    }
+    if !changes.is_empty() {
+        changes.extend(moved_teacher(output, options.config, models));
+    }
+    Ok(changes)
+}
+
+/// A remark if the teacher's branch on the Hub has moved since the run in this folder was last started.
 pub(super) fn moved_teacher(output: &Path, config: &Config, models: &Models) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct LastStart {
@@ -111,7 +175,7 @@ pub(super) fn moved_teacher(output: &Path, config: &Config, models: &Models) -> 
     let moved = before.teacher == teacher.as_str() && before.revision != *now;
     moved.then(|| {
         format!(
-            "warning: {teacher} is at commit {now} now, and was at {} when this run was last started; model.revision = \"{}\" \
+            "{teacher} is at commit {now} now, and was at {} when this run was last started; model.revision = \"{}\" \
              goes on with the same teacher",
             before.revision, before.revision
         )

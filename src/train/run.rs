@@ -10,7 +10,9 @@ use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::{Recent, StageHandle};
 use coffey_pipeline::stages::Stage;
 
-use super::checkpoint::Saver;
+use super::checkpoint::{RunIdentity, Saver};
+use super::models_fingerprint::ModelsFingerprint;
+use super::not_finite::with_advice;
 use super::observers::{
     AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
     LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure, list_skipped,
@@ -99,7 +101,8 @@ impl<'a> Run<'a> {
             output.checkpoints(config.checkpoint.keep),
             output.records(),
         ));
-        let state = load_state(options, services, &output, &saver, &progress)?;
+        let models = &parts.fingerprint;
+        let state = load_state(options, services, models, &output, &saver, &progress)?;
         let shown = Rc::clone(&progress);
         let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
         let trainer = Trainer::new(
@@ -181,7 +184,7 @@ impl<'a> Run<'a> {
                     let listed = || self.observers.on_failed(step, &skipped);
                     let place = self.output.place();
                     list_skipped(&skipped, listed, &self.saver, place, &self.progress);
-                    return Err(error);
+                    return Err(with_advice(error, self.options.config, &self.saver));
                 }
             };
             let run = view(&self.trainer, cancel);
@@ -251,13 +254,16 @@ fn pool_encoders(
 fn load_state(
     options: &RunOptions<'_>,
     services: &Services<'_>,
+    models: &ModelsFingerprint,
     output: &RunDir,
     saver: &Saver,
     progress: &Progress,
 ) -> Result<TrainState, TrainError> {
     let config = options.config;
-    saver.checkpoints().clear_unfinished()?;
-    let found = resume_from(config, saver.checkpoints(), output, services, progress)?;
+    let checkpoints = saver.checkpoints();
+    checkpoints.clear_unfinished()?;
+    saver.records().fetch()?;
+    let found = resume_from(options, models, checkpoints, output, services, progress)?;
     let folder = found.as_ref().map(|found| found.folder.as_path());
     let student = load_student(options, folder)?;
     let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
@@ -268,7 +274,6 @@ fn load_state(
         (state.step, state.samples) = (found.state.step, found.state.samples);
         state.cursor = Some(found.state.cursor);
     }
-    saver.records().fetch()?;
     Ok(state)
 }
 
@@ -299,7 +304,7 @@ fn observers(
     if state.step > 0
         && let Some(warning) = moved_teacher(folder, config, models)
     {
-        progress.say(warning);
+        progress.say(format!("warning: {warning}"));
     }
     describe_run(folder, config, models, &configuration)?;
 
@@ -352,7 +357,10 @@ fn observers(
         every: config.checkpoint.every,
         background: config.checkpoint.background,
         max_steps,
-        configuration,
+        identity: RunIdentity {
+            configuration,
+            models: parts.fingerprint.clone(),
+        },
         output: output.place().to_owned(),
         newest: (state.step > 0).then_some(state.step),
         monitor: monitor.clone(),

@@ -43,6 +43,8 @@ pub struct Trainer {
     options: TrainerOptions,
     stage: StageHandle,
     begun: Instant,
+    /// Of a step whose loss is not finite, the first tensor of the trace that is not; the outer `None` after another step.
+    bad_loss: Option<Option<&'static str>>,
 }
 
 /// Sums over the micro-batches of a step.
@@ -89,6 +91,7 @@ impl Trainer {
             options,
             stage,
             begun: Instant::now(),
+            bad_loss: None,
         }
     }
 
@@ -116,11 +119,15 @@ impl Trainer {
         let failed = |source| TrainError::Step { step, source };
         let loss_scale = self.loss_scale(step)?;
         let mut sums = StepSums::default();
+        self.bad_loss = None;
         for micro_batch in 0..self.options.gradient_accumulation {
             let batch = next_batch()?;
             let key = self.key(step, micro_batch);
             let work = || self.micro_batch(&batch, &key, loss_scale.unwrap_or(1.0), &mut sums);
             let (loss, trace) = stage.work(work).map_err(failed)?;
+            if !loss.is_finite() {
+                self.bad_loss = Some(trace.first_not_finite().map_err(failed)?);
+            }
             self.check_finite(step, "the loss", loss)?;
             sums.add(batch, keep_traces.then_some(trace));
         }
@@ -222,10 +229,8 @@ impl Trainer {
     fn loss_scale(&self, step: u64) -> std::result::Result<Option<f64>, TrainError> {
         let scale = self.state.optimizer.loss_scale();
         if scale.is_some_and(LossScale::exhausted) {
-            return Err(TrainError::NotFinite {
-                step,
-                what: "a gradient, whatever the loss scale,".to_owned(),
-            });
+            let number = self.bad_loss.map_or("a gradient", |_| "the loss");
+            return Err(self.not_finite(step, format!("{number}, whatever the loss scale,")));
         }
         Ok(scale.map(LossScale::factor))
     }
@@ -240,10 +245,16 @@ impl Trainer {
         if number.is_finite() || self.state.optimizer.loss_scale().is_some() {
             return Ok(());
         }
-        Err(TrainError::NotFinite {
+        Err(self.not_finite(step, what.to_owned()))
+    }
+
+    fn not_finite(&self, step: u64, what: String) -> TrainError {
+        TrainError::NotFinite {
             step,
-            what: what.to_owned(),
-        })
+            what,
+            origin: self.bad_loss.flatten(),
+            advice: String::new(),
+        }
     }
 
     /// Refuses variables without a gradient: candle drops some gradients without an error.

@@ -7,8 +7,8 @@ use coffey::models::unet::WEIGHTS_STEM;
 use tempfile::TempDir;
 
 use crate::support::{
-    PRECOMPUTE, QUICKSTART, args, command, refuse, repository, run, says, succeed, succeed_json,
-    text, without_tensor,
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, changed_teacher, command, copy, refuse, repository,
+    run, says, succeed, succeed_json, teacher, text, without_tensor,
 };
 
 /// The arguments of `check` on the quickstart, with the run's output in `folder`.
@@ -281,4 +281,153 @@ fn check_refuses_unwritable_output() {
         &check(&folder, &[]),
         &["train.output", "is not a folder"],
     );
+}
+
+/// A copy of the teacher whose weights of `part` are `factor` times as large in one tensor.
+fn scaled(folder: &TempDir, part: &str, tensor: &str, factor: f64) -> String {
+    let stem = match part {
+        "text_encoder" => "model",
+        _ => WEIGHTS_STEM,
+    };
+    let pipeline = changed_teacher(folder, part, stem, |tensors| {
+        let scaled = (tensors.get(tensor).unwrap() * factor).unwrap();
+        tensors.insert(tensor.to_owned(), scaled);
+    });
+    format!("model.teacher={:?}", text(&pipeline))
+}
+
+#[test]
+fn dry_run_is_in_configured_types() {
+    for (part, tensor, narrow, exact, words) in [
+        (
+            "unet",
+            "conv_in.weight",
+            "train.mixed_precision=fp16",
+            "train.mixed_precision=bf16",
+            [
+                "the teacher",
+                r#"set train.mixed_precision to "bf16" or "no""#,
+            ],
+        ),
+        (
+            "vae",
+            "encoder.conv_in.weight",
+            "encode.vae_dtype=f16",
+            "encode.vae_dtype=f32",
+            ["the VAE", r#"set encode.vae_dtype to "f32" or "bf16""#],
+        ),
+    ] {
+        let folder = TempDir::new().unwrap();
+        let teacher = scaled(&folder, part, tensor, 3e5);
+        let set = |more: &str| check(&folder, &["-s", &teacher, "-s", more]);
+        refuse(2, &set(narrow), &words);
+        succeed(&set(exact));
+    }
+    let folder = TempDir::new().unwrap();
+    let teacher = scaled(&folder, "unet", "conv_in.weight", f64::INFINITY);
+    for precision in ["no", "fp16"] {
+        let precision = format!("train.mixed_precision={precision}");
+        let args = check(&folder, &["-s", &teacher, "-s", &precision]);
+        refuse(1, &args, &["the teacher", "weights are damaged"]);
+    }
+}
+
+#[test]
+fn overflow_in_16_bits_advises_another_type() {
+    let folder = TempDir::new().unwrap();
+    let teacher = scaled(&folder, "unet", "conv_in.weight", 3e5);
+    let output = format!("train.output={:?}", text(&folder.path().join("run")));
+    let small = [
+        &output,
+        &teacher,
+        "train.batch_size=1",
+        "image.resolution=32",
+        "train.mixed_precision=fp16",
+        "checkpoint.every=1000",
+    ];
+    let args = args("train", QUICKSTART, [&small[..], &NO_PICTURES].concat());
+    let words = [
+        "the loss, whatever the loss scale, is not finite",
+        "the teacher's (x_prev)",
+        r#"set train.mixed_precision to "bf16" or "no""#,
+        "no checkpoint stands",
+    ];
+    let said = refuse(1, &args, &words);
+    assert!(!said.contains("learning_rate"), "{said}");
+}
+
+#[test]
+fn schedule_that_ends_in_pure_noise_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let pipeline = folder.path().join("teacher");
+    copy(&teacher(), &pipeline);
+    let path = pipeline.join("scheduler/scheduler_config.json");
+    let file: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let set = format!("model.teacher={:?}", text(&pipeline));
+    let betas: Vec<f64> = (0..1000)
+        .map(|i| 0.0005 + 0.9995 * f64::from(i) / 999.0)
+        .collect();
+    for (key, value) in [
+        ("trained_betas", serde_json::json!(betas)),
+        ("beta_end", 1.0.into()),
+        ("rescale_betas_zero_snr", true.into()),
+    ] {
+        let mut changed = file.clone();
+        changed[key] = value;
+        std::fs::write(&path, changed.to_string()).unwrap();
+        let args = check(&folder, &["-s", &set]);
+        refuse(
+            1,
+            &args,
+            &["scheduler_config.json", key, "epsilon", "v_prediction"],
+        );
+        changed["prediction_type"] = "v_prediction".into();
+        std::fs::write(&path, changed.to_string()).unwrap();
+        succeed(&args);
+    }
+}
+
+#[test]
+fn messages_hold_no_backtrace() {
+    let folder = TempDir::new().unwrap();
+    let pipeline = folder.path().join("teacher");
+    copy(&teacher(), &pipeline);
+    let path = pipeline.join("tokenizer/tokenizer_config.json");
+    let mut file: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    file["model_max_length"] = 100.into();
+    std::fs::write(&path, file.to_string()).unwrap();
+    let teacher = format!("model.teacher={:?}", text(&pipeline));
+    let latents = format!("latents.output={:?}", text(&folder.path().join("latents")));
+    let out = folder.path().join("image.png");
+    let drawn = [
+        "sample",
+        "--prompt",
+        "x",
+        "--model",
+        text(&pipeline),
+        "--out",
+        text(&out),
+    ];
+    let output = format!("train.output={:?}", text(&folder.path().join("run")));
+    for args in [
+        drawn.map(str::to_owned).to_vec(),
+        check(&folder, &["-s", &teacher]),
+        args("train", QUICKSTART, [&teacher, &output]),
+        args("precompute", PRECOMPUTE, [&teacher, &latents]),
+    ] {
+        for backtraces in ["RUST_BACKTRACE", "RUST_LIB_BACKTRACE"] {
+            let mut command = command(&args);
+            command.env(backtraces, "full");
+            let (out, err) = run(command, 1);
+            let last = err.lines().last().unwrap();
+            assert!(last.starts_with("error: "), "{err}");
+            says(last, &["100 tokens, but the text encoder has 77 positions"]);
+            assert!(
+                !format!("{out}{err}").contains("candle_core::"),
+                "{out}{err}"
+            );
+        }
+    }
 }

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use coffey::models::unet::WEIGHTS_STEM;
 use tempfile::TempDir;
 
 use crate::support::cloud::Cloud;
 use crate::support::cloud::proxy::{Fault, chance_writing, clean};
 use crate::support::{
     NO_PICTURES, args, command, copy, damage, messages, quickstart, refused, run, says, steps_made,
-    text, timeless,
+    teacher, text, timeless,
 };
 
 /// A small `train` without pictures into `output`.
@@ -180,6 +181,156 @@ fn changed_configuration_is_refused_with_both_values() {
         &said,
         &["warning: optimizer.learning_rate was 0.0003 and is 0.00001"],
     );
+}
+
+/// A teacher in a folder of its own, to be changed.
+fn own_teacher(folder: &TempDir) -> (PathBuf, String) {
+    let path = folder.path().join("teacher");
+    copy(&teacher(), &path);
+    let set = format!("model.teacher={}", path.display());
+    (path, set)
+}
+
+/// Replaces text in a JSON file.
+fn replace(path: &Path, old: &str, new: &str) {
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.contains(old), "{text}");
+    std::fs::write(path, text.replacen(old, new, 1)).unwrap();
+}
+
+#[test]
+fn moved_models_are_taken_and_changed_ones_refused() {
+    let folder = TempDir::new().unwrap();
+    let place = folder.path().join("run");
+    let (models, set) = own_teacher(&folder);
+    let go = |set: &str, steps: &str| train(&quickstart(), text(&place), &[set, steps]);
+    messages(go(&set, "train.max_steps=1"));
+    let moved = folder.path().join("moved");
+    std::fs::rename(&models, &moved).unwrap();
+    let set = format!("model.teacher={}", moved.display());
+    let said = messages(go(&set, "train.max_steps=2"));
+    assert!(!said.contains("warning"), "{said}");
+    let spare = folder.path().join("spare");
+    let changed = |change: &dyn Fn(), words: &[&str]| {
+        std::fs::remove_dir_all(&spare).ok();
+        copy(&moved, &spare);
+        change();
+        let said = refused(go(&set, "train.max_steps=3"), 2, words);
+        says(
+            &said,
+            &["checkpoint-2 is of a run with other models", "restore that"],
+        );
+        std::fs::remove_dir_all(&moved).unwrap();
+        std::fs::rename(&spare, &moved).unwrap();
+    };
+    let weights = |part: &str, stem: &str| {
+        let name = format!("{part}/{stem}.safetensors");
+        (moved.join(&name), name)
+    };
+    for (part, stem, words) in [
+        ("unet", WEIGHTS_STEM, "the UNet ("),
+        ("vae", WEIGHTS_STEM, "the VAE ("),
+        ("text_encoder", "model", "the text encoder ("),
+    ] {
+        let (file, name) = weights(part, stem);
+        let change = || damage(&file);
+        changed(&change, &[words, &name, "was sha256:", "and is sha256:"]);
+    }
+    let file = |name: &str| moved.join(name);
+    changed(
+        &|| replace(&file("vae/config.json"), "0.43", "0.44"),
+        &[
+            "scaling_factor of the VAE",
+            "vae/config.json",
+            "and is 0.44",
+        ],
+    );
+    changed(
+        &|| replace(&file("text_encoder/config.json"), "quick_gelu", "gelu"),
+        &[
+            "hidden_act of the text encoder",
+            r#"was "quick_gelu" and is "gelu""#,
+        ],
+    );
+    changed(
+        &|| {
+            replace(
+                &file("scheduler/scheduler_config.json"),
+                "epsilon",
+                "sample",
+            )
+        },
+        &[
+            "prediction_type of the noise schedule",
+            "scheduler_config.json",
+        ],
+    );
+    changed(
+        &|| {
+            replace(
+                &file("unet/config.json"),
+                r#""flip_sin_to_cos": true"#,
+                r#""flip_sin_to_cos": false"#,
+            )
+        },
+        &[
+            "network of the UNet",
+            "flip_sin_to_cos was true and is false",
+        ],
+    );
+    changed(
+        &|| {
+            let merges = file("tokenizer/merges.txt");
+            let text = std::fs::read_to_string(&merges).unwrap();
+            let lines: Vec<&str> = text.lines().collect();
+            let (head, last) = lines.split_at(lines.len() - 2);
+            let swapped = [head, &[last[1], last[0]]].concat().join("\n");
+            std::fs::write(&merges, swapped).unwrap();
+        },
+        &["the tokenizer (", "tokenizer) was sha256:"],
+    );
+    // The models as they were.
+    messages(go(&set, "train.max_steps=3"));
+}
+
+#[test]
+fn checkpoint_without_fingerprint_knows_models_by_name() {
+    let folder = TempDir::new().unwrap();
+    let place = folder.path().join("run");
+    let (models, set) = own_teacher(&folder);
+    let go = |set: &str, steps: &str| train(&quickstart(), text(&place), &[set, steps]);
+    messages(go(&set, "train.max_steps=1"));
+    let state = place.join("checkpoint-1/state.json");
+    let mut old: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    assert!(old.as_object_mut().unwrap().remove("models").is_some());
+    std::fs::write(&state, old.to_string()).unwrap();
+    let moved = format!("model.teacher={}", teacher().display());
+    refused(
+        go(&moved, "train.max_steps=2"),
+        2,
+        &["another configuration", "model.teacher was"],
+    );
+    let config = models.join("unet/config.json");
+    replace(
+        &config,
+        r#""flip_sin_to_cos": true"#,
+        r#""flip_sin_to_cos": false"#,
+    );
+    refused(
+        go(&set, "train.max_steps=2"),
+        2,
+        &["other models", "network of the UNet"],
+    );
+    replace(
+        &config,
+        r#""flip_sin_to_cos": false"#,
+        r#""flip_sin_to_cos": true"#,
+    );
+    let said = messages(go(&set, "train.max_steps=2"));
+    says(&said, &["warning: ", "holds no fingerprint of the models"]);
+    let said = messages(go(&set, "train.max_steps=3"));
+    assert!(!said.contains("no fingerprint"), "{said}");
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::support::{command, messages, refuse, succeed, teacher, text, without_tensor};
+use crate::support::{
+    command, messages, python, refuse, says, succeed, teacher, text, without_tensor,
+};
 use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::{WEIGHTS_STEM, student_tensors};
 use coffey::models::{UNetConfig, Weights, save_model};
@@ -28,6 +30,16 @@ fn write_npy(path: &Path, shape: &[u64], values: &[f32]) {
     let mut writer = options.writer(file).begin_nd().unwrap();
     writer.extend(values.iter().copied()).unwrap();
     writer.finish().unwrap();
+}
+
+/// Noise for one image of the quickstart's teacher, in a file.
+fn write_noise(folder: &TempDir) -> PathBuf {
+    let noise: Vec<f32> = (0..4 * 16 * 16)
+        .map(|i| ((i * 37 % 101) as f32 - 50.0) / 29.0)
+        .collect();
+    let file = folder.path().join("noise.npy");
+    write_npy(&file, &[1, 4, 16, 16], &noise);
+    file
 }
 
 #[test]
@@ -61,11 +73,7 @@ fn teacher_draws_same_image_for_same_seed() {
 #[test]
 fn sample_grid_equals_single_images() {
     let folder = TempDir::new().unwrap();
-    let noise: Vec<f32> = (0..4 * 16 * 16)
-        .map(|i| ((i * 37 % 101) as f32 - 50.0) / 29.0)
-        .collect();
-    let file = folder.path().join("noise.npy");
-    write_npy(&file, &[1, 4, 16, 16], &noise);
+    let file = write_noise(&folder);
     let draw = |prompts: &[&str]| {
         let out = folder.path().join("image.png");
         let settings = ["--steps", "1", "--init-latents", text(&file), "--prompt"];
@@ -123,7 +131,7 @@ fn run_and_checkpoint_draw_same_image() {
         (image::open(&out).unwrap().into_rgb8(), printed)
     };
     let (image, printed) = draw(&run, &[]);
-    assert!(printed.contains("4 LCM steps"), "{printed}");
+    says(&printed, &["4 LCM steps, guidance 8, embedded"]);
     assert_eq!(draw(&run.join("checkpoint-5"), &[]).0, image);
     assert_eq!(
         draw(&run, &["--teacher", TEACHER, "--unet", "unet"]).0,
@@ -145,6 +153,84 @@ fn run_and_checkpoint_draw_same_image() {
         &sample(&run, &out, &["--prompt", "x", "--unet", "lora"]),
         &["no folder lora"],
     );
+}
+
+#[test]
+fn guidance_is_classifier_free_without_embedding() {
+    let folder = TempDir::new().unwrap();
+    let noise = write_noise(&folder);
+    let out = folder.path().join("image.png");
+    for scheduler in ["lcm", "ddim"] {
+        let draw = |more: &[&str], words: &str| {
+            let settings = [
+                &["--steps", "1", "--scheduler", scheduler],
+                &["--init-latents", text(&noise), "--prompt", "red apple"],
+                more,
+            ];
+            let settings: Vec<&str> = settings.into_iter().flatten().copied().collect();
+            let printed = messages(command(&sample(&teacher(), &out, &settings)));
+            says(&printed, &[words]);
+            image::open(&out).unwrap().into_rgb8()
+        };
+        let plain = draw(&["--guidance", "1"], "1 steps, no guidance");
+        let guided = draw(&[], "classifier-free guidance 8");
+        assert_ne!(plain, guided, "{scheduler}");
+        assert_eq!(draw(&["--guidance", "0.5"], "no guidance"), plain);
+        assert_eq!(draw(&["--negative-prompt", ""], "guidance 8"), guided);
+        let away = draw(&["--negative-prompt", "cat face"], "guidance 8");
+        assert_ne!(away, guided, "{scheduler}");
+    }
+    let student = student_run(&folder);
+    for (model, guidance, words) in [
+        (student.as_path(), "8", "takes guidance as an embedding"),
+        (&teacher(), "1", "--guidance 1 turns"),
+    ] {
+        let more = [
+            "--prompt",
+            "x",
+            "--negative-prompt",
+            "y",
+            "--guidance",
+            guidance,
+        ];
+        let words = ["--negative-prompt: has no effect", words];
+        refuse(2, &sample(model, &out, &more), &words);
+    }
+}
+
+mod needs_python {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs COFFEY_PYTHON: a Python with PyTorch and diffusers"]
+    fn drawings_equal_diffusers() {
+        let folder = TempDir::new().unwrap();
+        let (noise, run, teacher) = (write_noise(&folder), student_run(&folder), teacher());
+        let out = folder.path().join("image.png");
+        let (plain, student) = (teacher.join("unet"), run.join("unet"));
+        // Between the steps of the lcm scheduler both draw noise, each its own.
+        for (model, unet, scheduler, steps, guidance, negative) in [
+            (&teacher, &plain, "lcm", "1", "8", None),
+            (&teacher, &plain, "lcm", "1", "1", None),
+            (&teacher, &plain, "lcm", "1", "3", Some("cat face")),
+            (&teacher, &plain, "ddim", "4", "5", None),
+            (&teacher, &plain, "ddim", "4", "0", None),
+            (&run, &student, "lcm", "1", "8", None),
+            (&run, &student, "ddim", "4", "2.5", None),
+        ] {
+            let mut more = vec!["--scheduler", scheduler, "--steps", steps];
+            more.extend(["--guidance", guidance, "--init-latents", text(&noise)]);
+            more.extend(["--prompt", "red apple", "--unet", "unet"]);
+            more.extend(negative.iter().flat_map(|n| ["--negative-prompt", n]));
+            succeed(&sample(model, &out, &more));
+            let mut compared = [&teacher, unet, &noise, &out]
+                .map(|path| text(path))
+                .to_vec();
+            compared.extend([scheduler, steps, guidance, "red apple"]);
+            compared.extend(negative);
+            python("compare_drawing.py", &compared);
+        }
+    }
 }
 
 #[test]

@@ -8,6 +8,8 @@ mod vocabulary;
 
 use std::path::{Path, PathBuf};
 
+use serde_json::json;
+use sha2::{Digest, Sha256};
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::replace::ReplacePattern;
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
@@ -16,7 +18,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use super::ModelError;
+use super::{ModelError, fingerprint_text};
 use reach::Reach;
 use special::TokenizerConfig;
 use vocabulary::Vocabulary;
@@ -142,6 +144,32 @@ impl ClipTokenizer {
                  config.json): {cause}"
             ),
         })
+    }
+
+    /// Fingerprint of what decides ids: vocabulary, merges, tokens found before the text is split, start, end, padding and length.
+    /// `sha256:` and hexadecimal digits.
+    ///
+    /// # Errors
+    /// When the tokenizer can't be written as JSON, which none should cause.
+    pub fn fingerprint(&self) -> Result<String, ModelError> {
+        let whole = serde_json::to_value(&self.tokenizer).map_err(|e| ModelError::Tokenizer {
+            folder: self.folder.clone(),
+            message: e.to_string(),
+        })?;
+        let (model, added) = (&whole["model"], &whole["added_tokens"]);
+        let ids = [self.start, self.end, self.pad];
+        let mut sha = Sha256::new();
+        for part in [
+            &model["vocab"],
+            &model["merges"],
+            added,
+            &json!(ids),
+            &json!(self.length),
+        ] {
+            sha.update(part.to_string());
+            sha.update("\n");
+        }
+        Ok(fingerprint_text(sha))
     }
 
     /// Ids of a caption; longer captions are cut. As transformers' `CLIPTokenizer(…, padding="max_length", truncation=True)`.

@@ -1,5 +1,6 @@
 //! A UNet's `config.json`: which network it describes, with diffusers' meaning and defaults.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -66,7 +67,7 @@ const CLASS: Class = Class {
 };
 
 /// A UNet's `config.json`, as far as it decides the network.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct UNetConfig {
     /// Channels of the latents.
     pub in_channels: usize,
@@ -97,7 +98,7 @@ pub struct UNetConfig {
 }
 
 /// The blocks at one resolution, on the way down, in the middle or on the way up.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct LevelConfig {
     pub(super) channels: usize,
     pub(super) resnets: usize,
@@ -105,7 +106,7 @@ pub(super) struct LevelConfig {
 }
 
 /// The transformers of a level.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct AttentionConfig {
     heads: usize,
     /// Layers of each transformer, in order.
@@ -114,7 +115,7 @@ struct AttentionConfig {
 }
 
 /// The embedding of timesteps.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct TimeEmbeddingConfig {
     pub(super) flip_sin_to_cos: bool,
     pub(super) freq_shift: f64,
@@ -242,6 +243,27 @@ impl UNetConfig {
             .insert("time_cond_proj_dim".into(), json!(width));
         student.map.shift_remove("_name_or_path");
         student
+    }
+
+    /// The keys of `config.json` in which the network of `other` is another one than this, apart from the guidance embedding; empty
+    /// if it is the same, however the two are written.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let network = |config: &Self| Self {
+            sample_size: [0; 2],
+            time_cond_proj_dim: None,
+            map: Map::new(),
+            ..config.clone()
+        };
+        if network(self) == network(other) {
+            return Vec::new();
+        }
+        let without_effect = ["sample_size", "time_cond_proj_dim"];
+        let keys: BTreeSet<&String> = self.map.keys().chain(other.map.keys()).collect();
+        let differs = |key: &&String| {
+            let noted = key.starts_with('_') || without_effect.contains(&key.as_str());
+            !noted && self.map.get(*key) != other.map.get(*key)
+        };
+        keys.into_iter().filter(differs).cloned().collect()
     }
 
     /// `config.json` as it is written.

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use coffey_pipeline::order::Cursor;
 use serde::{Deserialize, Serialize};
 
+use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::OptimizerState;
 use super::{TrainError, TrainState};
 
@@ -28,6 +29,14 @@ const STATE: &str = "state.json";
 /// The optimiser's tensors.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
+
+/// What every checkpoint of a run says of it.
+#[derive(Clone, Debug)]
+pub(super) struct RunIdentity {
+    /// The configuration, as TOML.
+    pub(super) configuration: String,
+    pub(super) models: ModelsFingerprint,
+}
 
 /// The first field of every version of [`CheckpointState`].
 #[derive(Deserialize)]
@@ -49,20 +58,24 @@ pub(super) struct CheckpointState {
     pub(super) cursor: Cursor,
     /// The run's configuration.
     pub(super) configuration: String,
+    /// Fingerprint of the run's models; `None` in checkpoints of versions before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) models: Option<ModelsFingerprint>,
     /// SHA-256 of every other file, by its path in the checkpoint.
     checksums: BTreeMap<String, String>,
 }
 
 impl CheckpointState {
     /// `None` before the first step.
-    fn new(state: &TrainState, configuration: &str) -> Option<Self> {
+    fn new(state: &TrainState, run: &RunIdentity) -> Option<Self> {
         Some(Self {
             format: FORMAT,
             step: state.step,
             samples: state.samples,
             optimizer: state.optimizer.numbers(),
             cursor: state.cursor.clone()?,
-            configuration: configuration.to_owned(),
+            configuration: run.configuration.clone(),
+            models: Some(run.models.clone()),
             checksums: BTreeMap::new(),
         })
     }

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use coffey_pipeline::{Destination, SourceError};
 use serde_json::{Map, Value};
 
-use super::{CheckpointState, OPTIMIZER, STATE};
+use super::{CheckpointState, OPTIMIZER, RunIdentity, STATE};
 use crate::adaptation::ModelFolder;
 use crate::device;
 use crate::models::unet::WEIGHTS_STEM;
@@ -25,11 +25,11 @@ pub(in crate::train) struct Snapshot {
 impl Snapshot {
     /// The state as it is now; `None` before the first step. Its tensors share the storage of those that are trained: see
     /// [`Snapshot::copied`].
-    pub(in crate::train) fn of(state: &TrainState, configuration: &str) -> Option<Self> {
+    pub(in crate::train) fn of(state: &TrainState, run: &RunIdentity) -> Option<Self> {
         Some(Self {
             folders: state.student.folders(),
             optimizer: state.optimizer.state().into_iter().collect(),
-            state: CheckpointState::new(state, configuration)?,
+            state: CheckpointState::new(state, run)?,
         })
     }
 

@@ -9,7 +9,7 @@ use super::{Earlier, Ending, Observer, RunView, StepReport};
 use crate::monitor::Monitor;
 use crate::process::available_memory;
 use crate::progress::Progress;
-use crate::train::checkpoint::{Saved, Saver, Snapshot};
+use crate::train::checkpoint::{RunIdentity, Saved, Saver, Snapshot};
 use crate::train::{TrainError, TrainState, io};
 
 /// Saves the checkpoints of a run and its finished student.
@@ -22,8 +22,8 @@ pub(in crate::train) struct Checkpoints {
     pub(in crate::train) background: bool,
     /// The last step, which is saved when the run ends.
     pub(in crate::train) max_steps: u64,
-    /// The run's configuration, kept in each checkpoint.
-    pub(in crate::train) configuration: String,
+    /// Configuration and models of the run, kept in each checkpoint.
+    pub(in crate::train) identity: RunIdentity,
     /// The run's output, for messages.
     pub(in crate::train) output: PathBuf,
     /// Step of the newest checkpoint.
@@ -90,7 +90,7 @@ impl Checkpoints {
         if self.newest == Some(state.step) {
             return None;
         }
-        Snapshot::of(state, &self.configuration)
+        Snapshot::of(state, &self.identity)
     }
 
     fn report(&mut self, step: u64, outcome: Result<Saved, TrainError>) {
@@ -145,7 +145,7 @@ impl Observer for Checkpoints {
     ) -> Result<(), TrainError> {
         self.save_last(run.state, earlier)?;
         if ending == Ending::Done
-            && let Some(snapshot) = Snapshot::of(run.state, &self.configuration)
+            && let Some(snapshot) = Snapshot::of(run.state, &self.identity)
         {
             let finished = self.saver.checkpoints().finish(&snapshot);
             finished.map_err(|cause| {

@@ -44,7 +44,7 @@ impl ComparisonGrid {
         };
         let student = |steps| {
             let sampler = run.objective.sampler(steps);
-            let guidance = Guidance::Embedded(self.guidance);
+            let guidance = Guidance::AsNetworkTakes(self.guidance);
             let target = run.state.student.target();
             let drawn = self.prompts.sample(target, guidance, &*sampler, run.cancel);
             drawn.map_err(TrainError::from)

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::diffusion::{DdimSampler, NoiseSchedule};
-use crate::models::{Conditioning, Denoiser};
+use crate::models::Denoiser;
 use crate::objective::Objective;
 use crate::sample::{Guidance, Prompts};
 use crate::train::TrainError;
@@ -19,8 +19,6 @@ pub(in crate::train) const ENDPOINT_STEPS: usize = 50;
 #[derive(Clone, Debug)]
 pub(in crate::train) struct TeacherSampler {
     pub(in crate::train) denoiser: Rc<dyn Denoiser>,
-    /// Conditioning on the empty caption, one sample.
-    pub(in crate::train) unconditional: Conditioning,
     pub(in crate::train) schedule: NoiseSchedule,
 }
 
@@ -33,10 +31,7 @@ impl TeacherSampler {
         scale: f64,
         cancel: &CancellationToken,
     ) -> Result<Tensor, TrainError> {
-        let guidance = Guidance::ClassifierFree {
-            scale,
-            unconditional: &self.unconditional,
-        };
+        let guidance = Guidance::ClassifierFree(scale);
         let sampler = DdimSampler::new(&self.schedule, steps);
         Ok(prompts.sample(&*self.denoiser, guidance, &sampler, cancel)?)
     }
@@ -83,7 +78,7 @@ impl EndpointError {
         objective: &dyn Objective,
         cancel: &CancellationToken,
     ) -> Result<f64, TrainError> {
-        let guidance = Guidance::Embedded(self.guidance);
+        let guidance = Guidance::AsNetworkTakes(self.guidance);
         let sampler = objective.sampler(1);
         let drawn = self.prompts.sample(student, guidance, &*sampler, cancel)?;
         distance(&drawn, &self.reference)

@@ -59,7 +59,7 @@ impl Grids {
 
     fn draw(&self, step: u64, run: &RunView<'_>) -> Result<(), TrainError> {
         let student = &run.state.student;
-        let guidance = Guidance::Embedded(self.validation.guidance);
+        let guidance = Guidance::AsNetworkTakes(self.validation.guidance);
         let sampler = run.objective.sampler(self.validation.steps);
         let networks = [student.target(), student.frozen_student()];
         for (name, network) in GRIDS.into_iter().zip(networks) {

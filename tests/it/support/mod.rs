@@ -5,12 +5,13 @@ pub(crate) mod hub;
 pub(crate) mod receiver;
 pub(crate) mod watched;
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use coffey::models::{Weights, save_model};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -218,13 +219,25 @@ pub(crate) fn damage(file: &Path) {
 
 /// A copy of the teacher in which `part` lacks a tensor.
 pub(crate) fn without_tensor(folder: &TempDir, part: &str, stem: &str, tensor: &str) -> PathBuf {
-    let pipeline = folder.path().join("damaged");
+    changed_teacher(folder, part, stem, |tensors| {
+        tensors.remove(tensor).unwrap();
+    })
+}
+
+/// A copy of the teacher with other weights of `part`, as f32.
+pub(crate) fn changed_teacher(
+    folder: &TempDir,
+    part: &str,
+    stem: &str,
+    change: impl FnOnce(&mut BTreeMap<String, Tensor>),
+) -> PathBuf {
+    let pipeline = folder.path().join("changed");
     copy(&teacher(), &pipeline);
     let part = pipeline.join(part);
     let mut tensors = Weights::load(&part, stem, DType::F32, &Device::Cpu)
         .unwrap()
         .into_tensors();
-    tensors.remove(tensor).unwrap();
+    change(&mut tensors);
     let config: Value =
         serde_json::from_str(&std::fs::read_to_string(part.join("config.json")).unwrap()).unwrap();
     save_model(&part, stem, config.as_object().unwrap(), &tensors).unwrap();

@@ -1,0 +1,160 @@
+//! The dry run: one sample through the encoders and the teacher, in the types that the configuration says.
+
+use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::{Batch, BatchData};
+
+use super::{Failure, LoadedTeacher, ModelFolders};
+use crate::config::{Config, FloatType, MixedPrecision};
+use crate::diffusion::DdimSolver;
+use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
+use crate::models::vae::sample_latents;
+use crate::models::{Conditioning, Denoiser, UNet};
+use crate::ops::all_finite;
+use crate::random::{generator, normal};
+
+/// Models of a dry run.
+pub(super) struct DryRun<'a> {
+    pub(super) config: &'a Config,
+    pub(super) folders: &'a ModelFolders,
+    pub(super) encoders: &'a Encoders,
+    pub(super) teacher: Option<&'a LoadedTeacher>,
+    /// Device of the teacher.
+    pub(super) device: &'a Device,
+}
+
+/// Noisy latents of one sample, as the first and the last step of the solver start from them.
+struct TeacherInputs {
+    noisy: [(Tensor, i64); 2],
+    conditioning: Conditioning,
+}
+
+impl DryRun<'_> {
+    /// Encodes what the sample lacks (latents, embeddings) and passes it through the teacher. Returns the step's message.
+    pub(super) fn run(&self, batch: &Batch) -> Result<&'static str, Failure> {
+        let encoded = encode(self.encoders, batch)?;
+        self.check_encoded(&encoded, batch)?;
+        let Some(teacher) = self.teacher else {
+            return Ok("one sample encoded");
+        };
+        self.check_teacher(teacher, &self.teacher_inputs(teacher, &encoded)?)?;
+        Ok(match batch.data {
+            BatchData::Latents { .. } => "one sample read and passed through the teacher",
+            BatchData::Pixels { .. } => "one sample encoded and passed through the teacher",
+        })
+    }
+
+    fn check_encoded(&self, encoded: &EncoderOutput, batch: &Batch) -> Result<(), Failure> {
+        let encode = &self.config.encode;
+        let text = all_finite(&encoded.conditioning.hidden)?;
+        if text && all_finite(&encoded.moments)? {
+            return Ok(());
+        }
+        let (model, key, dtype) = if text {
+            ("the VAE", "encode.vae_dtype", encode.vae_dtype)
+        } else {
+            ("the text encoder", "encode.dtype", encode.dtype)
+        };
+        let exact = || -> Result<bool, Failure> {
+            let vae = self.folders.vae.as_deref();
+            let (device, options) = (self.encoders.device(), EncoderOptions::exact(1));
+            let encoders = Encoders::load(&self.folders.pipeline, vae, device, options)?;
+            let exact = self::encode(&encoders, batch)?;
+            Ok(all_finite(match text {
+                true => &exact.moments,
+                false => &exact.conditioning.hidden,
+            })?)
+        };
+        if dtype != FloatType::F32 && exact()? {
+            let message = overflow(model, &[format!("{key} to \"f32\" or \"bf16\"")]);
+            return Err(Failure::Usage(message.into()));
+        }
+        Err(damaged(model))
+    }
+
+    fn teacher_inputs(
+        &self,
+        teacher: &LoadedTeacher,
+        encoded: &EncoderOutput,
+    ) -> Result<TeacherInputs, Failure> {
+        let (config, schedule, device) = (self.config, &teacher.schedule, self.device);
+        let moments = encoded.moments.narrow(0, 0, 1)?.to_device(device)?;
+        let (_, channels, height, width) = moments.dims4()?;
+        let shape = [1, channels / 2, height, width];
+        let noise = normal(
+            &mut generator(config.train.seed, "check", 0, 0),
+            &shape,
+            device,
+        )?;
+        let scale = self.encoders.vae().config().scaling_factor;
+        let latents = sample_latents(&moments, &noise, scale)?;
+        let steps = config.distill.num_ddim_timesteps;
+        let solver = DdimSolver::new(schedule, steps);
+        let at = |index: usize| -> Result<(Tensor, i64), Failure> {
+            let (timestep, _) = solver.interval(index);
+            Ok((schedule.add_noise(&latents, &noise, &[timestep])?, timestep))
+        };
+        Ok(TeacherInputs {
+            noisy: [at(0)?, at(steps - 1)?],
+            conditioning: encoded.conditioning.to_device(device)?,
+        })
+    }
+
+    fn check_teacher(
+        &self,
+        teacher: &LoadedTeacher,
+        inputs: &TeacherInputs,
+    ) -> Result<(), Failure> {
+        if passes(&teacher.unet, inputs)? {
+            return Ok(());
+        }
+        let train = &self.config.train;
+        let mut keys = Vec::new();
+        if train.mixed_precision != MixedPrecision::No {
+            let ranges = match train.mixed_precision {
+                MixedPrecision::Fp16 => "\"bf16\" or \"no\"",
+                _ => "\"no\"",
+            };
+            keys.push(format!("train.mixed_precision to {ranges}"));
+        }
+        if train.teacher_dtype != FloatType::F32 {
+            keys.push("train.teacher_dtype to \"f32\"".to_owned());
+        }
+        let exact = || -> Result<bool, Failure> {
+            let folder = self.folders.pipeline.join("unet");
+            let unet = UNet::load(&folder, DType::F32, self.device, train.attention)?;
+            passes(&unet, inputs)
+        };
+        if !keys.is_empty() && exact()? {
+            return Err(Failure::Usage(overflow("the teacher", &keys).into()));
+        }
+        Err(damaged("the teacher"))
+    }
+}
+
+fn encode(encoders: &Encoders, batch: &Batch) -> Result<EncoderOutput, Failure> {
+    let caption = batch.samples[0].caption.as_str();
+    Ok(encoders.encode(batch.data.clone(), &[caption])?)
+}
+
+/// Whether a UNet's outputs are all finite.
+fn passes(unet: &UNet, inputs: &TeacherInputs) -> Result<bool, Failure> {
+    for (noisy, timestep) in &inputs.noisy {
+        if !all_finite(&unet.forward(noisy, &[*timestep], &inputs.conditioning)?)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn overflow(model: &str, keys: &[String]) -> String {
+    format!(
+        "{model} makes numbers that are not finite in 16 bits, and are in f32: set {}",
+        keys.join(" and ")
+    )
+}
+
+fn damaged(model: &str) -> Failure {
+    Failure::Failed(
+        format!("{model} makes numbers that are not finite; its weights are damaged").into(),
+    )
+}

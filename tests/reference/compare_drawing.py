@@ -1,0 +1,42 @@
+"""Compares an image of `coffey sample` with diffusers' StableDiffusionPipeline on the same initial latents.
+
+usage: compare_drawing.py PIPELINE UNET NOISE.npy IMAGE.png SCHEDULER STEPS GUIDANCE PROMPT [NEGATIVE PROMPT]
+
+SCHEDULER is lcm or ddim. Fails where a pixel is more than two levels (of 255) away.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+TOLERANCE = 2
+
+pipeline, unet, noise, image, scheduler, steps, guidance, prompt, *negative = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(
+    pipeline, unet=UNet2DConditionModel.from_pretrained(unet), safety_checker=None
+).to(torch.float32)
+config = {**pipe.scheduler.config, "clip_sample": False}
+pipe.scheduler = (
+    LCMScheduler.from_config(config)
+    if scheduler == "lcm"
+    else DDIMScheduler.from_config(config, timestep_spacing="trailing")
+)
+pipe.set_progress_bar_config(disable=True)
+with torch.no_grad():
+    drawn = pipe(
+        prompt,
+        negative_prompt=negative[0] if negative else None,
+        num_inference_steps=int(steps),
+        guidance_scale=float(guidance),
+        latents=torch.from_numpy(np.load(noise)),
+        output_type="np",
+    ).images[0]
+want = (drawn * 255).round()
+got = np.asarray(Image.open(image).convert("RGB"), dtype=np.float64)
+assert got.shape == want.shape, f"{got.shape}, diffusers has {want.shape}"
+apart = np.abs(got - want).max()
+assert apart <= TOLERANCE, f"{apart} levels apart"
+print(f"{apart} levels apart")
