@@ -172,7 +172,7 @@ fn guidance_is_classifier_free_without_embedding() {
             says(&printed, &[words]);
             image::open(&out).unwrap().into_rgb8()
         };
-        let plain = draw(&["--guidance", "1"], "1 steps, no guidance");
+        let plain = draw(&["--guidance", "1"], "steps, no guidance");
         let guided = draw(&[], "classifier-free guidance 8");
         assert_ne!(plain, guided, "{scheduler}");
         assert_eq!(draw(&["--guidance", "0.5"], "no guidance"), plain);
