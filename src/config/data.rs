@@ -99,8 +99,9 @@ impl Data {
         limits.written("data.shards")?;
         limits.words("data.shards", &self.shards)?;
         for header in &self.http_headers {
-            if let Err(needs) = header.parse::<HttpHeader>() {
-                limits.check("data.http_headers", without_value(header), false, &needs)?;
+            if let Err(fault) = header.parse::<HttpHeader>() {
+                let needs = format!("{} {fault}", without_value(header));
+                limits.check("data.http_headers", "", false, &needs)?;
             }
         }
         limits.words("data.image_keys", &self.image_keys)?;

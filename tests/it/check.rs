@@ -257,6 +257,8 @@ fn header_values_are_in_no_output() {
     };
     shown("data.http_headers=[\"https://h Authorization: Bearer s3cret\"]");
     shown("data.http_headers=[\"Authorization: Bearer s3cret\"]");
+    shown("data.http_headers=https://h Authorization: Bearer s3cret");
+    shown("data.http_headers=[\"https://h Authorization: Bearer s3cret\"");
     shown("data.shards=\"pipe:curl -H 'Authorization: Bearer s3cret' https://h/0.tar\"");
     shown("data.shards=\"pipe:curl -u me:s3cret https://h/0.tar\"");
 }

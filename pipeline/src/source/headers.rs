@@ -59,16 +59,16 @@ impl FromStr for HttpHeader {
             template: template.trim().to_owned(),
         };
         let mut variables = 0;
-        let value = header.fill(|_| {
+        header.fill(|_| {
             variables += 1;
             Some("x".to_owned())
-        });
+        })?;
         if variables == 0 {
             return Err(format!(
                 "holds the value itself, which a run writes to its config.toml: put it in an environment variable; {FORM}"
             ));
         }
-        value.map(|_| header)
+        Ok(header)
     }
 }
 

@@ -158,6 +158,8 @@ impl Sources {
             Location::Http(_) | Location::File(_) | Location::Stdin => Ok(Vec::new()),
         };
         match found {
+            // Some servers answer a listing alone with 500 or 501.
+            Err(SourceError::Exhausted { .. }) => Ok(Vec::new()),
             Err(error) if concerns_server(&error) => Err(error),
             found => Ok(found.unwrap_or_default()),
         }

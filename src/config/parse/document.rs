@@ -63,7 +63,10 @@ impl Origin {
         Box::new(KeyValue {
             place: self.place(key),
             key: key.to_owned(),
-            value: value.to_string(),
+            value: match is_secret(key) {
+                true => HIDDEN.to_owned(),
+                false => value.to_string(),
+            },
         })
     }
 
@@ -117,7 +120,7 @@ impl Document {
     /// Applies one `key=value`.
     fn set(&mut self, argument: &str) -> Result<(), ConfigError> {
         let wrong = |message: String| ConfigError::Override {
-            argument: argument.to_owned(),
+            argument: shown(argument),
             message,
         };
         let (key, text) = argument
@@ -161,8 +164,24 @@ impl Document {
             .retain(|known, _| !known.starts_with(&inside));
         self.origin
             .arguments
-            .insert(key.to_owned(), argument.to_owned());
+            .insert(key.to_owned(), shown(argument));
         Ok(())
+    }
+}
+
+/// What a message has in place of a secret.
+const HIDDEN: &str = "…";
+
+/// Whether messages must not have the key's value: a secret that belongs elsewhere may be in it.
+fn is_secret(key: &str) -> bool {
+    key.split('[').next() == Some("data.http_headers")
+}
+
+/// An override for a message.
+fn shown(argument: &str) -> String {
+    match argument.split_once('=') {
+        Some((key, _)) if is_secret(key.trim()) => format!("{}={HIDDEN}", key.trim()),
+        _ => argument.to_owned(),
     }
 }
 
