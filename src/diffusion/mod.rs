@@ -7,6 +7,7 @@ mod boundary;
 mod guidance;
 mod sampler;
 mod schedule;
+mod scheduler_config;
 mod solver;
 
 pub use boundary::BoundaryScaling;
@@ -14,7 +15,8 @@ pub use guidance::{conditional_and_unconditional, guidance_embedding};
 pub use sampler::{
     DdimSampler, LcmSampler, NoisePredictor, Sampler, StudentPredictor, TeacherPredictor, predictor,
 };
-pub use schedule::{NoiseSchedule, Prediction, ScheduleError};
+pub use schedule::{NoiseSchedule, Prediction};
+pub use scheduler_config::{ScheduleError, scheduler_settings};
 pub use solver::DdimSolver;
 
 use candle_core::{Result, Tensor};

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use crate::diffusion::NoiseSchedule;
+use crate::diffusion::scheduler_settings;
 use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{ClipTokenizer, TEXT_ENCODER_STEM, fingerprint, settings, weights_file};
@@ -65,7 +65,7 @@ impl ModelsFingerprint {
             tokenizer: ClipTokenizer::load(&tokenizer_folder)?.fingerprint()?,
             vae_settings: settings(&vae_folder, &vae_keys)?,
             text_encoder_settings: settings(&text_folder, &text_encoder_keys)?,
-            schedule: NoiseSchedule::settings(&scheduler_folder)?,
+            schedule: scheduler_settings(&scheduler_folder)?,
         })
     }
 
