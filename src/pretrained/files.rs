@@ -433,6 +433,11 @@ mod tests {
         available.retain(|name| !name.starts_with("tokenizer/"));
         assert_eq!(
             tokenizer(&available).unwrap_err(),
+            "it has no folder tokenizer"
+        );
+        available.insert("tokenizer/tokenizer_config.json".to_owned());
+        assert_eq!(
+            tokenizer(&available).unwrap_err(),
             "it has no tokenizer/tokenizer.json and no tokenizer/vocab.json"
         );
     }

@@ -270,8 +270,10 @@ fn check_names_missing_tensor_and_file() {
     let set = format!("model.teacher={:?}", text(&pipeline));
     let args = check(&folder, &["-s", &set]);
     refuse(1, &args, &["conv_in.weight", "is missing", "[48, 4, 3, 3]"]);
+    std::fs::remove_file(pipeline.join("tokenizer/vocab.json")).unwrap();
+    refuse(1, &args, &["no tokenizer/tokenizer.json", "vocab.json"]);
     std::fs::remove_dir_all(pipeline.join("tokenizer")).unwrap();
-    refuse(1, &args, &["tokenizer", "vocab.json"]);
+    refuse(1, &args, &["no folder tokenizer"]);
 }
 
 #[test]

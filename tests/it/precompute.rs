@@ -550,7 +550,7 @@ fn precompute_refuses_bad_input() {
     refused(
         precompute(&out, &["-s", &teacher]),
         1,
-        &["vae", "no weights found"],
+        &["no folder tokenizer", "no folder vae", "diffusers layout"],
     );
 }
 

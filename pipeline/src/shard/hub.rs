@@ -119,9 +119,8 @@ fn encode(text: &str) -> String {
 impl fmt::Display for HubFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "hf://{}", self.repository)?;
-        match &self.revision {
-            Some(revision) => write!(f, "@{}", revision.replace('/', "%2F"))?,
-            None => {}
+        if let Some(revision) = &self.revision {
+            write!(f, "@{}", revision.replace('/', "%2F"))?;
         }
         write!(f, "/{}", self.path)
     }

@@ -88,10 +88,10 @@ fn is_several(text: &str) -> bool {
             '{' => depth += 1,
             '}' => depth = depth.saturating_sub(1),
             _ if depth > 0 => {}
-            _ if c.is_whitespace() || SEPARATORS.contains(&c) => {
-                if scheme_follows(&text[at + c.len_utf8()..]) {
-                    return true;
-                }
+            _ if (c.is_whitespace() || SEPARATORS.contains(&c))
+                && scheme_follows(&text[at + c.len_utf8()..]) =>
+            {
+                return true;
             }
             _ => {}
         }

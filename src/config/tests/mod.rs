@@ -322,7 +322,7 @@ fn differences_tell_other_runs_from_allowed_changes() {
                 "model.teacher",
                 "\"a/b\"",
                 "\"a/c\"",
-                ResumeEffect::OtherRun
+                ResumeEffect::OtherPlaceOfModels
             ),
             one(
                 "optimizer.learning_rate",
