@@ -38,6 +38,8 @@ mod upsample;
 
 #[cfg(test)]
 mod gradcheck;
+#[cfg(test)]
+mod pytorch;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
