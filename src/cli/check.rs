@@ -29,9 +29,10 @@ use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit};
-use crate::ops;
 use crate::pretrained::{Components, Models as ModelFolders};
-use crate::train::{compute_dtype, encoder_options, lcm_schedule};
+use crate::train::{
+    compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
+};
 use cost::{Cost, SampleSizes};
 use dry_run::DryRun;
 use memory::{MemoryPlan, Sizes};
@@ -246,12 +247,11 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     })
 }
 
-/// The memory of the device that trains, by its name, and how it computes the operations of a step.
+/// The memory of the device that trains, by its name.
 fn check_train_device(config: &Config) -> Result<(BTreeMap<String, u64>, String), Failure> {
     let (name, device) = (config.train.device.to_string(), train_device(config)?);
     let memory = device::memory(&device).unwrap_or_default();
-    let how = ops::describe(&device, config.train.attention).unwrap_or_default();
-    let message = format!("{name} with {:.1} GB: {how}", memory as f64 / 1e9);
+    let message = format!("{name} with {:.1} GB", memory as f64 / 1e9);
     Ok(([(name, memory)].into(), message))
 }
 
@@ -327,7 +327,7 @@ fn load_encoders(
         models,
     };
     let latents = loaded.models.vae().config();
-    let message = format!(
+    let mut message = format!(
         "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer, {} tokens",
         millions(loaded.text_parameters),
         loaded.models.text_width(),
@@ -336,6 +336,9 @@ fn load_encoders(
         latents.downscale(),
         loaded.models.tokens()
     );
+    if let Some(how) = describe_encoders(&loaded.models) {
+        message = format!("{message}; on {}: {how}", config.encode.devices[0]);
+    }
     Ok((loaded, message))
 }
 
@@ -367,7 +370,7 @@ fn load_teacher(
     weights.expect_all_taken(&[])?;
     let unet = unet.computing_in(compute_dtype(config));
     let parameters = parameters(&weights, |_| true);
-    let message = format!(
+    let mut message = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
         millions(parameters),
         unet_config.cross_attention_dim,
@@ -380,6 +383,9 @@ fn load_teacher(
             Prediction::VPrediction => "the velocity",
         }
     );
+    if let Some(how) = describe_training(config, &device, &unet_config) {
+        message = format!("{message}; a step on {}: {how}", config.train.device);
+    }
     let teacher = LoadedTeacher {
         unet,
         schedule,

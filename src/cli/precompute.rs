@@ -23,7 +23,7 @@ use crate::precompute::{PrecomputeError, write_latents};
 use crate::pretrained::{Components, Models};
 use crate::ranks::{Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
-use crate::train::encoder_options;
+use crate::train::{describe_encoders, encoder_options};
 
 /// Number of missing shards that a message names.
 const MISSING_NAMED: usize = 10;
@@ -91,6 +91,9 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     // Before the encoders are loaded: it reads all weights into memory once.
     let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;
     let first = load_encoders(&config, &models, 0)?;
+    if let Some(how) = describe_encoders(&first) {
+        errln!("encoding on {}: {how}", config.encode.devices[0]);
+    }
     // The UNet trained on the latents must take them. A UNet that coffey does not build can be trained elsewhere.
     if let Ok(unet) = UNetConfig::read(&models.pipeline.join("unet")) {
         check_fit(&PipelineParts {

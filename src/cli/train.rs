@@ -12,7 +12,6 @@ use super::{ConfigArgs, Failure};
 use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::monitor::StreamingCommand;
-use crate::ops;
 use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunOptions, Services, TrainError};
@@ -30,9 +29,6 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let required = config.require_train()?;
     device::allow_tf32(config.train.tf32);
     let train_device = train_device(&config)?;
-    if let Some(how) = ops::describe(&train_device, config.train.attention) {
-        errln!("{}: {how}", config.train.device);
-    }
     let encode_devices = encode_devices(&config)?;
     let access = DataAccess::open(source_options(&config))?;
     let push = Push::prepare(&config.hub)?;

@@ -57,6 +57,11 @@ impl TextEncoder {
         self.model.width()
     }
 
+    /// Numbers of a head of attention.
+    pub fn head_width(&self) -> usize {
+        self.model.head_width()
+    }
+
     /// Conditioning on `B` captions: hidden states `[B, T, W]` f32 on the encoder's device, where `T` is the tokenizer's
     /// `model_max_length`.
     ///

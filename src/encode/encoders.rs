@@ -178,6 +178,11 @@ impl Encoders {
         self.text.width()
     }
 
+    /// Numbers of a head of the text encoder's attention.
+    pub fn text_head_width(&self) -> usize {
+        self.text.head_width()
+    }
+
     /// Encodes the parts of a batch that are not stored in its shards.
     ///
     /// # Errors

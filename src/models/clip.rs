@@ -132,6 +132,11 @@ impl ClipTextModel {
         self.token_embedding.embeddings().dims()[0]
     }
 
+    /// Numbers of a head of attention.
+    pub fn head_width(&self) -> usize {
+        self.width() / self.heads
+    }
+
     /// `last_hidden_state` of transformers' `CLIPTextModel.forward`.
     ///
     /// `ids`: `B` rows of one length `T` → `[B, T, width]` in the dtype of the weights.

@@ -98,6 +98,12 @@ impl VaeConfig {
         file.finish(Ok(config))
     }
 
+    /// Numbers of the one head of attention; `None` without attention.
+    pub fn head_width(&self) -> Option<usize> {
+        let widest = self.block_out_channels.last().copied();
+        widest.filter(|_| self.mid_attention)
+    }
+
     /// Pixels of a latent along one side.
     pub fn downscale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)

@@ -3,7 +3,7 @@
 //! The tests run on the device that `COFFEY_TEST_DEVICE` names, as `cuda:0`: the CPU if it is not set. So the same binary checks
 //! a GPU, whose results are compared with the CPU's kernels where a test has both.
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::gradients;
 
@@ -35,14 +35,7 @@ pub(super) fn random(shape: &[usize], seed: u64) -> Result<Tensor> {
 }
 
 pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
-    assert_eq!(got.dims(), want.dims());
-    let [got, want] = [got, want].map(|x| x.to_device(&Device::Cpu));
-    let (got, want) = (got?, want?);
-    let worst = (got - want)?
-        .abs()?
-        .flatten_all()?
-        .max(0)?
-        .to_scalar::<f64>()?;
+    let worst = largest_difference(got, want)?;
     assert!(worst <= tolerance, "differs by {worst}");
     Ok(())
 }
@@ -70,6 +63,21 @@ fn direction(out: &Tensor) -> Result<Tensor> {
     random(out.dims(), 99)?
         .to_dtype(out.dtype())?
         .to_device(out.device())
+}
+
+/// The largest difference of two tensors of one shape, NaN if one is there.
+pub(super) fn largest_difference(got: &Tensor, want: &Tensor) -> Result<f64> {
+    assert_eq!(got.dims(), want.dims());
+    let (got, want) = (numbers(got)?, numbers(want)?);
+    let differences = got.iter().zip(&want).map(|(a, b)| (a - b).abs());
+    // In this order NaN is the greatest, which candle's maximum may pass over.
+    Ok(differences.max_by(f64::total_cmp).unwrap_or(0.0))
+}
+
+/// The elements of a tensor.
+pub(super) fn numbers(x: &Tensor) -> Result<Vec<f64>> {
+    let x = x.to_device(&Device::Cpu)?.flatten_all()?;
+    x.to_dtype(DType::F64)?.to_vec1()
 }
 
 /// Checks the gradient of `Σ f(inputs)·r`, for a fixed random `r`, against central differences: every element of every input.

@@ -25,6 +25,7 @@ mod conv;
 mod cpu;
 #[cfg(any(feature = "cuda", test))]
 mod cuda;
+mod describe;
 mod dynamic_map;
 mod half;
 mod linear;
@@ -38,6 +39,8 @@ mod upsample;
 
 #[cfg(test)]
 mod gradcheck;
+#[cfg(test)]
+mod pytorch;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use activation_checkpoint::{Activations, activation_checkpoint};
@@ -46,6 +49,7 @@ pub use attention::{Attention, attention};
 pub use backward::gradients;
 pub use cast::cast;
 pub use conv::{conv2d, convolves_alike};
+pub use describe::{NetworkAttention, describe};
 pub use linear::linear;
 pub use norm::{group_norm, layer_norm};
 pub use projection::{map_to_tokens, tokens_to_map};
@@ -84,32 +88,6 @@ pub fn all_finite(tensor: &Tensor) -> Result<bool> {
     // Not a number times 0 is not a number, nor is an infinity times 0.
     let zeros = (tensor.to_dtype(DType::F32)? * 0.0)?;
     Ok(zeros.sum_all()?.to_scalar::<f32>()? == 0.0)
-}
-
-/// How a device other than the CPU computes the operations of a training step, for people.
-pub fn describe(device: &Device, kind: Attention) -> Option<String> {
-    if device.is_cpu() {
-        return None;
-    }
-    let kernels = cfg!(feature = "cuda") && device.is_cuda();
-    let attention = match (kind, kernels) {
-        (Attention::Plain, _) => "attention with all scores in memory",
-        (Attention::MemoryEfficient, true) => "attention by coffey's kernels",
-        (Attention::MemoryEfficient, false) => "attention by tensor operations",
-    };
-    let rest = if kernels {
-        "norms, activations and optimiser by coffey's kernels"
-    } else {
-        "norms, activations and optimiser by tensor operations"
-    };
-    let convolutions = if cfg!(feature = "cudnn") {
-        "convolutions by cuDNN"
-    } else {
-        "convolutions as matrix products (this binary was built without cuDNN)"
-    };
-    Some(format!(
-        "{attention}, {rest}, {convolutions}, products by cuBLAS"
-    ))
 }
 
 /// `bias`, or `len` zeros in the dtype and on the device of `like`: an operation has a fixed number of operands.

@@ -26,7 +26,9 @@ pub(crate) use error::io;
 pub use loss_scale::LossScale;
 pub use observers::{Earlier, Ending, Observer, Observers, RunView, StepReport};
 pub use optimizer::{AdamW, OptimizerState};
-pub(crate) use parts::{compute_dtype, encoder_options, lcm_schedule};
+pub(crate) use parts::{
+    compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
+};
 pub use record::StepRecord;
 pub use run::{Outcome, RunOptions, run};
 pub use services::Services;

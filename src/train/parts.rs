@@ -14,9 +14,9 @@ use crate::adaptation::{ForwardOptions, Full};
 use crate::config::{self, Config, LossKind, MixedPrecision};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::{EncoderOptions, Encoders};
-use crate::models::{PipelineParts, UNet, check_fit};
+use crate::models::{PipelineParts, UNet, UNetConfig, check_fit};
 use crate::objective::{Lcm, Loss};
-use crate::ops::Activations;
+use crate::ops::{self, Activations, Attention, NetworkAttention};
 
 /// The frozen parts of a run.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub(super) struct RunParts {
     /// Shape of a latent, `[C, h, w]`.
     pub(super) latent: [usize; 3],
     pub(super) fingerprint: ModelsFingerprint,
+    /// Which implementation computes each operation on the devices of training and encoding, for people.
+    pub(super) implementations: Vec<String>,
 }
 
 impl RunParts {
@@ -62,6 +64,10 @@ impl RunParts {
             text_width: encoders.text_width(),
             resolution: config.image.resolution as usize,
         })?;
+        let training = describe_training(config, options.device, teacher.config())
+            .map(|how| format!("training on {}: {how}", config.train.device));
+        let encoding = describe_encoders(&encoders)
+            .map(|how| format!("encoding on {}: {how}", config.encode.devices[0]));
         let unconditional = encoders.encode_text(&[""])?.to_device(options.device)?;
         let side = config.image.resolution as usize / vae.downscale();
         let latent = [teacher.config().in_channels, side, side];
@@ -91,6 +97,7 @@ impl RunParts {
             objective,
             latent,
             fingerprint: fingerprint()?,
+            implementations: training.into_iter().chain(encoding).collect(),
         })
     }
 }
@@ -116,6 +123,35 @@ pub(super) fn load_encoders(
         device,
         encoder_options(&options.config.encode),
     )?)
+}
+
+/// How a device other than the CPU computes a training step of the network `unet`.
+pub(crate) fn describe_training(
+    config: &Config,
+    device: &Device,
+    unet: &UNetConfig,
+) -> Option<String> {
+    let unet = NetworkAttention {
+        network: "UNet",
+        kind: config.train.attention,
+        widths: unet.head_widths(),
+    };
+    ops::describe(device, &[unet], true)
+}
+
+/// How their device computes `encoders`, unless it is the CPU.
+pub(crate) fn describe_encoders(encoders: &Encoders) -> Option<String> {
+    let attention = |network, widths| NetworkAttention {
+        network,
+        kind: Attention::MemoryEfficient,
+        widths,
+    };
+    let vae = encoders.vae().config().head_width();
+    let networks = [
+        attention("text encoder", vec![encoders.text_head_width()]),
+        attention("VAE", Vec::from_iter(vae)),
+    ];
+    ops::describe(encoders.device(), &networks, false)
 }
 
 fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNet, TrainError> {

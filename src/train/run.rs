@@ -96,6 +96,9 @@ impl<'a> Run<'a> {
         let pipeline = options.models.pipeline.display();
         progress.say(format!("loading the teacher {pipeline}"));
         let parts = RunParts::load(options)?;
+        for how in &parts.implementations {
+            progress.say(how);
+        }
         let output = RunDir::open(config, options.output, services)?;
         let saver = Rc::new(Saver::new(
             output.checkpoints(config.checkpoint.keep),

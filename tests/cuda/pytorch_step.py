@@ -108,9 +108,12 @@ def step(dtype, channels_last, checkpointing):
         torch.cuda.reset_peak_memory_stats()
     seconds = sorted(timed(once, 2, args.steps - 2))
     median = seconds[len(seconds) // 2]
+    # As nvidia-smi shows it: PyTorch keeps what it has reserved.
+    free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+    peak = (total - free) / 2**30 if cuda else None
     report(
         what="step", dtype=str(dtype), channels_last=channels_last, checkpointing=checkpointing, seconds=median, samples_per_second=batch / median,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        allocated_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None, peak_gib=peak,
     )  # fmt: skip
 
 

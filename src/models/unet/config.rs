@@ -276,6 +276,14 @@ impl UNetConfig {
         self.down.first().map_or(0, |level| level.channels)
     }
 
+    /// Numbers of a head of attention, for each level that has attention.
+    pub fn head_widths(&self) -> Vec<usize> {
+        let levels = self.down.iter().chain(&self.mid).chain(&self.up);
+        levels
+            .filter_map(|level| Some(level.channels / level.attention.as_ref()?.heads))
+            .collect()
+    }
+
     /// The transformers of a level, one after each of its first residual blocks; none in a plain level.
     pub(super) fn transformers(
         &self,

@@ -6,7 +6,7 @@ use super::gpu::{Arg, Launch, Module, Output, THREADS, empty, empty_like, launch
 use crate::ops::autograd_op::{AutogradOp, OpResult, apply, is_recorded};
 
 /// Numbers of the widest head that the kernels take.
-const WIDEST: usize = 160;
+pub(in crate::ops) const WIDEST: usize = 160;
 
 /// Whether the kernels take queries of so many heads.
 #[cfg(feature = "cuda")]

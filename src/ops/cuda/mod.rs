@@ -26,6 +26,7 @@ mod upsample;
 #[cfg(feature = "cuda")]
 use candle_core::{DType, Tensor};
 
+pub(super) use attention::WIDEST as WIDEST_HEAD;
 pub(super) use update::adamw_steps;
 #[cfg(feature = "cuda")]
 pub(super) use {
