@@ -5,7 +5,7 @@ use super::url::{UrlError, invalid};
 
 /// Quote characters and separators of lists in other files.
 const QUOTES: [char; 3] = ['\'', '"', '`'];
-const SEPARATORS: [char; 4] = [',', ';', '|', ' '];
+const SEPARATORS: [char; 3] = [',', ';', '|'];
 /// Endings of a word that is a whole pattern.
 const ENDINGS: [&str; 4] = [".tar", ".tar.gz", ".tgz", "/"];
 
@@ -88,11 +88,8 @@ fn is_several(text: &str) -> bool {
             '{' => depth += 1,
             '}' => depth = depth.saturating_sub(1),
             _ if depth > 0 => {}
-            _ if (c.is_whitespace() || SEPARATORS.contains(&c))
-                && scheme_follows(&text[at + c.len_utf8()..]) =>
-            {
-                return true;
-            }
+            _ if !c.is_whitespace() && !SEPARATORS.contains(&c) => {}
+            _ if scheme_follows(&text[at + c.len_utf8()..]) => return true,
             _ => {}
         }
     }
