@@ -167,7 +167,11 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     };
     let content = content(latents.as_ref());
     let (batch, sample_bytes) = report.step("first sample", || {
-        let (batch, sample_bytes) = first_sample(&config, &purpose, content, &data, &shards)?;
+        let FirstSample {
+            batch,
+            mean_bytes: sample_bytes,
+            skipped,
+        } = first_sample(&config, &purpose, content, &data, &shards)?;
         let sample = &batch.samples[0];
         let (width, height) = sample.geometry.original;
         let what = match content {
@@ -175,7 +179,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             Content::Latents(shapes) => format!("latents {:?} of ", shapes.moments),
         };
         let message = format!(
-            "{} of {}: {what}{width}x{height} pixels, {:?}",
+            "{} of {}: {what}{width}x{height} pixels, {:?}{skipped}",
             sample.key, shards[sample.shard], sample.caption
         );
         Ok(((batch, sample_bytes), message))
@@ -255,15 +259,25 @@ fn check_train_device(config: &Config) -> Result<(BTreeMap<String, u64>, String)
     Ok(([(name, memory)].into(), message))
 }
 
-/// The first sample that a run uses, as a batch, and the mean size of the first samples in bytes. Reads shards in the order of the
-/// run, without its shuffle buffer, until there are enough samples.
+/// What the first samples of a run tell.
+struct FirstSample {
+    /// The first one that the run uses.
+    batch: Batch,
+    /// Mean size of a sample in its shard. Bytes.
+    mean_bytes: u64,
+    /// The samples that were skipped, by reason, for the end of a message.
+    skipped: String,
+}
+
+/// The first sample that a run uses, and the mean size of the first samples. Reads shards in the order of the run, without its shuffle
+/// buffer, until there are enough samples.
 fn first_sample(
     config: &Config,
     purpose: &Purpose,
     content: Content,
     data: &DataAccess,
     shards: &[ShardUrl],
-) -> Result<(Batch, u64), Failure> {
+) -> Result<FirstSample, Failure> {
     let metrics = FlowMetrics::private();
     let order = match purpose {
         Purpose::Train(_) => Order::Shuffled,
@@ -279,18 +293,34 @@ fn first_sample(
     let stream = Stream::open(probe, &data.sources, &metrics, data.runtime.handle())?;
     let consumer = metrics.stage(Stage::Train);
     let mut first = None;
+    let mut reasons = BTreeMap::<String, usize>::new();
     for _ in 0..PROBED_SAMPLES {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
             break;
         };
         let batch = batch?;
+        for skipped in &batch.skipped {
+            *reasons.entry(skipped.reason.clone()).or_default() += 1;
+        }
         first.get_or_insert(batch);
     }
     let snapshot = metrics.snapshot();
     let untar = snapshot.stage(Stage::Untar);
     // A stream that yields nothing ends in an error.
     let batch = first.ok_or_else(|| Failure::Failed("the stream ended without a sample".into()))?;
-    Ok((batch, untar.bytes / untar.items.max(1)))
+    let reasons: Vec<_> = reasons
+        .iter()
+        .map(|(why, n)| format!("{why} {n}"))
+        .collect();
+    let skipped = match reasons.as_slice() {
+        [] => String::new(),
+        reasons => format!("; skipped among the first samples: {}", reasons.join(", ")),
+    };
+    Ok(FirstSample {
+        batch,
+        mean_bytes: untar.bytes / untar.items.max(1),
+        skipped,
+    })
 }
 
 struct LoadedEncoders {

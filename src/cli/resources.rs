@@ -130,10 +130,10 @@ impl DataAccess {
         }
         Ok(match shards {
             0 => String::new(),
-            shards => format!(
-                ", {shards} of them looked up in {:.2} s",
-                start.elapsed().as_secs_f64()
-            ),
+            shards => {
+                let seconds = start.elapsed().as_secs_f64();
+                format!("; {shards} looked up in {seconds:.2} s")
+            }
         })
     }
 

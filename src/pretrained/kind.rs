@@ -103,6 +103,13 @@ fn of_coffey(place: &Place<'_>) -> Option<String> {
              `coffey sample --model` draws with it"
         ));
     }
+    if place.has("state.json") && place.has_folder("unet_target") {
+        return Some(
+            "is a checkpoint of a run of coffey, which holds only UNets; give the teacher of the run. To go on with the run, set \
+             train.output to the folder above it; `coffey sample --model` draws with it"
+                .to_owned(),
+        );
+    }
     if place.has("manifest.json") && place.find_in_root(&[".tar"]).is_some() {
         return Some(
             "holds latent shards; they belong in data.shards, with data.kind = \"latents\""

@@ -34,9 +34,8 @@ where
             };
             if raw.status().is_success() && said.code.is_empty() {
                 let cause = format!(
-                    "{}: the response is not that of an S3 server: {}",
+                    "{}: the response is not that of an S3 server (HTTP {status}, and no XML of S3); check s3.endpoint_url",
                     operation.name(),
-                    causes(service.err())
                 );
                 let url = url.redacted();
                 let error = SourceError::Refused { url, cause };

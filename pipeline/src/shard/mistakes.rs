@@ -63,6 +63,11 @@ fn mistake(text: &str) -> Option<String> {
             )
         });
     }
+    if path.contains('?') && !path.contains("://") {
+        return Some(
+            "'?' is not expanded: count the shards in braces, as {00000..01210}".to_owned(),
+        );
+    }
     let (_, rest) = path.split_once('[')?;
     let (inside, _) = rest.split_once(']')?;
     let (from, to) = inside.split_once('-').or_else(|| inside.split_once(".."))?;
@@ -93,11 +98,12 @@ fn is_several(text: &str) -> bool {
             _ => {}
         }
     }
-    let words: Vec<_> = text.split_whitespace().collect();
-    let is_pattern = |word: &&str| {
-        let word = word.trim_end_matches([',', ';']);
-        ENDINGS.iter().any(|ending| word.ends_with(ending))
-    };
+    let between = |c: char| c.is_whitespace() || SEPARATORS.contains(&c);
+    let words: Vec<_> = text
+        .split(between)
+        .filter(|word| !word.is_empty())
+        .collect();
+    let is_pattern = |word: &&str| ENDINGS.iter().any(|ending| word.ends_with(ending));
     words.len() > 1 && words.iter().all(is_pattern)
 }
 
@@ -178,6 +184,7 @@ mod tests {
             "s3://b/0.tar,s3://b/1.tar",
             "https://h/0.tar; https://h/1.tar",
             "a.tar, b.tar",
+            "a.tar,b.tar",
         ] {
             assert!(refused(text).contains("A::B"), "{text}");
         }
@@ -204,6 +211,8 @@ mod tests {
         assert_eq!(refuse("http://[::1]:80/a.tar"), Ok(()));
         assert_eq!(refuse("https://h/a.tar?x=*"), Ok(()));
         assert_eq!(refuse("file:///data/*.tar"), Ok(()));
+        assert!(refused("a/0000?.tar").contains("'?' is not expanded"));
+        assert_eq!(refuse("https://h/a.tar?sig=1"), Ok(()));
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Program {
             .find(|(options, _)| options.contains(&option));
         match known {
             Some((_, remedy)) => format!(
-                "the option {option} of {name} is not taken over from the command: {remedy}, and give the URL alone"
+                "the option {option} of {name} is not taken over from the command ({remedy}): give the URL alone"
             ),
             None => format!(
                 "the option {option} of {name} is not known here and might change what is read: give the URL alone"

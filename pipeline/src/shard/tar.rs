@@ -131,6 +131,10 @@ fn named(error: TarError, start: &[u8], packed: &str) -> TarError {
     match error {
         TarError::NotATar(cause) => TarError::NotATar(match describe(start) {
             Some(what) => format!("it is {}{packed}{}", what.name, what.advice),
+            // The cause would quote the bytes.
+            None if start.iter().any(|&byte| byte >= 0x80) => {
+                format!("its first bytes{packed} are those of no known format")
+            }
             None => cause,
         }),
         other => other,

@@ -409,10 +409,19 @@ fn summary(missing: &[SourceError], all: usize, ended: bool) -> SourceError {
     } else {
         format!("{} of {all} shards can't be read", missing.len())
     };
-    let named = missing.iter().take(NAMED).map(|error| match error {
-        SourceError::NotFound { url, cause, .. } => format!("{url} not found ({cause})"),
-        SourceError::Forbidden { url, cause, .. } => format!("{url} access denied ({cause})"),
-        error => error.to_string(),
+    let mut last_cause = None;
+    let named = missing.iter().take(NAMED).map(|error| {
+        let (url, what, cause) = match error {
+            SourceError::NotFound { url, cause, .. } => (url, "not found", cause),
+            SourceError::Forbidden { url, cause, .. } => (url, "access denied", cause),
+            error => return error.to_string(),
+        };
+        // One server refuses its shards for one cause.
+        if last_cause.replace((what, cause)) == Some((what, cause)) {
+            format!("{url} {what}")
+        } else {
+            format!("{url} {what} ({cause})")
+        }
     });
     let mut named = named.collect::<Vec<_>>().join(", ");
     if missing.len() > NAMED {
