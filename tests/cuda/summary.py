@@ -82,7 +82,7 @@ table(["is it right?", ""], answers())
 table(["a step, 512 x 512, batch 12", "setting", "seconds", "peak GiB on the card"], training())
 table(["images a second, 512 x 512", "type", ""], images())
 for kind in ("training", "encoding"):
-    print(found(rf"^{kind} on (.*)", "fp16.log" if kind == "training" else "precompute-bf16.log", ""))
+    print(found(rf"^({kind} on .*)", "fp16.log" if kind == "training" else "precompute-bf16.log", ""))
 print()
 table(["ms of a traced step", "calls", "kernel"], kernels())
 for row in lines("pytorch.jsonl"):
