@@ -6,8 +6,8 @@
 #
 #   OUT=results bash tests/cuda/on_gpu.sh
 #
-# A rehearsal without a card, on the fake GPU and with PyTorch on the CPU: TINY=1 LIMIT=12 GPU_LIBRARIES=FAKE bash tests/cuda/on_gpu.sh
-# (FAKE: made by tests/cuda/build_fakegpu). Numbers come out wrong then: the unit tests and the replays fail.
+# A rehearsal without a card, on the fake GPU and with PyTorch on the CPU, small networks: TINY=1 LIMIT=12 GPU_LIBRARIES=FAKE bash
+# tests/cuda/on_gpu.sh (FAKE: made by tests/cuda/build_fakegpu). Numbers come out wrong then: the unit tests and the replays fail.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 bundle=$PWD/.gpu here=$PWD/tests/cuda results=${OUT:-gpu-results}
@@ -28,7 +28,7 @@ part "machine"
 [ -n "${TINY:-}" ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || { echo "no NVIDIA driver"; exit 2; }
 ldd --version | sed -n 1p
 "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --root-user-action=ignore --target "$work/python" "$bundle"/wheels/*.whl
-export PYTHONPATH=$work/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$work/python${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 DIFFUSERS_VERBOSITY=error
 "$python" -c 'import diffusers, safetensors, torch; print("PyTorch", torch.__version__, "CUDA", torch.version.cuda, "diffusers", diffusers.__version__)' ||
   { echo "$python lacks a package"; exit 2; }
 for binary in coffey unit-tests; do
@@ -39,8 +39,8 @@ coffey=$work/coffey
 # CUDA's libraries are those of PyTorch. PyTorch finds them by itself.
 nvidia=$("$python" -c 'import importlib.util as u; s = u.find_spec("nvidia"); print(list(s.submodule_search_locations)[0] if s else "")')
 libraries=${GPU_LIBRARIES:-$nvidia/cu13/lib:$nvidia/cudnn/lib}:${LD_LIBRARY_PATH:-}
-# Both stop after so many seconds, their first argument. Killed, or coffey would write a checkpoint of some gigabytes.
-coffey() { LD_PRELOAD=${preload:-} LD_LIBRARY_PATH=$libraries timeout --foreground -s KILL "$1" "$coffey" "${@:2}"; }
+# Both stop after so many seconds, their first argument. By the signal, as coffey would write a checkpoint of some gigabytes at another.
+coffey() { LD_PRELOAD=${preload:-} LD_LIBRARY_PATH=$libraries timeout --foreground -s "${signal:-KILL}" "$1" "$coffey" "${@:2}"; }
 tests() { LD_LIBRARY_PATH=$libraries COFFEY_TEST_DEVICE=cuda:0 COFFEY_PYTHON=$python timeout "$1" "$work/unit-tests" "${@:2}"; }
 
 quiet=(-s report.endpoint_captions=0 -s report.grid=false -s validation.every=100000 -s checkpoint.every=100000)
@@ -94,35 +94,42 @@ timeout 130 "$python" "$here/pytorch_step.py" ${TINY:+--tiny --batch 2 --steps 3
 tail -3 "$out/pytorch.log"
 
 part "5. coffey at the same size: precompute"
-if [ -n "${TINY:-}" ]; then random=(); else random=(--random); fi
-"$python" "$here/sd15.py" "$work/sd15" "${random[@]}"
-sd15=(-s 'encode.devices=["cuda:0"]' -s "model.teacher=$work/sd15")
-precompute() { # NAME, SECONDS, settings
-  local name=$1 seconds=$2
-  shift 2
-  coffey "$seconds" precompute -c configs/precompute-quickstart.toml "${sd15[@]}" -s image.resolution=512 -s encode.batch_size=12 -s "latents.output=$work/latents-$name" "$@" \
+if [ -n "${TINY:-}" ]; then
+  teacher=assets/quickstart/teacher side=64 guidance=64
+else
+  teacher=$work/sd15 side=512 guidance=256
+  "$python" "$here/sd15.py" "$teacher" --random
+fi
+sd15=(-s 'encode.devices=["cuda:0"]' -s "model.teacher=$teacher")
+precompute() { # NAME, settings
+  local name=$1 signal=TERM
+  shift
+  coffey "${LIMIT:-40}" precompute -c configs/precompute-quickstart.toml "${sd15[@]}" -s image.resolution=$side -s encode.batch_size=12 -s "latents.output=$work/latents-$name" "$@" \
     >"$out/precompute-$name.log" 2>&1
   echo "$name: exit code $?"
-  grep -E 'samples/s|encoding on|rror' "$out/precompute-$name.log" | tail -3
+  grep -E ' samples|encoding on|rror' "$out/precompute-$name.log" | tail -3
 }
-precompute bf16 40 -s encode.vae_dtype=bf16 -s encode.dtype=bf16 -s data.max_samples=240
-precompute f32 30 -s data.max_samples=240
-# The steps below train on the first one's latents, as PyTorch's steps do; the tables for images are left out of the configuration.
+precompute bf16 -s encode.vae_dtype=bf16 -s encode.dtype=bf16 -s data.max_samples=240
+precompute f32 -s data.max_samples=240
+# The steps below train on the first one's latents, as PyTorch's steps do, if it made them. The configuration for latents has no tables for images.
 awk '/^\[/ { table = $1 } table != "[s3]" && table != "[image]"' configs/quickstart.toml >"$work/from-latents.toml"
 
 part "6. coffey at the same size: training"
 step() { # NAME, settings: until LIMIT seconds have passed
-  local name=$1 watcher config=$work/from-latents.toml source=(-s "data.shards=\"$work/latents-bf16/\"" -s data.kind=latents -s data.text_from=embeds)
+  local name=$1 watcher from=latents config=$work/from-latents.toml
+  local source=(-s "data.shards=\"$work/latents-bf16/\"" -s data.kind=latents -s data.text_from=embeds)
   shift
-  case $name in *-images) config=configs/quickstart.toml source=(-s image.resolution=512 -s encode.vae_dtype=bf16 -s encode.dtype=bf16) ;; esac
+  if [[ $name == *-images || -z $(ls "$work"/latents-bf16/*.tar 2>/dev/null) ]]; then
+    from=images config=configs/quickstart.toml source=(-s image.resolution=$side -s encode.vae_dtype=bf16 -s encode.dtype=bf16)
+  fi
   (while sleep 0.3; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done >"$work/$name.memory" 2>/dev/null) &
   watcher=$!
-  coffey "${LIMIT:-25}" train -c "$config" -s train.device=cuda:0 "${sd15[@]}" "${source[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=256 \
+  coffey "${LIMIT:-25}" train -c "$config" -s train.device=cuda:0 "${sd15[@]}" "${source[@]}" -s train.batch_size=12 -s model.time_cond_proj_dim=$guidance \
     -s train.max_steps=100000 -s "train.output=$work/$name" -s optimizer.learning_rate=1e-6 -s train.gradient_checkpointing=true "${quiet[@]}" "$@" >"$out/$name.log" 2>&1
   { kill "$watcher" && wait "$watcher"; } 2>/dev/null
-  "$python" - "$work/$name" "$name" "$work/$name.memory" <<'PY' | tee -a "$out/coffey.jsonl"
+  "$python" - "$work/$name" "$name" "$work/$name.memory" "$from" <<'PY' | tee -a "$out/coffey.jsonl"
 import json, statistics, sys
-folder, name, memory = sys.argv[1:]
+folder, name, memory, source = sys.argv[1:]
 try:
     records = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
 except OSError:
@@ -130,9 +137,9 @@ except OSError:
 peak = max((int(line) for line in open(memory) if line.strip().isdigit()), default=0)
 seconds = [b["seconds"] - a["seconds"] for a, b in zip(records, records[1:])][2:]
 if seconds:
-    print(json.dumps(dict(what=name, steps=len(records), seconds=statistics.median(seconds), best=min(seconds), peak_gib=peak / 1024, loss=records[-1]["loss"])))
+    print(json.dumps(dict(what=name, source=source, steps=len(records), seconds=statistics.median(seconds), best=min(seconds), peak_gib=peak / 1024, loss=records[-1]["loss"])))
 else:
-    print(json.dumps(dict(what=name, failed="no steps", steps=len(records), peak_gib=peak / 1024)))
+    print(json.dumps(dict(what=name, source=source, failed="no steps", steps=len(records), peak_gib=peak / 1024)))
 PY
   grep -iE '^error|panicked' "$out/$name.log" | head -3
   cp "$work/$name/metrics.jsonl" "$out/$name.jsonl" 2>/dev/null

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """PyTorch's results of every operation of src/ops that a step uses, at Stable Diffusion 1.5's shapes: operands, result and gradients.
 
-    tests/cuda/pytorch_ops.py OUT [--tiny]      # --tiny: small shapes, for the CPU
+    tests/cuda/pytorch_ops.py OUT [--tiny]      # --tiny: small shapes, as on a machine without a GPU
 
 The unit test `operations_equal_pytorch` runs it and compares. OUT gets a NAME.safetensors for each case (`input.N`, `direction`, and in
 f32 what f64 gives for the rounded operands: `out`, `grad.N`) and cases.json, with the error of PyTorch's own result in the case's
@@ -20,7 +20,8 @@ parser.add_argument("out", type=Path)
 parser.add_argument("--tiny", action="store_true")
 args = parser.parse_args()
 args.out.mkdir(parents=True, exist_ok=True)
-device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
+tiny = args.tiny or not torch.cuda.is_available()
+device = "cpu" if tiny else "cuda"
 # f32 is f32.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -65,15 +66,14 @@ def cases():
         operands = [shape, [outputs, shape[-1]]] + [[outputs]] * bias
         return f"linear {name}", ["linear"], operands, F.linear
 
-    t = args.tiny
-    b, side, c, text = (2, 6, 64, 20) if t else (1, 64, 320, 768)
+    b, side, c, text = (2, 6, 64, 20) if tiny else (1, 64, 320, 768)
     n = side * side
-    yield attend("40", b, n, n, 2 if t else 8, 40)
-    yield attend("40, text", b, n, 77, 2 if t else 8, 40)
-    yield attend("64", b, n // 4, n // 4, 2 if t else 10, 64)
-    yield attend("80", b, n // 4, n // 4, 2 if t else 8, 80)
-    yield attend("160, text", b, n // 16, 77, 2 if t else 8, 160)
-    yield attend("causal", b, 77, 77, 2 if t else 12, 64, causal=1)
+    yield attend("40", b, n, n, 2 if tiny else 8, 40)
+    yield attend("40, text", b, n, 77, 2 if tiny else 8, 40)
+    yield attend("64", b, n // 4, n // 4, 2 if tiny else 10, 64)
+    yield attend("80", b, n // 4, n // 4, 2 if tiny else 8, 80)
+    yield attend("160, text", b, n // 16, 77, 2 if tiny else 8, 160)
+    yield attend("causal", b, 77, 77, 2 if tiny else 12, 64, causal=1)
     yield attend("of the VAE", 1, n, n, 1, 512)
     yield conv("3x3", b, c, c, side)
     yield conv("3x3, coarse", b, 4 * c, 4 * c, 8)

@@ -52,16 +52,19 @@ def training():
         if name == "traced":
             continue
         how = "no steps" if "failed" in row else number(row["seconds"])
-        yield "coffey", name, how, number(row.get("peak_gib"))
+        yield "coffey", f"{name}, from {row['source']}", how, number(row.get("peak_gib"))
     for row in theirs:
         name = row["dtype"].removeprefix("torch.").replace("bfloat16", "bf16").replace("float16", "fp16")
         name += "" if row["checkpointing"] else "-kept"
-        yield "PyTorch", name + (", channels last" if row["channels_last"] else ""), number(row["seconds"]), number(row["peak_gib"])
+        yield "PyTorch", f"{name}, from latents" + (", channels last" if row["channels_last"] else ""), number(row["seconds"]), number(row["peak_gib"])
 
 
 def images():
     for name in ("bf16", "f32"):
-        yield "coffey precompute", name, found(r"([\d.]+) samples/s", f"precompute-{name}.log")
+        # The last line of a run; where it was stopped, the last report of its progress.
+        whole = found(r" in ([\d.]+) s: (\d+) samples", f"precompute-{name}.log", None)
+        rate = number(int(whole[1]) / float(whole[0])) if whole else found(r"([\d.]+) samples/s", f"precompute-{name}.log")
+        yield "coffey precompute", name, rate
     for row in lines("pytorch.jsonl"):
         if row["what"] == "VAE encode":
             yield "PyTorch, VAE alone", row["dtype"].removeprefix("torch.") + (", channels last" if row["channels_last"] else ""), number(row["images_per_second"])
@@ -76,10 +79,10 @@ def kernels():
 
 
 table(["is it right?", ""], answers())
-table(["a step, 512 x 512, batch 12, from stored latents", "setting", "seconds", "peak GiB on the card"], training())
+table(["a step, 512 x 512, batch 12", "setting", "seconds", "peak GiB on the card"], training())
 table(["images a second, 512 x 512", "type", ""], images())
 for kind in ("training", "encoding"):
-    print(found(rf"^{kind} on (.*)", "fp16.log" if kind == "training" else "precompute-bf16.log", ""))
+    print(found(rf"^({kind} on .*)", "fp16.log" if kind == "training" else "precompute-bf16.log", ""))
 print()
 table(["ms of a traced step", "calls", "kernel"], kernels())
 for row in lines("pytorch.jsonl"):
