@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::checkpoint::{self, CheckpointStore, OPTIMIZER, SavedRun};
+use super::checkpoint::{self, OPTIMIZER, SavedRun, Saver};
 use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::AdamW;
 use super::run::RunOptions;
@@ -18,12 +18,12 @@ use crate::progress::Progress;
 pub(super) fn resume_from(
     options: &RunOptions<'_>,
     models: &ModelsFingerprint,
-    checkpoints: &CheckpointStore,
+    saver: &Saver,
     output: &RunDir,
     services: &Services<'_>,
     progress: &Progress,
 ) -> Result<Option<SavedRun>, TrainError> {
-    let config = options.config;
+    let (config, checkpoints) = (options.config, saver.checkpoints());
     let found = match &config.checkpoint.resume {
         Resume::Never => match checkpoints.steps()?.last() {
             None => None,
@@ -62,7 +62,7 @@ pub(super) fn resume_from(
             "going on from {} (step {})",
             found.place, found.state.step
         ));
-        check_same_run(options, models, found, output.folder(), progress)?;
+        check_same_run(options, models, found, saver, output, progress)?;
     }
     Ok(found)
 }
@@ -73,7 +73,8 @@ fn check_same_run(
     options: &RunOptions<'_>,
     models: &ModelsFingerprint,
     found: &SavedRun,
-    output: &Path,
+    saver: &Saver,
+    output: &RunDir,
     progress: &Progress,
 ) -> Result<(), TrainError> {
     let place = &found.place;
@@ -104,7 +105,16 @@ fn check_same_run(
             }
         }
     }
-    let other_models = other_models(options, models, found, output)?;
+    let mut other_models = other_models(options, models, found)?;
+    if !other_models.is_empty() {
+        // run.json names the commit of the models on the Hub.
+        saver.records().fetch()?;
+        other_models.extend(moved_teacher(
+            output.folder(),
+            options.config,
+            options.models,
+        ));
+    }
     let what = match (other_settings.is_empty(), other_models.is_empty()) {
         (true, true) => {
             if known.is_none() {
@@ -130,7 +140,6 @@ fn other_models(
     options: &RunOptions<'_>,
     now: &ModelsFingerprint,
     found: &SavedRun,
-    output: &Path,
 ) -> Result<Vec<String>, TrainError> {
     let models = options.models;
     let unet = models.pipeline.join("unet");
@@ -155,9 +164,6 @@ fn other_models(
     }
     if let Some(was) = &found.state.models {
         changes.extend(was.changes(now, models));
-    }
-    if !changes.is_empty() {
-        changes.extend(moved_teacher(output, options.config, models));
     }
     Ok(changes)
 }

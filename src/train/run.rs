@@ -263,10 +263,8 @@ fn load_state(
     progress: &Progress,
 ) -> Result<TrainState, TrainError> {
     let config = options.config;
-    let checkpoints = saver.checkpoints();
-    checkpoints.clear_unfinished()?;
-    saver.records().fetch()?;
-    let found = resume_from(options, models, checkpoints, output, services, progress)?;
+    saver.checkpoints().clear_unfinished()?;
+    let found = resume_from(options, models, saver, output, services, progress)?;
     let folder = found.as_ref().map(|found| found.folder.as_path());
     let student = load_student(options, folder)?;
     let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
@@ -277,6 +275,7 @@ fn load_state(
         (state.step, state.samples) = (found.state.step, found.state.samples);
         state.cursor = Some(found.state.cursor);
     }
+    saver.records().fetch()?;
     Ok(state)
 }
 
