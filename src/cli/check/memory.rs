@@ -25,9 +25,9 @@ fn bytes_of(float: FloatType) -> u64 {
 }
 /// Feature maps that a residual block keeps for the backward pass: its norms, activations, convolutions and concatenated
 /// input.
-const KEPT_BY_RESNET: u64 = 10;
+const KEPT_BY_RESNET: u64 = 9;
 /// Feature maps that a transformer block keeps, including its four times wider gated feed-forward.
-const KEPT_BY_TRANSFORMER: u64 = 32;
+const KEPT_BY_TRANSFORMER: u64 = 28;
 /// Matrices that plain attention keeps: the scores and their softmax.
 const KEPT_SCORES: u64 = 2;
 /// Feature maps that a block keeps under activation checkpointing: its input and its result.
