@@ -3,7 +3,7 @@
 #   docker build -t coffey .
 #   docker run --rm --read-only -v coffey-runs:/data coffey train -c configs/quickstart.toml -s train.output=/data/quickstart
 #
-# For NVIDIA GPUs, on a host with the driver for CUDA 13 and the NVIDIA container toolkit (docs/gpu.md; it has not run on a GPU yet):
+# For NVIDIA GPUs, on a host with the driver for CUDA 13 and the NVIDIA container toolkit (docs/gpu.md; it has been built, and has not run on a GPU yet):
 #
 #   docker build -t coffey:cuda --build-arg FEATURES=cuda,cudnn .
 #   docker run --rm --gpus all -v coffey-runs:/data coffey:cuda train -c … -s train.device=cuda:0
@@ -16,7 +16,8 @@ FROM ${BUILD_BASE} AS build
 ARG FEATURES=""
 WORKDIR /build
 
-# The CUDA toolkit, and the libraries for the final image: cuBLAS, cuRAND, cuDNN without what attention and recurrent networks need.
+# The CUDA toolkit, and the libraries for the final image: cuBLAS, cuRAND, cuDNN without what attention and recurrent networks need
+# (libcudnn_adv), and the compiler that cuDNN loads for kernels it makes on the card (nvrtc).
 COPY tools/cuda tools/cuda
 RUN set -eu; \
     mkdir -p /libraries /toolkit; \
@@ -27,7 +28,7 @@ RUN set -eu; \
         tools/cuda/toolkit.sh /toolkit; \
         cd /toolkit/python/nvidia; \
         cp cu13/lib/libcublas.so.* cu13/lib/libcublasLt.so.* cu13/lib/libcurand.so.* cudnn/lib/libcudnn*.so.* \
-            /lib/x86_64-linux-gnu/libz.so.1 /libraries/; \
+            cu13/lib/libnvrtc.so.* cu13/lib/libnvrtc-builtins.so.* /libraries/; \
         rm /libraries/libcudnn_adv.so.*;; \
     *) touch /toolkit/env.sh;; \
     esac
@@ -71,8 +72,9 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /nonexistent --
     && install -d -o coffey -g coffey /data
 COPY --from=build /libraries /usr/local/lib/coffey
 COPY --from=build /coffey /usr/local/bin/coffey
-# The last two are the container toolkit's: all GPUs, and of the driver what computes.
-ENV LD_LIBRARY_PATH=/usr/local/lib/coffey NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ARG FEATURES=""
+# The last two are the container toolkit's: all GPUs, none without the feature, and of the driver what computes.
+ENV LD_LIBRARY_PATH=/usr/local/lib/coffey NVIDIA_VISIBLE_DEVICES=${FEATURES:+all} NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /opt/coffey
 COPY LICENSE ./
 COPY configs configs
