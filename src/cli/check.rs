@@ -259,7 +259,7 @@ fn check_train_device(config: &Config) -> Result<(BTreeMap<String, u64>, String)
     Ok(([(name, memory)].into(), message))
 }
 
-/// What the first samples of a run tell.
+/// The findings of the first samples of a run.
 struct FirstSample {
     /// The first one that the run uses.
     batch: Batch,

@@ -54,7 +54,7 @@ pub(super) struct SampleArgs {
     /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
     #[arg(long, default_value_t = 8.0)]
     guidance: f64,
-    /// What not to draw, for all prompts: with classifier-free guidance only.
+    /// Negative prompt of all images: with classifier-free guidance only.
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
     /// Seed of the noise.
@@ -214,8 +214,8 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What the guidance does to a UNet: the scale is embedded where its embedding has a `width`. Refuses a negative prompt without
-/// effect.
+/// The effect of the guidance on a UNet, for people: the scale is embedded where its embedding has a `width`. A negative prompt
+/// without effect is refused.
 fn describe_guidance(
     args: &SampleArgs,
     unet: &Path,

@@ -212,7 +212,7 @@ fn check_keys(
     Ok(())
 }
 
-/// What `parse` makes of `scheduler_config.json` in `folder`, given its bytes and its path.
+/// The result of `parse` for the bytes and the path of `scheduler_config.json` in `folder`.
 pub(super) fn in_file<T>(
     folder: &Path,
     parse: impl FnOnce(&[u8], &Path) -> std::result::Result<T, String>,

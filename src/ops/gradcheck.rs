@@ -41,7 +41,7 @@ pub(super) fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64) -> Resul
 }
 
 /// The result of `f`, and the gradient of `Σ f(inputs)·r` with respect to each input, for a fixed random `r`.
-pub(super) fn result_and_gradients(
+fn result_and_gradients(
     inputs: &[Tensor],
     f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
 ) -> Result<(Tensor, Vec<Tensor>)> {
@@ -56,6 +56,17 @@ pub(super) fn result_and_gradients(
         out,
         vars.iter().map(|var| gradient(var.as_tensor())).collect(),
     ))
+}
+
+/// [`result_and_gradients`] for inputs as `dtype`: the result, then the gradients.
+pub(super) fn computed_as(
+    dtype: DType,
+    inputs: &[Tensor],
+    f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let inputs = inputs.iter().map(|x| x.to_dtype(dtype));
+    let (out, gradients) = result_and_gradients(&inputs.collect::<Result<Vec<_>>>()?, f)?;
+    Ok([vec![out], gradients].concat())
 }
 
 /// The fixed random tensor that a result of the shape, dtype and device of `out` is multiplied by.

@@ -67,7 +67,7 @@ fn webp_has_alpha(bytes: &[u8], is_flagged: bool) -> Option<bool> {
     }
 }
 
-/// What precedes the first frame of a GIF.
+/// The part of a GIF before its first frame.
 struct GifHead {
     /// Offset of the frame's descriptor.
     frame_at: usize,

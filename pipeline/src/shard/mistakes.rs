@@ -123,7 +123,7 @@ fn variable(text: &str) -> Option<&str> {
     Some(&text[start..start + 1 + length])
 }
 
-/// What is wrong with braces that list nothing; `None` where they are text.
+/// The fault of braces that list nothing; `None` where they are text.
 pub(super) fn braces(inside: &str) -> Option<String> {
     let digits = |c: char| c.is_ascii_digit();
     let first = inside.trim().split(|c| !digits(c)).next()?;

@@ -1,11 +1,11 @@
-//! What a file is that is not a tar, by its first bytes.
+//! The kind of a file that is not a tar, by its first bytes.
 
 /// A kind of file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct OtherFile {
     /// With its article: `an HTML page`.
     pub(super) name: String,
-    /// What to do about it; begins with `; ` or is empty.
+    /// The remedy; begins with `; ` or is empty.
     pub(super) advice: &'static str,
 }
 

@@ -155,7 +155,7 @@ impl Program {
 /// The words of a command as a shell separates them.
 ///
 /// # Errors
-/// What a shell would do more than that.
+/// The first construct of the command that needs a shell.
 fn words(command: &str) -> Result<Vec<String>, String> {
     let mut command = command.trim();
     // Only a failure or a message is discarded by these.

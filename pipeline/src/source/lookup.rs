@@ -45,7 +45,7 @@ pub struct LookUp {
     pub unknown: usize,
 }
 
-/// What is known of a shard.
+/// The knowledge of a shard.
 #[derive(Debug)]
 enum Answer {
     Readable,

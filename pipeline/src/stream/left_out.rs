@@ -10,7 +10,7 @@ use super::config::StreamConfig;
 use super::error::StreamError;
 use super::skip::{ShardSummary, SkipExample, SkipExamples};
 
-/// What was left out since the stream was opened or resumed.
+/// The samples left out since the stream was opened or resumed.
 pub(super) struct LeftOut {
     shards: Arc<[ShardUrl]>,
     counts: BTreeMap<String, u64>,

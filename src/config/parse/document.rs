@@ -169,7 +169,7 @@ impl Document {
     }
 }
 
-/// What a message has in place of a secret.
+/// The text in place of a secret in messages.
 const HIDDEN: &str = "…";
 
 /// Whether messages must not have the key's value: a secret that belongs elsewhere may be in it.

@@ -14,7 +14,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use sha2::{Digest, Sha256};
 
 use super::gpu::Value;
-use crate::ops::gradcheck::{assert_close, result_and_gradients};
+use crate::ops::gradcheck::{assert_close, computed_as};
 
 /// `coffey_launch` of `host.h`.
 type LaunchFn =
@@ -149,20 +149,6 @@ fn compile(compiler: &OsStr, module: &str, library: &Path) {
     assert!(status.success(), "{compiler:?} failed on {module}.cu");
 }
 
-/// The result of `f` for `inputs` as `dtype`, and its gradients against a fixed random direction.
-fn run(
-    inputs: &[Tensor],
-    dtype: DType,
-    f: &dyn Fn(&[Tensor]) -> Result<Tensor>,
-) -> Result<Vec<Tensor>> {
-    let inputs: Vec<Tensor> = inputs
-        .iter()
-        .map(|x| x.to_dtype(dtype))
-        .collect::<Result<_>>()?;
-    let (out, gradients) = result_and_gradients(&inputs, f)?;
-    Ok([vec![out], gradients].concat())
-}
-
 /// Checks the result and the gradients of an operation that launches kernels in `f32`, `f16` and `bf16` against the CPU's
 /// operation in `f64`.
 pub(super) fn check(
@@ -176,8 +162,8 @@ pub(super) fn check(
             .iter()
             .map(|x| x.to_dtype(dtype)?.to_dtype(DType::F64))
             .collect::<Result<_>>()?;
-        let exact = run(&rounded, DType::F64, reference)?;
-        for (got, want) in run(inputs, dtype, f)?.iter().zip(&exact) {
+        let exact = computed_as(DType::F64, &rounded, reference)?;
+        for (got, want) in computed_as(dtype, inputs, f)?.iter().zip(&exact) {
             assert_eq!(got.dtype(), dtype);
             let scale = want.abs()?.max_all()?.to_scalar::<f64>()?.max(1e-3);
             assert_close(&got.to_dtype(DType::F64)?, want, tolerance * scale)?;

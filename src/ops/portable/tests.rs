@@ -5,30 +5,23 @@ use candle_core::{DType, Result, Tensor, Var};
 use super::*;
 use crate::ops;
 use crate::ops::autograd_op::apply;
-use crate::ops::gradcheck::{assert_close, check_gradients, on_cpu, random, result_and_gradients};
+use crate::ops::gradcheck::{assert_close, check_gradients, computed_as, on_cpu, random};
 
 type Op<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
-
-/// The result for `inputs` as `dtype`, and its gradients against a fixed random direction.
-fn run(inputs: &[Tensor], dtype: DType, f: Op<'_>) -> Result<Vec<Tensor>> {
-    let inputs: Vec<Tensor> = inputs
-        .iter()
-        .map(|x| x.to_dtype(dtype))
-        .collect::<Result<_>>()?;
-    let (out, gradients) = result_and_gradients(&inputs, f)?;
-    Ok([vec![out], gradients].concat())
-}
 
 /// Checks a portable operation in `f64` against finite differences and the CPU kernel, and other dtypes of both against `f64`.
 fn check(inputs: &[Tensor], f: Op<'_>, kernel: Op<'_>) -> Result<()> {
     check_gradients(inputs, f)?;
-    let exact = run(inputs, DType::F64, f)?;
-    for (got, want) in exact.iter().zip(run(&on_cpu(inputs)?, DType::F64, kernel)?) {
+    let exact = computed_as(DType::F64, inputs, f)?;
+    for (got, want) in exact
+        .iter()
+        .zip(computed_as(DType::F64, &on_cpu(inputs)?, kernel)?)
+    {
         assert_close(got, &want, 1e-11)?;
     }
     for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         for f in [f, kernel] {
-            for (got, want) in run(inputs, dtype, f)?.iter().zip(&exact) {
+            for (got, want) in computed_as(dtype, inputs, f)?.iter().zip(&exact) {
                 assert_eq!(got.dtype(), dtype);
                 let scale = want.abs()?.max_all()?.to_scalar::<f64>()?;
                 assert_close(&got.to_dtype(DType::F64)?, want, tolerance * scale)?;
@@ -68,8 +61,8 @@ fn portable_conv2d_equals_the_kernel() -> Result<()> {
     ];
     let f = |t: &[Tensor]| conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
     let kernel = |t: &[Tensor]| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, 1);
-    let ours = run(&on_cpu(&inputs)?, DType::F64, &kernel)?;
-    for (got, want) in ours.iter().zip(run(&inputs, DType::F64, &f)?) {
+    let ours = computed_as(DType::F64, &on_cpu(&inputs)?, &kernel)?;
+    for (got, want) in ours.iter().zip(computed_as(DType::F64, &inputs, &f)?) {
         assert_close(got, &want, 1e-11)?;
     }
     Ok(())
