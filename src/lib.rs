@@ -3,7 +3,7 @@
 //! Data flow: [`coffey_pipeline`] turns shards into pixel batches, [`encode`] turns pixel batches into latents and text
 //! embeddings, and [`train`] distils from them or [`latents`] writes them to shards. [`pretrained`] fetches models and [`hub`] pushes
 //! the finished student. [`models`] has the networks, built from the layers of [`ops`]; [`diffusion`] has the mathematics. [`monitor`] serves a run's
-//! state over HTTP, [`track`] writes TensorBoard events. [`config`] and [`cli`] are the user's side.
+//! state over HTTP, [`track`] writes the files of experiment trackers. [`config`] and [`cli`] are the user's side.
 
 #[macro_use]
 mod print;

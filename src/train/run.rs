@@ -15,7 +15,7 @@ use super::models_fingerprint::ModelsFingerprint;
 use super::not_finite::with_advice;
 use super::observers::{
     AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
-    LossCurve, MetricsLog, MonitorReporter, SkippedLog, TensorBoard, figure, list_skipped,
+    LossCurve, MetricsLog, MonitorReporter, SkippedLog, TrackedRun, figure, list_skipped,
 };
 use super::parts::{RunParts, load_encoders, load_student};
 use super::resume::{describe_run, moved_teacher, restore_optimizer, resume_from};
@@ -299,10 +299,15 @@ fn observers(
     let configuration = config
         .to_toml()
         .map_err(|error| TrainError::Mismatch(error.to_string()))?;
-    let tensorboard = config.track.tensorboard.then(|| {
-        let (step, progress) = (state.step, Rc::clone(&progress));
-        TensorBoard::open(folder, step, &records, &configuration, progress)
-    });
+    let tracked = TrackedRun {
+        folder,
+        name: &output.name(),
+        step: state.step,
+        records: &records,
+        configuration: &configuration,
+        progress: &progress,
+    };
+    let trackers = tracked.open(&config.track);
     if state.step > 0
         && let Some(warning) = moved_teacher(folder, config, models)
     {
@@ -351,8 +356,8 @@ fn observers(
         reporter.show_grid(state.step - state.step % validation.every);
     }
     observers.push(reporter);
-    if let Some(tensorboard) = tensorboard {
-        observers.push(tensorboard);
+    for tracker in trackers {
+        observers.push(tracker);
     }
     observers.push(Checkpoints {
         saver: Rc::clone(saver),

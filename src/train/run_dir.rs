@@ -71,6 +71,12 @@ impl RunDir {
         &self.place
     }
 
+    /// Last part of the folder or prefix; empty if it has none.
+    pub(super) fn name(&self) -> String {
+        let name = self.place.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
     /// Local folder that records and pictures are written to.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
@@ -163,6 +169,9 @@ impl RunRecords {
             }
             let path = self.folder.join(&entry.name);
             let content = remote.read(&entry.name)?;
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent).map_err(io(parent))?;
+            }
             fs::write(&path, content).map_err(io(&path))?;
             let now = version(&path).map_err(io(&path))?;
             self.uploaded().insert(entry.name, now);
@@ -216,7 +225,9 @@ impl RunRecords {
 fn is_record(name: &str) -> bool {
     let endings = [".jsonl", ".json", ".toml", ".png"];
     let known = endings.iter().any(|ending| name.ends_with(ending));
-    (known || name.starts_with("events.out.tfevents.")) && !name.contains('/') && !is_hidden(name)
+    let record = (known || name.starts_with("events.out.tfevents.")) && !name.contains('/');
+    let offline_run = name.starts_with("wandb/") && name.ends_with(".wandb");
+    (record || offline_run) && !is_hidden(name)
 }
 
 /// Whether a file is a lock, or is being written or fetched.

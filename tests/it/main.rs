@@ -26,5 +26,5 @@ mod resume;
 mod rooms;
 mod sample;
 mod support;
-mod tensorboard;
+mod trackers;
 mod train;

@@ -15,7 +15,7 @@ mod loss_curve;
 mod metrics_log;
 mod monitor;
 mod skipped_log;
-mod tensorboard;
+mod tracker;
 
 use std::fmt;
 
@@ -32,7 +32,7 @@ pub(super) use loss_curve::LossCurve;
 pub(super) use metrics_log::MetricsLog;
 pub(super) use monitor::MonitorReporter;
 pub(super) use skipped_log::{SkippedLog, list_skipped};
-pub(super) use tensorboard::TensorBoard;
+pub(super) use tracker::TrackedRun;
 
 use super::{StepRecord, TrainError, TrainState};
 use crate::objective::{Objective, Trace};
