@@ -153,7 +153,8 @@ def main():
     assert pictures == grids, f"{sorted(pictures)}, {sorted(grids)}"
 
     with open(os.path.join(run, "config.toml"), "rb") as file:
-        wanted = tomllib.load(file)
+        # The client leaves empty tables out.
+        wanted = {table: keys for table, keys in tomllib.load(file).items() if keys}
     config = {key: item["value"] for key, item in json.loads(uploads.run["config"]).items() if key != "_wandb"}
     # A resumed run may have another number of steps; the run's configuration is that of its first process.
     for settings in (wanted, config):

@@ -6,7 +6,7 @@ mod log;
 mod proto;
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -322,7 +322,11 @@ impl Log {
         }
         self.file.write_all(&bytes).map_err(io(&self.path))?;
         self.position += bytes.len() as u64;
-        Ok(())
+        // The client's mark of an uploaded file, which it then passes over.
+        match fs::remove_file(self.path.with_extension("wandb.synced")) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(io(&self.path)(error)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -345,7 +349,7 @@ fn config(configuration: &str) -> proto::ConfigRecord {
 /// The newest offline run in a folder, by its name.
 fn newest(folder: &Path) -> Result<Option<Identity>, TrackError> {
     let entries = match folder.read_dir() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         entries => entries.map_err(io(folder))?,
     };
     let mut newest: Option<Identity> = None;
@@ -365,7 +369,7 @@ fn newest(folder: &Path) -> Result<Option<Identity>, TrackError> {
 /// Opens a log after its rows up to step `done` and removes later ones; `None` if the file has no such row.
 fn resumed(path: &Path, done: u64, existing: &mut ExistingEvents) -> std::io::Result<Option<Log>> {
     let bytes = match fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         bytes => bytes?,
     };
     let Some(mut records) = Records::new(&bytes) else {
@@ -480,8 +484,13 @@ mod tests {
         assert_eq!(existing.scalars, [1, 2, 3, 4, 5, 6]);
         run.finish().unwrap();
         assert_eq!(records(&run), whole);
+        let mark = folder
+            .join(&ended)
+            .join(format!("run-{}.wandb.synced", run.identity.id));
+        fs::write(&mark, "").unwrap();
         let (mut run, _) = resume(folder, 6, 7);
         assert_eq!(run.finish().unwrap(), Some(ended));
+        assert!(!mark.exists());
         assert_eq!(rows(&run), [1, 2, 3, 4, 5, 6, 7]);
         assert!(matches!(
             records(&run).last().unwrap().data,
