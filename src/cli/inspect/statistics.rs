@@ -58,7 +58,8 @@ fn describe_histogram(text: &mut String, histogram: &Histogram) {
     } = histogram;
     let range = match (histogram.min, histogram.max, histogram.mean) {
         (Some(min), Some(max), Some(mean)) => {
-            format!("{count} values, {min:.4} to {max:.4}, mean {mean:.4}")
+            let [min, max, mean] = [min, max, mean].map(short);
+            format!("{count} values, {min} to {max}, mean {mean}")
         }
         _ => "no values".to_owned(),
     };
@@ -89,4 +90,10 @@ pub(super) fn save(statistics: &Statistics, path: &Path) -> Result<(), Failure> 
         })
         .collect();
     Ok(save_png(&histograms(&bars), path)?)
+}
+
+/// A number with up to four decimals.
+fn short(number: f64) -> String {
+    let text = format!("{number:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
