@@ -1,11 +1,14 @@
 //! `coffey inspect`: the contents of shards, and their problems.
 
+mod statistics;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
 use coffey_pipeline::inspect::{
     self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
+    Statistics,
 };
 use coffey_pipeline::{ShardUrl, SourceOptions, counted};
 use serde::Serialize;
@@ -34,6 +37,12 @@ pub(super) struct InspectArgs {
     /// Print one JSON object to standard output.
     #[arg(long)]
     json: bool,
+    /// Add distributions of sizes, aspect ratios, caption lengths and LAION's scores; lengths in tokens with the model.teacher of --config.
+    #[arg(long)]
+    stats: bool,
+    /// Draw these distributions into a PNG file.
+    #[arg(long, value_name = "FILE.png")]
+    stats_png: Option<PathBuf>,
 }
 
 /// The whole output. Field names are the keys of `--json`.
@@ -72,6 +81,8 @@ struct Totals {
     undecodable: u64,
     duplicate_keys: u64,
     passed_over: BTreeMap<&'static str, u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    statistics: Option<Statistics>,
     problems: u64,
     problems_by_kind: BTreeMap<ProblemKind, u64>,
 }
@@ -95,6 +106,9 @@ impl Totals {
         merge(&mut self.caption_chars, &shard.caption_chars);
         if let Some(latents) = &shard.latents {
             self.latents.get_or_insert_default().merge(latents);
+        }
+        if let Some(statistics) = &shard.statistics {
+            self.statistics.get_or_insert_default().merge(statistics);
         }
         self.missing_images += shard.missing_images;
         self.missing_captions += shard.missing_captions;
@@ -141,17 +155,25 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     };
     let resolution = config.image.resolution;
     let is_chosen = args.config.is_some() || config.is_written("image.resolution");
+    let data = DataAccess::open(options)?;
+    let has_statistics = args.stats || args.stats_png.is_some();
+    let tokens = if has_statistics {
+        statistics::token_counter(&config, &data)?
+    } else {
+        None
+    };
     let wanted = InspectOptions {
         image_keys: config.data.image_keys,
         caption_keys: config.data.caption_keys,
         resolution: is_chosen.then_some(resolution),
+        statistics: has_statistics,
+        tokens,
     };
     let urls = if args.urls.is_empty() {
         config.data.shards
     } else {
         args.urls
     };
-    let data = DataAccess::open(options)?;
     let shards = data.shards(&urls)?.shards;
     let mut report = InspectReport::default();
     let mut across = CrossShardCheck::default();
@@ -188,6 +210,12 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             describe_totals(&report.totals),
             describe_manifests(&report.manifests)
         );
+        if let Some(statistics) = &report.totals.statistics {
+            out!("{}", statistics::describe(statistics));
+        }
+    }
+    if let (Some(statistics), Some(path)) = (&report.totals.statistics, &args.stats_png) {
+        statistics::save(statistics, path)?;
     }
     match report.unreadable.len() {
         0 => Ok(()),

@@ -1,10 +1,11 @@
-//! Sample grids and loss curves as PNG files.
+//! Sample grids, loss curves and histograms as PNG files.
 //!
 //! This module works on images and numbers; only [`pixels_to_images`] takes a tensor. It never decides what is drawn.
 
 mod canvas;
 mod curves;
 mod grid;
+mod histograms;
 
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use image::{ImageFormat, RgbImage};
 
 pub use curves::{Curve, curves};
 pub use grid::{grid, plain_grid};
+pub use histograms::{Bars, histograms};
 
 /// A PNG file could not be written.
 #[derive(Debug, thiserror::Error)]

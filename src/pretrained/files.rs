@@ -58,6 +58,11 @@ impl Components {
         Self::pipeline(&["tokenizer", "text_encoder"], own_vae)
     }
 
+    /// The tokenizer alone.
+    pub fn tokenizer() -> Self {
+        Self::pipeline(&["tokenizer"], false)
+    }
+
     /// Components that sampling reads besides a UNet.
     pub fn without_unet() -> Self {
         Self::pipeline(&["scheduler", "tokenizer", "text_encoder"], true)

@@ -206,3 +206,48 @@ fn inspect_refuses_bad_input() {
     refuse(1, &["inspect", "nowhere/"], &["nowhere/"]);
     refuse(2, &["inspect", "-c", "nowhere.toml"], &["nowhere.toml"]);
 }
+
+#[test]
+fn inspect_reports_distributions() {
+    let folder = TempDir::new().unwrap();
+    let picture = folder.path().join("distributions.png");
+    let args = [
+        "inspect",
+        "-c",
+        QUICKSTART,
+        "--json",
+        "--stats-png",
+        text(&picture),
+    ];
+    let report = succeed_json(&args);
+    let statistics = &report["totals"]["statistics"];
+    let sum = |name: &str| -> u64 {
+        let buckets = statistics[name]["buckets"].as_array().unwrap();
+        buckets.iter().map(|count| count.as_u64().unwrap()).sum()
+    };
+    for name in [
+        "shorter_side",
+        "aspect_ratio",
+        "caption_chars",
+        "caption_tokens",
+    ] {
+        assert_eq!(sum(name), 459, "{name}: {statistics}");
+    }
+    assert_eq!(statistics["shorter_side"]["min"], 64.0);
+    assert_eq!(
+        statistics["caption_chars"]["mean"],
+        report["totals"]["caption_chars"]["mean"]
+    );
+    assert_eq!(statistics["captions_cut"], 0);
+    assert_eq!(statistics["aesthetic"]["missing"], 459);
+    assert!(image::open(&picture).unwrap().height() > 100);
+
+    // Without a teacher there is no tokenizer.
+    let printed = succeed(&["inspect", SHARD, "--stats"]);
+    assert!(
+        printed.contains("  caption length, characters: "),
+        "{printed}"
+    );
+    assert!(!printed.contains("tokens"), "{printed}");
+    assert!(!succeed(&["inspect", SHARD]).contains("statistics"));
+}

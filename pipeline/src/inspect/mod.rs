@@ -6,6 +6,7 @@
 mod cross_shard;
 mod image_checks;
 mod latents;
+mod statistics;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, mpsc};
@@ -26,6 +27,7 @@ use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError
 
 pub use cross_shard::CrossShardCheck;
 pub use latents::{ChannelStats, LatentReport};
+pub use statistics::{Histogram, Statistics, TokenCounter};
 
 /// The content of a shard, and its problems.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
@@ -46,6 +48,9 @@ pub struct ShardReport {
     pub height: Spread,
     /// Lengths of the captions. Characters.
     pub caption_chars: Spread,
+    /// Distributions, if they were asked for.
+    #[serde(skip)]
+    pub statistics: Option<Statistics>,
     /// Arrays of a latent shard.
     pub latents: Option<LatentReport>,
     /// Samples without an image.
@@ -182,6 +187,10 @@ pub struct InspectOptions {
     pub caption_keys: Vec<String>,
     /// Shortest side that is no problem; `None` for any. Pixels.
     pub resolution: Option<u32>,
+    /// Whether to make [`ShardReport::statistics`].
+    pub statistics: bool,
+    /// Counter of the captions' tokens, for the statistics.
+    pub tokens: Option<TokenCounter>,
 }
 
 impl Spread {
@@ -224,6 +233,7 @@ pub async fn shard(
         keys: HashSet::new(),
         report: ShardReport {
             url: url.redacted(),
+            statistics: options.statistics.then(Statistics::default),
             ..ShardReport::default()
         },
     };
@@ -334,7 +344,12 @@ impl Inspector {
             self.image(sample);
         }
         self.caption(sample);
-        if let Some(Err(error)) = sample.members.get(JSON).map(|raw| Document::parse(raw)) {
+        let json = sample.members.get(JSON).map(|raw| Document::parse(raw));
+        if let Some(statistics) = &mut self.report.statistics {
+            let json = json.as_ref().and_then(|json| json.as_ref().ok());
+            statistics.add_scores(json);
+        }
+        if let Some(Err(error)) = json {
             let what = format!("json does not parse: {error}");
             self.problem(ProblemKind::BadJson, &sample.key, what);
         }
@@ -348,6 +363,9 @@ impl Inspector {
         };
         let text = String::from_utf8_lossy(caption);
         self.report.caption_chars.add(text.chars().count() as u64);
+        if let Some(statistics) = &mut self.report.statistics {
+            statistics.add_caption(&text, self.options.tokens.as_ref());
+        }
         if let Err(error) = std::str::from_utf8(caption) {
             let at = error.valid_up_to();
             let what = format!("{extension} is not UTF-8 at byte {at}; replaced by U+FFFD");
@@ -428,6 +446,9 @@ impl Inspector {
         *self.report.formats.entry(format.to_owned()).or_default() += 1;
         self.report.width.add(u64::from(width));
         self.report.height.add(u64::from(height));
+        if let Some(statistics) = &mut self.report.statistics {
+            statistics.add_size(width, height);
+        }
         if image_checks::has_wrong_extension(extension, format) {
             let what = format!("{extension} is a {}", format.to_uppercase());
             self.problem(ProblemKind::WrongExtension, key, what);

@@ -63,17 +63,17 @@ impl fmt::Display for Rejection {
 }
 
 /// Json keys that stand for one value, in order of preference.
-type Keys = &'static [&'static str];
+pub(crate) type Keys = &'static [&'static str];
 
 const WIDTH: Keys = &["original_width", "width"];
 const HEIGHT: Keys = &["original_height", "height"];
-const PWATERMARK: Keys = &["pwatermark"];
-const PUNSAFE: Keys = &["punsafe"];
-const SIMILARITY: Keys = &["similarity"];
-const AESTHETIC: Keys = &["aesthetic", "aesthetic_score", "AESTHETIC_SCORE"];
+pub(crate) const PWATERMARK: Keys = &["pwatermark"];
+pub(crate) const PUNSAFE: Keys = &["punsafe"];
+pub(crate) const SIMILARITY: Keys = &["similarity"];
+pub(crate) const AESTHETIC: Keys = &["aesthetic", "aesthetic_score", "AESTHETIC_SCORE"];
 
 /// The first of `keys` with a number. NaN stands for a missing value, in Python's tables.
-fn number(json: &Document, keys: Keys) -> Option<f64> {
+pub(crate) fn number(json: &Document, keys: Keys) -> Option<f64> {
     keys.iter().find_map(|key| match json.get(key)? {
         Value::Number(number) => number.as_f64(),
         // Json made from tables may hold numbers as text; infinity is read as text, too.

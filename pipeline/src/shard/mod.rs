@@ -24,7 +24,7 @@ pub use sample::Sample;
 pub use url::{ShardUrl, UrlError};
 
 pub(crate) use expand::{expand_one, split};
-pub(crate) use filter::FilterState;
+pub(crate) use filter::{AESTHETIC, FilterState, PUNSAFE, PWATERMARK, SIMILARITY, number};
 pub(crate) use hub::HubFile;
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,

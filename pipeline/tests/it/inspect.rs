@@ -15,6 +15,8 @@ fn report(path: &Path, resolution: Option<u32>) -> Result<ShardReport, StreamErr
         image_keys: keys(&["jpg", "png"]),
         caption_keys: keys(&["txt"]),
         resolution,
+        statistics: false,
+        tokens: None,
     };
     let url = urls(path.to_str().unwrap()).remove(0);
     bench

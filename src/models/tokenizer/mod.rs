@@ -49,6 +49,8 @@ pub struct ClipTokenizer {
 pub struct CaptionIds {
     /// `model_max_length` ids: start, tokens, end, padding.
     pub ids: Vec<u32>,
+    /// Number of the caption's tokens that fit.
+    pub tokens: usize,
     /// Whether the caption has more tokens than fit.
     pub truncated: bool,
 }
@@ -193,6 +195,7 @@ impl ClipTokenizer {
         ids.resize(self.length, self.pad);
         Ok(CaptionIds {
             ids,
+            tokens: found.len().min(fit),
             truncated: found.len() > fit,
         })
     }
