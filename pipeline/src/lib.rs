@@ -57,6 +57,7 @@ mod net;
 pub mod order;
 mod panic;
 mod plural;
+pub mod regular_file;
 mod s3;
 pub mod shard;
 pub mod source;
@@ -75,6 +76,7 @@ pub use source::{
     SourceError, SourceOptions, Sources,
 };
 pub use stream::{
-    Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkipExample,
-    SkipExamples, SkippedSample, Stream, StreamConfig, StreamError, Undelivered, decode_limit,
+    Batch, BatchData, Content, DecodeLimit, F16Array, ListedShard, SampleMeta, ShardSummary,
+    SkipExample, SkipExamples, SkippedSample, Stream, StreamConfig, StreamError, Undelivered,
+    decode_limit,
 };

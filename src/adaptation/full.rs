@@ -16,6 +16,9 @@ const UNET: &str = "unet";
 /// Folder of its moving average.
 const UNET_TARGET: &str = "unet_target";
 
+/// Folders of a checkpoint that [`Full::load`] reads.
+pub const FOLDERS: [&str; 2] = [UNET, UNET_TARGET];
+
 /// How a student's forward passes are computed.
 #[derive(Clone, Copy, Debug)]
 pub struct ForwardOptions {

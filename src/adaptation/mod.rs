@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
-pub use full::{ForwardOptions, Full};
+pub use full::{FOLDERS, ForwardOptions, Full};
 
 use crate::models::Denoiser;
 use crate::params::{ParamSet, Tensors};

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::ranks::RankArgs;
 use super::resources::{DataAccess, content, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
+use crate::latents::LatentSource;
 use crate::monitor::StreamingCommand;
 use crate::process::{cpu_time, peak_memory};
 
@@ -113,6 +114,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
     (stream.rank, stream.world) = (rank.index, rank.world);
     stream.content = content(latents.as_ref());
+    stream.listed = latents.as_ref().map(LatentSource::listed);
     let settings = stream.clone();
 
     let (cpu_before, start) = (cpu_time(), Instant::now());

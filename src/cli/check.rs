@@ -27,6 +27,7 @@ use crate::device;
 use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
+use crate::latents::LatentSource;
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit};
 use crate::pretrained::{Components, Models as ModelFolders};
@@ -171,7 +172,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             batch,
             mean_bytes: sample_bytes,
             skipped,
-        } = first_sample(&config, &purpose, content, &data, &shards)?;
+        } = first_sample(&config, &purpose, latents.as_ref(), &data, &shards)?;
         let sample = &batch.samples[0];
         let (width, height) = sample.geometry.original;
         let what = match content {
@@ -274,7 +275,7 @@ struct FirstSample {
 fn first_sample(
     config: &Config,
     purpose: &Purpose,
-    content: Content,
+    latents: Option<&LatentSource>,
     data: &DataAccess,
     shards: &[ShardUrl],
 ) -> Result<FirstSample, Failure> {
@@ -284,7 +285,8 @@ fn first_sample(
         Purpose::Precompute(_) => Order::Sequential,
     };
     let probe = StreamConfig {
-        content,
+        content: content(latents),
+        listed: latents.map(LatentSource::listed),
         prefetch_batches: 1,
         decode_threads: 1,
         shuffle_buffer: 0,

@@ -217,15 +217,19 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     if let (Some(statistics), Some(path)) = (&report.totals.statistics, &args.stats_png) {
         statistics::save(statistics, path)?;
     }
-    match report.unreadable.len() {
-        0 => Ok(()),
-        unreadable => Err(Failure::Failed(
-            format!(
-                "shards that can't be read: {unreadable} of {}",
-                shards.len()
-            )
-            .into(),
-        )),
+    let unreadable = (report.unreadable.len(), "can't be read");
+    let different = report.shards.iter().filter(|shard| {
+        let mut problems = shard.problems.iter();
+        problems.any(|problem| problem.kind == ProblemKind::OtherThanManifest)
+    });
+    let failed: Vec<String> = [unreadable, (different.count(), "differ from the manifest")]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("shards that {what}: {count} of {}", shards.len()))
+        .collect();
+    match failed.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::Failed(failed.join("; ").into())),
     }
 }
 
@@ -292,6 +296,10 @@ fn differences(recipe: &Recipe, entry: &ShardEntry, shard: &ShardReport) -> Vec<
         if listed != here {
             found.push(format!("{here} {what}, and {listed} in the manifest"));
         }
+    }
+    if entry.sha256 != shard.sha256 {
+        let (listed, here) = (&entry.sha256, &shard.sha256);
+        found.push(format!("SHA-256 {here}, and {listed} in the manifest"));
     }
     let embeds = recipe.prompt_embeds_shape;
     let embeds = embeds.map(|shape| format!("prompt_embeds.npy <f2 {shape:?}"));

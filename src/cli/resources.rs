@@ -205,7 +205,8 @@ pub(super) fn content(latents: Option<&LatentSource>) -> Content {
     latents.map_or(Content::Images, LatentSource::content)
 }
 
-/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content`.
+/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content` and
+/// `listed`.
 pub(super) fn stream_config(
     config: &Config,
     shards: Vec<ShardUrl>,
@@ -216,6 +217,7 @@ pub(super) fn stream_config(
     StreamConfig {
         shards,
         content: Content::Images,
+        listed: None,
         image_keys: data.image_keys.clone(),
         caption_keys: match data.kind {
             DataKind::Images => data.caption_keys.clone(),

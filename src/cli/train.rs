@@ -11,6 +11,7 @@ use super::resources::{
 use super::{ConfigArgs, Failure};
 use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
+use crate::latents::LatentSource;
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
@@ -58,6 +59,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let runtime = access.runtime.handle();
     let stream_config = |order, batch_size| StreamConfig {
         content: content(latents.as_ref()),
+        listed: latents.as_ref().map(LatentSource::listed),
         ..stream_config(&config, shards.clone(), order, batch_size)
     };
     let services = Services {

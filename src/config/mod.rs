@@ -35,7 +35,7 @@ mod values;
 
 use std::path::Path;
 
-use coffey_pipeline::{ImageOptions, S3Options};
+use coffey_pipeline::{ImageOptions, S3Options, regular_file};
 use serde::{Deserialize, Serialize};
 
 pub use audit::Audit;
@@ -124,7 +124,7 @@ impl Config {
     /// The first mistake found, with the file, the key and what would be right.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        let text = regular_file::read_to_string(path).map_err(|source| ConfigError::Read {
             file: file.clone(),
             source,
         })?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::json;
+use coffey_pipeline::{json, regular_file};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -218,7 +218,7 @@ pub(super) fn in_file<T>(
     parse: impl FnOnce(&[u8], &Path) -> std::result::Result<T, String>,
 ) -> std::result::Result<T, ScheduleError> {
     let path = folder.join("scheduler_config.json");
-    match std::fs::read(&path) {
+    match regular_file::read(&path) {
         Ok(bytes) => {
             parse(&bytes, &path).map_err(|message| ScheduleError::Invalid { path, message })
         }

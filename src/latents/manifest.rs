@@ -1,9 +1,11 @@
 //! The manifest: the common properties of all latents of a folder, and an entry for each shard.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use coffey_pipeline::destination::Destination;
-use coffey_pipeline::{CropMode, Filter, Interpolation};
+use coffey_pipeline::{CropMode, Filter, Interpolation, ListedShard};
+use serde::de::{Deserializer, Error, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -17,6 +19,9 @@ pub const FORMAT_VERSION: u32 = 1;
 const DRAWN_REASONS: [&str; 3] = ["decode_error", "too_large", "duplicate_key"];
 /// What the reason begins with for an image of a format that is not read. Counted as those.
 const UNREAD_FORMAT: &str = "format:";
+const SHA256_DIGITS: usize = 64;
+/// Size of a header in a tar. Bytes.
+const TAR_BLOCK: u64 = 512;
 
 /// A manifest file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +32,7 @@ pub struct Manifest {
     #[serde(flatten)]
     pub recipe: Recipe,
     /// The finished shards, by file name.
+    #[serde(deserialize_with = "read_shards")]
     pub shards: BTreeMap<String, ShardEntry>,
 }
 
@@ -144,8 +150,72 @@ impl ShardEntry {
             |reason: &str| DRAWN_REASONS.contains(&reason) || reason.starts_with(UNREAD_FORMAT);
         let skipped = self.skipped.iter();
         let drawn = skipped.filter(|(reason, _)| is_drawn(reason));
-        self.samples + drawn.map(|(_, count)| count).sum::<u64>()
+        drawn
+            .map(|(_, count)| *count)
+            .fold(self.samples, u64::saturating_add)
     }
+
+    /// What is wrong with the entry of the shard `name`, if anything.
+    fn fault(&self, name: &str) -> Option<String> {
+        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+            return Some("is no file name: shards are in the folder of the manifest".to_owned());
+        }
+        let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if self.sha256.len() != SHA256_DIGITS || !self.sha256.bytes().all(is_hex) {
+            let found = &self.sha256;
+            return Some(format!(
+                "has the sha256 {found:?}, which is not {SHA256_DIGITS} hexadecimal digits"
+            ));
+        }
+        if self.samples > self.bytes / TAR_BLOCK {
+            let Self { samples, bytes, .. } = self;
+            return Some(format!(
+                "has {samples} samples in {bytes} bytes, fewer than their tar headers take"
+            ));
+        }
+        None
+    }
+}
+
+impl From<&ShardEntry> for ListedShard {
+    fn from(entry: &ShardEntry) -> Self {
+        Self {
+            bytes: entry.bytes,
+            sha256: entry.sha256.clone(),
+            samples: entry.samples,
+        }
+    }
+}
+
+/// Reads the entries of the shards. Refuses a name that is there twice, of which JSON readers keep the last.
+fn read_shards<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, ShardEntry>, D::Error> {
+    struct Shards;
+
+    impl<'de> Visitor<'de> for Shards {
+        type Value = BTreeMap<String, ShardEntry>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("shards by file name")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut shards = BTreeMap::new();
+            while let Some((name, entry)) = map.next_entry::<String, ShardEntry>()? {
+                if let Some(fault) = entry.fault(&name) {
+                    return Err(Error::custom(format!("shard {name:?} {fault}")));
+                }
+                if shards.contains_key(&name) {
+                    return Err(Error::custom(format!("shard {name:?} is listed twice")));
+                }
+                shards.insert(name, entry);
+            }
+            Ok(shards)
+        }
+    }
+
+    deserializer.deserialize_map(Shards)
 }
 
 impl Recipe {
@@ -213,20 +283,27 @@ impl Manifest {
 
     /// Number of samples in all shards.
     pub fn samples(&self) -> u64 {
-        self.shards.values().map(|entry| entry.samples).sum()
+        let samples = self.shards.values().map(|entry| entry.samples);
+        samples.fold(0, u64::saturating_add)
     }
 
     /// Parses a manifest. The error describes the fault.
     pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        match value.get("format_version").and_then(Value::as_u64) {
+        /// The field of every version.
+        #[derive(Deserialize)]
+        struct Version {
+            format_version: Option<u64>,
+        }
+        let invalid = |error: serde_json::Error| error.to_string();
+        let Version { format_version } = serde_json::from_slice(text).map_err(invalid)?;
+        match format_version {
             Some(version) if version == u64::from(FORMAT_VERSION) => {}
             Some(version) => {
                 return Err(format!("format_version {version}, needed {FORMAT_VERSION}"));
             }
             None => return Err("format_version is missing".to_owned()),
         }
-        serde_json::from_value(value).map_err(|error| error.to_string())
+        serde_json::from_slice(text).map_err(invalid)
     }
 
     /// Replaces the manifest called `name`.

@@ -1,14 +1,17 @@
 //! The latent shards of a training run: reads the manifests beside the shards, and checks them against the models.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use coffey_pipeline::{Content, ImageOptions, LatentShapes, ShardUrl, SourceError, Sources};
+use coffey_pipeline::{
+    Content, ImageOptions, LatentShapes, ListedShard, ShardUrl, SourceError, Sources,
+};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 
 use super::manifest::difference;
 use super::parts::{MANIFEST, is_manifest};
-use super::{Fingerprint, Manifest, Recipe};
+use super::{Fingerprint, Manifest, Recipe, ShardEntry};
 use crate::config::{Config, ConfigError, TextFrom};
 use crate::encode::Encoders;
 use crate::models::vae::VaeConfig;
@@ -66,6 +69,18 @@ pub enum LatentSourceError {
         folder: String,
         /// Names of the first of them.
         shards: String,
+    },
+    /// Two manifests of one folder list a shard with different contents.
+    #[error(
+        "{one} and {other} list {shard} with different contents: run coffey precompute --finish, which keeps the one that is there"
+    )]
+    ListedTwice {
+        /// A manifest.
+        one: String,
+        /// Another manifest.
+        other: String,
+        /// Name of the shard.
+        shard: String,
     },
     /// Two manifests contradict each other.
     #[error(
@@ -150,6 +165,7 @@ pub struct LatentSource {
     text_from: TextFrom,
     /// Shape of the text embeddings, `[77, width]`; `None` if captions are read instead.
     prompt_embeds: Option<[usize; 2]>,
+    listed: Arc<[ListedShard]>,
 }
 
 impl LatentSource {
@@ -163,26 +179,27 @@ impl LatentSource {
         sources: &Sources,
         runtime: &Handle,
     ) -> Result<Self, LatentSourceError> {
-        let mut folders: Vec<(ShardUrl, Vec<String>)> = Vec::new();
-        for shard in shards {
+        let mut folders: Vec<(ShardUrl, Vec<usize>)> = Vec::new();
+        for (index, shard) in shards.iter().enumerate() {
             let folder = shard.folder().ok_or(LatentSourceError::Stdin)?;
             match folders.iter_mut().find(|(known, _)| *known == folder) {
-                Some((_, names)) => names.push(shard.name()),
-                None => folders.push((folder, vec![shard.name()])),
+                Some((_, indices)) => indices.push(index),
+                None => folders.push((folder, vec![index])),
             }
         }
         let mut first: Option<(String, Recipe)> = None;
-        for (folder, names) in folders {
+        let mut listed = vec![None; shards.len()];
+        for (folder, indices) in folders {
             let manifests = manifests(&folder, sources, runtime)?;
-            let listed: BTreeSet<&String> = manifests
-                .iter()
-                .flat_map(|(_, manifest)| manifest.shards.keys())
-                .collect();
-            let missing: Vec<&str> = names
-                .iter()
-                .filter(|name| !listed.contains(name))
-                .map(String::as_str)
-                .collect();
+            let entries = entries(&manifests)?;
+            let mut missing = Vec::new();
+            for index in indices {
+                let name = shards[index].name();
+                match entries.get(name.as_str()) {
+                    Some((_, entry)) => listed[index] = Some(ListedShard::from(*entry)),
+                    None => missing.push(name),
+                }
+            }
             if !missing.is_empty() {
                 let more = match missing.len().saturating_sub(LISTED) {
                     0 => String::new(),
@@ -213,7 +230,13 @@ impl LatentSource {
             recipe,
             text_from,
             prompt_embeds,
+            listed: listed.into_iter().flatten().collect(),
         })
+    }
+
+    /// The entry of each shard in its manifest, in the order of the shards that [`LatentSource::open`] took.
+    pub fn listed(&self) -> Arc<[ListedShard]> {
+        Arc::clone(&self.listed)
     }
 
     /// The content of the shards, for a stream.
@@ -350,6 +373,28 @@ pub fn manifests(
         });
     }
     Ok(parts)
+}
+
+/// The entries of a folder's manifests with the manifest's URL, by the shard's name.
+fn entries(
+    manifests: &[(String, Manifest)],
+) -> Result<BTreeMap<&str, (&str, &ShardEntry)>, LatentSourceError> {
+    let mut entries = BTreeMap::new();
+    for (place, manifest) in manifests {
+        for (shard, entry) in &manifest.shards {
+            let before = entries.insert(shard.as_str(), (place.as_str(), entry));
+            if let Some((one, other)) = before
+                && other != entry
+            {
+                return Err(LatentSourceError::ListedTwice {
+                    one: one.to_owned(),
+                    other: place.clone(),
+                    shard: shard.clone(),
+                });
+            }
+        }
+    }
+    Ok(entries)
 }
 
 /// Refuses manifests whose shards can't be in one batch, or that have different image settings.

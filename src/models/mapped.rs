@@ -4,11 +4,11 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
+use coffey_pipeline::regular_file;
 use memmap2::{Mmap, UncheckedAdvice};
 use rayon::prelude::*;
 use safetensors::tensor::TensorView;
@@ -66,7 +66,7 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
 }
 
 fn map(path: &Path) -> Result<Mmap, ModelError> {
-    let file = File::open(path).map_err(io(path))?;
+    let file = regular_file::open(path).map_err(io(path))?;
     if file.metadata().map_err(io(path))?.len() == 0 {
         return Err(damaged(path, "it is empty".to_owned()));
     }

@@ -34,7 +34,7 @@ pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
-pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, index_shards};
+pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, file_names, index_shards};
 pub use weights::{
     Weights, config_text, model_metadata, save_model, tensor_names, weights_file, write_safetensors,
 };

@@ -201,7 +201,7 @@ pub fn index_shards(path: &Path) -> Result<BTreeSet<String>, ModelError> {
 }
 
 /// Names of the files in a folder.
-pub(super) fn file_names(folder: &Path) -> BTreeSet<String> {
+pub fn file_names(folder: &Path) -> BTreeSet<String> {
     let entries = folder.read_dir().into_iter().flatten().flatten();
     let files = entries.filter(|entry| entry.path().is_file());
     files

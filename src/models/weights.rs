@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use coffey_pipeline::json;
+use coffey_pipeline::{json, regular_file};
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
 use super::weight_files::{choose_weights, file_names, read_index};
@@ -190,7 +190,7 @@ pub(super) fn weight_files(
 /// Names of the tensors of a safetensors file, in name order; none if it is no such file.
 pub fn tensor_names(path: &Path) -> Vec<String> {
     let read = || {
-        let mut file = std::fs::File::open(path).ok()?;
+        let mut file = regular_file::open(path).ok()?;
         let mut length = [0; 8];
         file.read_exact(&mut length).ok()?;
         let length = u64::from_le_bytes(length).min(LONGEST_HEADER);
@@ -204,7 +204,7 @@ pub fn tensor_names(path: &Path) -> Vec<String> {
 
 /// Reads and parses a JSON file.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let bytes = std::fs::read(path).map_err(|source| ModelError::Io {
+    let bytes = regular_file::read(path).map_err(|source| ModelError::Io {
         path: path.to_owned(),
         source,
     })?;

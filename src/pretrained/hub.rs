@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use coffey_pipeline::regular_file;
 use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
@@ -149,7 +150,8 @@ impl HubClient {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
-        let text = fs::read_to_string(self.repository(id).join("refs").join(revision)).ok()?;
+        let text =
+            regular_file::read_to_string(&self.repository(id).join("refs").join(revision)).ok()?;
         Some(text.trim().to_owned()).filter(|commit| !commit.is_empty())
     }
 

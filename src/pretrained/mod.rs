@@ -16,7 +16,7 @@ pub use files::Components;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{SourceError, Sources, counted, json};
+use coffey_pipeline::{SourceError, Sources, counted, json, regular_file};
 use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
@@ -285,7 +285,7 @@ fn plan(
 }
 
 fn read_json(path: &Path) -> Option<serde_json::Value> {
-    json::from_slice(&std::fs::read(path).ok()?).ok()
+    json::from_slice(&regular_file::read(path).ok()?).ok()
 }
 
 /// [`fetch`] for a VAE that is a model by itself or the subfolder `vae` of a model; returns the VAE's folder.

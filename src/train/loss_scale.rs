@@ -29,6 +29,11 @@ impl LossScale {
         self.factor
     }
 
+    /// Whether the factor can scale a loss.
+    pub(super) fn is_valid(self) -> bool {
+        self.factor.is_finite() && self.factor > 0.0
+    }
+
     /// Whether the factor is so small that lowering it does not help.
     pub fn exhausted(self) -> bool {
         self.factor < Self::LEAST

@@ -30,6 +30,26 @@ pub struct OptimizerState {
     loss_scale: Option<LossScale>,
 }
 
+impl OptimizerState {
+    /// Steps made, without those that overflowed.
+    pub(super) fn steps(self) -> u64 {
+        self.steps
+    }
+
+    /// What is wrong with the loss scale, where one `is_needed` or not.
+    fn fault(self, is_needed: bool) -> Option<String> {
+        match self.loss_scale {
+            None if is_needed => Some("it has no loss scale, which fp16 needs".to_owned()),
+            Some(_) if !is_needed => Some("it has a loss scale, which only fp16 has".to_owned()),
+            Some(scale) if !scale.is_valid() => {
+                let factor = scale.factor();
+                Some(format!("its loss scale {factor} is not above 0"))
+            }
+            _ => None,
+        }
+    }
+}
+
 const FIRST: &str = "exp_avg.";
 const SECOND: &str = "exp_avg_sq.";
 /// Block scales of moments in 8 bits.
@@ -170,6 +190,9 @@ impl AdamW {
         saved: &HashMap<String, Tensor>,
         numbers: OptimizerState,
     ) -> Result<Option<String>> {
+        if let Some(fault) = numbers.fault(self.numbers.loss_scale.is_some()) {
+            return Ok(Some(fault));
+        }
         for (name, like) in self.state() {
             match saved.get(&name) {
                 None => return Ok(Some(format!("tensor \"{name}\" is missing"))),

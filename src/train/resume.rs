@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use coffey_pipeline::regular_file;
+
 use super::checkpoint::{self, OPTIMIZER, SavedRun, Saver};
 use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::AdamW;
@@ -175,7 +177,7 @@ pub(super) fn moved_teacher(output: &Path, config: &Config, models: &Models) -> 
         teacher: String,
         revision: String,
     }
-    let text = fs::read_to_string(output.join("run.json")).ok()?;
+    let text = regular_file::read_to_string(&output.join("run.json")).ok()?;
     let before: LastStart = serde_json::from_str(&text).ok()?;
     let (teacher, now) = (config.model.teacher.as_ref()?, models.commit.as_ref()?);
     let moved = before.teacher == teacher.as_str() && before.revision != *now;
@@ -219,12 +221,19 @@ pub(super) fn restore_optimizer(
     device: &candle_core::Device,
 ) -> Result<(), TrainError> {
     let path = found.folder.join(OPTIMIZER);
-    let tensors = candle_core::safetensors::load(path, device)?;
-    match optimizer.restore(&tensors, found.state.optimizer)? {
+    let wrong = |what: String| TrainError::Checkpoint {
+        path: found.place.clone().into(),
+        message: format!("the optimiser's state does not fit this run: {what}"),
+    };
+    let numbers = found.state.optimizer;
+    if numbers.steps() > found.state.step {
+        let (steps, step) = (numbers.steps(), found.state.step);
+        return Err(wrong(format!("it made {steps} updates in {step} steps")));
+    }
+    let tensors = candle_core::safetensors::load(path, device)
+        .map_err(|error| wrong(format!("{OPTIMIZER}: {error}")))?;
+    match optimizer.restore(&tensors, numbers)? {
         None => Ok(()),
-        Some(wrong) => Err(TrainError::Checkpoint {
-            path: found.place.clone().into(),
-            message: format!("{OPTIMIZER}: {wrong}"),
-        }),
+        Some(what) => Err(wrong(what)),
     }
 }

@@ -418,7 +418,11 @@ fn check_inspect(latents: &Path) {
     fs::write(&shard, bytes).unwrap();
     fs::remove_file(copy.path().join("00001.tar")).unwrap();
     fs::copy(copy.path().join("00003.tar"), copy.path().join("00001.tar")).unwrap();
-    let totals = &inspect(copy.path())["totals"];
+    let shards = format!("{}/", copy.path().display());
+    let (report, said) = run(command(&["inspect", "--json", &shards]), 1);
+    says(&said, &["shards that differ from the manifest: 2 of 4"]);
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let totals = &report["totals"];
     let kinds = &totals["problems_by_kind"];
     assert_eq!(kinds["not_finite"], 1, "{kinds}");
     assert_eq!(kinds["bad_array"], 1, "{kinds}");

@@ -9,6 +9,7 @@ use tempfile::NamedTempFile;
 
 use super::{Entry, ObjectMeta};
 use crate::net::SourceError;
+use crate::regular_file;
 
 /// Prefix of the names of temporary files.
 const TEMPORARY: &str = ".writing-";
@@ -130,7 +131,7 @@ impl Folder {
 
     pub(super) fn open(&self, name: &str) -> Result<File, SourceError> {
         let path = self.path(name);
-        File::open(&path).map_err(failed(&path))
+        regular_file::open(&path).map_err(failed(&path))
     }
 
     pub(super) fn head(&self, name: &str) -> Result<Option<ObjectMeta>, SourceError> {

@@ -36,6 +36,8 @@ pub struct ShardReport {
     pub url: String,
     /// The shard's size.
     pub bytes: u64,
+    /// The shard's SHA-256, hexadecimal.
+    pub sha256: String,
     /// Number of samples.
     pub samples: u64,
     /// Members by extension.
@@ -243,7 +245,7 @@ pub async fn shard(
     let cancel = guard.0.clone();
     let work = move || {
         let open =
-            OpenShard::start(&context, &url).map_err(|error| StreamError::threads(&error))?;
+            OpenShard::start(&context, &url, None).map_err(|error| StreamError::threads(&error))?;
         drop(context); // Its sender would keep `non_samples` open after the shard's end.
         inspector.read(open, &non_samples, &cancel)
     };
@@ -289,6 +291,7 @@ impl Inspector {
             }
         }
         self.report.bytes = open.size();
+        self.report.sha256 = open.sha256();
         drop(open);
         for part in non_samples {
             match part {

@@ -8,6 +8,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::error::SourceError;
+use crate::regular_file;
 use crate::shard::ShardUrl;
 
 /// The variable that the AWS tools read as well.
@@ -42,7 +43,7 @@ impl CaBundle {
             path: path.to_owned(),
             cause,
         };
-        let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let pem = regular_file::read(path).map_err(|error| failed(error.to_string()))?;
         let certificates = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| failed(format!("is not PEM: {error}")))?;

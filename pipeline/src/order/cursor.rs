@@ -1,6 +1,6 @@
 //! The cursor: a position in the stream, small enough to be part of a checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -215,6 +215,36 @@ impl Cursor {
             Some((field, saved, now)) => Err(CursorMismatch { field, saved, now }),
             None => Ok(()),
         }
+    }
+}
+
+impl Cursor {
+    /// What of the cursor no stream of `shards` shards writes, if anything.
+    pub(crate) fn fault(&self, shards: usize) -> Option<String> {
+        let open = self.state.open.iter().map(|open| &open.pass);
+        let begun = open.clone().map(|pass| (pass.id, pass.shard));
+        let named = self.shards.iter();
+        let named = named.map(|(&id, progress)| (id, progress.shard));
+        for (id, shard) in begun.chain(named) {
+            if shard >= shards {
+                return Some(format!("it names shard {shard} of {shards}"));
+            }
+            if id >= self.state.passes {
+                let passes = self.state.passes;
+                return Some(format!("it names shard pass {id} of {passes}"));
+            }
+        }
+        let mut ids = BTreeSet::new();
+        if let Some(twice) = open.map(|pass| pass.id).find(|&id| !ids.insert(id)) {
+            return Some(format!("shard pass {twice} is open twice"));
+        }
+        let mut samples = BTreeSet::new();
+        let mut buffer = self.buffer.iter();
+        buffer
+            .find(|sample| !samples.insert(**sample))
+            .map(|SampleRef { pass, index }| {
+                format!("it holds sample {index} of shard pass {pass} twice")
+            })
     }
 }
 

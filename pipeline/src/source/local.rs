@@ -8,6 +8,7 @@ use tokio::fs::File;
 use tokio::io::AsyncReadExt;
 
 use crate::net::SourceError;
+use crate::regular_file;
 use crate::shard::ShardUrl;
 
 const CHUNK_BYTES: usize = 256 << 10;
@@ -30,6 +31,10 @@ pub(super) fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
             cause: error.to_string(),
             hint: "check who may read it",
         },
+        ErrorKind::IsADirectory => SourceError::Unsupported {
+            url,
+            cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
+        },
         _ => SourceError::File {
             url,
             cause: error.to_string(),
@@ -48,20 +53,18 @@ pub(crate) struct LocalReader {
 
 impl LocalReader {
     pub(crate) async fn open(url: &ShardUrl, path: &Path) -> Result<Self, SourceError> {
-        let file = File::open(path)
-            .await
-            .map_err(|error| failed(url, &error))?;
-        let metadata = file.metadata().await.map_err(|error| failed(url, &error))?;
-        if metadata.is_dir() {
-            return Err(SourceError::Unsupported {
-                url: url.redacted(),
-                cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
-            });
-        }
+        let path = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || {
+            let file = regular_file::open(&path)?;
+            let size = file.metadata()?.len();
+            Ok((file, size))
+        });
+        let opened = opened.await.unwrap_or_else(|error| Err(error.into()));
+        let (file, size) = opened.map_err(|error| failed(url, &error))?;
         Ok(Self {
             url: url.clone(),
-            file,
-            size: metadata.len(),
+            file: File::from_std(file),
+            size,
             offset: 0,
         })
     }

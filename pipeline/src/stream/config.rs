@@ -1,11 +1,14 @@
 //! The configuration of a stream, and its checks.
 
+use std::sync::Arc;
+
 use crate::format::latents::LatentShapes;
 use crate::image::ImageOptions;
 use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
 use crate::shard::{Filter, ShardUrl};
 
 use super::error::StreamError;
+use super::listed::ListedShard;
 
 /// The content of the shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,6 +27,9 @@ pub struct StreamConfig {
     pub shards: Vec<ShardUrl>,
     /// Their content.
     pub content: Content,
+    /// The entry of each of `shards` in its manifest, in the same order. A shard that differs ends the stream: by its size
+    /// before it is read, by its SHA-256 and its number of samples once it was read whole. `None` without manifests.
+    pub listed: Option<Arc<[ListedShard]>>,
     /// Extensions of images, in order of preference. Has no effect on [`Content::Latents`].
     pub image_keys: Vec<String>,
     /// Extensions of captions, in order of preference.
@@ -75,6 +81,7 @@ impl Default for StreamConfig {
         Self {
             shards: Vec::new(),
             content: Content::default(),
+            listed: None,
             image_keys: owned(&["jpg", "png", "jpeg", "webp"]),
             caption_keys: owned(&["text", "txt", "caption"]),
             max_samples: None,
@@ -150,12 +157,23 @@ impl StreamConfig {
         if self.epoch_share() == Some(0) {
             return invalid("max_samples must be at least 1 for every rank".to_owned());
         }
+        if let Some(listed) = self.listed.as_ref().map(|listed| listed.len())
+            && listed != self.shards.len()
+        {
+            let shards = self.shards.len();
+            return invalid(format!("{listed} entries of manifests for {shards} shards"));
+        }
         if let Some(folder) = self.shards.iter().find(|url| url.is_folder()) {
             return invalid(format!("{folder} is a folder and was not listed"));
         }
         let identity = self.identity();
         if let Some(cursor) = &self.resume {
             cursor.check(&identity)?;
+            if let Some(fault) = cursor.fault(self.shards.len()) {
+                return invalid(format!(
+                    "the saved position in the data is damaged: {fault}"
+                ));
+            }
         }
         Ok(identity)
     }

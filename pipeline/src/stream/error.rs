@@ -47,6 +47,21 @@ pub enum StreamError {
         /// Number of the sample in the shard, from 0.
         sample: u64,
     },
+    /// A shard differs from its entry in the manifest.
+    #[error(
+        "{url}: its {what} is {found}, and {listed} in the manifest beside it: the shard was damaged or replaced; copy it again, \
+         or remove it and run coffey precompute again"
+    )]
+    OtherThanManifest {
+        /// The shard.
+        url: String,
+        /// The property that differs.
+        what: &'static str,
+        /// Its value in the shard.
+        found: String,
+        /// Its value in the manifest.
+        listed: String,
+    },
     /// The source can't be read.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -116,6 +131,7 @@ impl StreamError {
             Self::Config(_) | Self::Url(_) | Self::TooFewShards { .. } | Self::Cursor(_) => true,
             Self::Source(error) => error.is_config(),
             Self::ShardChanged { .. }
+            | Self::OtherThanManifest { .. }
             | Self::NotATar { .. }
             | Self::NothingUsable { .. }
             | Self::TooManyBroken { .. }

@@ -26,6 +26,7 @@ mod explain;
 mod interleave;
 mod kinds;
 mod left_out;
+mod listed;
 mod reader;
 mod resume;
 mod sample;
@@ -38,6 +39,7 @@ pub use config::{Content, StreamConfig};
 pub use data::{BatchData, F16Array};
 pub use decode_limit::{DecodeLimit, decode_limit};
 pub use error::StreamError;
+pub use listed::ListedShard;
 pub use sample::SampleMeta;
 pub use skip::{ShardSummary, SkipExample, SkipExamples, SkippedSample, Undelivered};
 

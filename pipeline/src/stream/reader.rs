@@ -10,10 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
+use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::error::StreamError;
+use super::listed::ListedShard;
 use crate::flow::{
     Closed, FlowMetrics, Moment, StageHandle, WeightedReceiver, WeightedSender, weighted_channel,
 };
@@ -66,16 +68,24 @@ pub(crate) enum ShardEvent {
 enum Chunk {
     Data(Bytes),
     End,
-    Failed(SourceError),
+    Failed(StreamError),
+}
+
+/// What is known of a shard from its bytes so far.
+#[derive(Debug, Default)]
+struct Fetched {
+    size: AtomicU64,
+    /// Time at which the last byte was fetched.
+    at: OnceLock<Instant>,
+    /// SHA-256 of all bytes, hexadecimal; set where it is computed.
+    sha256: OnceLock<String>,
 }
 
 /// A shard being read. Dropping it stops the task and the thread and waits for the thread.
 #[derive(Debug)]
 pub(crate) struct OpenShard {
     events: Option<WeightedReceiver<ShardEvent>>,
-    size: Arc<AtomicU64>,
-    /// Time at which the last byte was fetched.
-    fetched_at: Arc<OnceLock<Instant>>,
+    fetched: Arc<Fetched>,
     stage: StageHandle,
     cancel: CancellationToken,
     fetch: tokio::task::JoinHandle<()>,
@@ -83,8 +93,12 @@ pub(crate) struct OpenShard {
 }
 
 impl OpenShard {
-    /// Starts to read `url`.
-    pub(crate) fn start(context: &ReaderContext, url: &ShardUrl) -> io::Result<Self> {
+    /// Starts to read `url`. Where it is `listed`, a shard that differs fails.
+    pub(crate) fn start(
+        context: &ReaderContext,
+        url: &ShardUrl,
+        listed: Option<ListedShard>,
+    ) -> io::Result<Self> {
         let metrics = &context.metrics;
         let cancel = CancellationToken::new();
         let (chunk_sender, chunk_receiver) = weighted_channel(
@@ -99,10 +113,10 @@ impl OpenShard {
             SAMPLES_ITEMS,
             SAMPLES_BYTES,
         );
-        let size = Arc::new(AtomicU64::new(0));
-        let fetched_at = Arc::new(OnceLock::new());
+        let fetched = Arc::new(Fetched::default());
         let untar = Untar {
             url: url.clone(),
+            listed: listed.clone(),
             chunks: chunk_receiver,
             cancel: cancel.clone(),
             events: event_sender,
@@ -120,22 +134,22 @@ impl OpenShard {
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
             .spawn(move || untar.run())?;
+        let fetch = Fetch {
+            sources: context.sources.clone(),
+            url: url.clone(),
+            is_hashed: listed.is_some() || context.non_samples.is_some(),
+            listed,
+            chunks: chunk_sender,
+            stage: metrics.stage(Stage::Fetch),
+            fetched: Arc::clone(&fetched),
+        };
         let claimed = context.sources.claim(url);
-        let fetch = fetch(
-            context.sources.clone(),
-            claimed.map(|()| url.clone()),
-            chunk_sender,
-            metrics.stage(Stage::Fetch),
-            Arc::clone(&size),
-            Arc::clone(&fetched_at),
-        );
         Ok(Self {
             events: Some(event_receiver),
-            size,
-            fetched_at,
+            fetched,
             stage: metrics.stage(Stage::Fetch),
             cancel,
-            fetch: context.runtime.spawn(fetch),
+            fetch: context.runtime.spawn(fetch.run(claimed)),
             untar: Some(untar),
         })
     }
@@ -147,7 +161,12 @@ impl OpenShard {
 
     /// The shard's size; the bytes fetched so far if the source does not tell the size.
     pub(crate) fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.fetched.size.load(Ordering::Relaxed)
+    }
+
+    /// SHA-256 of the shard, hexadecimal, once its end was delivered; empty unless inspecting or listed.
+    pub(crate) fn sha256(&self) -> String {
+        self.fetched.sha256.get().cloned().unwrap_or_default()
     }
 }
 
@@ -157,7 +176,7 @@ impl Drop for OpenShard {
         self.cancel.cancel();
         self.fetch.abort();
         // Since the last byte was fetched, the fetch stage has waited for the rest of the stream.
-        if let Some(fetched_at) = self.fetched_at.get() {
+        if let Some(fetched_at) = self.fetched.at.get() {
             self.stage.add_blocked(fetched_at.elapsed());
         }
         if let Some(untar) = self.untar.take() {
@@ -167,80 +186,106 @@ impl Drop for OpenShard {
     }
 }
 
-async fn fetch(
+/// The task that fetches a shard's bytes.
+struct Fetch {
     sources: Sources,
-    url: Result<ShardUrl, SourceError>,
+    url: ShardUrl,
+    listed: Option<ListedShard>,
+    /// Whether the SHA-256 of the bytes is computed.
+    is_hashed: bool,
     chunks: WeightedSender<Chunk>,
     stage: StageHandle,
-    size: Arc<AtomicU64>,
-    fetched_at: Arc<OnceLock<Instant>>,
-) {
-    let fetched = match url {
-        Ok(url) => fetch_all(&sources, &url, &chunks, &stage, &size).await,
-        Err(error) => Ok(Err(error)),
-    };
-    let last = match fetched {
-        Ok(Ok(())) => {
-            stage.add_items(1);
-            Chunk::End
-        }
-        Ok(Err(error)) => Chunk::Failed(error),
-        // The untar thread has ended.
-        Err(Closed) => return,
-    };
-    // Fails only if the untar thread has ended.
-    chunks.send(last, 0, &stage).await.ok();
-    fetched_at.get_or_init(Instant::now);
+    fetched: Arc<Fetched>,
 }
 
-async fn fetch_all(
-    sources: &Sources,
-    url: &ShardUrl,
-    chunks: &WeightedSender<Chunk>,
-    stage: &StageHandle,
-    size: &AtomicU64,
-) -> Result<Result<(), SourceError>, Closed> {
-    let start = Instant::now();
-    let opened = sources.open_shard(url).await;
-    stage.add_busy(start.elapsed());
-    let mut reader = match opened {
-        Ok(reader) => reader,
-        Err(error) => return Ok(Err(error)),
-    };
-    size.store(reader.size().unwrap_or(0), Ordering::Relaxed);
-    let mut fetched = 0;
-    let mut gathered = BytesMut::new();
-    loop {
-        // Waiting for the network counts as the work of this stage.
+impl Fetch {
+    async fn run(self, claimed: Result<(), SourceError>) {
+        let fetched = match claimed {
+            Ok(()) => self.fetch_all().await,
+            Err(error) => Ok(Err(error.into())),
+        };
+        let last = match fetched {
+            Ok(Ok(())) => {
+                self.stage.add_items(1);
+                Chunk::End
+            }
+            Ok(Err(error)) => Chunk::Failed(error),
+            // The untar thread has ended.
+            Err(Closed) => return,
+        };
+        // Fails only if the untar thread has ended.
+        self.chunks.send(last, 0, &self.stage).await.ok();
+        self.fetched.at.get_or_init(Instant::now);
+    }
+
+    async fn fetch_all(&self) -> Result<Result<(), StreamError>, Closed> {
+        let Self { chunks, stage, .. } = self;
         let start = Instant::now();
-        let next = reader.next().await;
+        let opened = self.sources.open_shard(&self.url).await;
         stage.add_busy(start.elapsed());
-        let chunk = match next {
-            Ok(Some(chunk)) => chunk,
-            Ok(None) => {
-                if !gathered.is_empty() {
-                    let rest = gathered.split().freeze();
-                    let bytes = rest.len();
-                    chunks.send(Chunk::Data(rest), bytes, stage).await?;
+        let mut reader = match opened {
+            Ok(reader) => reader,
+            Err(error) => return Ok(Err(error.into())),
+        };
+        if let (Some(listed), Some(size)) = (&self.listed, reader.size())
+            && let Err(error) = listed.check_bytes(&self.url, size)
+        {
+            return Ok(Err(error));
+        }
+        let size = &self.fetched.size;
+        size.store(reader.size().unwrap_or(0), Ordering::Relaxed);
+        let mut fetched = 0;
+        let mut hash = self.is_hashed.then(Sha256::new);
+        let mut gathered = BytesMut::new();
+        loop {
+            // Waiting for the network counts as the work of this stage.
+            let start = Instant::now();
+            let next = reader.next().await;
+            if let (Some(hash), Ok(Some(chunk))) = (&mut hash, &next) {
+                hash.update(chunk);
+            }
+            stage.add_busy(start.elapsed());
+            let chunk = match next {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => {
+                    if !gathered.is_empty() {
+                        let rest = gathered.split().freeze();
+                        let bytes = rest.len();
+                        chunks.send(Chunk::Data(rest), bytes, stage).await?;
+                    }
+                    return Ok(self.finish(fetched, hash));
                 }
-                return Ok(Ok(()));
-            }
-            Err(error) => return Ok(Err(error)),
+                Err(error) => return Ok(Err(error.into())),
+            };
+            stage.add_bytes(chunk.len() as u64);
+            fetched += chunk.len() as u64;
+            size.fetch_max(fetched, Ordering::Relaxed);
+            let ready = if gathered.is_empty() && chunk.len() >= GATHERED_BYTES {
+                chunk
+            } else {
+                gathered.extend_from_slice(&chunk);
+                if gathered.len() < GATHERED_BYTES {
+                    continue;
+                }
+                gathered.split().freeze()
+            };
+            let bytes = ready.len();
+            chunks.send(Chunk::Data(ready), bytes, stage).await?;
+        }
+    }
+
+    /// Compares the whole shard with its entry in the manifest.
+    fn finish(&self, bytes: u64, hash: Option<Sha256>) -> Result<(), StreamError> {
+        let Some(hash) = hash else {
+            return Ok(());
         };
-        stage.add_bytes(chunk.len() as u64);
-        fetched += chunk.len() as u64;
-        size.fetch_max(fetched, Ordering::Relaxed);
-        let ready = if gathered.is_empty() && chunk.len() >= GATHERED_BYTES {
-            chunk
-        } else {
-            gathered.extend_from_slice(&chunk);
-            if gathered.len() < GATHERED_BYTES {
-                continue;
-            }
-            gathered.split().freeze()
-        };
-        let bytes = ready.len();
-        chunks.send(Chunk::Data(ready), bytes, stage).await?;
+        let sha256 = format!("{:x}", hash.finalize());
+        if let Some(listed) = &self.listed {
+            listed.check_bytes(&self.url, bytes)?;
+            listed.check_sha256(&self.url, &sha256)?;
+        }
+        self.fetched.sha256.get_or_init(|| sha256);
+        Ok(())
     }
 }
 
@@ -251,7 +296,7 @@ struct ChunkReader<'a> {
     current: Bytes,
     ended: bool,
     /// Why the bytes ended early. The tar reader does not keep the source of an [`io::Error`].
-    failure: &'a Cell<Option<SourceError>>,
+    failure: &'a Cell<Option<StreamError>>,
     /// Time waited since the value was last taken.
     starved: &'a Cell<Duration>,
 }
@@ -280,6 +325,7 @@ impl Read for ChunkReader<'_> {
 
 struct Untar {
     url: ShardUrl,
+    listed: Option<ListedShard>,
     chunks: WeightedReceiver<Chunk>,
     cancel: CancellationToken,
     events: WeightedSender<ShardEvent>,
@@ -313,7 +359,7 @@ impl Untar {
     fn read(&self) -> Option<ShardEvent> {
         let stage = &self.stage;
         let (failure, starved) = (Cell::new(None), Cell::new(Duration::ZERO));
-        let reader = ChunkReader {
+        let mut reader = ChunkReader {
             receiver: &self.chunks,
             cancel: &self.cancel,
             current: Bytes::new(),
@@ -328,7 +374,8 @@ impl Untar {
             stage.add_work(since, waited);
         };
         let mut closed = false;
-        let result = read_samples(reader, self.options, |item| {
+        let mut samples = 0;
+        let result = read_samples(&mut reader, self.options, |item| {
             let sample = match item {
                 TarItem::Sample(sample) => sample,
                 TarItem::PassedOver(member) => {
@@ -341,6 +388,7 @@ impl Untar {
                 }
             };
             account(since);
+            samples += 1;
             let bytes = sample.bytes();
             stage.add_items(1);
             stage.add_bytes(bytes as u64);
@@ -355,12 +403,23 @@ impl Untar {
                 ControlFlow::Continue(())
             }
         });
+        let is_tar = !matches!(result, Err(TarError::NotATar(_)));
+        if !closed && is_tar && (self.listed.is_some() || self.non_samples.is_some()) {
+            // The hash is that of the whole shard, also behind a fault. The failure of the rest is in `failure`.
+            io::copy(&mut reader, &mut io::sink()).ok();
+        }
         account(since);
         if closed || self.cancel.is_cancelled() {
             return None;
         }
         if let Some(error) = failure.take() {
-            return Some(ShardEvent::Failed(StreamError::Source(error)));
+            return Some(ShardEvent::Failed(error));
+        }
+        if let Some(listed) = &self.listed
+            && is_tar
+            && let Err(error) = listed.check_samples(&self.url, samples)
+        {
+            return Some(ShardEvent::Failed(error));
         }
         Some(match result {
             Ok(()) => ShardEvent::End { broken: None },

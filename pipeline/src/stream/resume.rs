@@ -37,10 +37,7 @@ impl NeededShard {
 }
 
 /// The shards that `cursor` needs, in the order of their passes.
-fn needed_shards(cursor: &Cursor, shards: usize) -> Result<Vec<NeededShard>, StreamError> {
-    let damaged = |what: String| {
-        StreamError::Config(format!("the saved position in the data is damaged: {what}"))
-    };
+fn needed_shards(cursor: &Cursor) -> Result<Vec<NeededShard>, StreamError> {
     let open = cursor.state.open.iter().map(|open| {
         let needed = NeededShard {
             pass: open.pass,
@@ -56,8 +53,8 @@ fn needed_shards(cursor: &Cursor, shards: usize) -> Result<Vec<NeededShard>, Str
             Entry::Occupied(open) => open.into_mut(),
             Entry::Vacant(finished) => {
                 let progress = cursor.shards.get(&id).ok_or_else(|| {
-                    damaged(format!(
-                        "it holds a sample of shard pass {id}, and does not name the shard"
+                    StreamError::Config(format!(
+                        "the saved position in the data is damaged: it holds a sample of shard pass {id}, and does not name the shard"
                     ))
                 })?;
                 finished.insert(NeededShard {
@@ -73,13 +70,7 @@ fn needed_shards(cursor: &Cursor, shards: usize) -> Result<Vec<NeededShard>, Str
         };
         shard.samples.insert(sample.index);
     }
-    match needed.values().find(|needed| needed.pass.shard >= shards) {
-        Some(NeededShard { pass, .. }) => Err(damaged(format!(
-            "it names shard {} of {shards}",
-            pass.shard
-        ))),
-        None => Ok(needed.into_values().collect()),
-    }
+    Ok(needed.into_values().collect())
 }
 
 /// Re-reads the open shards and the contents of the shuffle buffer at `cursor`. At most `open_shards` shards are
@@ -90,7 +81,7 @@ pub(super) fn reread<K: SampleKind>(
     selector: &mut SampleSelector<K>,
     open_shards: usize,
 ) -> Result<Reread<K>, Halt> {
-    let needed = needed_shards(cursor, opener.count()).map_err(Halt::Failed)?;
+    let needed = needed_shards(cursor).map_err(Halt::Failed)?;
     let mut samples = HashMap::new();
     let mut slots = Vec::new();
     let mut opened = VecDeque::new();

@@ -1,10 +1,12 @@
 //! The open shards of the interleaver.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
 use super::error::{Halt, StreamError};
+use super::listed::ListedShard;
 use super::reader::{OpenShard, ReaderContext, ShardEvent};
 use crate::flow::{FlowMetrics, StageHandle};
 use crate::order::OpenPass;
@@ -20,6 +22,8 @@ pub(super) struct OpenSlot {
 /// Opens shards, and waits for their events.
 pub(super) struct ShardOpener {
     shards: Vec<ShardUrl>,
+    /// The entry of each shard in its manifest.
+    listed: Option<Arc<[ListedShard]>>,
     context: ReaderContext,
     cancel: CancellationToken,
     /// The stages of the thread that waits.
@@ -29,12 +33,14 @@ pub(super) struct ShardOpener {
 impl ShardOpener {
     pub(super) fn new(
         shards: Vec<ShardUrl>,
+        listed: Option<Arc<[ListedShard]>>,
         context: ReaderContext,
         cancel: CancellationToken,
         waiting: [StageHandle; 2],
     ) -> Self {
         Self {
             shards,
+            listed,
             context,
             cancel,
             waiting,
@@ -57,7 +63,8 @@ impl ShardOpener {
 
     /// Starts to read a shard.
     pub(super) fn open(&self, index: usize) -> Result<OpenShard, Halt> {
-        OpenShard::start(&self.context, &self.shards[index])
+        let listed = self.listed.as_ref().map(|listed| listed[index].clone());
+        OpenShard::start(&self.context, &self.shards[index], listed)
             .map_err(|error| Halt::Failed(StreamError::threads(&error)))
     }
 

@@ -18,6 +18,8 @@ mod inspect;
 #[cfg(feature = "embedded-s3")]
 mod latents;
 mod limits;
+#[cfg(feature = "embedded-s3")]
+mod listed;
 mod listings;
 #[cfg(feature = "embedded-s3")]
 mod lookup;

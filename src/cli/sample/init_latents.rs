@@ -1,10 +1,10 @@
 //! `--init-latents`: noise from a `.npy` file.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use coffey_pipeline::regular_file;
 use npyz::half::f16;
 use npyz::{NpyFile, Order};
 
@@ -20,7 +20,7 @@ pub(super) struct NoiseShape {
 /// Reads noise `[B, C, h, w]` f32, one sample a prompt; a single sample is repeated. The error is a message for the user.
 pub(super) fn read(path: &Path, wanted: NoiseShape) -> Result<Tensor, String> {
     let wrong = |message: String| format!("--init-latents {}: {message}", path.display());
-    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    let file = regular_file::open(path).map_err(|error| wrong(error.to_string()))?;
     let file = NpyFile::new(BufReader::new(file))
         .map_err(|error| wrong(format!("not a .npy file: {error}")))?;
     let shape: Vec<usize> = file.shape().iter().map(|&n| n as usize).collect();
@@ -111,7 +111,7 @@ mod tests {
         order: Order,
     ) -> PathBuf {
         let path = folder.join("latents.npy");
-        let file = File::create(&path).unwrap();
+        let file = std::fs::File::create(&path).unwrap();
         let options = npyz::WriteOptions::new()
             .default_dtype()
             .shape(shape)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::S3Options;
+use coffey_pipeline::{S3Options, regular_file};
 
 use crate::config::{Config, Model, ModelRef};
 use crate::encode::Encoders;
@@ -228,7 +228,7 @@ fn find_run(model: &Path) -> Result<Option<RunDescription>, Failure> {
     else {
         return Ok(None);
     };
-    let text = std::fs::read_to_string(&path)?;
+    let text = regular_file::read_to_string(&path)?;
     match serde_json::from_str::<RunDescription>(&text) {
         Ok(mut run) => {
             run.folder = path.parent().map(Path::to_owned).unwrap_or_default();

@@ -3,21 +3,24 @@
 //!
 //! In a folder a checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed. In S3 its files
 //! are written in place and `state.json` last: without it there is no checkpoint. Either way `state.json` holds the checksum of
-//! every other file, and old checkpoints are removed only after the new one is complete.
+//! every other file and its own, and old checkpoints are removed only after the new one is complete.
 
 mod atomic_dir;
+mod saved_run;
 mod saver;
 mod snapshot;
 mod store;
 
+pub(super) use saved_run::{SavedRun, fetch, open};
 pub(super) use saver::{Saved, Saver};
 pub(super) use snapshot::{Snapshot, write_model};
-pub(super) use store::{CheckpointStore, SavedRun, fetch, open};
+pub(super) use store::CheckpointStore;
 
 use std::collections::BTreeMap;
 
 use coffey_pipeline::order::Cursor;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::OptimizerState;
@@ -29,6 +32,9 @@ const STATE: &str = "state.json";
 /// The optimiser's tensors.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
+/// The text around the last field of `state.json`.
+const BEFORE_SHA256: &str = ",\n  \"sha256\": \"";
+const AFTER_SHA256: &str = "\"\n}";
 
 /// What every checkpoint of a run says of it.
 #[derive(Clone, Debug)]
@@ -63,6 +69,10 @@ pub(super) struct CheckpointState {
     pub(super) models: Option<ModelsFingerprint>,
     /// SHA-256 of every other file, by its path in the checkpoint.
     checksums: BTreeMap<String, String>,
+    /// SHA-256 of the bytes of `state.json` before this field, which is the last; `None` in checkpoints of versions before it was
+    /// kept.
+    #[serde(default, skip_serializing)]
+    sha256: Option<String>,
 }
 
 impl CheckpointState {
@@ -77,12 +87,23 @@ impl CheckpointState {
             configuration: run.configuration.clone(),
             models: Some(run.models.clone()),
             checksums: BTreeMap::new(),
+            sha256: None,
         })
     }
 
-    /// Reads the `state.json` of the checkpoint at `place`.
-    fn read(place: &str, text: &[u8]) -> Result<Self, TrainError> {
-        let unreadable = |e: serde_json::Error| damaged(place, format!("{STATE}: {e}"));
+    /// The text of `state.json`.
+    fn to_text(&self) -> serde_json::Result<Vec<u8>> {
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.truncate(text.len() - "\n}".len());
+        let end = end_with_sha256(&text);
+        text.extend(end.into_bytes());
+        Ok(text)
+    }
+
+    /// Reads the `state.json` of the checkpoint at `place`. `name` is the last part of the place.
+    fn read(place: &str, name: &str, text: &[u8]) -> Result<Self, TrainError> {
+        let wrong = |what: String| damaged(place, format!("{STATE}: {what}"));
+        let unreadable = |e: serde_json::Error| wrong(e.to_string());
         let FormatField { format } = serde_json::from_slice(text).map_err(unreadable)?;
         if format != FORMAT {
             return Err(TrainError::CheckpointFormat {
@@ -91,8 +112,36 @@ impl CheckpointState {
                 reads: FORMAT,
             });
         }
-        serde_json::from_slice(text).map_err(unreadable)
+        let state: Self = serde_json::from_slice(text).map_err(unreadable)?;
+        if let Some(sha256) = &state.sha256 {
+            let length = BEFORE_SHA256.len() + sha256.len() + AFTER_SHA256.len();
+            let (content, end) = text.split_at(text.len().saturating_sub(length));
+            if end != end_with_sha256(content).as_bytes() {
+                return Err(wrong("it is not as it was written (sha256)".to_owned()));
+            }
+        }
+        match step_of(name) {
+            Some(step) if step != state.step => Err(wrong(format!(
+                "it is of step {}, and the checkpoint of step {step}",
+                state.step
+            ))),
+            _ => Ok(state),
+        }
     }
+}
+
+/// The end of a `state.json` that begins with `content`.
+fn end_with_sha256(content: &[u8]) -> String {
+    let sha256 = Sha256::digest(content);
+    format!("{BEFORE_SHA256}{sha256:x}{AFTER_SHA256}")
+}
+
+/// Step of a checkpoint by the name of its folder.
+fn step_of(name: &str) -> Option<u64> {
+    let text = name.strip_prefix(PREFIX)?;
+    let step: u64 = text.parse().ok()?;
+    // Not "+5" or "05", whose folder no step has.
+    (step.to_string() == text).then_some(step)
 }
 
 fn damaged(place: &str, message: String) -> TrainError {
@@ -102,7 +151,5 @@ fn damaged(place: &str, message: String) -> TrainError {
     }
 }
 
-fn not_as_written(place: &str, name: &str) -> TrainError {
-    let message = format!("{name} does not have the checksum it was written with");
-    damaged(place, message)
-}
+#[cfg(test)]
+mod tests;

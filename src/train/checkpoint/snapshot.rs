@@ -93,9 +93,10 @@ pub(super) fn write_state(
     state: &CheckpointState,
 ) -> std::result::Result<(), TrainError> {
     let name = format!("{below}{STATE}");
-    let json = serde_json::to_vec_pretty(state)
+    let text = state
+        .to_text()
         .map_err(|error| destination.failed(&name, io::Error::from(error)))?;
-    destination.write(&name, &json)?;
+    destination.write(&name, &text)?;
     Ok(())
 }
 

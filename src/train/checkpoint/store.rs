@@ -1,29 +1,16 @@
-//! The checkpoints of a run, in a folder or under a prefix in S3: writing, listing, verifying, removing.
+//! The checkpoints of a run, in a folder or under a prefix in S3: writing, listing, removing.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{Destination, SourceError};
-use sha2::{Digest, Sha256};
-use tempfile::TempDir;
+use coffey_pipeline::Destination;
 
 use super::atomic_dir::{UNFINISHED, write_dir_atomically};
+use super::saved_run::{SavedRun, fetch, open};
 use super::snapshot::{write_model, write_state};
-use super::{CheckpointState, PREFIX, STATE, Snapshot, damaged, not_as_written};
+use super::{PREFIX, STATE, Snapshot, step_of};
+use crate::adaptation::FOLDERS;
 use crate::train::{TrainError, io};
-
-/// A checkpoint whose files all have their checksums.
-#[derive(Debug)]
-pub(in crate::train) struct SavedRun {
-    /// Where the checkpoint is, for messages.
-    pub(in crate::train) place: String,
-    /// Folder to read from: the checkpoint's own, or the one it was fetched into.
-    pub(in crate::train) folder: PathBuf,
-    pub(in crate::train) state: CheckpointState,
-    /// Removed on drop.
-    _fetched: Option<TempDir>,
-}
 
 /// A run's checkpoints.
 #[derive(Debug)]
@@ -72,7 +59,7 @@ impl CheckpointStore {
                 let entries = destination.list(PREFIX)?;
                 let steps = marked(entries.iter().map(|entry| entry.name.as_str()));
                 for entry in &entries {
-                    if step_of(&entry.name).is_some_and(|step| !steps.contains(&step)) {
+                    if step_of_file(&entry.name).is_some_and(|step| !steps.contains(&step)) {
                         destination.remove(&entry.name)?;
                     }
                 }
@@ -140,7 +127,7 @@ impl CheckpointStore {
                 let mut steps = Vec::new();
                 for entry in entries {
                     let name = entry.map_err(io(folder))?.file_name();
-                    steps.extend(name.to_str().and_then(|name| step_of(&format!("{name}/"))));
+                    steps.extend(name.to_str().and_then(step_of));
                 }
                 steps
             }
@@ -201,103 +188,22 @@ impl CheckpointStore {
 }
 
 /// Step of the checkpoint that a file belongs to.
-fn step_of(name: &str) -> Option<u64> {
-    let (step, _) = name.strip_prefix(PREFIX)?.split_once('/')?;
-    step.parse().ok()
+fn step_of_file(name: &str) -> Option<u64> {
+    step_of(name.split_once('/')?.0)
 }
 
 /// Steps of the checkpoints that have a `state.json`.
 fn marked<'a>(names: impl Iterator<Item = &'a str>) -> Vec<u64> {
     names
         .filter(|name| name.ends_with(&format!("/{STATE}")))
-        .filter_map(step_of)
+        .filter_map(step_of_file)
         .collect()
 }
 
 /// Whether a run uploads an object of this name in parts.
 fn is_ours(name: &str) -> bool {
-    let finished = ["unet/", "unet_target/"];
-    step_of(name).is_some()
-        || finished.iter().any(|folder| name.starts_with(folder))
-        || name.ends_with(".jsonl") && !name.contains('/')
-}
-
-/// Reads the state of the checkpoint in `path` and verifies every file against its checksum.
-pub(in crate::train) fn open(path: &Path) -> Result<SavedRun, TrainError> {
-    let place = path.display().to_string();
-    let text = fs::read(path.join(STATE)).map_err(|e| damaged(&place, format!("{STATE}: {e}")))?;
-    let state = CheckpointState::read(&place, &text)?;
-    for (name, expected) in &state.checksums {
-        let path = path.join(name);
-        let found = File::open(&path)
-            .and_then(|mut file| copy(&mut file, &mut std::io::sink()))
-            .map_err(|e| damaged(&place, format!("{name}: {e}")))?;
-        if found != *expected {
-            return Err(not_as_written(&place, name));
-        }
-    }
-    Ok(SavedRun {
-        place,
-        folder: path.to_owned(),
-        state,
-        _fetched: None,
-    })
-}
-
-/// Fetches the checkpoint `name` into a new folder below `scratch` and verifies every file against its checksum.
-pub(in crate::train) fn fetch(
-    destination: &Destination,
-    name: &str,
-    scratch: &Path,
-) -> Result<SavedRun, TrainError> {
-    let place = destination.place(name);
-    let broken = |file: &str, error: SourceError| match error {
-        SourceError::NotFound { .. } => damaged(&place, format!("{file} is missing")),
-        error => TrainError::Source(error),
-    };
-    let text = destination
-        .read(&format!("{name}/{STATE}"))
-        .map_err(|e| broken(STATE, e))?;
-    let state = CheckpointState::read(&place, &text)?;
-    let fetched = tempfile::Builder::new()
-        .prefix(".fetched-")
-        .tempdir_in(scratch)
-        .map_err(io(scratch))?;
-    for (file, expected) in &state.checksums {
-        let path = fetched.path().join(file);
-        let folder = path.parent().unwrap_or(fetched.path());
-        fs::create_dir_all(folder).map_err(io(folder))?;
-        let object = format!("{name}/{file}");
-        let mut from = destination.open(&object).map_err(|e| broken(file, e))?;
-        let mut to = File::create(&path).map_err(io(&path))?;
-        let found =
-            copy(&mut from, &mut to).map_err(|error| match error.downcast::<SourceError>() {
-                Ok(error) => broken(file, error),
-                Err(error) => io(&path)(error),
-            })?;
-        if found != *expected {
-            return Err(not_as_written(&place, file));
-        }
-    }
-    Ok(SavedRun {
-        place,
-        folder: fetched.path().to_owned(),
-        state,
-        _fetched: Some(fetched),
-    })
-}
-
-/// Copies to the end. Returns the SHA-256 of the bytes.
-fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<String> {
-    let mut hash = Sha256::new();
-    let mut piece = vec![0; 1 << 20];
-    loop {
-        let read = from.read(&mut piece)?;
-        if read == 0 {
-            let digest = hash.finalize();
-            return Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect());
-        }
-        hash.update(&piece[..read]);
-        to.write_all(&piece[..read])?;
-    }
+    let folder = name.split_once('/').map(|(folder, _)| folder);
+    step_of_file(name).is_some()
+        || folder.is_some_and(|folder| FOLDERS.contains(&folder))
+        || name.ends_with(".jsonl") && folder.is_none()
 }

@@ -5,6 +5,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::rc::Rc;
 
+use coffey_pipeline::regular_file;
+
 use super::append_log::AppendLog;
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::progress::Progress;
@@ -29,7 +31,7 @@ impl MetricsLog {
         let path = folder.join("metrics.jsonl");
         let mut records = Vec::new();
         let mut kept = String::new();
-        let text = match fs::read(&path) {
+        let text = match regular_file::read(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
             read => read.map_err(io(&path))?,
         };

@@ -1,4 +1,4 @@
-//! A cached shard on disk: the bytes of the object, and after them its version.
+//! A cached shard on disk: the bytes of the object, and after them its version and their SHA-256.
 //!
 //! Tar readers stop before the end of the file, so a cached tar can be opened by any of them. Layout:
 //! the object's bytes; JSON; the JSON's length (8 bytes, little endian); 8 bytes that name the format.
@@ -20,14 +20,25 @@ struct Footer {
     url: String,
     version: Option<String>,
     size: u64,
+    /// Hexadecimal; `None` in files of versions before it was kept.
+    sha256: Option<String>,
 }
 
-/// Writes the version of an object after its bytes.
-pub(super) fn seal(file: &mut impl Write, url: &str, known: &ObjectVersion) -> io::Result<()> {
+/// What is known of a cached object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Kept {
+    pub(super) object: ObjectVersion,
+    /// SHA-256 of the bytes, hexadecimal.
+    pub(super) sha256: Option<String>,
+}
+
+/// Writes what is known of an object after its bytes.
+pub(super) fn seal(file: &mut impl Write, url: &str, kept: &Kept) -> io::Result<()> {
     let footer = Footer {
         url: url.to_owned(),
-        version: known.version.clone(),
-        size: known.size,
+        version: kept.object.version.clone(),
+        size: kept.object.size,
+        sha256: kept.sha256.clone(),
     };
     let json = serde_json::to_vec(&footer)?;
     file.write_all(&json)?;
@@ -35,8 +46,8 @@ pub(super) fn seal(file: &mut impl Write, url: &str, known: &ObjectVersion) -> i
     file.write_all(FORMAT)
 }
 
-/// Reads the version of a cached object and rewinds the file; `None` if [`seal`] did not complete it.
-pub(super) fn unseal(file: &mut File) -> io::Result<Option<ObjectVersion>> {
+/// Reads what is known of a cached object and rewinds the file; `None` if [`seal`] did not complete it.
+pub(super) fn unseal(file: &mut File) -> io::Result<Option<Kept>> {
     let length = file.metadata()?.len();
     if length < FOOTER_BYTES {
         return Ok(None);
@@ -59,9 +70,12 @@ pub(super) fn unseal(file: &mut File) -> io::Result<Option<ObjectVersion>> {
     file.rewind()?;
     let footer: Option<Footer> = serde_json::from_slice(&json).ok();
     let footer = footer.filter(|footer| footer.size == size);
-    Ok(footer.map(|footer| ObjectVersion {
-        version: footer.version,
-        size,
+    Ok(footer.map(|footer| Kept {
+        object: ObjectVersion {
+            version: footer.version,
+            size,
+        },
+        sha256: footer.sha256,
     }))
 }
 
@@ -71,9 +85,12 @@ mod tests {
 
     #[test]
     fn cache_file_is_read_back_only_when_whole() {
-        let known = ObjectVersion {
-            version: Some("\"tag\"".to_owned()),
-            size: 5,
+        let known = Kept {
+            object: ObjectVersion {
+                version: Some("\"tag\"".to_owned()),
+                size: 5,
+            },
+            sha256: Some("00".repeat(32)),
         };
         let mut whole = b"bytes".to_vec();
         seal(&mut whole, "s3://b/k.tar", &known).unwrap();

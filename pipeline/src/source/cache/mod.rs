@@ -2,8 +2,8 @@
 //!
 //! A shard is cached whole or not at all: it is streamed to a temporary file, which is renamed after its
 //! last byte. Before a cached shard is used, one conditional request asks the server for a newer
-//! version. The least recently used shard is evicted first. The cache never fails a run: if the folder
-//! has a fault, shards are streamed.
+//! version. The least recently used shard is evicted first. If the folder has a fault, shards are
+//! streamed; only bytes that were changed on the disk end a run, because they were used before they could be found.
 //!
 //! Any number of processes may share a folder. They never wait for each other: a rename replaces a
 //! shard at once, and a removed shard stays readable for processes that have it open.

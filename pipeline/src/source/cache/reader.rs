@@ -8,10 +8,13 @@ use std::time::SystemTime;
 
 use async_channel::{Receiver, Sender, bounded};
 use bytes::{Bytes, BytesMut};
+use sha2::{Digest, Sha256};
 use tokio::io::AsyncReadExt;
 
+use super::file::Kept;
 use super::{Cache, PART_ENDING, PART_PREFIX, Reservation, file, remove};
 use crate::net::{RetryOptions, SourceError};
+use crate::regular_file;
 use crate::shard::ShardUrl;
 use crate::source::Reader;
 use crate::source::remote::{ObjectVersion, Remote, RemoteReader};
@@ -31,7 +34,7 @@ pub(crate) async fn open_shard(
     let name = Cache::name(remote.endpoint(), url);
     // Opened before the request: an eviction from now on does no harm.
     let kept = look_up(cache, &name).await;
-    let known = kept.as_ref().map(|(_, known)| known);
+    let known = kept.as_ref().map(|(_, kept)| &kept.object);
     let opened = RemoteReader::open_unless(url, remote.clone(), options, known).await?;
     Ok(match (opened, kept) {
         (Some(reader), _) => {
@@ -39,7 +42,7 @@ pub(crate) async fn open_shard(
             let keeper = Keeper::start(cache, &name, url, &reader);
             Reader::Caching(Box::new(CachingReader { reader, keeper }))
         }
-        (None, Some((file, known))) => {
+        (None, Some((file, kept))) => {
             cache.count_hit();
             // The time of last use. A failure changes only the order of eviction.
             file.set_modified(SystemTime::now()).ok();
@@ -50,7 +53,8 @@ pub(crate) async fn open_shard(
                 remote,
                 options,
                 rest: Rest::Disk(tokio::fs::File::from_std(file)),
-                known,
+                hash: Sha256::new(),
+                kept,
                 offset: 0,
             }))
         }
@@ -64,15 +68,15 @@ pub(crate) async fn open_shard(
     })
 }
 
-async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, ObjectVersion)> {
+async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, Kept)> {
     let (cache, path) = (Arc::clone(cache), cache.path(name));
-    let look = move || -> io::Result<Option<(File, ObjectVersion)>> {
-        let mut file = match File::open(&path) {
+    let look = move || -> io::Result<Option<(File, Kept)>> {
+        let mut file = match regular_file::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
         match file::unseal(&mut file)? {
-            Some(known) => Ok(Some((file, known))),
+            Some(kept) => Ok(Some((file, kept))),
             // Truncated by a crash of the machine.
             None => remove(&path).map(|()| None),
         }
@@ -87,7 +91,8 @@ async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, ObjectVersion)
     }
 }
 
-/// A shard being read from disk. If the disk fails, the rest comes from the server.
+/// A shard being read from disk. If the disk fails, the rest comes from the server. Bytes that are not those that were written are an
+/// error: by then they were used.
 #[derive(Debug)]
 pub(crate) struct CachedReader {
     cache: Arc<Cache>,
@@ -96,7 +101,9 @@ pub(crate) struct CachedReader {
     remote: Remote,
     options: RetryOptions,
     rest: Rest,
-    known: ObjectVersion,
+    /// Hash of the bytes read from the disk.
+    hash: Sha256,
+    kept: Kept,
     offset: u64,
 }
 
@@ -108,11 +115,11 @@ enum Rest {
 
 impl CachedReader {
     pub(crate) fn size(&self) -> u64 {
-        self.known.size
+        self.kept.object.size
     }
 
     pub(crate) fn version(&self) -> Option<&str> {
-        self.known.version.as_deref()
+        self.kept.object.version.as_deref()
     }
 
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
@@ -120,15 +127,16 @@ impl CachedReader {
             Rest::Disk(file) => file,
             Rest::Server(reader) => return reader.next().await,
         };
-        let left = self.known.size - self.offset;
+        let left = self.kept.object.size - self.offset;
         if left == 0 {
-            return Ok(None);
+            return self.check().map(|()| None);
         }
         let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
         let cause = match file.take(left).read_buf(&mut chunk).await {
             Ok(0) => "it ends too early".to_owned(),
             Ok(read) => {
                 self.offset += read as u64;
+                self.hash.update(&chunk);
                 return Ok(Some(chunk.freeze()));
             }
             Err(error) => error.to_string(),
@@ -138,6 +146,31 @@ impl CachedReader {
             Rest::Server(reader) => reader.next().await,
             Rest::Disk(_) => Ok(None),
         }
+    }
+
+    /// Compares the bytes that were read with those that were written. Removes a file that differs.
+    fn check(&self) -> Result<(), SourceError> {
+        let found = format!("{:x}", self.hash.clone().finalize());
+        if self
+            .kept
+            .sha256
+            .as_ref()
+            .is_none_or(|sha256| *sha256 == found)
+        {
+            return Ok(());
+        }
+        let path = self.cache.path(&self.name);
+        if let Err(error) = remove(&path) {
+            self.cache.turn_off(&error);
+        }
+        Err(SourceError::File {
+            url: self.url.redacted(),
+            cause: format!(
+                "its copy in data.cache_dir, {}, was damaged or changed, and is removed; start again, from a checkpoint of before this \
+                 epoch if there is one",
+                path.display()
+            ),
+        })
     }
 
     async fn switch_to_server(&mut self, cause: &str) -> Result<(), SourceError> {
@@ -155,7 +188,7 @@ impl CachedReader {
             &self.url,
             self.remote.clone(),
             self.options,
-            &self.known,
+            &self.kept.object,
             self.offset,
         );
         self.rest = Rest::Server(Box::new(reader.await?));
@@ -257,7 +290,7 @@ impl Writing {
             .prefix(PART_PREFIX)
             .suffix(&format!(".{PART_ENDING}"))
             .tempfile_in(&cache.options.folder)?;
-        let mut size = 0;
+        let (mut size, mut hash) = (0, Sha256::new());
         loop {
             match self.messages.recv_blocking() {
                 Ok(Message::Data(chunk)) => {
@@ -265,17 +298,21 @@ impl Writing {
                     if size > cache.options.limit_bytes {
                         return Ok(());
                     }
+                    hash.update(&chunk);
                     part.write_all(&chunk)?;
                 }
                 Ok(Message::End) => break,
                 Err(_not_whole) => return Ok(()),
             }
         }
-        let known = ObjectVersion {
-            version: self.version,
-            size,
+        let kept = Kept {
+            object: ObjectVersion {
+                version: self.version,
+                size,
+            },
+            sha256: Some(format!("{:x}", hash.finalize())),
         };
-        file::seal(&mut part, &self.url, &known)?;
+        file::seal(&mut part, &self.url, &kept)?;
         // The content must be on disk before the name is.
         part.as_file().sync_data()?;
         match part.persist(cache.path(&self.reservation.name)) {

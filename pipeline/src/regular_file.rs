@@ -1,0 +1,81 @@
+//! Reading of regular files. A named pipe would block until it has a writer, and a device may have no end.
+
+use std::fs::{self, File, FileType};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+/// Opens a regular file, or a link to one, for reading.
+///
+/// # Errors
+/// Those of the system, and for a folder, named pipe, socket or device one that says so.
+pub fn open(path: &Path) -> io::Result<File> {
+    match other_kind(fs::metadata(path)?.file_type()) {
+        None => File::open(path),
+        Some((kind, what)) => Err(io::Error::new(kind, format!("it is a {what}, not a file"))),
+    }
+}
+
+/// The content of a regular file.
+///
+/// # Errors
+/// As [`open`].
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    open(path)?.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// The content of a regular file, as text.
+///
+/// # Errors
+/// As [`open`]; [`ErrorKind::InvalidData`] unless it is UTF-8.
+pub fn read_to_string(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    open(path)?.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn other_kind(found: FileType) -> Option<(ErrorKind, &'static str)> {
+    if found.is_file() {
+        return None;
+    }
+    Some(if found.is_dir() {
+        (ErrorKind::IsADirectory, "folder")
+    } else if found.is_fifo() {
+        (ErrorKind::InvalidInput, "named pipe")
+    } else if found.is_socket() {
+        (ErrorKind::InvalidInput, "socket")
+    } else {
+        (ErrorKind::InvalidInput, "device")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regular_file_refuses_folders_pipes_and_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        rustix::fs::mkfifoat(rustix::fs::CWD, at("pipe"), rustix::fs::Mode::RWXU).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        fs::write(at("file"), "text").unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        std::os::unix::fs::symlink("pipe", at("link-to-pipe")).unwrap();
+        for (path, what) in [
+            (folder.path().to_owned(), "folder"),
+            (at("pipe"), "named pipe"),
+            (at("link-to-pipe"), "named pipe"),
+            (at("socket"), "socket"),
+            ("/dev/zero".into(), "device"),
+        ] {
+            let error = read(&path).unwrap_err().to_string();
+            assert_eq!(error, format!("it is a {what}, not a file"));
+        }
+        assert_eq!(read(&at("link")).unwrap(), b"text");
+        assert_eq!(read_to_string(&at("file")).unwrap(), "text");
+        assert_eq!(open(&at("none")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+}
