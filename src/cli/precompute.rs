@@ -106,17 +106,11 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
     let recipe = recipe(&config, &required.latents, fingerprint, &first, rank)?;
     let place = data.sources.destination(&output, data.runtime.handle())?;
-    let mut writer =
-        data.until_cancelled(&cancel, || LatentWriter::open(place, recipe, rank, shards))?;
-    for name in writer.altered() {
-        errln!(
-            "warning: {output}: {name} was damaged or replaced: its SHA-256 is not that of the manifest; it is written again"
-        );
-    }
+    let mut writer = LatentWriter::open(place, recipe, rank, shards)?;
     let there = writer.manifest().shards.len();
     if there > 0 {
         errln!(
-            "{} already in {output} (with the sizes and the SHA-256 of the manifest)",
+            "{} already in {output} (by the manifest and their sizes; contents were not read again)",
             counted(there, "shard")
         );
     }

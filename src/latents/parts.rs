@@ -6,7 +6,6 @@ use std::io::Read;
 use coffey_pipeline::destination::Destination;
 use coffey_pipeline::order::{EpochPlan, Order};
 use coffey_pipeline::{ShardUrl, SourceError};
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::manifest::{Manifest, Recipe, ShardEntry};
@@ -148,19 +147,6 @@ impl Inventory {
             finished.insert(name.clone(), entry.clone());
         }
         Ok(finished)
-    }
-
-    /// The names of those of `shards` whose content is not the listed one.
-    pub(super) fn altered<'a>(
-        &self,
-        shards: &[(&'a String, &ShardEntry)],
-    ) -> Result<Vec<&'a String>, LatentError> {
-        let altered = shards.par_iter().map(|(name, entry)| {
-            let is_altered = self.sha256(name)? != entry.sha256;
-            Ok(is_altered.then_some(*name))
-        });
-        let altered: Vec<Option<&String>> = altered.collect::<Result<_, LatentError>>()?;
-        Ok(altered.into_iter().flatten().collect())
     }
 
     fn sha256(&self, name: &str) -> Result<String, LatentError> {

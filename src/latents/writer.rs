@@ -26,8 +26,6 @@ pub struct LatentWriter {
     /// The manifest of this process.
     manifest: Manifest,
     remaining: Vec<ShardUrl>,
-    /// Shards that were there with another content than listed.
-    altered: Vec<String>,
     open: BTreeMap<usize, ShardFile>,
     skipped: Skipped,
 }
@@ -36,8 +34,8 @@ impl LatentWriter {
     /// Prepares the place for latents of `shards`, the input shards of all processes: finds the finished shards, removes
     /// unfinished shards of this process and writes its manifest.
     ///
-    /// A shard is finished if a manifest of the place lists it and its object has the listed size and, if it is this
-    /// process's, the listed SHA-256.
+    /// A shard is finished if a manifest of the place lists it and its object has the listed size. The content is not
+    /// read again.
     ///
     /// # Errors
     /// When the place holds latents of another recipe or other files, or can't be written.
@@ -50,12 +48,7 @@ impl LatentWriter {
         check_names(&shards)?;
         let inventory = Inventory::take(&place)?;
         inventory.check_unless_empty(&recipe, &manifest_name(rank))?;
-        let mut finished = inventory.finished()?;
-        let own: Vec<String> = shards_of(rank, &shards).map(ShardUrl::name).collect();
-        let own = own.iter().filter_map(|name| finished.get_key_value(name));
-        let altered = inventory.altered(&own.collect::<Vec<_>>())?;
-        let altered: Vec<String> = altered.into_iter().cloned().collect();
-        finished.retain(|name, _| !altered.contains(name));
+        let finished = inventory.finished()?;
         let mut manifest = Manifest::new(recipe);
         if rank == Rank::SOLO {
             // Finished shards that are not among `shards` stay listed.
@@ -92,7 +85,6 @@ impl LatentWriter {
             shards,
             manifest,
             remaining,
-            altered,
             open: BTreeMap::new(),
             skipped: Skipped::default(),
         })
@@ -101,11 +93,6 @@ impl LatentWriter {
     /// The shards to read, in order. The shards of written batches are indices of this list.
     pub fn remaining(&self) -> &[ShardUrl] {
         &self.remaining
-    }
-
-    /// Names of the remaining shards that are there with another content than listed; they are written again.
-    pub fn altered(&self) -> &[String] {
-        &self.altered
     }
 
     /// The manifest of this process.

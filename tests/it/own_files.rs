@@ -68,12 +68,10 @@ fn latents_that_differ_from_their_manifest_are_not_trained_on() {
         &["SHA-256 ", "in the manifest"],
     );
 
-    // The shard is written again.
+    // Once it is removed, the shard is written again.
+    fs::remove_file(&shard).unwrap();
     let said = messages(command(&precompute(&latents)));
-    says(
-        &said,
-        &["00000.tar was damaged or replaced", "1 of them new"],
-    );
+    says(&said, &["1 of them new"]);
     assert!(fs::read(&shard).unwrap() == whole);
     let said = messages(command(&precompute(&latents)));
     says(&said, &["1 shard already in", "0 of them new"]);
