@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 use coffey_pipeline::{Destination, SourceError};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -225,7 +226,8 @@ fn is_ours(name: &str) -> bool {
 /// Reads the state of the checkpoint in `path` and verifies every file against its checksum.
 pub(in crate::train) fn open(path: &Path) -> Result<SavedRun, TrainError> {
     let place = path.display().to_string();
-    let text = fs::read(path.join(STATE)).map_err(|e| damaged(&place, format!("{STATE}: {e}")))?;
+    let text = bounded::read_file(&path.join(STATE), MAX_FILE_BYTES)
+        .map_err(|e| damaged(&place, format!("{STATE}: {e}")))?;
     let state = CheckpointState::read(&place, &text)?;
     for (name, expected) in &state.checksums {
         let path = path.join(name);
