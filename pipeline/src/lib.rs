@@ -44,6 +44,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bounded;
 pub mod destination;
 pub mod flow;
 pub mod format;

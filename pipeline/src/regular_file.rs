@@ -1,7 +1,7 @@
-//! Reading of regular files. A named pipe would block until it has a writer, and a device may have no end.
+//! Opening of regular files. A named pipe would block until it has a writer, and a device may have no end.
 
 use std::fs::{self, File, FileType};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
@@ -14,26 +14,6 @@ pub fn open(path: &Path) -> io::Result<File> {
         None => File::open(path),
         Some((kind, what)) => Err(io::Error::new(kind, format!("it is a {what}, not a file"))),
     }
-}
-
-/// The content of a regular file.
-///
-/// # Errors
-/// As [`open`].
-pub fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    open(path)?.read_to_end(&mut content)?;
-    Ok(content)
-}
-
-/// The content of a regular file, as text.
-///
-/// # Errors
-/// As [`open`]; [`ErrorKind::InvalidData`] unless it is UTF-8.
-pub fn read_to_string(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    open(path)?.read_to_string(&mut text)?;
-    Ok(text)
 }
 
 fn other_kind(found: FileType) -> Option<(ErrorKind, &'static str)> {
@@ -71,11 +51,11 @@ mod tests {
             (at("socket"), "socket"),
             ("/dev/zero".into(), "device"),
         ] {
-            let error = read(&path).unwrap_err().to_string();
+            let error = open(&path).unwrap_err().to_string();
             assert_eq!(error, format!("it is a {what}, not a file"));
         }
-        assert_eq!(read(&at("link")).unwrap(), b"text");
-        assert_eq!(read_to_string(&at("file")).unwrap(), "text");
+        let text = std::io::read_to_string(open(&at("link")).unwrap()).unwrap();
+        assert_eq!(text, "text");
         assert_eq!(open(&at("none")).unwrap_err().kind(), ErrorKind::NotFound);
     }
 }

@@ -35,7 +35,8 @@ mod values;
 
 use std::path::Path;
 
-use coffey_pipeline::{ImageOptions, S3Options, regular_file};
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
+use coffey_pipeline::{ImageOptions, S3Options};
 use serde::{Deserialize, Serialize};
 
 pub use audit::Audit;
@@ -124,10 +125,11 @@ impl Config {
     /// The first mistake found, with the file, the key and what would be right.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
-        let text = regular_file::read_to_string(path).map_err(|source| ConfigError::Read {
-            file: file.clone(),
-            source,
-        })?;
+        let text =
+            bounded::read_text_file(path, MAX_FILE_BYTES).map_err(|source| ConfigError::Read {
+                file: file.clone(),
+                source,
+            })?;
         Self::parse(&text, &file, overrides)
     }
 

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{json, regular_file};
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
+use coffey_pipeline::json;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -218,7 +219,7 @@ pub(super) fn in_file<T>(
     parse: impl FnOnce(&[u8], &Path) -> std::result::Result<T, String>,
 ) -> std::result::Result<T, ScheduleError> {
     let path = folder.join("scheduler_config.json");
-    match regular_file::read(&path) {
+    match bounded::read_file(&path, MAX_FILE_BYTES) {
         Ok(bytes) => {
             parse(&bytes, &path).map_err(|message| ScheduleError::Invalid { path, message })
         }

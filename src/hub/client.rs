@@ -11,12 +11,16 @@ use ureq::Agent;
 use ureq::SendBody;
 use ureq::http::{Request, Response};
 
+use coffey_pipeline::bounded::{self, TooLong};
+
 use super::retry::{self, AttemptError, MAX_ATTEMPTS};
 use super::{HubError, Settings, io};
 use tokio_util::sync::CancellationToken;
 
 /// Largest response body that is read: the LFS batch response has an address for each part of each file. Bytes.
 const MAX_RESPONSE: u64 = 64 << 20;
+/// Most bytes that are read of an error's body.
+const MAX_ERROR: u64 = 64 << 10;
 /// Longest server message in an error. Characters.
 const MAX_MESSAGE: usize = 300;
 /// Time between two progress lines about one file.
@@ -143,10 +147,21 @@ impl<'a> Client<'a> {
         let (etag, retry_after) = (header("etag"), header("retry-after"));
         let message = header("x-error-message");
         let status = response.status().as_u16();
-        let body = response.body_mut().with_config().limit(MAX_RESPONSE);
-        let text = body.read_to_string();
+        let body = response.body_mut().as_reader();
         if (200..300).contains(&status) || call.expects.contains(&status) {
-            let text = text.map_err(AttemptError::transient)?;
+            let text = bounded::read(body, MAX_RESPONSE).map_err(|error| {
+                match error
+                    .get_ref()
+                    .and_then(|inner| inner.downcast_ref::<TooLong>())
+                {
+                    Some(too_long) => AttemptError::Permanent(HubError::InvalidResponse {
+                        what: call.what.clone(),
+                        cause: format!("it {too_long}"),
+                    }),
+                    None => AttemptError::transient(error),
+                }
+            })?;
+            let text = String::from_utf8_lossy(&text).into_owned();
             return Ok(HubResponse {
                 what: call.what.clone(),
                 status,
@@ -154,7 +169,10 @@ impl<'a> Client<'a> {
                 text,
             });
         }
-        let message = self.error_message(message, &text.unwrap_or_default());
+        let mut text = Vec::new();
+        // What came before a fault is the message.
+        body.take(MAX_ERROR).read_to_end(&mut text).ok();
+        let message = self.error_message(message, &String::from_utf8_lossy(&text));
         let what = call.what.clone();
         Err(AttemptError::Permanent(match status {
             401 if own => HubError::WrongToken {

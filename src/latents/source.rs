@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use coffey_pipeline::bounded::MAX_FILE_BYTES;
 use coffey_pipeline::{
     Content, ImageOptions, LatentShapes, ListedShard, ShardUrl, SourceError, Sources,
 };
@@ -342,11 +343,7 @@ pub fn manifests(
         let url = folder.join(name);
         let text = runtime.block_on(async {
             let mut reader = sources.open(&url).await?;
-            let mut text = Vec::new();
-            while let Some(chunk) = reader.next().await? {
-                text.extend_from_slice(&chunk);
-            }
-            Ok::<_, SourceError>(text)
+            reader.read_to_end(&url, MAX_FILE_BYTES).await
         })?;
         let manifest = url.redacted();
         match Manifest::parse(&text) {

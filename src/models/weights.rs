@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 use coffey_pipeline::{json, regular_file};
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
@@ -204,7 +205,7 @@ pub fn tensor_names(path: &Path) -> Vec<String> {
 
 /// Reads and parses a JSON file.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    let bytes = regular_file::read(path).map_err(|source| ModelError::Io {
+    let bytes = bounded::read_file(path, MAX_FILE_BYTES).map_err(|source| ModelError::Io {
         path: path.to_owned(),
         source,
     })?;

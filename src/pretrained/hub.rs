@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use coffey_pipeline::regular_file;
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
@@ -150,8 +150,11 @@ impl HubClient {
         if is_commit(revision) {
             return Some(revision.to_owned());
         }
-        let text =
-            regular_file::read_to_string(&self.repository(id).join("refs").join(revision)).ok()?;
+        let text = bounded::read_text_file(
+            &self.repository(id).join("refs").join(revision),
+            MAX_FILE_BYTES,
+        )
+        .ok()?;
         Some(text.trim().to_owned()).filter(|commit| !commit.is_empty())
     }
 

@@ -16,7 +16,8 @@ pub use files::Components;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{SourceError, Sources, counted, json, regular_file};
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
+use coffey_pipeline::{SourceError, Sources, counted, json};
 use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
@@ -285,7 +286,7 @@ fn plan(
 }
 
 fn read_json(path: &Path) -> Option<serde_json::Value> {
-    json::from_slice(&regular_file::read(path).ok()?).ok()
+    json::from_slice(&bounded::read_file(path, MAX_FILE_BYTES).ok()?).ok()
 }
 
 /// [`fetch`] for a VAE that is a model by itself or the subfolder `vae` of a model; returns the VAE's folder.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use coffey_pipeline::regular_file;
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
 use super::checkpoint::{self, OPTIMIZER, SavedRun, Saver};
 use super::models_fingerprint::ModelsFingerprint;
@@ -177,7 +177,7 @@ pub(super) fn moved_teacher(output: &Path, config: &Config, models: &Models) -> 
         teacher: String,
         revision: String,
     }
-    let text = regular_file::read_to_string(&output.join("run.json")).ok()?;
+    let text = bounded::read_text_file(&output.join("run.json"), MAX_FILE_BYTES).ok()?;
     let before: LastStart = serde_json::from_str(&text).ok()?;
     let (teacher, now) = (config.model.teacher.as_ref()?, models.commit.as_ref()?);
     let moved = before.teacher == teacher.as_str() && before.revision != *now;

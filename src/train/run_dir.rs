@@ -168,11 +168,12 @@ impl RunRecords {
                 continue;
             }
             let path = self.folder.join(&entry.name);
-            let content = remote.read(&entry.name)?;
             if let Some(parent) = path.parent() {
                 fs::create_dir_all(parent).map_err(io(parent))?;
             }
-            fs::write(&path, content).map_err(io(&path))?;
+            let mut from = remote.open(&entry.name)?;
+            let mut to = File::create(&path).map_err(io(&path))?;
+            std::io::copy(&mut from, &mut to).map_err(|error| remote.failed(&entry.name, error))?;
             let now = version(&path).map_err(io(&path))?;
             self.uploaded().insert(entry.name, now);
         }

@@ -12,6 +12,7 @@ mod chaos;
 mod check;
 mod device;
 mod extending;
+mod hostile;
 mod inspect;
 mod latents;
 mod model_forms;

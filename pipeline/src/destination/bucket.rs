@@ -205,6 +205,9 @@ impl Bucket {
                 };
                 let (sent, before) = (page.uploads.len(), seen.len());
                 for upload in page.uploads {
+                    paging
+                        .count(&upload.key)
+                        .map_err(|cause| wrong_uploads(&prefix.url, cause))?;
                     if !seen.insert(upload.clone()) {
                         continue;
                     }

@@ -21,6 +21,7 @@ use bytes::{Buf, Bytes};
 use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
+use crate::bounded::{self, MAX_FILE_BYTES};
 use crate::net::SourceError;
 use crate::shard::{Location, ShardUrl};
 use crate::source::{ObjectReader, Sources};
@@ -198,16 +199,12 @@ impl Destination {
         }
     }
 
-    /// Reads a whole object.
+    /// Reads a whole object of at most [`MAX_FILE_BYTES`].
     ///
     /// # Errors
-    /// As [`Destination::open`].
+    /// As [`Destination::open`], and for a larger object.
     pub fn read(&self, name: &str) -> Result<Vec<u8>, SourceError> {
-        let mut content = Vec::new();
-        self.open(name)?
-            .read_to_end(&mut content)
-            .map_err(|error| self.failed(name, error))?;
-        Ok(content)
+        bounded::read(self.open(name)?, MAX_FILE_BYTES).map_err(|error| self.failed(name, error))
     }
 
     /// Size and metadata of an object; `None` if there is none.

@@ -9,7 +9,7 @@ mod latents;
 mod statistics;
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use serde::Serialize;
 use tokio::runtime::Handle;
@@ -20,7 +20,9 @@ use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::json::Document;
 use crate::plural::counted;
-use crate::shard::{PassedOver, PassedOverKind, Sample, ShardUrl};
+use crate::shard::{
+    HeldMembers, MAX_CAPTION_BYTES, MAX_JSON_BYTES, PassedOver, PassedOverKind, Sample, ShardUrl,
+};
 use crate::source::Sources;
 use crate::stages::Stage;
 use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError};
@@ -28,6 +30,11 @@ use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError
 pub use cross_shard::CrossShardCheck;
 pub use latents::{ChannelStats, LatentReport};
 pub use statistics::{Histogram, Statistics, TokenCounter};
+
+/// Most extensions that a report counts by name.
+const MOST_EXTENSIONS: usize = 1000;
+/// The name of all other extensions in a report.
+const OTHER_EXTENSIONS: &str = "other extensions";
 
 /// The content of a shard, and its problems.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
@@ -101,7 +108,7 @@ pub struct Problem {
     pub what: String,
 }
 
-/// Kinds of problems. With the first five a stream skips the sample, for a reason of the same name. With `Link`,
+/// Kinds of problems. With the first six a stream skips the sample, for a reason of the same name. With `Link`,
 /// `Special` and `TrailingData` a part of the shard is not read. Samples with the other problems are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -110,9 +117,11 @@ pub enum ProblemKind {
     NoImage,
     /// No caption under the keys looked for.
     NoCaption,
+    /// The caption has too many bytes.
+    CaptionTooLong,
     /// The json does not parse; skipped only if a filter needs it.
     BadJson,
-    /// The image has too many bytes or pixels.
+    /// The image, the json or the sample has too many bytes, the image too many pixels, or the sample too many members.
     TooLarge,
     /// The image can't be decoded.
     DecodeError,
@@ -157,6 +166,7 @@ impl ProblemKind {
         match self {
             Self::NoImage => "no_image",
             Self::NoCaption => "no_caption",
+            Self::CaptionTooLong => "caption_too_long",
             Self::BadJson => "bad_json",
             Self::TooLarge => "too_large",
             Self::DecodeError => "decode_error",
@@ -195,6 +205,17 @@ pub struct InspectOptions {
     pub tokens: Option<TokenCounter>,
 }
 
+impl InspectOptions {
+    /// The members that are read.
+    fn held_members(&self) -> HeldMembers {
+        HeldMembers::default()
+            .with(&self.image_keys, ImageOptions::default().max_bytes)
+            .with([LATENT, PROMPT_EMBEDS], ImageOptions::default().max_bytes)
+            .with(&self.caption_keys, MAX_CAPTION_BYTES)
+            .with([JSON], MAX_JSON_BYTES)
+    }
+}
+
 impl Spread {
     fn add(&mut self, value: u64) {
         self.min = if self.count == 0 {
@@ -222,17 +243,17 @@ pub async fn shard(
     url: &ShardUrl,
     options: &InspectOptions,
 ) -> Result<ShardReport, StreamError> {
-    let (sender, non_samples) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: FlowMetrics::private(),
         runtime: Handle::current(),
-        max_member_bytes: ImageOptions::default().max_bytes,
-        non_samples: Some(sender),
+        held: options.held_members(),
+        inspects: true,
     };
     let inspector = Inspector {
         options: options.clone(),
         keys: HashSet::new(),
+        non_samples: Vec::new(),
         report: ShardReport {
             url: url.redacted(),
             statistics: options.statistics.then(Statistics::default),
@@ -246,8 +267,7 @@ pub async fn shard(
     let work = move || {
         let open =
             OpenShard::start(&context, &url, None).map_err(|error| StreamError::threads(&error))?;
-        drop(context); // Its sender would keep `non_samples` open after the shard's end.
-        inspector.read(open, &non_samples, &cancel)
+        inspector.read(&open, &cancel)
     };
     let report = tokio::task::spawn_blocking(work).await;
     drop(guard);
@@ -270,19 +290,26 @@ impl Drop for CancelOnDrop {
 struct Inspector {
     options: InspectOptions,
     keys: HashSet<Arc<str>>,
+    /// Problems of members that belong to no sample, listed last.
+    non_samples: Vec<Problem>,
     report: ShardReport,
 }
 
 impl Inspector {
     fn read(
         mut self,
-        open: OpenShard,
-        non_samples: &mpsc::Receiver<NonSample>,
+        open: &OpenShard,
         cancel: &CancellationToken,
     ) -> Result<ShardReport, StreamError> {
         while let Some(event) = open.next(cancel) {
             match event {
                 ShardEvent::Sample(sample) => self.sample(&sample),
+                ShardEvent::NonSample(NonSample::Member(member)) => self.passed_over(&member),
+                ShardEvent::NonSample(NonSample::Trailing(bytes)) => {
+                    let bytes = counted(bytes, "byte");
+                    let what = format!("not read after the end of the archive: {bytes}");
+                    self.non_sample(ProblemKind::TrailingData, "", what);
+                }
                 ShardEvent::End { broken } => {
                     self.report.broken = broken;
                     break;
@@ -292,32 +319,29 @@ impl Inspector {
         }
         self.report.bytes = open.size();
         self.report.sha256 = open.sha256();
-        drop(open);
-        for part in non_samples {
-            match part {
-                NonSample::Member(member) => self.passed_over(&member),
-                NonSample::Trailing(bytes) => {
-                    let what = format!(
-                        "not read after the end of the archive: {}",
-                        counted(bytes, "byte")
-                    );
-                    self.problem(ProblemKind::TrailingData, "", what);
-                }
-            }
-        }
+        self.report.problems.append(&mut self.non_samples);
         Ok(self.report)
+    }
+
+    fn non_sample(&mut self, kind: ProblemKind, path: &str, what: impl Into<String>) {
+        self.non_samples.push(Problem {
+            kind,
+            key: path.to_owned(),
+            what: what.into(),
+        });
     }
 
     fn passed_over(&mut self, PassedOver { path, kind }: &PassedOver) {
         let name = match kind {
             PassedOverKind::Folder => "folder",
             PassedOverKind::Name => "file without an extension, or hidden",
+            PassedOverKind::LongPath => "file with a path over 4096 bytes",
             PassedOverKind::Link => {
-                self.problem(ProblemKind::Link, path, "is a link, and not followed");
+                self.non_sample(ProblemKind::Link, path, "is a link, and not followed");
                 "link"
             }
             PassedOverKind::Special => {
-                self.problem(ProblemKind::Special, path, "is no plain file, and not read");
+                self.non_sample(ProblemKind::Special, path, "is no plain file, and not read");
                 "special file"
             }
         };
@@ -327,10 +351,7 @@ impl Inspector {
     fn sample(&mut self, sample: &Sample) {
         self.report.samples += 1;
         self.report.keys.push(sample.key.clone());
-        let extensions = sample.members.keys().chain(sample.oversized.keys());
-        for extension in extensions {
-            *self.report.members.entry(extension.clone()).or_default() += 1;
-        }
+        self.count_members(sample);
         if !self.keys.insert(sample.key.clone()) {
             self.report.duplicate_keys += 1;
             let what = "has the key of an earlier sample";
@@ -341,12 +362,20 @@ impl Inspector {
             let what = "has a name that is not UTF-8; its bytes are replaced";
             self.problem(ProblemKind::UnreadableName, &sample.key, what);
         }
+        if let Some(excess) = sample.excess {
+            self.problem(ProblemKind::TooLarge, &sample.key, excess.to_string());
+            return;
+        }
         if sample.members.contains_key(LATENT) {
             self.latents(sample);
         } else {
             self.image(sample);
         }
         self.caption(sample);
+        if let Some(bytes) = sample.oversized.get(JSON) {
+            let what = format!("json is too large ({})", counted(*bytes, "byte"));
+            self.problem(ProblemKind::TooLarge, &sample.key, what);
+        }
         let json = sample.members.get(JSON).map(|raw| Document::parse(raw));
         if let Some(statistics) = &mut self.report.statistics {
             let json = json.as_ref().and_then(|json| json.as_ref().ok());
@@ -358,7 +387,32 @@ impl Inspector {
         }
     }
 
+    fn count_members(&mut self, sample: &Sample) {
+        let members = &mut self.report.members;
+        for extension in sample.extensions() {
+            let is_listed = members.len() < MOST_EXTENSIONS || members.contains_key(extension);
+            let name = if is_listed {
+                extension
+            } else {
+                OTHER_EXTENSIONS
+            };
+            *members.entry(name.to_owned()).or_default() += 1;
+        }
+    }
+
     fn caption(&mut self, sample: &Sample) {
+        let keys = &self.options.caption_keys;
+        let oversized = keys
+            .iter()
+            .find_map(|key| sample.oversized.get_key_value(key));
+        if let (None, Some((extension, bytes))) = (sample.pick(keys), oversized) {
+            let what = format!(
+                "{extension} is too long ({}, at most {MAX_CAPTION_BYTES})",
+                counted(*bytes, "byte")
+            );
+            self.problem(ProblemKind::CaptionTooLong, &sample.key, what);
+            return;
+        }
         let Some((extension, caption)) = sample.pick(&self.options.caption_keys) else {
             self.report.missing_captions += 1;
             self.problem(ProblemKind::NoCaption, &sample.key, "has no caption");

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::bounded::TooLong;
 use crate::plural::counted;
 use crate::shard::UrlError;
 
@@ -226,6 +227,16 @@ pub enum SourceError {
         /// The server's answer.
         cause: String,
     },
+    /// A file or a response is larger than what is read of it.
+    #[error("{url}: {what} {error}")]
+    TooLong {
+        /// The object, or the folder that is listed.
+        url: String,
+        /// The file or the response.
+        what: &'static str,
+        /// The limit.
+        error: TooLong,
+    },
     /// The kind of URL does not support the operation.
     #[error("{url}: {cause}")]
     Unsupported {
@@ -283,6 +294,7 @@ impl SourceError {
             | Self::EmptyFolder { .. }
             | Self::Missing { .. }
             | Self::Changed { .. }
+            | Self::TooLong { .. }
             | Self::Unreachable { .. }
             | Self::Exhausted { .. }
             | Self::NotWritten { .. }

@@ -8,7 +8,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::error::SourceError;
-use crate::regular_file;
+use crate::bounded::{self, MAX_FILE_BYTES};
 use crate::shard::ShardUrl;
 
 /// The variable that the AWS tools read as well.
@@ -43,7 +43,8 @@ impl CaBundle {
             path: path.to_owned(),
             cause,
         };
-        let pem = regular_file::read(path).map_err(|error| failed(error.to_string()))?;
+        let pem =
+            bounded::read_file(path, MAX_FILE_BYTES).map_err(|error| failed(error.to_string()))?;
         let certificates = CertificateDer::pem_slice_iter(&pem)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| failed(format!("is not PEM: {error}")))?;

@@ -16,6 +16,7 @@ use aws_types::SdkConfig;
 use aws_types::service_config::ServiceConfigKey;
 
 use super::S3Options;
+use super::body::LimitBodies;
 use super::credentials::{LastCredentials, StoringProvider};
 use crate::net::CaBundle;
 
@@ -167,6 +168,7 @@ impl Chain {
                     .connect_timeout(CONNECT_TIMEOUT)
                     .build(),
             )
+            .interceptor(LimitBodies)
             .request_checksum_calculation(checksums)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
         if shared.region().is_none() {

@@ -8,6 +8,7 @@ use aws_sdk_s3::error::{ConnectorError, ProvideErrorMetadata, SdkError};
 use super::connect::Connection;
 use super::operation::Operation;
 use super::refusal::{Outcome, S3Refusal, passing};
+use crate::bounded::TooLong;
 use crate::net::{RequestFailure, ServerMessage, SourceError, causes, certificate_error};
 use crate::shard::ShardUrl;
 
@@ -53,10 +54,20 @@ where
             .meaning(url, operation)
         }
         SdkError::TimeoutError(_) => passing("timeout", inner_causes(error)),
-        SdkError::ResponseError(_) => passing(
-            "bad_response",
-            format!("{}: {}", operation.name(), inner_causes(error)),
-        ),
+        SdkError::ResponseError(_) => match too_long(error) {
+            Some(error) => {
+                let failure = RequestFailure::Fatal(SourceError::TooLong {
+                    url: url.redacted(),
+                    what: operation.name(),
+                    error: error.clone(),
+                });
+                ("bad_response", failure)
+            }
+            None => passing(
+                "bad_response",
+                format!("{}: {}", operation.name(), inner_causes(error)),
+            ),
+        },
         SdkError::DispatchFailure(dispatch) => {
             let connector = dispatch.as_connector_error();
             let cause = connector.map_or_else(|| inner_causes(error), connector_causes);
@@ -78,6 +89,18 @@ where
         }
         other => client_error(url, inner_causes(other)),
     }
+}
+
+/// The limit of a response, if it is the cause.
+fn too_long<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a TooLong> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(too_long) = error.downcast_ref() {
+            return Some(too_long);
+        }
+        next = error.source();
+    }
+    None
 }
 
 /// The causes of an error without its own text, which only names the step of the SDK.

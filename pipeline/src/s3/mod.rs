@@ -3,6 +3,7 @@
 //! Owns the connection, its credentials, and the meaning of the server's errors. It never decides which
 //! object is read or written.
 
+mod body;
 mod client;
 mod connect;
 mod credentials;

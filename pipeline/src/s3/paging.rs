@@ -2,8 +2,15 @@
 
 use std::collections::HashSet;
 
+use crate::plural::counted;
+
 /// Most pages in a row without an entry. S3 may send a few where many objects were removed.
 const MOST_EMPTY_PAGES: u32 = 1000;
+
+/// Most bytes of the names of one listing, with [`ENTRY_BYTES`] for each entry.
+const MOST_BYTES: u64 = 1 << 29;
+/// Bytes that an entry counts besides its name: about four million entries are read.
+const ENTRY_BYTES: u64 = 64;
 
 /// The pages of one listing so far.
 #[derive(Debug, Default)]
@@ -11,9 +18,32 @@ pub(crate) struct Paging {
     /// Where each page began: its token or marker.
     places: HashSet<String>,
     empty_pages: u32,
+    entries: u64,
+    /// Bytes of the places and of the entries' names, with [`ENTRY_BYTES`] for each.
+    bytes: u64,
 }
 
 impl Paging {
+    /// Counts an entry.
+    ///
+    /// # Errors
+    /// The fault, if the listing is too long.
+    pub(crate) fn count(&mut self, name: &str) -> Result<(), String> {
+        self.entries += 1;
+        self.add(name)
+    }
+
+    fn add(&mut self, text: &str) -> Result<(), String> {
+        self.bytes += ENTRY_BYTES + text.len() as u64;
+        if self.bytes <= MOST_BYTES {
+            return Ok(());
+        }
+        Err(format!(
+            "it goes on after {} with more than {MOST_BYTES} bytes of names",
+            counted(self.entries, "entry")
+        ))
+    }
+
     /// Takes a page of `sent` entries, `new` of them on no page before, that is followed by a page from
     /// `place` on.
     ///
@@ -34,6 +64,7 @@ impl Paging {
                 "{MOST_EMPTY_PAGES} pages in a row are empty, and it goes on"
             ));
         }
+        self.add(&place)?;
         self.places.insert(place);
         Ok(())
     }
@@ -65,6 +96,10 @@ mod tests {
         assert!(cycle.contains("comes back"), "{cycle}");
         let repeated = paging.advance("c".to_owned(), 2, 0).unwrap_err();
         assert!(repeated.contains("no new one"), "{repeated}");
+        let endless = (0..).find_map(|page| paging.count(&format!("{page:0100}")).err());
+        let endless = endless.unwrap();
+        assert!(endless.starts_with("it goes on after 32"), "{endless}");
+        let mut paging = Paging::default();
         let empty = (0..).find_map(|page| paging.advance(format!("{page}"), 0, 0).err());
         assert!(empty.unwrap().contains("are empty"));
     }

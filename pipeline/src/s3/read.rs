@@ -175,6 +175,7 @@ impl<'a> Listing<'a> {
         }
         for object in page.contents() {
             let (key, info) = self.object(object)?;
+            self.paging.count(&key)?;
             self.found.insert(key, info);
         }
         let token = page

@@ -1,11 +1,12 @@
 //! Tars of several writers, compared with webdataset's samples (`tests/golden/make_tars.py`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::ops::ControlFlow;
 
 use serde::Deserialize;
 
+use super::limits::HeldMembers;
 use super::tar::{TAIL_BYTES, TarError, TarItem, TarOptions, read_samples};
 
 const TARS: &[u8] = include_bytes!("../../tests/golden/tars.tar.gz");
@@ -38,13 +39,30 @@ fn webdataset() -> BTreeMap<String, Expected> {
     serde_json::from_str(WEBDATASET).unwrap()
 }
 
+/// The extensions of all members.
+fn extensions(tar: &[u8]) -> BTreeSet<String> {
+    let options = TarOptions {
+        held: HeldMembers::default(),
+        max_tail_bytes: TAIL_BYTES,
+    };
+    let mut found = BTreeSet::new();
+    read_samples(tar, &options, |item| {
+        if let TarItem::Sample(sample) = item {
+            found.extend(sample.others.into_keys());
+        }
+        ControlFlow::Continue(())
+    })
+    .ok();
+    found
+}
+
 fn read(tar: &[u8]) -> (Samples, Result<(), TarError>) {
     let mut samples = Vec::new();
     let options = TarOptions {
-        max_member_bytes: 1 << 20,
+        held: HeldMembers::default().with(extensions(tar), 1 << 20),
         max_tail_bytes: TAIL_BYTES,
     };
-    let result = read_samples(tar, options, |item| {
+    let result = read_samples(tar, &options, |item| {
         let TarItem::Sample(sample) = item else {
             return ControlFlow::Continue(());
         };

@@ -1,11 +1,16 @@
 //! Gzip around a tar: detected from the content, and decompressed while it is read.
 
 use std::fmt;
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::bufread::GzDecoder;
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
+
+/// Decompressed bytes from which the ratio is limited.
+const UNLIMITED_BYTES: u64 = 1 << 30;
+/// Most decompressed bytes for each compressed byte. Images shrink little, and deflate reaches 1032.
+const MAX_RATIO: u64 = 256;
 
 /// Whether a file that begins with these bytes is in gzip.
 pub(super) fn is_gzip(start: &[u8]) -> bool {
@@ -32,6 +37,12 @@ impl GzipFault {
         }))
     }
 
+    fn ratio(compressed: u64, written: u64) -> io::Error {
+        io::Error::other(Self(format!(
+            "the gzip expands {compressed} bytes to {written}, more than {MAX_RATIO} times as many"
+        )))
+    }
+
     pub(super) fn is_behind(error: &io::Error) -> bool {
         error.get_ref().is_some_and(|inner| inner.is::<Self>())
     }
@@ -39,13 +50,17 @@ impl GzipFault {
 
 /// Fills each buffer as far as there is data, so that the content of a damaged gzip does not depend on
 /// the sizes of the reads.
-pub(super) struct Filling<R>(pub(super) R);
+struct Filling<R> {
+    inner: R,
+    /// Bytes read.
+    read: u64,
+}
 
 impl<R: Read> Read for Filling<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
-            match self.0.read(&mut buffer[filled..]) {
+            match self.inner.read(&mut buffer[filled..]) {
                 Ok(0) => break,
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -54,6 +69,7 @@ impl<R: Read> Read for Filling<R> {
                 Err(error) => return Err(error),
             }
         }
+        self.read += filled as u64;
         Ok(filled)
     }
 }
@@ -61,28 +77,38 @@ impl<R: Read> Read for Filling<R> {
 /// The content of a gzip with any number of members, one after another. Other data after the members is
 /// ignored, as by the gzip tool.
 pub(super) struct Inflate<R> {
-    member: Option<GzDecoder<R>>,
+    member: Option<GzDecoder<BufReader<Filling<R>>>>,
+    /// Decompressed bytes.
+    written: u64,
 }
 
-impl<R: BufRead> Inflate<R> {
-    pub(super) fn new(reader: R) -> Self {
+impl<R: Read> Inflate<R> {
+    /// Decompresses `capacity` bytes of `inner` at once.
+    pub(super) fn new(inner: R, capacity: usize) -> Self {
+        let reader = BufReader::with_capacity(capacity, Filling { inner, read: 0 });
         Self {
             member: Some(GzDecoder::new(reader)),
+            written: 0,
         }
     }
 }
 
-impl<R: BufRead> Read for Inflate<R> {
+impl<R: Read> Read for Inflate<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
         }
         while let Some(member) = &mut self.member {
-            let read = member
+            let count = member
                 .read(buffer)
                 .map_err(|error| GzipFault::wrap(&error))?;
-            if read > 0 {
-                return Ok(read);
+            if count > 0 {
+                self.written += count as u64;
+                let compressed = member.get_ref().get_ref().read;
+                if self.written > UNLIMITED_BYTES && self.written / MAX_RATIO > compressed {
+                    return Err(GzipFault::ratio(compressed, self.written));
+                }
+                return Ok(count);
             }
             if let Some(member) = self.member.take() {
                 let mut rest = member.into_inner();
@@ -112,8 +138,7 @@ mod tests {
     fn inflate(gzip: &[u8]) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
         // A small buffer, so that members end at every place in it.
-        let reader = io::BufReader::with_capacity(7, gzip);
-        Inflate::new(reader).read_to_end(&mut content)?;
+        Inflate::new(gzip, 7).read_to_end(&mut content)?;
         Ok(content)
     }
 

@@ -9,6 +9,7 @@ mod filter;
 mod golden_tests;
 mod gzip;
 mod hub;
+mod limits;
 mod mistakes;
 mod other_file;
 mod pipe;
@@ -20,12 +21,13 @@ mod url;
 pub use expand::expand;
 pub use filter::{Filter, FilterReport, Rejection};
 pub use redact::redact_patterns;
-pub use sample::Sample;
+pub use sample::{Excess, Sample};
 pub use url::{ShardUrl, UrlError};
 
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::{AESTHETIC, FilterState, PUNSAFE, PWATERMARK, SIMILARITY, number};
 pub(crate) use hub::HubFile;
+pub(crate) use limits::{HeldMembers, MAX_CAPTION_BYTES, MAX_JSON_BYTES};
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };

@@ -1,9 +1,12 @@
 //! A sample as it is in a shard: a key and its members, still compressed.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
+
+use super::limits::{MAX_SAMPLE_BYTES, MAX_SAMPLE_MEMBERS};
 
 /// The members of a shard that share a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,8 +18,30 @@ pub struct Sample {
     pub members: BTreeMap<String, Bytes>,
     /// Extensions of members that were not read because they are too large, with their sizes.
     pub oversized: BTreeMap<String, u64>,
+    /// Extensions of members that nothing reads, with their first bytes.
+    pub others: BTreeMap<String, Bytes>,
+    /// The limit that the sample exceeds. It then has no members.
+    pub excess: Option<Excess>,
     /// Whether an adjacent sample has the same key, because an extension is repeated.
     pub is_part: bool,
+}
+
+/// A limit of a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Excess {
+    /// The number of members.
+    Members,
+    /// The size of the members, and of their names.
+    Bytes,
+}
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Members => write!(f, "has more than {MAX_SAMPLE_MEMBERS} members"),
+            Self::Bytes => write!(f, "has more than {MAX_SAMPLE_BYTES} bytes of members"),
+        }
+    }
 }
 
 impl Sample {
@@ -25,6 +50,8 @@ impl Sample {
             key: Arc::from(String::from_utf8_lossy(key)),
             members: BTreeMap::new(),
             oversized: BTreeMap::new(),
+            others: BTreeMap::new(),
+            excess: None,
             is_part: false,
         }
     }
@@ -38,14 +65,40 @@ impl Sample {
             .map(|(extension, content)| (extension.as_str(), content))
     }
 
-    /// Size of all members. Bytes.
+    /// Size of the members. Bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.members.values().map(Bytes::len).sum()
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.members.is_empty() && self.oversized.is_empty()
+    /// Size of the members, of the starts of others, and of all names. Bytes.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let contents = self.members.iter().chain(&self.others);
+        let contents: usize = contents
+            .map(|(name, content)| name.len() + content.len())
+            .sum();
+        let names: usize = self.oversized.keys().map(String::len).sum();
+        self.key.len() + contents + names
+    }
+
+    /// The extensions of all members, also of those that are not held.
+    pub(crate) fn extensions(&self) -> impl Iterator<Item = &str> {
+        let held = self.members.keys().chain(self.oversized.keys());
+        held.chain(self.others.keys()).map(String::as_str)
+    }
+
+    pub(super) fn has(&self, extension: &str) -> bool {
+        self.members.contains_key(extension)
+            || self.oversized.contains_key(extension)
+            || self.others.contains_key(extension)
+    }
+
+    /// Drops the members of a sample that exceeds a limit.
+    pub(super) fn exceed(&mut self, excess: Excess) {
+        self.members.clear();
+        self.oversized.clear();
+        self.others.clear();
+        self.excess = Some(excess);
     }
 }
 

@@ -1,28 +1,35 @@
 //! Tar members to samples, one after another, from any reader.
 
-use std::io::{self, BufReader, Cursor, Read};
+use std::io::{self, Cursor, Read};
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
-use super::gzip::{Filling, GzipFault, Inflate, is_gzip};
+use super::gzip::{GzipFault, Inflate, is_gzip};
+use super::limits::{
+    HeldMembers, MAX_HEADER_BYTES, MAX_HOLE_BYTES, MAX_PATH_BYTES, MAX_SAMPLE_BYTES,
+    MAX_SAMPLE_MEMBERS, ReadLimit, START_BYTES,
+};
 use super::other_file::describe;
-use super::sample::{Sample, split_name};
+use super::sample::{Excess, Sample, split_name};
 
-/// Size of a member's header.
-const HEADER_BYTES: u64 = 512;
+/// Size of a block, and of a member's header.
+pub(super) const BLOCK_BYTES: u64 = 512;
 
 /// Compressed bytes handed to the decompressor at once.
 const COMPRESSED_BYTES: usize = 64 << 10;
+
+/// Longest start of a member's path in a message.
+const SHOWN_PATH_BYTES: usize = 200;
 
 /// Bytes that are read after a tar's end blocks: enough for the padding and a gzip's checksum.
 pub(crate) const TAIL_BYTES: u64 = 1 << 20;
 
 /// Limits of reading a shard.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct TarOptions {
-    /// Larger members are not read. Bytes.
-    pub(crate) max_member_bytes: u64,
+    /// The members that are read.
+    pub(crate) held: HeldMembers,
     /// Most bytes that are read after the tar's end.
     pub(crate) max_tail_bytes: u64,
 }
@@ -59,21 +66,30 @@ pub(crate) struct PassedOver {
 pub(crate) enum PassedOverKind {
     Folder,
     Link,
-    /// A device, a pipe, or a sparse file of the PAX format.
+    /// A device, a pipe, a sparse file of the PAX format, or one with large holes.
     Special,
     /// A file without an extension, a hidden one, or webdataset's own.
     Name,
+    /// A file with a path of more bytes than a system allows.
+    LongPath,
 }
 
 impl PassedOverKind {
     /// The kind of an entry; `None` for a file that can be read.
-    fn of(entry: &mut tar::Entry<'_, impl Read>) -> Option<Self> {
+    fn of(entry: &mut tar::Entry<'_, impl Read>, path: &[u8]) -> Option<Self> {
         use tar::EntryType::{Continuous, Directory, GNUSparse, Link, Regular, Symlink};
         match entry.header().entry_type() {
             Regular | Continuous | GNUSparse => {}
             Directory => return Some(Self::Folder),
             Symlink | Link => return Some(Self::Link),
             _ => return Some(Self::Special),
+        }
+        if path.len() > MAX_PATH_BYTES {
+            return Some(Self::LongPath);
+        }
+        let stored = stored_bytes(entry).unwrap_or(0);
+        if entry.size().saturating_sub(stored) > MAX_HOLE_BYTES {
+            return Some(Self::Special);
         }
         // The tar reader does not support sparse files of the PAX format.
         let is_pax_sparse = match entry.pax_extensions() {
@@ -103,7 +119,7 @@ fn printable(error: &std::io::Error) -> String {
 /// since members may be missing.
 pub(crate) fn read_samples(
     reader: impl Read,
-    options: TarOptions,
+    options: &TarOptions,
     deliver: impl FnMut(TarItem) -> ControlFlow<()>,
 ) -> Result<(), TarError> {
     let (start, reader) = peek(reader)?;
@@ -113,15 +129,14 @@ pub(crate) fn read_samples(
     if !is_gzip(&start) {
         return read_tar(reader, options, deliver).map_err(|error| named(error, &start, ""));
     }
-    let reader = BufReader::with_capacity(COMPRESSED_BYTES, Filling(reader));
-    let (start, reader) = peek(Inflate::new(reader))?;
+    let (start, reader) = peek(Inflate::new(reader, COMPRESSED_BYTES))?;
     read_tar(reader, options, deliver).map_err(|error| named(error, &start, " in gzip"))
 }
 
 /// The first bytes of a file, as many as a tar's header has, and a reader of the whole file.
 fn peek<R: Read>(mut reader: R) -> Result<(Vec<u8>, impl Read), TarError> {
     let mut start = Vec::new();
-    let read = reader.by_ref().take(HEADER_BYTES).read_to_end(&mut start);
+    let read = reader.by_ref().take(BLOCK_BYTES).read_to_end(&mut start);
     read.map_err(|error| TarError::Broken(printable(&error)))?;
     Ok((start.clone(), Cursor::new(start).chain(reader)))
 }
@@ -143,34 +158,38 @@ fn named(error: TarError, start: &[u8], packed: &str) -> TarError {
 
 fn read_tar(
     reader: impl Read,
-    options: TarOptions,
+    options: &TarOptions,
     mut deliver: impl FnMut(TarItem) -> ControlFlow<()>,
 ) -> Result<(), TarError> {
-    let mut archive = tar::Archive::new(reader);
+    let limit = ReadLimit::new();
+    let mut archive = tar::Archive::new(limit.reader(reader));
     let entries = archive
         .entries()
         .map_err(|error| TarError::NotATar(printable(&error)))?;
-    let mut current: Option<Sample> = None;
-    // Exact bytes: the sample's key replaces bytes that are not UTF-8.
-    let mut current_key = Vec::new();
+    let mut current: Option<Group> = None;
     let mut last_path = String::new();
     for (index, entry) in entries.enumerate() {
-        let mut entry = match entry {
-            Ok(entry) => entry,
-            Err(error) if index == 0 && GzipFault::is_behind(&error) => {
-                return Err(TarError::Broken(printable(&error)));
+        let mut entry = entry.map_err(|error| match limit.fault() {
+            _ if index == 0 && GzipFault::is_behind(&error) => TarError::Broken(printable(&error)),
+            None if index == 0 => TarError::NotATar(printable(&error)),
+            fault => {
+                let fault = fault.unwrap_or_else(|| printable(&error));
+                TarError::Broken(after(&fault, &last_path))
             }
-            Err(error) if index == 0 => return Err(TarError::NotATar(printable(&error))),
-            Err(error) => {
-                return Err(TarError::Broken(format!(
-                    "{} after member {last_path:?}",
-                    printable(&error)
-                )));
-            }
-        };
+        })?;
+        limit.allow(stored_bytes(&entry)?);
+        if entry.header().entry_type().is_pax_global_extensions() && entry.size() > MAX_HEADER_BYTES
+        {
+            let fault = format!(
+                "the global PAX records at byte {} have {} bytes, more than {MAX_HEADER_BYTES}",
+                entry.raw_header_position(),
+                entry.size()
+            );
+            return Err(TarError::Broken(after(&fault, &last_path)));
+        }
         let path = entry.path_bytes().into_owned();
-        last_path = String::from_utf8_lossy(&path).into_owned();
-        let split = match PassedOverKind::of(&mut entry) {
+        last_path = shown(&path);
+        let split = match PassedOverKind::of(&mut entry, &path) {
             None => split_name(&path).ok_or(PassedOverKind::Name),
             Some(kind) => Err(kind),
         };
@@ -184,63 +203,154 @@ fn read_tar(
                 }
             }
         };
-        let repeats = current.as_ref().is_some_and(|sample| {
-            current_key == key
-                && (sample.members.contains_key(&extension)
-                    || sample.oversized.contains_key(&extension))
-        });
-        if repeats || current.is_none() || current_key != key {
-            key.clone_into(&mut current_key);
-            let mut next = Sample::new(key);
-            next.is_part = repeats;
-            if let Some(mut done) = current.replace(next) {
-                done.is_part |= repeats;
-                if let ControlFlow::Break(()) = deliver(TarItem::Sample(done)) {
-                    return Ok(());
+        let repeats = current
+            .as_ref()
+            .is_some_and(|group| group.key == key && group.sample.has(&extension));
+        let group = match &mut current {
+            Some(group) if group.key == key && !repeats => group,
+            _ => {
+                let mut next = Group::new(key);
+                next.sample.is_part = repeats;
+                if let Some(Group { mut sample, .. }) = current.take() {
+                    sample.is_part |= repeats;
+                    if let ControlFlow::Break(()) = deliver(TarItem::Sample(sample)) {
+                        return Ok(());
+                    }
                 }
+                current.insert(next)
             }
-        }
-        let size = entry.size();
-        let mut content = Vec::new();
-        if size <= options.max_member_bytes {
-            let wanted = usize::try_from(size).unwrap_or(usize::MAX);
-            // A damaged header may claim any size, so only a part is reserved in advance.
-            content.reserve_exact(wanted.min(1 << 20));
-            entry
-                .read_to_end(&mut content)
-                .map_err(|error| TarError::Broken(format!("{error} in member {last_path:?}")))?;
-            if content.len() != wanted {
-                return Err(TarError::Broken(format!(
-                    "ends inside member {last_path:?}, after {} of {size} bytes",
-                    content.len()
-                )));
-            }
-        }
-        if let Some(sample) = &mut current {
-            if size <= options.max_member_bytes {
-                sample.members.insert(extension, Bytes::from(content));
-            } else {
-                sample.oversized.insert(extension, size);
-            }
-        }
+        };
+        group
+            .add(extension, &mut entry, &options.held)
+            .map_err(|fault| TarError::Broken(fault.describe(&last_path)))?;
     }
-    if let Some(sample) = current.filter(|sample| !sample.is_empty())
+    if let Some(Group { sample, .. }) = current
         && let ControlFlow::Break(()) = deliver(TarItem::Sample(sample))
     {
         return Ok(());
     }
+    limit.lift();
     // The tail is read so that damage of a gzip is detected, and a cache gets the whole shard.
     let tail = archive.into_inner().take(options.max_tail_bytes);
     match trailing(tail) {
         Ok(0) => {}
         Ok(bytes) => drop(deliver(TarItem::Trailing(bytes))),
-        Err(error) => {
-            return Err(TarError::Broken(format!(
-                "{error} after member {last_path:?}"
-            )));
-        }
+        Err(error) => return Err(TarError::Broken(after(&error.to_string(), &last_path))),
     }
     Ok(())
+}
+
+/// A fault, and the last member before it, if there is one.
+fn after(fault: &str, path: &str) -> String {
+    if path.is_empty() {
+        return fault.to_owned();
+    }
+    format!("{fault} after member {path:?}")
+}
+
+/// A member's path as text, for messages: at most its first bytes.
+fn shown(path: &[u8]) -> String {
+    String::from_utf8_lossy(&path[..path.len().min(SHOWN_PATH_BYTES)]).into_owned()
+}
+
+/// Size of a member's content in the tar: that of a sparse file is without its holes.
+fn stored_bytes(entry: &tar::Entry<'_, impl Read>) -> Result<u64, TarError> {
+    if !entry.header().entry_type().is_gnu_sparse() {
+        return Ok(entry.size());
+    }
+    let size = entry.header().entry_size();
+    size.map_err(|error| TarError::Broken(printable(&error)))
+}
+
+/// The sample of which members are being read.
+struct Group {
+    /// Exact bytes: the sample's key replaces bytes that are not UTF-8.
+    key: Vec<u8>,
+    sample: Sample,
+    members: usize,
+    /// Bytes of the members that are held, and of all names.
+    bytes: u64,
+}
+
+impl Group {
+    fn new(key: &[u8]) -> Self {
+        Self {
+            key: key.to_owned(),
+            sample: Sample::new(key),
+            members: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Adds a member. Reads its content if it is one of `held`.
+    fn add(
+        &mut self,
+        extension: String,
+        entry: &mut tar::Entry<'_, impl Read>,
+        held: &HeldMembers,
+    ) -> Result<(), MemberFault> {
+        if self.sample.excess.is_some() {
+            return Ok(());
+        }
+        let size = entry.size();
+        let limit = held.limit(&extension);
+        let kept = match limit {
+            Some(limit) if size <= limit => size,
+            Some(_) => 0,
+            None => size.min(START_BYTES),
+        };
+        self.members += 1;
+        self.bytes += kept + extension.len() as u64;
+        if self.members > MAX_SAMPLE_MEMBERS {
+            self.sample.exceed(Excess::Members);
+        } else if self.bytes > MAX_SAMPLE_BYTES {
+            self.sample.exceed(Excess::Bytes);
+        } else if limit.is_some_and(|limit| size > limit) {
+            self.sample.oversized.insert(extension, size);
+        } else {
+            let content = read_start(entry, kept, size)?;
+            let members = match limit {
+                Some(_) => &mut self.sample.members,
+                None => &mut self.sample.others,
+            };
+            members.insert(extension, content);
+        }
+        Ok(())
+    }
+}
+
+/// Why a member can't be read.
+enum MemberFault {
+    Read(io::Error),
+    Cut { read: usize, size: u64 },
+}
+
+impl MemberFault {
+    fn describe(&self, path: &str) -> String {
+        match self {
+            Self::Read(error) => format!("{error} in member {path:?}"),
+            Self::Cut { read, size } => {
+                format!("ends inside member {path:?}, after {read} of {size} bytes")
+            }
+        }
+    }
+}
+
+/// Reads the first `kept` bytes of a member of `size` bytes.
+fn read_start(reader: impl Read, kept: u64, size: u64) -> Result<Bytes, MemberFault> {
+    let wanted = usize::try_from(kept).unwrap_or(usize::MAX);
+    let mut content = Vec::new();
+    // A damaged header may claim any size, so only a part is reserved in advance.
+    content.reserve_exact(wanted.min(1 << 20));
+    reader
+        .take(kept)
+        .read_to_end(&mut content)
+        .map_err(MemberFault::Read)?;
+    if content.len() != wanted {
+        let read = content.len();
+        return Err(MemberFault::Cut { read, size });
+    }
+    Ok(Bytes::from(content))
 }
 
 fn trailing(mut reader: impl Read) -> io::Result<u64> {
@@ -261,260 +371,4 @@ fn trailing(mut reader: impl Read) -> io::Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (path, content) in members {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            header.set_cksum();
-            builder.append_data(&mut header, path, *content).unwrap();
-        }
-        builder.into_inner().unwrap()
-    }
-
-    fn read(tar: &[u8]) -> (Vec<Sample>, Result<(), TarError>) {
-        let mut samples = Vec::new();
-        let options = TarOptions {
-            max_member_bytes: 1000,
-            max_tail_bytes: TAIL_BYTES,
-        };
-        let result = read_samples(tar, options, |found| {
-            if let TarItem::Sample(sample) = found {
-                samples.push(sample);
-            }
-            ControlFlow::Continue(())
-        });
-        (samples, result)
-    }
-
-    fn shape(samples: &[Sample]) -> Vec<String> {
-        samples
-            .iter()
-            .map(|s| {
-                format!(
-                    "{}:{}",
-                    s.key,
-                    s.members.keys().cloned().collect::<Vec<_>>().join(",")
-                )
-            })
-            .collect()
-    }
-
-    #[test]
-    fn tar_reader_groups_members_by_key() {
-        let long = format!("{}/x.jpg", "folder".repeat(30));
-        let (samples, result) = read(&tar_of(&[
-            ("a.jpg", b"1"),
-            ("a.json", b"{}"),
-            ("README", b"ignored"),
-            ("a.TXT", b"t"),
-            ("b.jpg", b"2"),
-            ("b.jpg", b"3"),
-            (&long, b"4"),
-        ]));
-        result.unwrap();
-        let long_key = long.trim_end_matches(".jpg");
-        assert_eq!(
-            shape(&samples),
-            [
-                "a:jpg,json,txt",
-                "b:jpg",
-                "b:jpg",
-                &format!("{long_key}:jpg")
-            ]
-        );
-    }
-
-    #[test]
-    fn tar_reader_passes_over_folders_links_and_odd_names() {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (kind, path) in [
-            (tar::EntryType::Directory, "a.jpg/"),
-            (tar::EntryType::Symlink, "b.jpg"),
-            (tar::EntryType::Link, "c.jpg"),
-            (tar::EntryType::Regular, "README"),
-        ] {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(kind);
-            header.set_size(0);
-            if !matches!(kind, tar::EntryType::Symlink | tar::EntryType::Link) {
-                header.set_cksum();
-                builder.append_data(&mut header, path, &b""[..]).unwrap();
-            } else {
-                builder
-                    .append_link(&mut header, path, "/etc/passwd")
-                    .unwrap();
-            }
-        }
-        let mut passed_over = Vec::new();
-        let tar = builder.into_inner().unwrap();
-        let options = TarOptions {
-            max_member_bytes: 1000,
-            max_tail_bytes: TAIL_BYTES,
-        };
-        read_samples(tar.as_slice(), options, |found| {
-            match found {
-                TarItem::Sample(sample) => panic!("{sample:?}"),
-                TarItem::Trailing(_) => {}
-                TarItem::PassedOver(PassedOver { path, kind }) => passed_over.push((path, kind)),
-            }
-            ControlFlow::Continue(())
-        })
-        .unwrap();
-        assert_eq!(
-            passed_over,
-            [
-                ("a.jpg/".to_owned(), PassedOverKind::Folder),
-                ("b.jpg".to_owned(), PassedOverKind::Link),
-                ("c.jpg".to_owned(), PassedOverKind::Link),
-                ("README".to_owned(), PassedOverKind::Name),
-            ]
-        );
-    }
-
-    #[test]
-    fn tar_reader_keeps_samples_before_a_cut() {
-        let tar = tar_of(&[
-            ("a.jpg", &[1; 600]),
-            ("b.jpg", &[2; 600]),
-            ("c.jpg", &[3; 600]),
-        ]);
-        let (samples, result) = read(&tar[..512 + 1024 + 512 + 100]);
-        let message = result.unwrap_err().to_string();
-        assert_eq!(
-            message,
-            "ends inside member \"b.jpg\", after 100 of 600 bytes"
-        );
-        assert_eq!(shape(&samples), ["a:jpg"]);
-        // Inside c's header: b might have had more members.
-        let (samples, result) = read(&tar[..2 * 1536 + 100]);
-        assert!(matches!(result, Err(TarError::Broken(_))), "{result:?}");
-        assert_eq!(shape(&samples), ["a:jpg"]);
-    }
-
-    #[test]
-    fn tar_reader_accepts_missing_end_blocks() {
-        let tar = tar_of(&[("a.jpg", &[1; 600])]);
-        let (samples, result) = read(&tar[..1536]);
-        result.unwrap();
-        assert_eq!(shape(&samples), ["a:jpg"]);
-    }
-
-    #[test]
-    fn tar_reader_tells_other_files_from_broken_tars() {
-        let page = [
-            b"<html><body>403 Forbidden</body></html>".as_slice(),
-            &[b' '; 600],
-        ]
-        .concat();
-        for content in [page.as_slice(), b"short", &[7; 5000], b"BZh91AY&SY"] {
-            let (_, result) = read(content);
-            assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
-        }
-        let message = |content: &[u8]| read(content).1.unwrap_err().to_string();
-        let html = "it is an HTML page, such as a login page or an error page";
-        assert_eq!(message(&page), format!("is not a tar: {html}"));
-        assert_eq!(
-            message(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
-            "is not a tar: it is a git-lfs pointer; run `git lfs pull` in its repository"
-        );
-        assert_eq!(
-            message(&gzip(b"{\"error\": \"expired\"}")),
-            "is not a tar: it is JSON ({\"error\": \"expired\"}) in gzip"
-        );
-        assert_eq!(message(b"short"), "is not a tar: it is text (short)");
-        // A tar may begin like another file.
-        let (samples, result) = read(&tar_of(&[("BZh91.jpg", b"1"), ("{}.jpg", b"2")]));
-        result.unwrap();
-        assert_eq!(shape(&samples), ["BZh91:jpg", "{}:jpg"]);
-    }
-
-    #[test]
-    fn tar_reader_names_oversized_members() {
-        let (samples, result) = read(&tar_of(&[("a.jpg", &[1; 2000]), ("a.txt", b"t")]));
-        result.unwrap();
-        assert_eq!(shape(&samples), ["a:txt"]);
-        assert_eq!(samples[0].oversized["jpg"], 2000);
-    }
-
-    fn gzip(content: &[u8]) -> Vec<u8> {
-        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        std::io::Write::write_all(&mut encoder, content).unwrap();
-        encoder.finish().unwrap()
-    }
-
-    #[test]
-    fn tar_reader_reads_gzip() {
-        let tar = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
-        let (samples, result) = read(&gzip(&tar));
-        result.unwrap();
-        assert_eq!(samples, read(&tar).0);
-        // In two members, cut anywhere.
-        let (samples, result) = read(&[gzip(&tar[..700]), gzip(&tar[700..])].concat());
-        result.unwrap();
-        assert_eq!(samples, read(&tar).0);
-    }
-
-    #[test]
-    fn tar_reader_reports_faulty_gzip_as_broken() {
-        let noise: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..))
-            .take(600)
-            .collect();
-        let tar = tar_of(&[
-            ("a.jpg", &noise),
-            ("b.jpg", &noise[..500]),
-            ("c.jpg", &noise[..90]),
-        ]);
-        let whole = gzip(&tar);
-        let broken = |gzip: &[u8]| {
-            let (samples, result) = read(gzip);
-            match result.unwrap_err() {
-                TarError::Broken(cause) => (samples.len(), cause),
-                other => panic!("{other:?}"),
-            }
-        };
-        assert_eq!(broken(&whole[..20]), (0, "the gzip is cut off".to_owned()));
-        let (samples, cause) = broken(&whole[..whole.len() - 4]);
-        assert_eq!(
-            (samples, cause.as_str()),
-            (3, "the gzip is cut off after member \"c.jpg\"")
-        );
-        // The checksum at the very end, after the tar's own end.
-        let mut damaged = whole.clone();
-        damaged[whole.len() - 8] ^= 1;
-        let (samples, cause) = broken(&damaged);
-        assert!(
-            samples == 3 && cause.starts_with("the gzip is damaged"),
-            "{cause}"
-        );
-        // A gzip without a tar is not a shard.
-        let (_, result) = read(&gzip(&[7; 5000]));
-        assert!(matches!(result, Err(TarError::NotATar(_))), "{result:?}");
-        assert_eq!(broken(b""), (0, "is empty: 0 bytes".to_owned()));
-    }
-
-    #[test]
-    fn tar_reader_never_panics() {
-        let whole = tar_of(&[("a.jpg", &[1; 600]), ("a.txt", b"t"), ("b.jpg", &[2; 600])]);
-        let mut generator = fastrand::Rng::with_seed(3);
-        for _ in 0..2000 {
-            let mut damaged = whole.clone();
-            for _ in 0..generator.usize(1..4) {
-                let at = generator.usize(0..damaged.len());
-                damaged[at] = generator.u8(..);
-            }
-            damaged.truncate(generator.usize(0..=damaged.len()));
-            // Must not panic.
-            let _ = read(&damaged);
-            let mut damaged = gzip(&whole);
-            let at = generator.usize(0..damaged.len());
-            damaged[at] = generator.u8(..);
-            damaged.truncate(generator.usize(0..=damaged.len()));
-            let _ = read(&damaged);
-        }
-    }
-}
+mod tests;

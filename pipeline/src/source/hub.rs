@@ -7,7 +7,9 @@ use tokio::time::timeout;
 
 use super::Sources;
 use super::http::refusal;
+use crate::bounded::{BoundedBytes, MAX_RESPONSE_BYTES};
 use crate::net::{RequestFailure, RetryBudget, SourceError, causes};
+use crate::s3::Paging;
 use crate::shard::{HubFile, ShardUrl};
 
 /// An entry of a listing.
@@ -56,9 +58,15 @@ impl Sources {
     ) -> Result<Vec<String>, SourceError> {
         let client = self.http().await?;
         let options = self.retry_options();
+        let wrong = |cause| SourceError::Listing {
+            url: url.redacted(),
+            cause,
+            hint: "name the shards instead of their folder, as hf://datasets/OWNER/NAME/{000..099}.tar",
+        };
         let mut budget = RetryBudget::new(url.redacted(), options, self.0.http_servers.clone());
         let mut address = folder.tree(self.hub_endpoint(url)?, recursive);
         let mut found = Vec::new();
+        let mut paging = Paging::default();
         loop {
             let request = async {
                 let response = client
@@ -68,13 +76,7 @@ impl Sources {
                     return Err(refusal(url, response, 0).await);
                 }
                 let next = next_page(&response);
-                let body = response
-                    .bytes()
-                    .await
-                    .map_err(|error| RequestFailure::Passing {
-                        reason: "body",
-                        cause: causes(&error.without_url()),
-                    })?;
+                let body = read_page(url, response).await?;
                 let entries: Vec<Entry> = serde_json::from_slice(&body).map_err(|error| {
                     RequestFailure::Fatal(SourceError::Refused {
                         url: url.redacted(),
@@ -86,12 +88,18 @@ impl Sources {
             let failure = match timeout(options.stall_timeout, request).await {
                 Ok(Ok((entries, next))) => {
                     budget.record_response();
-                    let files = entries.into_iter().filter(|entry| entry.kind == "file");
-                    found.extend(files.map(|entry| entry.path));
-                    match next.filter(|next| *next != address) {
-                        Some(next) => address = next,
-                        None => return Ok(found),
+                    let count = entries.len();
+                    for entry in entries {
+                        paging.count(&entry.path).map_err(wrong)?;
+                        if entry.kind == "file" {
+                            found.push(entry.path);
+                        }
                     }
+                    let Some(next) = next.filter(|next| *next != address) else {
+                        return Ok(found);
+                    };
+                    paging.advance(next.clone(), count, count).map_err(wrong)?;
+                    address = next;
                     continue;
                 }
                 Ok(Err(failure)) => failure,
@@ -101,6 +109,31 @@ impl Sources {
                 },
             };
             budget.backoff(failure, 0).await?;
+        }
+    }
+}
+
+/// The body of a page.
+async fn read_page(url: &ShardUrl, mut response: Response) -> Result<Vec<u8>, RequestFailure> {
+    let too_long = |error| {
+        RequestFailure::Fatal(SourceError::TooLong {
+            url: url.redacted(),
+            what: "a page of the Hub's listing",
+            error,
+        })
+    };
+    let mut body =
+        BoundedBytes::new(MAX_RESPONSE_BYTES, response.content_length()).map_err(too_long)?;
+    loop {
+        match response.chunk().await {
+            Ok(Some(chunk)) => body.push(&chunk).map_err(too_long)?,
+            Ok(None) => return Ok(body.into_vec()),
+            Err(error) => {
+                return Err(RequestFailure::Passing {
+                    reason: "body",
+                    cause: causes(&error.without_url()),
+                });
+            }
         }
     }
 }

@@ -3,11 +3,14 @@
 use std::ops::Range;
 
 use super::{ObjectReader, Sources};
+use crate::bounded::BoundedBytes;
 use crate::net::SourceError;
 use crate::shard::{ShardUrl, UrlError, expand_one, split};
 
-/// Largest list of shards; ten million URLs take less. Bytes.
-const MOST_LIST_BYTES: usize = 1 << 30;
+/// Largest list of shards; a million URLs take less. Bytes.
+const MOST_LIST_BYTES: u64 = 1 << 28;
+/// Most shards of all patterns, lists and folders together.
+const MOST_SHARDS: usize = 10_000_000;
 
 /// Shards in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -50,9 +53,15 @@ impl Sources {
                 Some(lists) => {
                     for list in expand_one(lists)? {
                         urls.append(&mut self.in_list(&list).await?);
+                        check_count(urls.len(), &list)?;
                     }
                 }
-                None => urls.append(&mut expand_one(pattern)?),
+                None => {
+                    urls.append(&mut expand_one(pattern)?);
+                    if let Some(last) = urls.last() {
+                        check_count(urls.len(), last)?;
+                    }
+                }
             }
         }
         if urls.is_empty() {
@@ -68,6 +77,7 @@ impl Sources {
             if url.is_folder() {
                 let start = list.shards.len();
                 list.shards.append(&mut self.list_folder(&url).await?);
+                check_count(list.shards.len(), &url)?;
                 list.listed.push(start..list.shards.len());
             } else {
                 list.shards.push(url);
@@ -82,7 +92,7 @@ impl Sources {
             cause: cause.to_owned(),
         };
         let mut reader = self.open(list).await?;
-        let text = read_text(&mut reader).await?;
+        let text = read_text(&mut reader, list).await?;
         let text = text.ok_or_else(|| {
             unsupported("is no list of shards: it must be text (UTF-8) with one URL a line")
         })?;
@@ -99,6 +109,7 @@ impl Sources {
                     error,
                 })?;
                 urls.extend(expanded);
+                check_count(urls.len(), list)?;
             }
         }
         if urls.is_empty() {
@@ -108,14 +119,41 @@ impl Sources {
     }
 }
 
-async fn read_text(reader: &mut ObjectReader) -> Result<Option<String>, SourceError> {
-    let mut bytes = Vec::new();
+/// Refuses more shards than [`MOST_SHARDS`]; `last` is the list or shard that came last.
+fn check_count(shards: usize, last: &ShardUrl) -> Result<(), SourceError> {
+    if shards <= MOST_SHARDS {
+        return Ok(());
+    }
+    Err(SourceError::Unsupported {
+        url: last.redacted(),
+        cause: format!("is one of more than {MOST_SHARDS} shards; name fewer"),
+    })
+}
+
+/// A list's text; `None` if it is not UTF-8.
+async fn read_text(
+    reader: &mut ObjectReader,
+    list: &ShardUrl,
+) -> Result<Option<String>, SourceError> {
+    let too_long = |error| SourceError::TooLong {
+        url: format!("@{}", list.redacted()),
+        what: "the list of shards",
+        error,
+    };
+    let size = reader.size();
+    let mut bytes = None;
     while let Some(chunk) = reader.next().await? {
-        bytes.extend_from_slice(&chunk);
-        // A shard named by mistake shows at once.
-        if bytes.len() > MOST_LIST_BYTES || chunk.contains(&0) {
+        // A shard named by mistake shows at once, before its size.
+        if chunk.contains(&0) {
             return Ok(None);
         }
+        let mut text = match bytes.take() {
+            Some(text) => text,
+            None => BoundedBytes::new(MOST_LIST_BYTES, size).map_err(too_long)?,
+        };
+        text.push(&chunk).map_err(too_long)?;
+        bytes = Some(text);
     }
+    let bytes = bytes.map(BoundedBytes::into_vec).unwrap_or_default();
     Ok(String::from_utf8(bytes).ok())
 }

@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 
+use crate::bounded::BoundedBytes;
 use crate::net::{CaBundle, FIRST_DELAY, RetryOptions};
 use crate::s3::S3;
 use crate::shard::Location;
@@ -333,6 +334,23 @@ impl ObjectReader {
             Reader::Cached(reader) => reader.version(),
             Reader::Caching(reader) => reader.version(),
         }
+    }
+
+    /// Reads the rest of the object `url`, of at most `most` bytes.
+    ///
+    /// # Errors
+    /// [`SourceError::TooLong`] if there are more, else as [`Self::next`].
+    pub async fn read_to_end(&mut self, url: &ShardUrl, most: u64) -> Result<Vec<u8>, SourceError> {
+        let too_long = |error| SourceError::TooLong {
+            url: url.redacted(),
+            what: "the file",
+            error,
+        };
+        let mut content = BoundedBytes::new(most, self.size()).map_err(too_long)?;
+        while let Some(chunk) = self.next().await? {
+            content.push(&chunk).map_err(too_long)?;
+        }
+        Ok(content.into_vec())
     }
 
     /// The next bytes, in order; `None` after the last.

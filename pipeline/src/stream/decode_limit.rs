@@ -136,8 +136,8 @@ fn collect<K: SampleKind>(
         sources: sources.clone(),
         metrics: metrics.clone(),
         runtime: runtime.clone(),
-        max_member_bytes: config.image.max_bytes,
-        non_samples: None,
+        held: config.held_members(),
+        inspects: false,
     };
     let interleaver = Interleaver::new(kind.clone(), config, context, events, cancel.clone());
     let thread = std::thread::Builder::new()

@@ -42,9 +42,14 @@ pub(super) struct SelectedSample<K: SampleKind> {
 }
 
 impl<K: SampleKind> SelectedSample<K> {
-    /// Size of the members to be decoded.
+    /// Size of the members. Bytes.
     pub(super) fn bytes(&self) -> usize {
-        K::encoded_bytes(&self.encoded)
+        let json = match &self.json {
+            Json::None => 0,
+            Json::Raw(raw) => raw.len(),
+            Json::Parsed(document) => document.text().len(),
+        };
+        K::encoded_bytes(&self.encoded) + self.caption.len() + json
     }
 }
 

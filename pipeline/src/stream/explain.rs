@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::config::StreamConfig;
 use super::skip::SkipReason;
 use crate::image::format_of;
 use crate::json::Document;
-use crate::shard::Sample;
+use crate::shard::{HeldMembers, MAX_CAPTION_BYTES, Sample};
 
 /// Most members that a description names.
 const NAMED_MEMBERS: usize = 12;
@@ -22,7 +24,7 @@ const SORT: &str =
 pub(super) struct Explainer {
     image_keys: Vec<String>,
     caption_keys: Vec<String>,
-    max_member_bytes: u64,
+    held: HeldMembers,
     scattered: ScatteredMembers,
 }
 
@@ -31,7 +33,7 @@ impl Explainer {
         Self {
             image_keys: config.image_keys.clone(),
             caption_keys: config.caption_keys.clone(),
-            max_member_bytes: config.image.max_bytes,
+            held: config.held_members(),
             scattered: ScatteredMembers::default(),
         }
     }
@@ -78,12 +80,12 @@ impl Explainer {
             SkipReason::DUPLICATE_MEMBER => format!(
                 "has only the {members} between two members of the same name; each file name may be in a shard once"
             ),
-            SkipReason::TOO_LARGE => {
-                let large = sample.oversized.iter().next();
-                large.map_or(String::new(), |(extension, bytes)| {
-                    let most = self.max_member_bytes;
-                    format!("has the member {extension} of {bytes} bytes; at most {most} are read")
-                })
+            SkipReason::TOO_LARGE => match sample.excess {
+                Some(excess) => excess.to_string(),
+                None => self.oversized(sample),
+            },
+            SkipReason::CAPTION_TOO_LONG => {
+                format!("has a caption of more than {MAX_CAPTION_BYTES} bytes")
             }
             SkipReason::BAD_JSON => "has a json that does not parse".to_owned(),
             // Decoding finds formats that are not read: no sample comes here with them.
@@ -93,16 +95,20 @@ impl Explainer {
             | SkipReason::Filtered(_) => String::new(),
         }
     }
+
+    /// Names the members that are too large.
+    fn oversized(&self, sample: &Sample) -> String {
+        let large = sample.oversized.iter().map(|(extension, bytes)| {
+            let most = self.held.limit(extension).unwrap_or(0);
+            format!("the member {extension} of {bytes} bytes; at most {most} are read")
+        });
+        format!("has {}", large.collect::<Vec<_>>().join(", "))
+    }
 }
 
 /// The extensions of a sample's members, as "member jpg" or "members jpg, txt".
 fn members(sample: &Sample) -> String {
-    let mut all: Vec<&str> = sample
-        .members
-        .keys()
-        .chain(sample.oversized.keys())
-        .map(String::as_str)
-        .collect();
+    let mut all: Vec<&str> = sample.extensions().collect();
     all.sort_unstable();
     let named = all[..all.len().min(NAMED_MEMBERS)].join(", ");
     match all.len() {
@@ -114,12 +120,15 @@ fn members(sample: &Sample) -> String {
     }
 }
 
+/// The members' contents by extension, or their starts.
+fn contents(sample: &Sample) -> impl Iterator<Item = (&String, &Bytes)> {
+    sample.members.iter().chain(&sample.others)
+}
+
 /// The remedy for a sample without an image.
 fn images(sample: &Sample) -> String {
-    let found = sample
-        .members
-        .iter()
-        .find_map(|(extension, content)| Some((extension, format_of(content)?)));
+    let found =
+        contents(sample).find_map(|(extension, content)| Some((extension, format_of(content)?)));
     match found {
         Some((extension, format)) => format!(
             "{extension} is a {}: add {extension:?} to data.image_keys{}",
@@ -135,11 +144,17 @@ fn images(sample: &Sample) -> String {
 /// The remedy for a sample without a caption.
 fn captions(sample: &Sample) -> String {
     let is_text = |content: &[u8]| {
-        format_of(content).is_none()
-            && std::str::from_utf8(content)
-                .is_ok_and(|text| !text.trim().is_empty() && !text.contains('\0'))
+        let text = match std::str::from_utf8(content) {
+            Ok(text) => text,
+            // The start of a member may end in a character.
+            Err(error) if error.error_len().is_none() => {
+                std::str::from_utf8(&content[..error.valid_up_to()]).unwrap_or_default()
+            }
+            Err(_) => return false,
+        };
+        format_of(content).is_none() && !text.trim().is_empty() && !text.contains('\0')
     };
-    let text = sample.members.iter().find(|(extension, content)| {
+    let text = contents(sample).find(|(extension, content)| {
         !extension.ends_with("json") && !extension.ends_with("npy") && is_text(content)
     });
     if let Some((extension, _)) = text {
@@ -200,8 +215,6 @@ impl ScatteredMembers {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
 
     const JPEG: &[u8] = &[0xff, 0xd8, 0xff, 0xe0, 0, 16, b'J', b'F', b'I', b'F'];

@@ -186,6 +186,7 @@ impl<K: SampleKind> Interleaver<K> {
             let turn = self.turn % self.slots.len();
             match self.opener.next_event(&self.slots[turn].shard)? {
                 ShardEvent::Sample(sample) => self.add_sample(turn, &sample)?,
+                ShardEvent::NonSample(_) => {}
                 ShardEvent::End { broken } => {
                     let OpenPass { pass, taken, .. } = self.slots[turn].at;
                     if taken == 0 && broken.is_none() {

@@ -168,8 +168,8 @@ fn start_stream<K: SampleKind>(
         sources: sources.clone(),
         metrics: metrics.clone(),
         runtime: runtime.clone(),
-        max_member_bytes: config.image.max_bytes,
-        non_samples: None,
+        held: config.held_members(),
+        inspects: false,
     };
     let shards: Arc<[ShardUrl]> = config.shards.clone().into();
     let undelivered = Arc::default();

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,8 @@ use crate::flow::{
 };
 use crate::panic::panic_message;
 use crate::shard::{
-    PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
+    HeldMembers, PassedOver, Sample, ShardUrl, TAIL_BYTES, TarError, TarItem, TarOptions,
+    read_samples,
 };
 use crate::source::{SourceError, Sources};
 use crate::stages::{FlowChannel, Stage};
@@ -41,9 +42,9 @@ pub(crate) struct ReaderContext {
     pub(crate) sources: Sources,
     pub(crate) metrics: FlowMetrics,
     pub(crate) runtime: Handle,
-    pub(crate) max_member_bytes: u64,
-    /// Receiver of the parts of a shard that belong to no sample; `None` unless inspecting.
-    pub(crate) non_samples: Option<mpsc::Sender<NonSample>>,
+    pub(crate) held: HeldMembers,
+    /// Whether shards are inspected: parts that belong to no sample are events too.
+    pub(crate) inspects: bool,
 }
 
 /// A part of a shard that belongs to no sample.
@@ -58,6 +59,7 @@ pub(crate) enum NonSample {
 #[derive(Debug)]
 pub(crate) enum ShardEvent {
     Sample(Sample),
+    NonSample(NonSample),
     /// The shard's end, and its fault if the end is not regular.
     End {
         broken: Option<String>,
@@ -122,14 +124,15 @@ impl OpenShard {
             events: event_sender,
             stage: metrics.stage(Stage::Untar),
             options: TarOptions {
-                max_member_bytes: context.max_member_bytes,
+                held: context.held.clone(),
                 // When inspecting, the archive's tail is read to the end.
-                max_tail_bytes: context
-                    .non_samples
-                    .as_ref()
-                    .map_or(TAIL_BYTES, |_| u64::MAX),
+                max_tail_bytes: if context.inspects {
+                    u64::MAX
+                } else {
+                    TAIL_BYTES
+                },
             },
-            non_samples: context.non_samples.clone(),
+            inspects: context.inspects,
         };
         let untar = std::thread::Builder::new()
             .name("untar".to_owned())
@@ -137,7 +140,7 @@ impl OpenShard {
         let fetch = Fetch {
             sources: context.sources.clone(),
             url: url.clone(),
-            is_hashed: listed.is_some() || context.non_samples.is_some(),
+            is_hashed: listed.is_some() || context.inspects,
             listed,
             chunks: chunk_sender,
             stage: metrics.stage(Stage::Fetch),
@@ -303,6 +306,10 @@ struct ChunkReader<'a> {
 
 impl Read for ChunkReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // A chunk in gzip may expand to much.
+        if self.cancel.is_cancelled() {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         while self.current.is_empty() && !self.ended {
             let start = Instant::now();
             let chunk = self.receiver.recv_blocking(self.cancel);
@@ -331,7 +338,7 @@ struct Untar {
     events: WeightedSender<ShardEvent>,
     stage: StageHandle,
     options: TarOptions,
-    non_samples: Option<mpsc::Sender<NonSample>>,
+    inspects: bool,
 }
 
 impl Untar {
@@ -346,13 +353,6 @@ impl Untar {
         };
         // Fails only if the shard is being dropped.
         self.events.send_blocking(last, 0, &self.stage).ok();
-    }
-
-    fn report(&self, part: NonSample) {
-        if let Some(non_samples) = &self.non_samples {
-            // Fails only if the inspection was dropped.
-            non_samples.send(part).ok();
-        }
     }
 
     /// Delivers every sample. Returns how the shard ended, `None` if the shard is being dropped.
@@ -375,27 +375,23 @@ impl Untar {
         };
         let mut closed = false;
         let mut samples = 0;
-        let result = read_samples(&mut reader, self.options, |item| {
-            let sample = match item {
-                TarItem::Sample(sample) => sample,
+        let result = read_samples(&mut reader, &self.options, |item| {
+            let (event, bytes) = match item {
+                TarItem::Sample(sample) => {
+                    samples += 1;
+                    stage.add_items(1);
+                    stage.add_bytes(sample.bytes() as u64);
+                    let bytes = sample.held_bytes();
+                    (ShardEvent::Sample(sample), bytes)
+                }
+                _ if !self.inspects => return ControlFlow::Continue(()),
                 TarItem::PassedOver(member) => {
-                    self.report(NonSample::Member(member));
-                    return ControlFlow::Continue(());
+                    (ShardEvent::NonSample(NonSample::Member(member)), 0)
                 }
-                TarItem::Trailing(bytes) => {
-                    self.report(NonSample::Trailing(bytes));
-                    return ControlFlow::Continue(());
-                }
+                TarItem::Trailing(bytes) => (ShardEvent::NonSample(NonSample::Trailing(bytes)), 0),
             };
             account(since);
-            samples += 1;
-            let bytes = sample.bytes();
-            stage.add_items(1);
-            stage.add_bytes(bytes as u64);
-            closed = self
-                .events
-                .send_blocking(ShardEvent::Sample(sample), bytes, stage)
-                .is_err();
+            closed = self.events.send_blocking(event, bytes, stage).is_err();
             since = stage.begin();
             if closed {
                 ControlFlow::Break(())
@@ -404,7 +400,7 @@ impl Untar {
             }
         });
         let is_tar = !matches!(result, Err(TarError::NotATar(_)));
-        if !closed && is_tar && (self.listed.is_some() || self.non_samples.is_some()) {
+        if !closed && is_tar && (self.listed.is_some() || self.inspects) {
             // The hash is that of the whole shard, also behind a fault. The failure of the rest is in `failure`.
             io::copy(&mut reader, &mut io::sink()).ok();
         }

@@ -134,6 +134,7 @@ fn reread_shard<K: SampleKind>(
     for index in 0..needed.until() {
         let sample = match opener.next_event(shard)? {
             ShardEvent::Sample(sample) => sample,
+            ShardEvent::NonSample(_) => continue,
             ShardEvent::End { .. } => return Err(changed(index)),
             ShardEvent::Failed(error) => return Err(Halt::Failed(error)),
         };

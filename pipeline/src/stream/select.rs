@@ -7,9 +7,10 @@ use super::event::{Json, SelectedSample};
 use super::explain::Explainer;
 use super::kinds::SampleKind;
 use super::skip::SkipReason;
+use crate::format::latents::JSON;
 use crate::json::Document;
 use crate::order::ShardPass;
-use crate::shard::{FilterReport, FilterState, Sample};
+use crate::shard::{FilterReport, FilterState, MAX_CAPTION_BYTES, Sample};
 
 /// If no sample has passed after this many samples and some filter rule's json key has never appeared, a warning says so.
 const MISSING_KEY_AFTER: u64 = 10_000;
@@ -65,9 +66,12 @@ impl<K: SampleKind> SampleSelector<K> {
         sample: &Sample,
     ) -> Result<SelectedSample<K>, SkipReason> {
         self.filter.saw();
+        if sample.excess.is_some() || sample.oversized.contains_key(JSON) {
+            return Err(SkipReason::TOO_LARGE);
+        }
         let encoded = self.kind.select(sample)?;
         let caption = self.caption(sample)?;
-        let json = match sample.members.get("json") {
+        let json = match sample.members.get(JSON) {
             None => Json::None,
             Some(raw) if self.needs_json => {
                 Json::Parsed(Document::parse(raw).map_err(|_| SkipReason::BAD_JSON)?)
@@ -94,10 +98,19 @@ impl<K: SampleKind> SampleSelector<K> {
     /// The caption of `sample`. Empty if there is none and the kind needs none.
     fn caption(&self, sample: &Sample) -> Result<String, SkipReason> {
         match sample.pick(&self.caption_keys) {
+            Some((_, caption)) if caption.len() as u64 > MAX_CAPTION_BYTES => {
+                Err(SkipReason::CAPTION_TOO_LONG)
+            }
             Some((_, caption)) => Ok(String::from_utf8_lossy(caption).into_owned()),
+            None if self.has_long_caption(sample) => Err(SkipReason::CAPTION_TOO_LONG),
             None if self.kind.needs_caption() => Err(SkipReason::NO_CAPTION),
             None => Ok(String::new()),
         }
+    }
+
+    fn has_long_caption(&self, sample: &Sample) -> bool {
+        let mut keys = self.caption_keys.iter();
+        keys.any(|key| sample.oversized.contains_key(key))
     }
 
     /// Counts a skipped sample for the report. Returns its description if it is an example for its reason.

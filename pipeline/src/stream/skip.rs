@@ -26,6 +26,7 @@ impl SkipReason {
     pub(crate) const NO_LATENT: Self = Self::Broken("no_latent");
     pub(crate) const NO_EMBEDS: Self = Self::Broken("no_embeds");
     pub(crate) const NO_CAPTION: Self = Self::Broken("no_caption");
+    pub(crate) const CAPTION_TOO_LONG: Self = Self::Broken("caption_too_long");
     pub(crate) const BAD_JSON: Self = Self::Broken("bad_json");
     pub(crate) const TOO_LARGE: Self = Self::Broken("too_large");
     pub(crate) const DECODE_ERROR: Self = Self::Broken("decode_error");

@@ -6,6 +6,7 @@
     reason = "clippy.toml allows them in test functions, not in the functions that tests call"
 )]
 
+mod bodies;
 mod cache;
 mod child;
 mod credentials;

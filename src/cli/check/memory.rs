@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use coffey_pipeline::{Content, counted, json, regular_file};
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
+use coffey_pipeline::{Content, counted, json};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -393,7 +394,7 @@ fn activations(unet: &Map<String, Value>, side: u64, kept: KeptActivations) -> u
 /// Channels of a VAE's first level, from its `config.json`, which was parsed before.
 fn first_channels(vae: &Path) -> u64 {
     const STABLE_DIFFUSION: u64 = 128;
-    let config = regular_file::read(&vae.join("config.json")).unwrap_or_default();
+    let config = bounded::read_file(&vae.join("config.json"), MAX_FILE_BYTES).unwrap_or_default();
     let config: Value = json::from_slice(&config).unwrap_or_default();
     config["block_out_channels"][0]
         .as_u64()

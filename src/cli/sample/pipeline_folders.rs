@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::{S3Options, regular_file};
+use coffey_pipeline::S3Options;
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
 use crate::config::{Config, Model, ModelRef};
 use crate::encode::Encoders;
@@ -228,8 +229,8 @@ fn find_run(model: &Path) -> Result<Option<RunDescription>, Failure> {
     else {
         return Ok(None);
     };
-    let text = regular_file::read_to_string(&path)?;
-    match serde_json::from_str::<RunDescription>(&text) {
+    let text = bounded::read_file(&path, MAX_FILE_BYTES)?;
+    match serde_json::from_slice::<RunDescription>(&text) {
         Ok(mut run) => {
             run.folder = path.parent().map(Path::to_owned).unwrap_or_default();
             Ok(Some(run))

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Component, Path, PathBuf};
 
+use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 use coffey_pipeline::{Destination, SourceError, regular_file};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -34,7 +35,7 @@ pub(in crate::train) fn open(path: &Path) -> Result<SavedRun, TrainError> {
         let (place, file) = (place.clone(), file.to_owned());
         move |error: io::Error| damaged(&place, format!("{file}: {error}"))
     };
-    let text = regular_file::read(&path.join(STATE)).map_err(broken(STATE))?;
+    let text = bounded::read_file(&path.join(STATE), MAX_FILE_BYTES).map_err(broken(STATE))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let state = CheckpointState::read(&place, &name, &text)?;
     check_files(&place, &state)?;

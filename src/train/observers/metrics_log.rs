@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::rc::Rc;
 
-use coffey_pipeline::regular_file;
+use coffey_pipeline::bounded;
 
 use super::append_log::AppendLog;
 use super::{Earlier, Observer, RunView, StepReport};
@@ -31,7 +31,7 @@ impl MetricsLog {
         let path = folder.join("metrics.jsonl");
         let mut records = Vec::new();
         let mut kept = String::new();
-        let text = match regular_file::read(&path) {
+        let text = match bounded::read_file(&path, u64::MAX) {
             Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
             read => read.map_err(io(&path))?,
         };
