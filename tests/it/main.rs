@@ -27,4 +27,5 @@ mod rooms;
 mod sample;
 mod support;
 mod tensorboard;
+mod terminal;
 mod train;

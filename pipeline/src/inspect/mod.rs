@@ -202,7 +202,8 @@ impl Spread {
 
 /// Reads a shard to its end and reports on it.
 ///
-/// Needs a tokio runtime. The report lists the problems of samples.
+/// Needs a tokio runtime. The report lists the problems of samples. `metrics` counts the samples while they are read, as items of
+/// [`Stage::Untar`].
 ///
 /// # Errors
 /// [`StreamError`] if the shard can't be read, or isn't a tar.
@@ -210,11 +211,12 @@ pub async fn shard(
     sources: &Sources,
     url: &ShardUrl,
     options: &InspectOptions,
+    metrics: &FlowMetrics,
 ) -> Result<ShardReport, StreamError> {
     let (sender, non_samples) = mpsc::channel();
     let context = ReaderContext {
         sources: sources.clone(),
-        metrics: FlowMetrics::private(),
+        metrics: metrics.clone(),
         runtime: Handle::current(),
         max_member_bytes: ImageOptions::default().max_bytes,
         non_samples: Some(sender),
