@@ -172,6 +172,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn progress_of_short_work_is_not_shown_and_later_lines_have_the_time_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("log");
+        print::log_to(&file).unwrap();
+        let delay = Duration::from_millis(50);
+        let options = ProgressOptions {
+            total: 1000,
+            template: "{msg}",
+            line_every: Duration::ZERO,
+        };
+        let progress = Progress::after(delay, options);
+        for step in [1, 2, 3] {
+            progress.update(step, "", || format!("at {step}"));
+            thread::sleep(delay);
+        }
+        progress.update(1000, "", || "at 1000".to_owned());
+        let logged = std::fs::read_to_string(&file).unwrap();
+        assert!(
+            !logged.contains("at 1\n") && !logged.contains("at 1 "),
+            "{logged}"
+        );
+        for line in [" at 2 · 0:0", " at 3 · 0:0", " at 1000\n"] {
+            assert!(logged.contains(line), "{line:?}: {logged}");
+        }
+        assert_eq!(logged.matches(" left\n").count(), 2, "{logged}");
+    }
+
+    #[test]
     fn time_left_has_hours() {
         let clock = |seconds| super::clock(Duration::from_secs(seconds));
         assert_eq!(clock(59), "0:00:59");

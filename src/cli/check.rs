@@ -57,13 +57,13 @@ pub(super) struct CheckArgs {
 
 /// The command that is checked: `train`, unless the configuration only says where latents go.
 #[derive(Debug)]
-pub(super) enum Purpose {
+enum Purpose {
     Train(TrainRequired),
     Precompute(PrecomputeRequired),
 }
 
 impl Purpose {
-    pub(super) fn of(config: &Config) -> Result<Self, ConfigError> {
+    fn of(config: &Config) -> Result<Self, ConfigError> {
         if config.train.output.is_none() && config.latents.is_some() {
             config.require_precompute().map(Self::Precompute)
         } else {
@@ -71,7 +71,7 @@ impl Purpose {
         }
     }
 
-    pub(super) fn command(&self) -> &'static str {
+    fn command(&self) -> &'static str {
         match self {
             Self::Train(_) => "train",
             Self::Precompute(_) => "precompute",

@@ -8,8 +8,6 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use super::Failure;
-use super::check::Purpose;
-use crate::config::Config;
 
 /// A kind of configuration: a file of `configs/`.
 #[derive(Clone, Copy, Debug)]
@@ -50,16 +48,26 @@ impl Kind {
         })
     }
 
-    /// The commands that read the written `file`.
-    fn commands(self, file: &Path) -> Result<[String; 2], Failure> {
-        let command = Purpose::of(&self.config()?)?.command();
-        let file = file.display();
-        Ok(["check", command].map(|command| format!("coffey {command} -c {file}")))
+    /// The tables of the file. A configuration for a GPU does not load in a binary without CUDA.
+    fn tables(self) -> toml::Table {
+        self.text.parse().unwrap_or_default()
     }
 
-    fn config(self) -> Result<Config, Failure> {
-        let file = format!("configs/{}.toml", self.name);
-        Ok(Config::parse(self.text, &file, &[])?)
+    /// The commands that read the written `file`.
+    fn commands(self, file: &Path) -> [String; 2] {
+        let command = match self.tables().contains_key("latents") {
+            true => "precompute",
+            false => "train",
+        };
+        let file = file.display();
+        ["check", command].map(|command| format!("coffey {command} -c {file}"))
+    }
+
+    /// The folder that the embedded S3 server needs.
+    fn embedded_root(self) -> Option<PathBuf> {
+        let tables = self.tables();
+        let root = tables.get("s3")?.get("embedded_root")?.as_str()?;
+        Some(root.into())
     }
 }
 
@@ -85,8 +93,7 @@ pub(super) fn run(args: &InitArgs) -> Result<(), Failure> {
         true => Path::new("coffey.toml"),
         false => &args.out,
     };
-    let commands = kind.commands(file)?;
-    let [check, work] = &commands;
+    let [check, work] = kind.commands(file);
     let Kind { name, text } = kind;
     let text = format!(
         "# From `coffey init {name}`. Edit it, then run `{check}` and `{work}`.\n# docs/configuration.md has every key.\n\n{text}"
@@ -98,7 +105,7 @@ pub(super) fn run(args: &InitArgs) -> Result<(), Failure> {
         outln!("{}", file.display());
         errln!("next: edit it, then run `{check}` and `{work}`");
     }
-    if let Some(root) = kind.config()?.s3.embedded_root
+    if let Some(root) = kind.embedded_root()
         && !root.exists()
     {
         let root = root.display();
@@ -140,6 +147,7 @@ fn write(file: &Path, text: &str, force: bool) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
     use std::collections::BTreeSet;
 
     #[test]
@@ -152,13 +160,25 @@ mod tests {
         let files: BTreeSet<String> = files.collect();
         let kinds: BTreeSet<String> = KINDS.iter().map(|kind| kind.name.to_owned()).collect();
         assert_eq!(files, kinds);
+        let on_cpu = [
+            "train.device=cpu",
+            "encode.devices=[\"cpu\"]",
+            "encode.dtype=f32",
+            "encode.vae_dtype=f32",
+            "train.mixed_precision=no",
+        ];
+        let on_cpu = on_cpu.map(str::to_owned);
         for kind in KINDS {
-            let [_, command] = kind.commands(Path::new("a.toml")).unwrap();
-            let expected = match kind.name.starts_with("precompute") {
-                true => "coffey precompute -c a.toml",
-                false => "coffey train -c a.toml",
-            };
-            assert_eq!(command, expected);
+            let config = Config::parse(kind.text, kind.name, &on_cpu).unwrap();
+            let [_, command] = kind.commands(Path::new("a.toml"));
+            if kind.name.starts_with("precompute") {
+                config.require_precompute().unwrap();
+                assert_eq!(command, "coffey precompute -c a.toml");
+            } else {
+                config.require_train().unwrap();
+                assert_eq!(command, "coffey train -c a.toml");
+            }
+            assert_eq!(kind.embedded_root(), config.s3.embedded_root);
             let description = kind.description();
             assert!(
                 kind.text.starts_with("# ") && (20..110).contains(&description.len()),

@@ -218,12 +218,15 @@ fn init_writes_a_configuration_that_loads() {
     );
     run(init(&["sdxl"]), 2);
 
-    let (out, err) = run(init(&["sd15-laion"]), 0);
+    let (out, err) = run(init(&["train-from-latents"]), 0);
     assert_eq!(out, "coffey.toml\n");
     let next = "`coffey check -c coffey.toml` and `coffey train -c coffey.toml`";
     says(&err, &[next]);
     let written = std::fs::read_to_string(&file).unwrap();
-    says(&written, &[next, "# Distils Stable Diffusion 1.5 on LAION"]);
+    says(
+        &written,
+        &[next, "# Trains Stable Diffusion 1.5 on the latent shards"],
+    );
     let print = ["check", "-c", "coffey.toml", "--print-config"];
     let (config, _) = run(command_in(folder.path(), &print), 0);
     says(&config, &["teacher = \"stable-diffusion-v1-5/"]);

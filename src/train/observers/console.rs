@@ -38,11 +38,11 @@ impl Observer for Console {
         self.progress.say("waiting for the first batch");
         let metrics = self.metrics.clone();
         self.waiting = Some(Waiting::begin(move || {
-            let samples = metrics.snapshot().stage(Stage::Untar).items;
-            format!(
-                "waiting for the first batch · {} read",
-                counted(samples, "sample")
-            )
+            let flow = metrics.snapshot();
+            let [read, encoded] =
+                [Stage::Untar, Stage::Encode].map(|stage| flow.stage(stage).items);
+            let read = counted(read, "sample");
+            format!("waiting for the first step · {read} read, {encoded} encoded")
         }));
         Ok(())
     }
