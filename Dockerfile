@@ -52,8 +52,9 @@ RUN set -eu; \
     . /toolkit/env.sh; \
     cargo build --release --locked --bin coffey --features "$FEATURES"
 
-# build.rs compiles the kernels in src.
+# build.rs compiles the kernels in src; `coffey init` has the files of configs.
 COPY build.rs* LICENSE ./
+COPY configs configs
 COPY src src
 COPY pipeline/src pipeline/src
 # cargo compares modification times, and the copied sources may be older than the build of the empty files.

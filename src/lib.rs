@@ -22,6 +22,7 @@ pub mod models;
 pub mod monitor;
 pub mod objective;
 pub mod ops;
+mod pace;
 pub mod params;
 pub mod precompute;
 pub mod pretrained;

@@ -1,22 +1,208 @@
-//! Printing that ignores a closed pipe: `print!`, `println!` and `eprintln!` panic when their reader has closed it.
+//! Results on standard output, messages on standard error and in the log file. Neither breaks a progress bar, and a closed pipe is ignored.
+
+use std::fmt::{Arguments, Write as _};
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 
 macro_rules! out {
-    ($($arg:tt)*) => {{
-        use std::io::Write as _;
-        write!(std::io::stdout(), $($arg)*).ok();
-    }};
+    ($($arg:tt)*) => {
+        $crate::print::output(format_args!($($arg)*))
+    };
 }
 
 macro_rules! outln {
-    ($($arg:tt)*) => {{
-        use std::io::Write as _;
-        writeln!(std::io::stdout(), $($arg)*).ok();
-    }};
+    ($($arg:tt)*) => {
+        out!("{}\n", format_args!($($arg)*))
+    };
 }
 
 macro_rules! errln {
-    ($($arg:tt)*) => {{
-        use std::io::Write as _;
-        writeln!(std::io::stderr(), $($arg)*).ok();
-    }};
+    ($($arg:tt)*) => {
+        $crate::print::say(&format!($($arg)*))
+    };
+}
+
+/// Where the process prints, for all threads.
+struct Printer {
+    /// The bar on the terminal, which makes room for each text.
+    bar: Option<ProgressBar>,
+    log: Option<Log>,
+    /// The first error of standard output.
+    output_error: Option<io::Error>,
+}
+
+static PRINTER: Mutex<Printer> = Mutex::new(Printer {
+    bar: None,
+    log: None,
+    output_error: None,
+});
+
+fn printer() -> MutexGuard<'static, Printer> {
+    PRINTER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Printer {
+    /// Does `print` while the bar is off the terminal.
+    fn beside_bar<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    fn note_output(&mut self, printed: io::Result<()>) {
+        if let Err(error) = printed {
+            self.output_error.get_or_insert(error);
+        }
+    }
+
+    fn to_stderr(&self, text: &str) {
+        let line = format!("{text}\n");
+        self.beside_bar(|| io::stderr().write_all(line.as_bytes()))
+            .ok();
+    }
+
+    fn log(&mut self, text: &str) {
+        let fault = self.log.as_mut().and_then(|log| log.append(text));
+        if let Some(fault) = fault {
+            self.to_stderr(&fault);
+        }
+    }
+}
+
+/// Prints a part of the result on standard output. [`finish_output`] returns the first error.
+pub(crate) fn output(text: Arguments<'_>) {
+    let mut printer = printer();
+    let printed = printer.beside_bar(|| io::stdout().write_fmt(text));
+    printer.note_output(printed);
+}
+
+/// Records the result of a print on standard output for [`finish_output`].
+pub(crate) fn note_output(printed: io::Result<()>) {
+    printer().note_output(printed);
+}
+
+/// Flushes standard output.
+///
+/// # Errors
+/// The first error since the start of the process, other than a closed pipe.
+pub(crate) fn finish_output() -> io::Result<()> {
+    let flushed = io::stdout().flush();
+    let mut printer = printer();
+    printer.note_output(flushed);
+    match printer.output_error.take() {
+        Some(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Prints a message on standard error and appends it to the log file.
+pub(crate) fn say(text: &str) {
+    let mut printer = printer();
+    printer.to_stderr(text);
+    printer.log(text);
+}
+
+/// Appends a message to the log file alone.
+pub(crate) fn log(text: &str) {
+    printer().log(text);
+}
+
+/// Appends all messages from now on to `file` as well.
+///
+/// # Errors
+/// When the file can't be opened.
+pub(crate) fn log_to(file: &Path) -> io::Result<()> {
+    let opened = File::options().append(true).create(true).open(file)?;
+    printer().log = Some(Log {
+        name: file.display().to_string(),
+        file: opened,
+        refused: false,
+    });
+    Ok(())
+}
+
+/// The file of `--log-file`. Each message is one write, so that the messages of several processes are not mixed.
+struct Log {
+    name: String,
+    file: File,
+    /// Whether the newest message could not be written.
+    refused: bool,
+}
+
+impl Log {
+    /// Returns a warning when the file begins to refuse messages.
+    fn append(&mut self, text: &str) -> Option<String> {
+        let mut time = String::new();
+        SystemTime.format_time(&mut Writer::new(&mut time)).ok();
+        let mut stamped = String::new();
+        for line in text.lines() {
+            writeln!(stamped, "{time} {line}").ok();
+        }
+        let written = self.file.write_all(stamped.as_bytes());
+        let before = std::mem::replace(&mut self.refused, written.is_err());
+        let error = written.err().filter(|_| !before)?;
+        let name = &self.name;
+        Some(format!(
+            "warning: --log-file {name} can't be written: {error}; messages are lost there until it can"
+        ))
+    }
+}
+
+/// The writer of `tracing`: each event is a message.
+pub(crate) struct Events;
+
+impl io::Write for Events {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        say(String::from_utf8_lossy(event).trim_end());
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Time between two draws of a bar.
+const TICK: Duration = Duration::from_millis(200);
+
+/// The progress bar of the process.
+#[derive(Debug)]
+pub(crate) enum Bar {
+    /// This one, shown until [`hide`].
+    Shown(ProgressBar),
+    /// An earlier one, which is still shown.
+    Taken(ProgressBar),
+    /// None: standard error is no terminal, or one that can't move its cursor (`TERM` is not set or `dumb`).
+    None,
+}
+
+/// Shows `bar` on a terminal that has none.
+pub(crate) fn show(bar: ProgressBar) -> Bar {
+    let target = ProgressDrawTarget::stderr();
+    if target.is_hidden() {
+        return Bar::None;
+    }
+    let mut printer = printer();
+    if let Some(taken) = &printer.bar {
+        return Bar::Taken(taken.clone());
+    }
+    bar.set_draw_target(target);
+    bar.enable_steady_tick(TICK);
+    printer.bar = Some(bar.clone());
+    Bar::Shown(bar)
+}
+
+/// Removes the bar that [`show`] showed.
+pub(crate) fn hide(bar: &ProgressBar) {
+    let mut printer = printer();
+    bar.finish_and_clear();
+    printer.bar = None;
 }

@@ -18,6 +18,7 @@ use super::{ConfigArgs, Failure};
 use crate::latents::LatentSource;
 use crate::monitor::StreamingCommand;
 use crate::process::{cpu_time, peak_memory};
+use crate::progress::{Progress, ProgressOptions};
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]
@@ -123,6 +124,11 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let (mut samples, mut batches, mut first_batch) = (0, 0, Duration::ZERO);
     let mut recent = Recent::default();
     monitor.expect("samples", 0, args.samples);
+    let progress = Progress::later(ProgressOptions {
+        total: args.samples,
+        template: "{spinner} {wide_bar} {pos}/{len} samples · {msg}",
+        line_every: Duration::from_secs(10),
+    });
     monitor.heartbeat();
     while samples < args.samples {
         let Some(batch) = stream.batches().recv_blocking(&consumer) else {
@@ -135,6 +141,11 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         batches += 1;
         monitor.advance(samples);
         monitor.heartbeat();
+        let rate = samples as f64 / start.elapsed().as_secs_f64();
+        let rate = format!("{rate:.1} samples/s");
+        progress.update(samples, &rate, || {
+            format!("{samples}/{} samples · {rate}", args.samples)
+        });
         if batches == 1 {
             first_batch = start.elapsed();
             recent.mark(&data.metrics);
@@ -146,7 +157,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let overall = recent.overall(&data.metrics);
     let limiting_stage = overall.and_then(|flow| flow.limiting_stage());
     monitor.stop_waiting();
-    drop(stream);
+    drop((progress, stream));
     let (images_per_second, peak_memory_bytes) = (samples as f64 / elapsed, peak_memory());
     let decode_limit = if args.limit {
         errln!("decoding the same samples from memory");

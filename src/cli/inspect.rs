@@ -4,12 +4,14 @@ mod statistics;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use coffey_pipeline::inspect::{
     self, CrossShardCheck, InspectOptions, LatentReport, Problem, ProblemKind, ShardReport, Spread,
     Statistics,
 };
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{ShardUrl, SourceOptions, counted};
 use serde::Serialize;
 
@@ -17,6 +19,7 @@ use super::Failure;
 use super::resources::{DataAccess, source_options};
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
+use crate::progress::{Progress, ProgressOptions};
 
 /// Problems of one kind in one shard that the text output lists; JSON lists all.
 const LISTED_PROBLEMS: usize = 3;
@@ -178,9 +181,20 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let mut report = InspectReport::default();
     let mut across = CrossShardCheck::default();
     let mut manifests = Manifests::default();
-    for url in &shards {
-        let read = inspect::shard(&data.sources, url, &wanted);
-        match data.runtime.block_on(read) {
+    let progress = Progress::later(ProgressOptions {
+        total: shards.len() as u64,
+        template: "{spinner} {wide_bar} {pos}/{len} shards · {msg}",
+        line_every: Duration::from_secs(10),
+    });
+    for (index, url) in shards.iter().enumerate() {
+        let read = inspect::shard(&data.sources, url, &wanted, &data.metrics);
+        let show = || {
+            let samples = data.metrics.snapshot().stage(Stage::Untar).items;
+            let samples = format!("{} read", counted(samples, "sample"));
+            let line = || format!("{index}/{} shards · {samples}", shards.len());
+            progress.update(index as u64, &samples, line);
+        };
+        match data.wait(read, show) {
             Ok(mut shard) => {
                 across.add(&mut shard);
                 if shard.latents.is_some() {
@@ -200,6 +214,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             }
         }
     }
+    drop(progress);
     report.manifests = manifests.recipes();
     if args.json {
         let value = serde_json::to_value(&report).map_err(std::io::Error::from)?;

@@ -5,7 +5,10 @@
 
 mod bench;
 mod check;
+mod completions;
+mod init;
 mod inspect;
+mod man;
 mod precompute;
 mod ranks;
 mod resources;
@@ -15,19 +18,25 @@ mod train;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Config, ConfigError};
+use crate::print;
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong, 143 stopped by a signal.";
 
 /// Streams captioned images out of S3 and distils a latent diffusion model into a Latent Consistency Model.
 #[derive(Debug, Parser)]
-#[command(name = "coffey", version, about)]
+#[command(name = "coffey", version, about, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Commands,
+    /// Append all messages (progress, warnings, errors) with their times to this file too.
+    #[arg(long, global = true, value_name = "FILE")]
+    log_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -44,6 +53,12 @@ enum Commands {
     Check(check::CheckArgs),
     /// Run the data pipeline alone and name the stage that limits its speed.
     Bench(bench::BenchArgs),
+    /// Write a commented configuration to begin with.
+    Init(init::InitArgs),
+    /// Print the completions of a shell.
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page.
+    Man(man::ManArgs),
 }
 
 /// The configuration file and its overrides.
@@ -155,19 +170,65 @@ failed_from!(
 
 /// Parses the command line, runs the command and returns the process's exit code.
 pub fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        // Help and version come as an error with code 0, usage errors with code 2.
-        Err(error) => {
-            // A closed pipe does not change the exit code.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+    let done = match Cli::try_parse() {
+        Ok(cli) => cli.run(),
+        Err(error) if error.use_stderr() => {
+            error.print().ok();
+            return ExitCode::from(2);
+        }
+        // Help and version come as an error.
+        Err(help) => {
+            print::note_output(help.print());
+            Ok(())
         }
     };
-    // For warnings of the stream, such as a truncated shard.
+    let written = print::finish_output()
+        .map_err(|error| Failure::Failed(format!("standard output: {error}").into()));
+    let Err(failure) = done.and(written) else {
+        return ExitCode::SUCCESS;
+    };
+    match &failure {
+        Failure::Usage(error) | Failure::Failed(error) => {
+            errln!("error: {}", with_causes(error.as_ref()))
+        }
+        Failure::Stopped => errln!("{}", Failure::STOPPED),
+    }
+    ExitCode::from(failure.code())
+}
+
+impl Cli {
+    fn run(self) -> Result<(), Failure> {
+        if let Some(file) = &self.log_file {
+            print::log_to(file).map_err(|error| {
+                let message = format!("--log-file {} can't be opened: {error}", file.display());
+                Failure::Usage(message.into())
+            })?;
+            print::log(concat!("coffey ", env!("CARGO_PKG_VERSION")));
+        }
+        show_warnings();
+        match self.command {
+            Commands::Train(args) => train::run(args),
+            Commands::Precompute(args) => precompute::run(args),
+            Commands::Sample(args) => sample::run(args),
+            Commands::Inspect(args) => inspect::run(args),
+            Commands::Check(args) => check::run(args),
+            Commands::Bench(args) => bench::run(args),
+            Commands::Init(args) => init::run(&args),
+            Commands::Completions(args) => {
+                completions::run(&args, Self::command());
+                Ok(())
+            }
+            Commands::Man(args) => man::run(&args, Self::command()),
+        }
+    }
+}
+
+/// Prints the warnings of the stream, such as a truncated shard.
+fn show_warnings() {
     tracing_subscriber::fmt()
         .with_max_level(LevelFilter::WARN)
-        .with_writer(std::io::stderr)
+        .with_writer(|| print::Events)
+        .with_ansi(false)
         .without_time()
         .with_target(false)
         .finish()
@@ -179,24 +240,6 @@ pub fn run() -> ExitCode {
                 .with_target("aws_runtime::env_config", LevelFilter::WARN),
         )
         .init();
-    let result = match cli.command {
-        Commands::Train(args) => train::run(args),
-        Commands::Precompute(args) => precompute::run(args),
-        Commands::Sample(args) => sample::run(args),
-        Commands::Inspect(args) => inspect::run(args),
-        Commands::Check(args) => check::run(args),
-        Commands::Bench(args) => bench::run(args),
-    };
-    let Err(failure) = result else {
-        return ExitCode::SUCCESS;
-    };
-    match &failure {
-        Failure::Usage(error) | Failure::Failed(error) => {
-            errln!("error: {}", with_causes(error.as_ref()))
-        }
-        Failure::Stopped => errln!("{}", Failure::STOPPED),
-    }
-    ExitCode::from(failure.code())
 }
 
 /// One readable message: the error, followed by every cause that its text does not contain.

@@ -68,6 +68,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         return finish(&config, &output);
     }
     let RankOrigin { rank, origin } = args.ranks.resolve()?;
+    errln!("encoding with {} into {output}", required.teacher);
     if rank.world > 1 {
         errln!("rank {} of {}, from {origin}", rank.index, rank.world);
     }

@@ -1,6 +1,7 @@
 //! From the configuration to what several commands run on: data sources, devices, the stream's options and the monitor.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
@@ -8,7 +9,7 @@ use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, HubOptions, LookUp, ShardList, ShardUrl, SourceOptions,
-    Sources, StreamConfig,
+    Sources, StreamConfig, counted,
 };
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -21,8 +22,10 @@ use crate::latents::{LatentSource, LatentSourceError};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
 
-/// Shards from which a look-up is announced.
-const ANNOUNCED: usize = 10_000;
+/// Time between two looks at work that is waited for.
+const TICK: Duration = Duration::from_millis(500);
+/// Time after which a look-up is announced.
+const ANNOUNCED: Duration = Duration::from_secs(2);
 
 /// The data sources, with the runtime that does their network I/O.
 pub(super) struct DataAccess {
@@ -99,6 +102,20 @@ impl DataAccess {
         result
     }
 
+    /// Waits for `work`, and meanwhile calls `tick` again and again.
+    pub(super) fn wait<T>(&self, work: impl Future<Output = T>, mut tick: impl FnMut()) -> T {
+        self.runtime.block_on(async {
+            let mut work = pin!(work);
+            let mut ticks = tokio::time::interval(TICK);
+            loop {
+                tokio::select! {
+                    done = &mut work => return done,
+                    _ = ticks.tick() => tick(),
+                }
+            }
+        })
+    }
+
     /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
     pub(super) fn shards(&self, urls: &[String]) -> Result<ShardList, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
@@ -115,14 +132,17 @@ impl DataAccess {
             return Ok(String::new());
         }
         let shards: Vec<&ShardUrl> = shards.into_iter().collect();
-        if shards.len() >= ANNOUNCED {
-            errln!(
-                "looking up {} shards (data.check_shards = false leaves this out)",
-                shards.len()
-            );
-        }
-        let start = Instant::now();
-        let LookUp { shards, unknown } = self.runtime.block_on(self.sources.look_up(shards))?;
+        let (start, count, mut announced) = (Instant::now(), shards.len(), false);
+        let announce = || {
+            if !announced && start.elapsed() >= ANNOUNCED {
+                announced = true;
+                errln!(
+                    "looking up {} (data.check_shards = false leaves this out)",
+                    counted(count, "shard")
+                );
+            }
+        };
+        let LookUp { shards, unknown } = self.wait(self.sources.look_up(shards), announce)?;
         if unknown > 0 {
             errln!(
                 "warning: whether {unknown} of {shards} shards are there is not known: their servers answer neither HEAD nor a request for one byte"

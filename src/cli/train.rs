@@ -28,6 +28,8 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
     let required = config.require_train()?;
+    let (teacher, output) = (&required.teacher, required.output.display());
+    errln!("distilling {teacher} into {output}");
     device::allow_tf32(config.train.tf32);
     let train_device = train_device(&config)?;
     let encode_devices = encode_devices(&config)?;

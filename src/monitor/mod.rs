@@ -28,6 +28,8 @@ use serde::Serialize;
 use history::History;
 pub use server::Server;
 
+use crate::pace::Pace;
+
 /// The state of a run, reported by its command. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Monitor(Arc<Shared>);
@@ -128,27 +130,11 @@ pub struct Stalled {
     pub stage: Stage,
 }
 
-/// Amount of work, total and done.
+/// The work of a command.
 #[derive(Clone, Copy, Debug)]
 struct Goal {
     unit: &'static str,
-    done: u64,
-    total: u64,
-    /// Time and count when this process completed its first unit.
-    first: Option<(Instant, u64)>,
-    newest: Instant,
-}
-
-impl Goal {
-    /// Time left at the mean speed since the first unit of this process.
-    fn left(&self, now: Instant) -> Option<Duration> {
-        let (begun, before) = self.first?;
-        let made = self.done.checked_sub(before).filter(|made| *made > 0)?;
-        let each = (self.newest - begun).as_secs_f64() / made as f64;
-        let left = each * self.total.saturating_sub(self.done) as f64;
-        let waited = (now - self.newest).as_secs_f64();
-        Duration::try_from_secs_f64((left - waited).max(0.0)).ok()
-    }
+    pace: Pace,
 }
 
 /// The newest checkpoint: when it was complete, and how long saving took.
@@ -196,20 +182,14 @@ impl Monitor {
     pub fn expect(&self, unit: &'static str, done: u64, total: u64) {
         self.reported().goal = Some(Goal {
             unit,
-            done,
-            total,
-            first: None,
-            newest: Instant::now(),
+            pace: Pace::new(done, total),
         });
     }
 
     /// Records how many units of the goal are done.
     pub fn advance(&self, done: u64) {
-        if let Some(goal) = &mut self.reported().goal
-            && done > goal.done
-        {
-            (goal.done, goal.newest) = (done, Instant::now());
-            goal.first.get_or_insert((goal.newest, done));
+        if let Some(goal) = &mut self.reported().goal {
+            goal.pace.advance(done);
         }
     }
 
@@ -322,27 +302,5 @@ mod tests {
         monitor.stop_waiting();
         pause();
         assert_eq!(monitor.stalled(), None, "the last pictures are drawn");
-    }
-
-    #[test]
-    fn goal_estimates_from_this_process() {
-        let second = Duration::from_secs(1);
-        let first = Instant::now();
-        let mut goal = Goal {
-            unit: "steps",
-            done: 100,
-            total: 200,
-            first: None,
-            newest: first,
-        };
-        assert_eq!(goal.left(first), None, "nothing is done yet");
-        goal.done = 101;
-        goal.first = Some((first, 101));
-        assert_eq!(goal.left(first), None, "the first one filled the pipeline");
-        goal.done = 111;
-        goal.newest = first + 20 * second;
-        assert_eq!(goal.left(goal.newest), Some(178 * second));
-        assert_eq!(goal.left(goal.newest + second), Some(177 * second));
-        assert_eq!(goal.left(goal.newest + 1000 * second), Some(Duration::ZERO));
     }
 }

@@ -179,9 +179,9 @@ fn state(reported: &Reported, waiting: bool, stalled: Option<Stalled>) -> RunSta
 fn progress(goal: &Goal, now: Instant) -> ProgressStatus {
     ProgressStatus {
         unit: goal.unit,
-        done: goal.done,
-        total: goal.total,
-        seconds_left: goal.left(now).map(|left| left.as_secs_f64()),
+        done: goal.pace.done,
+        total: goal.pace.total,
+        seconds_left: goal.pace.left(now).map(|left| left.as_secs_f64()),
     }
 }
 

@@ -133,14 +133,14 @@ impl WriteTotals {
         monitor.advance(self.shards_done as u64);
         let limit = self.recent.mark(monitor.flow());
         let limit = limit.and_then(FlowSnapshot::limiting_stage);
-        let limit = limit.map_or(String::new(), |stage| format!("  limit: {stage}"));
+        let limit = limit.map_or(String::new(), |stage| format!(" · limit: {stage}"));
         let rate = self.samples as f64 / self.started.elapsed().as_secs_f64();
         let message = format!(
-            "{}  {rate:.1} samples/s{limit}",
+            "{} · {rate:.1} samples/s{limit}",
             counted(self.samples, "sample")
         );
         self.progress.update(self.shards_done as u64, &message, || {
-            format!("{}/{} shards  {message}", self.shards_done, self.shards)
+            format!("{}/{} shards · {message}", self.shards_done, self.shards)
         });
     }
 }

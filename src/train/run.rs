@@ -63,7 +63,7 @@ pub enum Outcome {
 pub fn run(options: &RunOptions<'_>, services: &Services<'_>) -> Result<Outcome, TrainError> {
     let progress = Rc::new(Progress::new(ProgressOptions {
         total: options.config.train.max_steps,
-        template: "{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg} eta {eta}",
+        template: "{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg}",
         line_every: Duration::from_secs(5),
     }));
     match Run::prepare(options, services, progress).and_then(Run::drive) {
@@ -94,7 +94,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self, TrainError> {
         let config = options.config;
         let pipeline = options.models.pipeline.display();
-        progress.say(format!("loading the teacher {pipeline}"));
+        progress.say(format!("loading encoders and teacher from {pipeline}"));
         let parts = RunParts::load(options)?;
         for how in &parts.implementations {
             progress.say(how);
@@ -323,6 +323,7 @@ fn observers(
         metrics: monitor.flow().clone(),
         recent: Recent::default(),
         begun: None,
+        waiting: None,
     });
     if let (Some(audit), 0) = (&config.audit, state.step) {
         let folder = (services.destination)(&audit.dir.to_string_lossy())?;

@@ -28,5 +28,6 @@ mod resume;
 mod rooms;
 mod sample;
 mod support;
+mod terminal;
 mod trackers;
 mod train;

@@ -234,7 +234,8 @@ impl Spread {
 
 /// Reads a shard to its end and reports on it.
 ///
-/// Needs a tokio runtime. The report lists the problems of samples.
+/// Needs a tokio runtime. The report lists the problems of samples. `metrics` counts the samples while they are read, as items of
+/// [`Stage::Untar`].
 ///
 /// # Errors
 /// [`StreamError`] if the shard can't be read, or isn't a tar.
@@ -242,10 +243,11 @@ pub async fn shard(
     sources: &Sources,
     url: &ShardUrl,
     options: &InspectOptions,
+    metrics: &FlowMetrics,
 ) -> Result<ShardReport, StreamError> {
     let context = ReaderContext {
         sources: sources.clone(),
-        metrics: FlowMetrics::private(),
+        metrics: metrics.clone(),
         runtime: Handle::current(),
         held: options.held_members(),
         inspects: true,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::support::{Bench, picture, sample, shard, tar_of, urls};
 use coffey_pipeline::inspect::{self, InspectOptions, ProblemKind, ShardReport};
-use coffey_pipeline::{S3Options, StreamError};
+use coffey_pipeline::stages::Stage;
+use coffey_pipeline::{FlowMetrics, S3Options, StreamError};
 use tempfile::TempDir;
 
 fn report(path: &Path, resolution: Option<u32>) -> Result<ShardReport, StreamError> {
@@ -19,9 +20,12 @@ fn report(path: &Path, resolution: Option<u32>) -> Result<ShardReport, StreamErr
         tokens: None,
     };
     let url = urls(path.to_str().unwrap()).remove(0);
-    bench
+    let metrics = FlowMetrics::private();
+    let report = bench
         .runtime
-        .block_on(inspect::shard(&bench.sources, &url, &wanted))
+        .block_on(inspect::shard(&bench.sources, &url, &wanted, &metrics))?;
+    assert_eq!(metrics.snapshot().stage(Stage::Untar).items, report.samples);
+    Ok(report)
 }
 
 fn written(folder: &TempDir, tar: &[u8]) -> PathBuf {

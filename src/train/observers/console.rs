@@ -4,11 +4,12 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use coffey_pipeline::flow::{FlowSnapshot, Recent};
+use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{FlowMetrics, counted};
 
 use super::skipped_log::SkipCounts;
 use super::{Earlier, Ending, Observer, RunView, StepReport};
-use crate::progress::Progress;
+use crate::progress::{Progress, Waiting};
 use crate::train::TrainError;
 
 /// Shows each step, completes its record by the limiting stage, and at the end sums up the steps of this process.
@@ -22,6 +23,8 @@ pub(in crate::train) struct Console {
     pub(in crate::train) recent: Recent,
     /// When this process began to train, and the steps made before.
     pub(in crate::train) begun: Option<(Instant, u64)>,
+    /// Until the first step of this process.
+    pub(in crate::train) waiting: Option<Waiting>,
 }
 
 impl Observer for Console {
@@ -33,6 +36,14 @@ impl Observer for Console {
         self.begun = Some((Instant::now(), run.state.step));
         self.progress.start_at(run.state.step);
         self.progress.say("waiting for the first batch");
+        let metrics = self.metrics.clone();
+        self.waiting = Some(Waiting::begin(move || {
+            let flow = metrics.snapshot();
+            let [read, encoded] =
+                [Stage::Untar, Stage::Encode].map(|stage| flow.stage(stage).items);
+            let read = counted(read, "sample");
+            format!("waiting for the first step · {read} read, {encoded} encoded")
+        }));
         Ok(())
     }
 
@@ -42,6 +53,7 @@ impl Observer for Console {
         _run: &RunView<'_>,
         _earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
+        self.waiting = None;
         let record = &mut report.record;
         let recent = self.recent.mark(&self.metrics);
         record.limiting_stage = recent.and_then(FlowSnapshot::limiting_stage);
