@@ -9,6 +9,7 @@ use super::connect::Connection;
 use super::operation::Operation;
 use super::refusal::{Outcome, S3Refusal, passing};
 use crate::net::{RequestFailure, ServerMessage, SourceError, causes, certificate_error};
+use crate::open_files;
 use crate::shard::ShardUrl;
 
 /// The meaning of an error of the SDK after a request over the connection `used`: the outcome for the
@@ -60,7 +61,9 @@ where
         SdkError::DispatchFailure(dispatch) => {
             let connector = dispatch.as_connector_error();
             let cause = connector.map_or_else(|| inner_causes(error), connector_causes);
-            if let Some(error) = certificate_error(url, endpoint, &cause) {
+            if open_files::is_cause_of(error) {
+                ("open_files", RequestFailure::OpenFiles)
+            } else if let Some(error) = certificate_error(url, endpoint, &cause) {
                 ("certificate", RequestFailure::Fatal(error))
             } else if dispatch.is_timeout() || dispatch.is_io() {
                 let failure = RequestFailure::Connect {

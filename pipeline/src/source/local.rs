@@ -8,6 +8,7 @@ use tokio::fs::File;
 use tokio::io::AsyncReadExt;
 
 use crate::net::SourceError;
+use crate::open_files::retry_async;
 use crate::shard::ShardUrl;
 
 const CHUNK_BYTES: usize = 256 << 10;
@@ -48,7 +49,7 @@ pub(crate) struct LocalReader {
 
 impl LocalReader {
     pub(crate) async fn open(url: &ShardUrl, path: &Path) -> Result<Self, SourceError> {
-        let file = File::open(path)
+        let file = retry_async(|| File::open(path))
             .await
             .map_err(|error| failed(url, &error))?;
         let metadata = file.metadata().await.map_err(|error| failed(url, &error))?;
@@ -87,7 +88,7 @@ impl LocalReader {
 
 /// The shards directly in a folder.
 pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>, SourceError> {
-    let mut entries = tokio::fs::read_dir(folder)
+    let mut entries = retry_async(|| tokio::fs::read_dir(folder))
         .await
         .map_err(|error| failed(url, &error))?;
     let mut found = Vec::new();

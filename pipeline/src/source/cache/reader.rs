@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 
 use super::{Cache, PART_ENDING, PART_PREFIX, Reservation, file, remove};
 use crate::net::{RetryOptions, SourceError};
+use crate::open_files::retry;
 use crate::shard::ShardUrl;
 use crate::source::Reader;
 use crate::source::remote::{ObjectVersion, Remote, RemoteReader};
@@ -67,7 +68,7 @@ pub(crate) async fn open_shard(
 async fn look_up(cache: &Arc<Cache>, name: &str) -> Option<(File, ObjectVersion)> {
     let (cache, path) = (Arc::clone(cache), cache.path(name));
     let look = move || -> io::Result<Option<(File, ObjectVersion)>> {
-        let mut file = match File::open(&path) {
+        let mut file = match retry(|| File::open(&path)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
@@ -253,10 +254,12 @@ impl Writing {
     fn write(self) -> io::Result<()> {
         let cache = &self.reservation.cache;
         cache.evict()?;
-        let mut part = tempfile::Builder::new()
-            .prefix(PART_PREFIX)
-            .suffix(&format!(".{PART_ENDING}"))
-            .tempfile_in(&cache.options.folder)?;
+        let mut part = retry(|| {
+            tempfile::Builder::new()
+                .prefix(PART_PREFIX)
+                .suffix(&format!(".{PART_ENDING}"))
+                .tempfile_in(&cache.options.folder)
+        })?;
         let mut size = 0;
         loop {
             match self.messages.recv_blocking() {
