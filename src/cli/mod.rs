@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod inspect;
+mod output;
 mod precompute;
 mod ranks;
 mod resources;

@@ -23,6 +23,7 @@ mod precompute;
 mod prometheus;
 mod push;
 mod replay;
+mod restart;
 mod resume;
 mod rooms;
 mod sample;
