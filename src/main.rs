@@ -6,6 +6,7 @@ fn main() -> ExitCode {
     quiet_candle();
     keep_backtraces_out_of_messages();
     share_one_heap();
+    coffey_pipeline::open_files::raise_limit();
     coffey::cli::run()
 }
 

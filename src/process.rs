@@ -24,6 +24,23 @@ pub(crate) fn env_of(variables: &[(&str, &str)]) -> impl Fn(&str) -> Option<Stri
     move |name| variables.get(name).cloned()
 }
 
+/// Whether this process ignores a signal; `false` where `/proc` does not have it.
+pub(crate) fn ignores_signal(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+/// Name of this machine; `?` where `/proc` does not have it.
+pub(crate) fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        "" => "?".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
 /// CPU time of this process, summed over its threads.
 pub(crate) fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);

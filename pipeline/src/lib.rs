@@ -55,6 +55,7 @@ pub mod inspect;
 pub mod json;
 pub mod metrics;
 mod net;
+pub mod open_files;
 pub mod order;
 mod panic;
 mod plural;

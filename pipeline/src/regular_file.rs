@@ -5,13 +5,15 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use crate::open_files;
+
 /// Opens a regular file, or a link to one, for reading.
 ///
 /// # Errors
 /// Those of the system, and for a folder, named pipe, socket or device one that says so.
 pub fn open(path: &Path) -> io::Result<File> {
     match other_kind(fs::metadata(path)?.file_type()) {
-        None => File::open(path),
+        None => open_files::retry(|| File::open(path)),
         Some((kind, what)) => Err(io::Error::new(kind, format!("it is a {what}, not a file"))),
     }
 }

@@ -16,13 +16,12 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Batch, Content, ShardUrl, Stream, StreamConfig};
 
+use super::output::check_writable;
 use super::resources::{
     DataAccess, content, encode_devices, source_options, stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
-use crate::config::{
-    Config, ConfigError, DeviceSpec, ModelRef, PrecomputeRequired, TrainRequired, in_s3,
-};
+use crate::config::{Config, ConfigError, DeviceSpec, ModelRef, PrecomputeRequired, TrainRequired};
 use crate::device;
 use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::{EncoderOptions, Encoders};
@@ -32,7 +31,7 @@ use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit};
 use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::{
-    compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
+    RunDir, compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
 };
 use cost::{Cost, SampleSizes};
 use dry_run::DryRun;
@@ -112,15 +111,16 @@ pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
 }
 
 fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
-    let (mut config, purpose) = report.step("configuration", || {
+    let (mut config, purpose, data) = report.step("configuration", || {
         let config = args.load()?;
         let purpose = Purpose::of(&config)?;
+        let data = DataAccess::open(source_options(&config))?;
         let message = format!(
             "{} is valid, for `coffey {}`",
             args.config.display(),
             purpose.command()
         );
-        Ok(((config, purpose), message))
+        Ok(((config, purpose, data), message))
     })?;
     if let (Purpose::Train(_), Some(push)) = (&purpose, Push::prepare(&config.hub).transpose()) {
         report.step("hub", || {
@@ -134,8 +134,15 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         }
         _ => BTreeMap::new(),
     };
-    let (data, models) = report.step("models", || {
-        let data = DataAccess::open(source_options(&config))?;
+    report.step("output", || {
+        let (key, place) = purpose.output();
+        check_writable(key, place, &data)?;
+        if let Purpose::Train(_) = purpose {
+            RunDir::check_free(place)?;
+        }
+        Ok(((), format!("{} can be written", place.display())))
+    })?;
+    let models = report.step("models", || {
         let wanted = match &purpose {
             Purpose::Train(_) => Components::training,
             Purpose::Precompute(_) => Components::encoding,
@@ -145,7 +152,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             .into_iter()
             .flatten();
         let folders: Vec<_> = folders.map(|folder| folder.display().to_string()).collect();
-        Ok(((data, models), folders.join(", VAE ")))
+        Ok((models, folders.join(", VAE ")))
     })?;
     let shards = report.step("sources", || {
         let list = data.shards(&config.data.shards)?;
@@ -237,19 +244,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             .as_ref()
             .map(|teacher| (teacher.parameters, teacher.unet.config())),
     };
-    report.memory(MemoryPlan::new(&config, &sizes, cards))?;
-    report.step("output", || {
-        let (key, folder) = purpose.output();
-        if in_s3(folder) {
-            // The server's error names the prefix. It is a failure, not a mistake in the file.
-            check_prefix_writable(folder, &data)?;
-        } else {
-            check_folder_writable(folder).map_err(|error| {
-                Failure::Usage(format!("{key} = {folder:?}: can't be written: {error}").into())
-            })?;
-        }
-        Ok(((), format!("{} can be written", folder.display())))
-    })
+    report.memory(MemoryPlan::new(&config, &sizes, cards))
 }
 
 /// The memory of the device that trains, by its name.
@@ -437,47 +432,4 @@ fn parameters(weights: &Weights, wanted: impl Fn(&str) -> bool) -> u64 {
 
 fn millions(parameters: u64) -> String {
     format!("{:.1} M parameters", parameters as f64 / 1e6)
-}
-
-/// Writes an object under a prefix in S3 and removes it.
-fn check_prefix_writable(prefix: &Path, data: &DataAccess) -> Result<(), Failure> {
-    const PROBE: &str = ".coffey-check";
-    let runtime = data.runtime.handle();
-    let place = data
-        .sources
-        .destination(&prefix.to_string_lossy(), runtime)?;
-    place.write(PROBE, b"")?;
-    Ok(place.remove(PROBE)?)
-}
-
-/// Checks that a folder can be written, or created. Leaves nothing behind.
-fn check_folder_writable(folder: &Path) -> std::io::Result<()> {
-    let folder = std::path::absolute(folder)?;
-    let existing = folder.ancestors().find(|ancestor| ancestor.exists());
-    let existing = existing.unwrap_or(Path::new("/"));
-    if !existing.is_dir() {
-        return Err(std::io::Error::other(format!(
-            "{} is not a folder",
-            existing.display()
-        )));
-    }
-    tempfile::tempfile_in(existing).map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn folder_that_can_be_created_is_writable() {
-        let root = tempfile::tempdir().unwrap();
-        check_folder_writable(&root.path().join("a/b/c")).unwrap();
-        assert_eq!(root.path().read_dir().unwrap().count(), 0);
-        std::fs::write(root.path().join("file"), "").unwrap();
-        let error = check_folder_writable(&root.path().join("file/below")).unwrap_err();
-        assert!(
-            error.to_string().contains("file is not a folder"),
-            "{error}"
-        );
-    }
 }

@@ -9,6 +9,7 @@ mod completions;
 mod init;
 mod inspect;
 mod man;
+mod output;
 mod precompute;
 mod ranks;
 mod resources;

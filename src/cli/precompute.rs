@@ -9,6 +9,7 @@ use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{ShardUrl, Stream, StreamError, counted};
 
+use super::output::check_writable;
 use super::ranks::RankArgs;
 use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
 use super::{ConfigArgs, Failure};
@@ -74,6 +75,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     }
 
     let data = DataAccess::open(source_options(&config))?;
+    check_writable("latents.output", &required.latents.output, &data)?;
     let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Precompute)?;
     let models = data.until_cancelled(&cancel, || {
         data.models(&config, &required.teacher, Components::encoding)

@@ -5,6 +5,7 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::shard::redact_patterns;
 use coffey_pipeline::{Stream, StreamConfig, counted};
 
+use super::output::check_writable;
 use super::resources::{
     DataAccess, content, encode_devices, source_options, start_monitor, stream_config, train_device,
 };
@@ -15,7 +16,7 @@ use crate::latents::LatentSource;
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
-use crate::train::{self, Outcome, RunOptions, Services, TrainError};
+use crate::train::{self, Outcome, RunDir, RunOptions, Services, TrainError};
 
 /// Options of `coffey train`.
 #[derive(Args, Debug)]
@@ -34,6 +35,10 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let train_device = train_device(&config)?;
     let encode_devices = encode_devices(&config)?;
     let access = DataAccess::open(source_options(&config))?;
+    let destination = |place: &str| access.sources.destination(place, access.runtime.handle());
+    let output = &required.output;
+    check_writable("train.output", output, &access)?;
+    let output = RunDir::open(&config, output, destination)?;
     let push = Push::prepare(&config.hub)?;
     if let Some(push) = &push {
         match push.check(&cancel) {
@@ -77,19 +82,18 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
             Stream::open_captions(stream, &access.sources, &access.metrics, runtime)
         }),
         shards: shards.clone(),
-        destination: Box::new(|target| access.sources.destination(target, runtime)),
+        destination: Box::new(destination),
         monitor,
         runtime: runtime.clone(),
         cancel: cancel.clone(),
     };
     let options = RunOptions {
         config: &config,
-        output: &required.output,
         models: &models,
         device: &train_device,
         encode_devices: &encode_devices,
     };
-    match train::run(&options, &services)? {
+    match train::run(&options, &services, output)? {
         Outcome::Done(output) => {
             outln!("{}", output.display());
             push.map_or(Ok(()), |push| {

@@ -4,6 +4,7 @@
 //! `/metrics` and `/healthz`. Values are read when they are asked for, and once a second for the page; a client can neither
 //! slow the run nor change it.
 
+mod connections;
 mod history;
 mod page;
 mod prometheus;

@@ -5,19 +5,20 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use futures_lite::stream::{self, Stream};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use super::connections::{self, Limits, PageMark};
 use super::history::Mark;
 use super::prometheus::{self, TEXT_FORMAT};
 use super::status::{PageUpdate, RunStatus};
@@ -25,7 +26,7 @@ use super::{Monitor, Stalled, page};
 
 /// Time between two events. They also serve as keep-alive messages.
 const EVENT_INTERVAL: Duration = Duration::from_secs(1);
-/// Most pages open at once.
+/// Most pages open at once, and at most half of the connections.
 const MAX_PAGES: usize = 32;
 /// Longest wait for open pages to receive the last event.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
@@ -46,6 +47,7 @@ struct ServerState {
     /// Status at the newest second. A slow page misses some; none are stored for it.
     status: watch::Receiver<Arc<RunStatus>>,
     pages: Arc<Semaphore>,
+    most_pages: usize,
 }
 
 impl Server {
@@ -59,6 +61,8 @@ impl Server {
         let address = listener.local_addr()?;
         prometheus::event_recorder();
         let policy = HeaderValue::try_from(page::policy()).map_err(std::io::Error::other)?;
+        let limits = Limits::of_process();
+        let most_pages = MAX_PAGES.min(limits.connections / 2);
         let (publisher, status) = watch::channel(Arc::new(monitor.status()));
         let mut router = Router::new()
             .route("/", get(flow_page))
@@ -70,20 +74,16 @@ impl Server {
                 monitor: monitor.clone(),
                 policy,
                 status,
-                pages: Arc::new(Semaphore::new(MAX_PAGES)),
+                pages: Arc::new(Semaphore::new(most_pages)),
+                most_pages,
             })
             .layer(from_fn(add_headers));
         if address.ip().is_loopback() {
             router = router.layer(from_fn_with_state(address, only_local_names));
         }
         let (over, end) = oneshot::channel();
-        let task = runtime.spawn(async move {
-            // A failed connection ends alone; the server itself returns no error.
-            axum::serve(listener, router)
-                .with_graceful_shutdown(publish(monitor, publisher, end))
-                .await
-                .ok();
-        });
+        let published = publish(monitor, publisher, end);
+        let task = runtime.spawn(connections::serve(listener, router, limits, published));
         Ok(Self {
             address,
             runtime: runtime.clone(),
@@ -180,21 +180,29 @@ async fn grid(State(server): State<ServerState>) -> Response {
         .grid
         .as_ref()
         .map(|g| g.path.clone());
-    let picture = match path {
-        Some(path) => tokio::fs::read(path).await.ok(),
-        None => None,
+    let Some(path) = path else {
+        return (StatusCode::NOT_FOUND, "no grid was drawn yet\n").into_response();
     };
-    match picture {
-        Some(png) => ([(header::CONTENT_TYPE, "image/png")], png).into_response(),
-        None => (StatusCode::NOT_FOUND, "no grid was drawn yet\n").into_response(),
+    match tokio::fs::read(path).await {
+        Ok(png) => ([(header::CONTENT_TYPE, "image/png")], png).into_response(),
+        Err(error) => {
+            let text = format!("the grid can't be read: {error}\n");
+            (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+        }
     }
 }
 
-async fn events(State(server): State<ServerState>) -> Response {
+async fn events(
+    State(server): State<ServerState>,
+    Extension(page): Extension<PageMark>,
+) -> Response {
     match Arc::clone(&server.pages).try_acquire_owned() {
-        Ok(permit) => Sse::new(updates(server, permit)).into_response(),
+        Ok(permit) => {
+            page.set();
+            Sse::new(updates(server, permit)).into_response()
+        }
         Err(_full) => {
-            let text = format!("{MAX_PAGES} pages are open already\n");
+            let text = format!("{} pages are open already\n", server.most_pages);
             (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
         }
     }

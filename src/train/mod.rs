@@ -7,6 +7,7 @@
 mod checkpoint;
 mod error;
 mod learning_rate;
+mod lock;
 mod loss_scale;
 mod models_fingerprint;
 mod not_finite;
@@ -31,6 +32,7 @@ pub(crate) use parts::{
 };
 pub use record::StepRecord;
 pub use run::{Outcome, RunOptions, run};
+pub use run_dir::RunDir;
 pub use services::Services;
 pub use state::TrainState;
 pub use trainer::{Trainer, TrainerOptions};

@@ -1,5 +1,6 @@
 //! Resuming: which checkpoint a run continues from, and whether it is of the same run.
 
+use std::cmp::Ordering;
 use std::fs;
 use std::path::Path;
 
@@ -60,13 +61,29 @@ pub(super) fn resume_from(
         }
     };
     if let Some(found) = &found {
-        progress.say(format!(
-            "going on from {} (step {})",
-            found.place, found.state.step
-        ));
+        announce(found, config.train.max_steps, progress)?;
         check_same_run(options, models, found, saver, output, progress)?;
     }
     Ok(found)
+}
+
+/// Says from which step the run goes on, or that it is finished; refuses a checkpoint beyond the last step.
+fn announce(found: &SavedRun, max_steps: u64, progress: &Progress) -> Result<(), TrainError> {
+    let (step, place) = (found.state.step, &found.place);
+    match step.cmp(&max_steps) {
+        Ordering::Less => progress.say(format!("going on from {place} (step {step})")),
+        Ordering::Equal => progress.say(format!(
+            "the run is finished: {place} is of its last step, {step}; raise train.max_steps to go on, or set another train.output for \
+             another run"
+        )),
+        Ordering::Greater => {
+            return Err(TrainError::Mismatch(format!(
+                "{place} is of step {step}, and train.max_steps is {max_steps}; raise it to go on ({step} for the student of that step), or \
+                 begin anew with another train.output"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a configuration or models with which the run would make another student than so far, and warns of settings that were

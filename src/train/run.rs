@@ -1,6 +1,6 @@
 //! A run: from the stream of batches to a finished student.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use super::{
     TrainerOptions,
 };
 use crate::adaptation::Adaptation;
-use crate::config::{Config, MixedPrecision, TextFrom};
+use crate::config::{Config, MixedPrecision, Resume, TextFrom};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
 use crate::progress::{Progress, ProgressOptions};
@@ -37,8 +37,6 @@ use crate::sample::Prompts;
 pub struct RunOptions<'a> {
     /// The configuration.
     pub config: &'a Config,
-    /// Folder of the run, or an `s3://` prefix.
-    pub output: &'a Path,
     /// The models that the configuration names.
     pub models: &'a Models,
     /// Device of teacher and student.
@@ -56,17 +54,21 @@ pub enum Outcome {
     Stopped,
 }
 
-/// Distils as a configuration says. `docs/formats.md` describes what is left in the output folder.
+/// Distils into `output` as a configuration says. `docs/formats.md` describes what is left there.
 ///
 /// # Errors
 /// [`TrainError`]; an error never damages a checkpoint that was saved before.
-pub fn run(options: &RunOptions<'_>, services: &Services<'_>) -> Result<Outcome, TrainError> {
+pub fn run(
+    options: &RunOptions<'_>,
+    services: &Services<'_>,
+    output: RunDir,
+) -> Result<Outcome, TrainError> {
     let progress = Rc::new(Progress::new(ProgressOptions {
         total: options.config.train.max_steps,
         template: "{spinner} [{elapsed}] {wide_bar} {pos}/{len} {msg}",
         line_every: Duration::from_secs(5),
     }));
-    match Run::prepare(options, services, progress).and_then(Run::drive) {
+    match Run::prepare(options, services, output, progress).and_then(Run::drive) {
         Err(TrainError::Stopped) => Ok(Outcome::Stopped),
         outcome => outcome,
     }
@@ -90,6 +92,7 @@ impl<'a> Run<'a> {
     fn prepare(
         options: &'a RunOptions<'a>,
         services: &'a Services<'a>,
+        output: RunDir,
         progress: Rc<Progress>,
     ) -> Result<Self, TrainError> {
         let config = options.config;
@@ -99,7 +102,6 @@ impl<'a> Run<'a> {
         for how in &parts.implementations {
             progress.say(how);
         }
-        let output = RunDir::open(config, options.output, services)?;
         let saver = Rc::new(Saver::new(
             output.checkpoints(config.checkpoint.keep),
             output.records(),
@@ -292,10 +294,14 @@ fn observers(
     let RunOptions { config, models, .. } = options;
     let (folder, monitor) = (output.folder(), &services.monitor);
     let max_steps = config.train.max_steps;
-    let (metrics_log, records) = MetricsLog::open(folder, state.step, Rc::clone(&progress))?;
+    // The steps before another run's checkpoint are in the records of that run.
+    let elsewhere = matches!(config.checkpoint.resume, Resume::From(_));
+    let (metrics_log, records) =
+        MetricsLog::open(folder, state.step, elsewhere, Rc::clone(&progress))?;
     monitor.resume(records.iter().map(Into::into));
     let shards = services.shards.clone();
-    let mut skipped_log = SkippedLog::open(folder, state.step, shards, Rc::clone(&progress))?;
+    let mut skipped_log =
+        SkippedLog::open(folder, state.step, elsewhere, shards, Rc::clone(&progress))?;
     let configuration = config
         .to_toml()
         .map_err(|error| TrainError::Mismatch(error.to_string()))?;

@@ -1,21 +1,22 @@
 //! The output of a run: a folder, or a prefix in S3 with a local folder for files that grow step by step.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use coffey_pipeline::Destination;
+use coffey_pipeline::{Destination, SourceError};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::CheckpointStore;
-use super::{Services, TrainError, io};
+use super::lock::{FolderLock, LOCK};
+use super::{TrainError, io};
 use crate::config::{Config, in_s3};
 
 /// The output of a run, locked by this process.
 #[derive(Debug)]
-pub(super) struct RunDir {
+pub struct RunDir {
     /// Folder or `s3://` prefix, as configured.
     place: PathBuf,
     /// Local folder of the records.
@@ -24,24 +25,26 @@ pub(super) struct RunDir {
     /// Remove the local folder when the run is done.
     temporary: bool,
     /// Locked while this process writes to the output.
-    _lock: File,
+    _lock: FolderLock,
 }
 
 impl RunDir {
     /// Locks the output for this process. S3 has no lock: the user must not give one prefix to two runs.
-    pub(super) fn open(
+    ///
+    /// # Errors
+    /// [`TrainError::Mismatch`] if another process holds the lock, else why the folder can't be used.
+    pub fn open(
         config: &Config,
         place: &Path,
-        services: &Services<'_>,
+        destination: impl FnOnce(&str) -> Result<Destination, SourceError>,
     ) -> Result<Self, TrainError> {
         if !in_s3(place) {
-            fs::create_dir_all(place).map_err(io(place))?;
             return Ok(Self {
                 place: place.to_owned(),
                 folder: place.to_owned(),
                 remote: None,
                 temporary: false,
-                _lock: lock(place, place)?,
+                _lock: FolderLock::acquire(place, place)?,
             });
         }
         let name = place.to_string_lossy();
@@ -53,17 +56,27 @@ impl RunDir {
         let folder = scratch
             .unwrap_or_else(std::env::temp_dir)
             .join(format!("coffey-{hash}"));
-        fs::create_dir_all(&folder).map_err(io(&folder))?;
-        let lock = lock(&folder, place)?;
+        let lock = FolderLock::acquire(&folder, place)?;
         // S3 holds the run. Local files of a killed run may be newer: its steps are made again.
         empty(&folder)?;
         Ok(Self {
             place: place.to_owned(),
-            remote: Some((services.destination)(&name)?),
+            remote: Some(destination(&name)?),
             folder,
             temporary,
             _lock: lock,
         })
+    }
+
+    /// Fails if another process is training into `place`; changes nothing.
+    ///
+    /// # Errors
+    /// As [`RunDir::open`].
+    pub fn check_free(place: &Path) -> Result<(), TrainError> {
+        if in_s3(place) {
+            return Ok(());
+        }
+        FolderLock::check_free(place, place)
     }
 
     /// Folder or `s3://` prefix, for messages.
@@ -105,22 +118,6 @@ impl RunDir {
         }
     }
 }
-
-/// Locks a folder until the returned file is closed: two runs in one folder would destroy each other's checkpoints.
-fn lock(folder: &Path, place: &Path) -> Result<File, TrainError> {
-    let path = folder.join(LOCK);
-    let file = File::create(&path).map_err(io(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
-            "{}: another process is training into this folder",
-            place.display()
-        ))),
-        Err(TryLockError::Error(source)) => Err(io(&path)(source)),
-    }
-}
-
-const LOCK: &str = ".lock";
 
 /// Removes everything but the lock.
 fn empty(folder: &Path) -> Result<(), TrainError> {

@@ -36,6 +36,7 @@ fn check_reports_every_step() {
         .collect();
     let names = [
         "configuration",
+        "output",
         "models",
         "sources",
         "first sample",
@@ -43,7 +44,6 @@ fn check_reports_every_step() {
         "teacher",
         "dry run",
         "memory",
-        "output",
     ];
     assert_eq!(steps, names.map(|name| (name, "ok")));
     let parts = report["memory"]["parts"].as_array().unwrap();
@@ -148,7 +148,11 @@ fn check_stops_at_first_fault() {
         refuse(code, &args, words);
         let (printed, _) = run(command(&args), code);
         let last = printed.lines().last().unwrap();
-        assert!(last.starts_with(&format!("error    {step}")), "{last}");
+        assert_eq!(
+            last,
+            format!("error    {step}"),
+            "the message is on standard error"
+        );
     };
     faulty(
         "train.max_step=3",

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use coffey::models::{Conditioning, Denoiser, UNet};
@@ -15,11 +14,11 @@ use tempfile::TempDir;
 use crate::support::cloud::write_config;
 use crate::support::{
     self, NO_PICTURES, QUICKSTART, args, command, copy, damage, messages, python, records, refuse,
-    repository, says, steps_made, succeed, terminate, text, timeless,
+    repository, says, succeed, terminate, text, timeless, wait_for_steps,
 };
 
 /// The arguments of a small `train` on the quickstart's data, without pictures.
-fn train_args(output: &Path, more: &[&str]) -> Vec<String> {
+pub(crate) fn train_args(output: &Path, more: &[&str]) -> Vec<String> {
     let output = format!("train.output={}", output.display());
     let small = [output.as_str(), "train.batch_size=4"];
     args(
@@ -290,14 +289,7 @@ fn sigterm_saves_and_next_run_resumes() {
     let run = folder.path().join("run");
     let args = train_args(&run, &["train.max_steps=400", "checkpoint.every=1000"]);
     let mut child = command(&args).stderr(Stdio::null()).spawn().unwrap();
-    let begun = Instant::now();
-    while steps_made(&run) < 2 {
-        assert!(
-            begun.elapsed() < Duration::from_secs(120),
-            "no step within two minutes"
-        );
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_for_steps(&run, 2);
     terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(143));
     let made = records(&run).len();

@@ -9,6 +9,7 @@ use tempfile::NamedTempFile;
 
 use super::{Entry, ObjectMeta};
 use crate::net::SourceError;
+use crate::open_files::retry;
 use crate::regular_file;
 
 /// Prefix of the names of temporary files.
@@ -16,6 +17,8 @@ const TEMPORARY: &str = ".writing-";
 /// Random characters at the end of such a name.
 const RANDOM: usize = 6;
 const BUFFER: usize = 1 << 20;
+/// Size of the file that a check writes: a block, which a full disk refuses.
+const PROBE_BYTES: usize = 4096;
 
 #[derive(Debug, Clone)]
 pub(super) struct Folder(PathBuf);
@@ -75,17 +78,38 @@ impl Folder {
         let parent = target.parent().unwrap_or(&self.0).to_owned();
         fs::create_dir_all(&parent).map_err(failed(&parent))?;
         let file = name.rsplit('/').next().unwrap_or(name);
-        let temporary = tempfile::Builder::new()
-            .prefix(&format!("{TEMPORARY}{file}-"))
-            .rand_bytes(RANDOM)
-            .permissions(Permissions::from_mode(0o666)) // less the umask
-            .tempfile_in(&parent)
-            .map_err(failed(&target))?;
+        let prefix = format!("{TEMPORARY}{file}-");
+        let create = || {
+            tempfile::Builder::new()
+                .prefix(&prefix)
+                .rand_bytes(RANDOM)
+                .permissions(Permissions::from_mode(0o666)) // less the umask
+                .tempfile_in(&parent)
+        };
+        let temporary = retry(create).map_err(failed(&target))?;
         Ok(FileWriter {
             file: BufWriter::with_capacity(BUFFER, temporary),
             target,
             parent,
         })
+    }
+
+    /// Writes a file in the folder, or in the nearest folder above it that is there, and removes it.
+    pub(super) fn check_writable(&self) -> Result<(), SourceError> {
+        let path = std::path::absolute(&self.0).map_err(failed(&self.0))?;
+        let folder = nearest(&path)?;
+        if !folder.is_dir() {
+            return Err(SourceError::File {
+                url: folder.display().to_string(),
+                cause: "is not a folder; name another one, or move it away".to_owned(),
+            });
+        }
+        retry(|| tempfile::tempfile_in(folder))
+            .and_then(|mut file| {
+                file.write_all(&[0; PROBE_BYTES])?;
+                file.sync_data()
+            })
+            .map_err(failed(folder))
     }
 
     /// Visits each file, temporary files included.
@@ -95,7 +119,7 @@ impl Folder {
     ) -> Result<(), SourceError> {
         let mut folders = vec![(self.0.clone(), String::new())];
         while let Some((folder, prefix)) = folders.pop() {
-            let entries = match fs::read_dir(&folder) {
+            let entries = match retry(|| fs::read_dir(&folder)) {
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 entries => entries.map_err(failed(&folder))?,
             };
@@ -173,6 +197,19 @@ impl Folder {
     }
 }
 
+/// The path or the nearest one above it that is there.
+fn nearest(path: &Path) -> Result<&Path, SourceError> {
+    for path in path.ancestors() {
+        match fs::symlink_metadata(path) {
+            Ok(_) => return Ok(path),
+            Err(error)
+                if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&error.kind()) => {}
+            Err(error) => return Err(failed(path)(error)),
+        }
+    }
+    Ok(Path::new("/"))
+}
+
 /// A temporary file that is being written; removed on drop.
 #[derive(Debug)]
 pub(super) struct FileWriter {
@@ -206,7 +243,7 @@ impl FileWriter {
                 },
                 _ => failed(&target)(error.error),
             })?;
-        File::open(&parent)
+        retry(|| File::open(&parent))
             .and_then(|folder| folder.sync_all())
             .map_err(failed(&parent))
     }
@@ -215,6 +252,28 @@ impl FileWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folder_is_checked_without_a_trace() {
+        let root = tempfile::tempdir().unwrap();
+        let check = |path: &str| Folder::new(root.path().join(path)).check_writable();
+        check("a/b/c").unwrap();
+        check("").unwrap();
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        fs::write(root.path().join("file"), "").unwrap();
+        std::os::unix::fs::symlink("nothing", root.path().join("link")).unwrap();
+        for (path, named) in [
+            ("file", "file"),
+            ("file/below/it", "file"),
+            ("link/x", "link"),
+        ] {
+            let error = check(path).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{named}: is not a folder")),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn folder_temporary_file_names_its_object() {

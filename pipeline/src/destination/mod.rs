@@ -32,6 +32,9 @@ use bucket::Bucket;
 use folder::{FileWriter, Folder};
 use upload::Upload;
 
+/// Object that a check writes and removes.
+const PROBE: &str = ".coffey-check";
+
 /// A folder or a prefix in S3 that objects are written to. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Destination(Backend);
@@ -168,6 +171,20 @@ impl Destination {
         let mut writer = self.create(name)?;
         writer.append(content)?;
         writer.finish()
+    }
+
+    /// Checks that objects can be written: writes one and removes it. Leaves nothing behind, and makes no folder.
+    ///
+    /// # Errors
+    /// [`SourceError`] if it can't be written.
+    pub fn check_writable(&self) -> Result<(), SourceError> {
+        match &self.0 {
+            Backend::Folder(folder) => folder.check_writable(),
+            Backend::Bucket(_) => {
+                self.write(PROBE, b"")?;
+                self.remove(PROBE)
+            }
+        }
     }
 
     /// The objects whose names begin with `below`, by name.

@@ -251,6 +251,14 @@ pub enum SourceError {
         /// The folder.
         url: String,
     },
+    /// The limit of open files was reached, and stayed so.
+    #[error("{url}: {cause}")]
+    OpenFiles {
+        /// The object.
+        url: String,
+        /// The limit, and how to raise it.
+        cause: String,
+    },
     /// A local file can't be read.
     #[error("{url}: {cause}")]
     File {
@@ -299,6 +307,7 @@ impl SourceError {
             | Self::Exhausted { .. }
             | Self::NotWritten { .. }
             | Self::Refused { .. }
+            | Self::OpenFiles { .. }
             | Self::File { .. } => false,
         }
     }

@@ -10,6 +10,7 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use super::error::SourceError;
 use super::server::ServerRecord;
+use crate::open_files::{self, Wait};
 
 /// Longest wait before the second attempt; it doubles from there.
 pub(crate) const FIRST_DELAY: Duration = Duration::from_millis(100);
@@ -50,6 +51,8 @@ pub(crate) enum RequestFailure {
         endpoint: String,
         hint: &'static str,
     },
+    /// No connection could be made, because too many files are open.
+    OpenFiles,
 }
 
 /// The attempts left for an object.
@@ -64,6 +67,7 @@ pub(crate) struct RetryBudget {
     /// Bytes read since then.
     progress: u64,
     delays: ExponentialBackoff,
+    open_files: Wait,
     server: ServerRecord,
 }
 
@@ -84,6 +88,7 @@ impl RetryBudget {
             since: None,
             progress: 0,
             delays: delays(options),
+            open_files: Wait::default(),
             server,
         }
     }
@@ -112,7 +117,8 @@ impl RetryBudget {
         self.server.record_retry("idle");
     }
 
-    /// Charges a failed attempt at `offset` to the budget and waits before the next.
+    /// Charges a failed attempt at `offset` to the budget and waits before the next. Too many open files say nothing of the server:
+    /// they have a budget of their own.
     ///
     /// # Errors
     /// When the failure is final or the budget is spent.
@@ -121,6 +127,15 @@ impl RetryBudget {
         failure: RequestFailure,
         offset: u64,
     ) -> Result<(), SourceError> {
+        if matches!(failure, RequestFailure::OpenFiles) {
+            let Some(pause) = self.open_files.after_failure() else {
+                let (url, cause) = (self.url.clone(), open_files::message());
+                return Err(SourceError::OpenFiles { url, cause });
+            };
+            self.server.record_retry("open_files");
+            tokio::time::sleep(pause).await;
+            return Ok(());
+        }
         self.attempts += 1;
         let started = *self.since.get_or_insert_with(Instant::now);
         let spent = self.attempts >= self.options.max_attempts;
@@ -142,6 +157,7 @@ impl RetryBudget {
                     hint,
                 });
             }
+            RequestFailure::OpenFiles => ("open_files", open_files::message()),
             RequestFailure::Connect { cause, .. } => ("connect", cause),
             RequestFailure::Passing { reason, cause } => (reason, cause),
         };

@@ -10,6 +10,7 @@ use super::operation::Operation;
 use super::refusal::{Outcome, S3Refusal, passing};
 use crate::bounded::TooLong;
 use crate::net::{RequestFailure, ServerMessage, SourceError, causes, certificate_error};
+use crate::open_files;
 use crate::shard::ShardUrl;
 
 /// The meaning of an error of the SDK after a request over the connection `used`: the outcome for the
@@ -71,7 +72,9 @@ where
         SdkError::DispatchFailure(dispatch) => {
             let connector = dispatch.as_connector_error();
             let cause = connector.map_or_else(|| inner_causes(error), connector_causes);
-            if let Some(error) = certificate_error(url, endpoint, &cause) {
+            if open_files::is_cause_of(error) {
+                ("open_files", RequestFailure::OpenFiles)
+            } else if let Some(error) = certificate_error(url, endpoint, &cause) {
                 ("certificate", RequestFailure::Fatal(error))
             } else if dispatch.is_timeout() || dispatch.is_io() {
                 let failure = RequestFailure::Connect {

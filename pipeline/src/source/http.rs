@@ -17,6 +17,7 @@ use crate::net::{
     Body, CaBundle, Condition, GetResult, RequestFailure, ServerMessage, SourceError, causes,
     certificate_error, content_range, is_passing,
 };
+use crate::open_files;
 use crate::shard::{Location, ShardUrl};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -166,6 +167,9 @@ fn header(headers: &HeaderMap, name: HeaderName) -> Option<String> {
 
 /// The failure of a request without a response.
 fn failure(url: &ShardUrl, error: reqwest::Error) -> RequestFailure {
+    if open_files::is_cause_of(&error) {
+        return RequestFailure::OpenFiles;
+    }
     let (wrong_url, connecting) = (error.is_builder(), error.is_connect());
     let cause = causes(&error.without_url());
     let endpoint = url.redacted();

@@ -8,6 +8,7 @@ use tokio::fs::File;
 use tokio::io::AsyncReadExt;
 
 use crate::net::SourceError;
+use crate::open_files::retry_async;
 use crate::regular_file;
 use crate::shard::ShardUrl;
 
@@ -90,7 +91,7 @@ impl LocalReader {
 
 /// The shards directly in a folder.
 pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>, SourceError> {
-    let mut entries = tokio::fs::read_dir(folder)
+    let mut entries = retry_async(|| tokio::fs::read_dir(folder))
         .await
         .map_err(|error| failed(url, &error))?;
     let mut found = Vec::new();

@@ -96,12 +96,13 @@ impl CheckReport {
         // Joins the lines of messages that quote a file.
         let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
         if !self.quiet {
-            let word = match status {
-                StepStatus::Ok => "ok",
-                StepStatus::Warning => "warning",
-                StepStatus::Error => "error",
+            // The error itself goes to standard error, as of every command.
+            let (word, message) = match status {
+                StepStatus::Ok => ("ok", message.as_str()),
+                StepStatus::Warning => ("warning", message.as_str()),
+                StepStatus::Error => ("error", ""),
             };
-            outln!("{word:<8} {step:<14} {message}");
+            outln!("{}", format!("{word:<8} {step:<14} {message}").trim_end());
         }
         self.steps.push(CheckStep {
             step,

@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::path::Path;
 
+use coffey_pipeline::open_files::retry;
+
 use crate::train::{TrainError, io};
 
 /// Prefix of the names of folders that are being written.
@@ -24,7 +26,7 @@ pub(super) fn write_dir_atomically<T>(
     fs::create_dir(&content).map_err(io(&content))?;
     let filled = fill(&content)?;
     let flush = |folder: &Path| {
-        let flushed = File::open(folder).and_then(|f| f.sync_all());
+        let flushed = retry(|| File::open(folder)).and_then(|f| f.sync_all());
         flushed.map_err(io(folder))
     };
     flush(&content)?;

@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: exactly one line a step.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::rc::Rc;
 use coffey_pipeline::bounded;
 
 use super::append_log::AppendLog;
+use super::log_faults::LogFaults;
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::progress::Progress;
 use crate::train::record::StepRecord;
@@ -22,28 +24,53 @@ pub(in crate::train) struct MetricsLog {
 
 impl MetricsLog {
     /// Opens the log of a run that resumes after step `done`, with the records of the steps so far. Drops the lines of later
-    /// steps: the run makes those steps again.
+    /// steps: the run makes those steps again. Warns of steps without a line; `elsewhere`: the steps up to `done` may have been
+    /// made in another folder.
     pub(in crate::train) fn open(
         folder: &Path,
         done: u64,
+        elsewhere: bool,
         progress: Rc<Progress>,
     ) -> Result<(Self, Vec<StepRecord>), TrainError> {
         let path = folder.join("metrics.jsonl");
-        let mut records = Vec::new();
-        let mut kept = String::new();
         let text = match bounded::read_file(&path, u64::MAX) {
             Err(e) if e.kind() == ErrorKind::NotFound => Vec::new(),
             read => read.map_err(io(&path))?,
         };
-        for line in String::from_utf8_lossy(&text).lines() {
-            // A line cut off by a crash does not parse, and belongs to a step that is made again.
-            if let Ok(record) = serde_json::from_str::<StepRecord>(line)
-                && record.step <= done
-            {
-                records.push(record);
-                kept.push_str(line);
-                kept.push('\n');
+        let text = String::from_utf8_lossy(&text);
+        let last = text.lines().count();
+        let mut faults = LogFaults::default();
+        let mut lines = BTreeMap::new();
+        for (number, line) in (1..).zip(text.lines()) {
+            let Ok(record) = serde_json::from_str::<StepRecord>(line) else {
+                // A crash cuts off the last line. It belongs to a step that is made again.
+                if number < last {
+                    faults.unreadable(number);
+                }
+                continue;
+            };
+            if record.step > done {
+                continue;
             }
+            let step = record.step;
+            if lines
+                .last_key_value()
+                .is_some_and(|(last, _)| *last >= step)
+            {
+                faults.misplaced(number);
+            }
+            lines.entry(step).or_insert((line, record));
+        }
+        if !(lines.is_empty() && elsewhere) {
+            faults.find_gaps(lines.keys().copied(), done);
+        }
+        faults.say(&path, "the curves and the page lack them", &progress);
+        let mut kept = String::new();
+        let mut records = Vec::new();
+        for (line, record) in lines.into_values() {
+            kept.push_str(line);
+            kept.push('\n');
+            records.push(record);
         }
         let aside = folder.join(".metrics.jsonl.tmp");
         fs::write(&aside, kept).map_err(io(&aside))?;
@@ -86,9 +113,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn metrics_log_keeps_one_line_a_step_of_a_damaged_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = |step| serde_json::to_string(&record(step)).unwrap();
+        let damaged = [line(1), line(4), "{".to_owned(), line(3), line(4), line(6)].join("\n");
+        let path = folder.path().join("metrics.jsonl");
+        fs::write(&path, damaged).unwrap();
+        let (_, records) = MetricsLog::open(folder.path(), 5, false, Progress::hidden()).unwrap();
+        let steps: Vec<u64> = records.iter().map(|record| record.step).collect();
+        assert_eq!(steps, [1, 3, 4]);
+        let kept = fs::read_to_string(&path).unwrap();
+        assert_eq!(kept, [line(1), line(3), line(4), String::new()].join("\n"));
+    }
+
+    #[test]
     fn metrics_log_drops_later_and_broken_lines_on_resume() {
         let folder = tempfile::tempdir().unwrap();
-        let open = |done| MetricsLog::open(folder.path(), done, Progress::hidden()).unwrap();
+        let open = |done| MetricsLog::open(folder.path(), done, false, Progress::hidden()).unwrap();
         let (mut log, _) = open(0);
         for step in 1..=5 {
             log.append(&record(step));

@@ -11,6 +11,7 @@ mod comparison;
 mod console;
 mod endpoint;
 mod grids;
+mod log_faults;
 mod loss_curve;
 mod metrics_log;
 mod monitor;

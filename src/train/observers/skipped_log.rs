@@ -10,6 +10,7 @@ use coffey_pipeline::{ShardUrl, SkippedSample};
 use serde::{Deserialize, Serialize};
 
 use super::append_log::AppendLog;
+use super::log_faults::LogFaults;
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::progress::Progress;
 use crate::train::checkpoint::Saver;
@@ -46,16 +47,24 @@ pub(in crate::train) struct SkippedLog {
 
 impl SkippedLog {
     /// Opens the file of a run that resumes after step `done`, and truncates the lines of later steps: the run makes those steps
-    /// again. `shards` are the stream's.
+    /// again. `shards` are the stream's. Warns of damaged lines, and of a missing file unless the steps up to `done` may have been
+    /// made `elsewhere`.
     pub(in crate::train) fn open(
         folder: &Path,
         done: u64,
+        elsewhere: bool,
         shards: Vec<ShardUrl>,
         progress: Rc<Progress>,
     ) -> Result<Self, TrainError> {
         let path = folder.join("skipped.jsonl");
+        let is_lost = done > 0 && !elsewhere && !path.exists();
         let mut file = AppendLog::open(&path)?;
-        let (length, counts) = kept(BufReader::new(file.file()), done).map_err(io(&path))?;
+        let reader = BufReader::new(file.file());
+        let (length, counts, mut faults) = kept(reader, done).map_err(io(&path))?;
+        if is_lost {
+            faults.find_gaps(std::iter::empty(), done);
+        }
+        faults.say(&path, "samples skipped there are not counted", &progress);
         file.truncate(length)?;
         Ok(Self {
             file,
@@ -138,21 +147,41 @@ pub(in crate::train) fn list_skipped(
     }
 }
 
-/// Length in bytes of the lines of steps up to `done`, which come first, and their counts by reason. A line that a crash cut off
-/// belongs to a later step.
-fn kept(mut reader: impl BufRead, done: u64) -> std::io::Result<(u64, BTreeMap<String, u64>)> {
-    let (mut length, mut counts, mut line) = (0, BTreeMap::new(), Vec::new());
-    loop {
+/// Length in bytes of the lines of steps up to `done`, which come first, their counts by reason, and the damaged lines among
+/// them. A line that a crash cut off belongs to a later step.
+fn kept(
+    mut reader: impl BufRead,
+    done: u64,
+) -> std::io::Result<(u64, BTreeMap<String, u64>, LogFaults)> {
+    let (mut length, mut counts, mut faults) = (0, BTreeMap::new(), LogFaults::default());
+    let (mut line, mut end, mut last) = (Vec::new(), 0, 0);
+    // Lines that do not parse, since the last one that does.
+    let mut unreadable = Vec::new();
+    for number in 1.. {
         line.clear();
         let bytes = reader.read_until(b'\n', &mut line)?;
-        match serde_json::from_slice::<CountedLine>(&line) {
-            Ok(known) if known.step <= done && line.ends_with(b"\n") => {
-                *counts.entry(known.reason).or_default() += 1;
-            }
-            _ => return Ok((length, counts)),
+        if bytes == 0 {
+            break;
         }
-        length += bytes as u64;
+        end += bytes as u64;
+        let Ok(known) = serde_json::from_slice::<CountedLine>(&line) else {
+            unreadable.push(number);
+            continue;
+        };
+        if known.step > done || !line.ends_with(b"\n") {
+            continue;
+        }
+        unreadable
+            .drain(..)
+            .for_each(|line| faults.unreadable(line));
+        if known.step < last {
+            faults.misplaced(number);
+        }
+        last = last.max(known.step);
+        *counts.entry(known.reason).or_default() += 1;
+        length = end;
     }
+    Ok((length, counts, faults))
 }
 
 #[cfg(test)]
@@ -172,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let open = |done| {
             let shards = vec!["https://h/0.tar?signature=secret".parse().unwrap()];
-            SkippedLog::open(folder.path(), done, shards, Progress::hidden()).unwrap()
+            SkippedLog::open(folder.path(), done, false, shards, Progress::hidden()).unwrap()
         };
         let mut log = open(0);
         log.append(1, &[skipped("a", "no_image"), skipped("b", "bad_json")]);
@@ -199,6 +228,10 @@ mod tests {
             *log.counts().borrow(),
             BTreeMap::from([("bad_json".to_owned(), 1), ("no_image".to_owned(), 2)])
         );
+        // A damaged line costs that line alone.
+        let damaged = whole.replacen("{\"step\":1", "{", 1);
+        std::fs::write(&path, damaged).unwrap();
+        assert_eq!(open(3).counts().borrow().values().sum::<u64>(), 2);
         let log = open(0);
         assert!(log.counts().borrow().is_empty());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "");

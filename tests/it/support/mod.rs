@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use coffey::models::{Weights, save_model};
@@ -145,9 +146,14 @@ pub(crate) fn says(text: &str, words: &[&str]) {
 
 /// Sends SIGTERM.
 pub(crate) fn terminate(process: &Child) {
+    send(process, "TERM");
+}
+
+/// Sends the signal of this name.
+pub(crate) fn send(process: &Child, signal: &str) {
     let id = process.id().to_string();
-    let kill = Command::new("kill").args(["-TERM", &id]).status().unwrap();
-    assert!(kill.success());
+    let kill = Command::new("kill").args(["-s", signal, &id]).status();
+    assert!(kill.unwrap().success());
 }
 
 /// A variable that a test in a module `needs_python` or `needs_browser` needs.
@@ -208,6 +214,18 @@ pub(crate) fn timeless(run: &Path) -> Vec<Value> {
 /// The number of steps in a run's `metrics.jsonl`; 0 before the file is there.
 pub(crate) fn steps_made(run: &Path) -> usize {
     std::fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// Waits until a run has made `steps` steps.
+pub(crate) fn wait_for_steps(run: &Path, steps: usize) {
+    let begun = Instant::now();
+    while steps_made(run) < steps {
+        assert!(
+            begun.elapsed() < Duration::from_secs(120),
+            "no step within two minutes"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Flips a bit of a file's last byte.

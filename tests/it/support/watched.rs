@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 
 use super::command;
 
@@ -31,7 +31,12 @@ impl Answer {
 impl Watched {
     /// Starts a command and waits for the message with its address.
     pub(crate) fn start(args: &[impl AsRef<std::ffi::OsStr>]) -> Self {
-        let mut child = command(args)
+        Self::of(command(args))
+    }
+
+    /// The same for a prepared command.
+    pub(crate) fn of(mut command: Command) -> Self {
+        let mut child = command
             .args(["-s", "metrics.listen=127.0.0.1:0"])
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -76,6 +81,11 @@ impl Watched {
     /// The answer to a request; `None` if the command has ended.
     pub(crate) fn get(&self, path: &str) -> Option<Answer> {
         self.ask(path, &self.address)
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends SIGTERM.

@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 use super::options::CacheOptions;
 use crate::metrics::{CACHE_HITS, CACHE_MISSES};
+use crate::open_files::retry;
 use crate::shard::ShardUrl;
 
 const SHARD_ENDING: &str = "shard";
@@ -198,7 +199,7 @@ struct CachedFile {
 
 fn list(folder: &Path, ending: &str) -> io::Result<Vec<CachedFile>> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
+    for entry in retry(|| std::fs::read_dir(folder))? {
         let entry = entry?;
         let path = entry.path();
         if path.extension().is_none_or(|extension| extension != ending) {

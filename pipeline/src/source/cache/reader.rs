@@ -14,6 +14,7 @@ use tokio::io::AsyncReadExt;
 use super::file::Kept;
 use super::{Cache, PART_ENDING, PART_PREFIX, Reservation, file, remove};
 use crate::net::{RetryOptions, SourceError};
+use crate::open_files::retry;
 use crate::regular_file;
 use crate::shard::ShardUrl;
 use crate::source::Reader;
@@ -286,10 +287,12 @@ impl Writing {
     fn write(self) -> io::Result<()> {
         let cache = &self.reservation.cache;
         cache.evict()?;
-        let mut part = tempfile::Builder::new()
-            .prefix(PART_PREFIX)
-            .suffix(&format!(".{PART_ENDING}"))
-            .tempfile_in(&cache.options.folder)?;
+        let mut part = retry(|| {
+            tempfile::Builder::new()
+                .prefix(PART_PREFIX)
+                .suffix(&format!(".{PART_ENDING}"))
+                .tempfile_in(&cache.options.folder)
+        })?;
         let (mut size, mut hash) = (0, Sha256::new());
         loop {
             match self.messages.recv_blocking() {

@@ -3,6 +3,8 @@
 //! It serves the subfolders of a folder as buckets, and writes nothing for requests that only read.
 //! The pipeline reaches it like any other S3 server.
 
+mod files;
+
 use std::path::Path;
 
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -13,6 +15,8 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::net::SourceError;
+use crate::open_files;
+use files::ServedFiles;
 
 /// The running server. Dropping it ends the server and its connections.
 #[derive(Debug)]
@@ -35,7 +39,7 @@ impl EmbeddedS3 {
         }
         let files = s3s_fs::FileSystem::new(root)
             .map_err(|error| failed(format!("can't be served: {error:?}")))?;
-        let mut service = S3ServiceBuilder::new(files);
+        let mut service = S3ServiceBuilder::new(ServedFiles(files));
         service.set_auth(SimpleAuth::from_single("embedded", "embedded"));
         let service = service.build();
         let bound = async {
@@ -50,13 +54,7 @@ impl EmbeddedS3 {
             // Dropped with this task, which ends the connections.
             let mut connections = JoinSet::new();
             loop {
-                let socket = match listener.accept().await {
-                    Ok((socket, _)) => socket,
-                    Err(error) => {
-                        tracing::warn!(%error, "the embedded S3 server could not accept a connection");
-                        continue;
-                    }
-                };
+                let socket = open_files::accept(&listener).await;
                 while connections.try_join_next().is_some() {}
                 let service = service.clone();
                 connections.spawn(async move {

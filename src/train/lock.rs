@@ -1,0 +1,172 @@
+//! The lock of a run's folder: two runs in one folder would destroy each other's checkpoints.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use indicatif::HumanDuration;
+
+use super::{TrainError, io};
+use crate::process::host_name;
+
+/// Name of the file in the folder.
+pub(super) const LOCK: &str = ".lock";
+/// Longest text that is read of it. Bytes.
+const MOST_TEXT: u64 = 300;
+
+/// A folder that is locked by this process until the value is dropped. Dropped, it removes folders that it made and that are
+/// empty but for the lock.
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    folder: PathBuf,
+    /// Folders that were made for the run, the innermost first.
+    made: Vec<PathBuf>,
+    file: File,
+}
+
+impl FolderLock {
+    /// Creates the folder if it is missing, locks it and says who holds it. Messages name the output by `place`.
+    pub(super) fn acquire(folder: &Path, place: &Path) -> Result<Self, TrainError> {
+        let missing = folder.ancestors().take_while(|folder| {
+            !folder.as_os_str().is_empty() && fs::symlink_metadata(folder).is_err()
+        });
+        let made = missing.map(Path::to_owned).collect();
+        fs::create_dir_all(folder).map_err(io(folder))?;
+        let path = folder.join(LOCK);
+        let file = loop {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+                .map_err(io(&path))?;
+            let file = lock(file, &path, place)?;
+            if is_at(&file, &path) {
+                break file;
+            }
+            // The run that held it removed it between the two calls.
+        };
+        let lock = Self {
+            folder: folder.to_owned(),
+            made,
+            file,
+        };
+        lock.write_holder().map_err(io(&path))?;
+        Ok(lock)
+    }
+
+    /// Fails if another process holds the lock of a folder; changes nothing.
+    pub(super) fn check_free(folder: &Path, place: &Path) -> Result<(), TrainError> {
+        let path = folder.join(LOCK);
+        match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            opened => lock(opened.map_err(io(&path))?, &path, place).map(drop),
+        }
+    }
+
+    fn write_holder(&self) -> std::io::Result<()> {
+        let (id, host) = (std::process::id(), host_name());
+        let mut file = &self.file;
+        file.set_len(0)?;
+        writeln!(file, "pid {id} on host {host}")
+    }
+}
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        let Ok(entries) = fs::read_dir(&self.folder) else {
+            return;
+        };
+        let is_lock = |entry: std::io::Result<fs::DirEntry>| {
+            entry.is_ok_and(|entry| entry.file_name() == LOCK)
+        };
+        if entries.into_iter().all(is_lock) {
+            // What can't be removed does no harm.
+            fs::remove_file(self.folder.join(LOCK)).ok();
+            let _ = self.made.iter().try_for_each(fs::remove_dir);
+        }
+    }
+}
+
+/// Whether the open file is the one at `path`.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let opened = file.metadata().map(identity).ok();
+    opened.is_some() && opened == fs::metadata(path).map(identity).ok()
+}
+
+/// Locks an open lock file, or names its holder.
+fn lock(mut file: File, path: &Path, place: &Path) -> Result<File, TrainError> {
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
+            "{}: another process{} is training into this folder; stop it, or name another train.output",
+            place.display(),
+            holder(&mut file)
+        ))),
+        Err(TryLockError::Error(source)) => Err(io(path)(source)),
+    }
+}
+
+/// The process that holds a lock and for how long, in brackets; empty if the file does not say.
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    let read = file
+        .rewind()
+        .and_then(|()| file.take(MOST_TEXT).read_to_string(&mut text));
+    let since = file.metadata().and_then(|metadata| metadata.modified());
+    let age = since.ok().and_then(|since| since.elapsed().ok());
+    match (read, text.lines().next(), age) {
+        (Ok(_), Some(holder), Some(age)) => {
+            format!(" ({holder}, for {})", HumanDuration(age))
+        }
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lock_names_its_holder_and_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("a/b");
+        let held = FolderLock::acquire(&folder, &folder).unwrap();
+        let pid = format!("(pid {} on host ", std::process::id());
+        for refused in [
+            FolderLock::acquire(&folder, &folder).map(drop),
+            FolderLock::check_free(&folder, &folder),
+        ] {
+            let message = refused.unwrap_err().to_string();
+            assert!(message.contains(&pid), "{message}");
+            assert!(message.contains("second"), "{message}");
+        }
+        drop(held);
+        assert_eq!(root.path().read_dir().unwrap().count(), 0);
+        FolderLock::check_free(&folder, &folder).unwrap();
+    }
+
+    #[test]
+    fn lock_keeps_folders_that_hold_files() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("a/b");
+        let held = FolderLock::acquire(&folder, &folder).unwrap();
+        fs::write(folder.join("metrics.jsonl"), "").unwrap();
+        drop(held);
+        let mut left: Vec<_> = folder
+            .read_dir()
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(left, [LOCK, "metrics.jsonl"]);
+        FolderLock::acquire(&folder, &folder).unwrap();
+        let empty = root.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        drop(FolderLock::acquire(&empty, &empty).unwrap());
+        assert!(empty.is_dir(), "it was there before");
+    }
+}
