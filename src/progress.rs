@@ -67,11 +67,28 @@ impl Progress {
             bar.set_message(message.to_owned());
             return;
         }
-        let due = |at: Instant| at.elapsed() >= self.options.line_every;
-        if position == self.options.total || self.last_line.get().is_none_or(due) {
-            self.last_line.set(Some(Instant::now()));
-            errln!("{}", line());
+        if position == self.options.total || self.line_is_due() {
+            self.print_line(&line());
         }
+    }
+
+    /// Shows work that is done between two positions. Without a bar, prints the message if the last line is old enough.
+    pub(crate) fn between(&self, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(message.to_owned());
+        } else if self.line_is_due() {
+            self.print_line(message);
+        }
+    }
+
+    fn line_is_due(&self) -> bool {
+        let due = |at: Instant| at.elapsed() >= self.options.line_every;
+        self.last_line.get().is_none_or(due)
+    }
+
+    fn print_line(&self, line: &str) {
+        self.last_line.set(Some(Instant::now()));
+        errln!("{line}");
     }
 }
 
