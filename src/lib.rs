@@ -28,6 +28,7 @@ pub mod precompute;
 pub mod pretrained;
 mod process;
 mod progress;
+mod prompt_file;
 pub mod random;
 pub mod ranks;
 pub mod sample;

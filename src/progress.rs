@@ -94,8 +94,7 @@ impl Progress {
         let left = self.pace.borrow().left(now).filter(|_| !done);
         let left = left.map_or(String::new(), |left| format!(" · {} left", clock(left)));
         let line = format!("{}{left}", line());
-        let old = |at: Instant| now - at >= self.options.line_every;
-        let due = done || self.last_line.get().is_none_or(old);
+        let due = done || self.line_is_due(now);
         if due {
             self.last_line.set(Some(now));
         }
@@ -111,6 +110,24 @@ impl Progress {
         if due {
             print::log(&line);
         }
+    }
+
+    /// Shows work that is done between two positions. Where there is no bar, prints the message if the last line is old enough.
+    pub(crate) fn between(&self, message: &str) {
+        let now = Instant::now();
+        match self.bar() {
+            Bar::Shown(bar) | Bar::Taken(bar) => bar.set_message(message.to_owned()),
+            Bar::None if self.line_is_due(now) => {
+                self.last_line.set(Some(now));
+                print::say(message);
+            }
+            Bar::None => {}
+        }
+    }
+
+    fn line_is_due(&self, now: Instant) -> bool {
+        let old = |at: Instant| now - at >= self.options.line_every;
+        self.last_line.get().is_none_or(old)
     }
 }
 

@@ -1,29 +1,33 @@
 //! `coffey sample`: images from a prompt, drawn by a student or by a teacher.
 
+mod faults;
 mod init_latents;
 mod pipeline_folders;
+mod run_description;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
+use image::RgbImage;
 
 use super::Failure;
 use super::resources::DataAccess;
 use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
-use crate::draw::{plain_grid, save_png};
+use crate::draw::{check_png, plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Components;
-use crate::random::{generator, normal};
-use crate::sample::{Generator, SampleError, SampleScheduler};
-use pipeline_folders::{PipelineFolders, environments_s3};
+use crate::progress::{Progress, ProgressOptions};
+use crate::prompt_file;
+use crate::sample::{Generator, SampleScheduler};
+use faults::{explain, refuse_one_colour};
+use pipeline_folders::{Given, ModelRequest, PipelineFolders, around_unet, environments_s3};
 
-/// Number of images drawn together.
-const CHUNK: usize = 8;
 /// Steps where --steps is not given.
 const LCM_STEPS: usize = 4;
 const DDIM_STEPS: usize = 50;
@@ -31,23 +35,29 @@ const DDIM_STEPS: usize = 50;
 /// Options of `coffey sample`.
 #[derive(Args, Debug)]
 pub(super) struct SampleArgs {
-    /// A pipeline in diffusers layout (a folder, s3://bucket/prefix or a Hub id), or the folder of a run or of one of its
-    /// checkpoints.
+    /// A pipeline in diffusers layout (a folder, s3://bucket/prefix or a Hub id), the folder of a run or of one of its
+    /// checkpoints, or a UNet's folder in one of these.
     #[arg(long, value_name = "MODEL")]
     model: ModelRef,
     /// Where text encoder, tokenizer, VAE and scheduler are, if not in --model; without it, the teacher that the run was
     /// distilled from.
     #[arg(long, value_name = "MODEL")]
     teacher: Option<ModelRef>,
+    /// Another VAE, named as a model is [default: that of the run, else that of --model or --teacher]
+    #[arg(long, value_name = "MODEL")]
+    vae: Option<ModelRef>,
     /// Branch, tag or commit of --model on the Hub, or of --teacher if only that is there [default: main]
     #[arg(long, value_name = "REV")]
     revision: Option<String>,
     /// Which UNet of the model draws [default: unet_target if there is one, else unet]
     #[arg(long, value_name = "NAME")]
     unet: Option<String>,
-    /// What to draw; several make a grid.
-    #[arg(long, value_name = "TEXT", required = true, num_args = 1..)]
+    /// What to draw; several make a grid without gaps, row by row.
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompts_file", num_args = 1..)]
     prompt: Vec<String>,
+    /// The same from a text file in UTF-8, one prompt a line, at most 1000; empty lines are left out.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompts_file: Option<PathBuf>,
     /// Sampling steps [default: 4 with lcm, 50 with ddim]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
@@ -57,7 +67,7 @@ pub(super) struct SampleArgs {
     /// Negative prompt of all images: with classifier-free guidance only.
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
-    /// Seed of the noise.
+    /// Seed of the noise of the first image; the next image has the next seed, so each can be drawn alone.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Height of the images in pixels [default: what the model was trained on]
@@ -98,16 +108,6 @@ impl From<Scheduler> for SampleScheduler {
     }
 }
 
-impl From<SampleError> for Failure {
-    fn from(error: SampleError) -> Self {
-        match error {
-            SampleError::Encode(error) => error.into(),
-            SampleError::Tensor(error) => error.into(),
-            SampleError::Cancelled => Self::Stopped,
-        }
-    }
-}
-
 /// The device of `--device`.
 fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
     device::open(spec).map_err(|error| {
@@ -123,6 +123,7 @@ fn open_device(spec: DeviceSpec) -> Result<Device, Failure> {
 /// Runs `coffey sample`.
 pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     check_options(&args)?;
+    let prompts = read_prompts(&args)?;
     let device = open_device(args.device)?;
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
@@ -136,25 +137,12 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         &folders.pipeline,
         folders.vae.as_deref(),
         &device,
-        EncoderOptions::exact(CHUNK),
+        EncoderOptions::exact(1),
     )?;
     folders.check_fit(unet.config(), &encoders)?;
 
     let plan = Plan::new(&args, &unet, schedule.len())?;
     let guidance = describe_guidance(&args, &folders.unet, unet.config().time_cond_proj_dim)?;
-    let noise = initial_noise(&args, &unet, &encoders, &device)?;
-    errln!(
-        "{} from {} in {} {} steps, {guidance}",
-        match args.prompt.len() {
-            1 => "one image".to_owned(),
-            n => format!("{n} images"),
-        },
-        folders.unet.display(),
-        plan.steps,
-        plan.scheduler
-            .to_possible_value()
-            .map_or(String::new(), |v| v.get_name().to_uppercase()),
-    );
     let generator = Generator {
         denoiser: &unet,
         encoders: &encoders,
@@ -165,15 +153,64 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         negative_prompt: args.negative_prompt.as_deref().unwrap_or_default(),
         seed: args.seed,
     };
-    let mut images = Vec::new();
-    for (i, prompts) in args.prompt.chunks(CHUNK).enumerate() {
-        let noise = noise.narrow(0, i * CHUNK, prompts.len())?;
-        images.extend(generator.draw(prompts, i * CHUNK, &noise)?);
-    }
-    let columns = (images.len() as f64).sqrt().ceil() as usize;
+    let noise = initial_noise(&args, prompts.len(), &unet, &generator)?;
+    let columns = (prompts.len() as f64).sqrt().ceil() as usize;
+    errln!(
+        "{} from {} in {} {} steps, {guidance}",
+        match prompts.len() {
+            1 => "one image".to_owned(),
+            n => format!("{n} images in a grid, row by row, {columns} in a row,"),
+        },
+        folders.unet.display(),
+        plan.steps,
+        plan.scheduler
+            .to_possible_value()
+            .map_or(String::new(), |v| v.get_name().to_uppercase()),
+    );
+    let images = draw(&generator, &prompts, &noise, &folders)?;
     save_png(&plain_grid(&images, columns), &args.out)?;
     outln!("{}", args.out.display());
     Ok(())
+}
+
+/// Draws an image of each prompt.
+fn draw(
+    generator: &Generator<'_>,
+    prompts: &[String],
+    noise: &Tensor,
+    folders: &PipelineFolders,
+) -> Result<Vec<RgbImage>, Failure> {
+    let (all, steps) = (prompts.len(), generator.steps);
+    let progress = Progress::new(ProgressOptions {
+        total: (all * steps) as u64,
+        template: "{spinner} [{elapsed}] {wide_bar} {msg} eta {eta}",
+        line_every: Duration::from_secs(5),
+    });
+    let mut images = Vec::with_capacity(all);
+    for (index, prompt) in prompts.iter().enumerate() {
+        let on_step = |step| {
+            let message = format!("image {}/{all} · step {step}/{steps}", index + 1);
+            let position = (index * steps + step) as u64;
+            progress.update(position, &message, || message.clone());
+        };
+        let image = generator
+            .draw(prompt, index, &noise.narrow(0, index, 1)?, &on_step)
+            .map_err(|error| explain(error, folders, generator.guidance))?;
+        refuse_one_colour(&image, prompt, folders)?;
+        images.push(image);
+    }
+    Ok(images)
+}
+
+/// The prompts of `--prompt` or of `--prompts-file`.
+fn read_prompts(args: &SampleArgs) -> Result<Vec<String>, Failure> {
+    let Some(file) = &args.prompts_file else {
+        return Ok(args.prompt.clone());
+    };
+    prompt_file::read(file).map_err(|error| {
+        let message = format!("--prompts-file {}: {error}", file.display());
+        Failure::Usage(message.into())
+    })
 }
 
 /// Checks the options that do not depend on the model.
@@ -183,10 +220,11 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     for (option, model) in [
         ("--model", Some(&args.model)),
         ("--teacher", args.teacher.as_ref()),
+        ("--vae", args.vae.as_ref()),
     ] {
         match model.map(ModelRef::place) {
             None => {}
-            Some(Ok(place)) => on_hub |= matches!(place, ModelPlace::Hub(_)),
+            Some(Ok(place)) => on_hub |= matches!(place, ModelPlace::Hub(_)) && option != "--vae",
             Some(Err(error)) => {
                 let model = model.map_or("", ModelRef::as_str);
                 return wrong(format!("{option} {model}: {error}"));
@@ -211,7 +249,7 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     {
         return wrong(format!("--out {}: must be a .png file", args.out.display()));
     }
-    Ok(())
+    check_png(&args.out).map_err(|error| Failure::Usage(format!("--out: {error}").into()))
 }
 
 /// The effect of the guidance on a UNet, for people: the scale is embedded where its embedding has a `width`. A negative prompt
@@ -245,15 +283,23 @@ fn describe_guidance(
 fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
-    let wanted = Components::sampling(args.unet.as_deref(), args.teacher.is_none());
-    let access = DataAccess::open(environments_s3())?;
-    let model = access.model(&args.model, revision, &wanted)?;
-    let teachers = match args.model.place() {
-        Ok(ModelPlace::Hub(_)) => main,
-        _ => revision,
+    let (model, unet) = match around_unet(&args.model) {
+        Some((around, name)) if args.unet.is_none() => (around, Some(name)),
+        _ => (args.model.clone(), args.unet.clone()),
     };
-    let teacher = args.teacher.as_ref().map(|teacher| (teacher, teachers));
-    PipelineFolders::find(&model, teacher, args.unet.as_deref(), |request| {
+    let unet = unet.as_deref();
+    let wanted = Components::sampling(unet, args.teacher.is_none());
+    let access = DataAccess::open(environments_s3())?;
+    let folder = access.model(&model, revision, &wanted)?;
+    let given = Given {
+        teacher: args.teacher.as_ref(),
+        revision: match model.place() {
+            Ok(ModelPlace::Hub(_)) => main,
+            _ => revision,
+        },
+        vae: args.vae.as_ref(),
+    };
+    PipelineFolders::find(&folder, unet, given, |request: &ModelRequest<'_>| {
         let access = DataAccess::open(request.s3.clone())?;
         if request.only_vae {
             access.vae(request.model)
@@ -299,11 +345,12 @@ impl Plan {
 /// Noise `[B, C, h, w]`, one sample a prompt: drawn from the seed, or read.
 fn initial_noise(
     args: &SampleArgs,
+    prompts: usize,
     unet: &UNet,
-    encoders: &Encoders,
-    device: &Device,
+    generator: &Generator<'_>,
 ) -> Result<Tensor, Failure> {
-    let (config, downscale) = (unet.config(), encoders.vae().config().downscale());
+    let config = unet.config();
+    let downscale = generator.encoders.vae().config().downscale();
     let side = |name: &str, pixels: Option<usize>| match pixels {
         Some(pixels) if pixels == 0 || !pixels.is_multiple_of(downscale) => Err(Failure::Usage(
             format!("--{name} {pixels}: must be a multiple of {downscale} for this model").into(),
@@ -312,7 +359,7 @@ fn initial_noise(
         None => Ok(None),
     };
     let (height, width) = (side("height", args.height)?, side("width", args.width)?);
-    let (prompts, channels) = (args.prompt.len(), config.in_channels);
+    let (channels, device) = (config.in_channels, generator.encoders.device());
     if let Some(path) = &args.init_latents {
         let read = init_latents::read(
             path,
@@ -327,18 +374,13 @@ fn initial_noise(
             .map_err(|message| Failure::Usage(message.into()))?
             .to_device(device)?);
     }
-    let (height, width) = (
+    let latent = [
+        channels,
         height.unwrap_or(config.sample_size[0]),
         width.unwrap_or(config.sample_size[1]),
-    );
+    ];
     let each = (0..prompts)
-        .map(|i| {
-            normal(
-                &mut generator(args.seed, "sample", i as u64, 0),
-                &[1, channels, height, width],
-                device,
-            )
-        })
+        .map(|index| generator.noise(index, latent, device))
         .collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&each, 0)?)
 }

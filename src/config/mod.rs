@@ -1,7 +1,7 @@
 //! The configuration: one TOML file plus `-s key=value` overrides, turned into structs whose every value is in range.
 //!
 //! This module owns the keys, their defaults, their limits and the messages for a mistake. It opens no file but the
-//! configuration and does not decide what a value is used for.
+//! configuration and `validation.prompts_file`, and does not decide what a value is used for.
 //!
 //! Each table has a file of its name with its keys, defaults and limits; `[s3]`, `[image]` and `[data.filter]` are option types of
 //! [`coffey_pipeline`]. `parse` turns text into structs, `limits` checks the values, `required` checks what one
@@ -119,7 +119,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the file at `path` and lays `overrides`, each `key=value`, over it in order.
+    /// Reads the file at `path` and lays `overrides`, each `key=value`, over it in order. `validation.prompts` has the captions of
+    /// `validation.prompts_file`.
     ///
     /// # Errors
     /// The first mistake found, with the file, the key and what would be right.
@@ -130,7 +131,11 @@ impl Config {
                 file: file.clone(),
                 source,
             })?;
-        Self::parse(&text, &file, overrides)
+        let mut config = Self::parse(&text, &file, overrides)?;
+        if let Some(validation) = &mut config.validation {
+            validation.read_prompts(&config.origin)?;
+        }
+        Ok(config)
     }
 
     /// Reads a configuration from `text`; messages call it `file_name`.

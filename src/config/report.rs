@@ -40,7 +40,7 @@ impl Report {
     ) -> Result<(), ConfigError> {
         limits.positive("report.endpoint_every", self.endpoint_every)?;
         limits.not_negative("report.guidance", self.guidance)?;
-        let needs = "needs captions to draw: set validation.prompts";
+        let needs = "needs captions to draw: set validation.prompts or validation.prompts_file";
         let ok = !self.grid || validation.is_some();
         limits.check("report.grid", self.grid, ok, needs)
     }

@@ -162,7 +162,9 @@ pub(super) fn meaning(key: &str) -> &'static str {
             r#"the folder of the run, as "runs/first", or a prefix, as "s3://bucket/runs/first/""#
         }
         "latents.output" => r#"the folder for the latent shards, as "latents/first""#,
-        "validation.prompts" => r#"the captions to draw, as ["red apple"]"#,
+        "validation.prompts" => {
+            r#"the captions to draw, as ["red apple"], or their file in validation.prompts_file"#
+        }
         "audit.dir" => "the folder for the audit files",
         _ => "it has no default",
     }

@@ -1,9 +1,13 @@
 //! `[validation]`: grids of samples drawn while training. Without the table no grids are drawn.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
-use super::limits::Limits;
+use super::limits::{Limits, quoted};
+use super::parse::Origin;
+use crate::prompt_file;
 
 /// Sampling steps beyond which a latent consistency model has no timesteps left.
 const MAX_SAMPLING_STEPS: usize = 50;
@@ -15,7 +19,11 @@ pub struct Validation {
     #[serde(default = "default_every")]
     pub every: u64,
     /// Captions; each is a row of the grid. Fixed in the reference.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prompts: Vec<String>,
+    /// File with the captions, one a line, in place of `prompts`; [`Config::load`](super::Config::load) replaces it by them. No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts_file: Option<PathBuf>,
     /// Sampling steps. Fixed at 4 in the reference.
     #[serde(default = "default_steps")]
     pub steps: usize,
@@ -44,10 +52,30 @@ fn default_images_per_prompt() -> usize {
 }
 
 impl Validation {
+    /// Replaces `prompts_file` by the captions in it, so that the configuration of a run does not depend on the file.
+    pub(super) fn read_prompts(&mut self, origin: &Origin) -> Result<(), ConfigError> {
+        let Some(path) = self.prompts_file.take() else {
+            return Ok(());
+        };
+        self.prompts = prompt_file::read(&path).map_err(|error| ConfigError::Invalid {
+            entry: origin.entry("validation.prompts_file", quoted(&path)),
+            needs: error.to_string(),
+        })?;
+        Ok(())
+    }
+
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
         limits.positive("validation.every", self.every)?;
-        let needs = r#"needs at least one caption, as ["red apple"]"#;
-        limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)?;
+        if let Some(file) = &self.prompts_file {
+            limits.path("validation.prompts_file", Some(file))?;
+            let needs = "validation.prompts is set as well; keep one of the two";
+            let alone = self.prompts.is_empty();
+            limits.check("validation.prompts_file", quoted(file), alone, needs)?;
+        } else {
+            limits.written("validation.prompts")?;
+            let needs = r#"needs at least one caption, as ["red apple"]"#;
+            limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)?;
+        }
         let ok = (1..=MAX_SAMPLING_STEPS).contains(&self.steps);
         let needs = format!("must be between 1 and {MAX_SAMPLING_STEPS}");
         limits.check("validation.steps", self.steps, ok, &needs)?;

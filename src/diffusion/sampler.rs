@@ -9,6 +9,9 @@ use crate::models::{Conditioning, Denoiser};
 
 /// From noise to latents in a fixed number of steps.
 pub trait Sampler: fmt::Debug {
+    /// Number of steps, each of which asks the predictor once.
+    fn steps(&self) -> usize;
+
     /// From standard normal noise `[B, C, h, w]` to scaled latents of that shape. A stochastic sampler asks `renoise(i)` for
     /// the noise it adds after step `i`, of the same shape; a deterministic one never does.
     ///
@@ -144,6 +147,10 @@ impl<'a> DdimSampler<'a> {
 }
 
 impl Sampler for DdimSampler<'_> {
+    fn steps(&self) -> usize {
+        self.timesteps.len()
+    }
+
     fn sample(
         &self,
         predictor: &dyn NoisePredictor,
@@ -196,6 +203,10 @@ impl<'a> LcmSampler<'a> {
 }
 
 impl Sampler for LcmSampler<'_> {
+    fn steps(&self) -> usize {
+        self.timesteps.len()
+    }
+
     fn sample(
         &self,
         predictor: &dyn NoisePredictor,

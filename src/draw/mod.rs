@@ -69,6 +69,39 @@ pub fn save_png(picture: &RgbImage, path: &Path) -> Result<(), SaveError> {
     })
 }
 
+/// Checks that [`save_png`] could write the file; writes nothing.
+///
+/// # Errors
+/// When the path is a folder or another thing that is no file, or its folder can't be created or written to.
+pub fn check_png(path: &Path) -> Result<(), SaveError> {
+    check(path).map_err(|source| SaveError {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn check(path: &Path) -> std::io::Result<()> {
+    let wrong = |message: String| Err(std::io::Error::other(message));
+    match std::fs::metadata(path) {
+        Ok(there) if there.is_dir() => return wrong("it is a folder".to_owned()),
+        Ok(there) if !there.is_file() => return wrong("it is not a file".to_owned()),
+        _ => {}
+    }
+    // The folders that are missing are created in the first that is there.
+    let folder = std::path::absolute(path)?;
+    let mut folders = folder.ancestors().skip(1);
+    let Some(folder) = folders.find(|folder| folder.exists()) else {
+        return wrong("it has no folder".to_owned());
+    };
+    if !folder.is_dir() {
+        return wrong(format!("{} is not a folder", folder.display()));
+    }
+    match tempfile::tempfile_in(folder) {
+        Ok(_) => Ok(()),
+        Err(error) => wrong(format!("{}: {error}", folder.display())),
+    }
+}
+
 fn write_atomically(picture: &RgbImage, path: &Path) -> std::io::Result<()> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -138,5 +171,25 @@ mod tests {
         assert_eq!(path.parent().unwrap().read_dir().unwrap().count(), 1);
         let error = save_png(&RgbImage::new(1, 1), &path.join("below/a.png")).unwrap_err();
         assert!(error.to_string().contains("a.png"), "{error}");
+    }
+
+    #[test]
+    fn place_of_a_png_file_is_checked_without_a_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/below/a.png");
+        check_png(&path).unwrap();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        save_png(&RgbImage::new(1, 1), &path).unwrap();
+        check_png(&path).unwrap();
+        for (path, what) in [
+            (folder.path().to_owned(), "it is a folder"),
+            (path.join("b.png"), "a.png is not a folder"),
+            (path.join("c/b.png"), "a.png is not a folder"),
+            ("/dev/null".into(), "it is not a file"),
+            ("/proc/a.png".into(), "/proc: "),
+        ] {
+            let message = check_png(&path).unwrap_err().to_string();
+            assert!(message.contains(what), "{what:?}? {message}");
+        }
     }
 }

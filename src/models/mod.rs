@@ -14,6 +14,7 @@ mod fingerprint;
 mod golden;
 mod layers;
 mod mapped;
+mod not_finite;
 mod pipeline;
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,7 @@ pub(crate) use config::{nearest_key, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
 pub(crate) use fingerprint::text as fingerprint_text;
 pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
+pub use not_finite::{NotFiniteTensor, first_not_finite};
 pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig};

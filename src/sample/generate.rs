@@ -1,9 +1,10 @@
 //! Images of given prompts from given noise, as `coffey sample` draws them.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use image::RgbImage;
 
-use super::{SampleError, decode_images};
+use super::passes::sample_watched;
+use super::{Intermediate, SampleError, decode_images};
 use crate::diffusion::{
     BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, Sampler, predictor,
 };
@@ -37,26 +38,46 @@ pub struct Generator<'a> {
     pub guidance: f64,
     /// Caption that classifier-free guidance leads away from.
     pub negative_prompt: &'a str,
-    /// Seed of the noise added between steps.
+    /// Seed of the first image; image `i` has this seed plus `i`.
     pub seed: u64,
 }
 
 impl Generator<'_> {
-    /// Images of `B` prompts, the first of which is number `first` of all; `noise`: `[B, C, h, w]`.
+    /// The noise that image `index` starts from: `[1, C, h, w]` for latents of the shape `[C, h, w]`.
     ///
     /// # Errors
-    /// When a tensor operation fails.
+    /// When the device has no memory for it.
+    pub fn noise(
+        &self,
+        index: usize,
+        latent: [usize; 3],
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let [c, h, w] = latent;
+        let mut rng = generator(self.seed_of(index), "sample", 0, 0);
+        normal(&mut rng, &[1, c, h, w], device)
+    }
+
+    /// Image `index`, of `prompt`, from `noise`, `[1, C, h, w]`. Images are drawn one by one: an image does not depend on the others,
+    /// and memory not on their number. `on_step` is told of each step that is made, from 1.
+    ///
+    /// # Errors
+    /// When a tensor operation fails, or a result is not finite.
     pub fn draw(
         &self,
-        prompts: &[String],
-        first: usize,
+        prompt: &str,
+        index: usize,
         noise: &Tensor,
-    ) -> Result<Vec<RgbImage>, SampleError> {
-        let conditioning = &self.encoders.encode_text(prompts)?;
-        let unconditional = self.encoders.encode_text(&[self.negative_prompt])?;
-        let unconditional = &unconditional.repeat(prompts.len())?;
+        on_step: &dyn Fn(usize),
+    ) -> Result<RgbImage, SampleError> {
+        let text = self.encoders.encode_text(&[prompt, self.negative_prompt])?;
+        Intermediate::Text.check(&text.hidden)?;
+        let (conditioning, unconditional) = (&text.narrow(0, 1)?, &text.narrow(1, 1)?);
         let predictor = predictor(self.denoiser, conditioning, unconditional, self.guidance);
-        let mut renoise = |step| self.renoise(first, step, noise);
+        let mut renoise = |step| {
+            let mut rng = generator(self.seed_of(index), "renoise", 0, step as u64);
+            normal(&mut rng, noise.dims(), noise.device())
+        };
         let sampler: Box<dyn Sampler + '_> = match self.scheduler {
             SampleScheduler::Lcm => Box::new(LcmSampler::new(
                 self.schedule,
@@ -65,19 +86,21 @@ impl Generator<'_> {
             )),
             SampleScheduler::Ddim => Box::new(DdimSampler::new(self.schedule, self.steps)),
         };
-        let latents = sampler.sample(&*predictor, noise, &mut renoise)?;
-        decode_images(self.encoders, &latents)
+        let on_pass = |step: usize, output: &Tensor| {
+            Intermediate::Prediction { step }.check(output)?;
+            on_step(step);
+            Ok(())
+        };
+        let latents = sample_watched(&*sampler, &*predictor, noise, &mut renoise, &on_pass)?;
+        Intermediate::Latents.check(&latents)?;
+        let images = decode_images(self.encoders, &latents, &|_| ())?;
+        match images.into_iter().next() {
+            Some(image) => Ok(image),
+            None => Err(candle_core::Error::msg("noise of no image").into()),
+        }
     }
 
-    /// Fresh noise after a step, `[B, C, h, w]`: each prompt has its own, however prompts are batched.
-    fn renoise(&self, first: usize, step: usize, like: &Tensor) -> candle_core::Result<Tensor> {
-        let shape = [&[1], &like.dims()[1..]].concat();
-        let each = (first..first + like.dim(0)?)
-            .map(|i| {
-                let mut rng = generator(self.seed, "renoise", i as u64, step as u64);
-                normal(&mut rng, &shape, like.device())
-            })
-            .collect::<candle_core::Result<Vec<_>>>()?;
-        Tensor::cat(&each, 0)
+    fn seed_of(&self, index: usize) -> u64 {
+        self.seed.wrapping_add(index as u64)
     }
 }

@@ -3,11 +3,15 @@
 use candle_core::{Device, Tensor};
 use tokio_util::sync::CancellationToken;
 
-use super::{CHUNK, SampleError};
+use super::passes::sample_watched;
+use super::{Drawn, SampleError};
 use crate::diffusion::{Sampler, TeacherPredictor, predictor};
 use crate::encode::Encoders;
 use crate::models::{Conditioning, Denoiser};
 use crate::random::{generator, normal};
+
+/// Samples that pass the networks together.
+const CHUNK: usize = 16;
 
 /// Captions, encoded once, with the noise that each sample starts from.
 #[derive(Debug)]
@@ -72,7 +76,7 @@ impl Prompts {
         self.noise.dims()[0]
     }
 
-    /// Samples of a network, scaled latents `[count, C, h, w]`.
+    /// Samples of a network, scaled latents `[count, C, h, w]`. `on_pass` is told of each pass.
     ///
     /// # Errors
     /// [`SampleError::Cancelled`] once `cancel` is cancelled; otherwise when a tensor operation fails.
@@ -82,12 +86,23 @@ impl Prompts {
         guidance: Guidance,
         sampler: &dyn Sampler,
         cancel: &CancellationToken,
+        on_pass: &dyn Fn(Drawn),
     ) -> Result<Tensor, SampleError> {
         let mut parts = Vec::new();
+        let all = self.count().div_ceil(CHUNK) * sampler.steps();
         for from in (0..self.count()).step_by(CHUNK) {
             if cancel.is_cancelled() {
                 return Err(SampleError::Cancelled);
             }
+            let before = parts.len() * sampler.steps();
+            let on_pass = |pass: usize, _: &Tensor| {
+                let done = before + pass;
+                on_pass(Drawn::Passes { done, all });
+                match cancel.is_cancelled() {
+                    true => Err(SampleError::Cancelled),
+                    false => Ok(()),
+                }
+            };
             let count = CHUNK.min(self.count() - from);
             let conditioning = &self.conditioning.narrow(from, count)?;
             let noise = self.noise.narrow(0, from, count)?;
@@ -108,7 +123,8 @@ impl Prompts {
                     guidance,
                 }),
             };
-            parts.push(sampler.sample(&*predictor, &noise, &mut renoise)?);
+            let drawn = sample_watched(sampler, &*predictor, &noise, &mut renoise, &on_pass)?;
+            parts.push(drawn);
         }
         Ok(Tensor::cat(&parts, 0)?)
     }

@@ -89,6 +89,9 @@ pub enum TrainError {
         /// The newest checkpoint, and the remedy.
         rest: String,
     },
+    /// A picture could not be drawn.
+    #[error("{0}")]
+    NotDrawn(String),
     /// A stop was asked for.
     #[error("stopped")]
     Stopped,
@@ -151,6 +154,7 @@ impl From<SampleError> for TrainError {
         match error {
             SampleError::Encode(error) => Self::Encode(error),
             SampleError::Tensor(error) => Self::Tensor(error),
+            SampleError::NotFinite(_) => Self::NotDrawn(error.to_string()),
             SampleError::Cancelled => Self::Stopped,
         }
     }

@@ -214,11 +214,14 @@ pub(super) fn describe_run(
     models: &Models,
     configuration: &str,
 ) -> Result<(), TrainError> {
+    let current = std::env::current_dir().map_err(io(Path::new(".")))?;
     let description = serde_json::json!({
         "teacher": config.model.teacher,
         // The commit on the Hub: a branch moves.
         "revision": models.commit.as_ref().unwrap_or(&config.model.revision),
         "vae": config.model.vae,
+        // Relative names of folders are relative to it.
+        "started_in": current.to_string_lossy(),
         "coffey": env!("CARGO_PKG_VERSION"),
     });
     for (name, text) in [

@@ -350,6 +350,7 @@ fn observers(
             error: Rc::clone(error),
             every: config.report.endpoint_every,
             max_steps,
+            progress: Rc::clone(&progress),
         });
     }
     observers.push(skipped_log);
@@ -456,7 +457,13 @@ fn endpoint_error(
         device,
     )?;
     let guidance = config.report.guidance;
-    let error = EndpointError::new(prompts, guidance, &parts.teacher, &services.cancel)?;
+    let error = EndpointError::new(
+        prompts,
+        guidance,
+        &parts.teacher,
+        &services.cancel,
+        progress,
+    )?;
     progress.say(format!(
         "endpoint error of the teacher: {} in 1 step, {} in 4 steps",
         figure(error.teacher_1_step),

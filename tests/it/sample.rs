@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::support::{
-    command, messages, python, refuse, says, succeed, teacher, text, without_tensor,
+    NO_PICTURES, QUICKSTART, args, changed_teacher, command, messages, python, refuse, refused,
+    repository, says, succeed, teacher, text, without_tensor,
 };
 use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::{WEIGHTS_STEM, student_tensors};
-use coffey::models::{UNetConfig, Weights, save_model};
+use coffey::models::{TEXT_ENCODER_STEM, UNetConfig, Weights, save_model};
 use npyz::WriterBuilder;
 use serde_json::json;
 use tempfile::TempDir;
@@ -94,6 +95,65 @@ fn sample_grid_equals_single_images() {
     assert!(largest <= Some(1), "{largest:?}");
 }
 
+#[test]
+fn each_image_of_several_is_that_of_its_seed() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("image.png");
+    for settings in [
+        &["--steps", "2", "--scheduler", "lcm"][..],
+        &["--steps", "2", "--width", "52"],
+    ] {
+        let draw = |seed: &str, prompts: &[&str]| {
+            let more = [settings, &["--seed", seed, "--prompt"], prompts].concat();
+            let said = messages(command(&sample(&teacher(), &out, &more)));
+            (image::open(&out).unwrap().into_rgb8(), said)
+        };
+        let prompts = ["cat face", "red apple", "cat face"];
+        let (grid, said) = draw("7", &prompts);
+        says(
+            &said,
+            &[
+                "3 images in a grid, row by row, 2 in a row,",
+                "image 1/3 · step 1/2",
+                "image 3/3 · step 2/2",
+            ],
+        );
+        for (index, prompt) in (0u32..).zip(prompts) {
+            let (alone, _) = draw(&(7 + index).to_string(), &[prompt]);
+            let (width, height) = alone.dimensions();
+            let (x, y) = (index % 2 * width, index / 2 * height);
+            let part = image::imageops::crop_imm(&grid, x, y, width, height).to_image();
+            assert!(part == alone, "{prompt} {index}");
+        }
+    }
+}
+
+#[test]
+fn prompts_of_a_file_draw_as_those_of_the_command_line() {
+    let folder = TempDir::new().unwrap();
+    let [out, file] = ["image.png", "prompts.txt"].map(|name| folder.path().join(name));
+    std::fs::write(&file, "cat face\r\n\n red apple").unwrap();
+    let draw = |prompts: &[&str]| {
+        succeed(&sample(
+            &teacher(),
+            &out,
+            &[&["--steps", "1"], prompts].concat(),
+        ));
+        image::open(&out).unwrap().into_rgb8()
+    };
+    let listed = draw(&["--prompts-file", text(&file)]);
+    assert_eq!(listed, draw(&["--prompt", "cat face", "red apple"]));
+    std::fs::remove_file(&out).unwrap();
+    std::fs::write(&file, b"cat face\n\xe4pfel\n").unwrap();
+    let from_file = |more: &[&str]| {
+        let file = ["--prompts-file", text(&file)];
+        sample(&teacher(), &out, &[&file, more].concat())
+    };
+    refuse(2, &from_file(&[]), &["prompts.txt: line 2 is not UTF-8"]);
+    refuse(2, &from_file(&["--prompt", "x"]), &["cannot be used with"]);
+    assert!(!out.exists());
+}
+
 /// A run's folder with an untrained student.
 fn student_run(folder: &TempDir) -> PathBuf {
     let run = folder.path().join("run");
@@ -132,7 +192,9 @@ fn run_and_checkpoint_draw_same_image() {
     };
     let (image, printed) = draw(&run, &[]);
     says(&printed, &["4 LCM steps, guidance 8, embedded"]);
-    assert_eq!(draw(&run.join("checkpoint-5"), &[]).0, image);
+    for part in ["checkpoint-5", "unet", "checkpoint-5/unet_target"] {
+        assert_eq!(draw(&run.join(part), &[]).0, image, "{part}");
+    }
     assert_eq!(
         draw(&run, &["--teacher", TEACHER, "--unet", "unet"]).0,
         image
@@ -317,5 +379,174 @@ fn sample_names_broken_model_file() {
         1,
         &sample(&pipeline, &out, &["--prompt", "x"]),
         &["no folder unet_target or unet"],
+    );
+}
+
+#[test]
+fn sample_finds_the_models_of_a_run_from_any_folder() {
+    let folder = TempDir::new().unwrap();
+    let (run, out) = (folder.path().join("run"), folder.path().join("image.png"));
+    // The configuration names the teacher relative to the repository.
+    let output = format!("train.output={}", text(&run));
+    let settings = [output.as_str(), "train.batch_size=1", "train.max_steps=1"];
+    let settings = [&settings[..], &NO_PICTURES].concat();
+    messages(command(&args("train", QUICKSTART, settings)));
+    let draw = |model: &str| {
+        let more = ["--prompt", "red apple", "--steps", "1"];
+        let mut command = command(&sample(Path::new(model), &out, &more));
+        command.current_dir(folder.path());
+        command
+    };
+    messages(draw("run"));
+    let image = std::fs::read(&out).unwrap();
+    for model in ["./run/", "run/checkpoint-1", "run/unet_target"] {
+        messages(draw(model));
+        assert!(std::fs::read(&out).unwrap() == image, "{model}");
+    }
+    std::fs::remove_file(&out).unwrap();
+
+    let description = |teacher: &str, vae: Option<&str>, started_in: &Path| {
+        let json = json!({"teacher": teacher, "vae": vae, "started_in": started_in});
+        std::fs::write(run.join("run.json"), json.to_string()).unwrap();
+    };
+    let root = repository("");
+    description("assets/none/teacher", None, &root);
+    let looked_for = format!("no folder {}", root.join("assets/none/teacher").display());
+    refused(
+        draw("run"),
+        1,
+        &[
+            "run.json: assets/none/teacher: ",
+            &looked_for,
+            "give --teacher",
+        ],
+    );
+    description(TEACHER, Some("assets/none/teacher/vae"), &root);
+    refused(draw("run"), 1, &["/vae: ", "give --vae"]);
+    assert!(!out.exists());
+    let mut elsewhere = draw("run");
+    elsewhere.args(["--vae", text(&teacher().join("vae"))]);
+    messages(elsewhere);
+    assert!(std::fs::read(&out).unwrap() == image);
+    // A run of a version that did not write it, and a folder that was moved as a whole.
+    description("../teacher", None, Path::new("/no/such/folder"));
+    crate::support::copy(&teacher(), &folder.path().join("teacher"));
+    let mut moved = draw("../run");
+    moved.current_dir(&run);
+    messages(moved);
+    assert!(std::fs::read(&out).unwrap() == image);
+}
+
+/// Fills a tensor with one number.
+fn fill(tensors: &mut BTreeMap<String, Tensor>, name: &str, value: f32) {
+    let tensor = tensors.get_mut(name).unwrap();
+    *tensor = Tensor::full(value, tensor.shape(), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn damaged_weights_are_named_and_draw_nothing() {
+    let unet = "down_blocks.0.resnets.0.conv1.weight";
+    let text_encoder = "final_layer_norm.weight";
+    for (part, stem, name, value, words) in [
+        (
+            "unet",
+            WEIGHTS_STEM,
+            unet,
+            f32::NAN,
+            "the UNet's output in step 1 has numbers",
+        ),
+        (
+            "unet",
+            WEIGHTS_STEM,
+            "conv_out.bias",
+            f32::INFINITY,
+            "the UNet's output in step 1",
+        ),
+        (
+            "vae",
+            WEIGHTS_STEM,
+            "decoder.conv_in.weight",
+            f32::NAN,
+            "the VAE's output has numbers",
+        ),
+        (
+            "text_encoder",
+            TEXT_ENCODER_STEM,
+            text_encoder,
+            f32::NAN,
+            "the text encoder's output",
+        ),
+    ] {
+        let folder = TempDir::new().unwrap();
+        let model = changed_teacher(&folder, part, stem, |tensors| fill(tensors, name, value));
+        let out = folder.path().join("new/image.png");
+        let file = format!("{part}/{stem}.safetensors");
+        let words = [words, &format!("tensor \"{name}\" of "), &file];
+        refuse(
+            1,
+            &sample(&model, &out, &["--prompt", "x", "--steps", "2"]),
+            &words,
+        );
+        assert!(!folder.path().join("new").exists());
+    }
+    let folder = TempDir::new().unwrap();
+    let model = changed_teacher(&folder, "vae", WEIGHTS_STEM, |tensors| {
+        fill(tensors, "decoder.conv_out.weight", 0.0);
+        fill(tensors, "decoder.conv_out.bias", -2.0);
+    });
+    let out = folder.path().join("image.png");
+    refuse(
+        1,
+        &sample(&model, &out, &["--prompt", "x", "--steps", "1"]),
+        &["\"x\" is nothing but the colour #000000", "changed/vae"],
+    );
+    assert!(!out.exists());
+    // Finite weights, and noise that is too much for f32.
+    let noise = folder.path().join("noise.npy");
+    write_npy(&noise, &[1, 4, 16, 16], &[3e38; 1024]);
+    refuse(
+        1,
+        &sample(
+            &teacher(),
+            &out,
+            &[
+                "--prompt",
+                "x",
+                "--steps",
+                "1",
+                "--init-latents",
+                text(&noise),
+            ],
+        ),
+        &["are finite", "--init-latents"],
+    );
+}
+
+#[test]
+fn place_of_the_picture_is_checked_before_models_are_read() {
+    let folder = TempDir::new().unwrap();
+    let broken = without_tensor(&folder, "vae", WEIGHTS_STEM, "decoder.conv_out.weight");
+    let file = folder.path().join("file.png");
+    std::fs::write(&file, "").unwrap();
+    std::fs::create_dir(folder.path().join("folder.png")).unwrap();
+    for (out, words) in [
+        ("folder.png", "it is a folder"),
+        ("file.png/a.png", "file.png is not a folder"),
+        ("-", "must be a .png file"),
+    ] {
+        let out = match out {
+            "-" => PathBuf::from(out),
+            name => folder.path().join(name),
+        };
+        refuse(
+            2,
+            &sample(&broken, &out, &["--prompt", "x"]),
+            &["--out", words],
+        );
+    }
+    refuse(
+        2,
+        &sample(&broken, Path::new("/proc/a.png"), &["--prompt", "x"]),
+        &["--out", "/proc"],
     );
 }

@@ -1,5 +1,7 @@
 //! The dry run: one sample through the encoders and the teacher, in the types that the configuration says.
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::{Batch, BatchData};
 
@@ -7,8 +9,9 @@ use super::{Failure, LoadedTeacher, ModelFolders};
 use crate::config::{Config, FloatType, MixedPrecision};
 use crate::diffusion::DdimSolver;
 use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
+use crate::models::unet::WEIGHTS_STEM;
 use crate::models::vae::sample_latents;
-use crate::models::{Conditioning, Denoiser, UNet};
+use crate::models::{Conditioning, Denoiser, TEXT_ENCODER_STEM, UNet, first_not_finite};
 use crate::ops::all_finite;
 use crate::random::{generator, normal};
 
@@ -49,13 +52,16 @@ impl DryRun<'_> {
         if text && all_finite(&encoded.moments)? {
             return Ok(());
         }
-        let (model, key, dtype) = if text {
-            ("the VAE", "encode.vae_dtype", encode.vae_dtype)
+        let vae = self.folders.vae.as_deref();
+        let [vae_folder, text_folder] = Encoders::folders(&self.folders.pipeline, vae);
+        let (model, key, dtype, weights) = if text {
+            let weights = (vae_folder, WEIGHTS_STEM);
+            ("the VAE", "encode.vae_dtype", encode.vae_dtype, weights)
         } else {
-            ("the text encoder", "encode.dtype", encode.dtype)
+            let weights = (text_folder, TEXT_ENCODER_STEM);
+            ("the text encoder", "encode.dtype", encode.dtype, weights)
         };
         let exact = || -> Result<bool, Failure> {
-            let vae = self.folders.vae.as_deref();
             let (device, options) = (self.encoders.device(), EncoderOptions::exact(1));
             let encoders = Encoders::load(&self.folders.pipeline, vae, device, options)?;
             let exact = self::encode(&encoders, batch)?;
@@ -68,7 +74,7 @@ impl DryRun<'_> {
             let message = overflow(model, &[format!("{key} to \"f32\" or \"bf16\"")]);
             return Err(Failure::Usage(message.into()));
         }
-        Err(damaged(model))
+        Err(damaged(model, &weights.0, weights.1))
     }
 
     fn teacher_inputs(
@@ -119,15 +125,15 @@ impl DryRun<'_> {
         if train.teacher_dtype != FloatType::F32 {
             keys.push("train.teacher_dtype to \"f32\"".to_owned());
         }
+        let folder = self.folders.pipeline.join("unet");
         let exact = || -> Result<bool, Failure> {
-            let folder = self.folders.pipeline.join("unet");
             let unet = UNet::load(&folder, DType::F32, self.device, train.attention)?;
             passes(&unet, inputs)
         };
         if !keys.is_empty() && exact()? {
             return Err(Failure::Usage(overflow("the teacher", &keys).into()));
         }
-        Err(damaged("the teacher"))
+        Err(damaged("the teacher", &folder, WEIGHTS_STEM))
     }
 }
 
@@ -153,8 +159,18 @@ fn overflow(model: &str, keys: &[String]) -> String {
     )
 }
 
-fn damaged(model: &str) -> Failure {
+/// The failure of a model whose weights are in `folder`, with the first tensor that is the cause.
+fn damaged(model: &str, folder: &Path, stem: &str) -> Failure {
+    let cause = match first_not_finite(folder, stem) {
+        Ok(Some(tensor)) => format!(
+            ": tensor \"{}\" of {} has such numbers",
+            tensor.name,
+            tensor.file.display()
+        ),
+        // Weights that are finite and far too large, or that were readable a moment ago.
+        Ok(None) | Err(_) => String::new(),
+    };
     Failure::Failed(
-        format!("{model} makes numbers that are not finite; its weights are damaged").into(),
+        format!("{model} makes numbers that are not finite; its weights are damaged{cause}").into(),
     )
 }

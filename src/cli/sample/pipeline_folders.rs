@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use coffey_pipeline::S3Options;
-use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
-use crate::config::{Config, Model, ModelRef};
+use crate::config::{Model, ModelPlace, ModelRef};
 use crate::encode::Encoders;
 use crate::models::{UNetConfig, further_inputs};
 
 use super::Failure;
+use super::run_description::{Part, RunDescription};
 
 /// Folders of a pipeline besides its UNet.
 const SURROUNDINGS: [&str; 4] = ["scheduler", "text_encoder", "tokenizer", "vae"];
@@ -25,6 +25,17 @@ pub(super) struct PipelineFolders {
     pub(super) vae: Option<PathBuf>,
 }
 
+/// Models named on the command line besides the one that draws.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Given<'a> {
+    /// The pipeline of the other parts.
+    pub(super) teacher: Option<&'a ModelRef>,
+    /// Its revision, if it is on the Hub.
+    pub(super) revision: &'a str,
+    /// Another autoencoder than that of the pipeline.
+    pub(super) vae: Option<&'a ModelRef>,
+}
+
 /// A model that is needed in a local folder.
 #[derive(Debug)]
 pub(super) struct ModelRequest<'a> {
@@ -38,61 +49,6 @@ pub(super) struct ModelRequest<'a> {
     pub(super) s3: S3Options,
 }
 
-/// `run.json`, which `coffey train` writes into the folder of a run.
-#[derive(serde::Deserialize)]
-struct RunDescription {
-    teacher: ModelRef,
-    #[serde(default = "main")]
-    revision: String,
-    vae: Option<ModelRef>,
-    #[serde(skip)]
-    folder: PathBuf,
-}
-
-fn main() -> String {
-    Model::MAIN.to_owned()
-}
-
-impl RunDescription {
-    /// `[s3]` of the run's configuration, or the environment's settings if it can't be read.
-    fn s3(&self) -> S3Options {
-        match Config::load(&self.folder.join("config.toml"), &[]) {
-            Ok(config) => config.s3,
-            Err(_) => environments_s3(),
-        }
-    }
-
-    /// Fetches a model that the run was distilled from.
-    fn fetch(
-        &self,
-        model: &ModelRef,
-        only_vae: bool,
-        fetch: impl Fn(&ModelRequest<'_>) -> Result<PathBuf, Failure>,
-    ) -> Result<PathBuf, Failure> {
-        let request = ModelRequest {
-            model,
-            revision: if only_vae {
-                Model::MAIN
-            } else {
-                &self.revision
-            },
-            only_vae,
-            s3: self.s3(),
-        };
-        // The model's name comes from run.json, not from the command line: exit code 1, not 2.
-        fetch(&request).map_err(|failure| match failure {
-            Failure::Usage(error) => Failure::Failed(
-                format!(
-                    "{}: {error}; give --teacher instead",
-                    self.folder.join("run.json").display()
-                )
-                .into(),
-            ),
-            other => other,
-        })
-    }
-}
-
 /// Access to S3 as the environment says; a custom endpoint is addressed by path.
 pub(super) fn environments_s3() -> S3Options {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
@@ -103,36 +59,39 @@ pub(super) fn environments_s3() -> S3Options {
 }
 
 impl PipelineFolders {
-    /// Looks in `model`, then in `teacher` (with its revision); without `teacher`, in the teacher that the run names. `fetch` gives
-    /// the local folder of a model.
+    /// Looks in `model`, then in the models `given` on the command line, then in those that the run names. `fetch` gives the local
+    /// folder of a model.
     pub(super) fn find(
         model: &Path,
-        teacher: Option<(&ModelRef, &str)>,
         unet: Option<&str>,
+        given: Given<'_>,
         fetch: impl Fn(&ModelRequest<'_>) -> Result<PathBuf, Failure>,
     ) -> Result<Self, Failure> {
         let unet = find_unet(model, unet)?;
-        if teacher.is_none() && missing(model).is_empty() {
-            return Ok(Self {
-                unet,
-                pipeline: model.to_owned(),
-                vae: None,
-            });
-        }
-        let run = find_run(model)?;
-        let vae = match &run {
-            Some(run) => run.vae.as_ref().map(|vae| run.fetch(vae, true, &fetch)),
-            None => None,
-        }
-        .transpose()?;
-        let pipeline = match (teacher, run) {
-            (Some((model, revision)), run) => fetch(&ModelRequest {
+        let whole = given.teacher.is_none() && missing(model).is_empty();
+        let run = match whole {
+            true => None,
+            false => RunDescription::find(model)?,
+        };
+        let fetch_given = |model, revision, only_vae| {
+            fetch(&ModelRequest {
                 model,
                 revision,
-                only_vae: false,
-                s3: run.map_or_else(environments_s3, |run| run.s3()),
-            })?,
-            (None, Some(run)) => run.fetch(&run.teacher, false, &fetch)?,
+                only_vae,
+                s3: run
+                    .as_ref()
+                    .map_or_else(environments_s3, RunDescription::s3),
+            })
+        };
+        let vae = match (given.vae, &run) {
+            (Some(vae), _) => Some(fetch_given(vae, Model::MAIN, true)?),
+            (None, Some(run)) if run.has_vae() => Some(run.fetch(Part::Vae, &fetch)?),
+            (None, _) => None,
+        };
+        let pipeline = match (given.teacher, &run) {
+            _ if whole => model.to_owned(),
+            (Some(teacher), _) => fetch_given(teacher, given.revision, false)?,
+            (None, Some(run)) => run.fetch(Part::Teacher, &fetch)?,
             (None, None) => {
                 return failed(format!(
                     "{} has no {}, and no run.json beside it says where they are; give --teacher DIR",
@@ -175,6 +134,12 @@ impl PipelineFolders {
                 latents,
                 further_inputs(unet.in_channels, latents),
             ),
+            (
+                "the number of channels that the UNet makes",
+                unet.out_channels,
+                latents,
+                String::new(),
+            ),
         ];
         for (what, needed, found, note) in pairs {
             if needed != found {
@@ -201,6 +166,19 @@ fn missing(folder: &Path) -> Vec<&'static str> {
         .collect()
 }
 
+/// The folder around that of a UNet, with the UNet's name: of `runs/first/unet`, `runs/first` and `unet`.
+pub(super) fn around_unet(model: &ModelRef) -> Option<(ModelRef, String)> {
+    let Ok(ModelPlace::Folder(folder)) = model.place() else {
+        return None;
+    };
+    UNetConfig::read(&folder).ok()?;
+    // Absolute, so that a relative "unet" has a parent.
+    let folder = std::path::absolute(folder).ok()?;
+    let parent = folder.parent()?.to_str()?;
+    let name = folder.file_name()?.to_str()?;
+    Some((parent.to_owned().into(), name.to_owned()))
+}
+
 fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
     let names = name.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name]);
     match names
@@ -217,31 +195,6 @@ fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The run that a folder or its parent belongs to.
-fn find_run(model: &Path) -> Result<Option<RunDescription>, Failure> {
-    // Absolute, so that a relative "checkpoint-100" has a parent.
-    let model = std::path::absolute(model)?;
-    let Some(path) = model
-        .ancestors()
-        .take(2)
-        .map(|folder| folder.join("run.json"))
-        .find(|path| path.is_file())
-    else {
-        return Ok(None);
-    };
-    let text = bounded::read_file(&path, MAX_FILE_BYTES)?;
-    match serde_json::from_slice::<RunDescription>(&text) {
-        Ok(mut run) => {
-            run.folder = path.parent().map(Path::to_owned).unwrap_or_default();
-            Ok(Some(run))
-        }
-        Err(error) => failed(format!(
-            "{}: {error}; give --teacher DIR instead",
-            path.display()
-        )),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -254,7 +207,12 @@ mod tests {
 
     /// Every model is in a folder of its name; an autoencoder is called "elsewhere".
     fn find(model: &Path, unet: Option<&str>) -> Result<PipelineFolders, Failure> {
-        PipelineFolders::find(model, None, unet, |request| {
+        let given = Given {
+            teacher: None,
+            revision: Model::MAIN,
+            vae: None,
+        };
+        PipelineFolders::find(model, unet, given, |request| {
             assert_eq!(request.only_vae, request.model.as_str() == "elsewhere");
             Ok(request.model.as_str().into())
         })

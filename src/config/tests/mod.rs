@@ -266,6 +266,31 @@ fn shipped_configurations_parse() {
 }
 
 #[test]
+fn prompts_of_a_file_become_those_of_the_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.toml");
+    let prompts = folder.path().join("prompts.txt");
+    let set = format!("validation.prompts_file={}", prompts.display());
+    std::fs::write(&file, MINIMAL).unwrap();
+    std::fs::write(&prompts, "red apple\n\n# 7\n").unwrap();
+    let load = || Config::load(&file, std::slice::from_ref(&set));
+    let config = load().unwrap();
+    let validation = config.validation.clone().unwrap();
+    assert_eq!(validation.prompts, ["red apple", "# 7"]);
+    assert_eq!(validation.prompts_file, None);
+    // A resume from the run's own configuration does not depend on the file.
+    let again = Config::parse(&config.to_toml().unwrap(), "b.toml", &[]).unwrap();
+    assert_eq!(again, config);
+    std::fs::write(&prompts, b"red apple\n\xff\n").unwrap();
+    let message = load().unwrap_err().to_string();
+    let start = format!(
+        "-s {set}: key validation.prompts_file = \"{}\": line 2 ",
+        prompts.display()
+    );
+    assert!(message.starts_with(&start), "{message}");
+}
+
+#[test]
 fn every_key_is_documented() {
     let page = include_str!("../../../docs/configuration.md");
     for key in known_keys() {

@@ -313,6 +313,8 @@ fn values_out_of_range_are_refused() {
         "checkpoint.every=0",
         "checkpoint.keep=0",
         "validation={prompts=[]}",
+        "validation={prompts=[\"a\"],prompts_file=\"a.txt\"}",
+        "validation={prompts_file=\"\"}",
         "validation={prompts=[\"a\"],every=0}",
         "validation={prompts=[\"a\"],steps=0}",
         "validation={prompts=[\"a\"],steps=51}",

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use coffey_pipeline::counted;
+
 use super::endpoint::ENDPOINT_STEPS;
+use super::grids::warn_of_missing_picture;
 use super::{
     Earlier, Ending, EndpointError, Observer, RunView, StepReport, TeacherSampler, figure,
 };
@@ -37,16 +40,25 @@ pub(in crate::train) struct Comparison {
 
 impl ComparisonGrid {
     /// For each prompt the teacher in 50 and 4 steps and the student (its moving average) in 4 and 1, from the same noise.
-    fn draw(&self, run: &RunView<'_>) -> Result<(), TrainError> {
+    fn draw(&self, run: &RunView<'_>, progress: &Progress) -> Result<(), TrainError> {
+        let between = |part: &str, steps, drawn| {
+            let steps = counted(steps, "step");
+            progress.between(&format!(
+                "samples/comparison.png: {part} in {steps}, {drawn}"
+            ));
+        };
         let teacher = |steps| {
+            let on_pass = |drawn| between("teacher", steps, drawn);
             self.teacher
-                .sample(&self.prompts, steps, self.guidance, run.cancel)
+                .sample(&self.prompts, steps, self.guidance, run.cancel, &on_pass)
         };
         let student = |steps| {
             let sampler = run.objective.sampler(steps);
             let guidance = Guidance::AsNetworkTakes(self.guidance);
             let target = run.state.student.target();
-            let drawn = self.prompts.sample(target, guidance, &*sampler, run.cancel);
+            let on_pass = |drawn| between("student", steps, drawn);
+            let prompts = &self.prompts;
+            let drawn = prompts.sample(target, guidance, &*sampler, run.cancel, &on_pass);
             drawn.map_err(TrainError::from)
         };
         let columns = [
@@ -55,9 +67,10 @@ impl ComparisonGrid {
             student(4)?,
             student(1)?,
         ];
+        let on_image = |drawn| progress.between(&format!("samples/comparison.png: {drawn}"));
         let columns = columns
             .iter()
-            .map(|latents| decode_images(&self.encoders, latents))
+            .map(|latents| decode_images(&self.encoders, latents, &on_image))
             .collect::<Result<Vec<_>, _>>()?;
         let rows: Vec<_> = (0..self.prompts.count())
             .map(|i| columns.iter().map(|images| images[i].clone()).collect())
@@ -98,12 +111,17 @@ impl Observer for Comparison {
         if let Some(grid) = &self.grid {
             self.progress
                 .say("drawing teacher and student side by side");
-            grid.draw(run)?;
-            self.progress.say("drew samples/comparison.png");
+            match grid.draw(run, &self.progress) {
+                Ok(()) => self.progress.say("drew samples/comparison.png"),
+                Err(error @ TrainError::NotDrawn(_)) => {
+                    warn_of_missing_picture(&self.progress, &error);
+                }
+                Err(error) => return Err(error),
+            }
         }
         if let Some(endpoint) = &self.endpoint {
             let target = run.state.student.target();
-            let student = endpoint.of(target, run.objective, run.cancel)?;
+            let student = endpoint.of(target, run.objective, run.cancel, &self.progress)?;
             let (one, four) = (endpoint.teacher_1_step, endpoint.teacher_4_steps);
             self.progress.say(format!(
                 "endpoint error: student in 1 step {} · teacher in 1 step {} · teacher in 4 steps {} (student / teacher in 1 \

@@ -3,13 +3,15 @@
 use std::rc::Rc;
 
 use candle_core::Tensor;
+use coffey_pipeline::counted;
 use tokio_util::sync::CancellationToken;
 
 use super::{Earlier, Observer, RunView, StepReport};
 use crate::diffusion::{DdimSampler, NoiseSchedule};
 use crate::models::Denoiser;
 use crate::objective::Objective;
-use crate::sample::{Guidance, Prompts};
+use crate::progress::Progress;
+use crate::sample::{Drawn, Guidance, Prompts};
 use crate::train::TrainError;
 
 /// Steps of the teacher's sampler whose samples count as its endpoints.
@@ -30,10 +32,11 @@ impl TeacherSampler {
         steps: usize,
         scale: f64,
         cancel: &CancellationToken,
+        on_pass: &dyn Fn(Drawn),
     ) -> Result<Tensor, TrainError> {
         let guidance = Guidance::ClassifierFree(scale);
         let sampler = DdimSampler::new(&self.schedule, steps);
-        Ok(prompts.sample(&*self.denoiser, guidance, &sampler, cancel)?)
+        Ok(prompts.sample(&*self.denoiser, guidance, &sampler, cancel, on_pass)?)
     }
 }
 
@@ -57,8 +60,17 @@ impl EndpointError {
         guidance: f64,
         teacher: &TeacherSampler,
         cancel: &CancellationToken,
+        progress: &Progress,
     ) -> Result<Self, TrainError> {
-        let draw = |steps| teacher.sample(&prompts, steps, guidance, cancel);
+        let draw = |steps| {
+            let on_pass = |drawn| {
+                progress.between(&format!(
+                    "teacher's endpoints in {}: {drawn}",
+                    counted(steps, "step")
+                ));
+            };
+            teacher.sample(&prompts, steps, guidance, cancel, &on_pass)
+        };
         let reference = draw(ENDPOINT_STEPS)?;
         let teacher_1_step = distance(&draw(1)?, &reference)?;
         let teacher_4_steps = distance(&draw(4)?, &reference)?;
@@ -77,10 +89,13 @@ impl EndpointError {
         student: &dyn Denoiser,
         objective: &dyn Objective,
         cancel: &CancellationToken,
+        progress: &Progress,
     ) -> Result<f64, TrainError> {
         let guidance = Guidance::AsNetworkTakes(self.guidance);
         let sampler = objective.sampler(1);
-        let drawn = self.prompts.sample(student, guidance, &*sampler, cancel)?;
+        let on_pass = |drawn| progress.between(&format!("measuring the endpoint error: {drawn}"));
+        let prompts = &self.prompts;
+        let drawn = prompts.sample(student, guidance, &*sampler, cancel, &on_pass)?;
         distance(&drawn, &self.reference)
     }
 }
@@ -103,6 +118,7 @@ pub(in crate::train) struct Endpoint {
     pub(in crate::train) every: u64,
     /// The last step, which is always measured.
     pub(in crate::train) max_steps: u64,
+    pub(in crate::train) progress: Rc<Progress>,
 }
 
 impl Observer for Endpoint {
@@ -117,7 +133,8 @@ impl Observer for Endpoint {
             // Never cut short: the record of a step does not depend on when a stop is asked for.
             let never = CancellationToken::new();
             let target = run.state.student.target();
-            report.record.endpoint_error = Some(self.error.of(target, run.objective, &never)?);
+            let error = (self.error).of(target, run.objective, &never, &self.progress)?;
+            report.record.endpoint_error = Some(error);
         }
         Ok(())
     }

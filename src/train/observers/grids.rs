@@ -51,7 +51,9 @@ impl Grids {
             Ok(()) => earlier.on_grids(step),
             // The loop sees the stop and saves.
             Err(TrainError::Stopped) => {}
-            Err(error @ TrainError::Io { .. }) => warn_of_missing_picture(&self.progress, &error),
+            Err(error @ (TrainError::Io { .. } | TrainError::NotDrawn(_))) => {
+                warn_of_missing_picture(&self.progress, &error);
+            }
             Err(error) => return Err(error),
         }
         Ok(())
@@ -63,10 +65,14 @@ impl Grids {
         let sampler = run.objective.sampler(self.validation.steps);
         let networks = [student.target(), student.frozen_student()];
         for (name, network) in GRIDS.into_iter().zip(networks) {
-            let latents = self
-                .prompts
-                .sample(network, guidance, &*sampler, run.cancel)?;
-            let images = decode_images(&self.encoders, &latents)?;
+            let on_progress = |drawn| {
+                let message = format!("drawing the grid {name} of step {step}: {drawn}");
+                self.progress.between(&message);
+            };
+            let latents =
+                self.prompts
+                    .sample(network, guidance, &*sampler, run.cancel, &on_progress)?;
+            let images = decode_images(&self.encoders, &latents, &on_progress)?;
             let rows: Vec<_> = images
                 .chunks(self.validation.images_per_prompt)
                 .map(<[_]>::to_vec)
