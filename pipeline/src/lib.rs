@@ -50,11 +50,13 @@ pub mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod image;
+mod image_folder;
 pub mod inspect;
 pub mod json;
 pub mod metrics;
 mod net;
 pub mod order;
+pub mod pack;
 mod panic;
 mod plural;
 mod s3;
@@ -71,8 +73,8 @@ pub use order::{Cursor, Order};
 pub use plural::counted;
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
-    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, ObjectInfo, S3Options, ShardList,
-    SourceError, SourceOptions, Sources,
+    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, MemberKeys, ObjectInfo, S3Options,
+    ShardList, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
     Batch, BatchData, Content, DecodeLimit, F16Array, SampleMeta, ShardSummary, SkipExample,

@@ -8,7 +8,9 @@ mod filter;
 #[cfg(test)]
 mod golden_tests;
 mod gzip;
+mod header;
 mod hub;
+mod image_shard;
 mod mistakes;
 mod other_file;
 mod pipe;
@@ -19,6 +21,7 @@ mod url;
 
 pub use expand::expand;
 pub use filter::{Filter, FilterReport, Rejection};
+pub use header::member_header;
 pub use redact::redact_patterns;
 pub use sample::Sample;
 pub use url::{ShardUrl, UrlError};
@@ -26,6 +29,9 @@ pub use url::{ShardUrl, UrlError};
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::FilterState;
 pub(crate) use hub::HubFile;
+pub(crate) use image_shard::ImageShard;
+#[cfg(test)]
+pub(crate) use sample::split_name;
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };

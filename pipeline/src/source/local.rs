@@ -55,7 +55,7 @@ impl LocalReader {
         if metadata.is_dir() {
             return Err(SourceError::Unsupported {
                 url: url.redacted(),
-                cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
+                cause: "is a folder; end it with '/' to take every shard or image in it".to_owned(),
             });
         }
         Ok(Self {
@@ -85,7 +85,7 @@ impl LocalReader {
     }
 }
 
-/// The shards directly in a folder.
+/// The files and folders directly in a folder.
 pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>, SourceError> {
     let mut entries = tokio::fs::read_dir(folder)
         .await
@@ -96,10 +96,7 @@ pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>,
         .await
         .map_err(|error| failed(url, &error))?
     {
-        let shard = ShardUrl::file(entry.path());
-        if shard.is_shard() {
-            found.push(shard);
-        }
+        found.push(ShardUrl::file(entry.path()));
     }
     Ok(found)
 }
