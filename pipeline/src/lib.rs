@@ -51,12 +51,14 @@ pub mod format;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod image;
+mod image_folder;
 pub mod inspect;
 pub mod json;
 pub mod metrics;
 mod net;
 pub mod open_files;
 pub mod order;
+pub mod pack;
 mod panic;
 mod plural;
 pub mod regular_file;
@@ -74,8 +76,8 @@ pub use order::{Cursor, Order};
 pub use plural::counted;
 pub use shard::{Filter, ShardUrl, expand};
 pub use source::{
-    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, ObjectInfo, S3Options, ShardList,
-    SourceError, SourceOptions, Sources,
+    CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, MemberKeys, ObjectInfo, S3Options,
+    ShardList, SourceError, SourceOptions, Sources,
 };
 pub use stream::{
     Batch, BatchData, Content, DecodeLimit, F16Array, ListedShard, SampleMeta, ShardSummary,

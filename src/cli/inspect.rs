@@ -27,7 +27,7 @@ const LISTED_PROBLEMS: usize = 3;
 /// Options of `coffey inspect`.
 #[derive(Args, Debug)]
 pub(super) struct InspectArgs {
-    /// Shards: s3://, http(s)://, hf://, file paths or -; braces expand, @FILE is a list, a trailing / lists a folder. S3 is reached as the AWS environment
+    /// Shards: s3://, http(s)://, hf://, file paths or -; braces expand, @FILE is a list, a trailing / lists a folder, of shards or of images. S3 is reached as the AWS environment
     /// says, or `[s3]` of --config. Without any: the shards of --config.
     #[arg(value_name = "URL", required_unless_present = "config")]
     urls: Vec<String>,

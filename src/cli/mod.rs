@@ -10,6 +10,7 @@ mod init;
 mod inspect;
 mod man;
 mod output;
+mod pack;
 mod precompute;
 mod ranks;
 mod resources;
@@ -48,6 +49,8 @@ enum Commands {
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
     Sample(sample::SampleArgs),
+    /// Make shards of a folder of images.
+    Pack(pack::PackArgs),
     /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
     Inspect(inspect::InspectArgs),
     /// Dry run: configuration, credentials, first samples, models, memory plan, cost of a `precompute`.
@@ -211,6 +214,7 @@ impl Cli {
             Commands::Train(args) => train::run(args),
             Commands::Precompute(args) => precompute::run(args),
             Commands::Sample(args) => sample::run(args),
+            Commands::Pack(args) => pack::run(args),
             Commands::Inspect(args) => inspect::run(args),
             Commands::Check(args) => check::run(args),
             Commands::Bench(args) => bench::run(args),

@@ -8,8 +8,8 @@ use candle_core::Device;
 use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, Content, FlowMetrics, HubOptions, LookUp, ShardList, ShardUrl, SourceOptions,
-    Sources, StreamConfig, counted,
+    CacheOptions, Content, FlowMetrics, HubOptions, LookUp, MemberKeys, ShardList, ShardUrl,
+    SourceOptions, Sources, StreamConfig, counted,
 };
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -213,6 +213,10 @@ pub(super) fn source_options(config: &Config) -> SourceOptions {
         s3: config.s3.clone(),
         http_headers: headers.collect(),
         hub: hub_options(),
+        members: MemberKeys {
+            images: data.image_keys.clone(),
+            captions: data.caption_keys.clone(),
+        },
         cache: data.cache_dir.as_ref().map(|folder| CacheOptions {
             folder: folder.clone(),
             limit_bytes: data.cache_limit_gb.saturating_mul(1_000_000_000),

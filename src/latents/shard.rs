@@ -4,6 +4,7 @@ use std::io;
 
 use coffey_pipeline::destination::{Destination, ObjectWriter, Written};
 use coffey_pipeline::format::latents::Member;
+use coffey_pipeline::shard::member_header;
 
 use super::LatentError;
 
@@ -32,12 +33,7 @@ impl ShardFile {
     /// Appends a sample with its members.
     pub(super) fn append(&mut self, key: &str, members: &[Member]) -> Result<(), LatentError> {
         for (extension, content) in members {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            header.set_mtime(0);
-            header.set_uid(0);
-            header.set_gid(0);
+            let mut header = member_header(content.len() as u64);
             let member = format!("{key}.{extension}");
             self.tar
                 .append_data(&mut header, &member, content.as_slice())

@@ -20,6 +20,7 @@ mod model_sources;
 mod models;
 mod open_files;
 mod own_files;
+mod pack;
 mod page;
 mod precompute;
 mod prometheus;

@@ -115,7 +115,7 @@ impl Sources {
                 let bucket = Bucket::new(self.clone(), runtime.clone(), bucket, key, parts);
                 Ok(Destination(Backend::Bucket(Arc::new(bucket))))
             }
-            Location::Http(_) | Location::Hub(_) | Location::Stdin => {
+            Location::Http(_) | Location::Hub(_) | Location::Images(_) | Location::Stdin => {
                 Err(SourceError::Unsupported {
                     url: url.redacted(),
                     cause: "can't be written to; name a folder or s3://bucket/prefix/".to_owned(),

@@ -20,9 +20,7 @@ use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::json::Document;
 use crate::plural::counted;
-use crate::shard::{
-    HeldMembers, MAX_CAPTION_BYTES, MAX_JSON_BYTES, PassedOver, PassedOverKind, Sample, ShardUrl,
-};
+use crate::shard::{HeldMembers, MAX_CAPTION_BYTES, PassedOver, PassedOverKind, Sample, ShardUrl};
 use crate::source::Sources;
 use crate::stages::Stage;
 use crate::stream::{NonSample, OpenShard, ReaderContext, ShardEvent, StreamError};
@@ -208,11 +206,9 @@ pub struct InspectOptions {
 impl InspectOptions {
     /// The members that are read.
     fn held_members(&self) -> HeldMembers {
-        HeldMembers::default()
-            .with(&self.image_keys, ImageOptions::default().max_bytes)
-            .with([LATENT, PROMPT_EMBEDS], ImageOptions::default().max_bytes)
-            .with(&self.caption_keys, MAX_CAPTION_BYTES)
-            .with([JSON], MAX_JSON_BYTES)
+        let most = ImageOptions::default().max_bytes;
+        HeldMembers::of_images(&self.image_keys, &self.caption_keys, most)
+            .with([LATENT, PROMPT_EMBEDS], most)
     }
 }
 

@@ -246,10 +246,12 @@ pub enum SourceError {
         cause: String,
     },
     /// The folder has no shards.
-    #[error("{url}: no .tar, .tar.gz or .tgz files in it")]
+    #[error("{url}: no .tar, .tar.gz or .tgz files in it{found}")]
     EmptyFolder {
         /// The folder.
         url: String,
+        /// What there is instead, and the remedy; empty for nothing.
+        found: String,
     },
     /// The limit of open files was reached, and stayed so.
     #[error("{url}: {cause}")]

@@ -16,7 +16,7 @@ pub(super) const MAX_SAMPLE_BYTES: u64 = 288 << 20;
 /// Most members of a sample.
 pub(super) const MAX_SAMPLE_MEMBERS: usize = 4096;
 /// Largest json of a sample. Bytes.
-pub(crate) const MAX_JSON_BYTES: u64 = 1 << 20;
+const MAX_JSON_BYTES: u64 = 1 << 20;
 /// Longest caption. Bytes.
 pub(crate) const MAX_CAPTION_BYTES: u64 = 64 << 10;
 /// Bytes that are kept of a member that is not held.
@@ -27,6 +27,18 @@ pub(super) const START_BYTES: u64 = 64;
 pub(crate) struct HeldMembers(BTreeMap<String, u64>);
 
 impl HeldMembers {
+    /// The caption and the json of a sample, and its image of at most `max_image_bytes`.
+    pub(crate) fn of_images(
+        image_keys: &[String],
+        caption_keys: &[String],
+        max_image_bytes: u64,
+    ) -> Self {
+        Self::default()
+            .with(image_keys, max_image_bytes)
+            .with(caption_keys, MAX_CAPTION_BYTES)
+            .with(["json"], MAX_JSON_BYTES)
+    }
+
     /// Adds extensions. The larger limit applies to an extension that is added twice.
     pub(crate) fn with(
         mut self,

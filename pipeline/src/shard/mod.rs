@@ -8,7 +8,9 @@ mod filter;
 #[cfg(test)]
 mod golden_tests;
 mod gzip;
+mod header;
 mod hub;
+mod image_shard;
 mod limits;
 mod mistakes;
 mod other_file;
@@ -20,6 +22,7 @@ mod url;
 
 pub use expand::expand;
 pub use filter::{Filter, FilterReport, Rejection};
+pub use header::member_header;
 pub use redact::redact_patterns;
 pub use sample::{Excess, Sample};
 pub use url::{ShardUrl, UrlError};
@@ -27,7 +30,10 @@ pub use url::{ShardUrl, UrlError};
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::{AESTHETIC, FilterState, PUNSAFE, PWATERMARK, SIMILARITY, number};
 pub(crate) use hub::HubFile;
-pub(crate) use limits::{HeldMembers, MAX_CAPTION_BYTES, MAX_JSON_BYTES};
+pub(crate) use image_shard::ImageShard;
+pub(crate) use limits::{HeldMembers, MAX_CAPTION_BYTES};
+#[cfg(test)]
+pub(crate) use sample::split_name;
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,
 };

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::hub::HubFile;
+use super::image_shard::ImageShard;
 use super::mistakes;
 use super::pipe::unwrap_pipe;
 use super::redact::redact;
@@ -43,6 +44,7 @@ pub(crate) enum Location {
     Http(String),
     Hub(HubFile),
     File(PathBuf),
+    Images(ImageShard),
     Stdin,
 }
 
@@ -75,6 +77,11 @@ impl ShardUrl {
         Self(Location::Hub(file))
     }
 
+    /// A part of a folder of images.
+    pub(crate) fn images(shard: ImageShard) -> Self {
+        Self(Location::Images(shard))
+    }
+
     pub(crate) fn location(&self) -> &Location {
         &self.0
     }
@@ -87,7 +94,15 @@ impl ShardUrl {
             Location::Http(url) => url.ends_with('/'),
             Location::Hub(file) => file.path.is_empty() || file.path.ends_with('/'),
             Location::File(path) => path.as_os_str().to_string_lossy().ends_with('/'),
-            Location::Stdin => false,
+            Location::Images(_) | Location::Stdin => false,
+        }
+    }
+
+    /// The local folder of images that this is a part of.
+    pub(crate) fn image_folder(&self) -> Option<&Path> {
+        match &self.0 {
+            Location::Images(shard) => Some(&shard.folder),
+            _ => None,
         }
     }
 
@@ -96,9 +111,11 @@ impl ShardUrl {
     pub fn redacted(&self) -> String {
         match &self.0 {
             Location::Http(url) => redact(url),
-            Location::S3 { .. } | Location::Hub(_) | Location::File(_) | Location::Stdin => {
-                self.to_string()
-            }
+            Location::S3 { .. }
+            | Location::Hub(_)
+            | Location::File(_)
+            | Location::Images(_)
+            | Location::Stdin => self.to_string(),
         }
     }
 
@@ -128,6 +145,7 @@ impl ShardUrl {
                 // Joining an empty component adds a slash.
                 Location::File(folder.unwrap_or(Path::new(".")).join(""))
             }
+            Location::Images(shard) => Location::File(shard.folder.join("")),
             Location::Stdin => return None,
         }))
     }
@@ -146,6 +164,7 @@ impl ShardUrl {
                 ..file.clone()
             }),
             Location::File(path) => Location::File(path.join(name)),
+            Location::Images(shard) => Location::File(shard.folder.join(name)),
             Location::Stdin => Location::Stdin,
         })
     }
@@ -176,6 +195,7 @@ impl ShardUrl {
             Location::Http(url) => url.split(['?', '#']).next().unwrap_or_default().into(),
             Location::Hub(file) => file.path.as_str().into(),
             Location::File(path) => path.to_string_lossy(),
+            Location::Images(shard) => shard.name().into(),
             Location::Stdin => "stdin.tar".into(),
         };
         let trimmed = whole.trim_end_matches('/');
@@ -194,6 +214,7 @@ impl fmt::Display for ShardUrl {
                 write!(f, "file://{}", path.display())
             }
             Location::File(path) => write!(f, "{}", path.display()),
+            Location::Images(shard) => write!(f, "{shard}"),
             Location::Stdin => f.write_str("-"),
         }
     }

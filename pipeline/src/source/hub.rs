@@ -33,7 +33,7 @@ impl Sources {
         }
     }
 
-    /// The shards in a folder of a repository and below it.
+    /// The files in a folder of a repository and below it.
     pub(super) async fn list_hub(
         &self,
         url: &ShardUrl,
@@ -46,7 +46,7 @@ impl Sources {
                 ..folder.clone()
             })
         });
-        Ok(files.filter(ShardUrl::is_shard).collect())
+        Ok(files.collect())
     }
 
     /// The paths of the files in a folder of a repository.

@@ -34,7 +34,7 @@ pub(super) fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
         },
         ErrorKind::IsADirectory => SourceError::Unsupported {
             url,
-            cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
+            cause: "is a folder; end it with '/' to take every shard or image in it".to_owned(),
         },
         _ => SourceError::File {
             url,
@@ -89,7 +89,7 @@ impl LocalReader {
     }
 }
 
-/// The shards directly in a folder.
+/// The files and folders directly in a folder.
 pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>, SourceError> {
     let mut entries = retry_async(|| tokio::fs::read_dir(folder))
         .await
@@ -100,10 +100,7 @@ pub(crate) async fn list(url: &ShardUrl, folder: &Path) -> Result<Vec<ShardUrl>,
         .await
         .map_err(|error| failed(url, &error))?
     {
-        let shard = ShardUrl::file(entry.path());
-        if shard.is_shard() {
-            found.push(shard);
-        }
+        found.push(ShardUrl::file(entry.path()));
     }
     Ok(found)
 }

@@ -106,7 +106,9 @@ impl Sources {
             let name = match url.location() {
                 Location::S3 { key, .. } => key.as_str(),
                 Location::Hub(file) => file.path.as_str(),
-                Location::Http(_) | Location::File(_) | Location::Stdin => continue,
+                Location::Http(_) | Location::File(_) | Location::Images(_) | Location::Stdin => {
+                    continue;
+                }
             };
             if let Some(folder) = url.folder() {
                 folders.entry(folder).or_default().push((name, index));
@@ -155,7 +157,9 @@ impl Sources {
                 .hub_files(&listing.folder, folder, false)
                 .await
                 .map(|paths| listing.indices(&paths)),
-            Location::Http(_) | Location::File(_) | Location::Stdin => Ok(Vec::new()),
+            Location::Http(_) | Location::File(_) | Location::Images(_) | Location::Stdin => {
+                Ok(Vec::new())
+            }
         };
         match found {
             // Some servers answer a listing alone with 500 or 501.
@@ -220,7 +224,8 @@ impl Sources {
                 let address = file.resolve(self.hub_endpoint(url)?);
                 self.probe_http(url, &address, heads).await
             }
-            Location::File(_) | Location::Stdin => Ok(Answer::Readable),
+            // The images are of a listing.
+            Location::File(_) | Location::Images(_) | Location::Stdin => Ok(Answer::Readable),
         }
     }
 

@@ -10,6 +10,7 @@ mod embedded;
 mod headers;
 mod http;
 mod hub;
+mod images;
 mod lists;
 mod local;
 mod lookup;
@@ -23,17 +24,21 @@ pub use lists::ShardList;
 pub use lookup::LookUp;
 pub use options::{CacheOptions, HubOptions, SourceOptions};
 
+pub use crate::image_folder::MemberKeys;
 pub use crate::net::{S3Counts, ServerRecord, SourceError};
 pub use crate::s3::{ObjectInfo, S3Options};
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 
 use crate::bounded::BoundedBytes;
+use crate::image_folder::ImageFolder;
 use crate::net::{CaBundle, FIRST_DELAY, RetryOptions};
 use crate::s3::S3;
 use crate::shard::Location;
@@ -42,6 +47,7 @@ use crate::shard::ShardUrl;
 use cache::{Cache, CachedReader, CachingReader};
 use headers::ServerHeaders;
 use http::HttpClient;
+use images::ImagesReader;
 use remote::{Remote, RemoteReader};
 use stdin::StdinReader;
 
@@ -56,6 +62,8 @@ struct Inner {
     http: OnceCell<HttpClient>,
     http_headers: Vec<HttpHeader>,
     hub: HubOptions,
+    members: MemberKeys,
+    image_folders: Mutex<BTreeMap<PathBuf, Arc<ImageFolder>>>,
     cache: Option<Arc<Cache>>,
     stdin_taken: AtomicBool,
     s3_server: ServerRecord,
@@ -84,6 +92,7 @@ impl Sources {
             cache,
             http_headers,
             hub,
+            members,
         } = options.into();
         #[cfg(feature = "embedded-s3")]
         let embedded = match &options.embedded_root {
@@ -103,6 +112,8 @@ impl Sources {
             http: OnceCell::new(),
             http_headers,
             hub,
+            members,
+            image_folders: Mutex::default(),
             cache: cache.map(|options| Arc::new(Cache::open(options))),
             stdin_taken: AtomicBool::new(false),
             s3_server: ServerRecord::s3(),
@@ -147,49 +158,66 @@ impl Sources {
         }
     }
 
-    /// Replaces each folder by the shards in it (`.tar`, `.tar.gz`, `.tgz`), sorted; other URLs stay as
-    /// they are.
+    /// Replaces each folder by the shards in it (`.tar`, `.tar.gz`, `.tgz`), sorted, and a local folder of images by
+    /// shards that are made of them; other URLs stay as they are.
     ///
     /// # Errors
-    /// [`SourceError::EmptyFolder`] for a folder without shards, else the error of the listing.
+    /// [`SourceError::EmptyFolder`] for a folder without shards and images, else the error of the listing.
     pub async fn list(&self, urls: &[ShardUrl]) -> Result<Vec<ShardUrl>, SourceError> {
         Ok(self.list_folders(urls.to_vec()).await?.shards)
     }
 
     /// The shards in a folder, sorted.
     async fn list_folder(&self, url: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
-        let mut found = match url.location() {
+        let files: Vec<ShardUrl> = match url.location() {
             Location::S3 { bucket, key } => {
                 let s3 = self.s3().await?;
                 let objects = s3.objects(url, bucket, key, self.retry_options()).await?;
-                objects
-                    .into_iter()
-                    .map(|object| object.url)
-                    .filter(ShardUrl::is_shard)
-                    .collect()
+                objects.into_iter().map(|object| object.url).collect()
             }
             Location::Hub(folder) => self.list_hub(url, folder).await?,
             Location::File(path) => local::list(url, path).await?,
-            Location::Http(_) | Location::Stdin => {
+            Location::Http(_) | Location::Images(_) | Location::Stdin => {
                 return Err(SourceError::Unsupported {
                     url: url.redacted(),
                     cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
                 });
             }
         };
-        if found.is_empty() {
-            return Err(SourceError::EmptyFolder {
-                url: url.redacted(),
-            });
+        let (mut shards, others): (Vec<_>, Vec<_>) =
+            files.into_iter().partition(ShardUrl::is_shard);
+        let images = self.images_among(&others);
+        match (url.location(), images) {
+            (Location::File(path), _) if shards.is_empty() => {
+                return self.images_in(url, path, None).await;
+            }
+            (Location::File(_), Some(images)) => {
+                tracing::warn!("{}: only its shards are read, not {images}", url.redacted());
+            }
+            (_, images) if shards.is_empty() => {
+                let (url, remedy) = (
+                    url.redacted(),
+                    "make shards of a local copy with `coffey pack FOLDER --out",
+                );
+                let found = images.map(|images| format!(", but {images}: {remedy} {url}`"));
+                let found = found.unwrap_or_default();
+                return Err(SourceError::EmptyFolder { url, found });
+            }
+            _ => {}
         }
-        found.sort();
-        Ok(found)
+        shards.sort();
+        Ok(shards)
     }
 
     /// The record of the S3 server: counts of requests and retries so far.
     #[must_use]
     pub fn s3_server(&self) -> &ServerRecord {
         &self.0.s3_server
+    }
+
+    /// Extensions of the members of samples in folders of images.
+    pub(crate) fn members(&self) -> &MemberKeys {
+        &self.0.members
     }
 
     /// The options of the access to S3.
@@ -222,6 +250,21 @@ impl Sources {
     pub async fn open(&self, url: &ShardUrl) -> Result<ObjectReader, SourceError> {
         self.claim(url)?;
         self.open_claimed(url).await
+    }
+
+    /// The size of an object, where it is known before the object is read.
+    ///
+    /// # Errors
+    /// As [`Sources::open`].
+    pub async fn size(&self, url: &ShardUrl) -> Result<Option<u64>, SourceError> {
+        match url.location() {
+            Location::Images(shard) => {
+                let folder = self.image_folder(&shard.folder).await?;
+                let samples = folder.samples_of(shard)?;
+                Ok(Some(folder.tar_bytes(samples)))
+            }
+            _ => Ok(self.open(url).await?.size()),
+        }
     }
 
     /// Claims standard input for its one reader. A stream claims before it reads, in its order.
@@ -268,6 +311,10 @@ impl Sources {
             Location::File(path) => {
                 Located::Local(Reader::Local(local::LocalReader::open(url, path).await?))
             }
+            Location::Images(shard) => {
+                let folder = self.image_folder(&shard.folder).await?;
+                Located::Local(Reader::Images(ImagesReader::start(folder, shard)?))
+            }
             Location::Stdin => Located::Local(Reader::Stdin(StdinReader::start(std::io::stdin())?)),
             Location::S3 { bucket, key } => Located::Remote(Remote::S3 {
                 s3: self.s3().await?,
@@ -306,6 +353,7 @@ pub struct ObjectReader(Reader);
 #[derive(Debug)]
 enum Reader {
     Local(local::LocalReader),
+    Images(ImagesReader),
     Stdin(StdinReader),
     Remote(Box<RemoteReader>),
     Cached(Box<CachedReader>),
@@ -318,7 +366,7 @@ impl ObjectReader {
     pub fn size(&self) -> Option<u64> {
         match &self.0 {
             Reader::Local(reader) => Some(reader.size()),
-            Reader::Stdin(_) => None,
+            Reader::Images(_) | Reader::Stdin(_) => None,
             Reader::Remote(reader) => reader.size(),
             Reader::Cached(reader) => Some(reader.size()),
             Reader::Caching(reader) => reader.size(),
@@ -329,7 +377,7 @@ impl ObjectReader {
     #[must_use]
     pub fn etag(&self) -> Option<&str> {
         match &self.0 {
-            Reader::Local(_) | Reader::Stdin(_) => None,
+            Reader::Local(_) | Reader::Images(_) | Reader::Stdin(_) => None,
             Reader::Remote(reader) => reader.version(),
             Reader::Cached(reader) => reader.version(),
             Reader::Caching(reader) => reader.version(),
@@ -360,6 +408,7 @@ impl ObjectReader {
     pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         match &mut self.0 {
             Reader::Local(reader) => reader.next().await,
+            Reader::Images(reader) => reader.next().await,
             Reader::Stdin(reader) => reader.next().await,
             Reader::Remote(reader) => reader.next().await,
             Reader::Cached(reader) => reader.next().await,

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::headers::HttpHeader;
+use crate::image_folder::MemberKeys;
 use crate::s3::S3Options;
 
 /// Every option of [`Sources`](super::Sources). `S3Options::into()` makes these without a cache.
@@ -17,6 +18,8 @@ pub struct SourceOptions {
     pub http_headers: Vec<HttpHeader>,
     /// The Hugging Face Hub, for `hf://` shards.
     pub hub: HubOptions,
+    /// Extensions of the members of samples in folders of images.
+    pub members: MemberKeys,
 }
 
 impl From<S3Options> for SourceOptions {

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::format::latents::{JSON, LATENT, LatentShapes, PROMPT_EMBEDS};
+use crate::format::latents::{LATENT, LatentShapes, PROMPT_EMBEDS};
 use crate::image::ImageOptions;
 use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
-use crate::shard::{Filter, HeldMembers, MAX_CAPTION_BYTES, MAX_JSON_BYTES, ShardUrl};
+use crate::shard::{Filter, HeldMembers, ShardUrl};
 
 use super::error::StreamError;
 use super::listed::ListedShard;
@@ -119,17 +119,15 @@ impl StreamConfig {
 
     /// The members that the stream reads.
     pub(crate) fn held_members(&self) -> HeldMembers {
-        let held = HeldMembers::default();
         let most = self.image.max_bytes;
-        let held = match self.content {
-            Content::Images => held.with(&self.image_keys, most),
+        let held = |image_keys| HeldMembers::of_images(image_keys, &self.caption_keys, most);
+        match self.content {
+            Content::Images => held(&self.image_keys),
             Content::Latents(shapes) => match shapes.prompt_embeds {
-                Some(_) => held.with([LATENT, PROMPT_EMBEDS], most),
-                None => held.with([LATENT], most),
+                Some(_) => held(&[]).with([LATENT, PROMPT_EMBEDS], most),
+                None => held(&[]).with([LATENT], most),
             },
-        };
-        held.with(&self.caption_keys, MAX_CAPTION_BYTES)
-            .with([JSON], MAX_JSON_BYTES)
+        }
     }
 
     /// This rank's share of `max_samples`.

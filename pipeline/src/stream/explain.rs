@@ -1,6 +1,7 @@
 //! Descriptions of skipped samples, for the error of a stream that ends because of them.
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -8,7 +9,9 @@ use bytes::Bytes;
 use super::config::StreamConfig;
 use super::skip::SkipReason;
 use crate::image::format_of;
+use crate::image_folder::file_of;
 use crate::json::Document;
+use crate::order::ShardPass;
 use crate::shard::{HeldMembers, MAX_CAPTION_BYTES, Sample};
 
 /// Most members that a description names.
@@ -25,15 +28,21 @@ pub(super) struct Explainer {
     image_keys: Vec<String>,
     caption_keys: Vec<String>,
     held: HeldMembers,
+    /// The folders of images that shards are parts of, by shard.
+    folders: BTreeMap<usize, PathBuf>,
     scattered: ScatteredMembers,
 }
 
 impl Explainer {
     pub(super) fn new(config: &StreamConfig) -> Self {
+        let folders = config.shards.iter().enumerate();
+        let folders =
+            folders.filter_map(|(shard, url)| Some((shard, url.image_folder()?.to_owned())));
         Self {
             image_keys: config.image_keys.clone(),
             caption_keys: config.caption_keys.clone(),
             held: config.held_members(),
+            folders: folders.collect(),
             scattered: ScatteredMembers::default(),
         }
     }
@@ -42,12 +51,15 @@ impl Explainer {
     /// are not adjacent. `None` for other samples.
     pub(super) fn explain(
         &mut self,
-        pass: u64,
+        pass: ShardPass,
         sample: &Sample,
         reason: &SkipReason,
         first: bool,
     ) -> Option<String> {
-        if reason.is_missing_member() && self.scattered.finds(pass, &sample.key) {
+        if let Some(folder) = self.folders.get(&pass.shard) {
+            return first.then(|| self.describe_in(folder, sample, reason));
+        }
+        if reason.is_missing_member() && self.scattered.finds(pass.id, &sample.key) {
             return Some(format!(
                 "has the {}, and other members elsewhere in the shard: {SORT}",
                 members(sample)
@@ -59,6 +71,28 @@ impl Explainer {
     /// Forgets the samples of a shard that was read.
     pub(super) fn end_shard(&mut self, pass: u64) {
         self.scattered.incomplete.remove(&pass);
+    }
+
+    /// Describes a sample of a folder of images.
+    fn describe_in(&self, folder: &Path, sample: &Sample, reason: &SkipReason) -> String {
+        match *reason {
+            SkipReason::NO_CAPTION => {
+                let keys = &self.caption_keys;
+                let usual = keys.iter().find(|key| *key == "txt").or(keys.first());
+                let file = file_of(folder, &sample.key, usual.map_or("txt", String::as_str));
+                format!(
+                    "has the {} and none of data.caption_keys = {keys:?}; write its caption to {}, or to metadata.jsonl",
+                    members(sample),
+                    file.display(),
+                )
+            }
+            SkipReason::NO_IMAGE if image_in(sample).is_none() => format!(
+                "has the {} and none of data.image_keys = {:?}; no member is a JPEG, PNG, WebP, GIF or BMP: convert the image",
+                members(sample),
+                self.image_keys
+            ),
+            _ => self.describe(sample, reason),
+        }
     }
 
     fn describe(&self, sample: &Sample, reason: &SkipReason) -> String {
@@ -125,11 +159,14 @@ fn contents(sample: &Sample) -> impl Iterator<Item = (&String, &Bytes)> {
     sample.members.iter().chain(&sample.others)
 }
 
+/// The extension and the format of a member that is an image.
+fn image_in(sample: &Sample) -> Option<(&String, &'static str)> {
+    contents(sample).find_map(|(extension, content)| Some((extension, format_of(content)?)))
+}
+
 /// The remedy for a sample without an image.
 fn images(sample: &Sample) -> String {
-    let found =
-        contents(sample).find_map(|(extension, content)| Some((extension, format_of(content)?)));
-    match found {
+    match image_in(sample) {
         Some((extension, format)) => format!(
             "{extension} is a {}: add {extension:?} to data.image_keys{}",
             format.to_uppercase(),
@@ -228,10 +265,18 @@ mod tests {
         sample
     }
 
+    fn pass(id: u64) -> ShardPass {
+        ShardPass {
+            id,
+            shard: 0,
+            epoch: 0,
+        }
+    }
+
     fn explain(sample: &Sample, reason: &SkipReason) -> String {
         let mut explainer = Explainer::new(&StreamConfig::default());
-        let text = explainer.explain(0, sample, reason, true).unwrap();
-        assert_eq!(explainer.explain(1, sample, reason, false), None);
+        let text = explainer.explain(pass(0), sample, reason, true).unwrap();
+        assert_eq!(explainer.explain(pass(1), sample, reason, false), None);
         text
     }
 
@@ -279,7 +324,7 @@ mod tests {
         let mut explainer = Explainer::new(&StreamConfig::default());
         let (image, text) = (sample(&[("jpg", JPEG)]), sample(&[("txt", b"t")]));
         let mut explain =
-            |pass, sample, reason, first| explainer.explain(pass, sample, &reason, first);
+            |id, sample, reason, first| explainer.explain(pass(id), sample, &reason, first);
         assert!(explain(0, &image, SkipReason::NO_CAPTION, true).is_some());
         // The same key in another shard is another sample.
         assert_eq!(explain(1, &text, SkipReason::NO_IMAGE, false), None);

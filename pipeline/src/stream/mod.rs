@@ -43,6 +43,8 @@ pub use listed::ListedShard;
 pub use sample::SampleMeta;
 pub use skip::{ShardSummary, SkipExample, SkipExamples, SkippedSample, Undelivered};
 
+pub(crate) use skip::SkipReason;
+
 pub(crate) use reader::{NonSample, OpenShard, ReaderContext, ShardEvent};
 
 use std::sync::{Arc, Mutex, PoisonError};

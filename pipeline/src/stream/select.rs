@@ -121,7 +121,7 @@ impl<K: SampleKind> SampleSelector<K> {
         reason: &SkipReason,
     ) -> Option<String> {
         let first = self.filter.count(&reason.name()) == 1;
-        self.explainer.explain(pass.id, sample, reason, first)
+        self.explainer.explain(pass, sample, reason, first)
     }
 
     /// No more samples of a shard follow.

@@ -14,6 +14,8 @@ mod credentials;
 mod destination;
 #[cfg(feature = "embedded-s3")]
 mod faults;
+#[cfg(feature = "embedded-s3")]
+mod image_folder;
 mod images;
 mod inspect;
 #[cfg(feature = "embedded-s3")]

@@ -62,8 +62,7 @@ impl Cost {
         let step = shards.len().div_ceil(SIZED).max(1);
         let mut shard_sizes = Vec::new();
         for url in shards.iter().step_by(step) {
-            let reader = data.runtime.block_on(data.sources.open(url))?;
-            shard_sizes.extend(reader.size());
+            shard_sizes.extend(data.runtime.block_on(data.sources.size(url))?);
         }
         let count = shards.len() as u64;
         let mean = shard_sizes.iter().sum::<u64>() / (shard_sizes.len() as u64).max(1);
