@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod inspect;
+mod numbers;
 mod precompute;
 mod ranks;
 mod resources;
@@ -76,6 +77,12 @@ pub(crate) enum Failure {
 
 impl From<crate::models::PipelineMismatch> for Failure {
     fn from(error: crate::models::PipelineMismatch) -> Self {
+        Self::Usage(error.into())
+    }
+}
+
+impl From<crate::memory::MemoryError> for Failure {
+    fn from(error: crate::memory::MemoryError) -> Self {
         Self::Usage(error.into())
     }
 }

@@ -9,12 +9,14 @@ use candle_core::{DType, Device, Tensor};
 use clap::{Args, ValueEnum};
 
 use super::Failure;
+use super::numbers::{guidance, whole};
 use super::resources::DataAccess;
-use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
+use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
+use crate::memory::{MemoryLimits, check_sampling};
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Components;
@@ -27,6 +29,8 @@ const CHUNK: usize = 8;
 /// Steps where --steps is not given.
 const LCM_STEPS: usize = 4;
 const DDIM_STEPS: usize = 50;
+/// Greatest number of --steps; that of a model is lower.
+const MAX_STEPS: usize = 100_000;
 
 /// Options of `coffey sample`.
 #[derive(Args, Debug)]
@@ -49,22 +53,22 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "TEXT", required = true, num_args = 1..)]
     prompt: Vec<String>,
     /// Sampling steps [default: 4 with lcm, 50 with ddim]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole(1..=MAX_STEPS))]
     steps: Option<usize>,
     /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
-    #[arg(long, default_value_t = 8.0)]
+    #[arg(long, default_value_t = 8.0, allow_negative_numbers = true, value_parser = guidance)]
     guidance: f64,
     /// Negative prompt of all images: with classifier-free guidance only.
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
     /// Seed of the noise.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = whole(0..=u64::MAX))]
     seed: u64,
     /// Height of the images in pixels [default: what the model was trained on]
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     height: Option<usize>,
     /// Width of the images in pixels [default: what the model was trained on]
-    #[arg(long, value_name = "W")]
+    #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     width: Option<usize>,
     /// How to sample [default: lcm for a student, ddim for a teacher]
     #[arg(long, value_enum)]
@@ -143,6 +147,17 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     let plan = Plan::new(&args, &unet, schedule.len())?;
     let guidance = describe_guidance(&args, &folders.unet, unet.config().time_cond_proj_dim)?;
     let noise = initial_noise(&args, &unet, &encoders, &device)?;
+    let card = device::memory(&device).map(|memory| (args.device.to_string(), memory));
+    let limits = MemoryLimits::now(card.into_iter().collect());
+    let (_, _, height, width) = noise.dims4()?;
+    check_sampling(
+        unet.config(),
+        encoders.vae().config(),
+        [height, width],
+        args.prompt.len().min(CHUNK),
+        &args.device.to_string(),
+        &limits,
+    )?;
     errln!(
         "{} from {} in {} {} steps, {guidance}",
         match args.prompt.len() {
@@ -196,12 +211,6 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     if let (Some(revision), false) = (&args.revision, on_hub) {
         return wrong(format!(
             "--revision {revision}: has no effect, nothing is taken from the Hub"
-        ));
-    }
-    if !args.guidance.is_finite() || args.guidance < 0.0 {
-        return wrong(format!(
-            "--guidance {}: must be a finite number, 0 or more",
-            args.guidance
         ));
     }
     if args

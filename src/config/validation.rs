@@ -3,10 +3,19 @@
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_GUIDANCE, MAX_STEPS, integer, real};
 use super::limits::Limits;
 
 /// Sampling steps beyond which a latent consistency model has no timesteps left.
-const MAX_SAMPLING_STEPS: usize = 50;
+const MAX_SAMPLING_STEPS: i64 = 50;
+
+/// Bounds of the numbers in `[validation]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("validation.every", 1, MAX_STEPS),
+    integer("validation.steps", 1, MAX_SAMPLING_STEPS),
+    real("validation.guidance", 0.0, MAX_GUIDANCE),
+    integer("validation.images_per_prompt", 1, 256),
+];
 
 /// `[validation]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,16 +54,7 @@ fn default_images_per_prompt() -> usize {
 
 impl Validation {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
-        limits.positive("validation.every", self.every)?;
         let needs = r#"needs at least one caption, as ["red apple"]"#;
-        limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)?;
-        let ok = (1..=MAX_SAMPLING_STEPS).contains(&self.steps);
-        let needs = format!("must be between 1 and {MAX_SAMPLING_STEPS}");
-        limits.check("validation.steps", self.steps, ok, &needs)?;
-        limits.not_negative("validation.guidance", self.guidance)?;
-        limits.positive(
-            "validation.images_per_prompt",
-            self.images_per_prompt as u64,
-        )
+        limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)
     }
 }

@@ -41,8 +41,8 @@ fn check_reports_every_step() {
         "first sample",
         "encoders",
         "teacher",
-        "dry run",
         "memory",
+        "dry run",
         "output",
     ];
     assert_eq!(steps, names.map(|name| (name, "ok")));

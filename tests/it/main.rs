@@ -17,6 +17,7 @@ mod latents;
 mod model_forms;
 mod model_sources;
 mod models;
+mod numbers;
 mod page;
 mod precompute;
 mod prometheus;

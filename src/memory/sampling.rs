@@ -1,0 +1,55 @@
+//! The memory of `coffey sample`.
+
+use super::activations::{Held, activations};
+use super::limits::{MemoryError, MemoryLimits};
+use super::plan::{F32, HELD_BY_VAE, PROGRAM};
+use crate::models::{UNetConfig, VaeConfig};
+
+/// Refuses images whose drawing needs more memory than there is, with the greatest square that fits.
+///
+/// `latent`: height and width of the latents; `together`: how many are drawn at once; `device`: where, with the memory of `limits`.
+///
+/// # Errors
+/// [`MemoryError`].
+pub fn check_sampling(
+    unet: &UNetConfig,
+    vae: &VaeConfig,
+    latent: [usize; 2],
+    together: usize,
+    device: &str,
+    limits: &MemoryLimits,
+) -> Result<(), MemoryError> {
+    let downscale = vae.downscale() as u64;
+    let needed = |[height, width]: [u64; 2]| {
+        let held = Held {
+            scores: false,
+            inside_blocks: false,
+        };
+        let drawing = activations(unet.to_json(), [height, width], held) / INPUTS_HELD;
+        let pixels = height * width * downscale * downscale;
+        let decoding = HELD_BY_VAE * vae.base_channels() as u64 * pixels;
+        let each = drawing.max(decoding).saturating_mul(F32);
+        PROGRAM.saturating_add(each.saturating_mul(together as u64))
+    };
+    let excess = |latent| limits.excess(device, needed(latent));
+    let latent = latent.map(|side| side as u64);
+    let Some(message) = excess(latent) else {
+        return Ok(());
+    };
+    let mut side = latent[0].max(latent[1]);
+    while side > 0 && excess([side; 2]).is_some() {
+        side -= 1;
+    }
+    let remedy = match side * downscale {
+        0 => "draw fewer images at once".to_owned(),
+        side => format!("it fits with --height {side} --width {side}"),
+    };
+    Err(MemoryError(format!(
+        "{message} for {together} of {}x{} pixels at once; {remedy}",
+        latent[1] * downscale,
+        latent[0] * downscale
+    )))
+}
+
+/// Share of the blocks' inputs that is not held while images are drawn: only those of the way down wait for the way up.
+const INPUTS_HELD: u64 = 2;
