@@ -59,6 +59,49 @@ pub(crate) fn available_memory() -> Option<u64> {
     Some(free.min(left_to_group(Path::new("/sys/fs/cgroup")).unwrap_or(u64::MAX)))
 }
 
+/// Memory in bytes that this process can have at most, and whose limit it is: of the machine with its swap space, of the control
+/// group, or of the process. `None` where `/proc` does not have it.
+pub(crate) fn total_memory() -> Option<(u64, &'static str)> {
+    let memory = kilobytes("/proc/meminfo", "MemTotal:")?;
+    let swap = kilobytes("/proc/meminfo", "SwapTotal:").unwrap_or(0);
+    let group = limit_of_group(Path::new("/sys/fs/cgroup"));
+    let process = std::fs::read_to_string("/proc/self/limits");
+    let process = process.ok().and_then(|limits| address_space(&limits));
+    let limits = [
+        Some((memory + swap, "this machine has")),
+        group.map(|bytes| (bytes, "this control group (container) has")),
+        process.map(|bytes| {
+            (
+                bytes,
+                "the limit of this process's address space (ulimit -v) is",
+            )
+        }),
+    ];
+    limits.into_iter().flatten().min_by_key(|(bytes, _)| *bytes)
+}
+
+/// The soft limit in the line of `/proc/self/limits` about the address space; `None` without a limit.
+fn address_space(limits: &str) -> Option<u64> {
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max address space"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Memory limit of a control group with its swap space; `None` without a limit.
+fn limit_of_group(folder: &Path) -> Option<u64> {
+    let number = |name: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(folder.join(name)).ok()?;
+        text.trim().parse().ok()
+    };
+    let limit = number("memory.max")?;
+    match number("memory.swap.max") {
+        Some(swap) => Some(limit.saturating_add(swap)),
+        // "max": all swap space of the machine.
+        None => Some(limit.saturating_add(kilobytes("/proc/meminfo", "SwapTotal:").unwrap_or(0))),
+    }
+}
+
 /// Bytes left of a control group's (a container's) memory limit; `None` without a limit.
 fn left_to_group(folder: &Path) -> Option<u64> {
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok();

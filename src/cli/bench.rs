@@ -12,10 +12,14 @@ use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, counted, decode_limit};
 use serde::Serialize;
 
+use super::numbers::whole;
 use super::ranks::RankArgs;
-use super::resources::{DataAccess, content, source_options, start_monitor, stream_config};
+use super::resources::{
+    DataAccess, check_memory, content, source_options, start_monitor, stream_config,
+};
 use super::{ConfigArgs, Failure};
 use crate::latents::LatentSource;
+use crate::memory::Command;
 use crate::monitor::StreamingCommand;
 use crate::process::{cpu_time, peak_memory};
 use crate::progress::{Progress, ProgressOptions};
@@ -28,7 +32,7 @@ pub(super) struct BenchArgs {
     #[command(flatten)]
     ranks: RankArgs,
     /// Samples to read, in the order of training.
-    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 2000, allow_negative_numbers = true, value_parser = whole(1..=1_000_000_000_000u64))]
     samples: u64,
     /// Then decode, resize and crop the same samples from memory on all cores, without the stream, and print the stream's speed as a
     /// share of that decode limit.
@@ -105,6 +109,13 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     errln!("opening {}", redact_patterns(&config.data.shards));
     let shards = data.shards(&config.data.shards)?.shards;
     let latents = data.latents(&mut config, &shards)?;
+    check_memory(
+        Command::Bench,
+        &config,
+        content(latents.as_ref()),
+        None,
+        None,
+    )?;
     let batch_size = config.train.batch_size;
     errln!(
         "{}; reading {} in batches of {batch_size}, decode_threads = {}",

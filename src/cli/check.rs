@@ -2,14 +2,12 @@
 
 mod cost;
 mod dry_run;
-mod memory;
 mod report;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-use candle_core::{DType, Device};
 use clap::Args;
 use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::order::Order;
@@ -27,15 +25,15 @@ use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
 use crate::latents::LatentSource;
+use crate::memory::{Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes, TeacherSizes};
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{PipelineParts, TEXT_ENCODER_STEM, UNet, UNetConfig, Weights, check_fit};
+use crate::models::{PipelineParts, UNet, UNetConfig, Weights, check_fit, count_parameters};
 use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::{
     RunDir, compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
 };
 use cost::{Cost, SampleSizes};
 use dry_run::DryRun;
-use memory::{MemoryPlan, Sizes};
 use report::CheckReport;
 use tokio_util::sync::CancellationToken;
 
@@ -199,10 +197,9 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         })?),
         Purpose::Precompute(_) => None,
     };
-    let vae = encoders.models.vae().config();
-    let vae_downscale = vae.downscale();
     if let Purpose::Precompute(PrecomputeRequired { latents, .. }) = &purpose {
-        let side = config.image.resolution as usize / vae_downscale;
+        let vae = encoders.models.vae().config();
+        let side = config.image.resolution as usize / vae.downscale();
         let (_, tokens, width) = encoders.models.encode_text(&[""])?.hidden.dims3()?;
         let sizes = SampleSizes {
             sample: &batch.samples[0],
@@ -217,6 +214,20 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         })?;
         report.cost(cost);
     }
+    let sizes = Sizes {
+        command: match purpose {
+            Purpose::Train(_) => Command::Train,
+            Purpose::Precompute(_) => Command::Precompute,
+        },
+        sample_bytes: Some(sample_bytes),
+        content,
+        encoders: Some(encoders.sizes),
+        teacher: teacher.as_ref().map(|teacher| TeacherSizes {
+            parameters: teacher.parameters,
+            unet: teacher.unet.config().clone(),
+        }),
+    };
+    report.memory(MemoryPlan::new(&config, &sizes, MemoryLimits::now(cards)))?;
     report.step("dry run", || {
         let start = Instant::now();
         let dry_run = DryRun {
@@ -231,20 +242,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             (),
             format!("{done} in {:.2} s", start.elapsed().as_secs_f64()),
         ))
-    })?;
-    let sizes = Sizes {
-        sample_bytes,
-        content,
-        text_encoder: encoders.text_parameters,
-        vae: encoders.vae_parameters,
-        vae_decoder: encoders.vae_decoder_parameters,
-        vae_folder: &encoders.vae_folder,
-        vae_downscale,
-        teacher: teacher
-            .as_ref()
-            .map(|teacher| (teacher.parameters, teacher.unet.config())),
-    };
-    report.memory(MemoryPlan::new(&config, &sizes, cards))
+    })
 }
 
 /// The memory of the device that trains, by its name.
@@ -322,10 +320,7 @@ fn first_sample(
 
 struct LoadedEncoders {
     models: Encoders,
-    vae_folder: PathBuf,
-    vae_parameters: u64,
-    vae_decoder_parameters: u64,
-    text_parameters: u64,
+    sizes: EncoderSizes,
 }
 
 fn load_encoders(
@@ -339,26 +334,16 @@ fn load_encoders(
         ..encoder_options(&config.encode)
     };
     let models = Encoders::load(pipeline, vae, &devices[0], options)?;
-    let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
-    let weights = |folder: &Path, stem| Weights::load(folder, stem, DType::F32, &Device::Cpu);
-    let vae = weights(&vae_folder, WEIGHTS_STEM)?;
-    let decodes = |name: &str| name.starts_with("decoder.") || name.starts_with("post_quant_conv.");
-    let (vae_parameters, vae_decoder_parameters) =
-        (parameters(&vae, |_| true), parameters(&vae, decodes));
-    drop(vae);
     let loaded = LoadedEncoders {
-        vae_parameters,
-        vae_decoder_parameters,
-        text_parameters: parameters(&weights(&text_folder, TEXT_ENCODER_STEM)?, |_| true),
-        vae_folder,
+        sizes: EncoderSizes::read(pipeline, vae)?,
         models,
     };
     let latents = loaded.models.vae().config();
     let mut message = format!(
         "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer, {} tokens",
-        millions(loaded.text_parameters),
+        millions(loaded.sizes.text),
         loaded.models.text_width(),
-        millions(loaded.vae_parameters),
+        millions(loaded.sizes.vae),
         latents.latent_channels,
         latents.downscale(),
         loaded.models.tokens()
@@ -396,7 +381,7 @@ fn load_teacher(
     let unet = UNet::new(weights.builder(), &unet_config, train.attention)?;
     weights.expect_all_taken(&[])?;
     let unet = unet.computing_in(compute_dtype(config));
-    let parameters = parameters(&weights, |_| true);
+    let parameters = count_parameters(&folder, WEIGHTS_STEM, |_| true)?;
     let mut message = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
         millions(parameters),
@@ -419,15 +404,6 @@ fn load_teacher(
         parameters,
     };
     Ok((teacher, message))
-}
-
-/// Number of parameters in the tensors whose names are `wanted`.
-fn parameters(weights: &Weights, wanted: impl Fn(&str) -> bool) -> u64 {
-    let floats = weights
-        .tensors()
-        .iter()
-        .filter(|(name, tensor)| tensor.dtype().is_float() && wanted(name));
-    floats.map(|(_, tensor)| tensor.elem_count() as u64).sum()
 }
 
 fn millions(parameters: u64) -> String {

@@ -9,6 +9,7 @@ mod completions;
 mod init;
 mod inspect;
 mod man;
+mod numbers;
 mod output;
 mod pack;
 mod precompute;
@@ -95,6 +96,12 @@ pub(crate) enum Failure {
 
 impl From<crate::models::PipelineMismatch> for Failure {
     fn from(error: crate::models::PipelineMismatch) -> Self {
+        Self::Usage(error.into())
+    }
+}
+
+impl From<crate::memory::MemoryError> for Failure {
+    fn from(error: crate::memory::MemoryError) -> Self {
         Self::Usage(error.into())
     }
 }

@@ -7,17 +7,20 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{ShardUrl, Stream, StreamError, counted};
+use coffey_pipeline::{Content, ShardUrl, Stream, StreamError, counted};
 
 use super::output::check_writable;
 use super::ranks::RankArgs;
-use super::resources::{DataAccess, encode_device, source_options, start_monitor, stream_config};
+use super::resources::{
+    DataAccess, check_memory, encode_device, source_options, start_monitor, stream_config,
+};
 use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodePool, Encoders};
 use crate::latents::{
     Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Recipe, join,
 };
+use crate::memory::Command;
 use crate::models::{PipelineParts, UNetConfig, check_fit};
 use crate::monitor::StreamingCommand;
 use crate::precompute::{PrecomputeError, write_latents};
@@ -91,6 +94,13 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         counted(shards.len(), "shard"),
         models.pipeline.display()
     );
+    check_memory(
+        Command::Precompute,
+        &config,
+        Content::Images,
+        Some(&models),
+        None,
+    )?;
     // Before the encoders are loaded: it reads all weights into memory once.
     let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;
     let first = load_encoders(&config, &models, 0)?;

@@ -3,16 +3,17 @@
 use clap::Args;
 
 use super::Failure;
+use super::numbers::{MAX_WORLD, whole};
 use crate::ranks::{RankOrigin, from_environment};
 
 /// `--rank` and `--world`; without them the launcher's environment decides.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct RankArgs {
     /// Which of the processes that share the shards this is, from 0; without it, what the scheduler says.
-    #[arg(long, value_name = "R", requires = "world")]
+    #[arg(long, value_name = "R", requires = "world", allow_negative_numbers = true, value_parser = whole(0..=MAX_WORLD - 1))]
     rank: Option<usize>,
     /// How many processes share the shards.
-    #[arg(long, value_name = "W", requires = "rank")]
+    #[arg(long, value_name = "W", requires = "rank", allow_negative_numbers = true, value_parser = whole(1..=MAX_WORLD))]
     world: Option<usize>,
 }
 

@@ -19,6 +19,7 @@ use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
 use crate::device;
 use crate::hub::Settings;
 use crate::latents::{LatentSource, LatentSourceError};
+use crate::memory::{self, Command, EncoderSizes, MemoryLimits, Sizes, TeacherSizes};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
 
@@ -282,6 +283,35 @@ pub(super) fn encode_device(config: &Config, index: usize) -> Result<Device, Fai
 pub(super) fn encode_devices(config: &Config) -> Result<Vec<Device>, Failure> {
     let entries = 0..config.encode.devices.len();
     entries.map(|index| encode_device(config, index)).collect()
+}
+
+/// Refuses a command that needs more memory than there is, and warns if it needs more than is free. `models`: the models it loads.
+pub(super) fn check_memory(
+    command: Command,
+    config: &Config,
+    content: Content,
+    models: Option<&Models>,
+    train_device: Option<&Device>,
+) -> Result<(), Failure> {
+    let encoders = models.map(|models| EncoderSizes::read(&models.pipeline, models.vae.as_deref()));
+    let teacher = match (command, models) {
+        (Command::Train, Some(models)) => Some(TeacherSizes::read(&models.pipeline)?),
+        _ => None,
+    };
+    let sizes = Sizes {
+        command,
+        sample_bytes: None,
+        content,
+        encoders: encoders.transpose()?,
+        teacher,
+    };
+    let card = train_device.and_then(device::memory);
+    let cards = card.map(|memory| (config.train.device.to_string(), memory));
+    let limits = MemoryLimits::now(cards.into_iter().collect());
+    if let Some(warning) = memory::check(config, &sizes, &limits)? {
+        errln!("warning: {warning}");
+    }
+    Ok(())
 }
 
 fn open_device(config: &Config, key: &str, spec: DeviceSpec) -> Result<Device, Failure> {

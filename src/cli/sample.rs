@@ -13,12 +13,14 @@ use clap::{Args, ValueEnum};
 use image::RgbImage;
 
 use super::Failure;
+use super::numbers::{guidance, whole};
 use super::resources::DataAccess;
-use crate::config::{DeviceSpec, Model, ModelPlace, ModelRef};
+use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{check_png, plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
+use crate::memory::{MemoryLimits, check_sampling};
 use crate::models::UNet;
 use crate::ops::Attention;
 use crate::pretrained::Components;
@@ -31,6 +33,8 @@ use pipeline_folders::{Given, ModelRequest, PipelineFolders, around_unet, enviro
 /// Steps where --steps is not given.
 const LCM_STEPS: usize = 4;
 const DDIM_STEPS: usize = 50;
+/// Greatest number of --steps; that of a model is lower.
+const MAX_STEPS: usize = 100_000;
 
 /// Options of `coffey sample`.
 #[derive(Args, Debug)]
@@ -59,22 +63,22 @@ pub(super) struct SampleArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompts_file: Option<PathBuf>,
     /// Sampling steps [default: 4 with lcm, 50 with ddim]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole(1..=MAX_STEPS))]
     steps: Option<usize>,
     /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
-    #[arg(long, default_value_t = 8.0)]
+    #[arg(long, default_value_t = 8.0, allow_negative_numbers = true, value_parser = guidance)]
     guidance: f64,
     /// Negative prompt of all images: with classifier-free guidance only.
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
     /// Seed of the noise of the first image; the next image has the next seed, so each can be drawn alone.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true, value_parser = whole(0..=u64::MAX))]
     seed: u64,
     /// Height of the images in pixels [default: what the model was trained on]
-    #[arg(long, value_name = "H")]
+    #[arg(long, value_name = "H", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     height: Option<usize>,
     /// Width of the images in pixels [default: what the model was trained on]
-    #[arg(long, value_name = "W")]
+    #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     width: Option<usize>,
     /// How to sample [default: lcm for a student, ddim for a teacher]
     #[arg(long, value_enum)]
@@ -154,6 +158,17 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         seed: args.seed,
     };
     let noise = initial_noise(&args, prompts.len(), &unet, &generator)?;
+    let card = device::memory(&device).map(|memory| (args.device.to_string(), memory));
+    let limits = MemoryLimits::now(card.into_iter().collect());
+    let (_, _, height, width) = noise.dims4()?;
+    let on = args.device.to_string();
+    check_sampling(
+        unet.config(),
+        encoders.vae().config(),
+        [height, width],
+        &on,
+        &limits,
+    )?;
     let columns = (prompts.len() as f64).sqrt().ceil() as usize;
     errln!(
         "{} from {} in {} {} steps, {guidance}",
@@ -234,12 +249,6 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
     if let (Some(revision), false) = (&args.revision, on_hub) {
         return wrong(format!(
             "--revision {revision}: has no effect, nothing is taken from the Hub"
-        ));
-    }
-    if !args.guidance.is_finite() || args.guidance < 0.0 {
-        return wrong(format!(
-            "--guidance {}: must be a finite number, 0 or more",
-            args.guidance
         ));
     }
     if args

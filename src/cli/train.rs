@@ -7,12 +7,14 @@ use coffey_pipeline::{Stream, StreamConfig, counted};
 
 use super::output::check_writable;
 use super::resources::{
-    DataAccess, content, encode_devices, source_options, start_monitor, stream_config, train_device,
+    DataAccess, check_memory, content, encode_devices, source_options, start_monitor,
+    stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
 use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::latents::LatentSource;
+use crate::memory::Command;
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
 use crate::signals::cancel_on_signals;
@@ -63,6 +65,13 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     if let Some(latents) = &latents {
         latents.check(&models)?;
     }
+    check_memory(
+        Command::Train,
+        &config,
+        content(latents.as_ref()),
+        Some(&models),
+        Some(&train_device),
+    )?;
     let runtime = access.runtime.handle();
     let stream_config = |order, batch_size| StreamConfig {
         content: content(latents.as_ref()),

@@ -6,7 +6,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_STEPS, integer};
 use super::limits::Limits;
+
+/// Bounds of the numbers in `[audit]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("audit.steps", 1, MAX_STEPS)];
 
 /// `[audit]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -24,7 +28,6 @@ fn default_steps() -> u64 {
 
 impl Audit {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
-        limits.folder_or_prefix("audit.dir", Some(&self.dir))?;
-        limits.positive("audit.steps", self.steps)
+        limits.folder_or_prefix("audit.dir", Some(&self.dir))
     }
 }

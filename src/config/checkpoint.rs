@@ -5,8 +5,15 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_STEPS, integer};
 use super::limits::{Limits, quoted};
 use super::values::in_s3;
+
+/// Bounds of the numbers in `[checkpoint]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("checkpoint.every", 1, MAX_STEPS),
+    integer("checkpoint.keep", 1, MAX_STEPS),
+];
 
 /// `[checkpoint]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,8 +42,6 @@ impl Default for Checkpoint {
 
 impl Checkpoint {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
-        limits.positive("checkpoint.every", self.every)?;
-        limits.positive("checkpoint.keep", self.keep as u64)?;
         if let Resume::From(checkpoint) = &self.resume {
             limits.folder_or_prefix("checkpoint.resume", Some(checkpoint))?;
             let ok = !in_s3(checkpoint) || checkpoint.components().count() > 2;

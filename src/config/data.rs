@@ -8,7 +8,27 @@ use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, integer, real};
 use super::limits::Limits;
+
+/// Bounds of the numbers in `[data]` and `[data.filter]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("data.max_samples", 1, 1_000_000_000_000),
+    integer("data.shuffle_buffer", 1, 10_000_000),
+    integer("data.shuffle_buffer_mb", 1, 1_000_000),
+    integer("data.open_shards", 1, 1024),
+    integer("data.decode_threads", 1, 1024),
+    integer("data.prefetch_batches", 1, 1024),
+    integer("data.cache_limit_gb", 1, 1_000_000),
+    real("data.max_bad_fraction", 0.0, 1.0),
+    integer("data.filter.min_size", 0, 1_000_000),
+    real("data.filter.max_pwatermark", 0.0, 1.0),
+    real("data.filter.max_punsafe", 0.0, 1.0),
+    real("data.filter.min_similarity", -1.0, 1.0),
+    real("data.filter.min_aesthetic", -1000.0, 1000.0),
+    integer("data.filter.min_caption_chars", 0, 1_000_000),
+    integer("data.filter.max_caption_chars", 0, 1_000_000),
+];
 
 /// `[data]`. The defaults that the stream has as well are taken from [`StreamConfig::default`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -127,17 +147,7 @@ impl Data {
                 }
             }
         }
-        if let Some(samples) = self.max_samples {
-            limits.positive("data.max_samples", samples)?;
-        }
-        limits.positive("data.shuffle_buffer", self.shuffle_buffer as u64)?;
-        limits.positive("data.shuffle_buffer_mb", self.shuffle_buffer_mb)?;
-        limits.positive("data.open_shards", self.open_shards as u64)?;
-        limits.positive("data.decode_threads", self.decode_threads as u64)?;
-        limits.positive("data.prefetch_batches", self.prefetch_batches as u64)?;
         limits.path("data.cache_dir", self.cache_dir.as_deref())?;
-        limits.positive("data.cache_limit_gb", self.cache_limit_gb)?;
-        limits.fraction("data.max_bad_fraction", self.max_bad_fraction)?;
         match &self.filter {
             Some(filter) => check_filter(filter, limits),
             None => Ok(()),
@@ -187,21 +197,6 @@ impl TextFrom {
 }
 
 fn check_filter(filter: &Filter, limits: &Limits<'_>) -> Result<(), ConfigError> {
-    if let Some(fraction) = filter.max_pwatermark {
-        limits.fraction("data.filter.max_pwatermark", fraction)?;
-    }
-    if let Some(fraction) = filter.max_punsafe {
-        limits.fraction("data.filter.max_punsafe", fraction)?;
-    }
-    if let Some(cosine) = filter.min_similarity {
-        let ok = (-1.0..=1.0).contains(&cosine);
-        let needs = "must be between -1 and 1";
-        limits.check("data.filter.min_similarity", cosine, ok, needs)?;
-    }
-    if let Some(score) = filter.min_aesthetic {
-        let needs = "must be a finite number";
-        limits.check("data.filter.min_aesthetic", score, score.is_finite(), needs)?;
-    }
     if let (Some(min), Some(max)) = (filter.min_caption_chars, filter.max_caption_chars) {
         let needs = format!("must not be above data.filter.max_caption_chars = {max}");
         limits.check("data.filter.min_caption_chars", min, min <= max, &needs)?;

@@ -3,11 +3,23 @@
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_GUIDANCE, integer, real};
 use super::limits::Limits;
 
 /// Timesteps of Stable Diffusion's noise schedule. `train` checks the solver's points against the teacher's own schedule as
 /// well, but only after the models are fetched, and without the line of the file.
 const TRAIN_TIMESTEPS: usize = 1000;
+
+/// Bounds of the numbers in `[distill]`. The square of `huber_c` is not 0 in f32.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("distill.num_ddim_timesteps", 1, TRAIN_TIMESTEPS as i64),
+    real("distill.w_min", 0.0, MAX_GUIDANCE),
+    real("distill.w_max", 0.0, MAX_GUIDANCE),
+    real("distill.huber_c", 1e-12, 1000.0),
+    real("distill.timestep_scaling", 0.001, 1e6),
+    real("distill.ema_decay", 0.0, 1.0),
+    real("distill.proportion_empty_prompts", 0.0, 1.0),
+];
 
 /// `[distill]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,21 +61,12 @@ impl Default for Distill {
 impl Distill {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
         let points = self.num_ddim_timesteps;
-        let ok = points > 0 && TRAIN_TIMESTEPS.is_multiple_of(points);
+        let ok = TRAIN_TIMESTEPS.is_multiple_of(points);
         let needs = format!("must divide {TRAIN_TIMESTEPS} evenly, as 50 does");
         limits.check("distill.num_ddim_timesteps", points, ok, &needs)?;
-        limits.not_negative("distill.w_min", self.w_min)?;
-        limits.not_negative("distill.w_max", self.w_max)?;
         let needs = format!("must not be above distill.w_max = {}", self.w_max);
         let ok = self.w_min <= self.w_max;
-        limits.check("distill.w_min", self.w_min, ok, &needs)?;
-        limits.above_zero("distill.huber_c", self.huber_c)?;
-        limits.above_zero("distill.timestep_scaling", self.timestep_scaling)?;
-        limits.fraction("distill.ema_decay", self.ema_decay)?;
-        limits.fraction(
-            "distill.proportion_empty_prompts",
-            self.proportion_empty_prompts,
-        )
+        limits.check("distill.w_min", self.w_min, ok, &needs)
     }
 }
 

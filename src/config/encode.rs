@@ -3,8 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, integer};
 use super::limits::Limits;
 use super::values::{DeviceSpec, FloatType};
+
+/// Bounds of the numbers in `[encode]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("encode.batch_size", 1, 65_536)];
 
 /// `[encode]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +42,6 @@ impl Encode {
         for (index, device) in self.devices.iter().enumerate() {
             limits.device(&format!("encode.devices[{index}]"), *device)?;
         }
-        limits.positive("encode.batch_size", self.batch_size as u64)
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@
 use coffey_pipeline::ImageOptions;
 use toml::Table;
 
+use super::bounds::{Bounds, integer};
 use super::limits::Limits;
 use super::parse::join;
 use super::{Config, ConfigError};
@@ -12,10 +13,16 @@ use super::{Config, ConfigError};
 /// after the models are fetched, and without the line of the file.
 const RESOLUTION_STEP: u32 = 8;
 
+/// Bounds of the numbers in `[image]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("image.resolution", 8, MAX_RESOLUTION as i64)];
+
+/// Greatest side of an image in pixels, for training and for sampling.
+pub const MAX_RESOLUTION: u32 = 8192;
+
 pub(super) fn check(image: &ImageOptions, limits: &Limits<'_>) -> Result<(), ConfigError> {
     let side = image.resolution;
-    let ok = side > 0 && side.is_multiple_of(RESOLUTION_STEP);
-    let needs = format!("must be a multiple of {RESOLUTION_STEP}, 8 or more");
+    let ok = side.is_multiple_of(RESOLUTION_STEP);
+    let needs = format!("must be a multiple of {RESOLUTION_STEP}");
     limits.check("image.resolution", side, ok, &needs)
 }
 

@@ -6,7 +6,11 @@ use coffey_pipeline::{CropMode, ImageOptions};
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, integer};
 use super::limits::Limits;
+
+/// Bounds of the numbers in `[latents]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("latents.crops", 1, 256)];
 
 /// `[latents]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,7 +40,6 @@ impl Latents {
         limits: &Limits<'_>,
     ) -> Result<(), ConfigError> {
         limits.folder_or_prefix("latents.output", Some(&self.output))?;
-        limits.positive("latents.crops", self.crops as u64)?;
         let random = image.crop == CropMode::Random || image.flip;
         let needs = "must be 1 where image.crop is \"center\" and image.flip false: all crops would be the same";
         limits.check(

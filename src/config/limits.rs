@@ -1,4 +1,5 @@
-//! The check of every value against its limits. Each table states the limits of its keys in its own file, with the helpers here.
+//! The check of values against each other and against what a number's bounds don't say. Each table states its limits in its own
+//! file, with the helpers here.
 
 use std::fmt::Display;
 use std::path::Path;
@@ -76,25 +77,6 @@ impl Limits<'_> {
             key: key.to_owned(),
             meaning: required::meaning(key),
         })
-    }
-
-    pub(super) fn positive(&self, key: &str, value: u64) -> Result<(), ConfigError> {
-        self.check(key, value, value >= 1, "must be 1 or more")
-    }
-
-    pub(super) fn fraction(&self, key: &str, value: f64) -> Result<(), ConfigError> {
-        let ok = (0.0..=1.0).contains(&value);
-        self.check(key, value, ok, "must be between 0 and 1")
-    }
-
-    pub(super) fn above_zero(&self, key: &str, value: f64) -> Result<(), ConfigError> {
-        let ok = value > 0.0 && value.is_finite();
-        self.check(key, value, ok, "must be a finite number above 0")
-    }
-
-    pub(super) fn not_negative(&self, key: &str, value: f64) -> Result<(), ConfigError> {
-        let ok = value >= 0.0 && value.is_finite();
-        self.check(key, value, ok, "must be a finite number, 0 or more")
     }
 
     /// Refuses an empty list, and a list with an empty word.

@@ -4,10 +4,12 @@
 //! configuration and `validation.prompts_file`, and does not decide what a value is used for.
 //!
 //! Each table has a file of its name with its keys, defaults and limits; `[s3]`, `[image]` and `[data.filter]` are option types of
-//! [`coffey_pipeline`]. `parse` turns text into structs, `limits` checks the values, `required` checks what one
+//! [`coffey_pipeline`]. `bounds` refuses
+//! numbers out of range, `parse` turns text into structs, `limits` checks the values, `required` checks what one
 //! command needs besides, and `resume` compares the configuration with that of a checkpoint.
 
 mod audit;
+mod bounds;
 mod checkpoint;
 mod data;
 mod distill;
@@ -40,12 +42,14 @@ use coffey_pipeline::{ImageOptions, S3Options};
 use serde::{Deserialize, Serialize};
 
 pub use audit::Audit;
+pub use bounds::MAX_GUIDANCE;
 pub use checkpoint::{Checkpoint, Resume};
 pub use data::{Data, DataKind, TextFrom};
 pub use distill::{Distill, LossKind};
 pub use encode::Encode;
 pub use error::{ConfigError, KeyValue, WrittenAt};
 pub use hub::Hub;
+pub use image::MAX_RESOLUTION;
 pub use latents::{Latents, TextKind};
 pub use metrics::{Listen, Metrics};
 pub use model::Model;

@@ -5,8 +5,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, integer};
 use super::limits::Limits;
 use super::model_ref::ModelRef;
+
+/// Bounds of the numbers in `[model]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("model.time_cond_proj_dim", 4, 65_536)];
 
 /// `[model]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,10 +49,7 @@ impl Model {
                     .all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b))
         });
         let needs = "must be a branch, a tag or a commit, as \"main\"";
-        limits.check("model.revision", format!("{revision:?}"), ok, needs)?;
-        let width = self.time_cond_proj_dim;
-        let needs = "must be 4 or more";
-        limits.check("model.time_cond_proj_dim", width, width >= 4, needs)
+        limits.check("model.revision", format!("{revision:?}"), ok, needs)
     }
 }
 

@@ -3,7 +3,19 @@
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_STEPS, integer, real};
 use super::limits::Limits;
+
+/// Bounds of the numbers in `[optimizer]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    real("optimizer.learning_rate", 1e-20, 10.0),
+    real("optimizer.beta1", 0.0, 0.999_999),
+    real("optimizer.beta2", 0.0, 0.999_999),
+    real("optimizer.weight_decay", 0.0, 100.0),
+    real("optimizer.epsilon", 1e-30, 1.0),
+    real("optimizer.max_grad_norm", 1e-12, 1e30),
+    integer("optimizer.warmup_steps", 0, MAX_STEPS),
+];
 
 /// `[optimizer]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -47,17 +59,6 @@ impl Default for Optimizer {
 
 impl Optimizer {
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
-        limits.above_zero("optimizer.learning_rate", self.learning_rate)?;
-        for (key, beta) in [
-            ("optimizer.beta1", self.beta1),
-            ("optimizer.beta2", self.beta2),
-        ] {
-            let needs = "must be 0 or more and below 1";
-            limits.check(key, beta, (0.0..1.0).contains(&beta), needs)?;
-        }
-        limits.not_negative("optimizer.weight_decay", self.weight_decay)?;
-        limits.above_zero("optimizer.epsilon", self.epsilon)?;
-        limits.above_zero("optimizer.max_grad_norm", self.max_grad_norm)?;
         let steps = self.warmup_steps;
         let ok = steps == 0 || self.schedule != Schedule::Constant;
         let needs = r#"has no effect with optimizer.schedule = "constant"; use another, as "constant_with_warmup""#;

@@ -3,8 +3,16 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::bounds::{Bounds, MAX_GUIDANCE, MAX_STEPS, integer, real};
 use super::limits::Limits;
 use super::{ConfigError, Validation};
+
+/// Bounds of the numbers in `[report]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("report.endpoint_captions", 0, 10_000),
+    integer("report.endpoint_every", 1, MAX_STEPS),
+    real("report.guidance", 0.0, MAX_GUIDANCE),
+];
 
 /// `[report]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,8 +46,6 @@ impl Report {
         validation: Option<&Validation>,
         limits: &Limits<'_>,
     ) -> Result<(), ConfigError> {
-        limits.positive("report.endpoint_every", self.endpoint_every)?;
-        limits.not_negative("report.guidance", self.guidance)?;
         let needs = "needs captions to draw: set validation.prompts or validation.prompts_file";
         let ok = !self.grid || validation.is_some();
         limits.check("report.grid", self.grid, ok, needs)

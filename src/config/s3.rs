@@ -3,10 +3,13 @@
 use coffey_pipeline::S3Options;
 
 use super::ConfigError;
+use super::bounds::{Bounds, integer};
 use super::limits::{Limits, quoted};
 
+/// Bounds of the numbers in `[s3]`.
+pub(super) const NUMBERS: &[Bounds] = &[integer("s3.max_attempts", 1, 1_000_000)];
+
 pub(super) fn check(s3: &S3Options, limits: &Limits<'_>) -> Result<(), ConfigError> {
-    limits.positive("s3.max_attempts", s3.max_attempts.into())?;
     if let Some(url) = &s3.endpoint_url {
         let ok = url.starts_with("http://") || url.starts_with("https://");
         let needs = "must start with http:// or https://";

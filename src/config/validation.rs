@@ -5,12 +5,21 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::bounds::{Bounds, MAX_GUIDANCE, MAX_STEPS, integer, real};
 use super::limits::{Limits, quoted};
 use super::parse::Origin;
 use crate::prompt_file;
 
 /// Sampling steps beyond which a latent consistency model has no timesteps left.
-const MAX_SAMPLING_STEPS: usize = 50;
+const MAX_SAMPLING_STEPS: i64 = 50;
+
+/// Bounds of the numbers in `[validation]`.
+pub(super) const NUMBERS: &[Bounds] = &[
+    integer("validation.every", 1, MAX_STEPS),
+    integer("validation.steps", 1, MAX_SAMPLING_STEPS),
+    real("validation.guidance", 0.0, MAX_GUIDANCE),
+    integer("validation.images_per_prompt", 1, 256),
+];
 
 /// `[validation]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,24 +74,14 @@ impl Validation {
     }
 
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
-        limits.positive("validation.every", self.every)?;
         if let Some(file) = &self.prompts_file {
             limits.path("validation.prompts_file", Some(file))?;
             let needs = "validation.prompts is set as well; keep one of the two";
             let alone = self.prompts.is_empty();
-            limits.check("validation.prompts_file", quoted(file), alone, needs)?;
-        } else {
-            limits.written("validation.prompts")?;
-            let needs = r#"needs at least one caption, as ["red apple"]"#;
-            limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)?;
+            return limits.check("validation.prompts_file", quoted(file), alone, needs);
         }
-        let ok = (1..=MAX_SAMPLING_STEPS).contains(&self.steps);
-        let needs = format!("must be between 1 and {MAX_SAMPLING_STEPS}");
-        limits.check("validation.steps", self.steps, ok, &needs)?;
-        limits.not_negative("validation.guidance", self.guidance)?;
-        limits.positive(
-            "validation.images_per_prompt",
-            self.images_per_prompt as u64,
-        )
+        limits.written("validation.prompts")?;
+        let needs = r#"needs at least one caption, as ["red apple"]"#;
+        limits.check("validation.prompts", "[]", !self.prompts.is_empty(), needs)
     }
 }

@@ -1,5 +1,6 @@
 //! `scheduler_config.json`: what of it decides the forward process, and what is refused.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
@@ -8,7 +9,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::schedule::{Prediction, single};
-use crate::models::{did_you_mean, fingerprint_text, nearest_key, warn_once};
+use crate::models::{did_you_mean, fingerprint_text, nearest_key, numbers, warn_once};
 
 /// Faults of a scheduler's configuration.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +80,14 @@ const KEYS: &[&str] = &[
     "use_lu_lambdas",
     "variance_type",
 ];
+
+/// Keys with the numbers that they may have.
+const NUMBERS: [(&str, RangeInclusive<f64>); 3] = [
+    ("num_train_timesteps", 2.0..=MOST_TIMESTEPS as f64),
+    ("beta_start", 0.0..=1.0),
+    ("beta_end", 0.0..=1.0),
+];
+const MOST_TIMESTEPS: usize = 100_000;
 
 /// How the names of diffusers' schedulers begin that have no betas, or change them: their files read as a schedule of betas would be
 /// another model's.
@@ -189,6 +198,17 @@ fn check_keys(
             "\"use_flow_sigmas\": true is not supported: the model was trained by flow matching"
                 .to_owned(),
         );
+    }
+    for (key, range) in &NUMBERS {
+        let number = map.get(*key).filter(|value| value.is_number());
+        if let Some(number) = number
+            && !number.as_f64().is_some_and(|n| range.contains(&n))
+        {
+            faults.push(format!(
+                "\"{key}\": {number} is not supported; supported: {}",
+                numbers(range)
+            ));
+        }
     }
     // Keys with a leading underscore are notes of the library that wrote the file.
     let unknown = |key: &&String| !key.starts_with('_') && !KEYS.contains(&key.as_str());

@@ -83,12 +83,12 @@ impl Settings {
         let idle_timeout = match env_var("HF_HUB_DOWNLOAD_TIMEOUT") {
             None => IDLE_TIMEOUT,
             Some(value) => match value.parse() {
-                Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
+                Ok(seconds @ 1..=31_536_000) => Duration::from_secs(seconds),
                 _ => {
                     return Err(SettingsError {
                         name: "HF_HUB_DOWNLOAD_TIMEOUT",
                         value,
-                        needs: "must be a whole number of seconds, 1 or more",
+                        needs: "must be a whole number of seconds, 1 to 31536000",
                     });
                 }
             },

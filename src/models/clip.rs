@@ -1,5 +1,6 @@
 //! `CLIPTextModel`: token ids to text embeddings.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -7,7 +8,7 @@ use candle_nn::{Embedding, VarBuilder, embedding};
 use serde_json::json;
 
 use super::activation::Activation;
-use super::config::ConfigFile;
+use super::config::{ConfigFile, range};
 use super::layers::{LayerNorm, Linear};
 use super::{ModelError, TEXT_ENCODER_STEM, Weights};
 use crate::ops::{self, Attention};
@@ -80,19 +81,21 @@ impl ClipTextModel {
     ) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read(folder)?;
         file.only("model_type", &[json!("clip_text_model")]);
-        let width: usize = file.get("hidden_size", 512);
-        let hidden = file.get("intermediate_size", 2048);
-        let heads: usize = file.get("num_attention_heads", 8);
-        if heads == 0 || !width.is_multiple_of(heads) {
+        /// Rows of an embedding, and the width inside a layer.
+        const ROWS: RangeInclusive<usize> = 1..=10_000_000;
+        let width = file.whole("hidden_size", 512, range::WIDTH);
+        let hidden = file.whole("intermediate_size", 2048, ROWS);
+        let heads = file.whole("num_attention_heads", 8, range::WIDTH);
+        if !width.is_multiple_of(heads) {
             let known = format!("a divisor of {width}");
             file.refuse("num_attention_heads", heads, known);
         }
-        let eps = file.get("layer_norm_eps", 1e-5);
+        let eps = file.real("layer_norm_eps", 1e-5, range::EPS);
         let (vocab, positions) = (
-            file.get("vocab_size", 49408),
-            file.get("max_position_embeddings", 77),
+            file.whole("vocab_size", 49408, ROWS),
+            file.whole("max_position_embeddings", 77, ROWS),
         );
-        let layers: usize = file.get("num_hidden_layers", 12);
+        let layers = file.whole("num_hidden_layers", 12, range::LAYERS);
         let name: String = file.get("hidden_act", "quick_gelu".to_owned());
         let activation = Activation::of_clip(&name)
             .ok_or_else(|| file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));

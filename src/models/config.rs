@@ -2,10 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::activation::Activation;
 use super::weights::read_json;
@@ -16,6 +18,23 @@ use super::{ModelError, did_you_mean};
 pub(super) struct Class {
     pub(super) name: &'static str,
     pub(super) keys: &'static [&'static str],
+}
+
+/// Numbers that are accepted, far above those of known models: what such a configuration needs fits into integers and is compared
+/// with the weights before anything is allocated.
+pub(super) mod range {
+    use std::ops::RangeInclusive;
+
+    /// Channels of a feature map and widths of embeddings.
+    pub(in crate::models) const WIDTH: RangeInclusive<usize> = 1..=65_536;
+    /// Blocks and layers one after another.
+    pub(in crate::models) const LAYERS: RangeInclusive<usize> = 1..=1000;
+    /// Term that keeps a norm's division finite.
+    pub(in crate::models) const EPS: RangeInclusive<f64> = 0.0..=1.0;
+    /// Divisors and factors.
+    pub(in crate::models) const FACTOR: RangeInclusive<f64> = 1e-6..=1e6;
+    /// Resolutions of a network, each half of the one before.
+    pub(super) const LEVELS: RangeInclusive<usize> = 1..=10;
 }
 
 /// Keys that diffusers' `EMAModel.save_pretrained` adds to the configuration of the averaged model.
@@ -156,21 +175,40 @@ impl ConfigFile {
         activation
     }
 
-    /// A number that must be above 0.
-    pub(super) fn positive(&self, key: &str, default: usize) -> usize {
-        match self.get(key, default) {
-            0 => {
-                self.refuse(key, 0, "a number above 0");
-                default
-            }
-            n => n,
+    /// A whole number in `range`.
+    pub(super) fn whole(&self, key: &str, default: usize, range: RangeInclusive<usize>) -> usize {
+        let number = self.get(key, Number::from(default));
+        let found = number.as_u64().and_then(|n| usize::try_from(n).ok());
+        found.filter(|n| range.contains(n)).unwrap_or_else(|| {
+            self.refuse_number(key, number, &range);
+            default
+        })
+    }
+
+    /// A number in `range`.
+    pub(super) fn real(&self, key: &str, default: f64, range: RangeInclusive<f64>) -> f64 {
+        let number: f64 = self.get(key, default);
+        if range.contains(&number) {
+            return number;
         }
+        self.refuse_number(key, number, &range);
+        default
+    }
+
+    /// Refuses a number that is not in `range`.
+    pub(super) fn refuse_number<T: Display>(
+        &self,
+        key: &str,
+        found: impl Display,
+        range: &RangeInclusive<T>,
+    ) {
+        self.refuse(key, found, numbers(range));
     }
 
     /// `norm_num_groups`, which must divide `channels`.
     pub(super) fn groups(&self, channels: &[usize]) -> usize {
-        let groups: usize = self.get("norm_num_groups", 32);
-        if groups == 0 || channels.iter().any(|c| c % groups != 0) {
+        let groups = self.whole("norm_num_groups", 32, range::WIDTH);
+        if channels.iter().any(|c| c % groups != 0) {
             let known = format!("a divisor of every one of {channels:?}");
             self.refuse("norm_num_groups", groups, known);
         }
@@ -196,8 +234,12 @@ impl ConfigFile {
         const KEY: &str = "block_out_channels";
         let before = self.faults.borrow().len();
         let channels: Vec<usize> = self.get(KEY, default.to_vec());
-        if channels.is_empty() || channels.contains(&0) {
-            self.refuse(KEY, format!("{channels:?}"), "one or more numbers above 0");
+        let count = channels.len();
+        if !range::LEVELS.contains(&count) || channels.iter().any(|c| !range::WIDTH.contains(c)) {
+            let shown = &channels[..count.min(*range::LEVELS.end())];
+            let (most, each) = (range::LEVELS.end(), numbers(&range::WIDTH));
+            let known = format!("a list of 1 to {most} {each}");
+            self.refuse(KEY, format!("{shown:?}"), known);
         }
         if self.faults.borrow().len() > before {
             // All other lists have as many entries, so nothing more can be said.
@@ -214,12 +256,7 @@ impl ConfigFile {
     }
 
     /// Records a key whose value is not supported.
-    pub(super) fn refuse(
-        &self,
-        key: &str,
-        found: impl std::fmt::Display,
-        supported: impl std::fmt::Display,
-    ) {
+    pub(super) fn refuse(&self, key: &str, found: impl Display, supported: impl Display) {
         self.fault(unsupported(key, found, supported));
     }
 
@@ -227,18 +264,19 @@ impl ConfigFile {
     pub(super) fn unsupported(
         &self,
         key: &str,
-        found: impl std::fmt::Display,
-        supported: impl std::fmt::Display,
+        found: impl Display,
+        supported: impl Display,
     ) -> ModelError {
         self.invalid(unsupported(key, found, supported))
     }
 }
 
-fn unsupported(
-    key: &str,
-    found: impl std::fmt::Display,
-    supported: impl std::fmt::Display,
-) -> String {
+/// The numbers in a range, for a message.
+pub(crate) fn numbers<T: Display>(range: &RangeInclusive<T>) -> String {
+    format!("numbers from {} to {}", range.start(), range.end())
+}
+
+fn unsupported(key: &str, found: impl Display, supported: impl Display) -> String {
     format!("\"{key}\": {found} is not supported; supported: {supported}")
 }
 

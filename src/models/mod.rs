@@ -27,7 +27,7 @@ mod weight_names;
 mod weights;
 
 pub use clip::ClipTextModel;
-pub(crate) use config::{nearest_key, warn_once};
+pub(crate) use config::{nearest_key, numbers, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
 pub(crate) use fingerprint::text as fingerprint_text;
 pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
@@ -38,7 +38,8 @@ pub use unet::{UNet, UNetConfig};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, file_names, index_shards};
 pub use weights::{
-    Weights, config_text, model_metadata, save_model, tensor_names, weights_file, write_safetensors,
+    Weights, config_text, count_parameters, model_metadata, save_model, tensor_names, weights_file,
+    write_safetensors,
 };
 
 use std::path::PathBuf;

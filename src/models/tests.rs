@@ -308,7 +308,7 @@ fn config_refuses_keys_that_are_not_built_by_name() {
             json!("UNet3DConditionModel"),
             &["UNet2DConditionModel"],
         ),
-        ("block_out_channels", json!([]), &["above 0"]),
+        ("block_out_channels", json!([]), &["1 to 10 numbers"]),
         (
             "block_out_channels",
             json!([9, 9]),
@@ -330,7 +330,7 @@ fn config_refuses_keys_that_are_not_built_by_name() {
             &["UNetMidBlock2D"],
         ),
         ("layers_per_block", json!([1, 2]), &["one value or 1"]),
-        ("layers_per_block", json!(0), &["above 0"]),
+        ("layers_per_block", json!(0), &["from 1 to 1000"]),
         ("layers_per_block", json!("two"), &["two", "one value"]),
         ("norm_num_groups", json!(null), &["null"]),
         ("norm_num_groups", json!(2), &["divisor"]),

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::activation::Activation;
 use super::blocks::{Downsample, NormConfig, ResnetBlock, ResnetConfig, Upsample};
-use super::config::{Class, ConfigFile};
+use super::config::{Class, ConfigFile, range};
 use super::layers::{Conv2d, GroupNorm, Projection};
 use super::unet::WEIGHTS_STEM;
 use super::{ModelError, Weights};
@@ -78,9 +78,9 @@ impl VaeConfig {
             }
         }
         let config = Self {
-            latent_channels: file.positive("latent_channels", 4),
-            scaling_factor: file.get("scaling_factor", 0.18215),
-            layers_per_block: file.positive("layers_per_block", 1),
+            latent_channels: file.whole("latent_channels", 4, range::WIDTH),
+            scaling_factor: file.real("scaling_factor", 0.18215, range::FACTOR),
+            layers_per_block: file.whole("layers_per_block", 1, range::LAYERS),
             resnet: ResnetConfig {
                 norm: NormConfig {
                     groups: file.groups(&block_out_channels),
@@ -102,6 +102,11 @@ impl VaeConfig {
     pub fn head_width(&self) -> Option<usize> {
         let widest = self.block_out_channels.last().copied();
         widest.filter(|_| self.mid_attention)
+    }
+
+    /// Channels of the first level.
+    pub fn base_channels(&self) -> usize {
+        self.block_out_channels[0]
     }
 
     /// Pixels of a latent along one side.

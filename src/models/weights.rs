@@ -188,6 +188,34 @@ pub(super) fn weight_files(
     Ok((path, shards.collect()))
 }
 
+/// Number of parameters in the weights of a folder, from the headers of its files: those of floating-point tensors whose names are
+/// `wanted`.
+///
+/// # Errors
+/// As [`Weights::load`].
+pub fn count_parameters(
+    folder: &Path,
+    stem: &str,
+    wanted: impl Fn(&str) -> bool + Sync,
+) -> Result<u64, ModelError> {
+    let (origin, shards) = weight_files(folder, stem)?;
+    let files: BTreeSet<PathBuf> = match shards.is_empty() {
+        true => [origin].into(),
+        false => shards.into_values().collect(),
+    };
+    let mut sum = 0;
+    for file in files {
+        let counts = mapped::map_tensors(&file, |name, tensor| {
+            let float = DType::try_from(tensor.dtype()).is_ok_and(|dtype| dtype.is_float());
+            let counted = float && wanted(&unwrapped(name));
+            let numbers: usize = tensor.shape().iter().product();
+            Ok(if counted { numbers as u64 } else { 0 })
+        })?;
+        sum += counts.into_values().sum::<u64>();
+    }
+    Ok(sum)
+}
+
 /// Names of the tensors of a safetensors file, in name order; none if it is no such file.
 pub fn tensor_names(path: &Path) -> Vec<String> {
     let read = || {

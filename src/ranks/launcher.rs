@@ -86,10 +86,11 @@ impl Environment<'_> {
     fn number(&self, name: &str) -> Result<Option<usize>, LauncherError> {
         (self.0)(name)
             .map(|value| {
-                let number = value.trim().parse();
-                number.map_err(|_| {
+                let number = value.trim().parse::<u32>();
+                number.map(|number| number as usize).map_err(|_| {
                     LauncherError(format!(
-                        "{name} = {value:?} is not a whole number; unset it or give --rank and --world"
+                        "{name} = {value:?} is not a whole number from 0 to {}; unset it or give --rank and --world",
+                        u32::MAX
                     ))
                 })
             })
@@ -198,6 +199,8 @@ mod tests {
                 .contains("RANK and WORLD_SIZE: rank 8 of 8")
         );
         assert!(refused(&[("RANK", "x"), ("WORLD_SIZE", "8")]).contains("RANK = \"x\""));
+        let large = (1u64 << 33).to_string();
+        assert!(refused(&[("RANK", "0"), ("WORLD_SIZE", &large)]).contains("from 0 to 4294967295"));
         assert!(refused(&[("JOB_COMPLETION_INDEX", "1")]).contains("JOB_COMPLETIONS"));
         assert_eq!(
             found(&[("RANK", "x")]),

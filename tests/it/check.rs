@@ -42,8 +42,8 @@ fn check_reports_every_step() {
         "first sample",
         "encoders",
         "teacher",
-        "dry run",
         "memory",
+        "dry run",
     ];
     assert_eq!(steps, names.map(|name| (name, "ok")));
     let parts = report["memory"]["parts"].as_array().unwrap();

@@ -18,6 +18,7 @@ mod latents;
 mod model_forms;
 mod model_sources;
 mod models;
+mod numbers;
 mod open_files;
 mod own_files;
 mod pack;

@@ -306,13 +306,13 @@ fn sample_refuses_bad_options() {
             words,
         );
     };
-    wrong(&["--steps", "0"], &["--steps 0", "between 1 and"]);
+    wrong(&["--steps", "0"], &["--steps", "at least 1"]);
     wrong(
         &["--steps", "51", "--scheduler", "lcm"],
         &["--steps 51", "50"],
     );
     wrong(&["--height", "30"], &["--height 30", "multiple of 4"]);
-    wrong(&["--guidance", "inf"], &["--guidance"]);
+    wrong(&["--guidance", "inf"], &["--guidance", "finite number"]);
     wrong(&["--scheduler", "euler"], &["euler", "lcm", "ddim"]);
     wrong(&["--teacher", "nowhere"], &["--teacher nowhere"]);
     let file = folder.path().join("noise.npy");

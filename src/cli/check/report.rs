@@ -3,8 +3,8 @@
 use serde::Serialize;
 
 use super::cost::Cost;
-use super::memory::{MemoryPlan, Verdict};
 use crate::cli::{Failure, with_causes};
+use crate::memory::{MemoryPlan, Verdict};
 
 /// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -71,13 +71,13 @@ impl CheckReport {
         self.cost = Some(cost);
     }
 
-    /// Records the memory plan. One that a card can't hold is an error.
+    /// Records the memory plan. One that the machine or a card can't hold is an error.
     pub(super) fn memory(&mut self, plan: MemoryPlan) -> Result<(), Failure> {
         let (verdict, message) = plan.verdict();
         let status = match verdict {
             Verdict::Enough => StepStatus::Ok,
             Verdict::MoreThanFree => StepStatus::Warning,
-            Verdict::MoreThanCard => StepStatus::Error,
+            Verdict::MoreThanThere => StepStatus::Error,
         };
         self.line("memory", status, message.clone());
         if !self.quiet {
@@ -87,7 +87,7 @@ impl CheckReport {
         }
         self.memory = Some(plan);
         match verdict {
-            Verdict::MoreThanCard => Err(Failure::Usage(message.into())),
+            Verdict::MoreThanThere => Err(Failure::Usage(message.into())),
             _ => Ok(()),
         }
     }

@@ -7,6 +7,7 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
+use crate::config::bounds;
 use crate::config::error::{ConfigError, KeyValue, WrittenAt};
 
 /// Where each key was written. All origins are equal, so that configurations compare by their values alone.
@@ -102,14 +103,15 @@ impl Document {
         let spanned = DeTable::parse(text).map_err(syntax)?;
         note_lines(text, "", spanned.get_ref(), &mut lines);
 
+        let origin = Origin {
+            file: file.to_owned(),
+            lines,
+            ..Origin::default()
+        };
+        refuse_beyond("", spanned.get_ref(), &origin)?;
         let mut document = Self {
             root: toml::from_str(text).map_err(syntax)?,
-            origin: Origin {
-                file: file.to_owned(),
-                lines,
-                arguments: BTreeMap::new(),
-                written: BTreeSet::new(),
-            },
+            origin,
         };
         for argument in overrides {
             document.set(argument)?;
@@ -138,6 +140,14 @@ impl Document {
                 "{key:?} is not a key; write table.key=value, as train.max_steps=10"
             )));
         }
+        // This argument replaces earlier arguments for keys inside its table.
+        let inside = format!("{key}.");
+        let arguments = &mut self.origin.arguments;
+        arguments.retain(|known, _| !known.starts_with(&inside));
+        arguments.insert(key.to_owned(), shown(argument));
+        if let Ok(value) = DeValue::parse(text) {
+            refuse_beyond_at(key, value.get_ref(), &self.origin)?;
+        }
         let value = override_value(text).map_err(wrong)?;
 
         let mut table = &mut self.root;
@@ -157,14 +167,6 @@ impl Document {
             };
             table = inner;
         }
-        // This argument replaces earlier arguments for keys inside its table.
-        let inside = format!("{key}.");
-        self.origin
-            .arguments
-            .retain(|known, _| !known.starts_with(&inside));
-        self.origin
-            .arguments
-            .insert(key.to_owned(), shown(argument));
         Ok(())
     }
 }
@@ -198,6 +200,36 @@ fn override_value(text: &str) -> Result<Value, String> {
         )),
         Err(_) => Ok(Value::String(text.to_owned())),
     }
+}
+
+/// Refuses the first number below `table` that is beyond those of TOML, whose parser names neither the key nor the bound.
+fn refuse_beyond(prefix: &str, table: &DeTable<'_>, origin: &Origin) -> Result<(), ConfigError> {
+    table.iter().try_for_each(|(key, value)| {
+        refuse_beyond_at(&join(prefix, key.get_ref()), value.get_ref(), origin)
+    })
+}
+
+/// As [`refuse_beyond`], for the value at `key`.
+fn refuse_beyond_at(key: &str, value: &DeValue<'_>, origin: &Origin) -> Result<(), ConfigError> {
+    let number = match value {
+        DeValue::Table(inner) => return refuse_beyond(key, inner, origin),
+        DeValue::Integer(number)
+            if i64::from_str_radix(number.as_str(), number.radix()).is_err() =>
+        {
+            number.to_string()
+        }
+        DeValue::Float(number)
+            if !number.as_str().ends_with("inf")
+                && number.as_str().parse().is_ok_and(f64::is_infinite) =>
+        {
+            number.to_string()
+        }
+        _ => return Ok(()),
+    };
+    Err(ConfigError::Invalid {
+        needs: bounds::beyond(key, number.starts_with('-')),
+        entry: origin.entry(key, number),
+    })
 }
 
 /// Records the line of every key below `table`.

@@ -1,7 +1,8 @@
 //! From the text of a configuration and its `-s` overrides to structs.
 //!
 //! Three passes: `document` merges text and overrides into one table that knows where each key was written; `keys` refuses unknown
-//! keys; `decode` turns the table into structs. The limits of values are checked after that, outside this module.
+//! keys; `decode` turns the table into structs. Before it `bounds` checks the numbers, and after it `limits` the other values, outside
+//! this module.
 
 mod decode;
 mod document;
@@ -9,7 +10,7 @@ mod keys;
 
 use toml::Value;
 
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, bounds};
 use document::Document;
 
 pub(super) use document::{Origin, flatten, join};
@@ -26,6 +27,7 @@ pub(super) fn parse(
     keys::refuse_unknown(&document)?;
     let Document { root, mut origin } = document;
     origin.note(&root);
+    bounds::check(&root, &origin)?;
     let mut config: Config = decode::decode(&Value::Table(root), &origin)?;
     config.origin = origin;
     Ok(config)

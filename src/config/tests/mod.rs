@@ -1,5 +1,6 @@
 //! Valid configurations.
 
+mod numbers;
 mod refusals;
 
 use std::path::Path;

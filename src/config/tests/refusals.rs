@@ -41,7 +41,7 @@ fn bad_override_names_its_argument() {
     );
     assert_eq!(
         refused("train.max_steps=0"),
-        "-s train.max_steps=0: key train.max_steps = 0: must be 1 or more"
+        "-s train.max_steps=0: key train.max_steps = 0: must be at least 1"
     );
     // The error names the last argument that sets the key.
     let message = parse(MINIMAL, &["s3.max_attempts=0", "s3={ max_attempts = 0 }"]).unwrap_err();
@@ -95,7 +95,7 @@ fn wrong_type_names_found_and_needed_type() {
         ),
         (
             "open_shards = -1\n",
-            "key data.open_shards = -1: needs a whole number, 0 or more",
+            "key data.open_shards = -1: must be at least 1",
         ),
         (
             "open_shards = 2020-01-01\n",

@@ -346,7 +346,7 @@ fn length(config: &Keys) -> Result<usize, ModelError> {
     let length = length.map_or_else(|| config.get("max_len"), |length| Ok(Some(length)))?;
     match length {
         Some(length) if length < 2.0 => {
-            Err(config.invalid("\"model_max_length\" must be 2 or more".to_owned()))
+            Err(config.invalid("\"model_max_length\" must be at least 2".to_owned()))
         }
         Some(length) if length <= NO_LIMIT => Ok(length as usize),
         _ => Ok(LENGTH),

@@ -1,15 +1,16 @@
 //! A UNet's `config.json`: which network it describes, with diffusers' meaning and defaults.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Number, Value, json};
 
-use crate::models::ModelError;
 use crate::models::activation::Activation;
 use crate::models::blocks::{NormConfig, ResnetConfig, TimeConfig};
-use crate::models::config::{Class, ConfigFile};
+use crate::models::config::{Class, ConfigFile, range};
 use crate::models::transformer::TransformerConfig;
+use crate::models::{ModelError, numbers};
 use crate::ops::Attention;
 
 const CLASS: Class = Class {
@@ -177,14 +178,17 @@ impl UNetConfig {
         let channels = file.levels(&[320, 640, 1280, 1280])?;
         let base = channels[0];
         let activation = file.activation("act_fn").unwrap_or(Activation::Silu);
-        let width = match file.optional("time_embedding_dim") {
-            None | Some(0) => 4 * base,
-            Some(width) => width,
+        let width = match file.optional::<Number>("time_embedding_dim") {
+            None => 4 * base,
+            Some(_) => match file.whole("time_embedding_dim", 0, 0..=4 * range::WIDTH.end()) {
+                0 => 4 * base,
+                width => width,
+            },
         };
         let resnet = ResnetConfig {
             norm: NormConfig {
                 groups: file.groups(&channels),
-                eps: file.get("norm_eps", 1e-5),
+                eps: file.real("norm_eps", 1e-5, range::EPS),
             },
             activation,
             time: Some(TimeConfig {
@@ -195,27 +199,25 @@ impl UNetConfig {
         };
         let time = TimeEmbeddingConfig {
             flip_sin_to_cos: file.get("flip_sin_to_cos", true),
-            freq_shift: file.get("freq_shift", 0.0),
+            freq_shift: freq_shift(&file, base),
             width,
             activation,
             post: file.activation("timestep_post_act"),
             last: file.activation("time_embedding_act_fn"),
         };
         let config = Self {
-            in_channels: file.positive("in_channels", 4),
-            out_channels: file.positive("out_channels", 4),
-            sample_size: match file.optional("sample_size") {
-                None => [64; 2],
-                Some(SampleSize::Square(side)) => [side; 2],
-                Some(SampleSize::Sides(sides)) => sides,
-            },
+            in_channels: file.whole("in_channels", 4, range::WIDTH),
+            out_channels: file.whole("out_channels", 4, range::WIDTH),
+            sample_size: sample_size(&file),
             cross_attention_dim: 0,
-            time_cond_proj_dim: file.optional("time_cond_proj_dim"),
+            time_cond_proj_dim: file
+                .optional::<Number>("time_cond_proj_dim")
+                .map(|_| file.whole("time_cond_proj_dim", 256, range::WIDTH)),
             down: Vec::new(),
             mid: None,
             up: Vec::new(),
             resnet,
-            mid_scale: file.get("mid_block_scale_factor", 1.0),
+            mid_scale: file.real("mid_block_scale_factor", 1.0, range::FACTOR),
             time,
             center_input: file.get("center_input_sample", false),
             conv_in_kernel: odd(&file, "conv_in_kernel"),
@@ -325,18 +327,17 @@ impl Levels {
     fn read(file: &ConfigFile, channels: &[usize]) -> Result<Self, ModelError> {
         let levels = channels.len();
         let last = levels - 1;
-        let layers = per_level(file, "layers_per_block", 2usize, levels)?;
-        if layers.contains(&0) {
-            return Err(file.unsupported(
-                "layers_per_block",
-                format!("{layers:?}"),
-                "numbers above 0",
-            ));
-        }
+        let layers = numbers_per_level(file, "layers_per_block", 2, levels, range::LAYERS)?;
         // In diffusers the key attention_head_dim holds the number of heads.
-        let heads = per_level(file, "attention_head_dim", 8usize, levels)?;
+        let heads = numbers_per_level(
+            file,
+            "attention_head_dim",
+            8,
+            levels,
+            0..=*range::WIDTH.end(),
+        )?;
         let only_cross = per_level(file, "only_cross_attention", false, levels)?;
-        let widths = per_level(file, "cross_attention_dim", 1280usize, levels)?;
+        let widths = numbers_per_level(file, "cross_attention_dim", 1280, levels, range::WIDTH)?;
         let depths = per_level(file, "transformer_layers_per_block", Depth::Same(1), levels)?;
         let up_depths = match file.optional::<Vec<Depth>>("reverse_transformer_layers_per_block") {
             Some(depths) if depths.len() == levels => depths,
@@ -358,8 +359,14 @@ impl Levels {
                 let known = format!("a number of heads from 1 to {} channels", channels[level]);
                 return Err(file.unsupported("attention_head_dim", heads[level], known));
             }
-            let Some(depths) = depth.of(count) else {
-                let known = format!("an integer or {count} of them for the level's {count} blocks");
+            let depths = depth
+                .of(count)
+                .filter(|depths| depths.iter().all(|n| range::LAYERS.contains(n)));
+            let Some(depths) = depths else {
+                let known = format!(
+                    "{} or {count} of them for the level's {count} blocks",
+                    numbers(&range::LAYERS)
+                );
                 return Err(file.unsupported(key, format!("{depth:?}"), known));
             };
             Ok(AttentionConfig {
@@ -467,6 +474,47 @@ fn per_level<T: Clone + serde::de::DeserializeOwned>(
     }
 }
 
+/// A key's number in `range` for each level.
+fn numbers_per_level(
+    file: &ConfigFile,
+    key: &str,
+    default: usize,
+    levels: usize,
+    range: RangeInclusive<usize>,
+) -> Result<Vec<usize>, ModelError> {
+    let each = per_level(file, key, default, levels)?;
+    match each.iter().find(|number| !range.contains(number)) {
+        Some(number) => Err(file.unsupported(key, number, numbers(&range))),
+        None => Ok(each),
+    }
+}
+
+/// `sample_size`. Only a default for the size of samples.
+fn sample_size(file: &ConfigFile) -> [usize; 2] {
+    const KEY: &str = "sample_size";
+    const SIDE: RangeInclusive<usize> = 1..=8192;
+    let sides = match file.optional(KEY) {
+        None => [64; 2],
+        Some(SampleSize::Square(side)) => [side; 2],
+        Some(SampleSize::Sides(sides)) => sides,
+    };
+    if let Some(side) = sides.iter().find(|side| !SIDE.contains(side)) {
+        file.refuse_number(KEY, side, &SIDE);
+    }
+    sides
+}
+
+/// `freq_shift`, which is subtracted from half of the width of the sinusoidal embedding, a divisor.
+fn freq_shift(file: &ConfigFile, width: usize) -> f64 {
+    const KEY: &str = "freq_shift";
+    let shift = file.real(KEY, 0.0, 0.0..=1.0);
+    let half = width / 2;
+    if half > 0 && half as f64 <= shift {
+        file.refuse(KEY, shift, format!("numbers below {half}"));
+    }
+    shift
+}
+
 /// For each level, whether its block type is `cross` and not `plain`.
 fn block_types(
     file: &ConfigFile,
@@ -495,7 +543,7 @@ fn block_types(
 
 /// A kernel's size, which must be odd.
 fn odd(file: &ConfigFile, key: &str) -> usize {
-    let kernel: usize = file.get(key, 3);
+    let kernel = file.whole(key, 3, 1..=31);
     if kernel.is_multiple_of(2) {
         file.refuse(key, kernel, "an odd number");
     }

@@ -1,0 +1,85 @@
+//! Numbers on the command line: parsers with bounds, whose messages are those of the configuration.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use crate::config::MAX_GUIDANCE;
+
+/// Greatest number of processes that share the shards.
+pub(super) const MAX_WORLD: usize = 1 << 20;
+
+/// A parser of whole numbers in `range`.
+pub(super) fn whole<T>(
+    range: RangeInclusive<T>,
+) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static
+where
+    T: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,
+{
+    move |text| {
+        let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(format!(
+                "must be a whole number, {} to {}",
+                range.start(),
+                range.end()
+            ));
+        }
+        match text.parse::<T>() {
+            Ok(number) if range.contains(&number) => Ok(number),
+            Ok(number) if number < *range.start() => Err(at_least(range.start())),
+            Err(_) if text.starts_with('-') => Err(at_least(range.start())),
+            _ => Err(format!("must be at most {}", range.end())),
+        }
+    }
+}
+
+/// Parses a guidance scale.
+pub(super) fn guidance(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(scale) if !scale.is_finite() => Err("must be a finite number".to_owned()),
+        Ok(scale) if scale < 0.0 => Err(at_least(&0)),
+        Ok(scale) if scale > MAX_GUIDANCE => Err(format!("must be at most {MAX_GUIDANCE}")),
+        Ok(scale) => Ok(scale),
+        Err(_) => Err(format!("must be a number, 0 to {MAX_GUIDANCE}")),
+    }
+}
+
+fn at_least(number: &impl Display) -> String {
+    format!("must be at least {number}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_out_of_range_name_their_bound() {
+        let steps = whole(1usize..=50);
+        assert_eq!(steps("50"), Ok(50));
+        let nines = "9".repeat(30);
+        for (text, message) in [
+            ("0", "must be at least 1"),
+            ("-1", "must be at least 1"),
+            (&format!("-{nines}"), "must be at least 1"),
+            ("51", "must be at most 50"),
+            (&nines, "must be at most 50"),
+            ("", "must be a whole number, 1 to 50"),
+            ("1.5", "must be a whole number, 1 to 50"),
+            ("nan", "must be a whole number, 1 to 50"),
+        ] {
+            assert_eq!(steps(text).unwrap_err(), message, "{text}");
+        }
+        assert_eq!(whole(0..=u64::MAX)("18446744073709551615"), Ok(u64::MAX));
+        for (text, message) in [
+            ("nan", "must be a finite number"),
+            ("-inf", "must be a finite number"),
+            ("1e400", "must be a finite number"),
+            ("-0.5", "must be at least 0"),
+            ("1e300", "must be at most 1000"),
+            ("high", "must be a number, 0 to 1000"),
+        ] {
+            assert_eq!(guidance(text).unwrap_err(), message, "{text}");
+        }
+    }
+}

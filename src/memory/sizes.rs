@@ -1,0 +1,93 @@
+//! Sizes of models, from their configurations and the headers of their weights.
+
+use std::path::Path;
+
+use coffey_pipeline::Content;
+
+use crate::encode::Encoders;
+use crate::models::unet::WEIGHTS_STEM;
+use crate::models::{ModelError, TEXT_ENCODER_STEM, UNetConfig, VaeConfig, count_parameters};
+
+/// The command that a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// `coffey train`.
+    Train,
+    /// `coffey precompute`.
+    Precompute,
+    /// `coffey bench`: the stream of training without its models.
+    Bench,
+}
+
+/// What the estimate needs besides the configuration.
+#[derive(Clone, Debug)]
+pub struct Sizes {
+    /// The command.
+    pub command: Command,
+    /// Mean size of a sample in its shard, if it was measured. Bytes.
+    pub sample_bytes: Option<u64>,
+    /// Content of the shards.
+    pub content: Content,
+    /// The encoders; `None` for `bench`.
+    pub encoders: Option<EncoderSizes>,
+    /// The teacher, for `train`.
+    pub teacher: Option<TeacherSizes>,
+}
+
+/// Text encoder and VAE.
+#[derive(Clone, Copy, Debug)]
+pub struct EncoderSizes {
+    /// Parameters of the text encoder.
+    pub text: u64,
+    /// Parameters of the VAE, including its decoder.
+    pub vae: u64,
+    /// Parameters of the VAE's decoder.
+    pub vae_decoder: u64,
+    /// Channels of the VAE's first level.
+    pub vae_channels: u64,
+    /// Pixels of a latent along one side.
+    pub downscale: usize,
+}
+
+/// The network that is distilled.
+#[derive(Clone, Debug)]
+pub struct TeacherSizes {
+    /// Its parameters.
+    pub parameters: u64,
+    /// Its configuration.
+    pub unet: UNetConfig,
+}
+
+impl EncoderSizes {
+    /// Reads the encoders of the pipeline in the folder `pipeline`; the autoencoder in `vae` if it is given.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged.
+    pub fn read(pipeline: &Path, vae: Option<&Path>) -> Result<Self, ModelError> {
+        let [vae, text] = Encoders::folders(pipeline, vae);
+        let decodes =
+            |name: &str| name.starts_with("decoder.") || name.starts_with("post_quant_conv.");
+        let config = VaeConfig::read(&vae)?;
+        Ok(Self {
+            text: count_parameters(&text, TEXT_ENCODER_STEM, |_| true)?,
+            vae: count_parameters(&vae, WEIGHTS_STEM, |_| true)?,
+            vae_decoder: count_parameters(&vae, WEIGHTS_STEM, decodes)?,
+            vae_channels: config.base_channels() as u64,
+            downscale: config.downscale(),
+        })
+    }
+}
+
+impl TeacherSizes {
+    /// Reads the network of the pipeline in the folder `pipeline`.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged.
+    pub fn read(pipeline: &Path) -> Result<Self, ModelError> {
+        let folder = pipeline.join("unet");
+        Ok(Self {
+            unet: UNetConfig::read(&folder)?,
+            parameters: count_parameters(&folder, WEIGHTS_STEM, |_| true)?,
+        })
+    }
+}
