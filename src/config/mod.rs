@@ -41,7 +41,7 @@ use serde::{Deserialize, Serialize};
 pub use audit::Audit;
 pub use checkpoint::{Checkpoint, Resume};
 pub use data::{Data, DataKind, TextFrom};
-pub use distill::{Distill, LossKind};
+pub use distill::{Distill, LossKind, ObjectiveKind};
 pub use encode::Encode;
 pub use error::{ConfigError, KeyValue, WrittenAt};
 pub use hub::Hub;
