@@ -36,12 +36,22 @@ where
 
 /// Parses a guidance scale.
 pub(super) fn guidance(text: &str) -> Result<f64, String> {
+    real(text, MAX_GUIDANCE)
+}
+
+/// Parses a number from 0 to 1.
+pub(super) fn fraction(text: &str) -> Result<f64, String> {
+    real(text, 1.0)
+}
+
+/// Parses a number from 0 to `most`.
+fn real(text: &str, most: f64) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(scale) if !scale.is_finite() => Err("must be a finite number".to_owned()),
-        Ok(scale) if scale < 0.0 => Err(at_least(&0)),
-        Ok(scale) if scale > MAX_GUIDANCE => Err(format!("must be at most {MAX_GUIDANCE}")),
-        Ok(scale) => Ok(scale),
-        Err(_) => Err(format!("must be a number, 0 to {MAX_GUIDANCE}")),
+        Ok(number) if !number.is_finite() => Err("must be a finite number".to_owned()),
+        Ok(number) if number < 0.0 => Err(at_least(&0)),
+        Ok(number) if number > most => Err(format!("must be at most {most}")),
+        Ok(number) => Ok(number),
+        Err(_) => Err(format!("must be a number, 0 to {most}")),
     }
 }
 

@@ -13,9 +13,9 @@ use clap::{Args, ValueEnum};
 use image::RgbImage;
 
 use super::Failure;
-use super::numbers::{guidance, whole};
+use super::numbers::{fraction, guidance, whole};
 use super::resources::DataAccess;
-use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef};
+use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef, TCD_GAMMA};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{check_png, plain_grid, save_png};
@@ -31,7 +31,7 @@ use faults::{explain, refuse_one_colour};
 use pipeline_folders::{Given, ModelRequest, PipelineFolders, around_unet, environments_s3};
 
 /// Steps where --steps is not given.
-const LCM_STEPS: usize = 4;
+const STUDENT_STEPS: usize = 4;
 const DDIM_STEPS: usize = 50;
 /// Greatest number of --steps; that of a model is lower.
 const MAX_STEPS: usize = 100_000;
@@ -80,9 +80,12 @@ pub(super) struct SampleArgs {
     /// Width of the images in pixels [default: what the model was trained on]
     #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     width: Option<usize>,
-    /// How to sample [default: lcm for a student, ddim for a teacher]
+    /// How to sample [default: that of the run's objective or lcm for a student, ddim for a teacher]
     #[arg(long, value_enum)]
     scheduler: Option<Scheduler>,
+    /// Stochasticity of the tcd scheduler, 0 (deterministic) to 1 [default: the run's, or 0.3]
+    #[arg(long, value_name = "GAMMA", allow_negative_numbers = true, value_parser = fraction)]
+    eta: Option<f64>,
     /// Start from this noise, standard normal: .npy, f32 or f16, [1, C, h, w] for all prompts or [B, C, h, w] for one each.
     #[arg(long, value_name = "FILE.npy")]
     init_latents: Option<PathBuf>,
@@ -101,15 +104,8 @@ enum Scheduler {
     Lcm,
     /// DDIM over trailing timesteps.
     Ddim,
-}
-
-impl From<Scheduler> for SampleScheduler {
-    fn from(scheduler: Scheduler) -> Self {
-        match scheduler {
-            Scheduler::Lcm => Self::Lcm,
-            Scheduler::Ddim => Self::Ddim,
-        }
-    }
+    /// The sampler of trajectory consistency models.
+    Tcd,
 }
 
 /// The device of `--device`.
@@ -145,13 +141,13 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     )?;
     folders.check_fit(unet.config(), &encoders)?;
 
-    let plan = Plan::new(&args, &unet, schedule.len())?;
+    let plan = Plan::new(&args, &folders, &unet, schedule.len())?;
     let guidance = describe_guidance(&args, &folders.unet, unet.config().time_cond_proj_dim)?;
     let generator = Generator {
         denoiser: &unet,
         encoders: &encoders,
         schedule: &schedule,
-        scheduler: plan.scheduler.into(),
+        scheduler: plan.scheduler,
         steps: plan.steps,
         guidance: args.guidance,
         negative_prompt: args.negative_prompt.as_deref().unwrap_or_default(),
@@ -178,9 +174,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         },
         folders.unet.display(),
         plan.steps,
-        plan.scheduler
-            .to_possible_value()
-            .map_or(String::new(), |v| v.get_name().to_uppercase()),
+        plan.name(),
     );
     let images = draw(&generator, &prompts, &noise, &folders)?;
     save_png(&plain_grid(&images, columns), &args.out)?;
@@ -321,33 +315,66 @@ fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
 /// Sampler and steps, by the options or by the model.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
-    scheduler: Scheduler,
+    scheduler: SampleScheduler,
     steps: usize,
 }
 
 impl Plan {
-    fn new(args: &SampleArgs, unet: &UNet, timesteps: usize) -> Result<Self, Failure> {
+    fn new(
+        args: &SampleArgs,
+        folders: &PipelineFolders,
+        unet: &UNet,
+        timesteps: usize,
+    ) -> Result<Self, Failure> {
         let student = unet.config().time_cond_proj_dim.is_some();
-        let scheduler = args.scheduler.unwrap_or(if student {
-            Scheduler::Lcm
+        let own = if student {
+            folders.scheduler.unwrap_or(SampleScheduler::Lcm)
         } else {
-            Scheduler::Ddim
-        });
-        let (default, most, why) = match scheduler {
-            Scheduler::Lcm => (
-                LCM_STEPS,
-                LcmSampler::ORIGINAL_STEPS,
-                "with the lcm scheduler",
-            ),
-            Scheduler::Ddim => (DDIM_STEPS, timesteps, "the timesteps of this model"),
+            SampleScheduler::Ddim
         };
-        let steps = args.steps.unwrap_or(default);
+        let scheduler = match (args.scheduler, own) {
+            (None, own) => own,
+            (Some(Scheduler::Lcm), _) => SampleScheduler::Lcm,
+            (Some(Scheduler::Ddim), _) => SampleScheduler::Ddim,
+            (Some(Scheduler::Tcd), own @ SampleScheduler::Tcd { .. }) => own,
+            (Some(Scheduler::Tcd), _) => SampleScheduler::Tcd { gamma: TCD_GAMMA },
+        };
+        let scheduler = match (args.eta, scheduler) {
+            (None, scheduler) => scheduler,
+            (Some(gamma), SampleScheduler::Tcd { .. }) => SampleScheduler::Tcd { gamma },
+            (Some(_), _) => {
+                return Err(Failure::Usage(
+                    "--eta: has no effect, it belongs to --scheduler tcd".into(),
+                ));
+            }
+        };
+        let (most, why) = match scheduler {
+            SampleScheduler::Lcm => (LcmSampler::ORIGINAL_STEPS, "with the lcm scheduler"),
+            SampleScheduler::Tcd { .. } => (LcmSampler::ORIGINAL_STEPS, "with the tcd scheduler"),
+            SampleScheduler::Ddim => (timesteps, "the timesteps of this model"),
+        };
+        let few = match scheduler {
+            SampleScheduler::Lcm | SampleScheduler::Tcd { .. } => true,
+            SampleScheduler::Ddim => student && own == SampleScheduler::Ddim,
+        };
+        let steps = args
+            .steps
+            .unwrap_or(if few { STUDENT_STEPS } else { DDIM_STEPS });
         if !(1..=most).contains(&steps) {
             return Err(Failure::Usage(
                 format!("--steps {steps}: must be between 1 and {most}, {why}").into(),
             ));
         }
         Ok(Self { scheduler, steps })
+    }
+
+    /// The sampler, for messages.
+    fn name(&self) -> &'static str {
+        match self.scheduler {
+            SampleScheduler::Lcm => "LCM",
+            SampleScheduler::Ddim => "DDIM",
+            SampleScheduler::Tcd { .. } => "TCD",
+        }
     }
 }
 

@@ -45,7 +45,7 @@ pub use audit::Audit;
 pub use bounds::MAX_GUIDANCE;
 pub use checkpoint::{Checkpoint, Resume};
 pub use data::{Data, DataKind, TextFrom};
-pub use distill::{Distill, LossKind};
+pub use distill::{Distill, LossKind, ObjectiveKind, TCD_GAMMA};
 pub use encode::Encode;
 pub use error::{ConfigError, KeyValue, WrittenAt};
 pub use hub::Hub;

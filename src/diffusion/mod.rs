@@ -9,6 +9,7 @@ mod sampler;
 mod schedule;
 mod scheduler_config;
 mod solver;
+mod tcd;
 
 pub use boundary::BoundaryScaling;
 pub use guidance::{conditional_and_unconditional, guidance_embedding};
@@ -18,6 +19,7 @@ pub use sampler::{
 pub use schedule::{NoiseSchedule, Prediction};
 pub use scheduler_config::{ScheduleError, scheduler_settings};
 pub use solver::DdimSolver;
+pub use tcd::TcdSampler;
 
 use candle_core::{Result, Tensor};
 

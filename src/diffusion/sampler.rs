@@ -193,6 +193,11 @@ impl<'a> LcmSampler<'a> {
         }
     }
 
+    /// Timesteps of the steps, descending.
+    pub(super) fn timesteps(&self) -> &[i64] {
+        &self.timesteps
+    }
+
     fn denoise(&self, output: &Tensor, x: &Tensor, t: i64) -> Result<Tensor> {
         let original = self
             .schedule

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::public::{PublicModel, public_config, public_model, public_url};
 use super::{HubError, io};
-use crate::config::{Config, LossKind, Model};
+use crate::config::{Config, Distill, LossKind, Model, ObjectiveKind};
 
 /// Steps that the card's loss is averaged over.
 const LOSS_STEPS: usize = 100;
@@ -27,6 +27,49 @@ pub struct Card<'a> {
     pub id: &'a str,
     /// The run's folder.
     pub folder: &'a Path,
+}
+
+/// The scheduler that samples a student in diffusers.
+struct DiffusersScheduler {
+    class: &'static str,
+    /// Arguments of `from_config` besides the teacher's configuration.
+    options: String,
+    /// Further arguments of the pipeline's call.
+    call: String,
+}
+
+impl DiffusersScheduler {
+    fn of(distill: &Distill) -> Self {
+        let points = distill.num_ddim_timesteps;
+        match distill.objective {
+            ObjectiveKind::Lcm => Self {
+                class: "LCMScheduler",
+                options: format!(
+                    "original_inference_steps={points}, timestep_scaling={:?}",
+                    distill.timestep_scaling
+                ),
+                call: String::new(),
+            },
+            ObjectiveKind::Tcd => Self {
+                class: "TCDScheduler",
+                options: format!("original_inference_steps={points}"),
+                call: format!(", eta={:?}", distill.tcd_gamma()),
+            },
+            ObjectiveKind::Pcm => Self {
+                class: "DDIMScheduler",
+                options: "timestep_spacing=\"trailing\"".to_owned(),
+                call: String::new(),
+            },
+        }
+    }
+}
+
+fn model_name(objective: ObjectiveKind) -> &'static str {
+    match objective {
+        ObjectiveKind::Lcm => "Latent Consistency Model",
+        ObjectiveKind::Tcd => "Trajectory Consistency Model",
+        ObjectiveKind::Pcm => "Phased Consistency Model",
+    }
 }
 
 /// Keys of a line of `metrics.jsonl` that the card uses.
@@ -79,8 +122,9 @@ impl Card<'_> {
             PublicModel::Private(name) => (format!("`{name}`"), ", a model that is not on the Hub"),
         };
         text += &format!(
-            "\n# {name}\n\nA Latent Consistency Model: the UNet of {linked}{note}, distilled so that one to eight steps make an \
+            "\n# {name}\n\nA {}: the UNet of {linked}{note}, distilled so that one to eight steps make an \
              image. Trained with coffey {}.\n\n",
+            model_name(self.config.distill.objective),
             env!("CARGO_PKG_VERSION")
         );
         text += &self.usage(&teacher)?;
@@ -163,7 +207,11 @@ impl Card<'_> {
             self.id
         );
         arguments += ", unet=unet";
-        let mut imports = "DiffusionPipeline, LCMScheduler, UNet2DConditionModel".to_owned();
+        let scheduler = DiffusersScheduler::of(distill);
+        let mut imports = format!(
+            "DiffusionPipeline, {}, UNet2DConditionModel",
+            scheduler.class
+        );
         if let Some(PublicModel::Hub(id)) = model.vae.as_ref().map(public_model) {
             imports.insert_str(0, "AutoencoderKL, ");
             code += &format!("vae = AutoencoderKL.from_pretrained({id:?}, torch_dtype=dtype)\n");
@@ -185,21 +233,22 @@ from diffusers import {imports}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
 {code}pipeline = DiffusionPipeline.from_pretrained({arguments}, torch_dtype=dtype).to(device)
-pipeline.scheduler = LCMScheduler.from_config(
-    pipeline.scheduler.config, original_inference_steps={}, timestep_scaling={:?}
+pipeline.scheduler = {}.from_config(
+    pipeline.scheduler.config, {}
 )
 image = pipeline(
-    {}, num_inference_steps={SAMPLING_STEPS}, guidance_scale={guidance:?}, height={side}, width={side}
+    {}, num_inference_steps={SAMPLING_STEPS}, guidance_scale={guidance:?}, height={side}, width={side}{}
 ).images[0]
 image.save("image.png")
 ```
 
 One to eight steps; guidance from {least} to {most}. Guidance costs no second forward pass: it is an input of the student.
 "#,
-            distill.num_ddim_timesteps,
-            distill.timestep_scaling,
+            scheduler.class,
+            scheduler.options,
             // A JSON string is a valid Python string.
             serde_json::Value::from(prompt),
+            scheduler.call,
             side = self.config.image.resolution,
         ))
     }

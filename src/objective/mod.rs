@@ -3,8 +3,11 @@
 //! An objective draws its random numbers from a [`StepKey`], runs the networks, and returns a loss. It knows nothing of the loop,
 //! the optimiser or the data's origin.
 
+mod distillation;
 mod lcm;
 mod loss;
+mod pcm;
+mod tcd;
 
 use std::fmt;
 
@@ -12,8 +15,11 @@ use candle_core::{DType, Device, Result, Tensor};
 use coffey_pipeline::order::rng::Rng;
 use serde_json::{Map, Value};
 
-pub use lcm::{Lcm, LcmInputs, LcmOutputs};
+pub use distillation::{Distillation, Estimate, StepInputs, StepResults};
+pub use lcm::Lcm;
 pub use loss::Loss;
+pub use pcm::Pcm;
+pub use tcd::Tcd;
 
 use crate::diffusion::Sampler;
 use crate::encode::EncodedBatch;
@@ -86,7 +92,15 @@ impl Trace {
     /// When the tensor can't be made.
     pub fn with_indices(self, name: &'static str, indices: &[usize]) -> Result<Self> {
         let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
-        Ok(self.with(name, &Tensor::new(indices, &Device::Cpu)?))
+        self.with_timesteps(name, &indices)
+    }
+
+    /// Adds one timestep a sample, as i64 `[B]`.
+    ///
+    /// # Errors
+    /// When the tensor can't be made.
+    pub fn with_timesteps(self, name: &'static str, timesteps: &[i64]) -> Result<Self> {
+        Ok(self.with(name, &Tensor::new(timesteps, &Device::Cpu)?))
     }
 
     /// Name of the first tensor with a number that is not finite.

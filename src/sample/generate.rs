@@ -6,19 +6,24 @@ use image::RgbImage;
 use super::passes::sample_watched;
 use super::{Intermediate, SampleError, decode_images};
 use crate::diffusion::{
-    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, Sampler, predictor,
+    BoundaryScaling, DdimSampler, LcmSampler, NoiseSchedule, Sampler, TcdSampler, predictor,
 };
 use crate::encode::Encoders;
 use crate::models::Denoiser;
 use crate::random::{generator, normal};
 
 /// Sampler of `coffey sample`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum SampleScheduler {
     /// The multistep sampler of Latent Consistency Models.
     Lcm,
     /// DDIM over trailing timesteps.
     Ddim,
+    /// The sampler of trajectory consistency models.
+    Tcd {
+        /// Stochasticity, 0 to 1.
+        gamma: f64,
+    },
 }
 
 /// A network with all that drawing needs.
@@ -85,6 +90,9 @@ impl Generator<'_> {
                 self.steps,
             )),
             SampleScheduler::Ddim => Box::new(DdimSampler::new(self.schedule, self.steps)),
+            SampleScheduler::Tcd { gamma } => {
+                Box::new(TcdSampler::new(self.schedule, gamma, self.steps))
+            }
         };
         let on_pass = |step: usize, output: &Tensor| {
             Intermediate::Prediction { step }.check(output)?;

@@ -11,11 +11,11 @@ use super::models_fingerprint::ModelsFingerprint;
 use super::observers::TeacherSampler;
 use super::run::RunOptions;
 use crate::adaptation::{ForwardOptions, Full};
-use crate::config::{self, Config, LossKind, MixedPrecision};
+use crate::config::{self, Config, LossKind, MixedPrecision, ObjectiveKind};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::models::{PipelineParts, UNet, UNetConfig, check_fit};
-use crate::objective::{Lcm, Loss};
+use crate::objective::{Distillation, Lcm, Loss, Objective, Pcm, Tcd};
 use crate::ops::{self, Activations, Attention, NetworkAttention};
 
 /// The frozen parts of a run.
@@ -25,7 +25,7 @@ pub(super) struct RunParts {
     pub(super) encoders: Arc<Encoders>,
     /// Teacher with the conditioning on the empty caption.
     pub(super) teacher: TeacherSampler,
-    pub(super) objective: Lcm,
+    pub(super) objective: Box<dyn Objective>,
     /// Shape of a latent, `[C, h, w]`.
     pub(super) latent: [usize; 3],
     pub(super) fingerprint: ModelsFingerprint,
@@ -72,13 +72,9 @@ impl RunParts {
         let side = config.image.resolution as usize / vae.downscale();
         let latent = [teacher.config().in_channels, side, side];
         let distill = &config.distill;
-        let objective = Lcm {
+        let distillation = Distillation {
             solver: DdimSolver::new(&schedule, distill.num_ddim_timesteps),
             schedule: schedule.clone(),
-            boundary: BoundaryScaling {
-                timestep_scaling: distill.timestep_scaling,
-                ..BoundaryScaling::default()
-            },
             loss: match distill.loss {
                 LossKind::Huber => Loss::Huber { c: distill.huber_c },
                 LossKind::L2 => Loss::L2,
@@ -87,6 +83,23 @@ impl RunParts {
             empty_prompts: distill.proportion_empty_prompts,
             unconditional,
             latent_scale: vae.scaling_factor,
+        };
+        let objective: Box<dyn Objective> = match distill.objective {
+            ObjectiveKind::Lcm => Box::new(Lcm {
+                distillation,
+                boundary: BoundaryScaling {
+                    timestep_scaling: distill.timestep_scaling,
+                    ..BoundaryScaling::default()
+                },
+            }),
+            ObjectiveKind::Tcd => Box::new(Tcd {
+                distillation,
+                gamma: distill.tcd_gamma(),
+            }),
+            ObjectiveKind::Pcm => Box::new(Pcm {
+                distillation,
+                phases: distill.phases(),
+            }),
         };
         Ok(Self {
             encoders,

@@ -220,6 +220,8 @@ pub(super) fn describe_run(
         // The commit on the Hub: a branch moves.
         "revision": models.commit.as_ref().unwrap_or(&config.model.revision),
         "vae": config.model.vae,
+        "objective": config.distill.objective,
+        "tcd_gamma": config.distill.tcd_gamma,
         // Relative names of folders are relative to it.
         "started_in": current.to_string_lossy(),
         "coffey": env!("CARGO_PKG_VERSION"),

@@ -111,7 +111,7 @@ impl<'a> Run<'a> {
         let shown = Rc::clone(&progress);
         let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
         let trainer = Trainer::new(
-            Box::new(parts.objective),
+            parts.objective,
             parts.teacher.denoiser,
             state,
             Box::new(Solo),
@@ -335,7 +335,7 @@ fn observers(
         let folder = (services.destination)(&audit.dir.to_string_lossy())?;
         let steps = audit.steps.min(max_steps);
         let student = &*state.student;
-        let audit = AuditWriter::start(folder, steps, config, &parts.objective, student)?;
+        let audit = AuditWriter::start(folder, steps, config, &*parts.objective, student)?;
         observers.push(audit);
     }
     let mut skipped = Vec::new();

@@ -76,6 +76,13 @@ mod needs_python {
             "optimizer.learning_rate=1e-5",
         ];
         adamw8bit_moments: "small", 4, ["optimizer.kind=adamw8bit", "optimizer.learning_rate=1e-5"];
+        tcd_steps: "one-layer", 4, [
+            "distill.objective=tcd", "optimizer.learning_rate=1e-5",
+        ];
+        pcm_steps_of_v_prediction_teacher: "v-prediction", 4, [
+            "distill.objective=pcm", "distill.phases=7", "train.batch_size=4",
+            "optimizer.learning_rate=1e-5",
+        ];
         guided_teacher_with_wide_huber: "guided", 4, [
             "distill.huber_c=0.5", "optimizer.learning_rate=1e-4",
         ];

@@ -30,7 +30,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -412,6 +412,22 @@ def diffusion():
                 row["noise"] = torch.randn(8, generator=recorded).tolist()
             rows.append({**row, "prev": now.tolist()})
         made["lcm"][kind] = {"start": start.tolist(), "steps": rows}
+
+    made["tcd"] = {}
+    tcd_outputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(7))
+    for kind in ("epsilon", "v_prediction"):
+        for gamma in (0.0, 0.3, 1.0):
+            tcd = TCDScheduler.from_config(noise.config, prediction_type=kind, original_inference_steps=50)
+            tcd.set_timesteps(4)
+            now, rows = start, []
+            drawn, recorded = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
+            for step, at in enumerate(tcd.timesteps):
+                now = tcd.step(tcd_outputs[step], at, now, eta=gamma, generator=drawn).prev_sample
+                row = {"t": at.item(), "output": tcd_outputs[step].tolist()}
+                if step < 3 and gamma > 0:
+                    row["noise"] = torch.randn(8, generator=recorded).tolist()
+                rows.append({**row, "prev": now.tolist()})
+            made["tcd"][f"{kind}.{gamma}"] = {"start": start.tolist(), "steps": rows}
 
     made["ddim_trailing"] = {"timesteps": {}}
     for steps in (1, 2, 4, 8, 50):

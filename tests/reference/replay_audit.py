@@ -101,6 +101,34 @@ class Distillation:
         scalings = scalings_for_boundary_conditions(t, self.meta["sigma_data"], self.meta["timestep_scaling"])
         return [append_dims(x, ndim) for x in scalings]
 
+    def consistency(self, output, t, x, given):
+        """The objective's prediction from a network's output at (x, t)."""
+        pred_x_0, pred_noise = self.original_and_noise(output, t, x)
+        objective = self.meta.get("objective", "lcm")
+        if objective == "lcm":
+            c_skip, c_out = self.boundary(t, x.ndim)
+            return c_skip * x + c_out * pred_x_0
+        # A DDIM step to the destination: equation 8 of the TCD paper, `ddim_step` of PCM's solver.
+        destination = given[{"tcd": "tcd_s", "pcm": "pcm_edge"}[objective]]
+        alpha = append_dims(self.noise_scheduler.alphas_cumprod[destination], x.ndim)
+        return alpha.sqrt() * pred_x_0 + (1.0 - alpha).sqrt() * pred_noise
+
+    def check_destination(self, given, index, end):
+        """Refuses a destination that the objective's rule does not give."""
+        if "tcd_s" in given:
+            good = (given["tcd_s"] >= 0) & (given["tcd_s"] <= end)
+            rule = "between 0 and the end of the teacher's step"
+        elif "pcm_edge" in given:
+            steps, phases = self.meta["num_ddim_timesteps"], self.meta["phases"]
+            first = torch.tensor([max(j * steps // phases for j in range(phases) if j * steps // phases <= i) for i in index])
+            before = self.solver.ddim_timesteps[(first - 1).clamp(min=0)]
+            good = given["pcm_edge"] == torch.where(first > 0, before, 0)
+            rule = "the timestep before the first of the phase"
+        else:
+            return
+        if not good.all():
+            raise SystemExit(f"a destination is not {rule}: {given}")
+
     def step(self, given):
         """x_prev, model_pred, target and loss for one micro-batch of recorded inputs."""
         meta = self.meta
@@ -112,15 +140,13 @@ class Distillation:
         start = self.solver.ddim_timesteps[index]
         end = start - meta["num_train_timesteps"] // meta["num_ddim_timesteps"]
         end = torch.where(end < 0, torch.zeros_like(end), end)
-        c_skip_start, c_out_start = self.boundary(start, ndim)
-        c_skip, c_out = self.boundary(end, ndim)
+        self.check_destination(given, index, end)
         noisy = self.noise_scheduler.add_noise(latents, noise, start)
         w_embedding = guidance_scale_embedding(w, embedding_dim=meta["time_cond_proj_dim"])
         w = w.reshape(bsz, 1, 1, 1)
 
         noise_pred = self.predict(self.student, noisy, start, prompt, w_embedding)
-        pred_x_0, _ = self.original_and_noise(noise_pred, start, noisy)
-        model_pred = c_skip_start * noisy + c_out_start * pred_x_0
+        model_pred = self.consistency(noise_pred, start, noisy, given)
 
         with torch.no_grad():
             cond = self.predict(self.teacher, noisy, start, prompt)
@@ -132,8 +158,9 @@ class Distillation:
             x_prev = self.solver.ddim_step(pred_x0, pred_noise, index)
 
             target_pred = self.predict(self.target, x_prev.float(), end, prompt, w_embedding)
-            target_x_0, _ = self.original_and_noise(target_pred, end, x_prev)
-            target = c_skip * x_prev + c_out * target_x_0
+            target = self.consistency(target_pred, end, x_prev, given)
+            if meta.get("objective") == "pcm":  # at the end of a phase the point itself, as in the reference
+                target = torch.where(append_dims(end == given["pcm_edge"], ndim), x_prev, target)
 
         if meta["loss"] == "l2":
             loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")

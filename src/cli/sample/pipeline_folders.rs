@@ -7,6 +7,7 @@ use coffey_pipeline::S3Options;
 use crate::config::{Model, ModelPlace, ModelRef};
 use crate::encode::Encoders;
 use crate::models::{UNetConfig, further_inputs};
+use crate::sample::SampleScheduler;
 
 use super::Failure;
 use super::run_description::{Part, RunDescription};
@@ -23,6 +24,8 @@ pub(super) struct PipelineFolders {
     pub(super) pipeline: PathBuf,
     /// Autoencoder from another folder.
     pub(super) vae: Option<PathBuf>,
+    /// Sampler of the run that the UNet is from; `None` for a UNet of no run.
+    pub(super) scheduler: Option<SampleScheduler>,
 }
 
 /// Models named on the command line besides the one that draws.
@@ -112,6 +115,7 @@ impl PipelineFolders {
             unet,
             pipeline,
             vae,
+            scheduler: run.as_ref().map(RunDescription::scheduler),
         })
     }
 

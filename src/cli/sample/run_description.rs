@@ -6,7 +6,8 @@ use coffey_pipeline::S3Options;
 use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
 use super::{Failure, ModelRequest, environments_s3};
-use crate::config::{Config, Model, ModelRef};
+use crate::config::{Config, Model, ModelRef, ObjectiveKind, TCD_GAMMA};
+use crate::sample::SampleScheduler;
 
 /// `run.json`, which `coffey train` writes into the folder of a run.
 #[derive(serde::Deserialize)]
@@ -15,6 +16,9 @@ pub(super) struct RunDescription {
     #[serde(default = "main")]
     revision: String,
     vae: Option<ModelRef>,
+    #[serde(default)]
+    objective: ObjectiveKind,
+    tcd_gamma: Option<f64>,
     /// The working directory of the run's last start; absent in runs of earlier versions.
     started_in: Option<PathBuf>,
     #[serde(skip)]
@@ -64,6 +68,17 @@ impl RunDescription {
             Err(error) => Err(Failure::Failed(
                 format!("{}: {error}; give --teacher DIR instead", path.display()).into(),
             )),
+        }
+    }
+
+    /// Sampler of the run's student.
+    pub(super) fn scheduler(&self) -> SampleScheduler {
+        match self.objective {
+            ObjectiveKind::Lcm => SampleScheduler::Lcm,
+            ObjectiveKind::Tcd => SampleScheduler::Tcd {
+                gamma: self.tcd_gamma.unwrap_or(TCD_GAMMA),
+            },
+            ObjectiveKind::Pcm => SampleScheduler::Ddim,
         }
     }
 
