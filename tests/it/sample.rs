@@ -180,6 +180,32 @@ fn student_run(folder: &TempDir) -> PathBuf {
 }
 
 #[test]
+fn student_is_sampled_as_its_objective_says() {
+    let folder = TempDir::new().unwrap();
+    let run = student_run(&folder);
+    let out = folder.path().join("image.png");
+    let draw = |description: &serde_json::Value, more: &[&str]| {
+        std::fs::write(run.join("run.json"), description.to_string()).unwrap();
+        let prompt = ["--prompt", "sunflower"];
+        let printed = messages(command(&sample(&run, &out, &[&prompt, more].concat())));
+        (image::open(&out).unwrap().into_rgb8(), printed)
+    };
+    let lcm = json!({"teacher": TEACHER, "vae": null, "objective": "lcm"});
+    let tcd = json!({"teacher": TEACHER, "vae": null, "objective": "tcd", "tcd_gamma": 0.5});
+    let pcm = json!({"teacher": TEACHER, "vae": null, "objective": "pcm"});
+    let (image, printed) = draw(&tcd, &[]);
+    says(&printed, &["4 TCD steps"]);
+    assert_eq!(draw(&lcm, &["--scheduler", "tcd", "--eta", "0.5"]).0, image);
+    assert_ne!(draw(&tcd, &["--eta", "0.2"]).0, image);
+    let (image, printed) = draw(&pcm, &[]);
+    says(&printed, &["4 DDIM steps"]);
+    let ddim = ["--scheduler", "ddim", "--steps", "4"];
+    assert_eq!(draw(&lcm, &ddim).0, image);
+    let eta = sample(&run, &out, &["--prompt", "x", "--eta", "0.5"]);
+    refuse(2, &eta, &["--eta", "--scheduler tcd"]);
+}
+
+#[test]
 fn run_and_checkpoint_draw_same_image() {
     let folder = TempDir::new().unwrap();
     let run = student_run(&folder);
@@ -279,8 +305,10 @@ mod needs_python {
             (&teacher, &plain, "ddim", "4", "0", None),
             (&run, &student, "lcm", "1", "8", None),
             (&run, &student, "ddim", "4", "2.5", None),
+            (&run, &student, "tcd", "4", "8", None),
         ] {
             let mut more = vec!["--scheduler", scheduler, "--steps", steps];
+            more.extend(["--eta", "0"].iter().filter(|_| scheduler == "tcd"));
             more.extend(["--guidance", guidance, "--init-latents", text(&noise)]);
             more.extend(["--prompt", "red apple", "--unet", "unet"]);
             more.extend(negative.iter().flat_map(|n| ["--negative-prompt", n]));

@@ -2,14 +2,20 @@
 
 usage: compare_drawing.py PIPELINE UNET NOISE.npy IMAGE.png SCHEDULER STEPS GUIDANCE PROMPT [NEGATIVE PROMPT]
 
-SCHEDULER is lcm or ddim. Fails where a pixel is more than two levels (of 255) away.
+SCHEDULER is lcm, ddim or tcd (deterministic, eta = 0). Fails where a pixel is more than two levels (of 255) away.
 """
 
 import sys
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 TOLERANCE = 2
@@ -19,11 +25,11 @@ pipe = StableDiffusionPipeline.from_pretrained(
     pipeline, unet=UNet2DConditionModel.from_pretrained(unet), safety_checker=None
 ).to(torch.float32)
 config = {**pipe.scheduler.config, "clip_sample": False}
-pipe.scheduler = (
-    LCMScheduler.from_config(config)
-    if scheduler == "lcm"
-    else DDIMScheduler.from_config(config, timestep_spacing="trailing")
-)
+pipe.scheduler = {
+    "lcm": lambda: LCMScheduler.from_config(config),
+    "tcd": lambda: TCDScheduler.from_config(config),
+    "ddim": lambda: DDIMScheduler.from_config(config, timestep_spacing="trailing"),
+}[scheduler]()
 pipe.set_progress_bar_config(disable=True)
 with torch.no_grad():
     drawn = pipe(
@@ -31,6 +37,7 @@ with torch.no_grad():
         negative_prompt=negative[0] if negative else None,
         num_inference_steps=int(steps),
         guidance_scale=float(guidance),
+        eta=0.0,
         latents=torch.from_numpy(np.load(noise)),
         output_type="np",
     ).images[0]

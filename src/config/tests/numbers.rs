@@ -6,8 +6,21 @@ use crate::config::bounds::{self, Bounds};
 /// A configuration with every table, so that any key can be set alone.
 const TABLES: &str = "[data]\nshards = \"a.tar\"\n[validation]\nprompts = [\"a\"]\n[latents]\noutput = \"a\"\n[audit]\ndir = \"a\"\n";
 
+/// The keys that a number needs beside it.
+fn beside(key: &str) -> &'static [&'static str] {
+    match key {
+        "optimizer.warmup_steps" => &["optimizer.schedule=linear"],
+        "distill.w_max" => &["distill.w_min=0"],
+        "distill.w_min" => &["distill.w_max=1000"],
+        "distill.tcd_gamma" => &["distill.objective=tcd"],
+        "distill.phases" => &["distill.objective=pcm", "distill.num_ddim_timesteps=1000"],
+        _ => &[],
+    }
+}
+
 fn set(key: &str, value: &str) -> Result<Config, ConfigError> {
-    parse(TABLES, &[&format!("{key}={value}")])
+    let argument = format!("{key}={value}");
+    parse(TABLES, &[beside(key), &[argument.as_str()]].concat())
 }
 
 /// The keys that take numbers, found by what their refusal of a string needs.
@@ -90,15 +103,7 @@ fn numbers_load_or_are_refused_with_their_bound() {
 fn bounds_themselves_are_accepted() {
     for bounds in bounds::all() {
         for bound in [bounds.least(), bounds.most()] {
-            let with: &[&str] = match bounds.key {
-                "optimizer.warmup_steps" => &["optimizer.schedule=linear"],
-                "distill.w_max" => &["distill.w_min=0"],
-                "distill.w_min" => &["distill.w_max=1000"],
-                _ => &[],
-            };
-            let argument = format!("{}={bound}", bounds.key);
-            let arguments = [with, &[argument.as_str()]].concat();
-            if let Err(error) = parse(TABLES, &arguments) {
+            if let Err(error) = set(bounds.key, &bound.to_string()) {
                 panic!("{error}");
             }
         }
