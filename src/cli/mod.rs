@@ -37,7 +37,7 @@ enum Commands {
     /// Encode image shards into latent shards.
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
-    Sample(sample::SampleArgs),
+    Sample(Box<sample::SampleArgs>),
     /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
     Inspect(inspect::InspectArgs),
     /// Dry run: configuration, credentials, first samples, models, memory plan, cost of a `precompute`.
@@ -182,7 +182,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Commands::Train(args) => train::run(args),
         Commands::Precompute(args) => precompute::run(args),
-        Commands::Sample(args) => sample::run(args),
+        Commands::Sample(args) => sample::run(*args),
         Commands::Inspect(args) => inspect::run(args),
         Commands::Check(args) => check::run(args),
         Commands::Bench(args) => bench::run(args),
