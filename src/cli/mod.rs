@@ -49,7 +49,7 @@ enum Commands {
     /// Encode image shards into latent shards.
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
-    Sample(sample::SampleArgs),
+    Sample(Box<sample::SampleArgs>),
     /// Make shards of a folder of images.
     Pack(pack::PackArgs),
     /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
@@ -220,7 +220,7 @@ impl Cli {
         match self.command {
             Commands::Train(args) => train::run(args),
             Commands::Precompute(args) => precompute::run(args),
-            Commands::Sample(args) => sample::run(args),
+            Commands::Sample(args) => sample::run(*args),
             Commands::Pack(args) => pack::run(args),
             Commands::Inspect(args) => inspect::run(args),
             Commands::Check(args) => check::run(args),

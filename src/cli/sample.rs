@@ -303,7 +303,12 @@ fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
         vae: args.vae.as_ref(),
     };
     PipelineFolders::find(&folder, unet, given, |request: &ModelRequest<'_>| {
-        let access = DataAccess::open(request.s3.clone())?;
+        // A folder is read without the run's embedded S3 server, whose data may be elsewhere now.
+        let s3 = match request.model.place() {
+            Ok(ModelPlace::S3(_)) => request.s3.clone(),
+            _ => environments_s3(),
+        };
+        let access = DataAccess::open(s3)?;
         if request.only_vae {
             access.vae(request.model)
         } else {
