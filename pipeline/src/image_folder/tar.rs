@@ -86,7 +86,7 @@ impl ImageFolder {
             if has_caption && has_json {
                 continue;
             }
-            for (extension, content) in self.from_metadata(sample, &mut tables)? {
+            for (extension, content) in self.metadata_members(sample, &mut tables)? {
                 let is_there = if extension == "json" {
                     has_json
                 } else {
@@ -103,7 +103,7 @@ impl ImageFolder {
     }
 
     /// Members that the metadata has for a sample, with their extensions.
-    fn from_metadata(
+    fn metadata_members(
         &self,
         sample: usize,
         files: &mut BTreeMap<usize, File>,
