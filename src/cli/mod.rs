@@ -14,18 +14,25 @@ mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, Parser, Subcommand};
+use coffey_pipeline::source::Details;
+use coffey_pipeline::text::{escaped, message};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Config, ConfigError};
+use crate::print::MessageWriter;
 
 /// Streams captioned images out of S3 and distils a latent diffusion model into a Latent Consistency Model.
 #[derive(Debug, Parser)]
 #[command(name = "coffey", version, about)]
 struct Cli {
+    /// After an error, print its causes in full, as the answer of each provider of credentials.
+    #[arg(short, long, global = true)]
+    verbose: bool,
     #[command(subcommand)]
     command: Commands,
 }
@@ -155,30 +162,31 @@ failed_from!(
 
 /// Parses the command line, runs the command and returns the process's exit code.
 pub fn run() -> ExitCode {
+    print_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         // Help and version come as an error with code 0, usage errors with code 2.
         Err(error) => {
-            // A closed pipe does not change the exit code.
-            let _ = error.print();
+            print_usage(&error);
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
     // For warnings of the stream, such as a truncated shard.
     tracing_subscriber::fmt()
         .with_max_level(LevelFilter::WARN)
-        .with_writer(std::io::stderr)
+        .with_writer(MessageWriter::new)
+        .with_ansi(false)
         .without_time()
         .with_target(false)
         .finish()
-        // The SDK warns of faults with a dump of its structures; the error that follows has their causes.
+        // Libraries warn of faults with a dump of their structures; the error that follows has their causes.
         .with(
             Targets::new()
-                .with_default(LevelFilter::WARN)
-                .with_target("aws", LevelFilter::OFF)
+                .with_target("coffey", LevelFilter::WARN)
                 .with_target("aws_runtime::env_config", LevelFilter::WARN),
         )
         .init();
+    VERBOSE.store(cli.verbose, Ordering::Relaxed);
     let result = match cli.command {
         Commands::Train(args) => train::run(args),
         Commands::Precompute(args) => precompute::run(args),
@@ -192,11 +200,54 @@ pub fn run() -> ExitCode {
     };
     match &failure {
         Failure::Usage(error) | Failure::Failed(error) => {
-            errln!("error: {}", with_causes(error.as_ref()))
+            errln!("error: {}", with_causes(error.as_ref()));
+            print_details(error.as_ref());
         }
         Failure::Stopped => errln!("{}", Failure::STOPPED),
     }
     ExitCode::from(failure.code())
+}
+
+/// Prints clap's message.
+fn print_usage(error: &clap::Error) {
+    if !error.use_stderr() {
+        // A closed pipe does not change the exit code.
+        let _ = error.print();
+        return;
+    }
+    // The same error with the arguments in a printable form.
+    let printable = std::env::args_os();
+    let printable = printable.map(|argument| escaped(&argument.to_string_lossy()).into_owned());
+    let again = Cli::try_parse_from(printable).err();
+    let text = again.as_ref().unwrap_or(error).render().to_string();
+    errln!("{}", text.trim_end());
+}
+
+/// Prints a panic as any message where the default form would show a secret or control the terminal.
+fn print_panics() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let shown = panic.to_string();
+        if message(&shown) == shown {
+            default(panic);
+        } else {
+            errln!("{shown}");
+        }
+    }));
+}
+
+/// Whether errors are followed by their causes in full.
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+
+/// Prints what `--verbose` adds to an error.
+fn print_details(error: &dyn std::error::Error) {
+    if !VERBOSE.load(Ordering::Relaxed) {
+        return;
+    }
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    for details in causes.filter(|cause| cause.is::<Details>()) {
+        errln!("causes: {details}");
+    }
 }
 
 /// One readable message: the error, followed by every cause that its text does not contain.
@@ -205,7 +256,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
-        if !message.contains(&text) {
+        if !error.is::<Details>() && !message.contains(&text) {
             message = format!("{message}: {text}");
         }
         cause = error.source();

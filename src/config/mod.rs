@@ -35,6 +35,7 @@ mod values;
 
 use std::path::Path;
 
+use coffey_pipeline::text::escaped;
 use coffey_pipeline::{ImageOptions, S3Options};
 use serde::{Deserialize, Serialize};
 
@@ -123,7 +124,7 @@ impl Config {
     /// # Errors
     /// The first mistake found, with the file, the key and what would be right.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let file = path.display().to_string();
+        let file = escaped(&path.display().to_string()).into_owned();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
             file: file.clone(),
             source,

@@ -190,7 +190,7 @@ impl LatentSource {
                 };
                 let shown = &missing[..missing.len().min(LISTED)];
                 return Err(LatentSourceError::Unlisted {
-                    folder: folder.redacted(),
+                    folder: folder.to_string(),
                     shards: shown.join(", ") + &more,
                 });
             }
@@ -325,7 +325,7 @@ pub fn manifests(
             }
             Ok::<_, SourceError>(text)
         })?;
-        let manifest = url.redacted();
+        let manifest = url.to_string();
         match Manifest::parse(&text) {
             Ok(parsed) => Ok((manifest, parsed)),
             Err(message) => Err(LatentSourceError::Manifest { manifest, message }),
@@ -346,7 +346,7 @@ pub fn manifests(
         .collect::<Result<Vec<_>, _>>()?;
     if parts.is_empty() {
         return Err(LatentSourceError::NoManifest {
-            folder: folder.redacted(),
+            folder: folder.to_string(),
         });
     }
     Ok(parts)

@@ -25,6 +25,8 @@ mod replay;
 mod resume;
 mod rooms;
 mod sample;
+mod secrets;
 mod support;
 mod tensorboard;
+mod terminal;
 mod train;

@@ -223,7 +223,7 @@ pub async fn shard(
         options: options.clone(),
         keys: HashSet::new(),
         report: ShardReport {
-            url: url.redacted(),
+            url: url.to_string(),
             ..ShardReport::default()
         },
     };

@@ -8,23 +8,25 @@ mod filter;
 #[cfg(test)]
 mod golden_tests;
 mod gzip;
+mod http_url;
 mod hub;
 mod mistakes;
 mod other_file;
+mod pattern;
 mod pipe;
-mod redact;
 mod sample;
 mod tar;
 mod url;
 
 pub use expand::expand;
 pub use filter::{Filter, FilterReport, Rejection};
-pub use redact::redact_patterns;
+pub use pattern::ShardPattern;
 pub use sample::Sample;
 pub use url::{ShardUrl, UrlError};
 
 pub(crate) use expand::{expand_one, split};
 pub(crate) use filter::FilterState;
+pub(crate) use http_url::HttpUrl;
 pub(crate) use hub::HubFile;
 pub(crate) use tar::{
     PassedOver, PassedOverKind, TAIL_BYTES, TarError, TarItem, TarOptions, read_samples,

@@ -25,7 +25,7 @@ impl Sources {
         match &self.0.hub.endpoint {
             Ok(endpoint) => Ok(endpoint),
             Err(cause) => Err(SourceError::Unsupported {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: cause.clone(),
             }),
         }
@@ -56,7 +56,7 @@ impl Sources {
     ) -> Result<Vec<String>, SourceError> {
         let client = self.http().await?;
         let options = self.retry_options();
-        let mut budget = RetryBudget::new(url.redacted(), options, self.0.http_servers.clone());
+        let mut budget = RetryBudget::new(url.to_string(), options, self.0.http_servers.clone());
         let mut address = folder.tree(self.hub_endpoint(url)?, recursive);
         let mut found = Vec::new();
         loop {
@@ -77,7 +77,7 @@ impl Sources {
                     })?;
                 let entries: Vec<Entry> = serde_json::from_slice(&body).map_err(|error| {
                     RequestFailure::Fatal(SourceError::Refused {
-                        url: url.redacted(),
+                        url: url.to_string(),
                         cause: format!("the Hub's listing can't be read: {error}"),
                     })
                 })?;

@@ -13,7 +13,7 @@ use crate::shard::ShardUrl;
 const CHUNK_BYTES: usize = 256 << 10;
 
 pub(super) fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
-    let url = url.redacted();
+    let url = url.to_string();
     let home = url.starts_with("~/");
     match error.kind() {
         ErrorKind::NotFound => SourceError::NotFound {
@@ -54,7 +54,7 @@ impl LocalReader {
         let metadata = file.metadata().await.map_err(|error| failed(url, &error))?;
         if metadata.is_dir() {
             return Err(SourceError::Unsupported {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: "is a folder; end it with '/' to take every shard in it".to_owned(),
             });
         }

@@ -23,7 +23,7 @@ pub use lists::ShardList;
 pub use lookup::LookUp;
 pub use options::{CacheOptions, HubOptions, SourceOptions};
 
-pub use crate::net::{S3Counts, ServerRecord, SourceError};
+pub use crate::net::{Details, S3Counts, ServerRecord, SourceError};
 pub use crate::s3::{ObjectInfo, S3Options};
 
 use std::fmt;
@@ -36,7 +36,7 @@ use tokio::sync::OnceCell;
 use crate::net::{CaBundle, FIRST_DELAY, RetryOptions};
 use crate::s3::S3;
 use crate::shard::Location;
-use crate::shard::ShardUrl;
+use crate::shard::{HttpUrl, ShardUrl};
 
 use cache::{Cache, CachedReader, CachingReader};
 use headers::ServerHeaders;
@@ -171,14 +171,14 @@ impl Sources {
             Location::File(path) => local::list(url, path).await?,
             Location::Http(_) | Location::Stdin => {
                 return Err(SourceError::Unsupported {
-                    url: url.redacted(),
+                    url: url.to_string(),
                     cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
                 });
             }
         };
         if found.is_empty() {
             return Err(SourceError::EmptyFolder {
-                url: url.redacted(),
+                url: url.to_string(),
             });
         }
         found.sort();
@@ -208,7 +208,7 @@ impl Sources {
                 s3.objects(folder, bucket, key, self.retry_options()).await
             }
             _ => Err(SourceError::Unsupported {
-                url: folder.redacted(),
+                url: folder.to_string(),
                 cause: "is no prefix in S3; the form is s3://bucket/prefix/".to_owned(),
             }),
         }
@@ -283,7 +283,7 @@ impl Sources {
                 let hub = self.hub_endpoint(url)?;
                 Located::Remote(Remote::Http {
                     client: self.http().await?,
-                    address: file.resolve(hub),
+                    address: HttpUrl::new(file.resolve(hub)),
                     hub: hub.to_owned(),
                     server: self.0.http_servers.clone(),
                 })

@@ -57,7 +57,7 @@ pub(crate) async fn open_shard(
         // Without a known version the server always sends the object.
         (None, None) => {
             return Err(SourceError::Refused {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: "the server sent nothing".to_owned(),
             });
         }
@@ -143,7 +143,7 @@ impl CachedReader {
     async fn switch_to_server(&mut self, cause: &str) -> Result<(), SourceError> {
         let path = self.cache.path(&self.name);
         tracing::warn!(
-            shard = %self.url.redacted(),
+            shard = %self.url.to_string(),
             file = %path.display(),
             cause,
             "a kept shard can't be read: it is removed, and the rest streamed"
@@ -215,7 +215,7 @@ impl Keeper {
         if version.is_none() && size.is_none() {
             if !cache.warned.nameless.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
-                    shard = %url.redacted(),
+                    shard = %url.to_string(),
                     "the server says neither version nor length of its shards: they can't be kept in data.cache_dir"
                 );
             }
@@ -225,7 +225,7 @@ impl Keeper {
         let (sender, messages) = bounded(WAITING_CHUNKS);
         let writing = Writing {
             reservation,
-            url: url.redacted(),
+            url: url.to_string(),
             version,
             messages,
         };
