@@ -1,4 +1,7 @@
-//! Results on standard output, messages on standard error and in the log file. Neither breaks a progress bar, and a closed pipe is ignored.
+//! The edge where text leaves the process for a person: results on standard output, messages on standard error and in the log file.
+//!
+//! No URL with a password or signature passes, and no character that a terminal interprets. A text never breaks a progress bar, and a
+//! closed pipe is ignored.
 
 use std::fmt::{Arguments, Write as _};
 use std::fs::File;
@@ -7,6 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use coffey_pipeline::text::message;
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
@@ -77,10 +81,12 @@ impl Printer {
     }
 }
 
-/// Prints a part of the result on standard output. [`finish_output`] returns the first error.
+/// Prints a part of the result on standard output. [`finish_output`] returns the first error. JSON and TOML stay valid: only their
+/// strings hold what is escaped.
 pub(crate) fn output(text: Arguments<'_>) {
+    let text = text.to_string();
     let mut printer = printer();
-    let printed = printer.beside_bar(|| io::stdout().write_fmt(text));
+    let printed = printer.beside_bar(|| io::stdout().write_all(message(&text).as_bytes()));
     printer.note_output(printed);
 }
 
@@ -105,14 +111,15 @@ pub(crate) fn finish_output() -> io::Result<()> {
 
 /// Prints a message on standard error and appends it to the log file.
 pub(crate) fn say(text: &str) {
+    let text = message(text);
     let mut printer = printer();
-    printer.to_stderr(text);
-    printer.log(text);
+    printer.to_stderr(&text);
+    printer.log(&text);
 }
 
 /// Appends a message to the log file alone.
 pub(crate) fn log(text: &str) {
-    printer().log(text);
+    printer().log(&message(text));
 }
 
 /// Appends all messages from now on to `file` as well.

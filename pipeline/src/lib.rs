@@ -67,6 +67,7 @@ pub mod shard;
 pub mod source;
 pub mod stages;
 mod stream;
+pub mod text;
 
 pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use destination::Destination;
@@ -74,7 +75,7 @@ pub use flow::FlowMetrics;
 pub use format::latents::LatentShapes;
 pub use order::{Cursor, Order};
 pub use plural::counted;
-pub use shard::{Filter, ShardUrl, expand};
+pub use shard::{Filter, ShardPattern, ShardUrl, expand};
 pub use source::{
     CacheCounts, CacheOptions, HttpHeader, HubOptions, LookUp, MemberKeys, ObjectInfo, S3Options,
     ShardList, SourceError, SourceOptions, Sources,

@@ -6,7 +6,6 @@ use clap::Args;
 use coffey_pipeline::flow::{FlowSnapshot, Recent, StageSnapshot};
 use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::shard::redact_patterns;
 use coffey_pipeline::source::S3Counts;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, counted, decode_limit};
@@ -106,7 +105,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     let data = DataAccess::open(source_options(&config))?;
     let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Bench)?;
     data.metrics.count_cpu();
-    errln!("opening {}", redact_patterns(&config.data.shards));
+    errln!("opening {}", config.data.shown_shards());
     let shards = data.shards(&config.data.shards)?.shards;
     let latents = data.latents(&mut config, &shards)?;
     check_memory(

@@ -12,6 +12,7 @@ use clap::Args;
 use coffey_pipeline::flow::FlowMetrics;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::stages::Stage;
+use coffey_pipeline::text::escaped;
 use coffey_pipeline::{Batch, Content, ShardUrl, Stream, StreamConfig};
 
 use super::output::check_writable;
@@ -156,7 +157,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         let list = data.shards(&config.data.shards)?;
         let looked_up = data.look_up(&config, list.unlisted())?;
         let shards = list.shards;
-        let first = shards[0].redacted();
+        let first = shards[0].to_string();
         let message = format!("shards: {}{looked_up}; the first is {first}", shards.len());
         Ok((shards, message))
     })?;
@@ -186,7 +187,9 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         };
         let message = format!(
             "{} of {}: {what}{width}x{height} pixels, {:?}{skipped}",
-            sample.key, shards[sample.shard], sample.caption
+            escaped(&sample.key),
+            shards[sample.shard],
+            sample.caption
         );
         Ok(((batch, sample_bytes), message))
     })?;

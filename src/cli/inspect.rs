@@ -12,7 +12,8 @@ use coffey_pipeline::inspect::{
     Statistics,
 };
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{ShardUrl, SourceOptions, counted};
+use coffey_pipeline::text::escaped;
+use coffey_pipeline::{ShardPattern, ShardUrl, SourceOptions, counted};
 use serde::Serialize;
 
 use super::Failure;
@@ -30,7 +31,7 @@ pub(super) struct InspectArgs {
     /// Shards: s3://, http(s)://, hf://, file paths or -; braces expand, @FILE is a list, a trailing / lists a folder, of shards or of images. S3 is reached as the AWS environment
     /// says, or `[s3]` of --config. Without any: the shards of --config.
     #[arg(value_name = "URL", required_unless_present = "config")]
-    urls: Vec<String>,
+    urls: Vec<ShardPattern>,
     /// Take [s3], the keys of images and captions in [data], and image.resolution (smaller images are named) from this file.
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -147,7 +148,8 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
     let config = match &args.config {
         Some(path) => Config::load(path, &args.set)?,
         None => {
-            let text = format!("data.shards = {}", toml::Value::from(args.urls.clone()));
+            let urls: Vec<&str> = args.urls.iter().map(ShardPattern::expose).collect();
+            let text = format!("data.shards = {}", toml::Value::from(urls));
             Config::parse(&text, "the command line", &args.set)?
         }
     };
@@ -207,8 +209,10 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
                 report.shards.push(shard);
             }
             Err(error) => {
-                let (url, error) = (url.to_string(), super::with_causes(&error));
-                errln!("can't be read: {error}");
+                let (url, text) = (url.to_string(), super::with_causes(&error));
+                errln!("can't be read: {text}");
+                super::print_details(&error);
+                let error = text;
                 report.totals.unreadable_shards += 1;
                 report.unreadable.push(Unreadable { url, error });
             }
@@ -369,7 +373,7 @@ fn describe(shard: &ShardReport) -> String {
     describe_latents(&mut text, shard.latents.as_ref());
     describe_passed_over(&mut text, &shard.passed_over);
     if let Some(broken) = &shard.broken {
-        text.push_str(&format!("  broken    {broken}\n"));
+        text.push_str(&format!("  broken    {}\n", escaped(broken)));
     }
     let mut kinds = BTreeMap::<ProblemKind, Vec<&inspect::Problem>>::new();
     for problem in &shard.problems {
@@ -383,7 +387,8 @@ fn describe(shard: &ShardReport) -> String {
         ));
         for problem in problems.iter().take(LISTED_PROBLEMS) {
             let separator = if problem.key.is_empty() { "" } else { " " };
-            text.push_str(&format!("    {}{separator}{}\n", problem.key, problem.what));
+            let (key, what) = (escaped(&problem.key), escaped(&problem.what));
+            text.push_str(&format!("    {key}{separator}{what}\n"));
         }
         if let Some(more) = problems.len().checked_sub(LISTED_PROBLEMS + 1) {
             text.push_str(&format!("    and {} more; --json lists them\n", more + 1));

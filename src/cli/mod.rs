@@ -20,8 +20,11 @@ mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use coffey_pipeline::source::Details;
+use coffey_pipeline::text::{escaped, message};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -35,6 +38,9 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 the command line or th
 #[derive(Debug, Parser)]
 #[command(name = "coffey", version, about, after_help = EXIT_CODES)]
 struct Cli {
+    /// After an error, print its causes in full, as the answer of each provider of credentials.
+    #[arg(short, long, global = true)]
+    verbose: bool,
     #[command(subcommand)]
     command: Commands,
     /// Append all messages (progress, warnings, errors) with their times to this file too.
@@ -181,10 +187,11 @@ failed_from!(
 
 /// Parses the command line, runs the command and returns the process's exit code.
 pub fn run() -> ExitCode {
+    print_panics();
     let done = match Cli::try_parse() {
         Ok(cli) => cli.run(),
         Err(error) if error.use_stderr() => {
-            error.print().ok();
+            print_usage(&error);
             return ExitCode::from(2);
         }
         // Help and version come as an error.
@@ -200,7 +207,8 @@ pub fn run() -> ExitCode {
     };
     match &failure {
         Failure::Usage(error) | Failure::Failed(error) => {
-            errln!("error: {}", with_causes(error.as_ref()))
+            errln!("error: {}", with_causes(error.as_ref()));
+            print_details(error.as_ref());
         }
         Failure::Stopped => errln!("{}", Failure::STOPPED),
     }
@@ -216,6 +224,7 @@ impl Cli {
             })?;
             print::log(concat!("coffey ", env!("CARGO_PKG_VERSION")));
         }
+        VERBOSE.store(self.verbose, Ordering::Relaxed);
         show_warnings();
         match self.command {
             Commands::Train(args) => train::run(args),
@@ -244,14 +253,49 @@ fn show_warnings() {
         .without_time()
         .with_target(false)
         .finish()
-        // The SDK warns of faults with a dump of its structures; the error that follows has their causes.
+        // Libraries warn of faults with a dump of their structures; the error that follows has their causes.
         .with(
             Targets::new()
-                .with_default(LevelFilter::WARN)
-                .with_target("aws", LevelFilter::OFF)
+                .with_target("coffey", LevelFilter::WARN)
                 .with_target("aws_runtime::env_config", LevelFilter::WARN),
         )
         .init();
+}
+
+/// Prints clap's message on a wrong command line, with the arguments in a printable form.
+fn print_usage(error: &clap::Error) {
+    let printable = std::env::args_os();
+    let printable = printable.map(|argument| escaped(&argument.to_string_lossy()).into_owned());
+    let again = Cli::try_parse_from(printable).err();
+    let text = again.as_ref().unwrap_or(error).render().to_string();
+    errln!("{}", text.trim_end());
+}
+
+/// Prints a panic as any message where the default form would show a secret or control the terminal.
+fn print_panics() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let shown = panic.to_string();
+        if message(&shown) == shown {
+            default(panic);
+        } else {
+            errln!("{shown}");
+        }
+    }));
+}
+
+/// Whether errors are followed by their causes in full.
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+
+/// Prints what `--verbose` adds to an error.
+fn print_details(error: &dyn std::error::Error) {
+    if !VERBOSE.load(Ordering::Relaxed) {
+        return;
+    }
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    for details in causes.filter(|cause| cause.is::<Details>()) {
+        errln!("causes: {details}");
+    }
 }
 
 /// One readable message: the error, followed by every cause that its text does not contain.
@@ -260,7 +304,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let text = error.to_string();
-        if !message.contains(&text) {
+        if !error.is::<Details>() && !message.contains(&text) {
             message = format!("{message}: {text}");
         }
         cause = error.source();

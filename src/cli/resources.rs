@@ -8,8 +8,8 @@ use candle_core::Device;
 use coffey_pipeline::format::latents::CAPTION;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{
-    CacheOptions, Content, FlowMetrics, HubOptions, LookUp, MemberKeys, ShardList, ShardUrl,
-    SourceOptions, Sources, StreamConfig, counted,
+    CacheOptions, Content, FlowMetrics, HubOptions, LookUp, MemberKeys, ShardList, ShardPattern,
+    ShardUrl, SourceOptions, Sources, StreamConfig, counted,
 };
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -118,7 +118,7 @@ impl DataAccess {
     }
 
     /// The shards that URLs stand for: lists read, braces expanded, prefixes and folders listed.
-    pub(super) fn shards(&self, urls: &[String]) -> Result<ShardList, Failure> {
+    pub(super) fn shards(&self, urls: &[ShardPattern]) -> Result<ShardList, Failure> {
         Ok(self.runtime.block_on(self.sources.shards(urls))?)
     }
 

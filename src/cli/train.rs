@@ -2,7 +2,6 @@
 
 use clap::Args;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::shard::redact_patterns;
 use coffey_pipeline::{Stream, StreamConfig, counted};
 
 use super::output::check_writable;
@@ -56,7 +55,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let models = access.until_cancelled(&cancel, || {
         access.models(&config, &required.teacher, Components::training)
     })?;
-    errln!("opening {}", redact_patterns(&config.data.shards));
+    errln!("opening {}", config.data.shown_shards());
     let list = access.shards(&config.data.shards)?;
     let looked_up = access.until_cancelled(&cancel, || access.look_up(&config, list.unlisted()))?;
     let shards = list.shards;

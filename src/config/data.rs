@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use coffey_pipeline::{Filter, HttpHeader, StreamConfig};
+use coffey_pipeline::{Filter, HttpHeader, ShardPattern, StreamConfig};
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -37,7 +37,7 @@ pub struct Data {
     /// Shard URLs before expansion: `s3://`, `http(s)://`, `hf://`, file paths, `-`, braces, prefixes ending in `/`, `@list.txt`,
     /// and the reference's `pipe:aws s3 cp … -`. A string is a list of one. Required. `--train_shards_path_or_url`
     #[serde(deserialize_with = "one_or_many")]
-    pub shards: Vec<String>,
+    pub shards: Vec<ShardPattern>,
     /// Look up before the run whether every shard is there. No flag.
     pub check_shards: bool,
     /// Headers of requests for `http(s)://` shards, each `https://HOST NAME: VALUE` with `${VARIABLE}` in the value. No flag.
@@ -115,9 +115,15 @@ impl Data {
         }
     }
 
+    /// The shards for a message, without secrets.
+    #[must_use]
+    pub fn shown_shards(&self) -> String {
+        shown(&self.shards).join(", ")
+    }
+
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
         limits.written("data.shards")?;
-        limits.words("data.shards", &self.shards)?;
+        limits.words("data.shards", &shown(&self.shards))?;
         for header in &self.http_headers {
             if let Err(fault) = header.parse::<HttpHeader>() {
                 let needs = format!("{} {fault}", without_value(header));
@@ -153,6 +159,10 @@ impl Data {
             None => Ok(()),
         }
     }
+}
+
+fn shown(shards: &[ShardPattern]) -> Vec<String> {
+    shards.iter().map(ToString::to_string).collect()
 }
 
 /// A header for a message: its value may be a secret.
@@ -205,18 +215,18 @@ fn check_filter(filter: &Filter, limits: &Limits<'_>) -> Result<(), ConfigError>
 }
 
 /// Reads a string as a list of one.
-fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ShardPattern>, D::Error> {
     struct OneOrMany;
 
     impl<'de> Visitor<'de> for OneOrMany {
-        type Value = Vec<String>;
+        type Value = Vec<ShardPattern>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             f.write_str("a string or a list of strings")
         }
 
         fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-            Ok(vec![text.to_owned()])
+            Ok(vec![text.into()])
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {

@@ -38,6 +38,7 @@ mod values;
 use std::path::Path;
 
 use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
+use coffey_pipeline::text::escaped;
 use coffey_pipeline::{ImageOptions, S3Options};
 use serde::{Deserialize, Serialize};
 
@@ -129,7 +130,7 @@ impl Config {
     /// # Errors
     /// The first mistake found, with the file, the key and what would be right.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self, ConfigError> {
-        let file = path.display().to_string();
+        let file = escaped(&path.display().to_string()).into_owned();
         let text =
             bounded::read_text_file(path, MAX_FILE_BYTES).map_err(|source| ConfigError::Read {
                 file: file.clone(),

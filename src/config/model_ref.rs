@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use coffey_pipeline::text::{escaped, redact_urls};
 use serde::{Deserialize, Serialize};
 
 /// A model's name as it was written. [`ModelRef::place`] decides what it stands for: a folder that exists takes precedence
@@ -117,9 +118,10 @@ impl FromStr for ModelRef {
     }
 }
 
+/// For people: without secrets and control characters.
 impl fmt::Display for ModelRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&escaped(&redact_urls(&self.0)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! `[s3]`: how buckets are reached. The table is [`S3Options`] of the pipeline; the limits of its keys are here.
 
 use coffey_pipeline::S3Options;
+use coffey_pipeline::text::redact_url;
 
 use super::ConfigError;
 use super::bounds::{Bounds, integer};
@@ -13,6 +14,10 @@ pub(super) fn check(s3: &S3Options, limits: &Limits<'_>) -> Result<(), ConfigErr
     if let Some(url) = &s3.endpoint_url {
         let ok = url.starts_with("http://") || url.starts_with("https://");
         let needs = "must start with http:// or https://";
+        limits.check("s3.endpoint_url", format!("{url:?}"), ok, needs)?;
+        let ok = redact_url(url) == *url;
+        let needs = "must have no user, password or query; the keys of the server belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a \
+                     profile";
         limits.check("s3.endpoint_url", format!("{url:?}"), ok, needs)?;
     }
     limits.path("s3.ca_bundle", s3.ca_bundle.as_deref())?;

@@ -263,7 +263,11 @@ One to eight steps; guidance from {least} to {most}. Guidance costs no second fo
 
     fn data(&self) -> String {
         let Config { data, image, .. } = self.config;
-        let shards: Vec<String> = data.shards.iter().map(|shard| public_url(shard)).collect();
+        let shards: Vec<String> = data
+            .shards
+            .iter()
+            .map(|shard| public_url(&shard.to_string()))
+            .collect();
         let filter = match &data.filter {
             None => "every sample with a caption",
             Some(_) => "samples that pass `data.filter` of the configuration below",

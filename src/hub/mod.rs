@@ -28,7 +28,7 @@ pub enum HubError {
     Settings(#[from] SettingsError),
     /// A push needs a token.
     #[error(
-        "hub.push_to = \"{id}\": there is no token; set HF_TOKEN to one that may write there, or log in with `hf auth login`, or \
+        "hub.push_to = \"{id}\": there is no token\n  set HF_TOKEN to one that may write there, or log in with `hf auth login`, or \
          leave hub.push_to out"
     )]
     NoToken {
@@ -43,7 +43,7 @@ pub enum HubError {
     },
     /// The Hub does not know the token.
     #[error(
-        "{endpoint} does not accept the token (HTTP 401); set HF_TOKEN to a valid one, or log in again with `hf auth login`"
+        "{endpoint} does not accept the token (HTTP 401)\n  set HF_TOKEN to a valid one, or log in again with `hf auth login`"
     )]
     WrongToken {
         /// The Hub's address.
@@ -51,7 +51,7 @@ pub enum HubError {
     },
     /// The token lacks a permission.
     #[error(
-        "{endpoint} does not let this token {what} (HTTP 403){message}; the token needs write access to {id}"
+        "{endpoint} does not let this token {what} (HTTP 403){message}\n  the token needs write access to {id}"
     )]
     Forbidden {
         /// The Hub's address.

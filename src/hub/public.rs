@@ -67,7 +67,7 @@ pub(super) fn public_config(config: &Config, teacher: &PublicModel) -> String {
         .data
         .shards
         .iter()
-        .map(|s| Value::from(public_url(s)));
+        .map(|s| Value::from(public_url(&s.to_string())));
     set("data", "shards", Value::Array(shards.collect()));
     set("model", "teacher", name(teacher));
     if let Some(vae) = &config.model.vae {

@@ -120,12 +120,12 @@ impl Inventory {
         let name = url.name();
         for (manifest, listed) in &self.manifests {
             if let Some(entry) = listed.shards.get(&name)
-                && entry.source != url.redacted()
+                && entry.source != url.to_string()
             {
                 return Err(LatentError::OtherSource {
                     manifest: self.place.place(manifest),
                     written: entry.source.clone(),
-                    now: url.redacted(),
+                    now: url.to_string(),
                     name,
                 });
             }

@@ -208,7 +208,7 @@ impl LatentSource {
                 };
                 let shown = &missing[..missing.len().min(LISTED)];
                 return Err(LatentSourceError::Unlisted {
-                    folder: folder.redacted(),
+                    folder: folder.to_string(),
                     shards: shown.join(", ") + &more,
                 });
             }
@@ -345,7 +345,7 @@ pub fn manifests(
             let mut reader = sources.open(&url).await?;
             reader.read_to_end(&url, MAX_FILE_BYTES).await
         })?;
-        let manifest = url.redacted();
+        let manifest = url.to_string();
         match Manifest::parse(&text) {
             Ok(parsed) => Ok((manifest, parsed)),
             Err(message) => Err(LatentSourceError::Manifest { manifest, message }),
@@ -366,7 +366,7 @@ pub fn manifests(
         .collect::<Result<Vec<_>, _>>()?;
     if parts.is_empty() {
         return Err(LatentSourceError::NoManifest {
-            folder: folder.redacted(),
+            folder: folder.to_string(),
         });
     }
     Ok(parts)

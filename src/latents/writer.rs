@@ -143,7 +143,7 @@ impl LatentWriter {
         let mut lists = Vec::new();
         for shard in self.skipped.shards() {
             let url = &self.remaining[shard];
-            let (source, name) = (url.redacted(), url.name());
+            let (source, name) = (url.to_string(), url.name());
             self.skipped.finish(&self.place, shard, &name, &source)?;
             lists.push(self.place.place(&skipped::file_name(&name)));
         }
@@ -203,7 +203,7 @@ impl LatentWriter {
         values: &[f32],
     ) -> Result<F16Member<'a>, LatentError> {
         let values = to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
-            shard: self.remaining[sample.shard].redacted(),
+            shard: self.remaining[sample.shard].to_string(),
             key: sample.key.to_string(),
             what,
             value,
@@ -225,7 +225,7 @@ impl LatentWriter {
 
     fn finish_shard(&mut self, summary: &ShardSummary) -> Result<String, LatentError> {
         let url = &self.remaining[summary.shard];
-        let (source, name) = (url.redacted(), url.name());
+        let (source, name) = (url.to_string(), url.name());
         let file = match self.open.remove(&summary.shard) {
             Some(file) => file,
             // The shard has no usable samples.
@@ -274,14 +274,14 @@ fn check_names(shards: &[ShardUrl]) -> Result<(), LatentError> {
         let name = url.name();
         if name.is_empty() {
             return Err(LatentError::NoName {
-                url: url.redacted(),
+                url: url.to_string(),
             });
         }
         if let Some(first) = seen.insert(name.clone(), url) {
             return Err(LatentError::SameName {
                 name,
-                first: first.redacted(),
-                second: url.redacted(),
+                first: first.to_string(),
+                second: url.to_string(),
             });
         }
     }

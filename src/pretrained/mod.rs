@@ -47,7 +47,7 @@ pub enum PretrainedError {
     /// The Hub requires a token.
     #[error(
         "{id}: {endpoint} requires a token (HTTP {status}): the model is private or gated, or does not exist (and there is no \
-         folder of that name). Check the name; if it is gated, accept its licence at {endpoint}/{id}; then set HF_TOKEN"
+         folder of that name)\n  check the name; if it is gated, accept its licence at {endpoint}/{id}; then set HF_TOKEN"
     )]
     NoToken {
         /// The model.
@@ -59,7 +59,7 @@ pub enum PretrainedError {
     },
     /// The Hub does not accept the token.
     #[error(
-        "{id}: {endpoint} refuses this token (HTTP {status}): if the model is gated, accept its licence at {endpoint}/{id}; else \
+        "{id}: {endpoint} refuses this token (HTTP {status})\n  if the model is gated, accept its licence at {endpoint}/{id}; else \
          set HF_TOKEN to a valid token with read access to the model"
     )]
     WrongToken {
@@ -72,7 +72,7 @@ pub enum PretrainedError {
     },
     /// The Hub has no such model.
     #[error(
-        "{id}: no such model at {endpoint} (HTTP 404), and no folder of that name; check the name, and HF_TOKEN if it is private"
+        "{id}: no such model at {endpoint} (HTTP 404), and no folder of that name\n  check the name, and HF_TOKEN if it is private"
     )]
     NoModel {
         /// The model.
@@ -82,7 +82,7 @@ pub enum PretrainedError {
     },
     /// The model has no such revision.
     #[error(
-        "{id}: no revision \"{revision}\" at {endpoint}; name one of its branches, tags or commits"
+        "{id}: no revision \"{revision}\" at {endpoint}\n  name one of its branches, tags or commits"
     )]
     NoRevision {
         /// The model.
@@ -94,7 +94,7 @@ pub enum PretrainedError {
     },
     /// The Hub can't be reached.
     #[error(
-        "{id}: there is no folder of that name here, and the Hub's model can't be fetched from {endpoint} ({}): {cause}; \
+        "{id}: there is no folder of that name here, and the Hub's model can't be fetched from {endpoint} ({}): {cause}\n  \
          check the name, or the network and HF_ENDPOINT",
         counted(*attempts, "attempt")
     )]
@@ -110,7 +110,7 @@ pub enum PretrainedError {
     },
     /// The Hub stopped answering.
     #[error(
-        "{id}: {endpoint} sent nothing for {seconds} s during the download of {what} (there is no folder of that name here); run the command \
+        "{id}: {endpoint} sent nothing for {seconds} s during the download of {what} (there is no folder of that name here)\n  run the command \
          again to resume the download"
     )]
     Stalled {
@@ -136,7 +136,7 @@ pub enum PretrainedError {
         cause: String,
     },
     /// The environment forbids the network, and the cache lacks files of the model.
-    #[error("{id}: there is no folder of that name here, HF_HUB_OFFLINE is set, and {} lacks files of the model at revision \"{revision}\"", cache.display())]
+    #[error("{id}: there is no folder of that name here, HF_HUB_OFFLINE is set, and {} lacks files of the model at revision \"{revision}\"\n  check the name, or unset HF_HUB_OFFLINE", cache.display())]
     Offline {
         /// The model.
         id: String,

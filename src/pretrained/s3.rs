@@ -170,7 +170,7 @@ impl Blobs {
         };
         if length != object.size || is_other_version {
             return Err(SourceError::Changed {
-                url: object.url.redacted(),
+                url: object.url.to_string(),
                 offset: length,
                 cause: format!(
                     "{} bytes of version {} were listed",

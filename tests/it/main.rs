@@ -10,6 +10,7 @@
 mod bench;
 mod chaos;
 mod check;
+mod control_characters;
 mod device;
 mod extending;
 mod hostile;
@@ -31,6 +32,7 @@ mod restart;
 mod resume;
 mod rooms;
 mod sample;
+mod secrets;
 mod support;
 mod terminal;
 mod trackers;

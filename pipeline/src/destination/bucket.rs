@@ -99,7 +99,7 @@ impl Bucket {
         };
         let stall = self.sources.options().stall_timeout;
         let patience = stall + Duration::from_secs_f64(bytes as f64 / LEAST_PACE as f64);
-        let mut budget = RetryBudget::new(url.redacted(), options, s3.server().clone());
+        let mut budget = RetryBudget::new(url.to_string(), options, s3.server().clone());
         loop {
             let failure = match tokio::time::timeout(patience, request(s3)).await {
                 Ok(Ok(answer)) => {

@@ -117,7 +117,7 @@ impl Sources {
             }
             Location::Http(_) | Location::Hub(_) | Location::Images(_) | Location::Stdin => {
                 Err(SourceError::Unsupported {
-                    url: url.redacted(),
+                    url: url.to_string(),
                     cause: "can't be written to; name a folder or s3://bucket/prefix/".to_owned(),
                 })
             }
@@ -269,7 +269,7 @@ impl Destination {
     pub fn place(&self, name: &str) -> String {
         match &self.0 {
             Backend::Folder(folder) => folder.path(name).display().to_string(),
-            Backend::Bucket(bucket) => bucket.target(name).url.redacted(),
+            Backend::Bucket(bucket) => bucket.target(name).url.to_string(),
         }
     }
 
@@ -298,7 +298,7 @@ impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Backend::Folder(folder) => write!(f, "{}/", folder.root().display()),
-            Backend::Bucket(bucket) => write!(f, "{}", bucket.target("").url.redacted()),
+            Backend::Bucket(bucket) => write!(f, "{}", bucket.target("").url.to_string()),
         }
     }
 }

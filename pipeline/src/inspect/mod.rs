@@ -253,7 +253,7 @@ pub async fn shard(
         keys: HashSet::new(),
         non_samples: Vec::new(),
         report: ShardReport {
-            url: url.redacted(),
+            url: url.to_string(),
             statistics: options.statistics.then(Statistics::default),
             ..ShardReport::default()
         },

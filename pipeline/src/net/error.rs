@@ -8,11 +8,17 @@ use crate::bounded::TooLong;
 use crate::plural::counted;
 use crate::shard::UrlError;
 
-/// Why an object could not be read or written.
+/// The causes of an error in full, for a reader that asks for them. The error's message has them in short.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Details(pub String);
+
+/// Why an object could not be read or written. The first line of a message says what was asked for and what came of it; the
+/// second, where there is one, what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
     /// The object, bucket or file does not exist.
-    #[error("{url}: not found ({cause}); check the name{hint}")]
+    #[error("{url}: not found ({cause})\n  check the name{hint}")]
     NotFound {
         /// The object.
         url: String,
@@ -22,7 +28,7 @@ pub enum SourceError {
         hint: &'static str,
     },
     /// The server denies access.
-    #[error("{url}: access denied ({cause}); {hint}")]
+    #[error("{url}: access denied ({cause})\n  {hint}")]
     Forbidden {
         /// The object.
         url: String,
@@ -33,18 +39,21 @@ pub enum SourceError {
     },
     /// No credentials were found to sign with.
     #[error(
-        "{url}: no usable AWS credentials ({cause}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE (after \
+        "{url}: no usable AWS credentials ({cause})\n  set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE (after \
          `aws sso login` where it uses SSO) or a role, or [s3] anonymous = true for a public bucket"
     )]
     Credentials {
         /// The object.
         url: String,
-        /// Error at the end of the provider chain.
+        /// The request, and the fault in short.
         cause: String,
+        /// The answer of each provider of the chain.
+        #[source]
+        details: Details,
     },
     /// The credentials have expired, and a second look-up gave no newer ones.
     #[error(
-        "{url}: the AWS credentials have expired ({cause}), and looking them up again gave no newer ones; get new ones (as with \
+        "{url}: the AWS credentials have expired ({cause}), and looking them up again gave no newer ones\n  get new ones (as with \
          `aws sso login`, or a new AWS_SESSION_TOKEN) and start again, or use a role or profile that renews them by itself"
     )]
     Expired {
@@ -55,7 +64,7 @@ pub enum SourceError {
     },
     /// The signature in a URL has expired.
     #[error(
-        "{url}: the signed URL has expired ({cause}); make new signed URLs that outlast the run, or name the shards as s3:// and \
+        "{url}: the signed URL has expired ({cause})\n  make new signed URLs that outlast the run, or name the shards as s3:// and \
          set credentials"
     )]
     ExpiredUrl {
@@ -66,7 +75,7 @@ pub enum SourceError {
     },
     /// The object is in an archive and can't be read at once.
     #[error(
-        "{url}: the object is archived ({cause}); restore it first (`aws s3api restore-object`, or a copy to another storage \
+        "{url}: the object is archived ({cause})\n  restore it first (`aws s3api restore-object`, or a copy to another storage \
          class), and start again when that is done"
     )]
     Archived {
@@ -76,7 +85,7 @@ pub enum SourceError {
         cause: String,
     },
     /// The pages of a listing don't fit together, so that objects may be missing.
-    #[error("{url}: the server's listing is wrong: {cause}; {hint}")]
+    #[error("{url}: the server's listing is wrong: {cause}\n  {hint}")]
     Listing {
         /// The prefix.
         url: String,
@@ -145,7 +154,7 @@ pub enum SourceError {
         error: UrlError,
     },
     /// The bucket is in another region.
-    #[error("{url}: the bucket is in another region ({cause}); set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
+    #[error("{url}: the bucket is in another region ({cause})\n  set [s3] region{}", right.as_ref().map_or(String::new(), |region| format!(" = {region:?}")))]
     WrongRegion {
         /// The object.
         url: String,
@@ -169,7 +178,7 @@ pub enum SourceError {
     },
     /// The server can't be reached.
     #[error(
-        "{url}: can't connect to {endpoint} ({}): {cause}; check the network{hint}",
+        "{url}: can't connect to {endpoint} ({}): {cause}\n  check the network{hint}",
         counted(*attempts, "attempt")
     )]
     Unreachable {
@@ -317,6 +326,13 @@ impl SourceError {
 
 /// An error and its causes on one line, without causes that repeat the text before.
 pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
+    let text = causes_in_full(error);
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    lines.join(" ")
+}
+
+/// An error and its causes as [`causes`], with their own lines.
+pub(crate) fn causes_in_full(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -327,6 +343,5 @@ pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
         }
         next = cause.source();
     }
-    let lines: Vec<&str> = text.lines().map(str::trim).collect();
-    lines.join(" ")
+    text
 }

@@ -11,10 +11,10 @@ mod retry;
 mod server;
 mod tls;
 
-pub use error::SourceError;
+pub use error::{Details, SourceError};
 pub use server::{S3Counts, ServerRecord};
 
-pub(crate) use error::causes;
+pub(crate) use error::{causes, causes_in_full};
 pub(crate) use refusal::{ServerMessage, element, is_passing, one_line};
 pub(crate) use response::{Body, Condition, GetResult, content_range};
 pub(crate) use retry::{FIRST_DELAY, RequestFailure, RetryBudget, RetryOptions};

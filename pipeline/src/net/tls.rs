@@ -10,6 +10,7 @@ use rustls::pki_types::pem::PemObject;
 use super::error::SourceError;
 use crate::bounded::{self, MAX_FILE_BYTES};
 use crate::shard::ShardUrl;
+use crate::text::redact_url;
 
 /// The variable that the AWS tools read as well.
 const VARIABLE: &str = "AWS_CA_BUNDLE";
@@ -88,14 +89,14 @@ pub(crate) fn certificate_error(
         return None;
     }
     let hint = if cause.contains("UnknownIssuer") || cause.contains("CaUsedAsEndEntity") {
-        "; if it is signed by an authority of your own, set [s3] ca_bundle (or AWS_CA_BUNDLE) to a PEM file with that \
+        "\n  if it is signed by an authority of your own, set [s3] ca_bundle (or AWS_CA_BUNDLE) to a PEM file with that \
          authority's certificate"
     } else {
         ""
     };
     Some(SourceError::Certificate {
-        url: url.redacted(),
-        endpoint: endpoint.to_owned(),
+        url: url.to_string(),
+        endpoint: redact_url(endpoint),
         cause: cause.to_owned(),
         hint,
     })

@@ -133,7 +133,7 @@ pub fn pack(
     }
     match packer.packed.samples {
         0 => Err(PackError::Nothing {
-            folder: folder.redacted(),
+            folder: folder.to_string(),
             left_out: packer.packed.describe_left_out(),
         }),
         _ => Ok(packer.packed),
@@ -178,7 +178,7 @@ impl<P: FnMut(&Packed, u64)> Packer<'_, P> {
                         Some(ShardEvent::End {
                             broken: Some(cause),
                         }) => {
-                            let url = url.redacted();
+                            let url = url.to_string();
                             return Err(SourceError::File { url, cause }.into());
                         }
                         Some(ShardEvent::Failed(error)) => return Err(error.into()),

@@ -66,7 +66,7 @@ impl S3 {
                 other => return other,
             };
             return RequestFailure::Fatal(SourceError::Expired {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause,
             });
         }

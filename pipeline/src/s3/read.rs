@@ -93,7 +93,7 @@ impl S3 {
         prefix: &str,
         options: RetryOptions,
     ) -> Result<Vec<ObjectInfo>, SourceError> {
-        let mut budget = RetryBudget::new(url.redacted(), options, self.server.clone());
+        let mut budget = RetryBudget::new(url.to_string(), options, self.server.clone());
         let mut listing = Listing::new(bucket, prefix);
         let mut token: Option<String> = None;
         loop {
@@ -111,7 +111,7 @@ impl S3 {
                     self.server.record_request("ok");
                     budget.record_response();
                     let next = listing.add(&page).map_err(|cause| SourceError::Listing {
-                        url: url.redacted(),
+                        url: url.to_string(),
                         cause,
                         hint: WITHOUT_LISTING,
                     })?;

@@ -93,11 +93,11 @@ pub(super) struct S3Refusal<'a> {
 impl S3Refusal<'_> {
     pub(super) fn meaning(&self, url: &ShardUrl, operation: Operation) -> Outcome {
         let (status, code) = (self.status, self.said.code.as_str());
-        let url = url.redacted();
-        let said = self.said.to_string();
-        let cause = [format!("HTTP {status}"), said].join(" ").trim().to_owned();
+        let url = url.to_string();
+        let cause = format!("{}: HTTP {status} {}", operation.name(), self.said);
+        let cause = cause.trim_end().to_owned();
         let refused = |advice: &str| {
-            let cause = format!("{}: {cause}{advice}", operation.name());
+            let cause = format!("{cause}{advice}");
             SourceError::Refused {
                 url: url.clone(),
                 cause,
@@ -117,7 +117,7 @@ impl S3Refusal<'_> {
             return passing("bad_body", cause);
         }
         if let Some(advice) = self.checksum_advice(operation) {
-            return fatal("client_error", refused(&format!("; {advice}")));
+            return fatal("client_error", refused(&format!("\n  {advice}")));
         }
         if let Some(outcome) = self.elsewhere(&url, &cause) {
             return outcome;
@@ -151,10 +151,11 @@ impl S3Refusal<'_> {
             }
             _ if WRONG_KEYS.contains(&code) => forbidden(CHECK_KEYS),
             (401 | 403, _) => forbidden(operation.access_advice()),
-            (507, _) => fatal("client_error", refused("; free some space there")),
-            (405, _) if operation.is_write() => {
-                fatal("client_error", refused("; this server takes no writes"))
-            }
+            (507, _) => fatal("client_error", refused("\n  free some space there")),
+            (405, _) if operation.is_write() => fatal(
+                "client_error",
+                refused("\n  this server takes no writes: name another place"),
+            ),
             (400 | 405 | 501, _) | (_, "NotImplemented") => {
                 let advice = self.support_advice(operation);
                 let error = refused(&advice);
@@ -192,11 +193,12 @@ impl S3Refusal<'_> {
         if !unsupported {
             String::new()
         } else if operation.is_write() && self.sends_checksums {
-            format!("; {NO_CHECKSUMS}")
+            format!("\n  {NO_CHECKSUMS}")
         } else if operation.is_multipart() {
-            "; the server does not support uploads in parts, which an output in S3 needs".to_owned()
+            "\n  the server does not support uploads in parts, which an output in S3 needs"
+                .to_owned()
         } else {
-            "; the server does not support this request".to_owned()
+            "\n  the server does not support this request".to_owned()
         }
     }
 
@@ -216,7 +218,7 @@ impl S3Refusal<'_> {
             // Without the object and the query.
             let server: Vec<_> = location.splitn(4, '/').take(3).collect();
             let cause = format!(
-                "{cause}: the server redirects to {}; set [s3] endpoint_url to the address of the S3 server itself",
+                "{cause}: the server redirects to {}\n  set [s3] endpoint_url to the address of the S3 server itself",
                 one_line(&server.join("/"))
             );
             let url = url.to_owned();

@@ -37,7 +37,9 @@ fn s3_error_names_the_setting() {
     let text = |status, code| error(&said(status, code), GET).to_string();
     let denied = text(403, "AccessDenied");
     assert!(
-        denied.contains("s3://b/k.tar: access denied (HTTP 403 AccessDenied said the server)"),
+        denied.contains(
+            "s3://b/k.tar: access denied (GetObject: HTTP 403 AccessDenied said the server)"
+        ),
         "{denied}"
     );
     assert!(denied.contains("[s3] anonymous = true"), "{denied}");
@@ -53,7 +55,8 @@ fn s3_error_names_the_setting() {
     assert!(text(403, "RequestTimeTooSkewed").contains("clock"));
     let archived = text(403, "InvalidObjectState");
     assert!(
-        archived.contains("is archived (HTTP 403") && archived.contains("restore it first"),
+        archived.contains("is archived (GetObject: HTTP 403")
+            && archived.contains("restore it first"),
         "{archived}"
     );
     let listing = error(&said(403, "AccessDenied"), Operation::List).to_string();
@@ -130,7 +133,7 @@ fn wrong_region_is_named_from_every_place() {
     };
     let moved = error(&moved, GET).to_string();
     assert!(
-        moved.contains("redirects to https://store.example; set [s3] endpoint_url"),
+        moved.contains("redirects to https://store.example\n  set [s3] endpoint_url"),
         "{moved}"
     );
 }

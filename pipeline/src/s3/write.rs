@@ -330,7 +330,7 @@ impl S3 {
 /// The error for a wrong listing of the incomplete uploads under a prefix.
 pub(crate) fn wrong_uploads(prefix: &ShardUrl, cause: String) -> SourceError {
     SourceError::Listing {
-        url: prefix.redacted(),
+        url: prefix.to_string(),
         cause: format!("incomplete uploads: {cause}"),
         hint: "abort the incomplete uploads with another tool, or let a lifecycle rule of the bucket do it",
     }

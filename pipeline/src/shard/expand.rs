@@ -306,7 +306,7 @@ mod tests {
                 .collect();
             if let Ok(urls) = expand(std::slice::from_ref(&text)) {
                 for url in urls {
-                    let again: ShardUrl = url.to_string().parse().unwrap();
+                    let again: ShardUrl = url.whole().parse().unwrap();
                     assert_eq!(again.is_folder(), url.is_folder(), "{text}");
                 }
             }

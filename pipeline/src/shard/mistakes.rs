@@ -24,6 +24,12 @@ fn mistake(text: &str) -> Option<String> {
     if text.starts_with(QUOTES) {
         return Some("begins with a quote: leave the quotes out".to_owned());
     }
+    if text.contains("://REDACTED@") || text.ends_with("?REDACTED") {
+        return Some(
+            "has no login and no signature, which coffey leaves out of a run's config.toml and of messages: write the whole URL"
+                .to_owned(),
+        );
+    }
     if let Some((scheme, _)) = text.split_once(":/")
         && ["s3", "http", "https", "hf", "gs", "file"].contains(&scheme)
         && !text[scheme.len()..].starts_with("://")

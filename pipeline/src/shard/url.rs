@@ -4,13 +4,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
-
+use super::http_url::HttpUrl;
 use super::hub::HubFile;
 use super::image_shard::ImageShard;
 use super::mistakes;
+use super::pattern::redact;
 use super::pipe::unwrap_pipe;
-use super::redact::redact;
+use crate::text::escaped;
 
 /// Endings of shards in folders and prefixes; other files there are passed over.
 const SHARD_ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
@@ -41,7 +41,7 @@ pub(super) fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Location {
     S3 { bucket: String, key: String },
-    Http(String),
+    Http(HttpUrl),
     Hub(HubFile),
     File(PathBuf),
     Images(ImageShard),
@@ -53,8 +53,9 @@ pub(crate) enum Location {
 /// `s3://bucket/key.tar`, `http://…`, `https://…`, `hf://datasets/USER/NAME/key.tar`, `file:///path`, plain
 /// paths, and `-` for standard input; also the form of older webdataset scripts,
 /// `pipe:aws s3 cp s3://bucket/key.tar -`: the URL is extracted from the command, which is never run.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+///
+/// `Display` and `Debug` are for people: without user, password and query of an HTTP URL, and with control characters escaped.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardUrl(Location);
 
 impl ShardUrl {
@@ -91,7 +92,7 @@ impl ShardUrl {
     pub fn is_folder(&self) -> bool {
         match &self.0 {
             Location::S3 { key, .. } => key.is_empty() || key.ends_with('/'),
-            Location::Http(url) => url.ends_with('/'),
+            Location::Http(url) => url.expose().ends_with('/'),
             Location::Hub(file) => file.path.is_empty() || file.path.ends_with('/'),
             Location::File(path) => path.as_os_str().to_string_lossy().ends_with('/'),
             Location::Images(_) | Location::Stdin => false,
@@ -106,16 +107,28 @@ impl ShardUrl {
         }
     }
 
-    /// The URL for messages: without the query, where signed URLs carry their secret, and without a password.
+    /// The name of the shard for hashes: equal for every signature and password that it is read with.
     #[must_use]
-    pub fn redacted(&self) -> String {
+    pub fn identity(&self) -> String {
         match &self.0 {
-            Location::Http(url) => redact(url),
-            Location::S3 { .. }
-            | Location::Hub(_)
-            | Location::File(_)
-            | Location::Images(_)
-            | Location::Stdin => self.to_string(),
+            Location::Http(url) => url.identity(),
+            _ => self.whole(),
+        }
+    }
+
+    /// The text that is parsed as this URL.
+    pub(crate) fn whole(&self) -> String {
+        match &self.0 {
+            Location::S3 { bucket, key } => format!("s3://{bucket}/{key}"),
+            Location::Http(url) => url.expose().to_owned(),
+            Location::Hub(file) => file.to_string(),
+            // Without `file://` the path would be parsed as something else.
+            Location::File(path) if path.is_absolute() && !is_plain(&path.to_string_lossy()) => {
+                format!("file://{}", path.display())
+            }
+            Location::File(path) => path.display().to_string(),
+            Location::Images(shard) => shard.to_string(),
+            Location::Stdin => "-".to_owned(),
         }
     }
 
@@ -132,7 +145,10 @@ impl ShardUrl {
                 key: parent(key),
             },
             Location::Http(url) => {
-                Location::Http(parent(url.split(['?', '#']).next().unwrap_or(url)))
+                let url = url.expose();
+                Location::Http(HttpUrl::new(parent(
+                    url.split(['?', '#']).next().unwrap_or(url),
+                )))
             }
             Location::Hub(file) => Location::Hub(HubFile {
                 path: parent(&file.path),
@@ -158,7 +174,7 @@ impl ShardUrl {
                 bucket: bucket.clone(),
                 key: format!("{key}{name}"),
             },
-            Location::Http(url) => Location::Http(format!("{url}{name}")),
+            Location::Http(url) => Location::Http(HttpUrl::new(format!("{}{name}", url.expose()))),
             Location::Hub(file) => Location::Hub(HubFile {
                 path: format!("{}{name}", file.path),
                 ..file.clone()
@@ -192,7 +208,10 @@ impl ShardUrl {
     fn file_name(&self) -> String {
         let whole = match &self.0 {
             Location::S3 { key, .. } => key.as_str().into(),
-            Location::Http(url) => url.split(['?', '#']).next().unwrap_or_default().into(),
+            Location::Http(url) => {
+                let path = url.expose().split(['?', '#']).next();
+                path.unwrap_or_default().into()
+            }
             Location::Hub(file) => file.path.as_str().into(),
             Location::File(path) => path.to_string_lossy(),
             Location::Images(shard) => shard.name().into(),
@@ -206,31 +225,15 @@ impl ShardUrl {
 impl fmt::Display for ShardUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Location::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
-            Location::Http(url) => f.write_str(url),
-            Location::Hub(file) => write!(f, "{file}"),
-            // Without `file://` the path would be parsed as something else.
-            Location::File(path) if path.is_absolute() && !is_plain(&path.to_string_lossy()) => {
-                write!(f, "file://{}", path.display())
-            }
-            Location::File(path) => write!(f, "{}", path.display()),
-            Location::Images(shard) => write!(f, "{shard}"),
-            Location::Stdin => f.write_str("-"),
+            Location::Http(url) => f.write_str(&escaped(&url.to_string())),
+            _ => f.write_str(&escaped(&self.whole())),
         }
     }
 }
 
-impl From<ShardUrl> for String {
-    fn from(url: ShardUrl) -> Self {
-        url.to_string()
-    }
-}
-
-impl TryFrom<String> for ShardUrl {
-    type Error = UrlError;
-
-    fn try_from(url: String) -> Result<Self, UrlError> {
-        url.parse()
+impl fmt::Debug for ShardUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShardUrl({self})")
     }
 }
 
@@ -281,7 +284,7 @@ impl FromStr for ShardUrl {
             if rest.is_empty() || rest.starts_with('/') {
                 return Err(invalid(url, "has no host"));
             }
-            return Ok(Self(Location::Http(url.to_owned())));
+            return Ok(Self(Location::Http(HttpUrl::new(url))));
         }
         if let Some(rest) = url.strip_prefix("file://") {
             let path = rest.strip_prefix("localhost").unwrap_or(rest);
@@ -391,13 +394,20 @@ mod tests {
     }
 
     #[test]
-    fn url_redacted_hides_the_signature() {
-        let url: ShardUrl = "https://h/a.tar?X-Amz-Signature=abc".parse().unwrap();
-        assert_eq!(url.redacted(), "https://h/a.tar?REDACTED");
-        assert_eq!(
-            "s3://b/a?c.tar".parse::<ShardUrl>().unwrap().redacted(),
-            "s3://b/a?c.tar"
-        );
+    fn url_is_shown_without_secrets_and_control_characters() {
+        for (text, shown) in [
+            (
+                "https://u:p@h/a.tar?X-Amz-Signature=abc",
+                "https://REDACTED@h/a.tar?REDACTED",
+            ),
+            ("s3://b/a?c.tar", "s3://b/a?c.tar"),
+            ("s3://b/a\u{1b}[2J\n.tar", "s3://b/a\\u001b[2J\\u000a.tar"),
+        ] {
+            let url: ShardUrl = text.parse().unwrap();
+            assert_eq!(url.to_string(), shown);
+            assert_eq!(format!("{url:?}"), format!("ShardUrl({shown})"));
+            assert_eq!(url.whole(), text);
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::net::{
 };
 use crate::open_files;
 use crate::shard::{Location, ShardUrl};
+use crate::text::remove_secrets_of;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const MOST_REDIRECTS: usize = 10;
@@ -71,13 +72,13 @@ impl HttpClient {
     ) -> Result<Response, RequestFailure> {
         let refused = |cause: String| {
             RequestFailure::Fatal(SourceError::Refused {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause,
             })
         };
         let mut at = Url::parse(address).map_err(|error| {
             RequestFailure::Fatal(SourceError::Unsupported {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: format!("is no valid URL: {error}"),
             })
         })?;
@@ -172,7 +173,7 @@ fn failure(url: &ShardUrl, error: reqwest::Error) -> RequestFailure {
     }
     let (wrong_url, connecting) = (error.is_builder(), error.is_connect());
     let cause = causes(&error.without_url());
-    let endpoint = url.redacted();
+    let endpoint = url.to_string();
     if wrong_url {
         return RequestFailure::Fatal(SourceError::Unsupported {
             url: endpoint,
@@ -191,8 +192,22 @@ fn failure(url: &ShardUrl, error: reqwest::Error) -> RequestFailure {
     RequestFailure::Connect {
         cause,
         endpoint,
-        hint: " and the URL",
+        hint: if has_proxy() {
+            ", the URL and the proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY)"
+        } else {
+            " and the URL"
+        },
     }
+}
+
+/// Whether the environment names a proxy.
+fn has_proxy() -> bool {
+    ["https_proxy", "http_proxy", "all_proxy"]
+        .iter()
+        .any(|name| {
+            let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+            set(name) || set(&name.to_uppercase())
+        })
 }
 
 /// Longest error text that is read. Bytes.
@@ -226,9 +241,14 @@ pub(super) async fn refusal(url: &ShardUrl, mut response: Response, offset: u64)
         Some(message) if on_hub => message.to_owned(),
         _ => said.to_string(),
     };
+    let text = remove_secrets_of(response.url().as_str(), &text);
+    let text = match url.location() {
+        Location::Http(url) => remove_secrets_of(url.expose(), &text),
+        _ => text,
+    };
     let separator = if text.is_empty() { "" } else { ": " };
     let cause = format!("HTTP {status}{separator}{text}");
-    let url = url.redacted();
+    let url = url.to_string();
     let forbidden = |hint| {
         let (url, cause) = (url.clone(), cause.clone());
         RequestFailure::Fatal(SourceError::Forbidden { url, cause, hint })

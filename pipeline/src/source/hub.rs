@@ -27,7 +27,7 @@ impl Sources {
         match &self.0.hub.endpoint {
             Ok(endpoint) => Ok(endpoint),
             Err(cause) => Err(SourceError::Unsupported {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: cause.clone(),
             }),
         }
@@ -59,11 +59,11 @@ impl Sources {
         let client = self.http().await?;
         let options = self.retry_options();
         let wrong = |cause| SourceError::Listing {
-            url: url.redacted(),
+            url: url.to_string(),
             cause,
             hint: "name the shards instead of their folder, as hf://datasets/OWNER/NAME/{000..099}.tar",
         };
-        let mut budget = RetryBudget::new(url.redacted(), options, self.0.http_servers.clone());
+        let mut budget = RetryBudget::new(url.to_string(), options, self.0.http_servers.clone());
         let mut address = folder.tree(self.hub_endpoint(url)?, recursive);
         let mut found = Vec::new();
         let mut paging = Paging::default();
@@ -79,7 +79,7 @@ impl Sources {
                 let body = read_page(url, response).await?;
                 let entries: Vec<Entry> = serde_json::from_slice(&body).map_err(|error| {
                     RequestFailure::Fatal(SourceError::Refused {
-                        url: url.redacted(),
+                        url: url.to_string(),
                         cause: format!("the Hub's listing can't be read: {error}"),
                     })
                 })?;
@@ -117,7 +117,7 @@ impl Sources {
 async fn read_page(url: &ShardUrl, mut response: Response) -> Result<Vec<u8>, RequestFailure> {
     let too_long = |error| {
         RequestFailure::Fatal(SourceError::TooLong {
-            url: url.redacted(),
+            url: url.to_string(),
             what: "a page of the Hub's listing",
             error,
         })

@@ -31,7 +31,7 @@ impl Sources {
         match folder.location() {
             Location::File(path) => self.images_in(folder, path, Some(samples)).await,
             _ => Err(SourceError::Unsupported {
-                url: folder.redacted(),
+                url: folder.to_string(),
                 cause: "is no local folder of images".to_owned(),
             }),
         }
@@ -48,7 +48,7 @@ impl Sources {
         if folder.len() == 0 {
             let images = &self.members().images;
             return Err(SourceError::EmptyFolder {
-                url: url.redacted(),
+                url: url.to_string(),
                 found: match folder.shard_below() {
                     Some(shard) => format!(
                         ", and no images; {} is below it: name its folder",
@@ -66,7 +66,7 @@ impl Sources {
     pub(super) fn images_among(&self, files: &[ShardUrl]) -> Option<String> {
         let is_image = |file: &&ShardUrl| self.members().is_image(file.name().as_bytes());
         let mut images = files.iter().filter(is_image);
-        let first = images.next()?.redacted();
+        let first = images.next()?.to_string();
         let images = counted(images.count() + 1, "image");
         Some(format!("{images}, the first of them {first}"))
     }

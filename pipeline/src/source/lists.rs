@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{ObjectReader, Sources};
 use crate::bounded::BoundedBytes;
 use crate::net::SourceError;
-use crate::shard::{ShardUrl, UrlError, expand_one, split};
+use crate::shard::{ShardPattern, ShardUrl, UrlError, expand_one, split};
 
 /// Largest list of shards; a million URLs take less. Bytes.
 const MOST_LIST_BYTES: u64 = 1 << 28;
@@ -46,9 +46,9 @@ impl Sources {
     /// # Errors
     /// [`SourceError::Url`] and [`SourceError::List`] for a bad URL, else the error of reading a list or
     /// listing a folder.
-    pub async fn shards(&self, patterns: &[String]) -> Result<ShardList, SourceError> {
+    pub async fn shards(&self, patterns: &[ShardPattern]) -> Result<ShardList, SourceError> {
         let mut urls = Vec::new();
-        for pattern in patterns.iter().flat_map(|pattern| split(pattern)) {
+        for pattern in patterns.iter().flat_map(|pattern| split(pattern.expose())) {
             match pattern.trim().strip_prefix('@') {
                 Some(lists) => {
                     for list in expand_one(lists)? {
@@ -88,7 +88,7 @@ impl Sources {
 
     async fn in_list(&self, list: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
         let unsupported = |cause: &str| SourceError::Unsupported {
-            url: format!("@{}", list.redacted()),
+            url: format!("@{}", list.to_string()),
             cause: cause.to_owned(),
         };
         let mut reader = self.open(list).await?;
@@ -104,7 +104,7 @@ impl Sources {
             }
             for pattern in split(line) {
                 let expanded = expand_one(pattern).map_err(|error| SourceError::List {
-                    list: list.redacted(),
+                    list: list.to_string(),
                     line: index + 1,
                     error,
                 })?;
@@ -125,7 +125,7 @@ fn check_count(shards: usize, last: &ShardUrl) -> Result<(), SourceError> {
         return Ok(());
     }
     Err(SourceError::Unsupported {
-        url: last.redacted(),
+        url: last.to_string(),
         cause: format!("is one of more than {MOST_SHARDS} shards; name fewer"),
     })
 }
@@ -136,7 +136,7 @@ async fn read_text(
     list: &ShardUrl,
 ) -> Result<Option<String>, SourceError> {
     let too_long = |error| SourceError::TooLong {
-        url: format!("@{}", list.redacted()),
+        url: format!("@{}", list.to_string()),
         what: "the list of shards",
         error,
     };

@@ -15,7 +15,7 @@ use crate::shard::ShardUrl;
 const CHUNK_BYTES: usize = 256 << 10;
 
 pub(super) fn failed(url: &ShardUrl, error: &std::io::Error) -> SourceError {
-    let url = url.redacted();
+    let url = url.to_string();
     let home = url.starts_with("~/");
     match error.kind() {
         ErrorKind::NotFound => SourceError::NotFound {

@@ -219,7 +219,7 @@ impl Sources {
                 retry(url, options, s3.server(), request).await?;
                 Ok(Answer::Readable)
             }
-            Location::Http(address) => self.probe_http(url, address, heads).await,
+            Location::Http(address) => self.probe_http(url, address.expose(), heads).await,
             Location::Hub(file) => {
                 let address = file.resolve(self.hub_endpoint(url)?);
                 self.probe_http(url, &address, heads).await
@@ -285,7 +285,7 @@ async fn retry<F: Future<Output = Result<(), RequestFailure>>>(
     server: &ServerRecord,
     request: impl Fn() -> F,
 ) -> Result<(), SourceError> {
-    let mut budget = RetryBudget::new(url.redacted(), options, server.clone());
+    let mut budget = RetryBudget::new(url.to_string(), options, server.clone());
     loop {
         let failure = match timeout(options.stall_timeout, request()).await {
             Ok(Ok(())) => {
@@ -360,7 +360,8 @@ impl Listing {
         // A prefix may hold many other objects: requests one by one are then faster.
         let most_pages = 4 + self.names.len() / 100;
         for _ in 0..most_pages {
-            let mut budget = RetryBudget::new(self.folder.redacted(), options, s3.server().clone());
+            let mut budget =
+                RetryBudget::new(self.folder.to_string(), options, s3.server().clone());
             let page = loop {
                 let after = self.after.as_deref().filter(|_| token.is_none());
                 let request = s3.list_page(&self.folder, (bucket, prefix), after, token.as_deref());
@@ -434,10 +435,10 @@ fn summary(missing: &[SourceError], all: usize, ended: bool) -> SourceError {
     }
     let hint = match &missing[0] {
         SourceError::NotFound { hint, .. } => format!(
-            "; check the names{hint}; leave out of data.shards what is not there, or name a folder or prefix that ends in '/' to take \
+            "\n  check the names{hint}; leave out of data.shards what is not there, or name a folder or prefix that ends in '/' to take \
              every shard in it (data.check_shards = false begins without this look-up)"
         ),
-        SourceError::Forbidden { hint, .. } => format!("; {hint}"),
+        SourceError::Forbidden { hint, .. } => format!("\n  {hint}"),
         _ => String::new(),
     };
     SourceError::Missing { found, named, hint }

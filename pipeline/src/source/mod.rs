@@ -25,7 +25,7 @@ pub use lookup::LookUp;
 pub use options::{CacheOptions, HubOptions, SourceOptions};
 
 pub use crate::image_folder::MemberKeys;
-pub use crate::net::{S3Counts, ServerRecord, SourceError};
+pub use crate::net::{Details, S3Counts, ServerRecord, SourceError};
 pub use crate::s3::{ObjectInfo, S3Options};
 
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ use crate::image_folder::ImageFolder;
 use crate::net::{CaBundle, FIRST_DELAY, RetryOptions};
 use crate::s3::S3;
 use crate::shard::Location;
-use crate::shard::ShardUrl;
+use crate::shard::{HttpUrl, ShardUrl};
 
 use cache::{Cache, CachedReader, CachingReader};
 use headers::ServerHeaders;
@@ -179,7 +179,7 @@ impl Sources {
             Location::File(path) => local::list(url, path).await?,
             Location::Http(_) | Location::Images(_) | Location::Stdin => {
                 return Err(SourceError::Unsupported {
-                    url: url.redacted(),
+                    url: url.to_string(),
                     cause: "folders can't be listed over HTTP; name the shards, as https://host/{0..9}.tar".to_owned(),
                 });
             }
@@ -192,11 +192,14 @@ impl Sources {
                 return self.images_in(url, path, None).await;
             }
             (Location::File(_), Some(images)) => {
-                tracing::warn!("{}: only its shards are read, not {images}", url.redacted());
+                tracing::warn!(
+                    "{}: only its shards are read, not {images}",
+                    url.to_string()
+                );
             }
             (_, images) if shards.is_empty() => {
                 let (url, remedy) = (
-                    url.redacted(),
+                    url.to_string(),
                     "make shards of a local copy with `coffey pack FOLDER --out",
                 );
                 let found = images.map(|images| format!(", but {images}: {remedy} {url}`"));
@@ -237,7 +240,7 @@ impl Sources {
                 s3.objects(folder, bucket, key, self.retry_options()).await
             }
             _ => Err(SourceError::Unsupported {
-                url: folder.redacted(),
+                url: folder.to_string(),
                 cause: "is no prefix in S3; the form is s3://bucket/prefix/".to_owned(),
             }),
         }
@@ -331,7 +334,7 @@ impl Sources {
                 let hub = self.hub_endpoint(url)?;
                 Located::Remote(Remote::Http {
                     client: self.http().await?,
-                    address: file.resolve(hub),
+                    address: HttpUrl::new(file.resolve(hub)),
                     hub: hub.to_owned(),
                     server: self.0.http_servers.clone(),
                 })
@@ -390,7 +393,7 @@ impl ObjectReader {
     /// [`SourceError::TooLong`] if there are more, else as [`Self::next`].
     pub async fn read_to_end(&mut self, url: &ShardUrl, most: u64) -> Result<Vec<u8>, SourceError> {
         let too_long = |error| SourceError::TooLong {
-            url: url.redacted(),
+            url: url.to_string(),
             what: "the file",
             error,
         };

@@ -18,7 +18,7 @@ use crate::net::{
 };
 use crate::plural::counted;
 use crate::s3::S3;
-use crate::shard::ShardUrl;
+use crate::shard::{HttpUrl, ShardUrl};
 
 /// Slowest accepted pace. Bytes a second.
 const LEAST_PACE: f64 = 1024.0;
@@ -35,7 +35,7 @@ pub(crate) enum Remote {
     },
     Http {
         client: HttpClient,
-        address: String,
+        address: HttpUrl,
         /// The Hub's address, for a file on the Hub; else empty.
         hub: String,
         server: ServerRecord,
@@ -70,7 +70,7 @@ impl Remote {
             Self::S3 { s3, bucket, key } => s3.get(url, bucket, key, offset, condition).await,
             Self::Http {
                 client, address, ..
-            } => client.get(url, address, offset, condition).await,
+            } => client.get(url, address.expose(), offset, condition).await,
         }
     }
 
@@ -144,7 +144,7 @@ impl RemoteReader {
             url: url.clone(),
             remote,
             options,
-            budget: RetryBudget::new(url.redacted(), options, server),
+            budget: RetryBudget::new(url.to_string(), options, server),
             body: None,
             offset: 0,
             skip: 0,
@@ -220,7 +220,7 @@ impl RemoteReader {
             let failure = match timeout(self.options.stall_timeout, request).await {
                 Ok(Ok(None)) if known_version.is_some() => return Ok(false),
                 Ok(Ok(None)) => RequestFailure::Fatal(SourceError::Refused {
-                    url: self.url.redacted(),
+                    url: self.url.to_string(),
                     cause: "the server says \"not modified\" (HTTP 304) of what was never read"
                         .to_owned(),
                 }),
@@ -273,7 +273,7 @@ impl RemoteReader {
 
     fn changed(&self, cause: String) -> SourceError {
         SourceError::Changed {
-            url: self.url.redacted(),
+            url: self.url.to_string(),
             offset: self.offset,
             cause,
         }

@@ -193,7 +193,7 @@ impl StreamConfig {
 
     fn identity(&self) -> OrderIdentity {
         let shuffled = self.order == Order::Shuffled;
-        let urls: Vec<String> = self.shards.iter().map(ToString::to_string).collect();
+        let urls: Vec<String> = self.shards.iter().map(ShardUrl::identity).collect();
         let mut selection = vec![
             self.image_keys.join(" "),
             self.caption_keys.join(" "),

@@ -32,9 +32,9 @@ pub(super) struct DecodeWorker<K> {
     stage: StageHandle,
 }
 
-/// The first 8 bytes of the SHA-256 of a shard's URL.
+/// The first 8 bytes of the SHA-256 of a shard's identity.
 fn shard_key(url: &ShardUrl) -> u64 {
-    let hash = Sha256::digest(url.to_string());
+    let hash = Sha256::digest(url.identity());
     hash.iter()
         .take(8)
         .fold(0_u64, |key, &byte| key << 8 | u64::from(byte))

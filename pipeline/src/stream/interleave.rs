@@ -242,7 +242,7 @@ impl<K: SampleKind> Interleaver<K> {
     }
 
     fn nothing_usable(&self) -> Halt {
-        let empty_shard = self.empty_shard.map(|shard| self.opener.redacted(shard));
+        let empty_shard = self.empty_shard.map(|shard| self.opener.url(shard));
         Halt::Failed(StreamError::NothingUsable {
             report: FilterReport {
                 empty_shard,
@@ -331,7 +331,7 @@ impl<K: SampleKind> Interleaver<K> {
         let name = reason.name();
         let example = self.selector.count_skipped(pass, sample, &reason);
         self.opener.metrics().skip(&name);
-        let url = self.opener.redacted(pass.shard);
+        let url = self.opener.url(pass.shard);
         tracing::debug!(shard = %url, %key, reason = %name, "sample skipped");
         self.pass_on(StreamEvent::Skipped {
             pass,
@@ -401,7 +401,7 @@ impl<K: SampleKind> Interleaver<K> {
         let OpenPass { pass, selected, .. } = slot.at;
         self.selector.end_shard(pass);
         if let Some(cause) = &broken {
-            let url = self.opener.redacted(pass.shard);
+            let url = self.opener.url(pass.shard);
             tracing::warn!(shard = %url, cause, "broken shard: the samples before the fault are used");
             self.opener.metrics().skip("broken_shard");
         }

@@ -74,7 +74,7 @@ impl LeftOut {
 
     fn example(&self, shard: usize, key: Option<&Arc<str>>, what: String) -> SkipExample {
         SkipExample {
-            shard: self.shards[shard].redacted(),
+            shard: self.shards[shard].to_string(),
             key: key.cloned(),
             what,
         }

@@ -40,7 +40,7 @@ fn compare<T: PartialEq + Display>(
         return Ok(());
     }
     Err(StreamError::OtherThanManifest {
-        url: url.redacted(),
+        url: url.to_string(),
         what,
         found: found.to_string(),
         listed: listed.to_string(),

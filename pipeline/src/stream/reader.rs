@@ -423,7 +423,7 @@ impl Untar {
                 broken: Some(cause),
             },
             Err(TarError::NotATar(cause)) => ShardEvent::Failed(StreamError::NotATar {
-                url: self.url.redacted(),
+                url: self.url.to_string(),
                 cause,
             }),
         })

@@ -127,7 +127,7 @@ fn reread_shard<K: SampleKind>(
 ) -> Result<(), Halt> {
     let changed = |sample| {
         Halt::Failed(StreamError::ShardChanged {
-            url: opener.redacted(needed.pass.shard),
+            url: opener.url(needed.pass.shard),
             sample,
         })
     };

@@ -52,9 +52,9 @@ impl ShardOpener {
         self.shards.len()
     }
 
-    /// URL of a shard, without secrets.
-    pub(super) fn redacted(&self, index: usize) -> String {
-        self.shards[index].redacted()
+    /// URL of a shard for a message.
+    pub(super) fn url(&self, index: usize) -> String {
+        self.shards[index].to_string()
     }
 
     pub(super) fn metrics(&self) -> &FlowMetrics {

@@ -17,7 +17,7 @@ fn list(bench: &Bench, url: &str) -> SourceError {
 }
 
 fn patterns(bench: &Bench, pattern: String) -> String {
-    let shards = bench.runtime.block_on(bench.sources.shards(&[pattern]));
+    let shards = bench.runtime.block_on(bench.sources.shards(&[pattern.into()]));
     shards.unwrap_err().to_string()
 }
 

@@ -200,7 +200,7 @@ fn expired_credentials_end_at_once() {
         .run();
     assert!(
         printed[0].starts_with(
-            "s3://bucket/key.tar: the AWS credentials have expired (HTTP 400 ExpiredToken"
+            "s3://bucket/key.tar: the AWS credentials have expired (GetObject: HTTP 400 ExpiredToken"
         ),
         "{printed:?}"
     );
@@ -333,7 +333,7 @@ fn stream_ends_when_credentials_stay_expired() {
     );
     assert!(printed.contains("s3://data/00002.tar"), "{printed}");
     assert!(
-        printed.contains("credentials have expired (HTTP 403 ExpiredToken"),
+        printed.contains("credentials have expired (GetObject: HTTP 403 ExpiredToken"),
         "{printed}"
     );
     assert!(printed.contains("renews them by itself"), "{printed}");

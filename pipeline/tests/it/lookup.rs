@@ -325,7 +325,7 @@ fn hub_shards_are_looked_up_and_listed() {
     }
     let hub = hub(&store.endpoint, true);
     let bench = on_hub(&hub.endpoint, Some("hf_s3cret"));
-    let folder = ["hf://datasets/u/n@v1/train/".to_owned()];
+    let folder = ["hf://datasets/u/n@v1/train/".into()];
     let list = bench
         .runtime
         .block_on(bench.sources.shards(&folder))

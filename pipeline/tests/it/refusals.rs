@@ -24,7 +24,7 @@ fn refusal(path: &str, over_s3: bool, response: Response) -> SourceError {
     };
     let error = Bench::s3_at(&web.endpoint, 5).read(&url).unwrap_err();
     assert_eq!(web.seen().len(), 1, "{error}");
-    assert_eq!(error.to_string().lines().count(), 1, "{error}");
+    assert!(error.to_string().lines().count() <= 2, "{error}");
     error
 }
 
@@ -40,7 +40,7 @@ fn archived_objects_are_to_be_restored() {
         assert!(matches!(error, SourceError::Archived { .. }), "{error:?}");
         let text = error.to_string();
         assert!(
-            text.contains("k.tar: the object is archived (HTTP"),
+            text.contains("k.tar: the object is archived (") && text.contains("HTTP"),
             "{text}"
         );
         assert!(

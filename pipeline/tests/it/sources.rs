@@ -163,7 +163,7 @@ fn list_file_stands_for_its_shards() {
     let shards = |pattern: &str| {
         let found = bench
             .runtime
-            .block_on(bench.sources.shards(&[pattern.to_owned()]))?;
+            .block_on(bench.sources.shards(&[pattern.into()]))?;
         let shards = found.shards.iter();
         Ok::<Vec<String>, SourceError>(shards.map(ToString::to_string).collect())
     };

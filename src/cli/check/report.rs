@@ -93,8 +93,12 @@ impl CheckReport {
     }
 
     fn line(&mut self, step: &'static str, status: StepStatus, message: String) {
-        // Joins the lines of messages that quote a file.
-        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        // A step is one line.
+        let lines = message
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty());
+        let message = lines.collect::<Vec<_>>().join("; ");
         if !self.quiet {
             // The error itself goes to standard error, as of every command.
             let (word, message) = match status {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::Range;
 
+use coffey_pipeline::text::{escaped, redact_urls};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
@@ -64,10 +65,7 @@ impl Origin {
         Box::new(KeyValue {
             place: self.place(key),
             key: key.to_owned(),
-            value: match is_secret(key) {
-                true => HIDDEN.to_owned(),
-                false => value.to_string(),
-            },
+            value: shown_value(key, &value.to_string()),
         })
     }
 
@@ -179,11 +177,20 @@ fn is_secret(key: &str) -> bool {
     key.split('[').next() == Some("data.http_headers")
 }
 
+/// A value for a message, without secrets.
+fn shown_value(key: &str, value: &str) -> String {
+    // The options of a command may hold a login.
+    match is_secret(key) || value.contains("pipe:") {
+        true => HIDDEN.to_owned(),
+        false => escaped(&redact_urls(value)).into_owned(),
+    }
+}
+
 /// An override for a message.
 fn shown(argument: &str) -> String {
     match argument.split_once('=') {
-        Some((key, _)) if is_secret(key.trim()) => format!("{}={HIDDEN}", key.trim()),
-        _ => argument.to_owned(),
+        Some((key, value)) => format!("{}={}", escaped(key), shown_value(key.trim(), value)),
+        None => escaped(&redact_urls(argument)).into_owned(),
     }
 }
 

@@ -24,7 +24,7 @@ fn with(overrides: &[&str]) -> Config {
 #[test]
 fn config_defaults() {
     let config = with(&[]);
-    assert_eq!(config.data.shards, ["s3://bucket/{0..3}.tar"]);
+    assert_eq!(config.data.shown_shards(), "s3://bucket/{0..3}.tar");
     assert_eq!(config.data.kind, DataKind::Images);
     assert_eq!(config.data.image_keys, ["jpg", "png", "jpeg", "webp"]);
     assert_eq!(config.data.caption_keys, ["text", "txt", "caption"]);
@@ -128,7 +128,7 @@ fn overrides_take_toml_values_and_bare_words() {
         config.checkpoint.resume,
         Resume::From("runs/a/checkpoint-5".into())
     );
-    assert_eq!(config.data.shards, ["a.tar", "b.tar"]);
+    assert_eq!(config.data.shown_shards(), "a.tar, b.tar");
     assert_eq!(config.s3.region.as_deref(), Some("eu-west-1"));
     assert_eq!((config.s3.anonymous, config.s3.max_attempts), (true, 3));
     assert_eq!(config.encode.devices, [DeviceSpec::Cpu; 2]);

@@ -88,7 +88,7 @@ impl SkippedLog {
                 shard: self
                     .shards
                     .get(sample.shard)
-                    .map(ShardUrl::redacted)
+                    .map(ToString::to_string)
                     .unwrap_or_default(),
                 key: &sample.key,
                 reason: &sample.reason,

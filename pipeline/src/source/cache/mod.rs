@@ -115,7 +115,7 @@ impl Cache {
 
     /// The file name of a server's object.
     fn name(server: &str, url: &ShardUrl) -> String {
-        let digest = Sha256::digest(format!("{server}\n{url}"));
+        let digest = Sha256::digest(format!("{server}\n{}", url.identity()));
         digest[..20]
             .iter()
             .map(|byte| format!("{byte:02x}"))

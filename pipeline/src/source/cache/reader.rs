@@ -62,7 +62,7 @@ pub(crate) async fn open_shard(
         // Without a known version the server always sends the object.
         (None, None) => {
             return Err(SourceError::Refused {
-                url: url.redacted(),
+                url: url.to_string(),
                 cause: "the server sent nothing".to_owned(),
             });
         }
@@ -165,7 +165,7 @@ impl CachedReader {
             self.cache.turn_off(&error);
         }
         Err(SourceError::File {
-            url: self.url.redacted(),
+            url: self.url.to_string(),
             cause: format!(
                 "its copy in data.cache_dir, {}, was damaged or changed, and is removed; start again, from a checkpoint of before this \
                  epoch if there is one",
@@ -177,7 +177,7 @@ impl CachedReader {
     async fn switch_to_server(&mut self, cause: &str) -> Result<(), SourceError> {
         let path = self.cache.path(&self.name);
         tracing::warn!(
-            shard = %self.url.redacted(),
+            shard = %self.url.to_string(),
             file = %path.display(),
             cause,
             "a kept shard can't be read: it is removed, and the rest streamed"
@@ -249,7 +249,7 @@ impl Keeper {
         if version.is_none() && size.is_none() {
             if !cache.warned.nameless.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
-                    shard = %url.redacted(),
+                    shard = %url.to_string(),
                     "the server says neither version nor length of its shards: they can't be kept in data.cache_dir"
                 );
             }
@@ -259,7 +259,7 @@ impl Keeper {
         let (sender, messages) = bounded(WAITING_CHUNKS);
         let writing = Writing {
             reservation,
-            url: url.redacted(),
+            url: url.to_string(),
             version,
             messages,
         };
