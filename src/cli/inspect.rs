@@ -211,7 +211,7 @@ pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
             Err(error) => {
                 let (url, text) = (url.to_string(), super::with_causes(&error));
                 errln!("can't be read: {text}");
-                super::print_details(&error);
+                super::failure::print_details(&error);
                 let error = text;
                 report.totals.unreadable_shards += 1;
                 report.unreadable.push(Unreadable { url, error });

@@ -6,6 +6,7 @@
 mod bench;
 mod check;
 mod completions;
+mod failure;
 mod init;
 mod inspect;
 mod man;
@@ -20,10 +21,8 @@ mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
-use coffey_pipeline::source::Details;
 use coffey_pipeline::text::{escaped, message};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -31,6 +30,8 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Config, ConfigError};
 use crate::print;
+pub(crate) use failure::Failure;
+use failure::with_causes;
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong, 143 stopped by a signal.";
 
@@ -89,102 +90,6 @@ impl ConfigArgs {
     }
 }
 
-/// Why a command did not finish its work, and with which exit code.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    /// The command line or the configuration is wrong.
-    Usage(Box<dyn std::error::Error>),
-    /// The work failed.
-    Failed(Box<dyn std::error::Error>),
-    /// A signal stopped the command, after it saved its state.
-    Stopped,
-}
-
-impl From<crate::models::PipelineMismatch> for Failure {
-    fn from(error: crate::models::PipelineMismatch) -> Self {
-        Self::Usage(error.into())
-    }
-}
-
-impl From<crate::memory::MemoryError> for Failure {
-    fn from(error: crate::memory::MemoryError) -> Self {
-        Self::Usage(error.into())
-    }
-}
-
-impl Failure {
-    const STOPPED: &str = "stopped by a signal; run the same command to go on";
-
-    fn code(&self) -> u8 {
-        match self {
-            Self::Failed(_) => 1,
-            Self::Usage(_) => 2,
-            Self::Stopped => 143,
-        }
-    }
-}
-
-impl From<ConfigError> for Failure {
-    fn from(error: ConfigError) -> Self {
-        Self::Usage(error.into())
-    }
-}
-
-impl From<coffey_pipeline::StreamError> for Failure {
-    fn from(error: coffey_pipeline::StreamError) -> Self {
-        if error.is_config() {
-            Self::Usage(error.into())
-        } else {
-            Self::Failed(error.into())
-        }
-    }
-}
-
-impl From<coffey_pipeline::SourceError> for Failure {
-    fn from(error: coffey_pipeline::SourceError) -> Self {
-        coffey_pipeline::StreamError::from(error).into()
-    }
-}
-
-impl From<crate::pretrained::PretrainedError> for Failure {
-    fn from(error: crate::pretrained::PretrainedError) -> Self {
-        if error.is_config() {
-            Self::Usage(error.into())
-        } else {
-            Self::Failed(error.into())
-        }
-    }
-}
-
-impl From<crate::hub::HubError> for Failure {
-    fn from(error: crate::hub::HubError) -> Self {
-        match error {
-            crate::hub::HubError::Stopped => Self::Stopped,
-            error if error.is_config() => Self::Usage(error.into()),
-            error => Self::Failed(error.into()),
-        }
-    }
-}
-
-macro_rules! failed_from {
-    ($($error:ty),* $(,)?) => {
-        $(impl From<$error> for Failure {
-            fn from(error: $error) -> Self {
-                Self::Failed(error.into())
-            }
-        })*
-    };
-}
-
-failed_from!(
-    std::io::Error,
-    candle_core::Error,
-    crate::models::ModelError,
-    crate::encode::EncodeError,
-    crate::diffusion::ScheduleError,
-    crate::draw::SaveError,
-);
-
 /// Parses the command line, runs the command and returns the process's exit code.
 pub fn run() -> ExitCode {
     print_panics();
@@ -205,13 +110,7 @@ pub fn run() -> ExitCode {
     let Err(failure) = done.and(written) else {
         return ExitCode::SUCCESS;
     };
-    match &failure {
-        Failure::Usage(error) | Failure::Failed(error) => {
-            errln!("error: {}", with_causes(error.as_ref()));
-            print_details(error.as_ref());
-        }
-        Failure::Stopped => errln!("{}", Failure::STOPPED),
-    }
+    failure.print();
     ExitCode::from(failure.code())
 }
 
@@ -224,7 +123,7 @@ impl Cli {
             })?;
             print::log(concat!("coffey ", env!("CARGO_PKG_VERSION")));
         }
-        VERBOSE.store(self.verbose, Ordering::Relaxed);
+        failure::be_verbose(self.verbose);
         show_warnings();
         match self.command {
             Commands::Train(args) => train::run(args),
@@ -282,32 +181,4 @@ fn print_panics() {
             errln!("{shown}");
         }
     }));
-}
-
-/// Whether errors are followed by their causes in full.
-static VERBOSE: AtomicBool = AtomicBool::new(false);
-
-/// Prints what `--verbose` adds to an error.
-fn print_details(error: &dyn std::error::Error) {
-    if !VERBOSE.load(Ordering::Relaxed) {
-        return;
-    }
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    for details in causes.filter(|cause| cause.is::<Details>()) {
-        errln!("causes: {details}");
-    }
-}
-
-/// One readable message: the error, followed by every cause that its text does not contain.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !error.is::<Details>() && !message.contains(&text) {
-            message = format!("{message}: {text}");
-        }
-        cause = error.source();
-    }
-    message
 }

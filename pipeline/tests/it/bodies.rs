@@ -17,7 +17,9 @@ fn list(bench: &Bench, url: &str) -> SourceError {
 }
 
 fn patterns(bench: &Bench, pattern: String) -> String {
-    let shards = bench.runtime.block_on(bench.sources.shards(&[pattern.into()]));
+    let shards = bench
+        .runtime
+        .block_on(bench.sources.shards(&[pattern.into()]));
     shards.unwrap_err().to_string()
 }
 
