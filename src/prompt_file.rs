@@ -96,7 +96,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("prompts.txt");
         std::fs::write(&path, vec![b'a'; MAX_BYTES as usize + 1]).unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("larger than"));
+        assert!(read(&path).unwrap_err().to_string().contains("at most"));
         let message = read(folder.path()).unwrap_err().to_string();
         assert!(message.starts_with("can't be read: "), "{message}");
         let device = read(Path::new("/dev/zero")).unwrap_err().to_string();

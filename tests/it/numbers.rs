@@ -108,8 +108,8 @@ fn model_configurations_with_any_number_load_or_name_the_key() {
                 let key = place.split('/').nth(1).unwrap();
                 let what = format!("{path:?} with {key} = {value}: {message}");
                 assert!(message.contains(text(&pipeline)), "{what}");
-                // A number in range that is not the weights' is a fault of a tensor.
-                let named = [key, "tensor", "betas"];
+                // A number in range that is not the weights' is a fault of a tensor, or of the keys that must divide it.
+                let named = [key, "tensor", "betas", "divisor of"];
                 assert!(named.iter().any(|word| message.contains(word)), "{what}");
                 assert!(message.len() < 1200, "{what}");
             }
@@ -253,7 +253,7 @@ fn runs_beyond_the_memory_are_refused_with_what_fits() {
             "check",
             QUICKSTART,
             &[&output, "image.resolution=8192"],
-            "less is needed with",
+            "image.resolution = ",
         ),
         (
             "precompute",
@@ -328,7 +328,7 @@ fn command_line_numbers_name_their_bound() {
         "must be at most 18446744073709551615",
     );
     sample("--guidance", "nan", "must be a finite number");
-    sample("--guidance", "-inf", "must be a finite number");
+    sample("--guidance", "inf", "must be a finite number");
     sample("--guidance", "-1", "must be at least 0");
     sample("--guidance", "1e300", "must be at most 1000");
     sample("--device", "cuda:99999999999999999999", "not a device");
