@@ -93,19 +93,20 @@ fn limit_that_is_reached_for_a_while_is_waited_for() {
         let shards = format!("data.shards={shards}");
         let bench = args("bench", QUICKSTART, [shards.as_str()]);
         let bench = [bench, ["--samples", "1000000"].map(str::to_owned).to_vec()].concat();
-        let watched = Watched::of(command(&bench));
+        let mut watched = Watched::of(command(&bench));
         decoded(&watched, 0);
         // Fewer than are open: no file and no connection can be opened.
         set_limit(&watched, 3);
-        std::thread::sleep(Duration::from_secs(3));
+        let warning =
+            "too many open files (limit 3): raise `ulimit -n`; waiting until some are closed";
+        let warned = watched.read_until(warning);
+        std::thread::sleep(Duration::from_secs(1));
         set_limit(&watched, 4096);
         // More than was read before.
         let before = decoded(&watched, 0);
         decoded(&watched, before + 3000);
         watched.terminate();
-        let (_, messages) = watched.end();
-        let warning =
-            "too many open files (limit 3): raise `ulimit -n`; waiting until some are closed";
+        let messages = warned + &watched.end().1;
         assert_eq!(messages.matches(warning).count(), 1, "{shards}: {messages}");
         assert!(!messages.contains("error"), "{shards}: {messages}");
     }
