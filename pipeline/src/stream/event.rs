@@ -41,15 +41,19 @@ pub(super) struct SelectedSample<K: SampleKind> {
     pub(super) json: Json,
 }
 
+/// Bytes of a caption and json that don't count, so that only unusual ones change when the shuffle buffer is full.
+const USUAL_TEXT: usize = 64 << 10;
+
 impl<K: SampleKind> SelectedSample<K> {
-    /// Size of the members. Bytes.
+    /// Size of the members to be decoded, and of what the caption and json have beyond [`USUAL_TEXT`]. Bytes.
     pub(super) fn bytes(&self) -> usize {
         let json = match &self.json {
             Json::None => 0,
             Json::Raw(raw) => raw.len(),
             Json::Parsed(document) => document.text().len(),
         };
-        K::encoded_bytes(&self.encoded) + self.caption.len() + json
+        let text = (self.caption.len() + json).saturating_sub(USUAL_TEXT);
+        K::encoded_bytes(&self.encoded) + text
     }
 }
 
