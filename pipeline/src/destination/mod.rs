@@ -181,6 +181,8 @@ impl Destination {
         match &self.0 {
             Backend::Folder(folder) => folder.check_writable(),
             Backend::Bucket(_) => {
+                // A server may make a bucket for the object.
+                self.list(PROBE)?;
                 self.write(PROBE, b"")?;
                 self.remove(PROBE)
             }

@@ -102,7 +102,11 @@ fn numbers_load_or_are_refused_with_their_bound() {
                 _ if value.ends_with("nan") || value.ends_with("inf") => {
                     format!("must be a finite number, {least} to {most}")
                 }
-                _ if negative || value == "0" || value == "1" => {
+                _ if negative
+                    || value
+                        .parse()
+                        .is_ok_and(|v: f64| v < *range_of(&key).start()) =>
+                {
                     format!("must be at least {least}")
                 }
                 _ => format!("must be at most {most}"),

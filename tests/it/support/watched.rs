@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use super::command;
 
@@ -92,19 +91,6 @@ impl Watched {
     /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
         super::terminate(&self.child);
-    }
-
-    /// Reads standard error up to the line that contains `words`.
-    pub(crate) fn read_until(&mut self, words: &str) -> String {
-        let (mut all, begun) = (String::new(), Instant::now());
-        loop {
-            let begin = all.len();
-            assert_ne!(self.stderr.read_line(&mut all).unwrap(), 0, "{all}");
-            if all[begin..].contains(words) {
-                return all;
-            }
-            assert!(begun.elapsed() < Duration::from_secs(120), "{all}");
-        }
     }
 
     /// Waits for the end; returns the exit code and the rest of standard error.
