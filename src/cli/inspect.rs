@@ -399,7 +399,7 @@ fn describe_latents(text: &mut String, report: Option<&LatentReport>) {
     };
     let mut line = |name: &str, value: String| text.push_str(&format!("  {name:<9} {value}\n"));
     for (array, count) in &report.arrays {
-        line("arrays", format!("{count} {array}"));
+        line("arrays", format!("{count} {}", escaped(array)));
     }
     if report.not_finite > 0 {
         line(
@@ -435,7 +435,7 @@ fn describe_contents(text: &mut String, contents: &Contents<'_>) {
     let list = |counts: &BTreeMap<String, u64>| {
         let parts: Vec<String> = counts
             .iter()
-            .map(|(name, count)| format!("{count} {name}"))
+            .map(|(name, count)| format!("{count} {}", escaped(name)))
             .collect();
         if parts.is_empty() {
             "none".to_owned()

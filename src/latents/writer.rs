@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{Device, Tensor};
 use coffey_pipeline::destination::Destination;
 use coffey_pipeline::format::latents::{F16Member, LatentSample, Member};
+use coffey_pipeline::text::escaped;
 use coffey_pipeline::{SampleMeta, ShardSummary, ShardUrl, SkippedSample};
 
 use super::LatentError;
@@ -204,7 +205,7 @@ impl LatentWriter {
     ) -> Result<F16Member<'a>, LatentError> {
         let values = to_f16(values).map_err(|NotF16(value, reason)| LatentError::NotF16 {
             shard: self.remaining[sample.shard].to_string(),
-            key: sample.key.to_string(),
+            key: escaped(&sample.key).into_owned(),
             what,
             value,
             reason,

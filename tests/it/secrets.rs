@@ -9,7 +9,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::support::watched::Watched;
-use crate::support::{PRECOMPUTE, QUICKSTART, args, command, repository, text, texts};
+use crate::support::{NO_PICTURES, PRECOMPUTE, QUICKSTART, args, command, repository, text, texts};
 
 /// Parts of all secrets below.
 const SECRETS: [&str; 3] = ["s3cret", "S3CRET", "czNjcmV0"];
@@ -123,12 +123,10 @@ fn run_over_signed_urls_shows_no_secret() {
             format!("train.max_steps={steps}"),
             "train.batch_size=4".to_owned(),
             "checkpoint.every=1".to_owned(),
-            "validation.every=1000".to_owned(),
-            "report.endpoint_captions=0".to_owned(),
-            "report.grid=false".to_owned(),
             "track.tensorboard=true".to_owned(),
         ];
-        args("train", QUICKSTART, set)
+        let pictures = NO_PICTURES.map(str::to_owned);
+        args("train", QUICKSTART, set.iter().chain(&pictures))
     };
     let run = at("run");
     ends(command(&train(&run, 1, QUERY)), 0);
@@ -249,7 +247,10 @@ fn page_over_signed_urls_shows_no_secret() {
     let set = [
         format!("data.shards=\"http://{server}/{{00000..00001}}.tar?{QUERY}\""),
         format!("train.output={}", text(&folder.path().join("run"))),
+        "train.batch_size=4".to_owned(),
     ];
+    let pictures = NO_PICTURES.map(str::to_owned);
+    let set = set.iter().chain(&pictures);
     let watched = Watched::start(&args("train", QUICKSTART, set));
     for path in ["/", "/metrics", "/healthz"] {
         without_secrets(path, &watched.get(path).unwrap().body);

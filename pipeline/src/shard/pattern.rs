@@ -60,7 +60,7 @@ pub(super) fn redact(text: &str) -> String {
         .find(|word| is_remote(word));
     match url {
         // An assignment in front of a command may hold a secret.
-        _ if program.contains('=') => "pipe:…".to_owned(),
+        _ if program.contains('=') || program == "…" => "pipe:…".to_owned(),
         Some(url) => format!("pipe:{program} … {}", redact_url(url)),
         None => format!("pipe:{program} …"),
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::order::ShardProgress;
 use crate::shard::Rejection;
+use crate::text::escaped;
 
 /// Why a sample is skipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,7 +76,7 @@ impl fmt::Display for SkipExamples {
                 write!(f, "sample {key:?} of ")?;
             }
             let gap = if what.is_empty() { "" } else { ", which " };
-            write!(f, "{shard}{gap}{what}")?;
+            write!(f, "{shard}{gap}{}", escaped(what))?;
         }
         Ok(())
     }

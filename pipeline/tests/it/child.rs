@@ -127,8 +127,9 @@ pub(crate) fn is_alone(name: &str) -> bool {
 
 const MARK: &str = "CHILD PRINTS ";
 
+/// Prints on one line.
 fn print(text: impl std::fmt::Display) {
-    println!("{MARK}{text}");
+    println!("{MARK}{}", text.to_string().replace('\n', " "));
 }
 
 fn variable(name: &str) -> String {
