@@ -88,7 +88,7 @@ impl Sources {
 
     async fn in_list(&self, list: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
         let unsupported = |cause: &str| SourceError::Unsupported {
-            url: format!("@{}", list.to_string()),
+            url: format!("@{list}"),
             cause: cause.to_owned(),
         };
         let mut reader = self.open(list).await?;
@@ -136,7 +136,7 @@ async fn read_text(
     list: &ShardUrl,
 ) -> Result<Option<String>, SourceError> {
     let too_long = |error| SourceError::TooLong {
-        url: format!("@{}", list.to_string()),
+        url: format!("@{list}"),
         what: "the list of shards",
         error,
     };
