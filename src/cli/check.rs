@@ -15,7 +15,7 @@ use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{Batch, Content, ShardUrl, Stream, StreamConfig};
 
 use super::resources::{
-    DataAccess, content, encode_devices, source_options, stream_config, train_device,
+    DataAccess, content, encode_devices, memory_sizes, source_options, stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
 use crate::config::{
@@ -25,7 +25,7 @@ use crate::device;
 use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
-use crate::memory::{Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes, TeacherSizes};
+use crate::memory::{self, Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes, TeacherSizes};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, UNet, UNetConfig, Weights, check_fit, count_parameters};
 use crate::pretrained::{Components, Models as ModelFolders};
@@ -164,6 +164,17 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         })?,
     };
     let content = content(latents.as_ref());
+    let command = match purpose {
+        Purpose::Train(_) => Command::Train,
+        Purpose::Precompute(_) => Command::Precompute,
+    };
+    let limits = MemoryLimits::now(cards);
+    // Before a sample is decoded. Faults of the models are those of the steps that load them.
+    if let Ok(sizes) = memory_sizes(command, content, Some(&models))
+        && let Err(error) = memory::check(&config, &sizes, &limits)
+    {
+        return report.step("memory", || Err(error.into()));
+    }
     let (batch, sample_bytes) = report.step("first sample", || {
         let FirstSample {
             batch,
@@ -207,10 +218,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         report.cost(cost);
     }
     let sizes = Sizes {
-        command: match purpose {
-            Purpose::Train(_) => Command::Train,
-            Purpose::Precompute(_) => Command::Precompute,
-        },
+        command,
         sample_bytes: Some(sample_bytes),
         content,
         encoders: Some(encoders.sizes),
@@ -219,7 +227,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             unet: teacher.unet.config().clone(),
         }),
     };
-    report.memory(MemoryPlan::new(&config, &sizes, MemoryLimits::now(cards)))?;
+    report.memory(MemoryPlan::new(&config, &sizes, limits))?;
     report.step("dry run", || {
         let start = Instant::now();
         let dry_run = DryRun {

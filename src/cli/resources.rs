@@ -259,6 +259,26 @@ pub(super) fn encode_devices(config: &Config) -> Result<Vec<Device>, Failure> {
     entries.map(|index| encode_device(config, index)).collect()
 }
 
+/// Sizes for the estimate of a command's memory. `models`: the models it loads.
+pub(super) fn memory_sizes(
+    command: Command,
+    content: Content,
+    models: Option<&Models>,
+) -> Result<Sizes, Failure> {
+    let encoders = models.map(|models| EncoderSizes::read(&models.pipeline, models.vae.as_deref()));
+    let teacher = match (command, models) {
+        (Command::Train, Some(models)) => Some(TeacherSizes::read(&models.pipeline)?),
+        _ => None,
+    };
+    Ok(Sizes {
+        command,
+        sample_bytes: None,
+        content,
+        encoders: encoders.transpose()?,
+        teacher,
+    })
+}
+
 /// Refuses a command that needs more memory than there is, and warns if it needs more than is free. `models`: the models it loads.
 pub(super) fn check_memory(
     command: Command,
@@ -267,18 +287,7 @@ pub(super) fn check_memory(
     models: Option<&Models>,
     train_device: Option<&Device>,
 ) -> Result<(), Failure> {
-    let encoders = models.map(|models| EncoderSizes::read(&models.pipeline, models.vae.as_deref()));
-    let teacher = match (command, models) {
-        (Command::Train, Some(models)) => Some(TeacherSizes::read(&models.pipeline)?),
-        _ => None,
-    };
-    let sizes = Sizes {
-        command,
-        sample_bytes: None,
-        content,
-        encoders: encoders.transpose()?,
-        teacher,
-    };
+    let sizes = memory_sizes(command, content, models)?;
     let card = train_device.and_then(device::memory);
     let cards = card.map(|memory| (config.train.device.to_string(), memory));
     let limits = MemoryLimits::now(cards.into_iter().collect());

@@ -393,7 +393,10 @@ pub(super) mod tests {
                 &["flow_prediction", "v_prediction"],
             ),
             (r#"{"trained_betas": [0.1, 0.2]}"#, &["1000", "2"]),
-            (r#"{"beta_end": 1.5}"#, &["between 0 and 1"]),
+            (
+                r#"{"beta_end": 1.5}"#,
+                &["\"beta_end\": 1.5", "from 0 to 1"],
+            ),
             (
                 r#"{"rescale_betas_zero_snr": true}"#,
                 &["rescale_betas_zero_snr", "v_prediction"],

@@ -1,5 +1,7 @@
 //! Every numeric key, at and beyond its bounds.
 
+use std::ops::RangeInclusive;
+
 use super::*;
 use crate::config::bounds::{self, Bounds};
 
@@ -22,6 +24,11 @@ fn numeric_keys() -> Vec<String> {
 fn bounds_of(key: &str) -> &'static Bounds {
     let found = bounds::all().find(|bounds| bounds.key == key);
     found.unwrap_or_else(|| panic!("{key} is a number without bounds in src/config"))
+}
+
+fn range_of(key: &str) -> RangeInclusive<f64> {
+    let bounds = bounds_of(key);
+    bounds.least().parse().unwrap()..=bounds.most().parse().unwrap()
 }
 
 #[test]
@@ -59,26 +66,33 @@ fn numbers_load_or_are_refused_with_their_bound() {
         let (least, most) = (bounds_of(&key).least(), bounds_of(&key).most());
         for value in VALUES {
             let Err(error) = set(&key, value) else {
-                let number: f64 = value.parse().unwrap();
-                let range = least.parse::<f64>().unwrap()..=most.parse().unwrap();
-                assert!(range.contains(&number), "{key} = {value} is accepted");
+                let number = value.parse().unwrap();
+                assert!(
+                    range_of(&key).contains(&number),
+                    "{key} = {value} is accepted"
+                );
                 continue;
             };
             let message = error.to_string();
+            if ["0", "1"].contains(&value) && range_of(&key).contains(&value.parse().unwrap()) {
+                // Another rule, as "must be a multiple of 8".
+                continue;
+            }
             assert!(
                 message.starts_with(&format!("-s {key}={value}: key {key} = ")),
                 "{message}"
             );
-            let negative = value.starts_with('-');
+            let below = value.starts_with('-')
+                || value
+                    .parse::<f64>()
+                    .is_ok_and(|number| number < *range_of(&key).start());
             let ends = match error {
                 // A fraction for a whole number.
                 ConfigError::WrongType { .. } => "a whole number, 0 or more".to_owned(),
                 _ if value.ends_with("nan") || value.ends_with("inf") => {
                     format!("must be a finite number, {least} to {most}")
                 }
-                // A rule besides the bounds, as "must be a multiple of 8".
-                _ if value == "0" || value == "1" => continue,
-                _ if negative => format!("must be at least {least}"),
+                _ if below => format!("must be at least {least}"),
                 _ => format!("must be at most {most}"),
             };
             assert!(message.ends_with(&ends), "{message}\nnot: {ends}");
