@@ -75,6 +75,15 @@ impl Default for Distill {
 }
 
 impl Distill {
+    /// Writes the defaults of the objective's own keys, so that they are the same whether they were written or not.
+    pub(super) fn fill(&mut self) {
+        match self.objective {
+            ObjectiveKind::Lcm => {}
+            ObjectiveKind::Tcd => self.tcd_gamma = Some(self.tcd_gamma()),
+            ObjectiveKind::Pcm => self.phases = Some(self.phases()),
+        }
+    }
+
     /// Stochasticity of the sampler of `tcd`, 0 to 1.
     #[must_use]
     pub fn tcd_gamma(&self) -> f64 {

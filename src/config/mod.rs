@@ -151,6 +151,7 @@ impl Config {
         let mut config = parse::parse(text, file_name, overrides)?;
         limits::check(&config)?;
         config.data.text_from = config.data.latents();
+        config.distill.fill();
         Ok(config)
     }
 

@@ -2,6 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::ConfigError;
+use super::limits::Limits;
+
+/// Characters that W&B refuses in the name of a project.
+const NOT_IN_PROJECTS: [char; 6] = ['/', '\\', '#', '?', '%', ':'];
+
 /// `[track]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -20,5 +26,17 @@ impl Default for Track {
             tensorboard: true,
             wandb: None,
         }
+    }
+}
+
+impl Track {
+    pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
+        let Some(project) = &self.wandb else {
+            return Ok(());
+        };
+        let ok = (1..=128).contains(&project.chars().count()) && !project.contains(NOT_IN_PROJECTS);
+        let needs =
+            "must be 1 to 128 characters without / \\ # ? % and :, as W&B asks of a project's name";
+        limits.check("track.wandb", format!("{project:?}"), ok, needs)
     }
 }

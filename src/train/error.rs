@@ -123,10 +123,11 @@ impl TrainError {
     pub(super) fn not_saved(what: String, cause: Self, newest: Option<u64>) -> Self {
         let rest = match newest {
             Some(step) => format!(
-                "checkpoint-{step} stands: when that is mended, the same command goes on from it"
+                "the newest checkpoint is checkpoint-{step}: remove the cause, and the same command goes on from it"
             ),
             None => {
-                "no checkpoint stands: when that is mended, the same command begins anew".to_owned()
+                "no checkpoint has been saved: remove the cause, and the same command begins anew"
+                    .to_owned()
             }
         };
         Self::NotSaved {

@@ -24,9 +24,11 @@ pub(super) fn with_advice(error: TrainError, config: &Config, saver: &Saver) -> 
     if let Ok(steps) = saver.checkpoints().steps() {
         advice += &match steps.into_iter().rfind(|&saved| saved < step) {
             Some(saved) => {
-                format!("; checkpoint-{saved} stands, and the same command goes on from it")
+                format!(
+                    "; the newest checkpoint is checkpoint-{saved}, and the same command goes on from it"
+                )
             }
-            None => "; no checkpoint stands".to_owned(),
+            None => "; no checkpoint has been saved".to_owned(),
         };
     }
     TrainError::NotFinite {

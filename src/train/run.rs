@@ -307,7 +307,7 @@ fn observers(
         .map_err(|error| TrainError::Mismatch(error.to_string()))?;
     let tracked = TrackedRun {
         folder,
-        name: &output.name(),
+        place: output.place(),
         step: state.step,
         records: &records,
         configuration: &configuration,

@@ -84,12 +84,6 @@ impl RunDir {
         &self.place
     }
 
-    /// Last part of the folder or prefix; empty if it has none.
-    pub(super) fn name(&self) -> String {
-        let name = self.place.file_name().unwrap_or_default();
-        name.to_string_lossy().into_owned()
-    }
-
     /// Local folder that records and pictures are written to.
     pub(super) fn folder(&self) -> &Path {
         &self.folder

@@ -358,7 +358,7 @@ fn overflow_in_16_bits_advises_another_type() {
         "the loss, whatever the loss scale, is not finite",
         "the teacher's (x_prev)",
         r#"set train.mixed_precision to "bf16" or "no""#,
-        "no checkpoint stands",
+        "no checkpoint has been saved",
     ];
     let said = refuse(1, &args, &words);
     assert!(!said.contains("learning_rate"), "{said}");

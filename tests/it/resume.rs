@@ -348,7 +348,7 @@ fn refused_save_to_s3_costs_one_checkpoint() {
         &said,
         &["warning: checkpoint-2 could not be saved: s3://out/run/checkpoint-2/"],
     );
-    says(&said, &["s3:PutObject", "none stands yet"]);
+    says(&said, &["s3:PutObject", "none has been saved yet"]);
     let remote = cloud.out().join("run");
     assert_eq!(checkpoints(&remote), ["checkpoint-4", "checkpoint-6"]);
     assert_eq!(timeless(&remote).len(), 6);
@@ -364,7 +364,7 @@ fn refused_save_to_s3_costs_one_checkpoint() {
         &said,
         &[
             "error: the state of step 8 could not be saved",
-            "checkpoint-6 stands",
+            "the newest checkpoint is checkpoint-6",
         ],
     );
     cloud.proxy.follow(clean());
@@ -414,7 +414,7 @@ fn full_disk_ends_run_only_at_last_save() {
         &said,
         &[
             "error: the state of step 4 could not be saved",
-            "no checkpoint stands",
+            "no checkpoint has been saved",
         ],
     );
     assert_eq!(timeless(&place).len(), 4);

@@ -137,8 +137,8 @@ pub(crate) struct OrderIdentity {
 /// The error for a cursor of another stream.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the saved position in the data was written with {field} = {saved}, and now {field} = {now}: \
-         restore the setting, or start from the beginning of the data without the saved position"
+    "the saved position in the data is that of a run with {field} = {saved}, and now it is {now}\n  \
+         restore the setting, or begin a new run: with another train.output, or with checkpoint.resume = \"never\""
 )]
 pub struct CursorMismatch {
     /// The setting that differs.
@@ -169,6 +169,11 @@ impl Cursor {
         let saved = &self.identity;
         let optional = |value: &Option<u64>| value.map_or("unset".to_owned(), |n| n.to_string());
         let order = |order: Order| format!("{order:?}").to_lowercase();
+        // A fingerprint, as "4 (e6112a54…)".
+        let list = |list: &str| match list.split_once(':') {
+            Some((count, hash)) => format!("{count} ({}…)", hash.get(..8).unwrap_or(hash)),
+            None => list.to_owned(),
+        };
         let fields = [
             (
                 "cursor version",
@@ -179,7 +184,7 @@ impl Cursor {
             ("rank", saved.rank.to_string(), now.rank.to_string()),
             ("world", saved.world.to_string(), now.world.to_string()),
             ("order", order(saved.order), order(now.order)),
-            ("shards", saved.shards.clone(), now.shards.clone()),
+            ("shards", list(&saved.shards), list(&now.shards)),
             (
                 "resample_shards",
                 saved.resample.to_string(),
@@ -358,8 +363,8 @@ mod tests {
                 ..identity()
             })
             .unwrap_err();
-        assert!(mismatch.to_string().contains("shards = 2:"), "{mismatch}");
-        assert!(mismatch.to_string().contains("shards = 3:"), "{mismatch}");
+        assert!(mismatch.to_string().contains("shards = 2 ("), "{mismatch}");
+        assert!(mismatch.to_string().contains("now it is 3 ("), "{mismatch}");
     }
 
     #[test]

@@ -317,6 +317,10 @@ async fn look_at(files: Vec<(ShardUrl, PathBuf)>) -> Vec<Answer> {
         let answers = files
             .iter()
             .map(|(url, path)| match std::fs::metadata(path) {
+                Ok(found) if found.is_dir() => {
+                    let error = std::io::ErrorKind::IsADirectory.into();
+                    Answer::Missing(local::failed(url, &error))
+                }
                 Ok(_) => Answer::Readable,
                 Err(error) => Answer::Missing(local::failed(url, &error)),
             });

@@ -95,20 +95,17 @@ fn numbers_load_or_are_refused_with_their_bound() {
                 message.starts_with(&format!("-s {key}={value}: key {key} = ")),
                 "{message}"
             );
-            let negative = value.starts_with('-');
+            let below = value.starts_with('-')
+                || value
+                    .parse::<f64>()
+                    .is_ok_and(|number| number < *range_of(&key).start());
             let ends = match error {
                 // A fraction for a whole number.
                 ConfigError::WrongType { .. } => "a whole number, 0 or more".to_owned(),
                 _ if value.ends_with("nan") || value.ends_with("inf") => {
                     format!("must be a finite number, {least} to {most}")
                 }
-                _ if negative
-                    || value
-                        .parse()
-                        .is_ok_and(|v: f64| v < *range_of(&key).start()) =>
-                {
-                    format!("must be at least {least}")
-                }
+                _ if below => format!("must be at least {least}"),
                 _ => format!("must be at most {most}"),
             };
             assert!(message.ends_with(&ends), "{message}\nnot: {ends}");

@@ -107,8 +107,8 @@ impl Checkpoints {
             }
             Err(error) => {
                 let newest = match self.newest {
-                    Some(step) => format!("checkpoint-{step} stands"),
-                    None => "none stands yet".to_owned(),
+                    Some(step) => format!("the newest checkpoint is checkpoint-{step}"),
+                    None => "none has been saved yet".to_owned(),
                 };
                 self.progress.say(format!(
                     "warning: checkpoint-{step} could not be saved: {error}; {newest}, training goes on and saves again after \

@@ -19,6 +19,8 @@ use crate::train::record::StepRecord;
 pub(in crate::train) struct Tracker {
     name: &'static str,
     folder: PathBuf,
+    /// Folder or `s3://` prefix of the run, for messages.
+    place: PathBuf,
     writer: Option<Box<dyn EventWriter>>,
     progress: Rc<Progress>,
 }
@@ -28,8 +30,8 @@ pub(in crate::train) struct Tracker {
 pub(in crate::train) struct TrackedRun<'a> {
     /// Folder of the run's records.
     pub(in crate::train) folder: &'a Path,
-    /// Name of the run.
-    pub(in crate::train) name: &'a str,
+    /// Folder or `s3://` prefix of the run.
+    pub(in crate::train) place: &'a Path,
     /// Step that the run resumes from.
     pub(in crate::train) step: u64,
     /// Records of `metrics.jsonl`, whose events are written where they are missing.
@@ -49,7 +51,8 @@ impl TrackedRun<'_> {
             trackers.push(self.resume("TensorBoard", opened));
         }
         if let Some(project) = &track.wandb {
-            let opened = OfflineRun::open(folder, project, self.name, step, self.configuration);
+            let name = self.place.file_name().unwrap_or_default().to_string_lossy();
+            let opened = OfflineRun::open(folder, project, &name, step, self.configuration);
             trackers.push(self.resume("W&B", opened));
         }
         trackers
@@ -63,6 +66,7 @@ impl TrackedRun<'_> {
         let mut tracker = Tracker {
             name,
             folder: self.folder.to_owned(),
+            place: self.place.to_owned(),
             writer: None,
             progress: Rc::clone(self.progress),
         };
@@ -140,7 +144,8 @@ impl Observer for Tracker {
         if ending == Ending::Done
             && let Some(Some(offline)) = self.write(|writer, _| writer.finish())
         {
-            let (name, offline) = (self.name, offline.display());
+            let (name, offline) = (self.name, self.place.join(offline));
+            let offline = offline.display();
             self.progress
                 .say(format!("{name}: `wandb sync` uploads {offline}"));
         }
@@ -148,7 +153,8 @@ impl Observer for Tracker {
     }
 }
 
-/// Writes the events that a tracker's files lack: the newest ones, or all of them where an earlier one is missing.
+/// Writes the events that a tracker's files lack: the newest ones, or all of them where an earlier one is missing. Events of steps
+/// that `metrics.jsonl` lost stay.
 fn complete(
     writer: &mut dyn EventWriter,
     folder: &Path,
@@ -158,15 +164,12 @@ fn complete(
     let done = records.last().map_or(0, |record| record.step);
     let written = existing.scalars.last().copied().unwrap_or(0);
     let grids = grids_up_to(folder, done)?;
-    let steps = records.iter().map(|record| record.step);
-    let is_prefix = existing
-        .scalars
-        .iter()
-        .copied()
-        .eq(steps.take_while(|step| *step <= written));
+    let steps: BTreeSet<u64> = existing.scalars.iter().copied().collect();
+    let mut earlier = records.iter().filter(|record| record.step <= written);
+    let has_steps = earlier.all(|record| steps.contains(&record.step));
     let mut tagged = grids.iter().filter(|(step, _)| *step <= written);
-    let is_complete = tagged.all(|(step, name)| existing.pictures.contains(&(*step, tag(name))));
-    let written = if is_prefix && is_complete {
+    let has_grids = tagged.all(|(step, name)| existing.pictures.contains(&(*step, tag(name))));
+    let written = if has_steps && has_grids {
         written
     } else {
         writer.clear()?;
@@ -261,7 +264,7 @@ mod tests {
     fn tensorboard(folder: &Path, step: u64, records: &[StepRecord]) -> Tracker {
         let run = TrackedRun {
             folder,
-            name: "run",
+            place: folder,
             step,
             records,
             configuration: "a = 1\n",
