@@ -1,10 +1,31 @@
 //! Whether the output of a command can be written, asked before anything is loaded.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+
+use coffey_pipeline::ShardUrl;
 
 use super::Failure;
 use super::resources::DataAccess;
 use crate::config::in_s3;
+
+/// Refuses an output in a folder of images among `shards`: its pictures would be images of the next start.
+pub(super) fn check_apart(key: &str, place: &Path, shards: &[ShardUrl]) -> Result<(), Failure> {
+    let whole = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path));
+    let output = whole(place)?;
+    let folders: BTreeSet<&Path> = shards.iter().filter_map(ShardUrl::image_folder).collect();
+    for folder in folders {
+        if !in_s3(place) && output.starts_with(whole(folder)?) {
+            let message = format!(
+                "{key} = {:?} is in the folder of images {}: name a folder outside it",
+                place.display().to_string(),
+                folder.display()
+            );
+            return Err(Failure::Usage(message.into()));
+        }
+    }
+    Ok(())
+}
 
 /// Writes to the output that `key` names, and removes what was written.
 pub(super) fn check_writable(key: &str, place: &Path, data: &DataAccess) -> Result<(), Failure> {

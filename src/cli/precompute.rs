@@ -9,7 +9,7 @@ use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Content, ShardUrl, Stream, StreamError, counted};
 
-use super::output::check_writable;
+use super::output::{check_apart, check_writable};
 use super::ranks::RankArgs;
 use super::resources::{
     DataAccess, check_memory, encode_device, source_options, start_monitor, stream_config,
@@ -85,6 +85,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     })?;
     let list = data.shards(&config.data.shards)?;
     let shards = list.shards.clone();
+    check_apart("latents.output", &required.latents.output, &shards)?;
     if shards.len() < rank.world {
         let (shards, world) = (shards.len(), rank.world);
         return Err(StreamError::TooFewShards { shards, world }.into());

@@ -4,7 +4,7 @@ use clap::Args;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig, counted};
 
-use super::output::check_writable;
+use super::output::{check_apart, check_writable};
 use super::resources::{
     DataAccess, check_memory, content, encode_devices, source_options, start_monitor,
     stream_config, train_device,
@@ -60,6 +60,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let looked_up = access.until_cancelled(&cancel, || access.look_up(&config, list.unlisted()))?;
     let shards = list.shards;
     errln!("{}{looked_up}", counted(shards.len(), "shard"));
+    check_apart("train.output", &required.output, &shards)?;
     let latents = access.latents(&mut config, &shards)?;
     if let Some(latents) = &latents {
         latents.check(&models)?;

@@ -131,6 +131,26 @@ fn pack_refuses_what_it_cannot_do() {
     );
 }
 
+#[test]
+fn output_in_the_folder_of_images_is_refused() {
+    let root = TempDir::new().unwrap();
+    let folder = root.path().join("photos");
+    unpack(&folder, 2);
+    let shards = format!("data.shards={}/", text(&folder));
+    for (command, key, place) in [
+        ("train", "train.output", ""),
+        ("train", "train.output", "runs/a"),
+        ("precompute", "latents.output", "latents"),
+    ] {
+        let output = format!("{key}={}", text(&folder.join(place)));
+        refuse(
+            2,
+            &args(command, QUICKSTART, [&shards, &output]),
+            &[key, "is in the folder of images"],
+        );
+    }
+}
+
 mod needs_python {
     use super::*;
 

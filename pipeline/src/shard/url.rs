@@ -99,8 +99,9 @@ impl ShardUrl {
         }
     }
 
-    /// The local folder of images that this is a part of.
-    pub(crate) fn image_folder(&self) -> Option<&Path> {
+    /// The local folder of images that this is a part of; `None` for every other shard.
+    #[must_use]
+    pub fn image_folder(&self) -> Option<&Path> {
         match &self.0 {
             Location::Images(shard) => Some(&shard.folder),
             _ => None,
