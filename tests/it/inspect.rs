@@ -161,6 +161,30 @@ fn text_of(key: &str, path: &std::path::Path) -> String {
 
 /// The SDK logs the structures of a failed look-up of credentials.
 #[test]
+fn line_ends_in_credentials_are_named() {
+    let inspect = [
+        "inspect",
+        "s3://b/0.tar",
+        "-s",
+        "s3.endpoint_url=http://127.0.0.1:9",
+    ];
+    for (variable, value, what) in [
+        (
+            "AWS_ACCESS_KEY_ID",
+            "AK\n",
+            "the access key id has a character",
+        ),
+        ("AWS_REGION", "us-\u{1b}[31m", "the region has a character"),
+    ] {
+        let mut command = command(&inspect);
+        command.env(variable, value);
+        let (_, messages) = run(command, 1);
+        says(&messages, &[what, variable]);
+        assert!(!messages.contains("panicked"), "{messages}");
+    }
+}
+
+#[test]
 fn credentials_error_is_one_line() {
     let home = TempDir::new().unwrap();
     let file = home.path().join("config");

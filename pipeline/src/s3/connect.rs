@@ -171,6 +171,9 @@ impl Chain {
             .interceptor(LimitBodies)
             .request_checksum_calculation(checksums)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        let region = shared
+            .region()
+            .map_or(DEFAULT_REGION, |region| region.as_ref());
         if shared.region().is_none() {
             config = config.region(Region::new(DEFAULT_REGION));
         }
@@ -179,6 +182,7 @@ impl Chain {
             SharedCredentialsProvider::new(StoringProvider {
                 provider,
                 last: Arc::clone(&last),
+                region: region.to_owned(),
             })
         });
         config.set_credentials_provider(signing.clone());

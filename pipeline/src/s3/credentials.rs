@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::future;
 use aws_sdk_s3::config::{Credentials, ProvideCredentials, SharedCredentialsProvider};
 
@@ -19,6 +20,18 @@ pub(super) type LastCredentials = Arc<Mutex<Option<Credentials>>>;
 pub(super) struct StoringProvider {
     pub(super) provider: SharedCredentialsProvider,
     pub(super) last: LastCredentials,
+    /// Region that requests are signed for.
+    pub(super) region: String,
+}
+
+/// The fault of a value that becomes a part of a header, where the SDK panics.
+fn check_printable(what: &str, value: &str, places: &str) -> Result<(), CredentialsError> {
+    if value.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Ok(());
+    }
+    Err(CredentialsError::invalid_configuration(format!(
+        "the {what} has a character that none has, as a line end: check {places}"
+    )))
 }
 
 impl ProvideCredentials for StoringProvider {
@@ -27,7 +40,10 @@ impl ProvideCredentials for StoringProvider {
         Self: 'a,
     {
         future::ProvideCredentials::new(async move {
+            check_printable("region", &self.region, "[s3] region and AWS_REGION")?;
             let credentials = self.provider.provide_credentials().await?;
+            let places = "AWS_ACCESS_KEY_ID and the credentials file";
+            check_printable("access key id", credentials.access_key_id(), places)?;
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             *last = Some(credentials.clone());
             Ok(credentials)

@@ -321,7 +321,18 @@ impl Read for ChunkReader<'_> {
                     self.failure.set(Some(error));
                     return Err(io::Error::other("the source failed"));
                 }
-                None => return Err(io::ErrorKind::BrokenPipe.into()),
+                None => {
+                    if !self.cancel.is_cancelled() {
+                        // A task that panicked says nothing of the shard.
+                        let panicked = || StreamError::Panicked {
+                            stage: Stage::Fetch,
+                            message: "its task ended without a result".to_owned(),
+                        };
+                        let failure = self.failure.take().unwrap_or_else(panicked);
+                        self.failure.set(Some(failure));
+                    }
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
             }
         }
         let length = buffer.len().min(self.current.len());
