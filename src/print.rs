@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use coffey_pipeline::regular_file;
 use coffey_pipeline::text::message;
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use tracing_subscriber::fmt::format::Writer;
@@ -127,6 +128,7 @@ pub(crate) fn log(text: &str) {
 /// # Errors
 /// When the file can't be opened.
 pub(crate) fn log_to(file: &Path) -> io::Result<()> {
+    regular_file::check_file_or_folder(file)?;
     let opened = File::options().append(true).create(true).open(file)?;
     printer().log = Some(Log {
         name: file.display().to_string(),

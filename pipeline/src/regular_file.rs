@@ -18,6 +18,22 @@ pub fn open(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Refuses what is neither a regular file nor a folder: opening it could wait without end. What is not there is no fault.
+///
+/// # Errors
+/// One that says what it is.
+pub fn check_file_or_folder(path: &Path) -> io::Result<()> {
+    let Ok(found) = fs::metadata(path) else {
+        return Ok(());
+    };
+    match other_kind(found.file_type()) {
+        Some((kind, what)) if !found.is_dir() => {
+            Err(io::Error::new(kind, format!("it is a {what}, not a file")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn other_kind(found: FileType) -> Option<(ErrorKind, &'static str)> {
     if found.is_file() {
         return None;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use coffey_pipeline::{Destination, SourceError};
+use coffey_pipeline::{Destination, SourceError, regular_file};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::CheckpointStore;
@@ -39,6 +39,7 @@ impl RunDir {
         destination: impl FnOnce(&str) -> Result<Destination, SourceError>,
     ) -> Result<Self, TrainError> {
         if !in_s3(place) {
+            check_entries(place)?;
             return Ok(Self {
                 place: place.to_owned(),
                 folder: place.to_owned(),
@@ -111,6 +112,19 @@ impl RunDir {
             let _ = fs::remove_dir_all(&self.folder);
         }
     }
+}
+
+/// Refuses a folder with a named pipe or a device, which would stop the run where it is opened.
+fn check_entries(folder: &Path) -> Result<(), TrainError> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for entry in entries {
+        let path = entry.map_err(io(folder))?.path();
+        regular_file::check_file_or_folder(&path)
+            .map_err(|error| TrainError::Mismatch(format!("{}: {error}", path.display())))?;
+    }
+    Ok(())
 }
 
 /// Removes everything but the lock.

@@ -192,6 +192,19 @@ fn named_pipes_and_devices_are_refused_at_once() {
         says(&said, &["it has no ", file.split('/').next().unwrap()]);
         fs::remove_dir_all(models).unwrap();
     }
+    refuse(
+        2,
+        &["inspect", "--log-file", named, "x.tar"],
+        &["--log-file", words],
+    );
+    for record in ["config.toml", "skipped.jsonl"] {
+        let run = at("piped");
+        fs::create_dir(&run).unwrap();
+        pipe(&run.join(record));
+        let output = format!("train.output={}", text(&run));
+        refuse(2, &args("train", QUICKSTART, [output]), &[record, words]);
+        fs::remove_dir_all(run).unwrap();
+    }
     let latents = at("latents");
     fs::create_dir(&latents).unwrap();
     fs::write(latents.join("00000.tar"), "").unwrap();
