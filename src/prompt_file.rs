@@ -1,41 +1,38 @@
-//! Captions to draw from a text file, one a line.
+//! Prompts to draw from a text file, one a line.
 
 use std::path::Path;
 
-use coffey_pipeline::{bounded, counted};
+use coffey_pipeline::bounded;
 
 /// Size above which a file is refused. Bytes.
 const MAX_BYTES: u64 = 1_000_000;
-/// Number of captions above which a file is refused: each is an image of one picture.
+/// Number of prompts above which a file is refused: each is an image of one picture.
 const MAX_PROMPTS: usize = 1000;
 
-/// Why a file gives no captions; the caller names the file.
+/// Why a file gives no prompts; the caller names the file.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PromptFileError {
     /// The file can't be read.
     #[error("can't be read: {0}")]
     Read(#[from] std::io::Error),
     /// A line is not text.
-    #[error("line {line} is not UTF-8 text; save the file as UTF-8, with one caption a line")]
+    #[error("line {line} is not UTF-8 text; save the file as UTF-8, with one prompt a line")]
     NotText {
         /// The line, from 1.
         line: usize,
     },
     /// Every line is empty.
-    #[error("has no caption: {}, all of them empty; write one caption a line", counted(*lines, "line"))]
-    Empty {
-        /// Number of lines.
-        lines: usize,
-    },
-    /// More captions than one picture can show.
-    #[error("has more than {MAX_PROMPTS} captions (line {line} is one more); divide the file")]
+    #[error("has no prompt; write one a line")]
+    Empty,
+    /// More prompts than one picture can show.
+    #[error("has more than {MAX_PROMPTS} prompts (line {line} is one more); divide the file")]
     TooMany {
-        /// The line of the first caption too many, from 1.
+        /// The line of the first prompt too many, from 1.
         line: usize,
     },
 }
 
-/// Reads the captions of a file in UTF-8, at least one. Spaces around a caption and empty lines are left out; no character is special.
+/// Reads the prompts of a file in UTF-8, at least one. Spaces around a prompt and empty lines are left out; no character is special.
 pub(crate) fn read(path: &Path) -> Result<Vec<String>, PromptFileError> {
     parse(&bounded::read_file(path, MAX_BYTES)?)
 }
@@ -60,7 +57,7 @@ fn parse(bytes: &[u8]) -> Result<Vec<String>, PromptFileError> {
         prompts.push(prompt.to_owned());
     }
     if prompts.is_empty() {
-        return Err(PromptFileError::Empty { lines });
+        return Err(PromptFileError::Empty);
     }
     Ok(prompts)
 }
@@ -70,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prompt_file_has_a_caption_a_line() {
+    fn prompt_file_has_a_prompt_a_line() {
         let text = "\u{feff}red apple\r\n\n  # 1 cat, \"face\" \n\t\nkäse\u{a0}";
         assert_eq!(
             parse(text.as_bytes()).unwrap(),
@@ -84,8 +81,9 @@ mod tests {
         assert!(refused(b"a\n\nb \xff\n").starts_with("line 3 is not UTF-8"));
         // UTF-16.
         assert!(refused(b"a\0b\0\n\0").starts_with("line 1 is not UTF-8"));
-        assert!(refused(b"").starts_with("has no caption: 0 lines"));
-        assert!(refused(b"\n \n").starts_with("has no caption: 2 lines"));
+        for empty in [&b""[..], b"\n \n"] {
+            assert_eq!(refused(empty), "has no prompt; write one a line");
+        }
         let many = "a\n".repeat(MAX_PROMPTS);
         assert_eq!(parse(many.as_bytes()).unwrap().len(), MAX_PROMPTS);
         assert!(refused(format!("{many}\na").as_bytes()).contains("line 1002"));

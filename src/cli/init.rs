@@ -1,6 +1,6 @@
 //! `coffey init`: a commented configuration to begin with.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 
 use super::Failure;
+use super::output::check_local;
 
 /// A kind of configuration: a file of `configs/`.
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +78,7 @@ pub(super) struct InitArgs {
     /// Kind of configuration.
     #[arg(value_name = "KIND", value_parser = Kind::parser())]
     kind: Option<Kind>,
-    /// The file to write; - is standard output.
+    /// The file to write, with its folder; - is standard output.
     #[arg(short, long, value_name = "FILE", default_value = "coffey.toml")]
     out: PathBuf,
     /// Overwrite the file if it is there.
@@ -123,24 +124,34 @@ fn list() -> String {
 }
 
 fn write(file: &Path, text: &str, force: bool) -> Result<(), Failure> {
+    check_local("--out", file, "a local file")?;
+    let wrong =
+        |message: String| Failure::Usage(format!("--out {}: {message}", file.display()).into());
+    if file.is_dir() {
+        return Err(wrong("it is a folder; name a file".to_owned()));
+    }
+    if let Some(folder) = file.parent() {
+        let unusable = |error| wrong(format!("can't create {}: {error}", folder.display()));
+        fs::create_dir_all(folder).map_err(unusable)?;
+    }
     let mut options = File::options();
     options.write(true);
     match force {
         true => options.create(true).truncate(true),
         false => options.create_new(true),
     };
-    let written = options
-        .open(file)
-        .and_then(|mut opened| opened.write_all(text.as_bytes()));
-    written.map_err(|error| {
-        let file = file.display();
-        match error.kind() {
-            io::ErrorKind::AlreadyExists => Failure::Usage(
-                format!("{file} exists; --force overwrites it, and --out FILE writes another file")
-                    .into(),
-            ),
-            _ => Failure::Failed(format!("{file} can't be written: {error}").into()),
-        }
+    let mut opened = options.open(file).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => Failure::Usage(
+            format!(
+                "{} exists; --force overwrites it, and --out FILE writes another file",
+                file.display()
+            )
+            .into(),
+        ),
+        _ => wrong(format!("can't be written: {error}")),
+    })?;
+    opened.write_all(text.as_bytes()).map_err(|error| {
+        Failure::Failed(format!("{} can't be written: {error}", file.display()).into())
     })
 }
 

@@ -17,6 +17,7 @@ use coffey_pipeline::{ShardPattern, ShardUrl, SourceOptions, counted};
 use serde::Serialize;
 
 use super::Failure;
+use super::output::check_picture;
 use super::resources::{DataAccess, source_options};
 use crate::config::Config;
 use crate::latents::{Manifest, Recipe, ShardEntry, manifests};
@@ -145,6 +146,9 @@ fn merge(total: &mut Spread, part: &Spread) {
 
 /// Runs `coffey inspect`.
 pub(super) fn run(args: InspectArgs) -> Result<(), Failure> {
+    if let Some(path) = &args.stats_png {
+        check_picture("--stats-png", path)?;
+    }
     let config = match &args.config {
         Some(path) => Config::load(path, &args.set)?,
         None => {

@@ -6,6 +6,7 @@ use clap::Args;
 use clap_mangen::{Man, generate_to};
 
 use super::Failure;
+use super::output::check_local;
 
 /// Options of `coffey man`.
 #[derive(Args, Debug)]
@@ -23,10 +24,17 @@ pub(super) fn run(args: &ManArgs, command: clap::Command) -> Result<(), Failure>
         out!("{}", String::from_utf8_lossy(&page));
         return Ok(());
     };
-    let written = std::fs::create_dir_all(folder).and_then(|()| generate_to(command, folder));
-    written.map_err(|error| {
-        Failure::Failed(format!("--out {}: can't be written: {error}", folder.display()).into())
-    })?;
+    check_local("--out", folder, "a local folder")?;
+    let message = |what: String| format!("--out {}: {what}", folder.display()).into();
+    if folder.is_file() {
+        return Err(Failure::Usage(message(
+            "it is a file; name a folder".to_owned(),
+        )));
+    }
+    std::fs::create_dir_all(folder)
+        .map_err(|error| Failure::Usage(message(format!("can't be created: {error}"))))?;
+    generate_to(command, folder)
+        .map_err(|error| Failure::Failed(message(format!("can't be written: {error}"))))?;
     outln!("{}", folder.display());
     Ok(())
 }

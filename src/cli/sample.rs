@@ -9,16 +9,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use image::RgbImage;
 
 use super::Failure;
 use super::numbers::{fraction, guidance, whole};
+use super::output::check_picture;
 use super::resources::DataAccess;
 use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef, TCD_GAMMA};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
-use crate::draw::{check_png, plain_grid, save_png};
+use crate::draw::{plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::memory::{MemoryLimits, check_sampling};
 use crate::models::UNet;
@@ -28,7 +29,9 @@ use crate::progress::{Progress, ProgressOptions};
 use crate::prompt_file;
 use crate::sample::{Generator, SampleScheduler};
 use faults::{explain, refuse_one_colour};
-use pipeline_folders::{Given, ModelRequest, PipelineFolders, around_unet, environments_s3};
+use pipeline_folders::{
+    Given, ModelRequest, PipelineFolders, around_unet, environments_s3, without_unet,
+};
 
 /// Steps where --steps is not given.
 const STUDENT_STEPS: usize = 4;
@@ -38,13 +41,14 @@ const MAX_STEPS: usize = 100_000;
 
 /// Options of `coffey sample`.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("prompts").args(["prompt", "prompts_file"]).required(true)))]
 pub(super) struct SampleArgs {
     /// A pipeline in diffusers layout (a folder, s3://bucket/prefix or a Hub id), the folder of a run or of one of its
     /// checkpoints, or a UNet's folder in one of these.
     #[arg(long, value_name = "MODEL")]
     model: ModelRef,
-    /// Where text encoder, tokenizer, VAE and scheduler are, if not in --model; without it, the teacher that the run was
-    /// distilled from.
+    /// Model to take text encoder, tokenizer, VAE and scheduler from, if --model lacks them [default: the teacher that the run was
+    /// distilled from]
     #[arg(long, value_name = "MODEL")]
     teacher: Option<ModelRef>,
     /// Another VAE, named as a model is [default: that of the run, else that of --model or --teacher]
@@ -53,16 +57,16 @@ pub(super) struct SampleArgs {
     /// Branch, tag or commit of --model on the Hub, or of --teacher if only that is there [default: main]
     #[arg(long, value_name = "REV")]
     revision: Option<String>,
-    /// Which UNet of the model draws [default: unet_target if there is one, else unet]
+    /// UNet of the model that draws [default: unet_target if there is one, else unet]
     #[arg(long, value_name = "NAME")]
     unet: Option<String>,
-    /// What to draw; several make a grid without gaps, row by row.
-    #[arg(long, value_name = "TEXT", required_unless_present = "prompts_file", num_args = 1..)]
+    /// Prompt of an image; several make a grid without gaps, row by row.
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
     prompt: Vec<String>,
-    /// The same from a text file in UTF-8, one prompt a line, at most 1000; empty lines are left out.
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    /// Prompts from a text file in UTF-8, one a line, at most 1000; empty lines are left out.
+    #[arg(long, value_name = "FILE")]
     prompts_file: Option<PathBuf>,
-    /// Sampling steps [default: 4 with lcm, 50 with ddim]
+    /// Sampling steps [default: 4 with lcm and tcd, and for a student of objective pcm; else 50]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole(1..=MAX_STEPS))]
     steps: Option<usize>,
     /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
@@ -80,7 +84,7 @@ pub(super) struct SampleArgs {
     /// Width of the images in pixels [default: what the model was trained on]
     #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     width: Option<usize>,
-    /// How to sample [default: that of the run's objective or lcm for a student, ddim for a teacher]
+    /// Sampler [default: that of the run's objective or lcm for a student, ddim for a teacher]
     #[arg(long, value_enum)]
     scheduler: Option<Scheduler>,
     /// Stochasticity of the tcd scheduler, 0 (deterministic) to 1 [default: the run's, or 0.3]
@@ -89,7 +93,7 @@ pub(super) struct SampleArgs {
     /// Start from this noise, standard normal: .npy, f32 or f16, [1, C, h, w] for all prompts or [B, C, h, w] for one each.
     #[arg(long, value_name = "FILE.npy")]
     init_latents: Option<PathBuf>,
-    /// Where to draw: cpu or cuda:N.
+    /// Device to draw on: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: DeviceSpec,
     /// The picture to write.
@@ -245,14 +249,7 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
             "--revision {revision}: has no effect, nothing is taken from the Hub"
         ));
     }
-    if args
-        .out
-        .extension()
-        .is_none_or(|extension| !extension.eq_ignore_ascii_case("png"))
-    {
-        return wrong(format!("--out {}: must be a .png file", args.out.display()));
-    }
-    check_png(&args.out).map_err(|error| Failure::Usage(format!("--out: {error}").into()))
+    check_picture("--out", &args.out)
 }
 
 /// The effect of the guidance on a UNet, for people: the scale is embedded where its embedding has a `width`. A negative prompt
@@ -286,14 +283,23 @@ fn describe_guidance(
 fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
-    let (model, unet) = match around_unet(&args.model) {
-        Some((around, name)) if args.unet.is_none() => (around, Some(name)),
-        _ => (args.model.clone(), args.unet.clone()),
+    let (model, unet) = match (around_unet(&args.model), &args.unet) {
+        (Some(_), Some(unet)) => {
+            let message = format!(
+                "--unet {unet}: has no effect, --model {} is the folder of one UNet",
+                args.model
+            );
+            return Err(Failure::Usage(message.into()));
+        }
+        (Some((around, name)), None) => (around, Some(name)),
+        (None, unet) => (args.model.clone(), unet.clone()),
     };
     let unet = unet.as_deref();
     let wanted = Components::sampling(unet, args.teacher.is_none());
     let access = DataAccess::open(environments_s3())?;
-    let folder = access.model(&model, revision, &wanted)?;
+    let folder = access
+        .model(&model, revision, &wanted)
+        .map_err(|failure| without_unet(failure, &model, unet))?;
     let given = Given {
         teacher: args.teacher.as_ref(),
         revision: match model.place() {

@@ -82,6 +82,9 @@ pub fn check_png(path: &Path) -> Result<(), SaveError> {
 
 fn check(path: &Path) -> std::io::Result<()> {
     let wrong = |message: String| Err(std::io::Error::other(message));
+    if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return wrong("it ends in /, as the name of a folder".to_owned());
+    }
     match std::fs::metadata(path) {
         Ok(there) if there.is_dir() => return wrong("it is a folder".to_owned()),
         Ok(there) if !there.is_file() => return wrong("it is not a file".to_owned()),
@@ -183,6 +186,8 @@ mod tests {
         check_png(&path).unwrap();
         for (path, what) in [
             (folder.path().to_owned(), "it is a folder"),
+            (path.join(""), "it ends in /"),
+            (folder.path().join("new.png/"), "it ends in /"),
             (path.join("b.png"), "a.png is not a folder"),
             (path.join("c/b.png"), "a.png is not a folder"),
             ("/dev/null".into(), "it is not a file"),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
-use super::checkpoint::{self, OPTIMIZER, SavedRun, Saver};
+use super::checkpoint::{self, CheckpointStore, OPTIMIZER, STATE, SavedRun, Saver};
 use super::models_fingerprint::ModelsFingerprint;
 use super::optimizer::AdamW;
 use super::run::RunOptions;
@@ -45,7 +45,10 @@ pub(super) fn resume_from(
             let parent = (services.destination)(parent)?;
             Some(checkpoint::fetch(&parent, name, output.folder())?)
         }
-        Resume::From(path) => Some(checkpoint::open(path)?),
+        Resume::From(path) => {
+            refuse_run_folder(path)?;
+            Some(checkpoint::open(path)?)
+        }
         Resume::Latest => {
             let (found, mut damaged) = checkpoints.newest_whole()?;
             // Starting over would overwrite a run that can perhaps be repaired.
@@ -65,6 +68,28 @@ pub(super) fn resume_from(
         check_same_run(options, models, found, saver, output, progress)?;
     }
     Ok(found)
+}
+
+/// Refuses the folder of a run in the place of one of its checkpoints.
+fn refuse_run_folder(path: &Path) -> Result<(), TrainError> {
+    if path.join(STATE).exists() {
+        return Ok(());
+    }
+    let steps = CheckpointStore::in_folder(path, 1).steps()?;
+    let what = match steps.last() {
+        Some(step) => {
+            let checkpoint = path.join(format!("checkpoint-{step}"));
+            format!("name one of its checkpoints, as {}", checkpoint.display())
+        }
+        None if path.join("run.json").is_file() => {
+            "it is the folder of a run without checkpoints".to_owned()
+        }
+        None => return Ok(()),
+    };
+    Err(TrainError::Mismatch(format!(
+        "checkpoint.resume: {} is no checkpoint; {what}",
+        path.display()
+    )))
 }
 
 /// Says from which step the run goes on, or that it is finished; refuses a checkpoint beyond the last step.

@@ -266,6 +266,15 @@ fn inspect_reports_distributions() {
     assert_eq!(statistics["aesthetic"]["missing"], 459);
     assert!(image::open(&picture).unwrap().height() > 100);
 
+    // The place of the picture is checked before the shards are read.
+    let in_folder = |out: &str, words: &[&str]| {
+        refuse(2, &["inspect", "nowhere.tar", "--stats-png", out], words);
+    };
+    in_folder("x.jpg", &["--stats-png x.jpg: must be a .png file"]);
+    std::fs::create_dir(folder.path().join("folder.png")).unwrap();
+    let out = folder.path().join("folder.png");
+    in_folder(text(&out), &["--stats-png: ", "it is a folder"]);
+
     // Without a teacher there is no tokenizer.
     let printed = succeed(&["inspect", SHARD, "--stats"]);
     assert!(

@@ -205,6 +205,12 @@ fn moved_models_are_taken_and_changed_ones_refused() {
     let (models, set) = own_teacher(&folder);
     let go = |set: &str, steps: &str| train(&quickstart(), text(&place), &[set, steps]);
     messages(go(&set, "train.max_steps=1"));
+    let run = format!("checkpoint.resume={}", place.display());
+    let named = format!(
+        "is no checkpoint; name one of its checkpoints, as {}/checkpoint-1",
+        place.display()
+    );
+    refused(go(&set, &run), 2, &[&named]);
     let moved = folder.path().join("moved");
     std::fs::rename(&models, &moved).unwrap();
     let set = format!("model.teacher={}", moved.display());

@@ -151,6 +151,8 @@ fn prompts_of_a_file_draw_as_those_of_the_command_line() {
     };
     refuse(2, &from_file(&[]), &["prompts.txt: line 2 is not UTF-8"]);
     refuse(2, &from_file(&["--prompt", "x"]), &["cannot be used with"]);
+    std::fs::write(&file, "\n").unwrap();
+    refuse(2, &from_file(&[]), &["prompts.txt: has no prompt; "]);
     assert!(!out.exists());
 }
 
@@ -237,10 +239,32 @@ fn run_and_checkpoint_draw_same_image() {
         &["text_encoder", "--teacher"],
     );
     refuse(
-        1,
+        2,
         &sample(&run, &out, &["--prompt", "x", "--unet", "lora"]),
-        &["no folder lora"],
+        &["--unet lora: no folder lora"],
     );
+    let own = run.join("checkpoint-5/unet_target");
+    refuse(
+        2,
+        &sample(&own, &out, &["--prompt", "x", "--unet", "unet"]),
+        &["--unet unet: has no effect", "is the folder of one UNet"],
+    );
+}
+
+#[test]
+fn run_without_a_student_names_its_checkpoint() {
+    let folder = TempDir::new().unwrap();
+    let (run, out) = (student_run(&folder), folder.path().join("image.png"));
+    let wrong = |model: &Path, words: &[&str]| {
+        refuse(2, &sample(model, &out, &["--prompt", "x"]), words);
+    };
+    std::fs::remove_dir_all(run.join("unet")).unwrap();
+    let named = format!("as {}/checkpoint-5", text(&run));
+    wrong(&run, &["name one of its checkpoints", &named]);
+    std::fs::remove_dir_all(run.join("checkpoint-5")).unwrap();
+    wrong(&run, &["has no checkpoint yet (no unet_target/ or unet/)"]);
+    // A folder above runs holds no model.
+    wrong(folder.path(), &["no folder unet_target or unet"]);
 }
 
 #[test]
@@ -375,7 +399,7 @@ fn sample_refuses_bad_options() {
     refuse(
         2,
         &["sample", "--model", TEACHER, "--out", text(&out)],
-        &["--prompt"],
+        &["--prompt <", "--prompts-file <"],
     );
     assert!(!out.exists());
 }
@@ -404,7 +428,7 @@ fn sample_names_broken_model_file() {
     );
     std::fs::remove_dir_all(pipeline.join("unet")).unwrap();
     refuse(
-        1,
+        2,
         &sample(&pipeline, &out, &["--prompt", "x"]),
         &["no folder unet_target or unet"],
     );
@@ -560,10 +584,12 @@ fn place_of_the_picture_is_checked_before_models_are_read() {
     for (out, words) in [
         ("folder.png", "it is a folder"),
         ("file.png/a.png", "file.png is not a folder"),
+        ("new.png/", "it ends in /"),
         ("-", "must be a .png file"),
+        ("s3://bucket/x.png", "--out takes a local file"),
     ] {
         let out = match out {
-            "-" => PathBuf::from(out),
+            "-" | "s3://bucket/x.png" => PathBuf::from(out),
             name => folder.path().join(name),
         };
         refuse(

@@ -239,11 +239,19 @@ fn init_writes_a_configuration_that_loads() {
         &["warning: there is no folder assets/quickstart here"],
     );
     assert!(std::fs::read_to_string(&file).unwrap() != written);
-    refused(
-        init(&["quickstart", "--out", "none/a.toml"]),
-        1,
-        &["none/a.toml can't be written"],
-    );
+    run(init(&["quickstart", "--out", "new/below/a.toml"]), 0);
+    assert!(folder.path().join("new/below/a.toml").is_file());
+    for (out, words) in [
+        ("new", "--out new: it is a folder"),
+        ("coffey.toml/a.toml", "can't create coffey.toml: "),
+        ("s3://bucket/a.toml", "--out takes a local file"),
+    ] {
+        for more in [&[][..], &["--force"]] {
+            let arguments = [&["quickstart", "--out", out], more].concat();
+            refused(init(&arguments), 2, &[words]);
+        }
+    }
+    assert!(!folder.path().join("s3:").exists());
 
     let (out, _) = run(init(&["precompute-sd15", "--out", "-"]), 0);
     says(&out, &["`coffey precompute -c coffey.toml`", "[latents]"]);
@@ -270,6 +278,8 @@ fn completions_and_manual_pages_have_every_command() {
     );
     let pages = folder.path().join("man1");
     run(command(&["man", "--out", text(&pages)]), 0);
+    let (file, no_folder) = (text(&script), "it is a file; name a folder");
+    refused(command(&["man", "--out", file]), 2, &[no_folder]);
     for page in ["coffey.1", "coffey-train.1", "coffey-init.1"] {
         assert!(pages.join(page).is_file(), "{page}");
     }

@@ -183,18 +183,62 @@ pub(super) fn around_unet(model: &ModelRef) -> Option<(ModelRef, String)> {
     Some((parent.to_owned().into(), name.to_owned()))
 }
 
-fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
-    let names = name.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name]);
-    match names
-        .iter()
+/// The failure to fetch a model, as a mistake on the command line if the model is a local folder without the UNet.
+pub(super) fn without_unet(failure: Failure, model: &ModelRef, name: Option<&str>) -> Failure {
+    let Ok(ModelPlace::Folder(folder)) = model.place() else {
+        return failure;
+    };
+    if unet_folder(&folder, name).is_some() {
+        return failure;
+    }
+    if let Some(name) = name {
+        return Failure::Usage(format!("--unet {name}: no folder {name} in {model}").into());
+    }
+    if folder.join("run.json").is_file() {
+        let message = match newest_checkpoint(&folder) {
+            None => "has no checkpoint yet (no unet_target/ or unet/); train it first".to_owned(),
+            Some(checkpoint) => format!(
+                "has no unet_target/ or unet/ yet; name one of its checkpoints, as {}",
+                checkpoint.display()
+            ),
+        };
+        return Failure::Usage(format!("--model {model} {message}").into());
+    }
+    match failure {
+        Failure::Failed(error) => Failure::Usage(error),
+        other => other,
+    }
+}
+
+/// Folder of the newest checkpoint of a run.
+fn newest_checkpoint(run: &Path) -> Option<PathBuf> {
+    let entries = run.read_dir().ok()?.filter_map(Result::ok);
+    let steps = entries.filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.strip_prefix("checkpoint-")?.parse::<u64>().ok()
+    });
+    Some(run.join(format!("checkpoint-{}", steps.max()?)))
+}
+
+/// Names of the UNet's folder, in order of preference.
+fn unet_names(name: Option<&str>) -> Vec<&str> {
+    name.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name])
+}
+
+fn unet_folder(model: &Path, name: Option<&str>) -> Option<PathBuf> {
+    unet_names(name)
+        .into_iter()
         .map(|name| model.join(name))
         .find(|folder| folder.is_dir())
-    {
+}
+
+fn find_unet(model: &Path, name: Option<&str>) -> Result<PathBuf, Failure> {
+    match unet_folder(model, name) {
         Some(folder) => Ok(folder),
         None => failed(format!(
             "{} has no folder {}",
             model.display(),
-            names.join(" or ")
+            unet_names(name).join(" or ")
         )),
     }
 }

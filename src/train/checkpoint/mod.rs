@@ -28,7 +28,7 @@ use super::{TrainError, TrainState};
 
 /// Format of `state.json`; raised when an older coffey could not read it.
 const FORMAT: u32 = 3;
-const STATE: &str = "state.json";
+pub(super) const STATE: &str = "state.json";
 /// The optimiser's tensors.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 const PREFIX: &str = "checkpoint-";
