@@ -1,15 +1,16 @@
 //! `coffey pack`: a folder of images in, shards out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coffey_pipeline::pack::{MOST_SAMPLES, PackError, Packed, pack};
+use coffey_pipeline::pack::{MOST_SAMPLES, PackError, Packed, check_apart, pack};
 use coffey_pipeline::{ShardUrl, SourceOptions, counted};
 
 use super::Failure;
+use super::output::check_writable;
 use super::resources::{DataAccess, source_options};
-use crate::config::Config;
+use crate::config::{Config, in_s3};
 use crate::progress::{Progress, ProgressOptions};
 use crate::signals::cancel_on_signals;
 
@@ -40,14 +41,28 @@ impl From<PackError> for Failure {
             PackError::Stream(error) => error.into(),
             PackError::Source(error) => error.into(),
             PackError::Stopped => Self::Stopped,
-            error @ PackError::Occupied { .. } => Self::Usage(error.into()),
-            error @ PackError::Nothing { .. } => Self::Failed(error.into()),
+            PackError::Occupied { .. } | PackError::OtherSize { .. } | PackError::Place { .. } => {
+                Self::Usage(error.into())
+            }
+            PackError::NoImages { .. }
+            | PackError::Unreadable { .. }
+            | PackError::Nothing { .. } => Self::Failed(error.into()),
         }
     }
 }
 
 /// Runs `coffey pack`.
 pub(super) fn run(args: PackArgs) -> Result<(), Failure> {
+    let folder = args.folder.to_string_lossy();
+    if folder.contains("://") && !args.folder.exists() {
+        let cause = "pack reads local folders only; copy it first";
+        return Err(Failure::Usage(format!("{folder}: {cause}").into()));
+    }
+    let out = Path::new(&args.out);
+    let is_local = !in_s3(out);
+    if is_local {
+        check_apart(&args.folder, out)?;
+    }
     let cancel = cancel_on_signals()?;
     let config = match &args.config {
         Some(path) => Config::load(path, &args.set)?,
@@ -63,6 +78,9 @@ pub(super) fn run(args: PackArgs) -> Result<(), Failure> {
         ..source_options(&config)
     })?;
     let runtime = data.runtime.handle();
+    if is_local {
+        check_writable("--out", out, &data)?;
+    }
     let place = data.sources.destination(&args.out, runtime)?;
     let start = Instant::now();
     let mut progress = None;
@@ -82,7 +100,12 @@ pub(super) fn run(args: PackArgs) -> Result<(), Failure> {
             });
             let so_far = || so_far(packed, start.elapsed());
             progress.update(packed.seen, &so_far(), || {
-                format!("{} of {total} images; {}", packed.seen, so_far())
+                format!(
+                    "{} of {}; {}",
+                    packed.seen,
+                    counted(total, "image"),
+                    so_far()
+                )
             });
         },
     )?;
@@ -103,6 +126,12 @@ pub(super) fn run(args: PackArgs) -> Result<(), Failure> {
     );
     if !packed.left_out.is_empty() {
         errln!("left out: {}", packed.describe_left_out());
+    }
+    if let Some((count, first)) = &packed.gone {
+        errln!(
+            "{} went away before they were packed (the first is {first}), and their shards are not finished: run the command again",
+            counted(*count, "file")
+        );
     }
     outln!("{place}");
     Ok(())

@@ -103,32 +103,54 @@ fn pack_writes_to_s3() {
 #[test]
 fn pack_refuses_what_it_cannot_do() {
     let root = TempDir::new().unwrap();
-    let out = root.path().join("out");
-    let pack = |folder: &Path| ["pack", text(folder), "--out", text(&out)].map(str::to_owned);
+    let (out, photos) = (root.path().join("out"), root.path().join("photos"));
+    let into =
+        |folder: &Path, out: &Path| ["pack", text(folder), "--out", text(out)].map(str::to_owned);
+    let pack = |folder: &Path| into(folder, &out);
+    fs::create_dir(&photos).unwrap();
     refuse(
         1,
         &pack(&root.path().join("nowhere")),
         &["nowhere", "No such file"],
     );
-    refuse(1, &pack(root.path()), &["no images (data.image_keys = "]);
-    fs::write(root.path().join("a.jpg"), "").unwrap();
     refuse(
         1,
-        &pack(root.path()),
-        &["no image can be packed: no_caption 1"],
+        &pack(&photos),
+        &["no images (data.image_keys = ", "but no files"],
     );
+    fs::write(photos.join("a.pdf"), "").unwrap();
+    refuse(1, &pack(&photos), &["but 1 other file", "a.pdf"]);
+    fs::write(photos.join("0.tar"), "").unwrap();
+    refuse(
+        1,
+        &pack(&photos),
+        &["pack takes a folder of images; this one holds shards"],
+    );
+    fs::remove_file(photos.join("0.tar")).unwrap();
+    let image = photos.join("a.jpg");
+    fs::write(&image, "").unwrap();
+    refuse(1, &pack(&photos), &["no image can be packed: no_caption 1"]);
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+    refuse(2, &pack(&image), &["is a file"]);
+    refuse(
+        2,
+        &pack(Path::new("s3://bucket/photos/")),
+        &["pack reads local folders only; copy it first"],
+    );
+    refuse(2, &into(&photos, &photos), &["is the folder of images"]);
+    refuse(
+        2,
+        &into(&photos, &photos.join("new")),
+        &["is in the folder of images"],
+    );
+    refuse(2, &into(&photos, &image), &["is a file, not a folder"]);
     let (_, said) = run(
         command(&["pack", "x", "--out", "y", "--samples-per-shard", "0"]),
         2,
     );
     says(&said, &["--samples-per-shard"]);
     fs::write(out.join("0.tar"), "").unwrap();
-    fs::remove_file(out.join("pack.json")).unwrap();
-    refuse(
-        2,
-        &pack(root.path()),
-        &["0.tar was not made by coffey pack"],
-    );
+    refuse(2, &pack(&photos), &["0.tar was not made by coffey pack"]);
 }
 
 #[test]

@@ -80,6 +80,11 @@ fn catch_panics<T>(work: impl FnOnce() -> Result<T, DecodeError>) -> Result<T, D
 impl<'a> Encoded<'a> {
     /// Reads only the header.
     pub(super) fn open(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        if bytes.is_empty() {
+            return Err(DecodeError::Damaged(
+                "it has no bytes, or its file could not be opened".to_owned(),
+            ));
+        }
         if let Some(name) = unread_format(bytes) {
             return Err(DecodeError::UnreadFormat(name));
         }
@@ -282,7 +287,7 @@ mod tests {
             decode(b"<html>", MANY).unwrap_err(),
             DecodeError::UnknownFormat
         );
-        assert_eq!(decode(b"", MANY).unwrap_err(), DecodeError::UnknownFormat);
+        assert!(matches!(decode(b"", MANY), Err(DecodeError::Damaged(_))));
     }
 
     #[test]

@@ -13,10 +13,11 @@ pub use names::MemberKeys;
 
 pub(crate) use names::file_of;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
@@ -25,7 +26,7 @@ use crate::net::SourceError;
 use crate::shard::ImageShard;
 
 use metadata::{Metadata, Row};
-use names::{MemberKind, path_of};
+use names::{MemberKind, decoded, path_of};
 use passed_over::PassedOver;
 
 /// Shards of a folder, unless they would be too small or too large: enough for as many ranks.
@@ -50,6 +51,17 @@ pub(crate) struct ImageFolder {
     /// The row of each sample in the metadata; empty if no file has any.
     rows: Vec<Option<Row>>,
     passed_over: PassedOver,
+    /// Files that could not be opened when their turn came, after the number of their sample.
+    unread: Mutex<BTreeMap<(usize, PathBuf), Unread>>,
+}
+
+/// Why a file could not be opened.
+#[derive(Debug, Clone)]
+pub(crate) struct Unread {
+    /// Whether it is no longer there.
+    pub(crate) is_gone: bool,
+    /// The system's error.
+    pub(crate) cause: String,
 }
 
 /// A file of a sample.
@@ -75,7 +87,14 @@ impl ImageFolder {
         files.sort_unstable_by(|a, b| (a.key(), &a.path).cmp(&(b.key(), &b.path)));
         let (mut names, mut starts) = (Vec::new(), Vec::new());
         for sample in files.chunk_by(|a, b| a.key() == b.key()) {
-            if sample.iter().any(|file| file.kind == MemberKind::Image) {
+            let images = sample.iter().filter(|file| file.kind == MemberKind::Image);
+            let read = images
+                .clone()
+                .min_by_key(|file| keys.rank(file.extension()));
+            if let Some(read) = read {
+                for other in images.filter(|file| file.path != read.path) {
+                    passed_over.images.add(|| path_of(root, &other.path));
+                }
                 starts.push(names.len());
                 for file in sample {
                     names.extend_from_slice(&file.path);
@@ -85,6 +104,8 @@ impl ImageFolder {
                 sample.iter().find(|file| file.kind == MemberKind::Caption)
             {
                 passed_over.captions.add(|| path_of(root, &caption.path));
+            } else if let Some(other) = sample.first() {
+                passed_over.others.add(|| path_of(root, &other.path));
             }
         }
         starts.push(names.len());
@@ -96,6 +117,7 @@ impl ImageFolder {
             metadata: Vec::new(),
             rows: Vec::new(),
             passed_over,
+            unread: Mutex::default(),
         };
         folder.read_metadata(&metadata)?;
         Ok(folder)
@@ -106,9 +128,45 @@ impl ImageFolder {
         self.starts.len() - 1
     }
 
-    /// A shard in a subfolder, if one was seen.
+    /// A shard in the folder or below it, if one was seen.
     pub(crate) fn shard_below(&self) -> Option<&Path> {
         self.passed_over.shard.as_deref()
+    }
+
+    /// The files of a folder without images, for messages.
+    pub(crate) fn contents(&self) -> String {
+        self.passed_over.contents()
+    }
+
+    /// The files of `samples` that could not be opened when a tar of them was made.
+    pub(crate) fn unread(&self, samples: Range<usize>) -> Vec<(PathBuf, Unread)> {
+        let unread = self.unread.lock();
+        let unread = unread.unwrap_or_else(PoisonError::into_inner);
+        let first = |sample| (sample, PathBuf::new());
+        unread
+            .range(first(samples.start)..first(samples.end))
+            .map(|((_, path), why)| (path.clone(), why.clone()))
+            .collect()
+    }
+
+    /// The path in the folder of a member of the sample with the encoded `key`; `None` for a member of no file.
+    pub(crate) fn path_in(&self, key: &str, extension: &str) -> Option<String> {
+        let key = decoded(key);
+        let key_of = |sample: usize| self.members(sample).next().map(|member| member.key);
+        let (mut start, mut end) = (0, self.len());
+        while start < end {
+            let middle = usize::midpoint(start, end);
+            match key_of(middle) < Some(key.as_slice()) {
+                true => start = middle + 1,
+                false => end = middle,
+            }
+        }
+        if start == self.len() || key_of(start) != Some(key.as_slice()) {
+            return None;
+        }
+        let mut members = self.members(start);
+        let member = members.find(|member| member.extension == extension)?;
+        Some(String::from_utf8_lossy(member.path).into_owned())
     }
 
     /// Descriptions of the files that are not read.

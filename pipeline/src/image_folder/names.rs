@@ -45,6 +45,13 @@ impl MemberKeys {
         split.is_some_and(|(_, kind)| kind == MemberKind::Image)
     }
 
+    /// The place of an extension in the order of preference of images; that of an image that can't be used is the last.
+    pub(super) fn rank(&self, extension: &[u8]) -> usize {
+        let mut keys = self.images.iter();
+        let place = keys.position(|key| extension.eq_ignore_ascii_case(key.as_bytes()));
+        place.unwrap_or(self.images.len())
+    }
+
     /// The length of a path's key, and the kind of the member. The key ends before the longest extension that is known.
     /// `None` for a file that is no member.
     pub(super) fn split(&self, path: &[u8]) -> Option<(usize, MemberKind)> {
@@ -105,6 +112,14 @@ fn escape(bytes: &[u8], text: &mut String) {
 
 /// The file of the sample with the encoded `key` in the folder `root`.
 pub(crate) fn file_of(root: &Path, key: &str, extension: &str) -> PathBuf {
+    let mut inside = decoded(key);
+    inside.push(b'.');
+    inside.extend_from_slice(extension.as_bytes());
+    path_of(root, &inside)
+}
+
+/// The key that is [`encoded`] as `key`.
+pub(super) fn decoded(key: &str) -> Vec<u8> {
     let mut inside = Vec::new();
     let mut rest = key;
     while let Some((before, after)) = rest.split_once('%') {
@@ -116,9 +131,7 @@ pub(crate) fn file_of(root: &Path, key: &str, extension: &str) -> PathBuf {
         rest = digits.map_or(after, |_| &after[2..]);
     }
     inside.extend_from_slice(rest.as_bytes());
-    inside.push(b'.');
-    inside.extend_from_slice(extension.as_bytes());
-    path_of(root, &inside)
+    inside
 }
 
 /// The path of a file in the folder `root`.

@@ -36,14 +36,18 @@ impl<T> Count<T> {
 pub(super) struct PassedOver {
     /// Captions without an image.
     pub(super) captions: Count<PathBuf>,
+    /// Images beside another one of the same name.
+    pub(super) images: Count<PathBuf>,
     /// Links to nothing, and links to a folder that contains the link.
     pub(super) links: Count<PathBuf>,
     /// Rows of metadata files for images that are not there.
     pub(super) rows: Count<String>,
     /// A metadata file in Parquet.
     pub(super) parquet: Option<PathBuf>,
-    /// A shard below the folder.
+    /// A shard in the folder or below it.
     pub(super) shard: Option<PathBuf>,
+    /// Other files.
+    pub(super) others: Count<PathBuf>,
 }
 
 impl PassedOver {
@@ -57,6 +61,13 @@ impl PassedOver {
                 counted(self.captions.count, "caption"),
                 first.display(),
                 first.with_extension(example).display()
+            ));
+        }
+        if let Some(first) = &self.images.first {
+            all.push(format!(
+                "{} passed over: another image has the same name and is read; the first is {}",
+                counted(self.images.count, "image"),
+                first.display()
             ));
         }
         if let Some(first) = &self.links.first {
@@ -80,13 +91,30 @@ impl PassedOver {
         }
         all
     }
+
+    /// The files of a folder without images.
+    pub(super) fn contents(&self) -> String {
+        let kinds = [(&self.captions, "caption"), (&self.others, "other file")];
+        let kinds: Vec<String> = kinds
+            .into_iter()
+            .filter_map(|(files, noun)| {
+                let first = files.first.as_ref()?.display();
+                let files = counted(files.count, noun);
+                Some(format!("{files} (the first is {first})"))
+            })
+            .collect();
+        match kinds.is_empty() {
+            true => "no files".to_owned(),
+            false => kinds.join(" and "),
+        }
+    }
 }
 
 /// A number of files that can't be read, with the first.
 #[derive(Debug, Default)]
-pub(super) struct Unread(Count<String>);
+pub(super) struct UnreadFiles(Count<String>);
 
-impl Unread {
+impl UnreadFiles {
     pub(super) fn add(&mut self, file: impl Display, cause: impl Display) {
         self.0.add(|| format!("{file}: {cause}"));
     }

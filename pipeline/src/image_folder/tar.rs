@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
+use std::path::Path;
+use std::sync::PoisonError;
 
 use serde_json::Value;
 
 use super::names::{MemberKind, encoded, path_of};
-use super::passed_over::Unread;
-use super::{ImageFolder, Member};
+use super::passed_over::UnreadFiles;
+use super::{ImageFolder, Member, Unread};
 use crate::net::SourceError;
 use crate::regular_file;
 use crate::shard::member_header;
@@ -54,7 +56,7 @@ impl ImageFolder {
         out: impl Write,
     ) -> Result<Option<String>, SourceError> {
         let mut tar = TarWriter(tar::Builder::new(out));
-        let (mut unread, mut tables) = (Unread::default(), BTreeMap::new());
+        let (mut unread, mut tables) = (UnreadFiles::default(), BTreeMap::new());
         for sample in samples {
             let (mut key, mut has_caption, mut has_json) = (String::new(), false, false);
             for member in self.members(sample) {
@@ -68,6 +70,7 @@ impl ImageFolder {
                     Ok((size, file)) => tar.append_file(&key, &member, size, file),
                     Err(error) if is_missing(&error) => {
                         unread.add(path.display(), &error);
+                        self.remember(sample, &path, &error);
                         match member.kind {
                             MemberKind::Image => Ok(tar.append(&key, &member.extension, &[])),
                             MemberKind::Caption | MemberKind::Json => Ok(true),
@@ -100,6 +103,17 @@ impl ImageFolder {
         // The reader needs no end of the archive if it has gone.
         tar.0.finish().ok();
         Ok(unread.describe())
+    }
+
+    /// Remembers a file that can't be opened.
+    fn remember(&self, sample: usize, path: &Path, error: &io::Error) {
+        let why = Unread {
+            is_gone: error.kind() == ErrorKind::NotFound,
+            cause: error.to_string(),
+        };
+        let unread = self.unread.lock();
+        let mut unread = unread.unwrap_or_else(PoisonError::into_inner);
+        unread.insert((sample, path.to_owned()), why);
     }
 
     /// Members that the metadata has for a sample, with their extensions.

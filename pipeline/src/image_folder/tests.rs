@@ -100,15 +100,17 @@ fn folder_says_what_it_passes_over() {
     write(&root, "other.txt", "");
     write(&root, "info.json", "{}");
     write(&root, "below/0.tar", "");
+    write(&root, "a.JPEG", "other");
     symlink("nowhere", root.path().join("broken.jpg")).unwrap();
     let folder = list(&root);
     let warnings = folder.warnings();
-    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert!(
         warnings[0].starts_with("2 captions passed over"),
         "{warnings:?}"
     );
-    assert!(warnings[1].starts_with("1 link passed over") && warnings[1].ends_with("broken.jpg"));
+    assert!(warnings[1].starts_with("1 image passed over") && warnings[1].ends_with("a.JPEG"));
+    assert!(warnings[2].starts_with("1 link passed over") && warnings[2].ends_with("broken.jpg"));
     assert_eq!(
         folder.shard_below(),
         Some(&*root.path().join("below/0.tar"))

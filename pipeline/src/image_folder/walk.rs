@@ -26,6 +26,10 @@ impl File {
     pub(super) fn key(&self) -> &[u8] {
         &self.path[..self.key_bytes]
     }
+
+    pub(super) fn extension(&self) -> &[u8] {
+        &self.path[self.key_bytes + 1..]
+    }
 }
 
 /// The files of a folder, in any order.
@@ -81,6 +85,8 @@ impl Found {
                 });
             } else if ShardUrl::file(&path).is_shard() {
                 self.passed_over.shard.get_or_insert(path);
+            } else {
+                self.passed_over.others.add(|| path);
             }
         }
     }

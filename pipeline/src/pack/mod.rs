@@ -3,11 +3,13 @@
 //! Shard `i` holds the usable samples among the same places of the folder's order, whatever is in other shards. So a
 //! restarted pack keeps finished shards, and the bytes of a shard depend only on names and contents.
 
+mod input;
 mod place;
 mod sample;
 mod shard;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -15,10 +17,14 @@ use tokio_util::sync::CancellationToken;
 use crate::destination::Destination;
 use crate::flow::FlowMetrics;
 use crate::image::ImageOptions;
+use crate::image_folder::ImageFolder;
 use crate::shard::{HeldMembers, Location, Sample, ShardUrl};
 use crate::source::{SourceError, Sources};
 use crate::stream::{OpenShard, ReaderContext, ShardEvent, StreamError};
 
+pub use input::check_apart;
+
+use input::images_of;
 use place::{PackedPlace, Stats, shard_name};
 use sample::{LeftOut, PackedSample};
 use shard::ShardWriter;
@@ -41,6 +47,43 @@ pub enum PackError {
         /// Object of the output.
         place: String,
         /// What it is.
+        cause: String,
+    },
+    /// The output is a pack with shards of another size.
+    #[error(
+        "{place} is of a pack with --samples-per-shard {samples_per_shard}; give the same --samples-per-shard, remove the \
+         folder {out}, or choose another --out"
+    )]
+    OtherSize {
+        /// The mark of the output.
+        place: String,
+        /// Its number.
+        samples_per_shard: usize,
+        /// The output.
+        out: String,
+    },
+    /// The folder or the output is of another kind, whatever is in it.
+    #[error("{place}: {cause}")]
+    Place {
+        /// Its path.
+        place: String,
+        /// The fault, and the right form.
+        cause: String,
+    },
+    /// The folder has no images.
+    #[error("{folder}: {cause}")]
+    NoImages {
+        /// The folder.
+        folder: String,
+        /// What there is instead.
+        cause: String,
+    },
+    /// A file of the folder is there and can't be read.
+    #[error("{file}: {cause}; the shard of this file is not finished")]
+    Unreadable {
+        /// The file.
+        file: String,
+        /// The system's error.
         cause: String,
     },
     /// No sample of the folder can be packed.
@@ -71,6 +114,8 @@ pub struct Packed {
     pub bytes: u64,
     /// Samples that were not packed, by the reason for which a stream skips them.
     pub left_out: BTreeMap<String, u64>,
+    /// Number of files that went away before their turn, and the first of them. Their shards are not finished.
+    pub gone: Option<(u64, String)>,
     /// Key and fault of the first such sample of each reason. Not of shards that were kept.
     pub examples: BTreeMap<String, String>,
 }
@@ -91,9 +136,10 @@ impl Packed {
         self.samples += stats.successes;
         self.shards += u64::from(stats.successes > 0);
         self.bytes += stats.bytes;
-        for (reason, count) in stats.left_out() {
-            *self.left_out.entry(reason.clone()).or_default() += count;
-        }
+    }
+
+    fn leave_out(&mut self, reason: &str, count: u64) {
+        *self.left_out.entry(reason.to_owned()).or_default() += count;
     }
 }
 
@@ -112,6 +158,7 @@ pub fn pack(
     (runtime, cancel): (&Handle, &CancellationToken),
     progress: impl FnMut(&Packed, u64),
 ) -> Result<Packed, PackError> {
+    runtime.block_on(images_of(sources, folder))?;
     let shards = runtime.block_on(sources.image_shards(folder, samples_per_shard))?;
     let keys = sources.members();
     let max_image_bytes = ImageOptions::default().max_bytes;
@@ -132,10 +179,13 @@ pub fn pack(
         packer.shard(index, url)?;
     }
     match packer.packed.samples {
-        0 => Err(PackError::Nothing {
-            folder: folder.to_string(),
-            left_out: packer.packed.describe_left_out(),
-        }),
+        0 => {
+            packer.place.clear(shards.len())?;
+            Err(PackError::Nothing {
+                folder: folder.to_string(),
+                left_out: packer.packed.describe_left_out(),
+            })
+        }
         _ => Ok(packer.packed),
     }
 }
@@ -163,6 +213,9 @@ impl<P: FnMut(&Packed, u64)> Packer<'_, P> {
             Some(stats) => {
                 self.packed.seen += stats.count;
                 self.packed.kept += u64::from(stats.successes > 0);
+                for (reason, count) in stats.left_out() {
+                    self.packed.leave_out(reason, *count);
+                }
                 (self.progress)(&self.packed, total);
                 stats
             }
@@ -172,7 +225,9 @@ impl<P: FnMut(&Packed, u64)> Packer<'_, P> {
                 let mut shard = ShardWriter::new(&self.place.destination, index);
                 loop {
                     match open.next(self.cancel) {
-                        Some(ShardEvent::Sample(sample)) => self.sample(&sample, &mut shard)?,
+                        Some(ShardEvent::Sample(sample)) => {
+                            self.sample(&folder, &sample, &mut shard)?
+                        }
                         Some(ShardEvent::NonSample(_)) => continue,
                         Some(ShardEvent::End { broken: None }) => break,
                         Some(ShardEvent::End {
@@ -187,8 +242,12 @@ impl<P: FnMut(&Packed, u64)> Packer<'_, P> {
                     self.packed.seen += 1;
                     (self.progress)(&self.packed, total);
                 }
+                let is_complete = self.check_read(&folder, samples)?;
                 let stats = shard.finish(files)?;
-                self.place.finish(&name, &stats)?;
+                match is_complete {
+                    true => self.place.finish(&name, &stats)?,
+                    false => self.place.unfinish(&name)?,
+                }
                 stats
             }
         };
@@ -196,14 +255,42 @@ impl<P: FnMut(&Packed, u64)> Packer<'_, P> {
         Ok(())
     }
 
+    /// Whether every file of `samples` was read. A file that is gone was not.
+    fn check_read(
+        &mut self,
+        folder: &ImageFolder,
+        samples: Range<usize>,
+    ) -> Result<bool, PackError> {
+        let unread = folder.unread(samples);
+        for (path, why) in &unread {
+            let file = path.display().to_string();
+            if !why.is_gone {
+                let cause = why.cause.clone();
+                return Err(PackError::Unreadable { file, cause });
+            }
+            self.packed.gone.get_or_insert((0, file)).0 += 1;
+        }
+        Ok(unread.is_empty())
+    }
+
     /// Packs a sample, or counts why not.
-    fn sample(&mut self, sample: &Sample, shard: &mut ShardWriter) -> Result<(), PackError> {
+    fn sample(
+        &mut self,
+        folder: &ImageFolder,
+        sample: &Sample,
+        shard: &mut ShardWriter,
+    ) -> Result<(), PackError> {
         match PackedSample::of(sample, self.context.sources.members()) {
-            Ok(packed) => shard.append(sample, &packed)?,
+            Ok(packed) => {
+                let file = folder.path_in(&sample.key, packed.extension);
+                let file = file.unwrap_or_else(|| format!("{}.{}", sample.key, packed.extension));
+                shard.append(sample, &packed, &file)?;
+            }
             Err(LeftOut { reason, fault }) => {
                 let example = || format!("{:?}, which {fault}", sample.key);
                 let examples = &mut self.packed.examples;
                 examples.entry(reason.clone()).or_insert_with(example);
+                self.packed.leave_out(&reason, 1);
                 shard.stats.leave_out(reason);
             }
         }

@@ -96,9 +96,11 @@ impl PackedPlace {
                 Ok(Marker {
                     samples_per_shard, ..
                 }) => {
-                    let cause =
-                        format!("is of a pack with --samples-per-shard {samples_per_shard}");
-                    return Err(occupied(MARKER, cause));
+                    return Err(PackError::OtherSize {
+                        place: place.place(MARKER),
+                        samples_per_shard,
+                        out: place.to_string(),
+                    });
                 }
                 Err(error) => return Err(occupied(MARKER, format!("can't be read: {error}"))),
             }
@@ -152,6 +154,24 @@ impl PackedPlace {
         let name = stats_name(shard);
         let json = as_json(&self.destination, &name, stats)?;
         self.destination.write(&name, &json)?;
+        if stats.successes == 0 && self.sizes.contains_key(shard) {
+            self.destination.remove(shard)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the counts of a shard, so that the next run makes it again.
+    pub(super) fn unfinish(&self, shard: &str) -> Result<(), PackError> {
+        self.destination.remove(&stats_name(shard))?;
+        Ok(())
+    }
+
+    /// Removes the counts of all `shards` and the mark, from an output without samples.
+    pub(super) fn clear(&self, shards: usize) -> Result<(), PackError> {
+        for shard in (0..shards).map(shard_name) {
+            self.unfinish(&shard)?;
+        }
+        self.destination.remove(MARKER)?;
         Ok(())
     }
 }

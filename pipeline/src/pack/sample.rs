@@ -83,12 +83,11 @@ impl<'a> PackedSample<'a> {
         })
     }
 
-    /// The json under the new `key`. Further keys of the sample's own json are kept, as is its record of the original image.
-    pub(super) fn json(&self, sample: &Sample, key: &str) -> String {
+    /// The json under the new `key`, for an image at `file` in the folder. Further keys of the sample's own json are kept, as is its record of the original image.
+    pub(super) fn json(&self, sample: &Sample, key: &str, file: &str) -> String {
         let own = sample.members.get("json");
         let own = own.and_then(|bytes| Document::parse(bytes).ok());
         let kept = |key: &str| own.as_ref()?.get(key).filter(|value| !value.is_null());
-        let file = format!("{}.{}", sample.key, self.extension);
         let hash: String = Sha256::digest(self.image)
             .iter()
             .map(|byte| format!("{byte:02x}"))

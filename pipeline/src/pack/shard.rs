@@ -26,14 +26,15 @@ impl ShardWriter {
         }
     }
 
-    /// Appends a sample under the number of its place in the shard.
+    /// Appends a sample, with its image at `file` in the folder, under the number of its place in the shard.
     pub(super) fn append(
         &mut self,
         sample: &Sample,
         packed: &PackedSample<'_>,
+        file: &str,
     ) -> Result<(), PackError> {
         let key = format!("{:05}{:04}", self.index, self.stats.count);
-        let json = packed.json(sample, &key);
+        let json = packed.json(sample, &key, file);
         let mut members = [
             (packed.extension, packed.image.as_ref()),
             ("json", json.as_bytes()),

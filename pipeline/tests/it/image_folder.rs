@@ -176,6 +176,46 @@ fn pack_goes_on_and_refuses_other_files() {
 }
 
 #[test]
+fn pack_finishes_no_shard_of_files_it_could_not_read() {
+    let root = folder(6);
+    let out = TempDir::new().unwrap();
+    let target = out.path().to_str().unwrap();
+    let after_listing = |change: &dyn Fn()| {
+        let bench = Bench::new(S3Options::default());
+        let listing = bench.sources.image_shards(&ShardUrl::file(root.path()), 10);
+        bench.runtime.block_on(listing).unwrap();
+        change();
+        packed(&bench, root.path(), target, 10)
+    };
+    let (part, aside) = (root.path().join("part 0"), root.path().join(".aside"));
+    let error = after_listing(&|| {
+        fs::rename(&part, &aside).unwrap();
+        fs::write(&part, "").unwrap();
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("part 0/v1.0.PNG: Not a directory"),
+        "{error}"
+    );
+    assert!(files(out.path()).keys().eq(["pack.json"]));
+
+    fs::remove_file(&part).unwrap();
+    fs::rename(&aside, &part).unwrap();
+    let caption = part.join("v1.0.txt");
+    let counts = after_listing(&|| fs::remove_file(&caption).unwrap()).unwrap();
+    assert_eq!(counts.samples, 5);
+    assert_eq!(counts.gone, Some((1, caption.display().to_string())));
+    assert!(files(out.path()).keys().eq(["00000.tar", "pack.json"]));
+
+    fs::write(&caption, "again").unwrap();
+    let counts = after_listing(&|| {}).unwrap();
+    assert_eq!((counts.samples, counts.kept, counts.gone), (6, 0, None));
+    let shard = &files(out.path())["00000.tar"];
+    let url = br#""url":"part 0/v1.0.PNG""#;
+    assert!(shard.windows(url.len()).any(|bytes| bytes == url));
+}
+
+#[test]
 fn pack_counts_what_it_leaves_out() {
     let root = folder(3);
     let at = |name: &str| root.path().join(name);
