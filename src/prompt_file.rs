@@ -41,18 +41,16 @@ fn parse(bytes: &[u8]) -> Result<Vec<String>, PromptFileError> {
     // Editors on Windows begin a file with a byte order mark.
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut prompts = Vec::new();
-    let mut lines = 0;
-    for bytes in bytes.split_inclusive(|&byte| byte == b'\n') {
-        lines += 1;
+    for (line, bytes) in (1..).zip(bytes.split_inclusive(|&byte| byte == b'\n')) {
         let prompt = match std::str::from_utf8(bytes) {
             Ok(text) if !text.contains('\0') => text.trim(),
-            _ => return Err(PromptFileError::NotText { line: lines }),
+            _ => return Err(PromptFileError::NotText { line }),
         };
         if prompt.is_empty() {
             continue;
         }
         if prompts.len() == MAX_PROMPTS {
-            return Err(PromptFileError::TooMany { line: lines });
+            return Err(PromptFileError::TooMany { line });
         }
         prompts.push(prompt.to_owned());
     }

@@ -182,7 +182,8 @@ fn pack_finishes_no_shard_of_files_it_could_not_read() {
     let target = out.path().to_str().unwrap();
     let after_listing = |change: &dyn Fn()| {
         let bench = Bench::new(S3Options::default());
-        let listing = bench.sources.image_shards(&ShardUrl::file(root.path()), 10);
+        let url = ShardUrl::file(root.path());
+        let listing = bench.sources.image_shards(&url, 10);
         bench.runtime.block_on(listing).unwrap();
         change();
         packed(&bench, root.path(), target, 10)
