@@ -6,11 +6,11 @@
 use std::fmt::{Arguments, Write as _};
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use coffey_pipeline::regular_file;
 use coffey_pipeline::text::message;
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use tracing_subscriber::fmt::format::Writer;
@@ -128,7 +128,10 @@ pub(crate) fn log(text: &str) {
 /// # Errors
 /// When the file can't be opened.
 pub(crate) fn log_to(file: &Path) -> io::Result<()> {
-    regular_file::check_file_or_folder(file)?;
+    // To open a named pipe would wait for its reader.
+    if std::fs::metadata(file).is_ok_and(|found| found.file_type().is_fifo()) {
+        return Err(io::Error::other("it is a named pipe, not a file"));
+    }
     let opened = File::options().append(true).create(true).open(file)?;
     printer().log = Some(Log {
         name: file.display().to_string(),
