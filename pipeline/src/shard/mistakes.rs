@@ -2,6 +2,7 @@
 //! name looks like one is written `file:///…`.
 
 use super::url::{UrlError, invalid};
+use crate::text::{cut, redact_url};
 
 /// Quote characters and separators of lists in other files.
 const QUOTES: [char; 3] = ['\'', '"', '`'];
@@ -62,7 +63,8 @@ fn mistake(text: &str) -> Option<String> {
             "'*' is not expanded, and folders can't be listed over HTTP: count the shards in braces, as {00000..01210}"
                 .to_owned()
         } else {
-            let folder = if folder.is_empty() { "./" } else { folder };
+            let folder = redact_url(if folder.is_empty() { "./" } else { folder });
+            let folder = cut(&folder);
             format!(
                 "'*' is not expanded: write {folder} for every .tar, .tar.gz and .tgz there, or count the shards in braces, as \
                  {{00000..01210}}"
@@ -150,6 +152,10 @@ pub(super) fn braces(inside: &str) -> Option<String> {
 
 /// The reason for a scheme that is not known.
 pub(super) fn unknown_scheme(scheme: &str, rest: &str) -> String {
+    let shown = redact_url(&format!("{scheme}://{rest}"));
+    let shown = shown.split_once("://").map_or("", |(_, rest)| rest);
+    let rest = &*cut(shown);
+    let scheme = &*cut(scheme);
     let hint = match scheme.to_ascii_lowercase().as_str() {
         "gs" | "gcs" => format!(
             "; a bucket of Google's is read as s3://{rest} with [s3] endpoint_url = \"https://storage.googleapis.com\" and an HMAC \
@@ -260,6 +266,11 @@ mod tests {
         assert!(scheme("s3a", "b/k").contains("write s3://b/k"));
         assert!(scheme("S3", "b/k").contains("write s3://b/k"));
         assert!(scheme("gs", "b/k").contains("https://storage.googleapis.com/b/k"));
+        for name in ["gs", "s3a", "HTTPS"] {
+            let reason = scheme(name, "u:s3cret@b/k?X-Goog-Signature=s3cret");
+            assert!(!reason.contains("s3cret"), "{reason}");
+        }
+        assert!(unknown_scheme("gs", &"k".repeat(1000)).len() < 1000);
         assert!(scheme("ftp", "h/k").ends_with("standard input"));
     }
 }

@@ -10,7 +10,7 @@ use super::image_shard::ImageShard;
 use super::mistakes;
 use super::pattern::redact;
 use super::pipe::unwrap_pipe;
-use crate::text::escaped;
+use crate::text::{cut, escaped};
 
 /// Endings of shards in folders and prefixes; other files there are passed over.
 const SHARD_ENDINGS: [&str; 3] = [".tar", ".tar.gz", ".tgz"];
@@ -33,7 +33,7 @@ pub enum UrlError {
 
 pub(super) fn invalid(url: &str, reason: impl Into<String>) -> UrlError {
     UrlError::Invalid {
-        url: redact(url),
+        url: cut(&redact(url)).into_owned(),
         reason: reason.into(),
     }
 }

@@ -7,6 +7,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 
 use super::options::HubOptions;
 use crate::net::SourceError;
+use crate::text::is_auth_scheme;
 
 const FORM: &str = "the form is \"https://HOST NAME: VALUE\", with ${VARIABLE} in the value for an environment variable";
 
@@ -63,6 +64,12 @@ impl FromStr for HttpHeader {
             variables += 1;
             Some("x".to_owned())
         })?;
+        if variables > 0 && !header.is_free_of_secrets() {
+            return Err(format!(
+                "has text beside the variable, which may be a secret: put the whole value in the variable; only a word as Bearer and a \
+                 space may stand before it; {FORM}"
+            ));
+        }
         if variables == 0 {
             return Err(format!(
                 "holds the value itself, which a run writes to its config.toml: put it in an environment variable; {FORM}"
@@ -73,6 +80,21 @@ impl FromStr for HttpHeader {
 }
 
 impl HttpHeader {
+    /// Whether the value holds nothing but variables, after an authorization scheme and a space.
+    fn is_free_of_secrets(&self) -> bool {
+        let mut texts = self
+            .template
+            .split("${")
+            .enumerate()
+            .map(|(index, part)| match index {
+                0 => part,
+                _ => part.split_once('}').map_or("", |(_, text)| text),
+            });
+        let first = texts.next().unwrap_or_default();
+        let is_scheme = first.ends_with(' ') && is_auth_scheme(first.trim());
+        (first.is_empty() || is_scheme) && texts.all(|text| text.trim().is_empty())
+    }
+
     /// The value, with each `${NAME}` replaced.
     fn fill(
         &self,
@@ -185,6 +207,16 @@ mod tests {
                 "https://h Authorization: Bearer s3cret",
                 "environment variable",
             ),
+            (
+                "https://h Authorization: Bearer ${T}s3cret",
+                "beside the variable",
+            ),
+            (
+                "https://h Authorization: s3cret ${T}",
+                "beside the variable",
+            ),
+            ("https://h Authorization: Bearer${T}", "beside the variable"),
+            ("https://h A: ${T}s3cret${T}", "beside the variable"),
             ("https://h", "has no header"),
             ("h Authorization: ${T}", "begin with a server"),
             ("https://h/path Authorization: ${T}", "begin with a server"),
@@ -199,6 +231,13 @@ mod tests {
                 error.contains(words) && !error.contains("s3cret"),
                 "{text}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn http_header_may_have_a_scheme_before_its_variables() {
+        for value in ["${T}", "token ${T}", "Basic ${T}", "${A} ${B}"] {
+            assert!(parsed(&format!("https://h A: {value}")).is_ok(), "{value}");
         }
     }
 

@@ -19,7 +19,7 @@ use crate::net::{
 };
 use crate::open_files;
 use crate::shard::{Location, ShardUrl};
-use crate::text::remove_secrets_of;
+use crate::text::{remove_secrets_of, remove_values};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const MOST_REDIRECTS: usize = 10;
@@ -83,15 +83,21 @@ impl HttpClient {
             })
         })?;
         let first = at.origin();
+        let mut sent = SentValues::default();
         for _ in 0..=MOST_REDIRECTS {
             let mut headers = fields.clone();
             if at.origin() == first {
                 headers.extend(self.headers.of(&at));
             }
             let request = self.client.request(method.clone(), at.clone());
-            let response = request
+            let request = request
                 .headers(headers)
-                .send()
+                .build()
+                .map_err(|error| failure(url, error))?;
+            sent.note(request.headers());
+            let mut response = self
+                .client
+                .execute(request)
                 .await
                 .map_err(|error| failure(url, error))?;
             let target = match response.status().as_u16() {
@@ -99,6 +105,7 @@ impl HttpClient {
                 _ => None,
             };
             let Some(target) = target else {
+                response.extensions_mut().insert(sent);
                 return Ok(response);
             };
             at = target
@@ -159,6 +166,22 @@ impl HttpClient {
             version: tag.or_else(|| header(headers, LAST_MODIFIED)),
             body: Body::Http(response),
         }))
+    }
+}
+
+/// The secret values of the headers that were sent: those of the configuration, the Hub's token and the login of the URL.
+#[derive(Debug, Clone, Default)]
+struct SentValues(Vec<HeaderValue>);
+
+impl SentValues {
+    fn note(&mut self, headers: &HeaderMap) {
+        let secrets = headers.values().filter(|value| value.is_sensitive());
+        self.0.extend(secrets.cloned());
+    }
+
+    /// `text` without the values.
+    fn remove_from(&self, text: &str) -> String {
+        remove_values(self.0.iter().filter_map(|value| value.to_str().ok()), text)
     }
 }
 
@@ -234,18 +257,27 @@ async fn error_text(response: &mut Response) -> Vec<u8> {
 pub(super) async fn refusal(url: &ShardUrl, mut response: Response, offset: u64) -> RequestFailure {
     let status = response.status();
     let is_signed = response.url().query().is_some();
-    let said = ServerMessage::parse(&error_text(&mut response).await);
+    let sent = response.extensions_mut().remove::<SentValues>();
+    let sent = sent.unwrap_or_default();
+    let body = error_text(&mut response).await;
+    let asked = response.url().clone();
+    let clean = |text: &str| {
+        let text = remove_secrets_of(asked.as_str(), &sent.remove_from(text));
+        match url.location() {
+            Location::Http(url) => remove_secrets_of(url.expose(), &text),
+            _ => text,
+        }
+    };
+    // Before the text is cut within a secret.
+    let said = ServerMessage::parse(clean(&String::from_utf8_lossy(&body)).as_bytes());
     let on_hub = matches!(url.location(), Location::Hub(_));
     let message = response.headers().get(HUB_ERROR);
     let text = match message.and_then(|message| message.to_str().ok()) {
         Some(message) if on_hub => message.to_owned(),
         _ => said.to_string(),
     };
-    let text = remove_secrets_of(response.url().as_str(), &text);
-    let text = match url.location() {
-        Location::Http(url) => remove_secrets_of(url.expose(), &text),
-        _ => text,
-    };
+    // And after its escapes are replaced.
+    let text = clean(&text);
     let separator = if text.is_empty() { "" } else { ": " };
     let cause = format!("HTTP {status}{separator}{text}");
     let url = url.to_string();

@@ -339,6 +339,31 @@ fn hub_shards_are_looked_up_and_listed() {
 }
 
 #[test]
+fn refusal_repeats_no_header_that_was_sent() {
+    let echo = Web::start(|request| {
+        let text = format!("no: {}", request.header("authorization"));
+        Response::new(403, text)
+    });
+    let bench = Bench::new(SourceOptions {
+        hub: HubOptions {
+            endpoint: Ok(echo.endpoint.clone()),
+            token: Some("s3cret".to_owned()),
+        },
+        ..SourceOptions::default()
+    });
+    let refused = |url: String| {
+        let error = bench.runtime.block_on(read_object(&bench.sources, &url));
+        error.unwrap_err().to_string()
+    };
+    let text = refused(format!("{}/a.tar", echo.endpoint));
+    assert!(text.contains("no: REDACTED"), "{text}");
+    // The client encodes the login of a URL.
+    let other = echo.endpoint.replace("127.0.0.1", "me:s3cret@localhost");
+    let text = refused(format!("{other}/a.tar"));
+    assert!(text.contains("no: REDACTED"), "{text}");
+}
+
+#[test]
 fn headers_are_not_sent_to_another_server() {
     let other = Web::start(|_| Response::new(200, "y"));
     let target = other.endpoint.clone();
