@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::Range;
 
-use coffey_pipeline::text::{escaped, redact_urls};
+use coffey_pipeline::text::{cut, escaped, redact_urls};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
+use super::keys::is_known;
 use crate::config::bounds;
 use crate::config::error::{ConfigError, KeyValue, WrittenAt};
 
@@ -54,9 +55,19 @@ impl Origin {
                 None => break,
             }
         }
-        WrittenAt::File {
-            file: self.file.clone(),
-            line: self.lines.get(key).copied(),
+        let line = self.lines.get(key).copied();
+        let inside = format!("{key}.");
+        // A table that an override alone creates.
+        let argument = self
+            .arguments
+            .iter()
+            .find(|(known, _)| known.starts_with(&inside));
+        match argument {
+            Some((_, argument)) if line.is_none() => WrittenAt::Argument(argument.clone()),
+            _ => WrittenAt::File {
+                file: self.file.clone(),
+                line,
+            },
         }
     }
 
@@ -135,7 +146,8 @@ impl Document {
         };
         if !key.split('.').all(bare) {
             return Err(wrong(format!(
-                "{key:?} is not a key; write table.key=value, as train.max_steps=10"
+                "{:?} is not a key; write table.key=value, as train.max_steps=10",
+                plain(key)
             )));
         }
         // This argument replaces earlier arguments for keys inside its table.
@@ -170,11 +182,16 @@ impl Document {
 }
 
 /// The text in place of a secret in messages.
-const HIDDEN: &str = "…";
+pub(super) const HIDDEN: &str = "…";
 
 /// Whether messages must not have the key's value: a secret that belongs elsewhere may be in it.
 fn is_secret(key: &str) -> bool {
     key.split('[').next() == Some("data.http_headers")
+}
+
+/// A text for a message, without logins and signatures of URLs, and cut where it is long.
+fn plain(text: &str) -> String {
+    cut(&escaped(&redact_urls(text))).into_owned()
 }
 
 /// A value for a message, without secrets.
@@ -182,15 +199,35 @@ fn shown_value(key: &str, value: &str) -> String {
     // The options of a command may hold a login.
     match is_secret(key) || value.contains("pipe:") {
         true => HIDDEN.to_owned(),
-        false => escaped(&redact_urls(value)).into_owned(),
+        false => plain(value),
     }
 }
 
-/// An override for a message.
+/// Whether a message may have the value of an override: each key in it is known.
+fn is_showable(key: &str, value: &str) -> bool {
+    fn has_known_keys(key: &str, table: &DeTable<'_>) -> bool {
+        table.iter().all(|(name, value)| {
+            let key = join(key, name.get_ref());
+            match value.get_ref() {
+                DeValue::Table(inner) => has_known_keys(&key, inner),
+                _ => is_known(&key) && !is_secret(&key),
+            }
+        })
+    }
+    match DeValue::parse(value).as_ref().map(|value| value.get_ref()) {
+        Ok(DeValue::Table(table)) => has_known_keys(key, table),
+        _ => is_known(key),
+    }
+}
+
+/// An override for a message; without its value where a key is unknown, since a secret may be in it.
 fn shown(argument: &str) -> String {
     match argument.split_once('=') {
-        Some((key, value)) => format!("{}={}", escaped(key), shown_value(key.trim(), value)),
-        None => escaped(&redact_urls(argument)).into_owned(),
+        Some((key, value)) if is_showable(key.trim(), value.trim()) => {
+            format!("{key}={}", shown_value(key.trim(), value))
+        }
+        Some((key, _)) => plain(key.trim()),
+        None => plain(argument),
     }
 }
 

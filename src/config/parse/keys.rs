@@ -8,7 +8,7 @@ use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
 use super::decode::type_name;
-use super::document::{Document, join};
+use super::document::{Document, HIDDEN, join};
 use crate::config::{
     Audit, Checkpoint, ConfigError, Data, Distill, Encode, Hub, Latents, Metrics, Model, Optimizer,
     Report, Track, Train, Validation,
@@ -64,6 +64,15 @@ pub(in crate::config) fn known_keys() -> Vec<String> {
         .collect()
 }
 
+/// Whether `key` is a known key in full, and not a table.
+pub(super) fn is_known(key: &str) -> bool {
+    key.rsplit_once('.').is_some_and(|(table, name)| {
+        known_tables()
+            .iter()
+            .any(|known| known.name == table && known.keys.contains(&name))
+    })
+}
+
 /// Refuses the first key of the document that is unknown.
 pub(super) fn refuse_unknown(document: &Document) -> Result<(), ConfigError> {
     check_keys(document, &known_tables(), "", &document.root)
@@ -81,7 +90,8 @@ fn check_keys(
         if tables.iter().any(|known| known.name == path) {
             let Value::Table(inner) = value else {
                 return Err(ConfigError::WrongType {
-                    entry: document.origin.entry(&path, value),
+                    // A secret may stand here by mistake.
+                    entry: document.origin.entry(&path, HIDDEN),
                     found: type_name(value),
                     needs: format!("a table, as [{path}]"),
                 });

@@ -28,11 +28,11 @@ fn bad_override_names_its_argument() {
     );
     assert_eq!(
         refused("data.shards.x=1"),
-        "-s data.shards.x=1: shards is not a table, so nothing in it can be set"
+        "-s data.shards.x: shards is not a table, so nothing in it can be set"
     );
     assert_eq!(
         refused("train.max_step=1"),
-        "-s train.max_step=1: unknown key train.max_step; did you mean train.max_steps?"
+        "-s train.max_step: unknown key train.max_step; did you mean train.max_steps?"
     );
     assert_eq!(
         refused("train.max_steps=ten"),
@@ -46,6 +46,41 @@ fn bad_override_names_its_argument() {
     // The error names the last argument that sets the key.
     let message = parse(MINIMAL, &["s3.max_attempts=0", "s3={ max_attempts = 0 }"]).unwrap_err();
     assert!(message.to_string().starts_with("-s s3={"), "{message}");
+}
+
+#[test]
+fn override_of_an_unknown_key_shows_no_value() {
+    for (argument, start) in [
+        (
+            "s3.secret_access_key=S3CRET",
+            "-s s3.secret_access_key: unknown key",
+        ),
+        ("hub.token=S3CRET", "-s hub.token: unknown key hub.token"),
+        ("nope.key=S3CRET", "-s nope.key: unknown key nope;"),
+        ("hub=S3CRET", "-s hub: key hub = …: wrong type"),
+        ("s3={ secret = \"S3CRET\" }", "-s s3: unknown key s3.secret"),
+        (
+            "s3.session_token=\"S3CRET",
+            "-s s3.session_token: the value",
+        ),
+        (
+            "data.http_header=[\"http://h X: S3CRET\"]",
+            "-s data.http_header: unknown key",
+        ),
+        (
+            "data={ http_headers=[\"http://h X: S3CRET\"] }",
+            "-s data: ",
+        ),
+        (
+            "s3.endpoint_url=user:S3CRET@x",
+            "-s s3.endpoint_url=REDACTED@x: key",
+        ),
+    ] {
+        let message = coffey_pipeline::text::message(&refused(argument));
+        assert!(message.starts_with(start), "{message}");
+        assert!(!message.contains("S3CRET"), "{message}");
+    }
+    assert!(refused(&format!("train.device={}", "x".repeat(5000))).len() < 1000);
 }
 
 #[test]
