@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use coffey_pipeline::ShardUrl;
+use coffey_pipeline::pack::is_within;
 
 use super::Failure;
 use super::resources::DataAccess;
@@ -13,11 +14,9 @@ use crate::draw::check_png;
 
 /// Refuses an output in a folder of images among `shards`: its pictures would be images of the next start.
 pub(super) fn check_apart(key: &str, place: &Path, shards: &[ShardUrl]) -> Result<(), Failure> {
-    let whole = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path));
-    let output = whole(place)?;
     let folders: BTreeSet<&Path> = shards.iter().filter_map(ShardUrl::image_folder).collect();
     for folder in folders {
-        if !in_s3(place) && output.starts_with(whole(folder)?) {
+        if !in_s3(place) && is_within(place, folder)? {
             let message = format!(
                 "{key} = {:?} is in the folder of images {}: name a folder outside it",
                 place.display().to_string(),

@@ -137,7 +137,7 @@ fn pack_refuses_what_it_cannot_do() {
         &pack(Path::new("s3://bucket/photos/")),
         &["pack reads local folders only; copy it first"],
     );
-    refuse(2, &into(&photos, &photos), &["is the folder of images"]);
+    refuse(2, &into(&photos, &photos), &["is in the folder of images"]);
     refuse(
         2,
         &into(&photos, &photos.join("new")),

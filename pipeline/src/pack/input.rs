@@ -19,18 +19,21 @@ pub fn check_apart(folder: &Path, out: &Path) -> Result<(), PackError> {
     if out.is_file() {
         return Err(refused("is a file, not a folder".to_owned()));
     }
-    let failed = |error: io::Error| refused(error.to_string());
-    let (inside, above) = (
-        resolved(out).map_err(failed)?,
-        resolved(folder).map_err(failed)?,
-    );
-    if inside.starts_with(&above) {
-        let place = if inside == above { "is" } else { "is in" };
-        return Err(refused(format!(
-            "{place} the folder of images; name a folder that is not in it"
-        )));
+    match is_within(out, folder) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(refused(
+            "is in the folder of images; name a folder that is not in it".to_owned(),
+        )),
+        Err(error) => Err(refused(error.to_string())),
     }
-    Ok(())
+}
+
+/// Whether the local `place`, which need not be there yet, is `folder` or in it.
+///
+/// # Errors
+/// When a path can't be resolved.
+pub fn is_within(place: &Path, folder: &Path) -> io::Result<bool> {
+    Ok(resolved(place)?.starts_with(resolved(folder)?))
 }
 
 /// The absolute path without links, also of a folder that is not there yet.

@@ -22,7 +22,7 @@ use crate::shard::{HeldMembers, Location, Sample, ShardUrl};
 use crate::source::{SourceError, Sources};
 use crate::stream::{OpenShard, ReaderContext, ShardEvent, StreamError};
 
-pub use input::check_apart;
+pub use input::{check_apart, is_within};
 
 use input::images_of;
 use place::{PackedPlace, Stats, shard_name};
