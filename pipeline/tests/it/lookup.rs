@@ -101,7 +101,7 @@ fn look_up_bounds_the_list_of_missing_shards() {
         .to_string();
     assert!(text.starts_with("100 of 100 shards"), "{text}");
     assert_eq!(text.matches("not found").count(), 20);
-    assert!(text.contains(" and 80 more; "), "{text}");
+    assert!(text.contains(" and 80 more\n  "), "{text}");
     let text = look_up(&bench, "/nowhere/{00000..04999}.tar")
         .unwrap_err()
         .to_string();
