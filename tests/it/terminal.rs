@@ -9,7 +9,7 @@ use crate::support::{QUICKSTART, args, command, repository, run, text, texts};
 /// Clears the screen, sets the title, ends the line, and turns the direction of text.
 const HOSTILE: &str = "\u{1b}[2J\u{1b}]0;title\u{7}\nerror: false\u{9b}\u{202e}\u{2066}\r";
 
-/// A tar with a hostile key for each of `fault`s: the caption, the image.
+/// Writes a tar whose keys, captions and member names are hostile; each sample is a caption and an image.
 fn shard(path: &Path, samples: &[(&str, Option<&[u8]>)]) {
     let mut tar = tar::Builder::new(std::fs::File::create(path).unwrap());
     let mut append = |name: String, content: &[u8]| {
@@ -82,7 +82,7 @@ fn hostile_names_do_not_reach_the_terminal() {
             harmless(&err);
             if line.len() == 3 {
                 let report: serde_json::Value = serde_json::from_str(&out).unwrap();
-                assert_eq!(report["shards"][0]["url"].is_string(), true, "{out}");
+                assert!(report["shards"][0]["url"].is_string(), "{out}");
             }
         }
         let set = [

@@ -284,7 +284,7 @@ impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Backend::Folder(folder) => write!(f, "{}/", folder.root().display()),
-            Backend::Bucket(bucket) => write!(f, "{}", bucket.target("").url.to_string()),
+            Backend::Bucket(bucket) => write!(f, "{}", bucket.target("").url),
         }
     }
 }

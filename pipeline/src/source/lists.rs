@@ -78,7 +78,7 @@ impl Sources {
 
     async fn in_list(&self, list: &ShardUrl) -> Result<Vec<ShardUrl>, SourceError> {
         let unsupported = |cause: &str| SourceError::Unsupported {
-            url: format!("@{}", list.to_string()),
+            url: format!("@{list}"),
             cause: cause.to_owned(),
         };
         let mut reader = self.open(list).await?;
