@@ -48,7 +48,7 @@ fn listing_continues_past_one_page() {
     let error = listed(&bench, "s3://data/empty/").unwrap_err();
     assert_eq!(
         error.to_string(),
-        "s3://data/empty/: no .tar, .tar.gz or .tgz files in it"
+        "s3://data/empty/: no .tar, .tar.gz or .tgz files in it\n  name a folder or prefix that has shards"
     );
     let error = listed(&bench, "s3://absent/").unwrap_err();
     assert!(matches!(error, SourceError::NotFound { .. }), "{error:?}");
