@@ -34,7 +34,7 @@ macro_rules! errln {
     };
 }
 
-/// Where the process prints, for all threads.
+/// Outputs of the process, for all threads.
 struct Printer {
     /// The bar on the terminal, which makes room for each text.
     bar: Option<ProgressBar>,

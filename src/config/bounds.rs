@@ -78,7 +78,7 @@ pub(super) fn check(root: &Table, origin: &Origin) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// What a number beyond those that a document can hold must be at the key `key`.
+/// Bound of the key `key`, for a number that a document can't hold.
 pub(super) fn beyond(key: &str, negative: bool) -> String {
     match (all().find(|bounds| bounds.key == key), negative) {
         (Some(bounds), false) => format!("must be at most {}", bounds.most()),
@@ -89,7 +89,7 @@ pub(super) fn beyond(key: &str, negative: bool) -> String {
 }
 
 impl Bounds {
-    /// What is wrong with `value`; `None` for a number in bounds and for another type.
+    /// Fault of `value`; `None` for a number in bounds and for another type.
     fn refusal(&self, value: &Value) -> Option<String> {
         let (below, above) = match (self.range, value) {
             (Range::Integer(least, most), Value::Integer(number)) => {

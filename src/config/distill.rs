@@ -30,7 +30,7 @@ pub(super) const NUMBERS: &[Bounds] = &[
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Distill {
-    /// What a step minimises.
+    /// The loss that a step minimises.
     pub objective: ObjectiveKind,
     /// Points of the DDIM solver over the teacher's 1000 timesteps. `--num_ddim_timesteps`
     pub num_ddim_timesteps: usize,
@@ -144,7 +144,7 @@ impl Distill {
     }
 }
 
-/// What a step minimises; each objective has keys of its own.
+/// The loss that a step minimises; each objective has keys of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ObjectiveKind {

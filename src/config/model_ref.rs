@@ -118,7 +118,7 @@ impl FromStr for ModelRef {
     }
 }
 
-/// For people: without secrets and control characters.
+/// Text for people: without secrets and control characters.
 impl fmt::Display for ModelRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&escaped(&redact_urls(&self.0)))

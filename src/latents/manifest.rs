@@ -155,7 +155,7 @@ impl ShardEntry {
             .fold(self.samples, u64::saturating_add)
     }
 
-    /// What is wrong with the entry of the shard `name`, if anything.
+    /// Fault of the entry of the shard `name`, if it has one.
     fn fault(&self, name: &str) -> Option<String> {
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
             return Some("is no file name: shards are in the folder of the manifest".to_owned());

@@ -16,7 +16,7 @@
 //! `manifest.json` holds the common properties of all latents in the folder ([`Recipe`]) and, by file name, an entry for each
 //! finished shard ([`ShardEntry`]). It is replaced as a whole after every shard. Where several processes share the shards, each
 //! has its own, `manifest-RANK-of-WORLD.json`, until [`join`] merges them. A run skips the shards that a manifest lists
-//! and whose object has the listed size and SHA-256, and refuses to write latents of another recipe
+//! and whose object has the listed size, and refuses to write latents of another recipe
 //! to the same folder. `skipped/NAME.jsonl` lists the skipped samples of a shard.
 
 mod error;

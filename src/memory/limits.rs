@@ -1,4 +1,4 @@
-//! What the machine has, and the refusal of what is more.
+//! The memory of the machine, and the refusal of a plan above it.
 
 use std::collections::BTreeMap;
 

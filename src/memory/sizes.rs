@@ -19,7 +19,7 @@ pub enum Command {
     Bench,
 }
 
-/// What the estimate needs besides the configuration.
+/// Inputs of the estimate besides the configuration.
 #[derive(Clone, Debug)]
 pub struct Sizes {
     /// The command.

@@ -179,7 +179,7 @@ fn check_same_run(
     )))
 }
 
-/// What of the models is another than in the run of a checkpoint, with part and file.
+/// Parts of the models that differ from those of the run of a checkpoint, with their files.
 fn other_models(
     options: &RunOptions<'_>,
     now: &ModelsFingerprint,

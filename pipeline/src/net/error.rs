@@ -259,7 +259,7 @@ pub enum SourceError {
     EmptyFolder {
         /// The folder.
         url: String,
-        /// What there is instead, and the remedy; empty for nothing.
+        /// Other files of the folder, and the remedy; empty for none.
         found: String,
     },
     /// The limit of open files was reached, and stayed so.

@@ -224,7 +224,7 @@ impl Cursor {
 }
 
 impl Cursor {
-    /// What of the cursor no stream of `shards` shards writes, if anything.
+    /// The fault of a cursor that no stream of `shards` shards writes.
     pub(crate) fn fault(&self, shards: usize) -> Option<String> {
         let open = self.state.open.iter().map(|open| &open.pass);
         let begun = open.clone().map(|pass| (pass.id, pass.shard));

@@ -73,7 +73,7 @@ enum Chunk {
     Failed(StreamError),
 }
 
-/// What is known of a shard from its bytes so far.
+/// Size and hash of a shard, as far as its bytes were read.
 #[derive(Debug, Default)]
 struct Fetched {
     size: AtomicU64,

@@ -24,7 +24,7 @@ struct Footer {
     sha256: Option<String>,
 }
 
-/// What is known of a cached object.
+/// Version and hash of a cached object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Kept {
     pub(super) object: ObjectVersion,
