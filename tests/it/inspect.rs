@@ -145,7 +145,7 @@ fn inspect_takes_overrides_without_a_file() {
     refuse(
         2,
         &["inspect", SHARD, "-s", "s3.anonymus=true"],
-        &["-s s3.anonymus=true", "s3.anonymous"],
+        &["-s s3.anonymus", "s3.anonymous"],
     );
     refuse(
         2,
