@@ -47,7 +47,11 @@ fn idle_clients_do_not_end_a_run_with_few_open_files() {
 #[test]
 fn health_is_answered_again_after_idle_clients() {
     let bench = args("bench", QUICKSTART, [] as [&str; 0]);
-    let bench = [bench, ["--samples", "60000"].map(str::to_owned).to_vec()].concat();
+    let bench = [
+        bench,
+        ["--samples", "100000000"].map(str::to_owned).to_vec(),
+    ]
+    .concat();
     let watched = Watched::of(limited(64, &bench));
     let _clients: Vec<_> = (0..300)
         .map(|_| TcpStream::connect(&watched.address).unwrap())
@@ -60,6 +64,8 @@ fn health_is_answered_again_after_idle_clients() {
         assert!(begun.elapsed() < Duration::from_secs(60));
         std::thread::sleep(Duration::from_millis(200));
     }
+    watched.terminate();
+    watched.end();
 }
 
 /// Sets the limit of open files of a running command.
