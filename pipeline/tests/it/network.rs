@@ -352,7 +352,8 @@ fn slow_consumer_is_no_server_fault() {
     let members: Vec<_> = (0..60)
         .flat_map(|n| {
             let mut members = sample(0, n);
-            members.push((format!("00000{n:04}.bin"), noise(700_000)));
+            // A second image is held, as the first.
+            members.push((format!("00000{n:04}.webp"), noise(700_000)));
             members
         })
         .collect();
