@@ -255,7 +255,9 @@ pub enum SourceError {
         cause: String,
     },
     /// The folder has no shards.
-    #[error("{url}: no .tar, .tar.gz or .tgz files in it{found}")]
+    #[error(
+        "{url}: no .tar, .tar.gz or .tgz files in it{found}\n  name a folder or prefix that has shards"
+    )]
     EmptyFolder {
         /// The folder.
         url: String,
