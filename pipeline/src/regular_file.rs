@@ -10,7 +10,7 @@ use crate::open_files;
 /// Opens a regular file, or a link to one, for reading.
 ///
 /// # Errors
-/// Those of the system, and for a folder, named pipe, socket or device one that says so.
+/// The error of the system; for a folder, named pipe, socket or device one that says so.
 pub fn open(path: &Path) -> io::Result<File> {
     match other_kind(fs::metadata(path)?.file_type()) {
         None => open_files::retry(|| File::open(path)),

@@ -157,12 +157,35 @@ impl Distillation {
         })
     }
 
+    /// A step whose predictions are points of the trajectory. `destinations` gives their timesteps, one a sample, which the audit has as
+    /// `name`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn step_towards(
+        &self,
+        networks: &Networks<'_>,
+        batch: &EncodedBatch,
+        key: &StepKey,
+        name: &'static str,
+        destinations: impl FnOnce(&StepInputs) -> Vec<i64>,
+    ) -> Result<StepOutput> {
+        let inputs = self.draw(batch, key)?;
+        let destinations = destinations(&inputs);
+        let results = self.forward(networks, &inputs, |estimate| {
+            self.point(estimate, &destinations)
+        })?;
+        let mut output = Self::output(&inputs, results)?;
+        output.trace = output.trace.with_timesteps(name, &destinations)?;
+        Ok(output)
+    }
+
     /// The prediction of the trajectory's point at `destination`, one timestep a sample, by one DDIM step from the estimates:
     /// `√ᾱ·x̂₀ + √(1-ᾱ)·ε̂`, `[B, C, h, w]`.
     ///
     /// # Errors
     /// When the shapes do not fit.
-    pub fn point(&self, estimate: Estimate<'_>, destination: &[i64]) -> Result<Tensor> {
+    fn point(&self, estimate: Estimate<'_>, destination: &[i64]) -> Result<Tensor> {
         let Estimate {
             x,
             timesteps,

@@ -35,16 +35,11 @@ impl Objective for Pcm {
         batch: &EncodedBatch,
         key: &StepKey,
     ) -> Result<StepOutput> {
-        let distillation = &self.distillation;
-        let inputs = distillation.draw(batch, key)?;
-        let edges = self.edges(&inputs.index);
         // At the end of a phase the prediction is the point itself: a DDIM step to its own timestep.
-        let results = distillation.forward(networks, &inputs, |estimate| {
-            distillation.point(estimate, &edges)
-        })?;
-        let mut output = Distillation::output(&inputs, results)?;
-        output.trace = output.trace.with_timesteps("pcm_edge", &edges)?;
-        Ok(output)
+        self.distillation
+            .step_towards(networks, batch, key, "pcm_edge", |inputs| {
+                self.edges(&inputs.index)
+            })
     }
 
     /// One step for each phase gives the student's trajectory; `steps` steps, as DDIM with trailing timesteps.

@@ -26,19 +26,12 @@ impl Objective for Tcd {
         key: &StepKey,
     ) -> Result<StepOutput> {
         let distillation = &self.distillation;
-        let inputs = distillation.draw(batch, key)?;
-        let (_, end) = distillation.intervals(&inputs.index);
-        let mut rng = key.rng("destination");
-        let destination: Vec<i64> = end
-            .into_iter()
-            .map(|end| index_below(&mut rng, end as usize + 1) as i64)
-            .collect();
-        let results = distillation.forward(networks, &inputs, |estimate| {
-            distillation.point(estimate, &destination)
-        })?;
-        let mut output = Distillation::output(&inputs, results)?;
-        output.trace = output.trace.with_timesteps("tcd_s", &destination)?;
-        Ok(output)
+        distillation.step_towards(networks, batch, key, "tcd_s", |inputs| {
+            let (_, end) = distillation.intervals(&inputs.index);
+            let mut rng = key.rng("destination");
+            let below = |end: i64| index_below(&mut rng, end as usize + 1) as i64;
+            end.into_iter().map(below).collect()
+        })
     }
 
     fn sampler(&self, steps: usize) -> Box<dyn Sampler + '_> {

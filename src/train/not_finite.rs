@@ -81,7 +81,7 @@ fn describe(origin: Option<&'static str>, config: &Config) -> String {
             keys.join(" and ")
         ),
         ([], Some(VAE | TEXT_ENCODER | TEACHER)) => {
-            "its weights may be damaged: coffey check tries them".to_owned()
+            "its weights may be damaged: `coffey check` names the tensor".to_owned()
         }
         ([], _) => "a lower optimizer.learning_rate or optimizer.max_grad_norm may help".to_owned(),
     };

@@ -36,7 +36,7 @@ impl OptimizerState {
         self.steps
     }
 
-    /// What is wrong with the loss scale, where one `is_needed` or not.
+    /// Fault of the loss scale, where one `is_needed` or not.
     fn fault(self, is_needed: bool) -> Option<String> {
         match self.loss_scale {
             None if is_needed => Some("it has no loss scale, which fp16 needs".to_owned()),

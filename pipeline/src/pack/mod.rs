@@ -46,7 +46,7 @@ pub enum PackError {
     Occupied {
         /// Object of the output.
         place: String,
-        /// What it is.
+        /// Kind of the object.
         cause: String,
     },
     /// The output is a pack with shards of another size.
@@ -75,7 +75,7 @@ pub enum PackError {
     NoImages {
         /// The folder.
         folder: String,
-        /// What there is instead.
+        /// Files that the folder has instead.
         cause: String,
     },
     /// A file of the folder is there and can't be read.

@@ -364,6 +364,11 @@ enum Reader {
 }
 
 impl ObjectReader {
+    /// Whether the reader compares the bytes with a hash at their end.
+    pub(crate) fn is_verified(&self) -> bool {
+        matches!(self.0, Reader::Cached(_))
+    }
+
     /// The object's size in bytes, where the server gives it.
     #[must_use]
     pub fn size(&self) -> Option<u64> {

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::{self, Read};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -77,6 +77,8 @@ enum Chunk {
 #[derive(Debug, Default)]
 struct Fetched {
     size: AtomicU64,
+    /// Whether the reader compares the bytes with a hash at their end.
+    is_verified: AtomicBool,
     /// Time at which the last byte was fetched.
     at: OnceLock<Instant>,
     /// SHA-256 of all bytes, hexadecimal; set where it is computed.
@@ -122,6 +124,7 @@ impl OpenShard {
             chunks: chunk_receiver,
             cancel: cancel.clone(),
             events: event_sender,
+            fetched: Arc::clone(&fetched),
             stage: metrics.stage(Stage::Untar),
             options: TarOptions {
                 held: context.held.clone(),
@@ -235,6 +238,10 @@ impl Fetch {
         {
             return Ok(Err(error));
         }
+        let is_verified = reader.is_verified();
+        self.fetched
+            .is_verified
+            .store(is_verified, Ordering::Relaxed);
         let size = &self.fetched.size;
         size.store(reader.size().unwrap_or(0), Ordering::Relaxed);
         let mut fetched = 0;
@@ -347,6 +354,7 @@ struct Untar {
     chunks: WeightedReceiver<Chunk>,
     cancel: CancellationToken,
     events: WeightedSender<ShardEvent>,
+    fetched: Arc<Fetched>,
     stage: StageHandle,
     options: TarOptions,
     inspects: bool,
@@ -411,7 +419,10 @@ impl Untar {
             }
         });
         let is_tar = !matches!(result, Err(TarError::NotATar(_)));
-        if !closed && is_tar && (self.listed.is_some() || self.inspects) {
+        let is_hashed = is_tar && (self.listed.is_some() || self.inspects);
+        // A fault of a copy in the cache is one of the shard only if the hash is right.
+        let is_doubted = result.is_err() && self.fetched.is_verified.load(Ordering::Relaxed);
+        if !closed && (is_hashed || is_doubted) {
             // The hash is that of the whole shard, also behind a fault. The failure of the rest is in `failure`.
             io::copy(&mut reader, &mut io::sink()).ok();
         }

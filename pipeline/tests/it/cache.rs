@@ -249,28 +249,40 @@ fn cached_shard_is_fetched_again_when_damaged() {
 
 #[test]
 fn cached_shard_with_other_bytes_ends_the_run_and_is_fetched_again() {
-    let (web, _) = server(vec![shard(0, 9)], Headers::Tag);
-    let folder = tempfile::tempdir().unwrap();
-    let bench = bench(&web, Some((folder.path(), GIGABYTE)));
-    let plain = bench.all(in_order("s3://data/0.tar")).unwrap();
-    settle(folder.path(), 1);
-    let path = kept(folder.path(), "shard").remove(0);
-    let mut bytes = std::fs::read(&path).unwrap();
-    bytes[600] ^= 1;
-    std::fs::write(&path, &bytes).unwrap();
-    let error = bench.error(in_order("s3://data/0.tar")).to_string();
-    assert!(
-        error.contains("s3://data/0.tar: its copy in data.cache_dir"),
-        "{error}"
-    );
-    assert!(
-        error.contains(path.to_str().unwrap()) && !path.exists(),
-        "{error}"
-    );
-    assert!(bench.all(in_order("s3://data/0.tar")).unwrap() == plain);
-    settle(folder.path(), 1);
-    assert!(bench.all(in_order("s3://data/0.tar")).unwrap() == plain);
-    assert_eq!(counts(&bench), (2, 2));
+    // In the content of a member, in the first header, and in a later one.
+    for place in ["content", "first header", "later header"] {
+        let (web, _) = server(vec![shard(0, 9)], Headers::Tag);
+        let folder = tempfile::tempdir().unwrap();
+        let bench = bench(&web, Some((folder.path(), GIGABYTE)));
+        let plain = bench.all(in_order("s3://data/0.tar")).unwrap();
+        settle(folder.path(), 1);
+        let path = kept(folder.path(), "shard").remove(0);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let headers = bytes.windows(5).enumerate();
+        let mut headers = headers
+            .filter(|(_, five)| *five == b"ustar")
+            .map(|(at, _)| at);
+        let byte = match place {
+            "content" => 600,
+            "first header" => headers.next().unwrap(),
+            _ => headers.nth(3).unwrap(),
+        };
+        bytes[byte] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        let error = bench.error(in_order("s3://data/0.tar")).to_string();
+        assert!(
+            error.contains("s3://data/0.tar: its copy in data.cache_dir"),
+            "{error}"
+        );
+        assert!(
+            error.contains(path.to_str().unwrap()) && !path.exists(),
+            "{error}"
+        );
+        assert!(bench.all(in_order("s3://data/0.tar")).unwrap() == plain);
+        settle(folder.path(), 1);
+        assert!(bench.all(in_order("s3://data/0.tar")).unwrap() == plain);
+        assert_eq!(counts(&bench), (2, 2));
+    }
 }
 
 #[test]

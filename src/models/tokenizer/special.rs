@@ -127,7 +127,7 @@ struct Keys {
 impl Keys {
     fn read(folder: &Path, name: &str) -> Result<Self, ModelError> {
         let path = folder.join(name);
-        let map = if path.is_file() {
+        let map = if path.exists() {
             read_json(&path)?
         } else {
             Map::new()

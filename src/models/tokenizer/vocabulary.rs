@@ -94,7 +94,7 @@ impl Vocabulary {
     /// Reads `tokenizer.json`, else `vocab.json` and `merges.txt`.
     pub(super) fn read(folder: &Path) -> Result<Self, ModelError> {
         let whole = folder.join(WHOLE);
-        if whole.is_file() {
+        if whole.exists() {
             let file: TokenizerFile = read_json(&whole)?;
             return Self::of_file(file).map_err(|message| ModelError::Config {
                 path: whole,

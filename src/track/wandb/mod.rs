@@ -2,26 +2,25 @@
 //!
 //! `run-ID.wandb` is a log (`log`) of protocol buffers (`proto`); pictures are files beside it. A run keeps its ID for its life.
 
+mod identity;
 mod log;
 mod proto;
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
-use time::OffsetDateTime;
 
 use super::{EventWriter, ExistingEvents, TrackError, io};
+use identity::{Identity, newest, since_1970};
 use log::Records;
 use proto::{Item, Record, RecordData, Timestamp};
 
 /// Folder of the offline run in the run's folder.
 const FOLDER: &str = "wandb";
-/// Start of the name of an offline run's folder, for `wandb sync`.
-const PREFIX: &str = "offline-run-";
 /// Oldest client of W&B that reads the records used here.
 const MIN_CONSUMER: &str = "0.70.0";
 
@@ -37,14 +36,6 @@ pub struct OfflineRun {
     log: Option<Log>,
     /// The newest step, to which pictures may still be added.
     row: Option<Row>,
-}
-
-/// Start and ID of a run, in the name of its folder.
-#[derive(Clone, Debug, PartialEq)]
-struct Identity {
-    /// Seconds since 1970.
-    start: u64,
-    id: String,
 }
 
 #[derive(Debug)]
@@ -250,57 +241,6 @@ impl EventWriter for OfflineRun {
     }
 }
 
-impl Identity {
-    fn new(folder: &Path) -> Self {
-        let start = since_1970();
-        let seed = format!("{start:?} {} {}", std::process::id(), folder.display());
-        const LETTERS: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
-        let letter = |byte: &u8| char::from(LETTERS[usize::from(*byte) % LETTERS.len()]);
-        Self {
-            start: start.as_secs(),
-            id: Sha256::digest(seed).iter().take(8).map(letter).collect(),
-        }
-    }
-
-    /// Reads `offline-run-YYYYMMDD_HHMMSS-ID`.
-    fn parse(folder: &str) -> Option<Self> {
-        let (time, id) = folder.strip_prefix(PREFIX)?.split_once('-')?;
-        let (date, clock) = time.split_once('_')?;
-        let part = |text: &str, range: std::ops::Range<usize>| -> Option<u8> {
-            text.get(range)?.parse().ok()
-        };
-        let month = part(date, 4..6)?.try_into().ok()?;
-        let date =
-            time::Date::from_calendar_date(date.get(..4)?.parse().ok()?, month, part(date, 6..8)?);
-        let clock =
-            time::Time::from_hms(part(clock, 0..2)?, part(clock, 2..4)?, part(clock, 4..6)?);
-        let start = OffsetDateTime::new_utc(date.ok()?, clock.ok()?).unix_timestamp();
-        let plain = !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric());
-        Some(Self {
-            start: u64::try_from(start).ok()?,
-            id: plain.then(|| id.to_owned())?,
-        })
-    }
-
-    fn folder(&self) -> String {
-        let start = i64::try_from(self.start).unwrap_or_default();
-        let start =
-            OffsetDateTime::from_unix_timestamp(start).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let (year, month, day) = start.to_calendar_date();
-        let (hour, minute, second) = start.to_hms();
-        let month = u8::from(month);
-        format!(
-            "{PREFIX}{year:04}{month:02}{day:02}_{hour:02}{minute:02}{second:02}-{}",
-            self.id
-        )
-    }
-
-    /// Path of the log in the folder `wandb`.
-    fn log(&self) -> PathBuf {
-        Path::new(&self.folder()).join(format!("run-{}.wandb", self.id))
-    }
-}
-
 impl Log {
     /// Appends records after the last row, in one write.
     fn write(&mut self, records: Vec<RecordData>) -> Result<(), TrackError> {
@@ -330,11 +270,6 @@ impl Log {
     }
 }
 
-fn since_1970() -> Duration {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.unwrap_or_default()
-}
-
 /// A value of W&B's configuration for each table of `configuration`.
 fn config(configuration: &str) -> proto::ConfigRecord {
     let tables: toml::Table = toml::from_str(configuration).unwrap_or_default();
@@ -344,26 +279,6 @@ fn config(configuration: &str) -> proto::ConfigRecord {
     proto::ConfigRecord {
         update: tables.iter().filter_map(item).collect(),
     }
-}
-
-/// The newest offline run in a folder, by its name.
-fn newest(folder: &Path) -> Result<Option<Identity>, TrackError> {
-    let entries = match folder.read_dir() {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        entries => entries.map_err(io(folder))?,
-    };
-    let mut newest: Option<Identity> = None;
-    for entry in entries {
-        let name = entry.map_err(io(folder))?.file_name();
-        if let Some(run) = name.to_str().and_then(Identity::parse)
-            && newest
-                .as_ref()
-                .is_none_or(|newest| newest.start < run.start)
-        {
-            newest = Some(run);
-        }
-    }
-    Ok(newest)
 }
 
 /// Opens a log after its rows up to step `done` and removes later ones; `None` if the file has no such row.
@@ -501,24 +416,6 @@ mod tests {
         assert_eq!(existing, ExistingEvents::default());
         run.finish().unwrap();
         assert_eq!(rows(&run), [1]);
-    }
-
-    #[test]
-    fn identity_is_read_from_the_folders_name() {
-        let identity = Identity {
-            start: 1_795_745_778,
-            id: "tm413ed4".to_owned(),
-        };
-        assert_eq!(identity.folder(), "offline-run-20261127_021618-tm413ed4");
-        assert_eq!(Identity::parse(&identity.folder()), Some(identity));
-        for other in [
-            "offline-run-",
-            "offline-run-20261327_021618-a",
-            "offline-run-é-a",
-            "run-1-2",
-        ] {
-            assert_eq!(Identity::parse(other), None);
-        }
     }
 
     #[test]
