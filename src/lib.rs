@@ -18,6 +18,7 @@ pub mod draw;
 pub mod encode;
 pub mod hub;
 pub mod latents;
+pub mod lora;
 pub mod memory;
 pub mod models;
 pub mod monitor;

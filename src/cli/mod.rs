@@ -6,9 +6,11 @@
 mod bench;
 mod check;
 mod completions;
+mod export;
 mod failure;
 mod init;
 mod inspect;
+mod lora;
 mod man;
 mod numbers;
 mod output;
@@ -16,6 +18,7 @@ mod pack;
 mod precompute;
 mod ranks;
 mod resources;
+mod run_description;
 mod sample;
 mod train;
 
@@ -57,6 +60,8 @@ enum Commands {
     Precompute(precompute::PrecomputeArgs),
     /// Draw images with a student or a teacher.
     Sample(Box<sample::SampleArgs>),
+    /// Write a LoRA in another layout, with a lower rank or merged into its base model's UNet.
+    Export(export::ExportArgs),
     /// Make shards of a folder of images.
     Pack(pack::PackArgs),
     /// Describe shards: samples, sizes, missing or broken parts; shapes and statistics of latents.
@@ -129,6 +134,7 @@ impl Cli {
             Commands::Train(args) => train::run(args),
             Commands::Precompute(args) => precompute::run(args),
             Commands::Sample(args) => sample::run(*args),
+            Commands::Export(args) => export::run(args),
             Commands::Pack(args) => pack::run(args),
             Commands::Inspect(args) => inspect::run(args),
             Commands::Check(args) => check::run(args),

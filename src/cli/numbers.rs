@@ -9,6 +9,9 @@ use crate::config::MAX_GUIDANCE;
 /// Greatest number of processes that share the shards.
 pub(super) const MAX_WORLD: usize = 1 << 20;
 
+/// Greatest factor of a LoRA's change of weights; its negative is the least.
+const MAX_LORA_SCALE: f64 = 100.0;
+
 /// A parser of whole numbers in `range`.
 pub(super) fn whole<T>(
     range: RangeInclusive<T>,
@@ -36,22 +39,27 @@ where
 
 /// Parses a guidance scale.
 pub(super) fn guidance(text: &str) -> Result<f64, String> {
-    real(text, MAX_GUIDANCE)
+    real(text, 0.0, MAX_GUIDANCE)
 }
 
 /// Parses a number from 0 to 1.
 pub(super) fn fraction(text: &str) -> Result<f64, String> {
-    real(text, 1.0)
+    real(text, 0.0, 1.0)
 }
 
-/// Parses a number from 0 to `most`.
-fn real(text: &str, most: f64) -> Result<f64, String> {
+/// Parses a factor of a LoRA's change of weights.
+pub(super) fn lora_scale(text: &str) -> Result<f64, String> {
+    real(text, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+}
+
+/// Parses a number from `least` to `most`.
+fn real(text: &str, least: f64, most: f64) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(number) if !number.is_finite() => Err("must be a finite number".to_owned()),
-        Ok(number) if number < 0.0 => Err(at_least(&0)),
+        Ok(number) if number < least => Err(at_least(&least)),
         Ok(number) if number > most => Err(format!("must be at most {most}")),
         Ok(number) => Ok(number),
-        Err(_) => Err(format!("must be a number, 0 to {most}")),
+        Err(_) => Err(format!("must be a number, {least} to {most}")),
     }
 }
 
@@ -91,5 +99,7 @@ mod tests {
         ] {
             assert_eq!(guidance(text).unwrap_err(), message, "{text}");
         }
+        assert_eq!(lora_scale("-1.5"), Ok(-1.5));
+        assert_eq!(lora_scale("-101").unwrap_err(), "must be at least -100");
     }
 }

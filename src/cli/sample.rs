@@ -3,7 +3,6 @@
 mod faults;
 mod init_latents;
 mod pipeline_folders;
-mod run_description;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,29 +12,34 @@ use clap::{ArgGroup, Args, ValueEnum};
 use image::RgbImage;
 
 use super::Failure;
-use super::numbers::{fraction, guidance, whole};
+use super::lora::{LoraRun, check_lora, merged_weights, read_lora};
+use super::numbers::{fraction, guidance, lora_scale, whole};
 use super::output::check_picture;
 use super::resources::DataAccess;
+use super::run_description::{ModelRequest, Part, environments_s3};
 use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef, TCD_GAMMA};
 use crate::device;
 use crate::diffusion::{LcmSampler, NoiseSchedule};
 use crate::draw::{plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::memory::{MemoryLimits, check_sampling};
-use crate::models::UNet;
+use crate::models::{UNet, UNetConfig};
 use crate::ops::Attention;
 use crate::pretrained::Components;
 use crate::progress::{Progress, ProgressOptions};
 use crate::prompt_file;
 use crate::sample::{Generator, SampleScheduler};
 use faults::{explain, refuse_one_colour};
-use pipeline_folders::{
-    Given, ModelRequest, PipelineFolders, around_unet, environments_s3, without_unet,
-};
+use pipeline_folders::{Given, PipelineFolders, around_unet, without_unet};
 
 /// Steps where --steps is not given.
 const STUDENT_STEPS: usize = 4;
 const DDIM_STEPS: usize = 50;
+/// Guidance where --guidance is not given; that of a LoRA is built into it.
+const GUIDANCE: f64 = 8.0;
+const LORA_GUIDANCE: f64 = 1.0;
+/// Guidance above which the images of a LoRA for few steps burn out.
+const MOST_LORA_GUIDANCE: f64 = 2.0;
 /// Greatest number of --steps; that of a model is lower.
 const MAX_STEPS: usize = 100_000;
 
@@ -60,6 +64,13 @@ pub(super) struct SampleArgs {
     /// UNet of the model that draws [default: unet_target if there is one, else unet]
     #[arg(long, value_name = "NAME")]
     unet: Option<String>,
+    /// LoRA to merge into the UNet: a safetensors file in the layout of diffusers, PEFT or kohya, or a folder with
+    /// pytorch_lora_weights.safetensors [default: the run's own, if --model is the run of a LoRA]
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
+    /// Factor of the LoRA's change of weights [default: 1]
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true, value_parser = lora_scale)]
+    lora_scale: Option<f64>,
     /// Prompt of an image; several make a grid without gaps, row by row.
     #[arg(long, value_name = "TEXT", num_args = 1..)]
     prompt: Vec<String>,
@@ -69,9 +80,10 @@ pub(super) struct SampleArgs {
     /// Sampling steps [default: 4 with lcm and tcd, and for a student of objective pcm; else 50]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = whole(1..=MAX_STEPS))]
     steps: Option<usize>,
-    /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less.
-    #[arg(long, default_value_t = 8.0, allow_negative_numbers = true, value_parser = guidance)]
-    guidance: f64,
+    /// Guidance scale: embedded into a UNet that takes it (a student); for another one classifier-free guidance, off at 1 or less
+    /// [default: 8; 1 with a LoRA]
+    #[arg(long, allow_negative_numbers = true, value_parser = guidance)]
+    guidance: Option<f64>,
     /// Negative prompt of all images: with classifier-free guidance only.
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
@@ -84,7 +96,7 @@ pub(super) struct SampleArgs {
     /// Width of the images in pixels [default: what the model was trained on]
     #[arg(long, value_name = "W", allow_negative_numbers = true, value_parser = whole(1..=MAX_RESOLUTION as usize))]
     width: Option<usize>,
-    /// Sampler [default: that of the run's objective or lcm for a student, ddim for a teacher]
+    /// Sampler [default: that of the run's objective or lcm for a student or a LoRA, ddim for a teacher]
     #[arg(long, value_enum)]
     scheduler: Option<Scheduler>,
     /// Stochasticity of the tcd scheduler, 0 (deterministic) to 1 [default: the run's, or 0.3]
@@ -131,12 +143,11 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     let device = open_device(args.device)?;
     let folders = find_folders(&args)?;
     let schedule = NoiseSchedule::read(&folders.pipeline.join("scheduler"))?;
-    let unet = UNet::load(
-        &folders.unet,
-        DType::F32,
-        &device,
-        Attention::MemoryEfficient,
-    )?;
+    let lora = match &args.lora {
+        Some(file) => Some(file.clone()),
+        None => LoraRun::find(&args.model).map(|run| run.file),
+    };
+    let unet = load_unet(&folders.unet, lora.as_deref(), args.lora_scale, &device)?;
     let encoders = Encoders::load(
         &folders.pipeline,
         folders.vae.as_deref(),
@@ -145,15 +156,27 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     )?;
     folders.check_fit(unet.config(), &encoders)?;
 
-    let plan = Plan::new(&args, &folders, &unet, schedule.len())?;
-    let guidance = describe_guidance(&args, &folders.unet, unet.config().time_cond_proj_dim)?;
+    let guidance_width = unet.config().time_cond_proj_dim;
+    let student = guidance_width.is_some() || lora.is_some();
+    let plan = Plan::new(&args, &folders, student, schedule.len())?;
+    let scale = args.guidance.unwrap_or(match (guidance_width, &lora) {
+        (None, Some(_)) => LORA_GUIDANCE,
+        _ => GUIDANCE,
+    });
+    let guidance = describe_guidance(&args, scale, &folders.unet, guidance_width)?;
+    if guidance_width.is_none() && lora.is_some() && plan.few && scale > MOST_LORA_GUIDANCE {
+        errln!(
+            "warning: --guidance {scale}: a LoRA for few steps has its guidance built in, and images burn out above \
+             {MOST_LORA_GUIDANCE}; use {LORA_GUIDANCE} to {MOST_LORA_GUIDANCE}"
+        );
+    }
     let generator = Generator {
         denoiser: &unet,
         encoders: &encoders,
         schedule: &schedule,
         scheduler: plan.scheduler,
         steps: plan.steps,
-        guidance: args.guidance,
+        guidance: scale,
         negative_prompt: args.negative_prompt.as_deref().unwrap_or_default(),
         seed: args.seed,
     };
@@ -171,12 +194,16 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     )?;
     let columns = (prompts.len() as f64).sqrt().ceil() as usize;
     errln!(
-        "{} from {} in {} {} steps, {guidance}",
+        "{} from {}{} in {} {} steps, {guidance}",
         match prompts.len() {
             1 => "one image".to_owned(),
             n => format!("{n} images in a grid, row by row, {columns} in a row,"),
         },
         folders.unet.display(),
+        lora.map_or_else(String::new, |lora| format!(
+            " with the LoRA {}",
+            lora.display()
+        )),
         plan.steps,
         plan.name(),
     );
@@ -184,6 +211,30 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
     save_png(&plain_grid(&images, columns), &args.out)?;
     outln!("{}", args.out.display());
     Ok(())
+}
+
+/// The UNet in a folder, with a LoRA merged into it.
+fn load_unet(
+    folder: &Path,
+    lora: Option<&Path>,
+    scale: Option<f64>,
+    device: &Device,
+) -> Result<UNet, Failure> {
+    let attention = Attention::MemoryEfficient;
+    let Some(file) = lora else {
+        if scale.is_some() {
+            let message =
+                "--lora-scale: has no effect, there is no --lora and --model is no run of a LoRA";
+            return Err(Failure::Usage(message.into()));
+        }
+        return Ok(UNet::load(folder, DType::F32, device, attention)?);
+    };
+    let config = UNetConfig::read(folder)?;
+    let lora = read_lora(file, folder)?;
+    let weights = merged_weights(folder, &lora, scale.unwrap_or(1.0), device)?;
+    let unet = UNet::new(weights.builder(), &config, attention)?;
+    weights.expect_all_taken(&[])?;
+    Ok(unet)
 }
 
 /// Draws an image of each prompt.
@@ -249,17 +300,21 @@ fn check_options(args: &SampleArgs) -> Result<(), Failure> {
             "--revision {revision}: has no effect, nothing is taken from the Hub"
         ));
     }
+    if let Some(lora) = &args.lora {
+        check_lora(lora)?;
+    }
     check_picture("--out", &args.out)
 }
 
-/// The effect of the guidance on a UNet, for people: the scale is embedded where its embedding has a `width`. A negative prompt
+/// The effect of the guidance `scale` on a UNet, for people: the scale is embedded where its embedding has a `width`. A negative prompt
 /// without effect is refused.
 fn describe_guidance(
     args: &SampleArgs,
+    scale: f64,
     unet: &Path,
     width: Option<usize>,
 ) -> Result<String, Failure> {
-    let (scale, unet) = (args.guidance, unet.display());
+    let unet = unet.display();
     let (why, description) = match width {
         Some(_) => (
             format!("the UNet in {unet} takes guidance as an embedding"),
@@ -283,6 +338,22 @@ fn describe_guidance(
 fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
     let main = Model::MAIN;
     let revision = args.revision.as_deref().unwrap_or(main);
+    if let Some(run) = LoraRun::find(&args.model) {
+        if let Some(unet) = &args.unet {
+            let message = format!(
+                "--unet {unet}: has no effect, --model {} is the run of a LoRA, which draws with the UNet of its base model",
+                args.model
+            );
+            return Err(Failure::Usage(message.into()));
+        }
+        let given = Given {
+            teacher: args.teacher.as_ref(),
+            revision,
+            vae: args.vae.as_ref(),
+            of_lora: true,
+        };
+        return PipelineFolders::find(&run.folder, None, given, fetch_part);
+    }
     let (model, unet) = match (around_unet(&args.model), &args.unet) {
         (Some(_), Some(unet)) => {
             let message = format!(
@@ -307,20 +378,26 @@ fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
             _ => revision,
         },
         vae: args.vae.as_ref(),
+        of_lora: false,
     };
-    PipelineFolders::find(&folder, unet, given, |request: &ModelRequest<'_>| {
-        // A folder is read without the run's embedded S3 server, whose data may be elsewhere now.
-        let s3 = match request.model.place() {
-            Ok(ModelPlace::S3(_)) => request.s3.clone(),
-            _ => environments_s3(),
-        };
-        let access = DataAccess::open(s3)?;
-        if request.only_vae {
-            access.vae(request.model)
-        } else {
-            access.model(request.model, request.revision, &Components::without_unet())
-        }
-    })
+    PipelineFolders::find(&folder, unet, given, fetch_part)
+}
+
+/// The local folder of a part of a model.
+fn fetch_part(request: &ModelRequest<'_>) -> Result<PathBuf, Failure> {
+    // A folder is read without the run's embedded S3 server, whose data may be elsewhere now.
+    let s3 = match request.model.place() {
+        Ok(ModelPlace::S3(_)) => request.s3.clone(),
+        _ => environments_s3(),
+    };
+    let access = DataAccess::open(s3)?;
+    let components = match request.part {
+        Part::Vae => return access.vae(request.model),
+        Part::Surroundings => Components::without_unet(),
+        Part::Pipeline => Components::training(true),
+        Part::Unet => Components::sampling(Some("unet"), false),
+    };
+    access.model(request.model, request.revision, &components)
 }
 
 /// Sampler and steps, by the options or by the model.
@@ -328,16 +405,17 @@ fn find_folders(args: &SampleArgs) -> Result<PipelineFolders, Failure> {
 struct Plan {
     scheduler: SampleScheduler,
     steps: usize,
+    /// Whether the sampler is made for few steps.
+    few: bool,
 }
 
 impl Plan {
     fn new(
         args: &SampleArgs,
         folders: &PipelineFolders,
-        unet: &UNet,
+        student: bool,
         timesteps: usize,
     ) -> Result<Self, Failure> {
-        let student = unet.config().time_cond_proj_dim.is_some();
         let own = if student {
             folders.scheduler.unwrap_or(SampleScheduler::Lcm)
         } else {
@@ -376,7 +454,11 @@ impl Plan {
                 format!("--steps {steps}: must be between 1 and {most}, {why}").into(),
             ));
         }
-        Ok(Self { scheduler, steps })
+        Ok(Self {
+            scheduler,
+            steps,
+            few,
+        })
     }
 
     /// The sampler, for messages.

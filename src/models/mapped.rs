@@ -3,7 +3,7 @@
 //! Mapping a file is `unsafe`; besides `ops::cpu::gemm` this is the only module of the library with `unsafe` code.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::safetensors::Load;
@@ -51,6 +51,17 @@ pub(super) fn map_tensors<R: Send>(
         Ok((name, result))
     });
     visited.collect()
+}
+
+/// The metadata of a safetensors file; empty if it has none.
+///
+/// # Errors
+/// When the file can't be read or is damaged.
+pub(super) fn metadata(path: &Path) -> Result<HashMap<String, String>, ModelError> {
+    let map = map(path)?;
+    let (_, header) =
+        SafeTensors::read_metadata(&map).map_err(|e| damaged(path, explain(&e, &map)))?;
+    Ok(header.metadata().clone().unwrap_or_default())
 }
 
 fn damaged(path: &Path, message: String) -> ModelError {

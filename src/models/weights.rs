@@ -198,13 +198,8 @@ pub fn count_parameters(
     stem: &str,
     wanted: impl Fn(&str) -> bool + Sync,
 ) -> Result<u64, ModelError> {
-    let (origin, shards) = weight_files(folder, stem)?;
-    let files: BTreeSet<PathBuf> = match shards.is_empty() {
-        true => [origin].into(),
-        false => shards.into_values().collect(),
-    };
     let mut sum = 0;
-    for file in files {
+    for file in files_with_tensors(folder, stem)? {
         let counts = mapped::map_tensors(&file, |name, tensor| {
             let float = DType::try_from(tensor.dtype()).is_ok_and(|dtype| dtype.is_float());
             let counted = float && wanted(&unwrapped(name));
@@ -214,6 +209,47 @@ pub fn count_parameters(
         sum += counts.into_values().sum::<u64>();
     }
     Ok(sum)
+}
+
+/// Shapes of the tensors in the weights of a folder, by name, from the headers of its files. Names are as those of [`Weights::load`].
+///
+/// # Errors
+/// As [`Weights::load`].
+pub fn tensor_shapes(
+    folder: &Path,
+    stem: &str,
+) -> Result<BTreeMap<String, Vec<usize>>, ModelError> {
+    let mut shapes = BTreeMap::new();
+    for file in files_with_tensors(folder, stem)? {
+        for (name, shape) in mapped::map_tensors(&file, |_, tensor| Ok(tensor.shape().to_vec()))? {
+            shapes.insert(unwrapped(&name).into_owned(), shape);
+        }
+    }
+    Ok(shapes)
+}
+
+/// The files of a folder that hold the tensors of its weights.
+fn files_with_tensors(folder: &Path, stem: &str) -> Result<BTreeSet<PathBuf>, ModelError> {
+    let (origin, shards) = weight_files(folder, stem)?;
+    Ok(match shards.is_empty() {
+        true => [origin].into(),
+        false => shards.into_values().collect(),
+    })
+}
+
+/// Tensors of a safetensors file by their stored names, on the CPU and as stored, and the metadata of its header.
+///
+/// # Errors
+/// When the file can't be read or is damaged.
+pub fn read_safetensors(
+    path: &Path,
+) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>), ModelError> {
+    let mut tensors = BTreeMap::new();
+    mapped::for_each_tensor(path, |name, tensor| {
+        tensors.insert(name.to_owned(), tensor);
+        Ok(())
+    })?;
+    Ok((tensors, mapped::metadata(path)?))
 }
 
 /// Names of the tensors of a safetensors file, in name order; none if it is no such file.
@@ -268,6 +304,14 @@ pub fn write_safetensors<'a>(
         ((*name).to_owned(), info)
     });
     let header = Metadata::new(metadata, infos.collect()).map_err(std::io::Error::other)?;
+    let mut header = serde_json::to_value(&header)?;
+    // From a hash map: sorted, so that equal files have equal bytes.
+    if let Some(metadata) = header
+        .get_mut("__metadata__")
+        .and_then(|m| m.as_object_mut())
+    {
+        metadata.sort_keys();
+    }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
     writer.write_all(&(header.len() as u64).to_le_bytes())?;

@@ -16,6 +16,7 @@ mod extending;
 mod hostile;
 mod inspect;
 mod latents;
+mod lora;
 mod model_forms;
 mod model_sources;
 mod models;

@@ -1,8 +1,8 @@
 """Compares an image of `coffey sample` with diffusers' StableDiffusionPipeline on the same initial latents.
 
-usage: compare_drawing.py PIPELINE UNET NOISE.npy IMAGE.png SCHEDULER STEPS GUIDANCE PROMPT [NEGATIVE PROMPT]
+usage: compare_drawing.py PIPELINE UNET NOISE.npy IMAGE.png SCHEDULER STEPS GUIDANCE PROMPT [NEGATIVE PROMPT] [--lora FILE]
 
-SCHEDULER is lcm, ddim or tcd (deterministic, eta = 0). Fails where a pixel is more than two levels (of 255) away.
+SCHEDULER is lcm, ddim or tcd (deterministic, eta = 0). FILE is given to load_lora_weights. Fails where a pixel is more than two levels (of 255) away.
 """
 
 import sys
@@ -20,10 +20,15 @@ from PIL import Image
 
 TOLERANCE = 2
 
-pipeline, unet, noise, image, scheduler, steps, guidance, prompt, *negative = sys.argv[1:]
+arguments, lora = sys.argv[1:], None
+if "--lora" in arguments:
+    *arguments, _, lora = arguments
+pipeline, unet, noise, image, scheduler, steps, guidance, prompt, *negative = arguments
 pipe = StableDiffusionPipeline.from_pretrained(
     pipeline, unet=UNet2DConditionModel.from_pretrained(unet), safety_checker=None
 ).to(torch.float32)
+if lora:
+    pipe.load_lora_weights(lora)
 config = {**pipe.scheduler.config, "clip_sample": False}
 pipe.scheduler = {
     "lcm": lambda: LCMScheduler.from_config(config),

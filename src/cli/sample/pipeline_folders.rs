@@ -2,15 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use coffey_pipeline::S3Options;
-
 use crate::config::{Model, ModelPlace, ModelRef};
 use crate::encode::Encoders;
 use crate::models::{UNetConfig, further_inputs};
 use crate::sample::SampleScheduler;
 
 use super::Failure;
-use super::run_description::{Part, RunDescription};
+use crate::cli::run_description::{ModelRequest, Part, RunDescription, environments_s3};
 
 /// Folders of a pipeline besides its UNet.
 const SURROUNDINGS: [&str; 4] = ["scheduler", "text_encoder", "tokenizer", "vae"];
@@ -37,28 +35,8 @@ pub(super) struct Given<'a> {
     pub(super) revision: &'a str,
     /// Another autoencoder than that of the pipeline.
     pub(super) vae: Option<&'a ModelRef>,
-}
-
-/// A model that is needed in a local folder.
-#[derive(Debug)]
-pub(super) struct ModelRequest<'a> {
-    /// The model.
-    pub(super) model: &'a ModelRef,
-    /// Revision, if the model is on the Hub.
-    pub(super) revision: &'a str,
-    /// Fetch the autoencoder alone.
-    pub(super) only_vae: bool,
-    /// Access to S3.
-    pub(super) s3: S3Options,
-}
-
-/// Access to S3 as the environment says; a custom endpoint is addressed by path.
-pub(super) fn environments_s3() -> S3Options {
-    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    S3Options {
-        path_style: set("AWS_ENDPOINT_URL") || set("AWS_ENDPOINT_URL_S3"),
-        ..S3Options::default()
-    }
+    /// The model that draws is the run of a LoRA, whose UNet is that of the pipeline.
+    pub(super) of_lora: bool,
 }
 
 impl PipelineFolders {
@@ -70,31 +48,38 @@ impl PipelineFolders {
         given: Given<'_>,
         fetch: impl Fn(&ModelRequest<'_>) -> Result<PathBuf, Failure>,
     ) -> Result<Self, Failure> {
-        let unet = find_unet(model, unet)?;
+        let unet = match given.of_lora {
+            true => None,
+            false => Some(find_unet(model, unet)?),
+        };
+        let part = match given.of_lora {
+            true => Part::Pipeline,
+            false => Part::Surroundings,
+        };
         let whole = given.teacher.is_none() && missing(model).is_empty();
         let run = match whole {
             true => None,
             false => RunDescription::find(model)?,
         };
-        let fetch_given = |model, revision, only_vae| {
+        let fetch_given = |model, revision, part| {
             fetch(&ModelRequest {
                 model,
                 revision,
-                only_vae,
+                part,
                 s3: run
                     .as_ref()
                     .map_or_else(environments_s3, RunDescription::s3),
             })
         };
         let vae = match (given.vae, &run) {
-            (Some(vae), _) => Some(fetch_given(vae, Model::MAIN, true)?),
+            (Some(vae), _) => Some(fetch_given(vae, Model::MAIN, Part::Vae)?),
             (None, Some(run)) if run.has_vae() => Some(run.fetch(Part::Vae, &fetch)?),
             (None, _) => None,
         };
         let pipeline = match (given.teacher, &run) {
             _ if whole => model.to_owned(),
-            (Some(teacher), _) => fetch_given(teacher, given.revision, false)?,
-            (None, Some(run)) => run.fetch(Part::Teacher, &fetch)?,
+            (Some(teacher), _) => fetch_given(teacher, given.revision, part)?,
+            (None, Some(run)) => run.fetch(part, &fetch)?,
             (None, None) => {
                 return failed(format!(
                     "{} has no {}, and no run.json beside it says where they are; give --teacher DIR",
@@ -111,6 +96,10 @@ impl PipelineFolders {
                 missing.join(", ")
             ));
         }
+        let unet = match unet {
+            Some(unet) => unet,
+            None => find_unet(&pipeline, Some("unet"))?,
+        };
         Ok(Self {
             unet,
             pipeline,
@@ -259,9 +248,13 @@ mod tests {
             teacher: None,
             revision: Model::MAIN,
             vae: None,
+            of_lora: false,
         };
         PipelineFolders::find(model, unet, given, |request| {
-            assert_eq!(request.only_vae, request.model.as_str() == "elsewhere");
+            assert_eq!(
+                request.part == Part::Vae,
+                request.model.as_str() == "elsewhere"
+            );
             Ok(request.model.as_str().into())
         })
     }

@@ -5,9 +5,31 @@ use std::path::{Path, PathBuf};
 use coffey_pipeline::S3Options;
 use coffey_pipeline::bounded::{self, MAX_FILE_BYTES};
 
-use super::{Failure, ModelRequest, environments_s3};
+use super::Failure;
 use crate::config::{Config, Model, ModelRef, ObjectiveKind, TCD_GAMMA};
 use crate::sample::SampleScheduler;
+
+/// A model that is needed in a local folder.
+#[derive(Debug)]
+pub(super) struct ModelRequest<'a> {
+    /// The model.
+    pub(super) model: &'a ModelRef,
+    /// Revision, if the model is on the Hub.
+    pub(super) revision: &'a str,
+    /// What of it is needed.
+    pub(super) part: Part,
+    /// Access to S3.
+    pub(super) s3: S3Options,
+}
+
+/// Access to S3 as the environment says; a custom endpoint is addressed by path.
+pub(super) fn environments_s3() -> S3Options {
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    S3Options {
+        path_style: set("AWS_ENDPOINT_URL") || set("AWS_ENDPOINT_URL_S3"),
+        ..S3Options::default()
+    }
+}
 
 /// `run.json`, which `coffey train` writes into the folder of a run.
 #[derive(serde::Deserialize)]
@@ -29,19 +51,26 @@ fn main() -> String {
     Model::MAIN.to_owned()
 }
 
-/// A model of a run that the user did not name.
+/// The part of a model that is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
-    Teacher,
+    /// A pipeline without its UNet.
+    Surroundings,
+    /// A pipeline.
+    Pipeline,
+    /// The UNet of a pipeline.
+    Unet,
+    /// An autoencoder.
     Vae,
 }
 
 impl Part {
-    /// The flag that names another place of the model.
-    fn flag(self) -> &'static str {
+    /// How the user names another place of the model.
+    fn remedy(self) -> &'static str {
         match self {
-            Self::Teacher => "--teacher",
-            Self::Vae => "--vae",
+            Self::Surroundings | Self::Pipeline => "give --teacher MODEL",
+            Self::Unet => "give it as MODEL, and the LoRA with --lora",
+            Self::Vae => "give --vae MODEL",
         }
     }
 }
@@ -121,7 +150,7 @@ impl RunDescription {
         let request = ModelRequest {
             model: local.as_ref().unwrap_or(name),
             revision,
-            only_vae: part == Part::Vae,
+            part,
             s3: self.s3(),
         };
         fetch(&request).map_err(|failure| match failure {
@@ -131,7 +160,7 @@ impl RunDescription {
                 if local.is_none() && !name.as_str().starts_with("s3://") {
                     message += &self.looked_for(name);
                 }
-                message += &format!("; if it is elsewhere, give {} MODEL", part.flag());
+                message += &format!("; if it is elsewhere, {}", part.remedy());
                 Failure::Failed(message.into())
             }
             Failure::Stopped => Failure::Stopped,

@@ -1,0 +1,124 @@
+//! Writing a LoRA's file.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+
+use candle_core::{DType, Tensor};
+
+use super::modules::{BaseVersion, kohya_name};
+use super::{Lora, LoraError, peft_config};
+use crate::models::{model_metadata, write_safetensors};
+use crate::ops::all_finite;
+
+/// Layout of a LoRA's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// diffusers' names, `unet.MODULE.lora_A.weight`; `up` is multiplied by alpha / rank, because readers without the metadata take
+    /// alpha = rank.
+    Diffusers,
+    /// diffusers' names with `up` as it is; alphas that are not the rank are in the metadata `lora_adapter_metadata`.
+    DiffusersWithAlpha,
+    /// kohya's names, `lora_unet_NAME.lora_down.weight`, with `.alpha` tensors; the metadata tells the family of the base model.
+    Kohya(Option<BaseVersion>),
+    /// PEFT's names, `base_model.model.MODULE.lora_A.weight`, for `adapter_model.safetensors`; alphas are in
+    /// [`Lora::adapter_config`].
+    Peft,
+}
+
+/// Content of a LoRA's file, before it is written.
+#[derive(Clone, Debug)]
+pub struct FileContents {
+    /// Tensors by name.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Metadata of the header.
+    pub metadata: HashMap<String, String>,
+}
+
+impl FileContents {
+    /// Writes the file. Equal contents give equal bytes.
+    ///
+    /// # Errors
+    /// When the writer fails.
+    pub fn write(&self, writer: &mut impl Write) -> std::io::Result<()> {
+        let tensors = self.tensors.iter().map(|(name, t)| (name.as_str(), t));
+        write_safetensors(writer, tensors, Some(self.metadata.clone()))
+    }
+}
+
+impl Lora {
+    /// The content of this LoRA's file in the given layout, with tensors of type `dtype`.
+    ///
+    /// # Errors
+    /// When a value does not fit the type.
+    pub fn contents(&self, layout: Layout, dtype: DType) -> Result<FileContents, LoraError> {
+        let mut metadata = model_metadata();
+        match layout {
+            Layout::Kohya(Some(base)) => {
+                let entries = base.metadata().iter();
+                metadata.extend(entries.map(|&(key, value)| (key.to_owned(), value.to_owned())));
+            }
+            Layout::DiffusersWithAlpha if self.is_scaled() => {
+                let key = peft_config::METADATA_KEY.to_owned();
+                metadata.insert(key, peft_config::metadata(self));
+            }
+            _ => {}
+        }
+        let mut tensors = BTreeMap::new();
+        for (module, adapter) in &self.adapters {
+            let up = match layout {
+                Layout::Diffusers if adapter.scaling() != 1.0 => (&adapter.up * adapter.scaling())?,
+                _ => adapter.up.clone(),
+            };
+            let [down_name, up_name] = names(layout, module);
+            for (name, tensor) in [(down_name, &adapter.down), (up_name, &up)] {
+                let tensor = cast(&name, tensor, dtype)?;
+                tensors.insert(name, tensor);
+            }
+            if matches!(layout, Layout::Kohya(_)) {
+                let name = format!("lora_unet_{}.alpha", kohya_name(module));
+                let alpha = Tensor::new(adapter.alpha, adapter.up.device())?;
+                let alpha = cast(&name, &alpha, dtype)?;
+                tensors.insert(name, alpha);
+            }
+        }
+        Ok(FileContents { tensors, metadata })
+    }
+
+    /// The text of PEFT's `adapter_config.json`, which belongs to a file in [`Layout::Peft`].
+    pub fn adapter_config(&self) -> String {
+        peft_config::adapter_config(self)
+    }
+
+    /// Whether an adapter's alpha is not its rank.
+    fn is_scaled(&self) -> bool {
+        let mut adapters = self.adapters.values();
+        adapters.any(|adapter| adapter.scaling() != 1.0)
+    }
+}
+
+/// Names of a module's `down` and `up`.
+fn names(layout: Layout, module: &str) -> [String; 2] {
+    match layout {
+        Layout::Diffusers | Layout::DiffusersWithAlpha => {
+            ["A", "B"].map(|part| format!("unet.{module}.lora_{part}.weight"))
+        }
+        Layout::Peft => {
+            ["A", "B"].map(|part| format!("base_model.model.{module}.lora_{part}.weight"))
+        }
+        Layout::Kohya(_) => {
+            let name = kohya_name(module);
+            ["down", "up"].map(|part| format!("lora_unet_{name}.lora_{part}.weight"))
+        }
+    }
+}
+
+fn cast(name: &str, tensor: &Tensor, dtype: DType) -> Result<Tensor, LoraError> {
+    let tensor = tensor.to_dtype(dtype)?;
+    match dtype == DType::F32 || all_finite(&tensor)? {
+        true => Ok(tensor),
+        false => Err(LoraError::Overflow {
+            name: name.to_owned(),
+            dtype: dtype.as_str(),
+        }),
+    }
+}
