@@ -4,31 +4,12 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-use super::{Adaptation, ModelFolder};
+use super::saved::{TensorFile, UNET, UNET_TARGET, UNET_WEIGHTS};
+use super::{Adaptation, AuditMoment, ForwardOptions, ModelFolder};
 use crate::models::unet::{WEIGHTS_STEM, casts_parameter, student_tensors};
-use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights};
-use crate::ops::{Activations, Attention};
+use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights, model_metadata};
 use crate::params::{ParamSet, Tensors};
 use crate::random::{generator, uniform};
-
-/// Folder of the student in a checkpoint and in a finished run.
-const UNET: &str = "unet";
-/// Folder of its moving average.
-const UNET_TARGET: &str = "unet_target";
-
-/// Folders of a checkpoint that [`Full::load`] reads.
-pub const FOLDERS: [&str; 2] = [UNET, UNET_TARGET];
-
-/// How a student's forward passes are computed.
-#[derive(Clone, Copy, Debug)]
-pub struct ForwardOptions {
-    /// Implementation of attention.
-    pub attention: Attention,
-    /// Activations that the blocks of the trained network keep for the backward pass.
-    pub activations: Activations,
-    /// Type to compute in; `None`: the weights' f32. The student's weights are then kept in this type besides f32.
-    pub compute: Option<DType>,
-}
 
 /// A UNet of which every tensor is trained, and its exponential moving average.
 #[derive(Debug)]
@@ -113,7 +94,25 @@ impl Full {
     }
 }
 
+impl Full {
+    fn folder(&self, name: String, params: &ParamSet) -> ModelFolder {
+        ModelFolder {
+            name,
+            files: vec![TensorFile {
+                name: UNET_WEIGHTS.to_owned(),
+                tensors: params.values(),
+                metadata: model_metadata(),
+            }],
+            config: Some(self.student.config().to_json().clone()),
+        }
+    }
+}
+
 impl Adaptation for Full {
+    fn describe(&self) -> String {
+        "the whole UNet".to_owned()
+    }
+
     fn params(&self) -> &ParamSet {
         &self.params
     }
@@ -134,16 +133,22 @@ impl Adaptation for Full {
         &self.target
     }
 
-    fn folders(&self) -> Vec<ModelFolder> {
-        let folder = |name, params: &ParamSet| ModelFolder {
-            name,
-            config: self.student.config().to_json().clone(),
-            tensors: params.values(),
-        };
-        vec![
-            folder(UNET, &self.params),
-            folder(UNET_TARGET, &self.target_params),
-        ]
+    fn checkpoint(&self) -> candle_core::Result<Vec<ModelFolder>> {
+        Ok(vec![
+            self.folder(UNET.to_owned(), &self.params),
+            self.folder(UNET_TARGET.to_owned(), &self.target_params),
+        ])
+    }
+
+    fn audited(&self, moment: AuditMoment) -> candle_core::Result<Vec<ModelFolder>> {
+        let folder =
+            |name: &str, params| self.folder(format!("{name}_{}", moment.suffix()), params);
+        let mut folders = vec![folder(UNET, &self.params)];
+        // The target starts as the student.
+        if moment == AuditMoment::Final {
+            folders.push(folder(UNET_TARGET, &self.target_params));
+        }
+        Ok(folders)
     }
 }
 
@@ -153,7 +158,7 @@ mod tests {
 
     use super::*;
     use crate::models::Conditioning;
-    use crate::ops;
+    use crate::ops::{self, Activations, Attention};
     use crate::params::Grads;
 
     /// The prediction of a network and the gradients of its square.

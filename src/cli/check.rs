@@ -28,7 +28,7 @@ use crate::hub::Push;
 use crate::latents::LatentSource;
 use crate::memory::{self, Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes, TeacherSizes};
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{PipelineParts, UNet, UNetConfig, Weights, check_fit, count_parameters};
+use crate::models::{PipelineParts, UNet, Weights, check_fit};
 use crate::pretrained::{Components, Models as ModelFolders};
 use crate::train::{
     RunDir, compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
@@ -179,7 +179,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     };
     let limits = MemoryLimits::now(cards);
     // Before a sample is decoded. Faults of the models are those of the steps that load them.
-    if let Ok(sizes) = memory_sizes(command, content, Some(&models))
+    if let Ok(sizes) = memory_sizes(command, content, Some(&models), config.lora.as_ref())
         && let Err(error) = memory::check(&config, &sizes, &limits)
     {
         return report.step("memory", || Err(error.into()));
@@ -233,10 +233,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         sample_bytes: Some(sample_bytes),
         content,
         encoders: Some(encoders.sizes),
-        teacher: teacher.as_ref().map(|teacher| TeacherSizes {
-            parameters: teacher.parameters,
-            unet: teacher.unet.config().clone(),
-        }),
+        teacher: teacher.as_ref().map(|teacher| teacher.sizes.clone()),
     };
     report.memory(MemoryPlan::new(&config, &sizes, limits))?;
     report.step("dry run", || {
@@ -368,7 +365,7 @@ fn load_encoders(
 struct LoadedTeacher {
     unet: UNet,
     schedule: NoiseSchedule,
-    parameters: u64,
+    sizes: TeacherSizes,
 }
 
 fn load_teacher(
@@ -378,10 +375,11 @@ fn load_teacher(
 ) -> Result<(LoadedTeacher, String), Failure> {
     let schedule = lcm_schedule(config, pipeline)?;
     let folder = pipeline.join("unet");
-    let unet_config = UNetConfig::read(&folder)?;
+    let sizes = TeacherSizes::read(pipeline, config.lora.as_ref())?;
+    let unet_config = &sizes.unet;
     check_fit(&PipelineParts {
         folder: pipeline,
-        unet: &unet_config,
+        unet: unet_config,
         vae: encoders.vae().config(),
         text_width: encoders.text_width(),
         resolution: config.image.resolution as usize,
@@ -389,13 +387,12 @@ fn load_teacher(
     let device = train_device(config)?;
     let train = &config.train;
     let weights = Weights::load(&folder, WEIGHTS_STEM, train.teacher_dtype.into(), &device)?;
-    let unet = UNet::new(weights.builder(), &unet_config, train.attention)?;
+    let unet = UNet::new(weights.builder(), unet_config, train.attention)?;
     weights.expect_all_taken(&[])?;
     let unet = unet.computing_in(compute_dtype(config));
-    let parameters = count_parameters(&folder, WEIGHTS_STEM, |_| true)?;
     let mut message = format!(
         "UNet {}, text width {}, latents {}x{}; {} timesteps, predicts {}",
-        millions(parameters),
+        millions(sizes.parameters),
         unet_config.cross_attention_dim,
         unet_config.sample_size[0],
         unet_config.sample_size[1],
@@ -406,13 +403,20 @@ fn load_teacher(
             Prediction::VPrediction => "the velocity",
         }
     );
-    if let Some(how) = describe_training(config, &device, &unet_config) {
+    if let (Some(lora), Some(adapters)) = (&config.lora, sizes.adapters) {
+        message = format!(
+            "{message}; a LoRA of rank {} has {}",
+            lora.rank,
+            millions(adapters)
+        );
+    }
+    if let Some(how) = describe_training(config, &device, unet_config) {
         message = format!("{message}; a step on {}: {how}", config.train.device);
     }
     let teacher = LoadedTeacher {
         unet,
         schedule,
-        parameters,
+        sizes,
     };
     Ok((teacher, message))
 }

@@ -24,10 +24,12 @@ macro_rules! kinds {
 }
 
 /// All files of `configs/`.
-static KINDS: [Kind; 6] = kinds![
+static KINDS: [Kind; 8] = kinds![
     "quickstart",
     "quickstart-long",
+    "quickstart-lora",
     "sd15-laion",
+    "sd15-lora",
     "train-from-latents",
     "precompute-quickstart",
     "precompute-sd15",

@@ -43,7 +43,10 @@ impl LoraRun {
 
 impl From<LoraError> for Failure {
     fn from(error: LoraError) -> Self {
-        Self::Failed(error.into())
+        match error {
+            LoraError::Target { .. } => Self::Usage(error.into()),
+            error => Self::Failed(error.into()),
+        }
     }
 }
 

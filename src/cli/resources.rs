@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
-use crate::config::{Config, DataKind, DeviceSpec, ModelRef};
+use crate::config::{Config, DataKind, DeviceSpec, Lora, ModelRef};
 use crate::device;
 use crate::hub::Settings;
 use crate::latents::{LatentSource, LatentSourceError};
@@ -285,15 +285,17 @@ pub(super) fn encode_devices(config: &Config) -> Result<Vec<Device>, Failure> {
     entries.map(|index| encode_device(config, index)).collect()
 }
 
-/// Sizes for the estimate of a command's memory. `models`: the models it loads.
+/// Sizes for the estimate of a command's memory. `models`: the models it loads; `lora`: the LoRA it
+/// trains.
 pub(super) fn memory_sizes(
     command: Command,
     content: Content,
     models: Option<&Models>,
+    lora: Option<&Lora>,
 ) -> Result<Sizes, Failure> {
     let encoders = models.map(|models| EncoderSizes::read(&models.pipeline, models.vae.as_deref()));
     let teacher = match (command, models) {
-        (Command::Train, Some(models)) => Some(TeacherSizes::read(&models.pipeline)?),
+        (Command::Train, Some(models)) => Some(TeacherSizes::read(&models.pipeline, lora)?),
         _ => None,
     };
     Ok(Sizes {
@@ -313,7 +315,7 @@ pub(super) fn check_memory(
     models: Option<&Models>,
     train_device: Option<&Device>,
 ) -> Result<(), Failure> {
-    let sizes = memory_sizes(command, content, models)?;
+    let sizes = memory_sizes(command, content, models, config.lora.as_ref())?;
     let card = train_device.and_then(device::memory);
     let cards = card.map(|memory| (config.train.device.to_string(), memory));
     let limits = MemoryLimits::now(cards.into_iter().collect());

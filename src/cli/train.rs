@@ -133,6 +133,7 @@ impl From<TrainError> for Failure {
             TrainError::Encode(crate::encode::EncodeError::Stream(error)) => (*error).into(),
             TrainError::Source(error) => error.into(),
             TrainError::Mismatch(_) => Self::Usage(error.into()),
+            TrainError::Lora(error) => error.into(),
             error => Self::Failed(error.into()),
         }
     }

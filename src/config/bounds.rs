@@ -6,8 +6,8 @@ use toml::{Table, Value};
 use super::error::ConfigError;
 use super::parse::Origin;
 use super::{
-    audit, checkpoint, data, distill, encode, image, latents, model, optimizer, report, s3, train,
-    validation,
+    audit, checkpoint, data, distill, encode, image, latents, lora, model, optimizer, report, s3,
+    train, validation,
 };
 
 /// Greatest number of steps of a run, and of steps between two events.
@@ -43,13 +43,14 @@ pub(super) const fn real(key: &'static str, least: f64, most: f64) -> Bounds {
 
 /// The bounds of every numeric key.
 pub(super) fn all() -> impl Iterator<Item = &'static Bounds> {
-    let tables: [&[Bounds]; 13] = [
+    let tables: [&[Bounds]; 14] = [
         data::NUMBERS,
         s3::NUMBERS,
         image::NUMBERS,
         model::NUMBERS,
         encode::NUMBERS,
         distill::NUMBERS,
+        lora::NUMBERS,
         optimizer::NUMBERS,
         train::NUMBERS,
         checkpoint::NUMBERS,

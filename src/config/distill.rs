@@ -50,8 +50,9 @@ pub struct Distill {
     /// Number of phases of `pcm`; 4 if unset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub phases: Option<usize>,
-    /// Share of the target UNet kept at each step, 0 to 1. `--ema_decay`
-    pub ema_decay: f64,
+    /// Share of the target UNet kept at each step, 0 to 1; 0.95 if unset. Not with `[lora]`. `--ema_decay`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema_decay: Option<f64>,
     /// Share of captions replaced by the empty caption, 0 to 1. `--proportion_empty_prompts`
     pub proportion_empty_prompts: f64,
 }
@@ -68,7 +69,7 @@ impl Default for Distill {
             timestep_scaling: 10.0,
             tcd_gamma: None,
             phases: None,
-            ema_decay: 0.95,
+            ema_decay: None,
             proportion_empty_prompts: 0.0,
         }
     }
@@ -88,6 +89,12 @@ impl Distill {
     #[must_use]
     pub fn tcd_gamma(&self) -> f64 {
         self.tcd_gamma.unwrap_or(TCD_GAMMA)
+    }
+
+    /// Share of the target UNet kept at each step of a wholly trained student, 0 to 1.
+    #[must_use]
+    pub fn ema_decay(&self) -> f64 {
+        self.ema_decay.unwrap_or(0.95)
     }
 
     /// Number of phases of `pcm`.

@@ -21,6 +21,10 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     config.model.check(limits)?;
     config.encode.check(limits)?;
     config.distill.check(limits)?;
+    if let Some(lora) = &config.lora {
+        lora.check(limits)?;
+        check_full_only(config, limits)?;
+    }
     config.optimizer.check(limits)?;
     config.train.check(limits)?;
     config.checkpoint.check(limits)?;
@@ -37,6 +41,17 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         audit.check(limits)?;
     }
     Ok(())
+}
+
+/// Refuses the keys of a wholly trained UNet beside `[lora]`.
+fn check_full_only(config: &Config, limits: &Limits<'_>) -> Result<(), ConfigError> {
+    let (decay, width) = (config.distill.ema_decay, config.model.time_cond_proj_dim);
+    let needs = "does not go with [lora], whose target is the student itself; remove one of them";
+    let key = "distill.ema_decay";
+    limits.check(key, decay.unwrap_or_default(), decay.is_none(), needs)?;
+    let needs = "does not go with [lora], whose student has the teacher's network without a guidance embedding; remove one of them";
+    let key = "model.time_cond_proj_dim";
+    limits.check(key, width.unwrap_or_default(), width.is_none(), needs)
 }
 
 /// Checks of single values; each error says where the key was written.

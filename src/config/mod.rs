@@ -19,6 +19,7 @@ mod hub;
 mod image;
 mod latents;
 mod limits;
+mod lora;
 mod metrics;
 mod model;
 mod model_ref;
@@ -52,6 +53,7 @@ pub use error::{ConfigError, KeyValue, WrittenAt};
 pub use hub::Hub;
 pub use image::MAX_RESOLUTION;
 pub use latents::{Latents, TextKind};
+pub use lora::{Lora, LoraLayout};
 pub use metrics::{Listen, Metrics};
 pub use model::Model;
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
@@ -89,6 +91,9 @@ pub struct Config {
     /// `[distill]`
     #[serde(default)]
     pub distill: Distill,
+    /// `[lora]`; absent: the whole UNet is trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// `[optimizer]`
     #[serde(default)]
     pub optimizer: Optimizer,
@@ -150,9 +155,31 @@ impl Config {
     pub fn parse(text: &str, file_name: &str, overrides: &[String]) -> Result<Self, ConfigError> {
         let mut config = parse::parse(text, file_name, overrides)?;
         limits::check(&config)?;
-        config.data.text_from = config.data.latents();
-        config.distill.fill();
+        config.fill();
         Ok(config)
+    }
+
+    /// Writes the defaults that depend on other keys.
+    fn fill(&mut self) {
+        self.data.text_from = self.data.latents();
+        self.distill.fill();
+        match &mut self.lora {
+            None => {
+                self.model.time_cond_proj_dim = Some(self.model.time_cond_proj_dim());
+                self.distill.ema_decay = Some(self.distill.ema_decay());
+            }
+            Some(lora) => {
+                lora.fill();
+                if let Some(validation) = &mut self.validation
+                    && !self.origin.has("validation.guidance")
+                {
+                    validation.guidance = lora::GUIDANCE;
+                }
+                if !self.origin.has("optimizer.learning_rate") {
+                    self.optimizer.learning_rate = lora::LEARNING_RATE;
+                }
+            }
+        }
     }
 
     /// Whether `key` is in the file or in an override.

@@ -25,14 +25,21 @@ pub struct Model {
     /// Another VAE, named as the teacher is; the teacher's when unset. `--pretrained_vae_model_name_or_path`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<ModelRef>,
-    /// Width of the student's guidance embedding, where the teacher has none of its own.
+    /// Width of the student's guidance embedding, where the teacher has none of its own; 256 if unset. Not with `[lora]`.
     /// `--unet_time_cond_proj_dim`
-    pub time_cond_proj_dim: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_cond_proj_dim: Option<usize>,
 }
 
 impl Model {
     /// The branch that every repository of the Hub has.
     pub const MAIN: &str = "main";
+
+    /// Width of the guidance embedding of a wholly trained student.
+    #[must_use]
+    pub fn time_cond_proj_dim(&self) -> usize {
+        self.time_cond_proj_dim.unwrap_or(256)
+    }
 
     pub(super) fn check(&self, limits: &Limits<'_>) -> Result<(), ConfigError> {
         for (key, name) in [("model.teacher", &self.teacher), ("model.vae", &self.vae)] {
@@ -59,7 +66,7 @@ impl Default for Model {
             teacher: None,
             revision: Self::MAIN.to_owned(),
             vae: None,
-            time_cond_proj_dim: 256,
+            time_cond_proj_dim: None,
         }
     }
 }

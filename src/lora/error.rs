@@ -59,6 +59,17 @@ pub enum LoraError {
         /// The type.
         dtype: &'static str,
     },
+    /// A target names no module, or none of the targets does.
+    #[error(
+        "lora.targets: {target:?} names no layer of the UNet; name layers in full, as {example:?}, or the end of their names, as \
+         \"to_q\""
+    )]
+    Target {
+        /// The target.
+        target: String,
+        /// A layer of the UNet.
+        example: String,
+    },
     /// The base model has no tensor for an adapter.
     #[error("the base model has no tensor \"{name}\" of shape {shape:?}, which an adapter changes")]
     NoBase {

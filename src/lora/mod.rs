@@ -11,6 +11,7 @@ mod peft_config;
 mod rank;
 mod read;
 mod sgm;
+mod targets;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -24,6 +25,7 @@ pub use merge::merge;
 pub use modules::{BaseVersion, Modules};
 pub use rank::{Kept, reduce_rank};
 pub use read::{LoraFile, read};
+pub use targets::DEFAULT_TARGETS;
 pub use write::{FileContents, Layout};
 
 /// Name of a LoRA's file in diffusers' layout, which `load_lora_weights` looks for in a folder.

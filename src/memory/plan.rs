@@ -48,7 +48,7 @@ pub struct MemoryPlan {
 /// Whether the memory is enough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is.
+    /// The memory that is free is enough.
     Enough,
     /// Main memory that is free now is less than the estimate; more may become free.
     MoreThanFree,
@@ -180,18 +180,18 @@ impl MemoryPlan {
     }
 
     fn add_training(&mut self, config: &Config, teacher: &TeacherSizes, latent: usize) {
-        let (unet, teacher) = (&teacher.unet, teacher.parameters);
+        let (unet, student) = (&teacher.unet, trained(config, teacher));
+        // A LoRA's target is the student itself.
+        let target = teacher.adapters.map_or(student, |_| 0);
+        let teacher = teacher.parameters;
         let device = config.train.device;
-        let embedding = match unet.time_cond_proj_dim {
-            Some(_) => 0,
-            None => config.model.time_cond_proj_dim * unet.base_channels(),
-        };
-        let student = teacher + embedding as u64;
         let of = |parameters: u64| format!("{:.1} M parameters", parameters as f64 / 1e6);
         let held = bytes_of(config.train.teacher_dtype);
         self.add(device, "teacher", teacher * held, of(teacher));
         self.add(device, "student", student * F32, of(student));
-        self.add(device, "target", student * F32, of(student));
+        if target > 0 {
+            self.add(device, "target", target * F32, of(target));
+        }
         let mixed = config.train.mixed_precision != MixedPrecision::No;
         if mixed {
             let how = "the student in the type to compute in".to_owned();
@@ -213,7 +213,7 @@ impl MemoryPlan {
         };
         self.add(device, "optimizer", moments, how.to_owned());
         if config.checkpoint.background {
-            let bytes = student * 2 * F32 + moments;
+            let bytes = (student + target) * F32 + moments;
             let how =
                 "a copy while a checkpoint is written; without the room, training waits".to_owned();
             self.parts.push(MemoryPart {
@@ -323,6 +323,17 @@ impl MemoryPlan {
         };
         self.parts.iter().map(line)
     }
+}
+
+/// Number of trained parameters.
+fn trained(config: &Config, teacher: &TeacherSizes) -> u64 {
+    let unet = &teacher.unet;
+    let embedding = match unet.time_cond_proj_dim {
+        Some(_) => 0,
+        None => config.model.time_cond_proj_dim() * unet.base_channels(),
+    };
+    let whole = teacher.parameters + embedding as u64;
+    teacher.adapters.unwrap_or(whole)
 }
 
 #[cfg(test)]

@@ -4,9 +4,13 @@ use std::path::Path;
 
 use coffey_pipeline::Content;
 
+use crate::config::Lora;
 use crate::encode::Encoders;
+use crate::lora::{LoraError, Modules};
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{ModelError, TEXT_ENCODER_STEM, UNetConfig, VaeConfig, count_parameters};
+use crate::models::{
+    Adapter, ModelError, TEXT_ENCODER_STEM, UNetConfig, VaeConfig, count_parameters,
+};
 
 /// The command that a plan is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +60,8 @@ pub struct TeacherSizes {
     pub parameters: u64,
     /// Its configuration.
     pub unet: UNetConfig,
+    /// Parameters of the adapters, where a LoRA is trained.
+    pub adapters: Option<u64>,
 }
 
 impl EncoderSizes {
@@ -79,15 +85,24 @@ impl EncoderSizes {
 }
 
 impl TeacherSizes {
-    /// Reads the network of the pipeline in the folder `pipeline`.
+    /// Reads the network of the pipeline in the folder `pipeline`. `lora`: the LoRA that is trained over it.
     ///
     /// # Errors
-    /// When a file is missing or damaged.
-    pub fn read(pipeline: &Path) -> Result<Self, ModelError> {
+    /// When a file is missing or damaged, or the LoRA's targets do not fit the network.
+    pub fn read(pipeline: &Path, lora: Option<&Lora>) -> Result<Self, LoraError> {
         let folder = pipeline.join("unet");
+        let adapters = |lora: &Lora| {
+            let modules = Modules::read(&folder)?.targeted(&lora.targets)?;
+            let shapes = modules
+                .iter()
+                .flat_map(|(_, weight)| Adapter::shapes(weight, lora.rank));
+            let numbers = shapes.map(|shape| shape.iter().product::<usize>() as u64);
+            Ok::<u64, LoraError>(numbers.sum())
+        };
         Ok(Self {
             unet: UNetConfig::read(&folder)?,
             parameters: count_parameters(&folder, WEIGHTS_STEM, |_| true)?,
+            adapters: lora.map(adapters).transpose()?,
         })
     }
 }

@@ -4,6 +4,7 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::activation::Activation;
+use super::adapter::adaptable;
 use super::layers::{Conv2d, GroupNorm, Linear};
 use crate::ops;
 
@@ -44,6 +45,8 @@ pub(super) struct ResnetBlock {
     conv_shortcut: Option<Conv2d>,
     config: ResnetConfig,
 }
+
+adaptable!(ResnetBlock: conv1, time_emb_proj, conv2, conv_shortcut);
 
 impl ResnetBlock {
     pub(super) fn new(
@@ -119,6 +122,8 @@ pub(super) struct Downsample {
     asymmetric: bool,
 }
 
+adaptable!(Downsample: conv);
+
 impl Downsample {
     /// `padding` 1 pads all sides, 0 the right and the bottom only.
     pub(super) fn new(vb: VarBuilder<'_>, channels: usize, padding: usize) -> Result<Self> {
@@ -146,6 +151,8 @@ impl Module for Downsample {
 pub(super) struct Upsample {
     conv: Conv2d,
 }
+
+adaptable!(Upsample: conv);
 
 impl Upsample {
     pub(super) fn new(vb: VarBuilder<'_>, channels: usize) -> Result<Self> {

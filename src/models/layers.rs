@@ -11,6 +11,7 @@ use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::activation::Activation;
+use super::adapter::{AdaptedWeight, adaptable};
 use crate::ops;
 
 /// A parameter in the type of `x`.
@@ -29,9 +30,11 @@ fn norm_like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
 /// `torch.nn.Linear`: `[…, inputs]` → `[…, outputs]`.
 #[derive(Clone, Debug)]
 pub(super) struct Linear {
-    weight: Tensor,
+    weight: AdaptedWeight,
     bias: Option<Tensor>,
 }
+
+adaptable!(Linear: weight);
 
 impl Linear {
     /// `weight`: `[outputs, inputs]`, `bias`: `[outputs]`.
@@ -46,7 +49,7 @@ impl Linear {
     /// `weight`: `[outputs, inputs]`.
     pub(super) fn without_bias(vb: VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            weight: vb.get((outputs, inputs), "weight")?,
+            weight: AdaptedWeight::new(&vb, (outputs, inputs))?,
             bias: None,
         })
     }
@@ -55,18 +58,22 @@ impl Linear {
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(|bias| like(bias, x)).transpose()?;
-        ops::linear(x, &like(&self.weight, x)?, bias.as_ref())
+        let output = ops::linear(x, &like(self.weight.tensor(), x)?, bias.as_ref())?;
+        let half = |x: &Tensor, weight: &Tensor| ops::linear(x, weight, None);
+        self.weight.adapted(output, x, half, half)
     }
 }
 
 /// `torch.nn.Conv2d` with a square kernel: `[B, inputs, H, W]` → `[B, outputs, H', W']`.
 #[derive(Clone, Debug)]
 pub(super) struct Conv2d {
-    weight: Tensor,
+    weight: AdaptedWeight,
     bias: Tensor,
     stride: usize,
     padding: usize,
 }
+
+adaptable!(Conv2d: weight);
 
 impl Conv2d {
     /// `weight`: `[outputs, inputs, kernel, kernel]`, `bias`: `[outputs]`.
@@ -79,7 +86,7 @@ impl Conv2d {
         padding: usize,
     ) -> Result<Self> {
         Ok(Self {
-            weight: vb.get((outputs, inputs, kernel, kernel), "weight")?,
+            weight: AdaptedWeight::new(&vb, (outputs, inputs, kernel, kernel))?,
             bias: vb.get(outputs, "bias")?,
             stride,
             padding,
@@ -108,7 +115,7 @@ impl Conv2d {
 
     /// The type that the weights are held in.
     pub(super) fn dtype(&self) -> DType {
-        self.weight.dtype()
+        self.weight.tensor().dtype()
     }
 
     /// As [`Module::forward`], plus `shift` `[B, outputs]` on the channels of each image.
@@ -118,8 +125,12 @@ impl Conv2d {
     }
 
     fn convolve(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        let weight = like(&self.weight, x)?;
-        ops::conv2d(x, &weight, Some(bias), self.stride, self.padding)
+        let (stride, padding) = (self.stride, self.padding);
+        let weight = like(self.weight.tensor(), x)?;
+        let output = ops::conv2d(x, &weight, Some(bias), stride, padding)?;
+        let down = |x: &Tensor, weight: &Tensor| ops::conv2d(x, weight, None, stride, padding);
+        let up = |x: &Tensor, weight: &Tensor| ops::conv2d(x, weight, None, 1, 0);
+        self.weight.adapted(output, x, down, up)
     }
 }
 
@@ -133,9 +144,11 @@ impl Module for Conv2d {
 /// layer. The two differ in the shape of the stored weight only.
 #[derive(Clone, Debug)]
 pub(super) struct Projection {
-    weight: Tensor,
+    weight: AdaptedWeight,
     bias: Tensor,
 }
+
+adaptable!(Projection: weight);
 
 impl Projection {
     /// `weight`: `[outputs, inputs]` if `linear`, else `[outputs, inputs, 1, 1]`; `bias`: `[outputs]`.
@@ -148,20 +161,37 @@ impl Projection {
         let shape = [outputs, inputs, 1, 1];
         let shape = if linear { &shape[..2] } else { &shape[..] };
         Ok(Self {
-            weight: vb.get(shape, "weight")?,
+            weight: AdaptedWeight::new(&vb, shape)?,
             bias: vb.get(outputs, "bias")?,
         })
     }
 
     /// `[B, inputs, H, W]` → `[B, H·W, outputs]`.
     pub(super) fn to_tokens(&self, x: &Tensor) -> Result<Tensor> {
-        ops::map_to_tokens(x, &like(&self.weight, x)?, &like(&self.bias, x)?)
+        let (weight, bias) = (like(self.weight.tensor(), x)?, like(&self.bias, x)?);
+        let output = ops::map_to_tokens(x, &weight, &bias)?;
+        let down = |x: &Tensor, weight: &Tensor| ops::map_to_tokens(x, weight, &no_bias(weight)?);
+        self.weight.adapted(output, x, down, per_token)
     }
 
     /// `[B, H·W, inputs]` → `[B, outputs, H, W]`; `size` is `(H, W)`.
     pub(super) fn to_map(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
-        ops::tokens_to_map(x, &like(&self.weight, x)?, &like(&self.bias, x)?, size)
+        let (weight, bias) = (like(self.weight.tensor(), x)?, like(&self.bias, x)?);
+        let output = ops::tokens_to_map(x, &weight, &bias, size)?;
+        let up =
+            |x: &Tensor, weight: &Tensor| ops::tokens_to_map(x, weight, &no_bias(weight)?, size);
+        self.weight.adapted(output, x, per_token, up)
     }
+}
+
+/// `[B, N, in]` → `[B, N, out]`. `weight`: `[out, in]` or `[out, in, 1, 1]`.
+fn per_token(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    ops::linear(x, &weight.flatten_from(1)?, None)
+}
+
+/// The bias of a projection that has none: zeros.
+fn no_bias(weight: &Tensor) -> Result<Tensor> {
+    Tensor::zeros(weight.dim(0)?, weight.dtype(), weight.device())
 }
 
 /// `torch.nn.GroupNorm`: `[B, channels, …]` → the same shape.

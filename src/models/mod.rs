@@ -4,6 +4,7 @@
 //! checkpoints. A network is built over any set of named tensors, frozen or variable. This module never trains one.
 
 mod activation;
+mod adapter;
 mod blocks;
 mod builder;
 pub mod clip;
@@ -26,6 +27,7 @@ mod weight_files;
 mod weight_names;
 mod weights;
 
+pub use adapter::{Adapter, Dropout};
 pub use clip::ClipTextModel;
 pub(crate) use config::{nearest_key, numbers, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
@@ -34,7 +36,7 @@ pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
 pub use not_finite::{NotFiniteTensor, first_not_finite};
 pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
-pub use unet::{UNet, UNetConfig};
+pub use unet::{UNet, UNetConfig, casts_parameter};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, file_names, index_shards};
 pub use weights::{

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::adapter::adaptable;
 use super::layers::{GroupNorm, LayerNorm, Linear, Projection};
 use crate::ops::{self, Attention};
 
@@ -32,6 +33,8 @@ struct AttentionLayer {
     heads: usize,
     kind: Attention,
 }
+
+adaptable!(AttentionLayer: to_q, to_k, to_v, to_out);
 
 impl AttentionLayer {
     /// `context`: width of the keys' and values' input.
@@ -68,6 +71,8 @@ struct TransformerBlock {
     ff_out: Linear,
     only_cross_attention: bool,
 }
+
+adaptable!(TransformerBlock: attn1, attn2, ff_in, ff_out);
 
 impl TransformerBlock {
     fn new(vb: VarBuilder<'_>, config: &TransformerConfig) -> Result<Self> {
@@ -110,6 +115,8 @@ pub(super) struct Transformer2d {
     blocks: Vec<TransformerBlock>,
     proj_out: Projection,
 }
+
+adaptable!(Transformer2d: proj_in, blocks, proj_out);
 
 impl Transformer2d {
     pub(super) fn new(vb: VarBuilder<'_>, config: &TransformerConfig) -> Result<Self> {

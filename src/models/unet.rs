@@ -14,6 +14,7 @@ use candle_nn::VarBuilder;
 
 use self::config::LevelConfig;
 use self::time::TimeEmbedding;
+use super::adapter::{self, Adapter, adaptable};
 use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 use super::layers::{Conv2d, GroupNorm};
 use super::transformer::Transformer2d;
@@ -29,6 +30,8 @@ struct Level {
     resnets: Vec<Arc<ResnetBlock>>,
     attentions: Vec<Arc<Transformer2d>>,
 }
+
+adaptable!(Level: resnets, attentions);
 
 impl Level {
     /// `inputs` gives the input channels of the `i`-th residual block.
@@ -100,6 +103,8 @@ pub struct UNet {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
 }
+
+adaptable!(UNet: time_embedding, conv_in, down, mid, up, conv_out);
 
 impl UNet {
     /// Reads a UNet's folder as frozen tensors.
@@ -211,6 +216,22 @@ impl UNet {
     /// attention and sums stay in `f32`. As PyTorch's autocast.
     pub fn computing_in(self, compute: Option<DType>) -> Self {
         Self { compute, ..self }
+    }
+
+    /// The same network over the same weights, with adapters by the name of their module, as `down_blocks.0.resnets.0.conv1`.
+    ///
+    /// # Errors
+    /// When an adapter's module is not in the network, or its shape does not fit.
+    pub fn with_adapters(mut self, adapters: BTreeMap<String, Adapter>) -> Result<Self> {
+        adapter::attach(&mut self, adapters)?;
+        Ok(self)
+    }
+
+    /// The shape of each weight that can have an adapter, by the name of its module: `[out, in]` of a linear layer,
+    /// `[out, in, k, k]` of a convolution.
+    #[must_use]
+    pub fn adaptable_weights(&self) -> BTreeMap<String, Vec<usize>> {
+        adapter::shapes(&mut self.clone())
     }
 
     /// This network's configuration.

@@ -29,6 +29,8 @@ pub struct Prompts {
 pub enum Guidance {
     /// The scale is embedded into a network that takes it; for another one as [`Guidance::ClassifierFree`].
     AsNetworkTakes(f64),
+    /// The scale is embedded into a network that takes it; another one was distilled with guidance in its output, and gets none.
+    Distilled(f64),
     /// Scale of classifier-free guidance, also for a network that could take it as an embedding; off at 1 or less.
     ClassifierFree(f64),
 }
@@ -114,6 +116,11 @@ impl Prompts {
             let unconditional = &self.unconditional.repeat(count)?;
             let predictor = match guidance {
                 Guidance::AsNetworkTakes(scale) => {
+                    predictor(denoiser, conditioning, unconditional, scale)
+                }
+                Guidance::Distilled(scale) => {
+                    let width = denoiser.guidance_width();
+                    let scale = width.map_or(1.0, |_| scale);
                     predictor(denoiser, conditioning, unconditional, scale)
                 }
                 Guidance::ClassifierFree(guidance) => Box::new(TeacherPredictor {

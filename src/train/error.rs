@@ -7,6 +7,7 @@ use coffey_pipeline::stages::Stage;
 use crate::diffusion::ScheduleError;
 use crate::draw::SaveError;
 use crate::encode::EncodeError;
+use crate::lora::LoraError;
 use crate::models::{ModelError, PipelineMismatch};
 use crate::sample::SampleError;
 
@@ -16,6 +17,9 @@ pub enum TrainError {
     /// A model could not be loaded, run or saved.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A LoRA could not be made, read or written.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
     /// The teacher's noise schedule could not be read.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),

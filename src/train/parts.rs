@@ -10,8 +10,8 @@ use super::TrainError;
 use super::models_fingerprint::ModelsFingerprint;
 use super::observers::TeacherSampler;
 use super::run::RunOptions;
-use crate::adaptation::{ForwardOptions, Full};
-use crate::config::{self, Config, LossKind, MixedPrecision, ObjectiveKind};
+use crate::adaptation::{Adaptation, ForwardOptions, Full, Lora, LoraOptions};
+use crate::config::{self, Config, LoraLayout, LossKind, MixedPrecision, ObjectiveKind};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::models::{PipelineParts, UNet, UNetConfig, check_fit};
@@ -23,6 +23,8 @@ use crate::ops::{self, Activations, Attention, NetworkAttention};
 pub(super) struct RunParts {
     /// Encoders for pictures and figures, shared with the encode pool.
     pub(super) encoders: Arc<Encoders>,
+    /// The teacher's network, whose weights a LoRA shares.
+    pub(super) unet: UNet,
     /// Teacher with the conditioning on the empty caption.
     pub(super) teacher: TeacherSampler,
     pub(super) objective: Box<dyn Objective>,
@@ -104,9 +106,10 @@ impl RunParts {
         Ok(Self {
             encoders,
             teacher: TeacherSampler {
-                denoiser: Rc::new(teacher),
+                denoiser: Rc::new(teacher.clone()),
                 schedule,
             },
+            unet: teacher,
             objective,
             latent,
             fingerprint: fingerprint()?,
@@ -178,11 +181,12 @@ fn load_teacher(config: &Config, pipeline: &Path, device: &Device) -> Result<UNe
     Ok(teacher.computing_in(compute_dtype(config)))
 }
 
-/// The student of a run: that of `checkpoint` if there is one, else a new one from the teacher.
+/// The student of a run: that of `checkpoint` if there is one, else a new one from the teacher, whose network is `unet`.
 pub(super) fn load_student(
     options: &RunOptions<'_>,
+    unet: &UNet,
     checkpoint: Option<&Path>,
-) -> Result<Full, TrainError> {
+) -> Result<Box<dyn Adaptation>, TrainError> {
     let config = options.config;
     let forward = ForwardOptions {
         attention: config.train.attention,
@@ -193,17 +197,38 @@ pub(super) fn load_student(
         },
         compute: compute_dtype(config),
     };
+    let (seed, device) = (config.train.seed, options.device);
+    if let Some(lora) = &config.lora {
+        let lora = lora_options(lora);
+        return Ok(Box::new(match checkpoint {
+            Some(folder) => Lora::load(folder, unet, lora, seed, device, forward)?,
+            None => Lora::from_teacher(unet, lora, seed, device, forward)?,
+        }));
+    }
     let student = match checkpoint {
-        Some(folder) => Full::load(folder, options.device, forward),
+        Some(folder) => Full::load(folder, device, forward),
         None => Full::from_teacher(
             &options.models.pipeline.join("unet"),
-            config.model.time_cond_proj_dim,
-            config.train.seed,
-            options.device,
+            config.model.time_cond_proj_dim(),
+            seed,
+            device,
             forward,
         ),
     };
-    Ok(student?)
+    Ok(Box::new(student?))
+}
+
+/// `[lora]` as the student takes it.
+fn lora_options(lora: &config::Lora) -> LoraOptions {
+    LoraOptions {
+        rank: lora.rank,
+        alpha: lora.alpha(),
+        dropout: lora.dropout,
+        targets: lora.targets.clone(),
+        save_peft: lora.save.contains(&LoraLayout::Peft),
+        save_kohya: lora.save.contains(&LoraLayout::Kohya),
+        save_dtype: lora.save_dtype.into(),
+    }
 }
 
 /// Type to compute in, where it is not that of the weights.

@@ -187,24 +187,29 @@ fn other_models(
 ) -> Result<Vec<String>, TrainError> {
     let models = options.models;
     let unet = models.pipeline.join("unet");
-    let student = UNetConfig::read(&found.folder.join("unet"))?;
-    let teacher = UNetConfig::read(&unet)?;
-    let keys = student.differences(&teacher);
+    let student = found.folder.join("unet");
     let mut changes = Vec::new();
-    if !keys.is_empty() {
+    // A LoRA has the teacher's network, of which the fingerprints tell.
+    if student.is_dir() {
+        let student = UNetConfig::read(&student)?;
+        let teacher = UNetConfig::read(&unet)?;
+        let keys = student.differences(&teacher);
         let value = |config: &UNetConfig, key: &str| {
             let value = config.to_json().get(key);
             value.map_or_else(|| "unset".to_owned(), ToString::to_string)
         };
-        let keys = keys.iter().map(|key| {
+        let described = keys.iter().map(|key| {
             let (was, now) = (value(&student, key), value(&teacher, key));
             format!("{key} was {was} and is {now}")
         });
-        changes.push(format!(
-            "the network of the UNet ({}): {}",
-            unet.join("config.json").display(),
-            keys.collect::<Vec<_>>().join(", ")
-        ));
+        let described: Vec<String> = described.collect();
+        if !described.is_empty() {
+            changes.push(format!(
+                "the network of the UNet ({}): {}",
+                unet.join("config.json").display(),
+                described.join(", ")
+            ));
+        }
     }
     if let Some(was) = &found.state.models {
         changes.extend(was.changes(now, models));

@@ -11,7 +11,6 @@ use coffey_pipeline::flow::{Recent, StageHandle};
 use coffey_pipeline::stages::Stage;
 
 use super::checkpoint::{RunIdentity, Saver};
-use super::models_fingerprint::ModelsFingerprint;
 use super::not_finite::with_advice;
 use super::observers::{
     AuditWriter, Checkpoints, Comparison, ComparisonGrid, Console, Endpoint, EndpointError, Grids,
@@ -24,7 +23,6 @@ use super::{
     AdamW, Ending, Observer, Observers, RunView, Services, TrainError, TrainState, Trainer,
     TrainerOptions,
 };
-use crate::adaptation::Adaptation;
 use crate::config::{Config, MixedPrecision, Resume, TextFrom};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
@@ -106,8 +104,7 @@ impl<'a> Run<'a> {
             output.checkpoints(config.checkpoint.keep),
             output.records(),
         ));
-        let models = &parts.fingerprint;
-        let state = load_state(options, services, models, &output, &saver, &progress)?;
+        let state = load_state(options, services, &parts, &output, &saver, &progress)?;
         let shown = Rc::clone(&progress);
         let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
         let trainer = Trainer::new(
@@ -119,7 +116,7 @@ impl<'a> Run<'a> {
                 seed: config.train.seed,
                 max_steps: config.train.max_steps,
                 gradient_accumulation: config.train.gradient_accumulation,
-                ema_decay: config.distill.ema_decay,
+                ema_decay: config.distill.ema_decay(),
                 optimizer: config.optimizer.clone(),
             },
             services.monitor.flow().stage(Stage::Train),
@@ -259,19 +256,32 @@ fn pool_encoders(
 fn load_state(
     options: &RunOptions<'_>,
     services: &Services<'_>,
-    models: &ModelsFingerprint,
+    parts: &RunParts,
     output: &RunDir,
     saver: &Saver,
     progress: &Progress,
 ) -> Result<TrainState, TrainError> {
     let config = options.config;
     saver.checkpoints().clear_unfinished()?;
-    let found = resume_from(options, models, saver, output, services, progress)?;
+    let found = resume_from(
+        options,
+        &parts.fingerprint,
+        saver,
+        output,
+        services,
+        progress,
+    )?;
     let folder = found.as_ref().map(|found| found.folder.as_path());
-    let student = load_student(options, folder)?;
+    let student = load_student(options, &parts.unet, folder)?;
+    let numbers = student.params().iter().map(|(_, var)| var.elem_count());
+    let millions = numbers.sum::<usize>() as f64 / 1e6;
+    progress.say(format!(
+        "training {}, {millions:.2} M parameters",
+        student.describe()
+    ));
     let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
     let optimizer = AdamW::new(&config.optimizer, student.params(), scaled)?;
-    let mut state = TrainState::new(Box::new(student), optimizer);
+    let mut state = TrainState::new(student, optimizer);
     if let Some(found) = found {
         restore_optimizer(&found, &mut state.optimizer, options.device)?;
         (state.step, state.samples) = (found.state.step, found.state.samples);

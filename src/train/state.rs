@@ -36,18 +36,10 @@ impl TrainState {
     /// Size of the tensors of a checkpoint. Bytes.
     pub(super) fn checkpoint_bytes(&self) -> u64 {
         let size = |tensor: &Tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
-        let folders = self.student.folders();
-        let models: u64 = folders
-            .iter()
-            .flat_map(|folder| folder.tensors.values())
-            .map(size)
-            .sum();
-        models
-            + self
-                .optimizer
-                .state()
-                .iter()
-                .map(|(_, t)| size(t))
-                .sum::<u64>()
+        let student = [Some(self.student.params()), self.student.target_params()];
+        let student = student.into_iter().flatten();
+        let student = student.flat_map(|params| params.iter().map(|(_, var)| size(var)));
+        let optimizer = self.optimizer.state();
+        student.sum::<u64>() + optimizer.iter().map(|(_, t)| size(t)).sum::<u64>()
     }
 }

@@ -189,6 +189,7 @@ impl Trainer {
         sums: &mut StepSums,
     ) -> Result<(f64, Trace)> {
         let student = &self.state.student;
+        student.begin(key.step, key.micro_batch);
         let networks = Networks {
             student: student.student(),
             target: student.target(),

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Result};
-use coffey::adaptation::{Adaptation, ModelFolder};
+use coffey::adaptation::{Adaptation, ModelFolder, TensorFile};
 use coffey::config;
 use coffey::diffusion::{DdimSampler, NoiseSchedule, Sampler, TeacherPredictor};
 use coffey::encode::{EncodePool, EncodedBatch, EncoderOptions, Encoders};
-use coffey::models::{Denoiser, UNet, UNetConfig, Weights};
+use coffey::models::{Denoiser, UNet, UNetConfig, Weights, model_metadata};
 use coffey::objective::{Loss, Networks, Objective, StepKey, StepOutput, Trace};
 use coffey::ops::{self, Attention};
 use coffey::params::{ParamSet, Tensors};
@@ -108,6 +108,10 @@ impl LastConvolution {
 }
 
 impl Adaptation for LastConvolution {
+    fn describe(&self) -> String {
+        "the last convolution".to_owned()
+    }
+
     fn params(&self) -> &ParamSet {
         &self.params
     }
@@ -128,12 +132,17 @@ impl Adaptation for LastConvolution {
         &self.frozen
     }
 
-    fn folders(&self) -> Vec<ModelFolder> {
-        vec![ModelFolder {
-            name: "unet",
-            config: self.student.config().to_json().clone(),
+    fn checkpoint(&self) -> Result<Vec<ModelFolder>> {
+        let weights = TensorFile {
+            name: "diffusion_pytorch_model.safetensors".to_owned(),
             tensors: self.params.values(),
-        }]
+            metadata: model_metadata(),
+        };
+        Ok(vec![ModelFolder {
+            name: "unet".to_owned(),
+            files: vec![weights],
+            config: Some(self.student.config().to_json().clone()),
+        }])
     }
 }
 

@@ -17,6 +17,7 @@ mod hostile;
 mod inspect;
 mod latents;
 mod lora;
+mod lora_training;
 mod model_forms;
 mod model_sources;
 mod models;

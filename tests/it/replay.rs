@@ -26,15 +26,17 @@ fn replay_within(shape: &str, steps: u64, settings: &[&str], tolerances: &[&str]
         format!("audit.steps={steps}"),
         format!("train.max_steps={steps}"),
     ];
+    let width = ["model.time_cond_proj_dim=32"];
+    let is_lora = settings.iter().any(|setting| setting.starts_with("lora."));
+    let width = width.iter().filter(|_| !is_lora).copied();
     let small = [
-        "model.time_cond_proj_dim=32",
         "image.resolution=32",
         "train.batch_size=2",
         "optimizer.learning_rate=1e-6",
         "checkpoint.every=1000",
     ];
     let own = own.iter().map(String::as_str);
-    let all = own.chain(NO_PICTURES).chain(small);
+    let all = own.chain(NO_PICTURES).chain(width).chain(small);
     let all = all.chain(settings.iter().copied());
     succeed(&args("train", QUICKSTART, all));
     python(
@@ -82,6 +84,16 @@ mod needs_python {
         pcm_steps_of_v_prediction_teacher: "v-prediction", 4, [
             "distill.objective=pcm", "distill.phases=7", "train.batch_size=4",
             "optimizer.learning_rate=1e-5",
+        ];
+        lora_of_every_layer: "everything", 4, [
+            "lora.rank=8", "lora.alpha=4", "optimizer.learning_rate=1e-4",
+        ];
+        lora_over_f16_with_checkpointing: "three-levels", 4, [
+            "lora.rank=5", "train.teacher_dtype=f16", "train.gradient_checkpointing=true", "distill.objective=tcd",
+            "train.gradient_accumulation=2", "lora.targets=[\"to_k\",\"to_out.0\",\"conv_in\",\"conv2\",\"proj_out\"]",
+        ];
+        lora_with_adamw8bit: "linear-projection", 4, [
+            "lora.rank=64", "optimizer.kind=adamw8bit", "distill.objective=pcm", "optimizer.weight_decay=0.01",
         ];
         guided_teacher_with_wide_huber: "guided", 4, [
             "distill.huber_c=0.5", "optimizer.learning_rate=1e-4",

@@ -3,8 +3,8 @@
     python replay_audit.py AUDIT_DIR [--teacher DIR] [--tolerance 1e-4] [--weights-tolerance 0.01] [--drift]
         [--first-step] [--gradient-checkpointing]
 
-Starts from `unet_init/` and the teacher named in `meta.json`, feeds the recorded inputs (latents, noise, index, w,
-embeddings) through the step of `train_lcm_distill_sd_wds.py`, in f32 or under autocast where `meta.json` names a mixed
+Starts from `unet_init/`, or `lora_init.safetensors` over PEFT's adapters, and the teacher named in `meta.json`, feeds the recorded
+inputs (latents, noise, index, w, embeddings) through the step of `train_lcm_distill_sd_wds.py` or `…_lora_sd_wds.py`, in f32 or under autocast where `meta.json` names a mixed
 precision, and keeps its own optimiser, average and
 weights, so that an error in any step shows in the ones after it. Prints the worst relative error of each quantity
 (max |a - b| / max |b|) in each step and over all steps, then how far the final weights are apart relative to how far
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from adamw8bit import AdamW8bit
@@ -65,6 +66,35 @@ def load_unet(folder):
         if keys:
             raise SystemExit(f"{folder}: {kind}: {keys}")
     return unet.float()
+
+
+def load_teacher(meta):
+    teacher = UNet2DConditionModel.from_pretrained(meta["teacher"], subfolder="unet").float()
+    if meta.get("teacher_dtype", "f32") != "f32":
+        held = {"f16": torch.float16, "bf16": torch.bfloat16}[meta["teacher_dtype"]]
+        teacher = teacher.to(held).float()  # on the CPU coffey holds weights in 16 bits and computes in f32
+    return teacher.requires_grad_(False)
+
+
+def load_lora_student(meta):
+    """The teacher's network with PEFT's adapters, as the reference makes it."""
+    lora = meta["lora"]
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=lora["targets"]
+    )
+    return get_peft_model(load_teacher(meta), config)
+
+
+def lora_weights(student):
+    """The adapters' matrices by their names in diffusers' layout."""
+    def name(key):
+        return key.replace("base_model.model.", "unet.").replace(".default.", ".")
+
+    return {name(key): value for key, value in student.named_parameters() if value.requires_grad}
+
+
+def saved_weights(path):
+    return load_file(path) if path.suffix == ".safetensors" else load_unet(path).state_dict()
 
 
 class Distillation:
@@ -142,7 +172,8 @@ class Distillation:
         end = torch.where(end < 0, torch.zeros_like(end), end)
         self.check_destination(given, index, end)
         noisy = self.noise_scheduler.add_noise(latents, noise, start)
-        w_embedding = guidance_scale_embedding(w, embedding_dim=meta["time_cond_proj_dim"])
+        width = meta["time_cond_proj_dim"]  # a LoRA's student is not told the guidance
+        w_embedding = guidance_scale_embedding(w, embedding_dim=width) if width else None
         w = w.reshape(bsz, 1, 1, 1)
 
         noise_pred = self.predict(self.student, noisy, start, prompt, w_embedding)
@@ -177,23 +208,28 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
 
     Yields (step, recorded, made) for each micro-batch, outputs by name; at last ("weights", None, {folder: weights}).
     """
-    student, target = load_unet(audit / "unet_init"), load_unet(audit / "unet_init")
-    if student.config.time_cond_proj_dim != meta["time_cond_proj_dim"]:
-        raise SystemExit(f"unet_init has time_cond_proj_dim = {student.config.time_cond_proj_dim}")
-    teacher = UNet2DConditionModel.from_pretrained(meta["teacher"], subfolder="unet").float()
-    if meta.get("teacher_dtype", "f32") != "f32":
-        held = {"f16": torch.float16, "bf16": torch.bfloat16}[meta["teacher_dtype"]]
-        teacher = teacher.to(held).float()  # on the CPU coffey holds weights in 16 bits and computes in f32
-    teacher.requires_grad_(False)
-    target.requires_grad_(False)
+    is_lora = meta.get("lora") is not None
+    if is_lora:
+        student = target = load_lora_student(meta)
+        initial, weights = load_file(audit / "lora_init.safetensors"), lora_weights(student)
+        if initial.keys() != weights.keys():
+            raise SystemExit(f"lora_init.safetensors and PEFT differ in {sorted(initial.keys() ^ weights.keys())}")
+        for name, weight in weights.items():
+            weight.data.copy_(initial[name])
+    else:
+        student, target = load_unet(audit / "unet_init"), load_unet(audit / "unet_init")
+        target.requires_grad_(False)
+        if student.config.time_cond_proj_dim != meta["time_cond_proj_dim"]:
+            raise SystemExit(f"unet_init has time_cond_proj_dim = {student.config.time_cond_proj_dim}")
     student.train()
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    distillation = Distillation(meta, teacher, student, target)
+    distillation = Distillation(meta, load_teacher(meta), student, target)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     # A loss scale by which no gradient of the first steps vanishes or overflows.
     loss_scale = 65536 if meta.get("mixed_precision") == "fp16" else 1
     optimizer = {"adamw": torch.optim.AdamW, "adamw8bit": AdamW8bit}[meta.get("optimizer", "adamw")](
-        student.parameters(),
+        trained,
         lr=meta["learning_rate"],
         betas=(meta["beta1"], meta["beta2"]),
         weight_decay=meta["weight_decay"],
@@ -213,11 +249,11 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
             (made["loss"] * loss_scale / micro_batches).backward()
             made = {name: value.detach() for name, value in made.items()}
             if micro + 1 == micro_batches:
-                for parameter in student.parameters():
+                for parameter in trained:
                     parameter.grad /= loss_scale
                 # Summed in f64: clip_grad_norm_ adds the squares of a tensor in f32, which at SD-1.5's sizes costs 1e-4.
-                made["grad_norm"] = norm(parameter.grad for parameter in student.parameters())
-                torch.nn.utils.clip_grad_norm_(student.parameters(), meta["max_grad_norm"])
+                made["grad_norm"] = norm(parameter.grad for parameter in trained)
+                torch.nn.utils.clip_grad_norm_(trained, meta["max_grad_norm"])
                 made["lr"] = lr_scheduler.get_last_lr()[0]  # the rate this step is made with
             yield step, recorded, made
         if args.first_step:
@@ -225,8 +261,12 @@ def replay(audit, meta, args, given=lambda recorded: recorded):
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        update_ema(target.parameters(), student.parameters(), meta["ema_decay"])
-    yield "weights", None, {"unet_final": student.state_dict(), "unet_target_final": target.state_dict()}
+        if not is_lora:
+            update_ema(target.parameters(), student.parameters(), meta["ema_decay"])
+    if is_lora:
+        yield "weights", None, {"lora_final.safetensors": lora_weights(student)}
+    else:
+        yield "weights", None, {"unet_final": student.state_dict(), "unet_target_final": target.state_dict()}
 
 
 def nudged(recorded):
@@ -286,9 +326,10 @@ def compare(audit, meta, args):
                 yield step, recorded, outputs
 
     good = all(error <= args.tolerance for error in table(steps()).values())
-    start = load_unet(audit / "unet_init").state_dict() if finals else {}
+    init = "unet_init" if meta.get("lora") is None else "lora_init.safetensors"
+    start = saved_weights(audit / init) if finals else {}
     for folder, replayed in finals.items():
-        error = apart(load_unet(audit / folder).state_dict(), replayed, start)
+        error = apart(saved_weights(audit / folder), replayed, start)
         good &= error <= args.weights_tolerance
         print(f"{folder}: {error:.2e} of the way apart (allowed {args.weights_tolerance:g})")
     if args.drift:

@@ -10,8 +10,8 @@ use toml::{Table, Value};
 use super::decode::type_name;
 use super::document::{Document, HIDDEN, join};
 use crate::config::{
-    Audit, Checkpoint, ConfigError, Data, Distill, Encode, Hub, Latents, Metrics, Model, Optimizer,
-    Report, Track, Train, Validation,
+    Audit, Checkpoint, ConfigError, Data, Distill, Encode, Hub, Latents, Lora, Metrics, Model,
+    Optimizer, Report, Track, Train, Validation,
 };
 
 /// A table and the keys in it that are not tables.
@@ -30,6 +30,7 @@ fn known_tables() -> Vec<KnownTable> {
         ("model", fields::<Model>()),
         ("encode", fields::<Encode>()),
         ("distill", fields::<Distill>()),
+        ("lora", fields::<Lora>()),
         ("optimizer", fields::<Optimizer>()),
         ("train", fields::<Train>()),
         ("checkpoint", fields::<Checkpoint>()),

@@ -47,7 +47,7 @@ fn config_defaults() {
     assert_eq!(config.image.resolution, 512);
     assert_eq!(config.image.interpolation, Interpolation::Bilinear);
     assert_eq!(config.image.crop, CropMode::Random);
-    assert_eq!(config.model.time_cond_proj_dim, 256);
+    assert_eq!(config.model.time_cond_proj_dim, Some(256));
     assert_eq!(config.encode.devices, [DeviceSpec::Cpu]);
     assert_eq!(config.encode.batch_size, 32);
     assert_eq!(config.distill.num_ddim_timesteps, 50);

@@ -3,6 +3,8 @@
 //! It is written from a finished run's folder and its configuration. The card is public: it never shows folders, servers or
 //! signatures in URLs.
 
+mod usage;
+
 use std::fs;
 use std::path::Path;
 
@@ -11,12 +13,14 @@ use serde::Deserialize;
 
 use super::public::{PublicModel, public_config, public_model, public_url};
 use super::{HubError, io};
-use crate::config::{Config, Distill, LossKind, Model, ObjectiveKind};
+use crate::config::{Config, Lora, LoraLayout, LossKind, ObjectiveKind};
+use crate::lora::{DIFFUSERS_FILE, KOHYA_FILE};
 
 /// Steps that the card's loss is averaged over.
 const LOSS_STEPS: usize = 100;
-/// Sampling steps of the card's example.
-const SAMPLING_STEPS: usize = 4;
+
+/// Folder of a LoRA in the run's folder and in the repository.
+const LORA_FOLDER: &str = "unet_lora";
 
 /// The model card of a finished run.
 #[derive(Clone, Copy, Debug)]
@@ -27,41 +31,6 @@ pub struct Card<'a> {
     pub id: &'a str,
     /// The run's folder.
     pub folder: &'a Path,
-}
-
-/// The scheduler that samples a student in diffusers.
-struct DiffusersScheduler {
-    class: &'static str,
-    /// Arguments of `from_config` besides the teacher's configuration.
-    options: String,
-    /// Further arguments of the pipeline's call.
-    call: String,
-}
-
-impl DiffusersScheduler {
-    fn of(distill: &Distill) -> Self {
-        let points = distill.num_ddim_timesteps;
-        match distill.objective {
-            ObjectiveKind::Lcm => Self {
-                class: "LCMScheduler",
-                options: format!(
-                    "original_inference_steps={points}, timestep_scaling={:?}",
-                    distill.timestep_scaling
-                ),
-                call: String::new(),
-            },
-            ObjectiveKind::Tcd => Self {
-                class: "TCDScheduler",
-                options: format!("original_inference_steps={points}"),
-                call: format!(", eta={:?}", distill.tcd_gamma()),
-            },
-            ObjectiveKind::Pcm => Self {
-                class: "DDIMScheduler",
-                options: "timestep_spacing=\"trailing\"".to_owned(),
-                call: String::new(),
-            },
-        }
-    }
 }
 
 fn model_name(objective: ObjectiveKind) -> &'static str {
@@ -81,22 +50,24 @@ struct MetricsLine {
     endpoint_error: Option<f64>,
 }
 
-/// Keys of `run.json` that the card uses.
-#[derive(Deserialize)]
-struct RunInfo {
-    revision: Option<String>,
-}
-
 impl Card<'_> {
     /// File name of the card, in the run's folder and in the repository.
     pub const NAME: &'static str = "README.md";
 
-    /// Paths in the run's folder of the files to push: the card, the student, its moving average, and the card's pictures.
+    /// Paths in the run's folder of the files to push: the card, the student (a LoRA, or a UNet and its moving average), and the card's
+    /// pictures.
     pub fn files(&self) -> Vec<String> {
         let mut files = vec![Self::NAME.to_owned(), "loss.png".to_owned()];
-        for model in ["unet", "unet_target"] {
-            for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
-                files.push(format!("{model}/{file}"));
+        match &self.config.lora {
+            Some(lora) => {
+                files.extend(lora_files(lora).map(|file| format!("{LORA_FOLDER}/{file}")))
+            }
+            None => {
+                for model in ["unet", "unet_target"] {
+                    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+                        files.push(format!("{model}/{file}"));
+                    }
+                }
             }
         }
         files.extend(self.pictures().into_iter().map(|(name, _)| name));
@@ -115,16 +86,20 @@ impl Card<'_> {
     fn text(&self) -> Result<String, HubError> {
         let teacher = self.teacher();
         let lines = self.lines()?;
-        let mut text = front_matter(&teacher);
+        let mut text = front_matter(&teacher, self.config.lora.is_some());
         let name = self.id.rsplit('/').next().unwrap_or(self.id);
         let (linked, note) = match &teacher {
             PublicModel::Hub(id) => (format!("[{id}](https://huggingface.co/{id})"), ""),
             PublicModel::Private(name) => (format!("`{name}`"), ", a model that is not on the Hub"),
         };
         text += &format!(
-            "\n# {name}\n\nA {}: the UNet of {linked}{note}, distilled so that one to eight steps make an \
-             image. Trained with coffey {}.\n\n",
+            "\n# {name}\n\nA {}: {} {linked}{note}, distilled so that one to eight steps make an image. Trained with coffey \
+             {}.\n\n",
             model_name(self.config.distill.objective),
+            match &self.config.lora {
+                Some(_) => "a LoRA for",
+                None => "the UNet of",
+            },
             env!("CARGO_PKG_VERSION")
         );
         text += &self.usage(&teacher)?;
@@ -165,7 +140,12 @@ impl Card<'_> {
     fn pictures(&self) -> Vec<(String, &'static str)> {
         let comparison = "samples/comparison.png";
         if self.folder.join(comparison).is_file() {
-            let about = "The same noise and prompts, by the teacher and by the student (its moving average)";
+            let about = match &self.config.lora {
+                Some(_) => "The same noise and prompts, by the teacher and by the student",
+                None => {
+                    "The same noise and prompts, by the teacher and by the student (its moving average)"
+                }
+            };
             return vec![(comparison.to_owned(), about)];
         }
         let grids = [
@@ -187,78 +167,6 @@ impl Card<'_> {
             .into_iter()
             .filter_map(|(kind, about)| Some((newest(kind)?, about)))
             .collect()
-    }
-
-    fn usage(&self, teacher: &PublicModel) -> Result<String, HubError> {
-        let Config { distill, model, .. } = self.config;
-        let mut arguments = match teacher {
-            PublicModel::Hub(id) => format!("{id:?}"),
-            PublicModel::Private(_) => "teacher".to_owned(),
-        };
-        let mut code = String::new();
-        if let PublicModel::Private(name) = teacher {
-            code += &format!("teacher = {name:?}  # its folder, in diffusers layout\n");
-        } else if let Some(revision) = self.revision()? {
-            arguments += &format!(", revision={revision:?}");
-        }
-        code += &format!(
-            "# unet_target is its moving average\nunet = UNet2DConditionModel.from_pretrained({:?}, subfolder=\"unet\", \
-             torch_dtype=dtype)\n",
-            self.id
-        );
-        arguments += ", unet=unet";
-        let scheduler = DiffusersScheduler::of(distill);
-        let mut imports = format!(
-            "DiffusionPipeline, {}, UNet2DConditionModel",
-            scheduler.class
-        );
-        if let Some(PublicModel::Hub(id)) = model.vae.as_ref().map(public_model) {
-            imports.insert_str(0, "AutoencoderKL, ");
-            code += &format!("vae = AutoencoderKL.from_pretrained({id:?}, torch_dtype=dtype)\n");
-            arguments += ", vae=vae";
-        }
-        let validation = self.config.validation.as_ref();
-        let prompt = validation.and_then(|v| v.prompts.first());
-        let prompt = prompt.map_or("a lighthouse at dusk", String::as_str);
-        // diffusers' `guidance_scale` is w + 1, where the student was trained with w.
-        let (least, most) = (distill.w_min + 1.0, distill.w_max + 1.0);
-        let guidance = validation.map_or(8.0, |v| v.guidance).max(least).min(most);
-        Ok(format!(
-            r#"## Use
-
-```python
-import torch
-from diffusers import {imports}
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if device == "cuda" else torch.float32
-{code}pipeline = DiffusionPipeline.from_pretrained({arguments}, torch_dtype=dtype).to(device)
-pipeline.scheduler = {}.from_config(
-    pipeline.scheduler.config, {}
-)
-image = pipeline(
-    {}, num_inference_steps={SAMPLING_STEPS}, guidance_scale={guidance:?}, height={side}, width={side}{}
-).images[0]
-image.save("image.png")
-```
-
-One to eight steps; guidance from {least} to {most}. Guidance costs no second forward pass: it is an input of the student.
-"#,
-            scheduler.class,
-            scheduler.options,
-            // A JSON string is a valid Python string.
-            serde_json::Value::from(prompt),
-            scheduler.call,
-            side = self.config.image.resolution,
-        ))
-    }
-
-    /// The teacher's commit or branch, unless it is `main`.
-    fn revision(&self) -> Result<Option<String>, HubError> {
-        let path = self.folder.join("run.json");
-        let text = fs::read_to_string(&path).map_err(io(&path))?;
-        let run: RunInfo = serde_json::from_str(&text).map_err(|error| io(&path)(error.into()))?;
-        Ok(run.revision.filter(|revision| revision != Model::MAIN))
     }
 
     fn data(&self) -> String {
@@ -315,11 +223,18 @@ One to eight steps; guidance from {least} to {most}. Guidance costs no second fo
                 format!("{mean:.5}"),
             ));
         }
+        if let Some(lora) = &self.config.lora {
+            rows.push(("LoRA's rank".to_owned(), lora.rank.to_string()));
+        }
         if let Some(error) = lines.iter().rev().find_map(|line| line.endpoint_error) {
+            let whose = match &self.config.lora {
+                Some(_) => "the student's",
+                None => "the moving average's",
+            };
             rows.push((
-                "endpoint error: mean squared distance in latent space of the moving average's 1-step samples from the teacher's \
-                 50-step samples"
-                    .to_owned(),
+                format!(
+                    "endpoint error: mean squared distance in latent space of {whose} 1-step samples from the teacher's 50-step samples"
+                ),
                 format!("{error:.5}"),
             ));
         }
@@ -332,15 +247,26 @@ One to eight steps; guidance from {least} to {most}. Guidance costs no second fo
     }
 }
 
+/// Files of the folder of a LoRA.
+fn lora_files(lora: &Lora) -> impl Iterator<Item = &'static str> {
+    let files = [
+        (LoraLayout::Peft, DIFFUSERS_FILE),
+        (LoraLayout::Kohya, KOHYA_FILE),
+    ];
+    let saved = files.map(|(layout, file)| lora.save.contains(&layout).then_some(file));
+    saved.into_iter().flatten()
+}
+
 /// Names no licence: it depends on the teacher's and the data's, which the user has to judge.
-fn front_matter(teacher: &PublicModel) -> String {
+fn front_matter(teacher: &PublicModel, is_lora: bool) -> String {
+    let lora = if is_lora { "- lora\n" } else { "" };
     let base = match teacher {
         PublicModel::Hub(id) => format!("base_model: {id}\n"),
         PublicModel::Private(_) => String::new(),
     };
     format!(
-        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{base}tags:\n- latent-consistency-model\n- text-to-image\n- \
-         diffusers\n- coffey\n---\n"
+        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n{base}tags:\n- latent-consistency-model\n{lora}- \
+         text-to-image\n- diffusers\n- coffey\n---\n"
     )
 }
 
@@ -453,5 +379,37 @@ mod tests {
             !text.contains("base_model") && text.contains("teacher = \"somewhere\""),
             "{text}"
         );
+    }
+
+    #[test]
+    fn card_of_a_lora_loads_it() {
+        let folder = tempfile::tempdir().unwrap();
+        finished(folder.path());
+        let config = config(&["model.teacher=user/teacher", "lora.rank=8"]);
+        let card = Card {
+            config: &config,
+            id: "user/student",
+            folder: folder.path(),
+        };
+        assert_eq!(
+            card.files()[2..],
+            [
+                "unet_lora/pytorch_lora_weights.safetensors",
+                "unet_lora/lora_kohya.safetensors"
+            ]
+        );
+        let text = card.text().unwrap();
+        for expected in [
+            "- lora\n",
+            "a LoRA for [user/teacher]",
+            "subfolder=\"unet_lora\", weight_name=\"pytorch_lora_weights.safetensors\")",
+            "guidance_scale=1.0",
+            "guidance 1 (off) to 2",
+            "`unet_lora/lora_kohya.safetensors`",
+            "| LoRA's rank | 8 |",
+        ] {
+            assert!(text.contains(expected), "{expected}: {text}");
+        }
+        assert!(!text.contains("UNet2DConditionModel"), "{text}");
     }
 }

@@ -5,6 +5,7 @@ use candle_nn::VarBuilder;
 
 use super::UNetConfig;
 use super::config::TimeEmbeddingConfig;
+use crate::models::adapter::adaptable;
 use crate::models::layers::Linear;
 
 /// diffusers' `Timesteps` and `TimestepEmbedding`.
@@ -16,6 +17,8 @@ pub(super) struct TimeEmbedding {
     base: usize,
     config: TimeEmbeddingConfig,
 }
+
+adaptable!(TimeEmbedding: linear_1, cond_proj, linear_2);
 
 impl TimeEmbedding {
     pub(super) fn new(vb: VarBuilder<'_>, config: &UNetConfig) -> Result<Self> {

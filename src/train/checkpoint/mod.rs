@@ -13,7 +13,7 @@ mod store;
 
 pub(super) use saved_run::{SavedRun, fetch, open};
 pub(super) use saver::{Saved, Saver};
-pub(super) use snapshot::{Snapshot, write_model};
+pub(super) use snapshot::{Snapshot, write_folder};
 pub(super) use store::CheckpointStore;
 
 use std::collections::BTreeMap;

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use super::{CheckpointState, OPTIMIZER, STATE, damaged};
-use crate::adaptation::FOLDERS;
+use crate::adaptation::{SavedFolder, saved_folders};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{choose_weights, file_names};
 use crate::train::{TrainError, io};
@@ -54,7 +54,7 @@ pub(in crate::train) fn open(path: &Path) -> Result<SavedRun, TrainError> {
             .map_err(broken(name))?;
         check_sum(&place, name, &found, expected)?;
     }
-    check_weights(&place, path)?;
+    check_weights(&place, path, &state)?;
     Ok(SavedRun {
         place,
         folder: path.to_owned(),
@@ -114,11 +114,9 @@ fn check_files(place: &str, state: &CheckpointState) -> Result<(), TrainError> {
             return Err(damaged(place, message));
         }
     }
-    let models = FOLDERS.into_iter().flat_map(|folder| {
-        [
-            format!("{folder}/config.json"),
-            format!("{folder}/{WEIGHTS_STEM}.safetensors"),
-        ]
+    let models = folders(state).iter().flat_map(|folder| {
+        let files = folder.files.iter();
+        files.map(|file| format!("{}/{file}", folder.name))
     });
     let mut loaded = models.chain([OPTIMIZER.to_owned()]);
     match loaded.find(|name| !state.checksums.contains_key(name)) {
@@ -136,17 +134,24 @@ fn check_sum(place: &str, name: &str, found: &str, expected: &str) -> Result<(),
 }
 
 /// Refuses a file that would be loaded in place of one with a checksum.
-fn check_weights(place: &str, path: &Path) -> Result<(), TrainError> {
-    let own = format!("{WEIGHTS_STEM}.safetensors");
-    for folder in FOLDERS {
-        let names: BTreeSet<String> = file_names(&path.join(folder));
-        let chosen = choose_weights(WEIGHTS_STEM, &names).map_or_else(|_| own.clone(), |f| f.name);
-        if chosen != own {
-            let message = format!("{folder}/{chosen} would be loaded in place of {own}; remove it");
+fn check_weights(place: &str, path: &Path, state: &CheckpointState) -> Result<(), TrainError> {
+    for SavedFolder { name, files } in folders(state) {
+        let names: BTreeSet<String> = file_names(&path.join(name));
+        let Ok(chosen) = choose_weights(WEIGHTS_STEM, &names).map(|file| file.name) else {
+            continue;
+        };
+        if !files.contains(&chosen.as_str()) {
+            let own = files.last().unwrap_or(&"");
+            let message = format!("{name}/{chosen} would be loaded in place of {own}; remove it");
             return Err(damaged(place, message));
         }
     }
     Ok(())
+}
+
+/// The folders that a checkpoint holds its student in.
+fn folders(state: &CheckpointState) -> &'static [SavedFolder] {
+    saved_folders(state.checksums.keys().map(String::as_str))
 }
 
 /// Copies to the end. Returns the SHA-256 of the bytes.

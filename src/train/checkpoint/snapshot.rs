@@ -4,13 +4,11 @@ use std::io;
 
 use candle_core::{Result, Tensor};
 use coffey_pipeline::{Destination, SourceError};
-use serde_json::{Map, Value};
 
 use super::{CheckpointState, OPTIMIZER, RunIdentity, STATE};
-use crate::adaptation::ModelFolder;
+use crate::adaptation::{ModelFolder, TensorFile};
 use crate::device;
-use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{config_text, model_metadata, write_safetensors};
+use crate::models::{config_text, write_safetensors};
 use crate::params::Tensors;
 use crate::train::{TrainError, TrainState};
 
@@ -25,12 +23,15 @@ pub(in crate::train) struct Snapshot {
 impl Snapshot {
     /// The state as it is now; `None` before the first step. Its tensors share the storage of those that are trained: see
     /// [`Snapshot::copied`].
-    pub(in crate::train) fn of(state: &TrainState, run: &RunIdentity) -> Option<Self> {
-        Some(Self {
-            folders: state.student.folders(),
+    pub(in crate::train) fn of(state: &TrainState, run: &RunIdentity) -> Result<Option<Self>> {
+        let Some(described) = CheckpointState::new(state, run) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            folders: state.student.checkpoint()?,
             optimizer: state.optimizer.state().into_iter().collect(),
-            state: CheckpointState::new(state, run)?,
-        })
+            state: described,
+        }))
     }
 
     /// A copy in main memory, which training does not change.
@@ -39,9 +40,19 @@ impl Snapshot {
             let (names, tensors): (Vec<String>, Vec<Tensor>) = tensors.into_iter().unzip();
             Ok(names.into_iter().zip(device::copies(&tensors)?).collect())
         };
+        let copy_file = |file: TensorFile| {
+            Ok(TensorFile {
+                tensors: copy_all(file.tensors)?,
+                ..file
+            })
+        };
         let folders = self.folders.into_iter().map(|folder| {
             Ok(ModelFolder {
-                tensors: copy_all(folder.tensors)?,
+                files: folder
+                    .files
+                    .into_iter()
+                    .map(copy_file)
+                    .collect::<Result<_>>()?,
                 ..folder
             })
         });
@@ -68,21 +79,14 @@ impl Snapshot {
             state.checksums.insert(name.to_owned(), checksum);
         };
         for folder in &self.folders {
-            let place = format!("{below}{}/", folder.name);
-            let written = write_model(destination, &place, &folder.config, &folder.tensors)?;
-            for (name, checksum) in written {
-                note(&format!("{}/{name}", folder.name), checksum);
+            for (name, checksum) in write_folder(destination, below, folder)? {
+                note(&name, checksum);
             }
         }
         let name = format!("{below}{OPTIMIZER}");
         let checksum = write_tensors(destination, &name, &self.optimizer, None)?;
         note(OPTIMIZER, checksum);
         Ok(state)
-    }
-
-    /// The models in diffusers layout.
-    pub(super) fn folders(&self) -> &[ModelFolder] {
-        &self.folders
     }
 }
 
@@ -100,24 +104,49 @@ pub(super) fn write_state(
     Ok(())
 }
 
-/// Writes a model in diffusers layout, under names that begin with `below`. Returns the checksum of each file by the rest of its
-/// name. `config.json` is written last: a folder with it is whole.
-pub(in crate::train) fn write_model(
+/// Writes a folder with its name, under names that begin with `below`. Returns the checksum of each file by the rest of its name.
+/// `config.json` is written last: a folder with it is whole.
+pub(in crate::train) fn write_folder(
     destination: &Destination,
     below: &str,
-    config: &Map<String, Value>,
-    tensors: &Tensors,
-) -> std::result::Result<[(String, String); 2], SourceError> {
-    let weights = format!("{WEIGHTS_STEM}.safetensors");
-    let metadata = Some(model_metadata());
-    let name = format!("{below}{weights}");
-    let weights = (
-        weights,
-        write_tensors(destination, &name, tensors, metadata)?,
-    );
-    let name = format!("{below}config.json");
-    let config = destination.write(&name, config_text(config).as_bytes())?;
-    Ok([weights, ("config.json".to_owned(), config.sha256)])
+    folder: &ModelFolder,
+) -> std::result::Result<Vec<(String, String)>, SourceError> {
+    let name = |file: &str| match folder.name.as_str() {
+        "" => file.to_owned(),
+        folder => format!("{folder}/{file}"),
+    };
+    write_files(destination, below, folder, name)
+}
+
+/// As [`write_folder`], without the folder's own name.
+pub(super) fn write_content(
+    destination: &Destination,
+    folder: &ModelFolder,
+) -> std::result::Result<(), SourceError> {
+    write_files(destination, "", folder, str::to_owned)?;
+    Ok(())
+}
+
+fn write_files(
+    destination: &Destination,
+    below: &str,
+    folder: &ModelFolder,
+    name: impl Fn(&str) -> String,
+) -> std::result::Result<Vec<(String, String)>, SourceError> {
+    let mut written = Vec::new();
+    for file in &folder.files {
+        let name = name(&file.name);
+        let (tensors, metadata) = (&file.tensors, Some(file.metadata.clone()));
+        let place = format!("{below}{name}");
+        written.push((name, write_tensors(destination, &place, tensors, metadata)?));
+    }
+    if let Some(config) = &folder.config {
+        let name = name("config.json");
+        let text = config_text(config);
+        let config = destination.write(&format!("{below}{name}"), text.as_bytes())?;
+        written.push((name, config.sha256));
+    }
+    Ok(written)
 }
 
 fn write_tensors(

@@ -7,9 +7,9 @@ use coffey_pipeline::Destination;
 
 use super::atomic_dir::{UNFINISHED, write_dir_atomically};
 use super::saved_run::{SavedRun, fetch, open};
-use super::snapshot::{write_model, write_state};
+use super::snapshot::{write_content, write_folder, write_state};
 use super::{PREFIX, STATE, Snapshot, step_of};
-use crate::adaptation::FOLDERS;
+use crate::adaptation::{ModelFolder, SAVED_FOLDERS};
 use crate::train::{TrainError, io};
 
 /// A run's checkpoints.
@@ -98,18 +98,16 @@ impl CheckpointStore {
     }
 
     /// Writes the finished student beside the checkpoints.
-    pub(in crate::train) fn finish(&self, snapshot: &Snapshot) -> Result<(), TrainError> {
-        for model in snapshot.folders() {
-            let (config, tensors) = (&model.config, &model.tensors);
+    pub(in crate::train) fn finish(&self, student: &[ModelFolder]) -> Result<(), TrainError> {
+        for model in student {
             match &self.location {
                 CheckpointLocation::Folder(folder) => {
-                    write_dir_atomically(&folder.join(model.name), |unfinished| {
-                        write_model(&Destination::folder(unfinished), "", config, tensors)?;
-                        Ok(())
+                    write_dir_atomically(&folder.join(&model.name), |unfinished| {
+                        Ok(write_content(&Destination::folder(unfinished), model)?)
                     })?;
                 }
                 CheckpointLocation::Remote(destination, _) => {
-                    write_model(destination, &format!("{}/", model.name), config, tensors)?;
+                    write_folder(destination, "", model)?;
                 }
             }
         }
@@ -204,6 +202,6 @@ fn marked<'a>(names: impl Iterator<Item = &'a str>) -> Vec<u64> {
 fn is_ours(name: &str) -> bool {
     let folder = name.split_once('/').map(|(folder, _)| folder);
     step_of_file(name).is_some()
-        || folder.is_some_and(|folder| FOLDERS.contains(&folder))
+        || SAVED_FOLDERS.iter().any(|saved| folder == Some(saved.name))
         || name.ends_with(".jsonl") && folder.is_none()
 }

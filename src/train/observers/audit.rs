@@ -5,13 +5,13 @@ use coffey_pipeline::Destination;
 use serde_json::{Value, json};
 
 use super::{Earlier, Observer, RunView, StepReport};
-use crate::adaptation::Adaptation;
+use crate::adaptation::{Adaptation, AuditMoment};
 use crate::config::Config;
 use crate::models::write_safetensors;
 use crate::objective::Objective;
 use crate::params::Tensors;
 use crate::train::TrainError;
-use crate::train::checkpoint::write_model;
+use crate::train::checkpoint::write_folder;
 
 /// Writes `step-NNNNNN.MM.safetensors` for the first steps of a run, and the student before and after them.
 #[derive(Debug)]
@@ -33,11 +33,19 @@ impl AuditWriter {
         let meta = meta(config, steps, objective, student);
         folder.write("meta.json", format!("{meta:#}\n").as_bytes())?;
         let audit = Self { folder, steps };
-        if let Some(online) = student.folders().first() {
-            let name = format!("{}_init/", online.name);
-            write_model(&audit.folder, &name, &online.config, &online.tensors)?;
-        }
+        audit.write_student(student, AuditMoment::Init)?;
         Ok(audit)
+    }
+
+    fn write_student(
+        &self,
+        student: &dyn Adaptation,
+        moment: AuditMoment,
+    ) -> Result<(), TrainError> {
+        for folder in student.audited(moment)? {
+            write_folder(&self.folder, "", &folder)?;
+        }
+        Ok(())
     }
 
     /// Writes the micro-batches of a step. The last one has the gradient norm before clipping and the learning rate as well.
@@ -83,10 +91,7 @@ impl Observer for AuditWriter {
         }
         self.write_step(report)?;
         if report.record.step == self.steps {
-            for folder in run.state.student.folders() {
-                let name = format!("{}_final/", folder.name);
-                write_model(&self.folder, &name, &folder.config, &folder.tensors)?;
-            }
+            self.write_student(&*run.state.student, AuditMoment::Final)?;
         }
         Ok(())
     }
@@ -107,6 +112,7 @@ fn meta(config: &Config, steps: u64, objective: &dyn Objective, student: &dyn Ad
         "huber_c": distill.huber_c,
         "ema_decay": distill.ema_decay,
         "time_cond_proj_dim": student.student().guidance_width(),
+        "lora": config.lora,
         "learning_rate": optimizer.learning_rate,
         "schedule": optimizer.schedule,
         "warmup_steps": optimizer.warmup_steps,

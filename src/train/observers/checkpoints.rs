@@ -39,7 +39,7 @@ impl Checkpoints {
         if let Some((step, outcome)) = self.saver.wait() {
             self.report(step, outcome);
         }
-        let Some(snapshot) = self.unsaved(state) else {
+        let Some(snapshot) = self.unsaved(state)? else {
             return Ok(());
         };
         // A checkpoint is never ahead of the lines about its steps.
@@ -71,7 +71,7 @@ impl Checkpoints {
         if let Some((step, outcome)) = self.saver.wait() {
             self.report(step, outcome);
         }
-        let Some(snapshot) = self.unsaved(state) else {
+        let Some(snapshot) = self.unsaved(state)? else {
             return Ok(());
         };
         let saved = earlier.sync().and_then(|()| self.saver.save(&snapshot));
@@ -86,9 +86,9 @@ impl Checkpoints {
     }
 
     /// The state, unless it is saved already or no step was made yet.
-    fn unsaved(&self, state: &TrainState) -> Option<Snapshot> {
+    fn unsaved(&self, state: &TrainState) -> candle_core::Result<Option<Snapshot>> {
         if self.newest == Some(state.step) {
-            return None;
+            return Ok(None);
         }
         Snapshot::of(state, &self.identity)
     }
@@ -144,10 +144,9 @@ impl Observer for Checkpoints {
         earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
         self.save_last(run.state, earlier)?;
-        if ending == Ending::Done
-            && let Some(snapshot) = Snapshot::of(run.state, &self.identity)
-        {
-            let finished = self.saver.checkpoints().finish(&snapshot);
+        if ending == Ending::Done {
+            let student = run.state.student.finished()?;
+            let finished = self.saver.checkpoints().finish(&student);
             finished.map_err(|cause| {
                 TrainError::not_saved("the finished student".to_owned(), cause, self.newest)
             })?;

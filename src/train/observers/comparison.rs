@@ -54,11 +54,11 @@ impl ComparisonGrid {
         };
         let student = |steps| {
             let sampler = run.objective.sampler(steps);
-            let guidance = Guidance::AsNetworkTakes(self.guidance);
-            let target = run.state.student.target();
+            let guidance = Guidance::Distilled(self.guidance);
+            let network = run.state.student.result();
             let on_pass = |drawn| between("student", steps, drawn);
             let prompts = &self.prompts;
-            let drawn = prompts.sample(target, guidance, &*sampler, run.cancel, &on_pass);
+            let drawn = prompts.sample(network, guidance, &*sampler, run.cancel, &on_pass);
             drawn.map_err(TrainError::from)
         };
         let columns = [
@@ -120,13 +120,16 @@ impl Observer for Comparison {
             }
         }
         if let Some(endpoint) = &self.endpoint {
-            let target = run.state.student.target();
-            let student = endpoint.of(target, run.objective, run.cancel, &self.progress)?;
+            let network = run.state.student.result();
+            let error =
+                |steps| endpoint.of(network, steps, run.objective, run.cancel, &self.progress);
+            let (student, student_4_steps) = (error(1)?, error(4)?);
             let (one, four) = (endpoint.teacher_1_step, endpoint.teacher_4_steps);
             self.progress.say(format!(
-                "endpoint error: student in 1 step {} · teacher in 1 step {} · teacher in 4 steps {} (student / teacher in 1 \
+                "endpoint error: student in 1 step {}, in 4 steps {} · teacher in 1 step {}, in 4 steps {} (student / teacher in 1 \
                  step: {:.2})",
                 figure(student),
+                figure(student_4_steps),
                 figure(one),
                 figure(four),
                 student / one

@@ -83,16 +83,17 @@ impl EndpointError {
         })
     }
 
-    /// The error of a student's one-step samples.
+    /// The error of a student's samples in `steps` steps.
     pub(in crate::train) fn of(
         &self,
         student: &dyn Denoiser,
+        steps: usize,
         objective: &dyn Objective,
         cancel: &CancellationToken,
         progress: &Progress,
     ) -> Result<f64, TrainError> {
-        let guidance = Guidance::AsNetworkTakes(self.guidance);
-        let sampler = objective.sampler(1);
+        let guidance = Guidance::Distilled(self.guidance);
+        let sampler = objective.sampler(steps);
         let on_pass = |drawn| progress.between(&format!("measuring the endpoint error: {drawn}"));
         let prompts = &self.prompts;
         let drawn = prompts.sample(student, guidance, &*sampler, cancel, &on_pass)?;
@@ -110,7 +111,7 @@ pub(in crate::train) fn figure(x: f64) -> String {
     format!("{x:.digits$}")
 }
 
-/// Measures the endpoint error of the moving average every few steps.
+/// Measures the endpoint error of the network that the run leaves every few steps.
 #[derive(Debug)]
 pub(in crate::train) struct Endpoint {
     pub(in crate::train) error: Rc<EndpointError>,
@@ -132,8 +133,8 @@ impl Observer for Endpoint {
         if step.is_multiple_of(self.every) || step == self.max_steps {
             // Never cut short: the record of a step does not depend on when a stop is asked for.
             let never = CancellationToken::new();
-            let target = run.state.student.target();
-            let error = (self.error).of(target, run.objective, &never, &self.progress)?;
+            let drawn = run.state.student.result();
+            let error = (self.error).of(drawn, 1, run.objective, &never, &self.progress)?;
             report.record.endpoint_error = Some(error);
         }
         Ok(())

@@ -5,15 +5,25 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::{Earlier, Observer, RunView, StepReport};
+use crate::adaptation::Adaptation;
 use crate::config::Validation;
 use crate::draw::{grid, save_png};
 use crate::encode::Encoders;
+use crate::models::Denoiser;
 use crate::progress::Progress;
 use crate::sample::{Guidance, Prompts, decode_images};
 use crate::train::TrainError;
 
-/// Names of a step's grids: the moving average and the student itself.
+/// Names of a step's grids: the moving average, if the student has one, and the student itself.
 pub(super) const GRIDS: [&str; 2] = ["target", "online"];
+
+/// The networks that grids are drawn with, by the names of the grids.
+fn networks(student: &dyn Adaptation) -> Vec<(&'static str, &dyn Denoiser)> {
+    let [target, online] = GRIDS;
+    let averaged = student.target_params().map(|_| (target, student.target()));
+    let online = (online, student.frozen_student());
+    averaged.into_iter().chain([online]).collect()
+}
 
 /// The file of a step's grid in the run's folder.
 pub(super) fn grid_path(folder: &Path, step: u64, name: &str) -> PathBuf {
@@ -25,7 +35,7 @@ pub(super) fn warn_of_missing_picture(progress: &Progress, error: &TrainError) {
     progress.say(format!("warning: {error}; this picture is left out"));
 }
 
-/// Draws `samples/step-N-{target,online}.png`: one row a prompt, one column an image.
+/// Draws `samples/step-N-target.png`, if the student has a moving average, and `samples/step-N-online.png`: one row a prompt, one column an image.
 #[derive(Debug)]
 pub(in crate::train) struct Grids {
     /// Folder of the run.
@@ -60,11 +70,9 @@ impl Grids {
     }
 
     fn draw(&self, step: u64, run: &RunView<'_>) -> Result<(), TrainError> {
-        let student = &run.state.student;
         let guidance = Guidance::AsNetworkTakes(self.validation.guidance);
         let sampler = run.objective.sampler(self.validation.steps);
-        let networks = [student.target(), student.frozen_student()];
-        for (name, network) in GRIDS.into_iter().zip(networks) {
+        for (name, network) in networks(&*run.state.student) {
             let on_progress = |drawn| {
                 let message = format!("drawing the grid {name} of step {step}: {drawn}");
                 self.progress.between(&message);
@@ -88,8 +96,8 @@ impl Observer for Grids {
     /// Draws the grids of a checkpoint's step if the run was ended between checkpoint and grids.
     fn on_start(&mut self, run: &RunView<'_>, earlier: &mut Earlier<'_>) -> Result<(), TrainError> {
         let step = run.state.step;
-        let there = |name| grid_path(&self.folder, step, name).is_file();
-        if step == 0 || GRIDS.into_iter().all(there) {
+        let there = |(name, _)| grid_path(&self.folder, step, name).is_file();
+        if step == 0 || networks(&*run.state.student).into_iter().all(there) {
             return Ok(());
         }
         self.draw_if_due(step, run, earlier)

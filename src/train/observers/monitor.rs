@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::grids::grid_path;
+use super::grids::{GRIDS, grid_path};
 use super::{Earlier, Ending, Observer, RunView, StepReport};
 use crate::monitor::Monitor;
 use crate::train::TrainError;
@@ -19,8 +19,8 @@ pub(in crate::train) struct MonitorReporter {
 impl MonitorReporter {
     /// Shows the grid of `step`, if it is there.
     pub(in crate::train) fn show_grid(&self, step: u64) {
-        let path = grid_path(&self.folder, step, "target");
-        if path.is_file() {
+        let paths = GRIDS.map(|name| grid_path(&self.folder, step, name));
+        if let Some(path) = paths.into_iter().find(|path| path.is_file()) {
             self.monitor.grid(step, path);
         }
     }

@@ -124,9 +124,9 @@ impl Observer for Tracker {
 
     fn on_grids(&mut self, step: u64) {
         self.write(|writer, folder| {
-            GRIDS
-                .iter()
-                .try_for_each(|name| write_grid(writer, folder, step, name))
+            let drawn = |name: &&&str| grid_path(folder, step, name).is_file();
+            let mut names = GRIDS.iter().filter(drawn);
+            names.try_for_each(|name| write_grid(writer, folder, step, name))
         });
     }
 

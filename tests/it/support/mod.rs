@@ -19,6 +19,7 @@ use tempfile::TempDir;
 
 /// The configuration of most runs.
 pub(crate) const QUICKSTART: &str = "configs/quickstart.toml";
+pub(crate) const QUICKSTART_LORA: &str = "configs/quickstart-lora.toml";
 pub(crate) const PRECOMPUTE: &str = "configs/precompute-quickstart.toml";
 /// Settings that leave out the pictures, which take time.
 pub(crate) const NO_PICTURES: [&str; 3] = [

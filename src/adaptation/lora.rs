@@ -1,0 +1,272 @@
+//! Training a LoRA: low-rank adapters of some layers of the teacher's UNet, which is itself frozen and shared with the teacher.
+
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+
+use candle_core::{DType, Device, Result, Tensor};
+use coffey_pipeline::counted;
+
+use super::dropout::{NamedDropout, Place};
+use super::saved::UNET_LORA;
+use super::{Adaptation, AuditMoment, ForwardOptions, ModelFolder, TensorFile};
+use crate::lora::{
+    self, BaseVersion, DIFFUSERS_FILE, FileContents, KOHYA_FILE, Layout, LoraError, Modules,
+};
+use crate::models::{Adapter, Denoiser, Dropout, UNet, casts_parameter};
+use crate::params::{ParamSet, Tensors};
+use crate::random::{generator, uniform};
+
+/// Names of an adapter's two matrices behind that of its module: PEFT's.
+const DOWN: &str = ".lora_A.weight";
+const UP: &str = ".lora_B.weight";
+
+/// Settings of a LoRA.
+#[derive(Clone, Debug)]
+pub struct LoraOptions {
+    /// Rank of the adapters.
+    pub rank: usize,
+    /// Numerator of the factor of the adapters' output, whose denominator is the rank.
+    pub alpha: f64,
+    /// Share of the numbers at the input of an adapter that is set to 0 in training.
+    pub dropout: f64,
+    /// Names of the adapted modules, or the ends of their names: see [`Modules::targeted`].
+    pub targets: Vec<String>,
+    /// Whether the finished LoRA is written in diffusers' layout.
+    pub save_peft: bool,
+    /// Whether it is written in kohya's layout.
+    pub save_kohya: bool,
+    /// Type of the finished LoRA.
+    pub save_dtype: DType,
+}
+
+/// A LoRA over a frozen UNet. The student is its own target: there is no moving average.
+#[derive(Debug)]
+pub struct Lora {
+    options: LoraOptions,
+    params: ParamSet,
+    student: UNet,
+    target: UNet,
+    frozen_student: UNet,
+    place: Place,
+}
+
+impl Lora {
+    /// A student that starts as `teacher`: the first matrix of every adapter is drawn as PEFT draws it, uniformly within
+    /// `1/√fan_in`, and the second is 0.
+    ///
+    /// # Errors
+    /// [`LoraError::Targets`] where `options.targets` do not fit the network, or when a tensor operation fails.
+    pub fn from_teacher(
+        teacher: &UNet,
+        options: LoraOptions,
+        seed: u64,
+        device: &Device,
+        forward: ForwardOptions,
+    ) -> std::result::Result<Self, LoraError> {
+        let mut tensors = Tensors::new();
+        for (module, weight) in modules_of(teacher).targeted(&options.targets)?.iter() {
+            let [down, up] = Adapter::shapes(weight, options.rank);
+            let fan_in: usize = down.iter().skip(1).product();
+            let bound = 1.0 / (fan_in as f64).sqrt();
+            let mut rng = generator(seed, &format!("lora {module}"), 0, 0);
+            let drawn: Vec<f32> = (0..options.rank * fan_in)
+                .map(|_| uniform(&mut rng, -bound, bound) as f32)
+                .collect();
+            let drawn = Tensor::from_vec(drawn, down, device)?;
+            tensors.insert(format!("{module}{DOWN}"), drawn);
+            let zeros = Tensor::zeros(up, DType::F32, device)?;
+            tensors.insert(format!("{module}{UP}"), zeros);
+        }
+        Self::new(teacher, &tensors, options, seed, forward)
+    }
+
+    /// The student in the `unet_lora/` of a checkpoint, over `teacher`.
+    ///
+    /// # Errors
+    /// When the file can't be read, or does not fit the teacher or the options.
+    pub fn load(
+        checkpoint: &Path,
+        teacher: &UNet,
+        options: LoraOptions,
+        seed: u64,
+        device: &Device,
+        forward: ForwardOptions,
+    ) -> std::result::Result<Self, LoraError> {
+        let path = checkpoint.join(UNET_LORA).join(DIFFUSERS_FILE);
+        let modules = modules_of(teacher).targeted(&options.targets)?;
+        let mut saved = lora::read(&path, &modules)?.lora;
+        let mut tensors = Tensors::new();
+        for (module, weight) in modules.iter() {
+            let adapter = saved.adapters.remove(module);
+            let fits = |adapter: &lora::Adapter| {
+                let shapes = Adapter::shapes(weight, options.rank);
+                [adapter.down.dims(), adapter.up.dims()] == shapes.each_ref().map(Vec::as_slice)
+            };
+            let Some(lora::Adapter { down, up, .. }) = adapter.filter(fits) else {
+                return Err(LoraError::Config {
+                    path,
+                    what: format!("has no adapter of {module} of rank {}", options.rank),
+                });
+            };
+            tensors.insert(format!("{module}{DOWN}"), down.to_device(device)?);
+            tensors.insert(format!("{module}{UP}"), up.to_device(device)?);
+        }
+        Self::new(teacher, &tensors, options, seed, forward)
+    }
+
+    fn new(
+        teacher: &UNet,
+        tensors: &Tensors,
+        options: LoraOptions,
+        seed: u64,
+        forward: ForwardOptions,
+    ) -> std::result::Result<Self, LoraError> {
+        let params = ParamSet::new(tensors)?;
+        let params = match forward.compute {
+            Some(dtype) => params.with_copies(dtype, casts_parameter)?,
+            None => params,
+        };
+        let place = Place::default();
+        let scale = options.alpha / options.rank as f64;
+        let over_teacher = |tensors: Tensors, dropout: Option<&'static str>| {
+            let dropout = dropout.filter(|_| options.dropout > 0.0).map(|network| {
+                Arc::new(NamedDropout {
+                    share: options.dropout,
+                    seed,
+                    network,
+                    place: Arc::clone(&place),
+                }) as Arc<dyn Dropout>
+            });
+            let adapters = pairs(tensors).map(|(module, down, up)| {
+                let dropout = dropout.clone();
+                let adapter = Adapter {
+                    down,
+                    up,
+                    scale,
+                    dropout,
+                };
+                (module, adapter)
+            });
+            let compute = forward.compute.unwrap_or(DType::F32);
+            let unet = teacher.clone().with_adapters(adapters.collect())?;
+            Ok::<_, LoraError>(unet.computing_in(Some(compute)))
+        };
+        Ok(Self {
+            student: over_teacher(params.tracked(), Some("student"))?
+                .with_activations(forward.activations),
+            // As in the reference, whose student is in training mode in both passes.
+            target: over_teacher(params.detached(), Some("target"))?,
+            frozen_student: over_teacher(params.detached(), None)?,
+            place,
+            options,
+            params,
+        })
+    }
+
+    /// The variables' own values as a LoRA.
+    fn weights(&self) -> lora::Lora {
+        let alpha = self.options.alpha;
+        let adapters = pairs(self.params.values());
+        lora::Lora {
+            adapters: adapters
+                .map(|(module, down, up)| (module, lora::Adapter { down, up, alpha }))
+                .collect(),
+        }
+    }
+
+    fn file(&self, name: &str, layout: Layout, dtype: DType) -> Result<TensorFile> {
+        let contents = self.weights().contents(layout, dtype);
+        let FileContents { tensors, metadata } = contents.map_err(candle_core::Error::wrap)?;
+        Ok(TensorFile {
+            name: name.to_owned(),
+            tensors,
+            metadata,
+        })
+    }
+
+    /// A folder with the variables as they are: f32, with alpha in the metadata.
+    fn exact(&self, folder: &str, file: &str) -> Result<Vec<ModelFolder>> {
+        let file = self.file(file, Layout::DiffusersWithAlpha, DType::F32)?;
+        Ok(folder_of(folder, vec![file]))
+    }
+}
+
+/// The module, the first and the second matrix of every adapter in `tensors`.
+fn pairs(mut tensors: Tensors) -> impl Iterator<Item = (String, Tensor, Tensor)> {
+    let names: Vec<String> = tensors.keys().cloned().collect();
+    names.into_iter().filter_map(move |name| {
+        let module = name.strip_suffix(DOWN)?.to_owned();
+        let down = tensors.remove(&name)?;
+        let up = tensors.remove(&format!("{module}{UP}"))?;
+        Some((module, down, up))
+    })
+}
+
+impl Adaptation for Lora {
+    fn describe(&self) -> String {
+        let layers = counted(self.params.iter().count() / 2, "layer");
+        let rank = self.options.rank;
+        format!("a LoRA of rank {rank} on {layers} of the UNet")
+    }
+
+    fn params(&self) -> &ParamSet {
+        &self.params
+    }
+
+    fn target_params(&self) -> Option<&ParamSet> {
+        None
+    }
+
+    fn student(&self) -> &dyn Denoiser {
+        &self.student
+    }
+
+    fn frozen_student(&self) -> &dyn Denoiser {
+        &self.frozen_student
+    }
+
+    fn target(&self) -> &dyn Denoiser {
+        &self.target
+    }
+
+    fn begin(&self, step: u64, micro_batch: u64) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = (step, micro_batch);
+    }
+
+    fn checkpoint(&self) -> Result<Vec<ModelFolder>> {
+        self.exact(UNET_LORA, DIFFUSERS_FILE)
+    }
+
+    fn finished(&self) -> Result<Vec<ModelFolder>> {
+        let kohya = Layout::Kohya(BaseVersion::of(&modules_of(&self.student)));
+        let layouts = [
+            (self.options.save_peft, DIFFUSERS_FILE, Layout::Diffusers),
+            (self.options.save_kohya, KOHYA_FILE, kohya),
+        ];
+        let wanted = layouts.into_iter().filter(|(wanted, ..)| *wanted);
+        let files =
+            wanted.map(|(_, name, layout)| self.file(name, layout, self.options.save_dtype));
+        Ok(folder_of(UNET_LORA, files.collect::<Result<_>>()?))
+    }
+
+    fn audited(&self, moment: AuditMoment) -> Result<Vec<ModelFolder>> {
+        self.exact("", &format!("lora_{}.safetensors", moment.suffix()))
+    }
+}
+
+/// The only folder of a LoRA.
+fn folder_of(name: &str, files: Vec<TensorFile>) -> Vec<ModelFolder> {
+    vec![ModelFolder {
+        name: name.to_owned(),
+        files,
+        config: None,
+    }]
+}
+
+/// The layers of `unet` that can have an adapter.
+fn modules_of(unet: &UNet) -> Modules {
+    let weights = unet.adaptable_weights().into_iter();
+    weights
+        .map(|(module, shape)| (format!("{module}.weight"), shape))
+        .collect()
+}
