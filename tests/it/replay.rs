@@ -2,7 +2,7 @@
 //!
 //! The module `slow` makes 20 steps over every shape of `make_pipeline.py`, which takes minutes.
 
-use crate::support::{NO_PICTURES, QUICKSTART, args, python, succeed, text};
+use crate::support::{NO_PICTURES, QUICKSTART, QUICKSTART_LORA, args, python, succeed, text};
 use tempfile::TempDir;
 
 /// Trains a random pipeline of `shape` for `steps` audited steps on 8 x 8 latents, and replays them in PyTorch.
@@ -26,9 +26,11 @@ fn replay_within(shape: &str, steps: u64, settings: &[&str], tolerances: &[&str]
         format!("audit.steps={steps}"),
         format!("train.max_steps={steps}"),
     ];
-    let width = ["model.time_cond_proj_dim=32"];
     let is_lora = settings.iter().any(|setting| setting.starts_with("lora."));
-    let width = width.iter().filter(|_| !is_lora).copied();
+    let (config, width) = match is_lora {
+        true => (QUICKSTART_LORA, None),
+        false => (QUICKSTART, Some("model.time_cond_proj_dim=32")),
+    };
     let small = [
         "image.resolution=32",
         "train.batch_size=2",
@@ -38,7 +40,7 @@ fn replay_within(shape: &str, steps: u64, settings: &[&str], tolerances: &[&str]
     let own = own.iter().map(String::as_str);
     let all = own.chain(NO_PICTURES).chain(width).chain(small);
     let all = all.chain(settings.iter().copied());
-    succeed(&args("train", QUICKSTART, all));
+    succeed(&args("train", config, all));
     python(
         "replay_audit.py",
         &[&[text(&audit)][..], tolerances].concat(),
