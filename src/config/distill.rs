@@ -54,6 +54,8 @@ pub struct Distill {
     pub ema_decay: f64,
     /// Share of captions replaced by the empty caption, 0 to 1. `--proportion_empty_prompts`
     pub proportion_empty_prompts: f64,
+    /// Conditioning of the teacher's unconditional pass. No flag.
+    pub uncond: Uncond,
 }
 
 impl Default for Distill {
@@ -70,6 +72,7 @@ impl Default for Distill {
             phases: None,
             ema_decay: 0.95,
             proportion_empty_prompts: 0.0,
+            uncond: Uncond::Auto,
         }
     }
 }
@@ -142,6 +145,18 @@ impl Distill {
         let ok = self.w_min <= self.w_max;
         limits.check("distill.w_min", self.w_min, ok, &needs)
     }
+}
+
+/// Conditioning of the teacher's unconditional pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Uncond {
+    /// As the teacher's pipeline has it: zeros for SDXL, unless its `model_index.json` says otherwise, else the empty caption.
+    Auto,
+    /// The empty caption, encoded.
+    Empty,
+    /// Zeros in place of the embeddings.
+    Zeros,
 }
 
 /// The loss that a step minimises; each objective has keys of its own.
