@@ -32,6 +32,7 @@ mod restart;
 mod resume;
 mod rooms;
 mod sample;
+mod sdxl;
 mod secrets;
 mod support;
 mod terminal;

@@ -83,6 +83,14 @@ mod needs_python {
             "distill.objective=pcm", "distill.phases=7", "train.batch_size=4",
             "optimizer.learning_rate=1e-5",
         ];
+        sdxl_steps: "xl", 4, ["optimizer.learning_rate=1e-5", "image.crop=random"];
+        sdxl_tcd_steps_of_guided_teacher: "xl-guided", 3, [
+            "distill.objective=tcd", "distill.proportion_empty_prompts=0.5", "optimizer.learning_rate=1e-5",
+        ];
+        sdxl_pcm_steps_with_empty_captions: "xl-attended-top", 3, [
+            "distill.objective=pcm", "distill.uncond=empty", "train.gradient_accumulation=2",
+            "data.micro_conditioning=fixed", "optimizer.learning_rate=1e-5",
+        ];
         guided_teacher_with_wide_huber: "guided", 4, [
             "distill.huber_c=0.5", "optimizer.learning_rate=1e-4",
         ];
