@@ -212,9 +212,11 @@ fn as_f32(data: &BatchData) -> Vec<f32> {
         BatchData::Latents {
             moments,
             prompt_embeds,
+            pooled,
         } => {
             let embeds = prompt_embeds.iter().flat_map(|embeds| &embeds.values);
-            let halves = moments.values.iter().chain(embeds);
+            let pooled = pooled.iter().flat_map(|pooled| &pooled.values);
+            let halves = moments.values.iter().chain(embeds).chain(pooled);
             halves.map(|half| half.to_f32()).collect()
         }
     }

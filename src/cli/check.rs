@@ -25,7 +25,7 @@ use crate::device;
 use crate::diffusion::{NoiseSchedule, Prediction};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::hub::Push;
-use crate::latents::LatentSource;
+use crate::latents::{LatentSource, TextShapes};
 use crate::memory::{self, Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes, TeacherSizes};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, UNet, Weights, check_fit};
@@ -146,7 +146,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             Purpose::Train(_) => Components::training,
             Purpose::Precompute(_) => Components::encoding,
         };
-        let models = data.models(&config, purpose.teacher(), wanted)?;
+        let models = data.models(&mut config, purpose.teacher(), wanted)?;
         let folders = [Some(&models.pipeline), models.vae.as_ref()]
             .into_iter()
             .flatten();
@@ -219,7 +219,10 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
             sample: &batch.samples[0],
             bytes: sample_bytes,
             latent: [2 * vae.latent_channels, side, side],
-            prompt_embeds: [tokens, width],
+            text: TextShapes {
+                prompt_embeds: [tokens, width],
+                pooled: encoders.models.text().pooled_width().map(|width| [width]),
+            },
         };
         let cost = report.step("cost", || {
             let cost = Cost::estimate(&config, latents, &sizes, &shards, &data)?;
@@ -339,7 +342,7 @@ fn load_encoders(
     let (pipeline, vae) = (&folders.pipeline, folders.vae.as_deref());
     let options = EncoderOptions {
         vae_batch: 1,
-        ..encoder_options(&config.encode)
+        ..encoder_options(config)
     };
     let models = Encoders::load(pipeline, vae, &devices[0], options)?;
     let loaded = LoadedEncoders {
@@ -347,14 +350,19 @@ fn load_encoders(
         models,
     };
     let latents = loaded.models.vae().config();
+    let text = loaded.models.text();
+    let (encoders, pooled) = match text.pooled_width() {
+        None => ("text encoder", String::new()),
+        Some(pooled) => ("text encoders", format!(", pooled {pooled}")),
+    };
     let mut message = format!(
-        "text encoder {}, width {}; VAE {}, {} latent channels, {}x down; tokenizer, {} tokens",
+        "{encoders} {}, width {}{pooled}; VAE {}, {} latent channels, {}x down; tokenizer, {} tokens",
         millions(loaded.sizes.text),
-        loaded.models.text_width(),
+        text.width(),
         millions(loaded.sizes.vae),
         latents.latent_channels,
         latents.downscale(),
-        loaded.models.tokens()
+        text.tokens()
     );
     if let Some(how) = describe_encoders(&loaded.models) {
         message = format!("{message}; on {}: {how}", config.encode.devices[0]);
@@ -381,7 +389,8 @@ fn load_teacher(
         folder: pipeline,
         unet: unet_config,
         vae: encoders.vae().config(),
-        text_width: encoders.text_width(),
+        text_width: encoders.text().width(),
+        pooled_width: encoders.text().pooled_width(),
         resolution: config.image.resolution as usize,
     })?;
     let device = train_device(config)?;

@@ -327,7 +327,9 @@ fn differences(recipe: &Recipe, entry: &ShardEntry, shard: &ShardReport) -> Vec<
     let embeds = recipe.prompt_embeds_shape;
     let embeds = embeds.map(|shape| format!("prompt_embeds.npy <f2 {shape:?}"));
     let latent = format!("latent.npy <f2 {:?}", recipe.latent_file_shape());
-    for array in std::iter::once(latent).chain(embeds) {
+    let pooled = recipe.pooled_shape;
+    let pooled = pooled.map(|shape| format!("pooled.npy <f2 {shape:?}"));
+    for array in std::iter::once(latent).chain(embeds).chain(pooled) {
         let arrays = shard
             .latents
             .as_ref()

@@ -18,7 +18,8 @@ use super::{ConfigArgs, Failure};
 use crate::config::{self, Config};
 use crate::encode::{EncodePool, Encoders};
 use crate::latents::{
-    Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Recipe, join,
+    Fingerprint, Joined, LatentError, LatentLayout, LatentWriter, Manifest, Recipe, TextShapes,
+    join,
 };
 use crate::memory::Command;
 use crate::models::{PipelineParts, UNetConfig, check_fit};
@@ -65,7 +66,7 @@ impl From<PrecomputeError> for Failure {
 
 pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
     let required = config.require_precompute()?;
     let output = required.latents.output.to_string_lossy();
     if args.finish {
@@ -81,7 +82,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     check_writable("latents.output", &required.latents.output, &data)?;
     let (monitor, _server) = start_monitor(&config, &data, StreamingCommand::Precompute)?;
     let models = data.until_cancelled(&cancel, || {
-        data.models(&config, &required.teacher, Components::encoding)
+        data.models(&mut config, &required.teacher, Components::encoding)
     })?;
     let list = data.shards(&config.data.shards)?;
     let shards = list.shards.clone();
@@ -114,7 +115,8 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
             folder: &models.pipeline,
             unet: &unet,
             vae: first.vae().config(),
-            text_width: first.text_width(),
+            text_width: first.text().width(),
+            pooled_width: first.text().pooled_width(),
             resolution: config.image.resolution as usize,
         })?;
     }
@@ -220,7 +222,7 @@ fn load_encoders(config: &Config, models: &Models, index: usize) -> Result<Encod
         &models.pipeline,
         models.vae.as_deref(),
         &device,
-        encoder_options(&config.encode),
+        encoder_options(config),
     )?)
 }
 
@@ -234,6 +236,10 @@ fn recipe(
     let vae = encoders.vae().config();
     let side = config.image.resolution as usize / vae.downscale();
     let (_, tokens, width) = encoders.encode_text(&[""])?.hidden.dims3()?;
+    let shapes = TextShapes {
+        prompt_embeds: [tokens, width],
+        pooled: encoders.text().pooled_width().map(|width| [width]),
+    };
     Ok(Recipe::new(
         config,
         latents.text,
@@ -243,7 +249,7 @@ fn recipe(
             shape: [2 * vae.latent_channels, side, side],
             scaling_factor: vae.scaling_factor,
         },
-        [tokens, width],
+        shapes,
         rank.world,
     ))
 }

@@ -52,21 +52,23 @@ impl DataAccess {
         })
     }
 
-    /// The models of a configuration, fetched if they are not on this machine.
+    /// The models of a configuration, fetched if they are not on this machine. Gives keys that were not written down the defaults for
+    /// these models.
     pub(super) fn models(
         &self,
-        config: &Config,
+        config: &mut Config,
         teacher: &ModelRef,
         wanted: impl FnOnce(bool) -> Components,
     ) -> Result<Models, Failure> {
         let (sources, runtime) = (&self.sources, self.runtime.handle());
-        Ok(Models::fetch(
-            &config.model,
-            teacher,
-            wanted,
-            sources,
-            runtime,
-        )?)
+        let models = Models::fetch(&config.model, teacher, wanted, sources, runtime)?;
+        if models.are_sdxl() {
+            let adopted = config.adopt_sdxl_defaults();
+            if !adopted.is_empty() {
+                errln!("the teacher is SDXL: {}, by default", adopted.join(", "));
+            }
+        }
+        Ok(models)
     }
 
     /// The folder of a model, fetched if it is not on this machine.

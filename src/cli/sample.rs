@@ -177,7 +177,7 @@ pub(super) fn run(args: SampleArgs) -> Result<(), Failure> {
         scheduler: plan.scheduler,
         steps: plan.steps,
         guidance: scale,
-        negative_prompt: args.negative_prompt.as_deref().unwrap_or_default(),
+        negative_prompt: args.negative_prompt.as_deref(),
         seed: args.seed,
     };
     let noise = initial_noise(&args, prompts.len(), &unet, &generator)?;

@@ -53,7 +53,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     }
     let (monitor, _server) = start_monitor(&config, &access, StreamingCommand::Train)?;
     let models = access.until_cancelled(&cancel, || {
-        access.models(&config, &required.teacher, Components::training)
+        access.models(&mut config, &required.teacher, Components::training)
     })?;
     errln!("opening {}", config.data.shown_shards());
     let list = access.shards(&config.data.shards)?;

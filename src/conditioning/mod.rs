@@ -1,7 +1,8 @@
-//! From captions to a [`Conditioning`](crate::models::Conditioning): tokenizer and text encoder of a pipeline.
-//!
-//! A pipeline with a second text encoder, or with size ids, adds them here and nowhere else.
+//! From captions and sizes to a [`Conditioning`](crate::models::Conditioning): tokenizers and text encoders of a pipeline, and the size
+//! ids of SDXL.
 
+mod size_ids;
 mod text_encoder;
 
-pub use text_encoder::{EncodedText, TextEncoder, TextEncoderError};
+pub use size_ids::SizeIds;
+pub use text_encoder::{EncodedText, TextEncoder, TextEncoderError, Unconditional};

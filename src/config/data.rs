@@ -47,6 +47,8 @@ pub struct Data {
     /// Source of the text embeddings, for latents only; [`TextFrom::Embeds`] when unset. No flag.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_from: Option<TextFrom>,
+    /// The sizes that SDXL is told of each image. `--use_fix_crop_and_size`
+    pub micro_conditioning: MicroConditioning,
     /// Extensions of the image in a sample, in order of preference. Fixed in the reference.
     pub image_keys: Vec<String>,
     /// Extensions of the caption in a sample, in order of preference. Fixed in the reference.
@@ -88,6 +90,7 @@ impl Default for Data {
             http_headers: Vec::new(),
             kind: DataKind::Images,
             text_from: None,
+            micro_conditioning: MicroConditioning::Image,
             image_keys: stream.image_keys,
             caption_keys: stream.caption_keys,
             max_samples: stream.max_samples,
@@ -184,6 +187,16 @@ pub enum DataKind {
     Images,
     /// Latents, as `precompute` writes them.
     Latents,
+}
+
+/// The sizes that SDXL is told of each image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MicroConditioning {
+    /// The size and the crop that the image has.
+    Image,
+    /// The size of the crop and no crop, whatever the image has.
+    Fixed,
 }
 
 /// Source of the text embeddings when latents are trained on.

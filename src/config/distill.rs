@@ -55,6 +55,8 @@ pub struct Distill {
     pub ema_decay: Option<f64>,
     /// Share of captions replaced by the empty caption, 0 to 1. `--proportion_empty_prompts`
     pub proportion_empty_prompts: f64,
+    /// Conditioning of the teacher's unconditional pass. No flag.
+    pub uncond: Uncond,
 }
 
 impl Default for Distill {
@@ -71,6 +73,7 @@ impl Default for Distill {
             phases: None,
             ema_decay: None,
             proportion_empty_prompts: 0.0,
+            uncond: Uncond::Auto,
         }
     }
 }
@@ -149,6 +152,18 @@ impl Distill {
         let ok = self.w_min <= self.w_max;
         limits.check("distill.w_min", self.w_min, ok, &needs)
     }
+}
+
+/// Conditioning of the teacher's unconditional pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Uncond {
+    /// As the teacher's pipeline has it: zeros for SDXL, unless its `model_index.json` says otherwise, else the empty caption.
+    Auto,
+    /// The empty caption, encoded.
+    Empty,
+    /// Zeros in place of the embeddings.
+    Zeros,
 }
 
 /// The loss that a step minimises; each objective has keys of its own.

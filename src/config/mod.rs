@@ -6,7 +6,7 @@
 //! Each table has a file of its name with its keys, defaults and limits; `[s3]`, `[image]` and `[data.filter]` are option types of
 //! [`coffey_pipeline`]. `bounds` refuses
 //! numbers out of range, `parse` turns text into structs, `limits` checks the values, `required` checks what one
-//! command needs besides, and `resume` compares the configuration with that of a checkpoint.
+//! command needs besides, `sdxl` changes defaults for that model, and `resume` compares the configuration with that of a checkpoint.
 
 mod audit;
 mod bounds;
@@ -29,6 +29,7 @@ mod report;
 mod required;
 mod resume;
 mod s3;
+mod sdxl;
 #[cfg(test)]
 mod tests;
 mod track;
@@ -46,8 +47,8 @@ use serde::{Deserialize, Serialize};
 pub use audit::Audit;
 pub use bounds::MAX_GUIDANCE;
 pub use checkpoint::{Checkpoint, Resume};
-pub use data::{Data, DataKind, TextFrom};
-pub use distill::{Distill, LossKind, ObjectiveKind, TCD_GAMMA};
+pub use data::{Data, DataKind, MicroConditioning, TextFrom};
+pub use distill::{Distill, LossKind, ObjectiveKind, TCD_GAMMA, Uncond};
 pub use encode::Encode;
 pub use error::{ConfigError, KeyValue, WrittenAt};
 pub use hub::Hub;

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::image::normalize;
-use coffey_pipeline::{BatchData, F16Array};
+use coffey_pipeline::text::escaped;
+use coffey_pipeline::{BatchData, F16Array, SampleMeta};
 use rayon::prelude::*;
 
-use crate::conditioning::{EncodedText, TextEncoder, TextEncoderError};
+use crate::conditioning::{EncodedText, SizeIds, TextEncoder, TextEncoderError, Unconditional};
 use crate::models::{AutoencoderKl, Conditioning, ModelError};
 
 /// Pixels of the images that pass the autoencoder as one batch on the CPU, where batching changes no bit of the result. More
@@ -49,6 +50,15 @@ pub enum EncodeError {
     /// The wait for a batch was cancelled.
     #[error("the wait for the next batch was cancelled")]
     Cancelled,
+    /// A sample without the sizes that SDXL is told.
+    #[error(
+        "sample {key}: its json has no original_width and original_height under \"coffey\", which SDXL is told of each image: run \
+         coffey precompute again, or set data.micro_conditioning = \"fixed\""
+    )]
+    NoSize {
+        /// The sample's key.
+        key: String,
+    },
     /// No batch came in time.
     #[error("no batch came in {} s", .0.as_secs())]
     TimedOut(Duration),
@@ -68,13 +78,23 @@ impl EncodeError {
     }
 }
 
-/// Autoencoder, text encoder and tokenizer of a pipeline on one device.
+/// Autoencoder, text encoders and tokenizers of a pipeline on one device.
 #[derive(Debug)]
 pub struct Encoders {
     vae: AutoencoderKl,
     text: TextEncoder,
     device: Device,
     vae_batch: usize,
+    told_sizes: ToldSizes,
+}
+
+/// The sizes that SDXL is told of a training image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ToldSizes {
+    /// The image's own size and crop.
+    Own,
+    /// Those of an image that has the size of its crop, whatever it has.
+    Uncropped,
 }
 
 /// How encoders are computed.
@@ -86,8 +106,10 @@ pub struct EncoderOptions {
     pub vae_batch: usize,
     /// Type that the autoencoder's weights are held in and computed with.
     pub vae_dtype: DType,
-    /// Type that the text encoder's weights are held in and computed with.
+    /// Type that the text encoders' weights are held in and computed with.
     pub text_dtype: DType,
+    /// Sizes in the conditioning of a pipeline that has them (SDXL).
+    pub told_sizes: ToldSizes,
 }
 
 impl EncoderOptions {
@@ -97,6 +119,7 @@ impl EncoderOptions {
             vae_batch,
             vae_dtype: DType::F32,
             text_dtype: DType::F32,
+            told_sizes: ToldSizes::Own,
         }
     }
 }
@@ -123,12 +146,12 @@ impl Encoders {
         device: &Device,
         options: EncoderOptions,
     ) -> Result<Self, ModelError> {
-        let vae = vae.map_or_else(|| pipeline.join("vae"), Path::to_owned);
         Ok(Self {
-            vae: AutoencoderKl::load(&vae, options.vae_dtype, device)?,
+            vae: AutoencoderKl::load(&Self::vae_folder(pipeline, vae), options.vae_dtype, device)?,
             text: TextEncoder::load(pipeline, options.text_dtype, device)?,
             device: device.clone(),
             vae_batch: options.vae_batch.max(1),
+            told_sizes: options.told_sizes,
         })
     }
 
@@ -150,12 +173,9 @@ impl Encoders {
         }
     }
 
-    /// Folders that the weights are read from: autoencoder, text encoder.
-    pub fn folders(pipeline: &Path, vae: Option<&Path>) -> [PathBuf; 2] {
-        [
-            vae.map_or_else(|| pipeline.join("vae"), Path::to_owned),
-            pipeline.join("text_encoder"),
-        ]
+    /// Folder of the autoencoder: `vae` if it is given, else that of the pipeline in the folder `pipeline`.
+    pub fn vae_folder(pipeline: &Path, vae: Option<&Path>) -> PathBuf {
+        vae.map_or_else(|| pipeline.join("vae"), Path::to_owned)
     }
 
     /// The autoencoder.
@@ -168,19 +188,9 @@ impl Encoders {
         &self.device
     }
 
-    /// Tokens of the tokenizer.
-    pub fn tokens(&self) -> usize {
-        self.text.tokens()
-    }
-
-    /// Width of the text encoder's hidden states.
-    pub fn text_width(&self) -> usize {
-        self.text.width()
-    }
-
-    /// Numbers of a head of the text encoder's attention.
-    pub fn text_head_width(&self) -> usize {
-        self.text.head_width()
+    /// The text encoders with their tokenizers.
+    pub fn text(&self) -> &TextEncoder {
+        &self.text
     }
 
     /// Encodes the parts of a batch that are not stored in its shards.
@@ -190,7 +200,7 @@ impl Encoders {
     pub fn encode(
         &self,
         content: BatchData,
-        captions: &[&str],
+        samples: &[SampleMeta],
     ) -> Result<EncoderOutput, EncodeError> {
         let (moments, stored) = match content {
             BatchData::Pixels { levels, resolution } => {
@@ -199,26 +209,77 @@ impl Encoders {
             BatchData::Latents {
                 moments,
                 prompt_embeds,
-            } => (stored_tensor(moments)?, prompt_embeds),
+                pooled,
+            } => {
+                let stored = prompt_embeds.map(|hidden| -> Result<_, EncodeError> {
+                    Ok(Conditioning {
+                        pooled: pooled.map(stored_tensor).transpose()?,
+                        ..Conditioning::text(stored_tensor(hidden)?)
+                    })
+                });
+                (stored_tensor(moments)?, stored.transpose()?)
+            }
         };
         let EncodedText {
             conditioning,
             truncated,
         } = match stored {
-            Some(embeds) => EncodedText {
-                conditioning: Conditioning::text(stored_tensor(embeds)?),
+            Some(conditioning) => EncodedText {
+                conditioning,
                 truncated: 0,
             },
-            None => self.encode_captions(captions)?,
+            None => {
+                let captions: Vec<&str> = samples.iter().map(|s| s.caption.as_str()).collect();
+                self.encode_captions(&captions)?
+            }
         };
+        let (_, _, height, width) = moments.dims4().map_err(EncodeError::on(&self.device))?;
+        let target = [height, width].map(|side| (side * self.vae.config().downscale()) as u32);
+        let sizes = samples.iter().map(|sample| self.size_of(sample, target));
+        let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
         Ok(EncoderOutput {
             moments,
-            conditioning,
+            conditioning: self.with_sizes(conditioning, &sizes)?,
             truncated,
         })
     }
 
-    /// Conditioning on captions; see [`TextEncoder::encode`].
+    /// What SDXL is told of the size of a sample, whose crop is `target` pixels high and wide.
+    fn size_of(&self, sample: &SampleMeta, target: [u32; 2]) -> Result<SizeIds, EncodeError> {
+        let geometry = &sample.geometry;
+        let (width, height) = geometry.original;
+        match (self.told_sizes, geometry.crops.first()) {
+            _ if self.text.pooled_width().is_none() => Ok(SizeIds::uncropped(target)),
+            (ToldSizes::Uncropped, _) => Ok(SizeIds::uncropped(target)),
+            (ToldSizes::Own, Some(crop)) if width > 0 && height > 0 => Ok(SizeIds {
+                original: [height, width],
+                crop: [crop.top, crop.left],
+                target,
+            }),
+            (ToldSizes::Own, _) => Err(EncodeError::NoSize {
+                key: escaped(&sample.key).into_owned(),
+            }),
+        }
+    }
+
+    /// The same conditioning with size ids, one for each sample, if the pipeline has them.
+    fn with_sizes(
+        &self,
+        conditioning: Conditioning,
+        sizes: &[SizeIds],
+    ) -> Result<Conditioning, EncodeError> {
+        if self.text.pooled_width().is_none() {
+            return Ok(conditioning);
+        }
+        let device = conditioning.hidden.device();
+        let size = SizeIds::tensor(sizes, device).map_err(EncodeError::on(device))?;
+        Ok(Conditioning {
+            size: Some(size),
+            ..conditioning
+        })
+    }
+
+    /// Conditioning on captions, for training: without size ids. See [`TextEncoder::encode`].
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -226,11 +287,45 @@ impl Encoders {
         Ok(self.encode_captions(captions)?.conditioning)
     }
 
+    /// Conditioning on no caption, one sample, for training: without size ids.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn unconditional(&self, kind: Unconditional) -> Result<Conditioning, EncodeError> {
+        self.text.unconditional(kind).map_err(|e| self.failed(e))
+    }
+
+    /// Conditioning on captions, for drawing: images of `size`, height and width in pixels, that were not cropped.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn encode_prompts<S: AsRef<str>>(
+        &self,
+        prompts: &[S],
+        size: [usize; 2],
+    ) -> Result<Conditioning, EncodeError> {
+        let sizes = vec![SizeIds::uncropped(size.map(|side| side as u32)); prompts.len()];
+        self.with_sizes(self.encode_text(prompts)?, &sizes)
+    }
+
+    /// Conditioning on no caption as the pipeline has it, one sample, for drawing images as [`Encoders::encode_prompts`] does.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn no_prompt(&self, size: [usize; 2]) -> Result<Conditioning, EncodeError> {
+        let sizes = [SizeIds::uncropped(size.map(|side| side as u32))];
+        self.with_sizes(self.unconditional(self.text.own_unconditional())?, &sizes)
+    }
+
     fn encode_captions<S: AsRef<str>>(&self, captions: &[S]) -> Result<EncodedText, EncodeError> {
-        self.text.encode(captions).map_err(|error| match error {
+        self.text.encode(captions).map_err(|e| self.failed(e))
+    }
+
+    fn failed(&self, error: TextEncoderError) -> EncodeError {
+        match error {
             TextEncoderError::Tokenizer(error) => error.into(),
             TextEncoderError::Tensor(error) => EncodeError::on(&self.device)(error),
-        })
+        }
     }
 
     /// Moments of the latents of images: `pixels` holds `[N, 3, side, side]` u8 → `[N, 2C, side/f, side/f]` f32.
@@ -302,6 +397,7 @@ mod tests {
                 vae_batch: 1,
                 vae_dtype: dtype,
                 text_dtype: dtype,
+                ..EncoderOptions::exact(1)
             };
             let encoders = Encoders::load(&teacher, None, &Device::Cpu, options).unwrap();
             let moments = encoders.encode_pixels(&pixels, 64).unwrap();

@@ -6,5 +6,6 @@
 mod encoders;
 mod pool;
 
-pub use encoders::{EncodeError, EncoderOptions, EncoderOutput, Encoders};
+pub use crate::conditioning::Unconditional;
+pub use encoders::{EncodeError, EncoderOptions, EncoderOutput, Encoders, ToldSizes};
 pub use pool::{EncodePool, EncodedBatch};

@@ -174,12 +174,11 @@ fn work(
 }
 
 fn encode(encoders: &Encoders, batch: Batch, metrics: &FlowMetrics) -> EncodeResult {
-    let captions: Vec<&str> = batch.samples.iter().map(|s| s.caption.as_str()).collect();
     let EncoderOutput {
         moments,
         conditioning,
         truncated,
-    } = encoders.encode(batch.data, &captions)?;
+    } = encoders.encode(batch.data, &batch.samples)?;
     metrics.add_truncated_captions(truncated as u64);
     Ok(EncodedBatch {
         index: batch.index,

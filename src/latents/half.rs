@@ -16,7 +16,7 @@ pub(super) fn to_f16(values: &[f32]) -> Result<Vec<f16>, NotF16> {
             _ => Err(NotF16(
                 value,
                 "which no finite input makes of sound weights in f32; in f16 some VAEs overflow: \
-                 encode.vae_dtype = \"bf16\" or \"f32\", or a VAE made for f16 (model.vae)",
+                 encode.vae_dtype = \"bf16\" or \"f32\", or a VAE made for f16 (model.vae, of SDXL madebyollin/sdxl-vae-fp16-fix)",
             )),
         })
         .collect()

@@ -45,6 +45,9 @@ pub struct Recipe {
     pub latent: LatentLayout,
     /// Shape of `KEY.prompt_embeds.npy`, `[77, width]`; `null` when there are none.
     pub prompt_embeds_shape: Option<[usize; 2]>,
+    /// Shape of `KEY.pooled.npy`, `[P]`, of SDXL; absent when there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pooled_shape: Option<[usize; 1]>,
     /// Stored form of the captions.
     pub text: TextKind,
     /// Types the encoders ran in; absent if all are f32.
@@ -61,7 +64,7 @@ pub struct Recipe {
 pub struct EncodedIn {
     /// That of the autoencoder.
     pub vae: FloatType,
-    /// That of the text encoder; f32 if captions are stored in place of embeddings.
+    /// That of the text encoders; f32 if captions are stored in place of embeddings.
     pub text_encoder: FloatType,
 }
 
@@ -78,6 +81,15 @@ impl EncodedIn {
     fn is_exact(&self) -> bool {
         *self == Self::default()
     }
+}
+
+/// Shapes of a caption's embeddings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TextShapes {
+    /// Hidden states, `[T, width]`.
+    pub prompt_embeds: [usize; 2],
+    /// Pooled embedding, `[P]`, of SDXL.
+    pub pooled: Option<[usize; 1]>,
 }
 
 /// Shape and scale of the latents.
@@ -226,15 +238,17 @@ impl Recipe {
         crops: usize,
         fingerprint: Fingerprint,
         latent: LatentLayout,
-        prompt_embeds_shape: [usize; 2],
+        shapes: TextShapes,
         world: usize,
     ) -> Self {
         let Config { data, image, .. } = config;
         let random = image.crop == CropMode::Random || image.flip;
+        let stored = text != TextKind::Caption;
         Self {
             fingerprint,
             latent,
-            prompt_embeds_shape: (text != TextKind::Caption).then_some(prompt_embeds_shape),
+            prompt_embeds_shape: stored.then_some(shapes.prompt_embeds),
+            pooled_shape: shapes.pooled.filter(|_| stored),
             text,
             encoded_in: EncodedIn {
                 vae: config.encode.vae_dtype,

@@ -1,4 +1,4 @@
-//! Latent shards: written by `coffey precompute`, so that later runs need neither VAE nor text encoder.
+//! Latent shards: written by `coffey precompute`, so that later runs need neither VAE nor text encoders.
 //!
 //! Owns the folder of latent shards: which shards are written by which process, the manifest, and the fingerprint of the
 //! weights. The format of a sample is in [`coffey_pipeline::format::latents`]. The code here never encodes and never
@@ -32,9 +32,9 @@ mod tests;
 mod writer;
 
 pub use error::LatentError;
-pub use fingerprint::Fingerprint;
+pub use fingerprint::{Fingerprint, SecondText};
 pub use manifest::{
-    FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry,
+    FORMAT_VERSION, ImageRecipe, LatentLayout, Manifest, Recipe, Selection, ShardEntry, TextShapes,
 };
 pub use parts::{Joined, join};
 pub use source::{LatentSource, LatentSourceError, manifests};

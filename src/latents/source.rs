@@ -16,7 +16,7 @@ use super::{Fingerprint, Manifest, Recipe, ShardEntry};
 use crate::config::{Config, ConfigError, TextFrom};
 use crate::encode::Encoders;
 use crate::models::vae::VaeConfig;
-use crate::models::{ModelError, UNetConfig};
+use crate::models::{ModelError, TextParts, UNetConfig};
 use crate::pretrained::Models;
 
 /// Prefix of the manifests of several processes.
@@ -108,7 +108,7 @@ pub enum LatentSourceError {
     OtherWeights {
         /// The manifest.
         manifest: String,
-        /// `VAE` or `text encoder`.
+        /// `VAE`, `text encoder` or another part of the pipeline.
         what: &'static str,
         /// Its fingerprint in the manifest.
         made: String,
@@ -166,6 +166,8 @@ pub struct LatentSource {
     text_from: TextFrom,
     /// Shape of the text embeddings, `[77, width]`; `None` if captions are read instead.
     prompt_embeds: Option<[usize; 2]>,
+    /// Shape of the pooled text embeddings of SDXL, `[P]`, where text embeddings are read.
+    pooled: Option<[usize; 1]>,
     listed: Arc<[ListedShard]>,
 }
 
@@ -228,6 +230,7 @@ impl LatentSource {
         };
         Ok(Self {
             manifest,
+            pooled: recipe.pooled_shape.filter(|_| prompt_embeds.is_some()),
             recipe,
             text_from,
             prompt_embeds,
@@ -245,6 +248,7 @@ impl LatentSource {
         Content::Latents(LatentShapes {
             moments: self.recipe.latent.shape,
             prompt_embeds: self.prompt_embeds,
+            pooled: self.pooled,
         })
     }
 
@@ -271,7 +275,8 @@ impl LatentSource {
     /// [`LatentSourceError`], with both values; also when a model can't be read.
     pub fn check(&self, models: &Models) -> Result<(), LatentSourceError> {
         let (pipeline, vae) = (&models.pipeline, models.vae.as_deref());
-        let [vae_folder, text_folder] = Encoders::folders(pipeline, vae);
+        let vae_folder = Encoders::vae_folder(pipeline, vae);
+        let TextParts { first, second } = TextParts::of(pipeline);
         let unet_folder = pipeline.join("unet");
         let unfit = |field, made: String, now: String, what: &std::path::Path, remedy| {
             Err(LatentSourceError::Unfit {
@@ -301,11 +306,20 @@ impl LatentSource {
             let (made, now) = (made.to_string(), now.to_string());
             return unfit("latent.scaling_factor", made, now, &vae_folder, another);
         }
+        let remedy = "set model.teacher to a model with the text encoder of the latents, or data.text_from = \"caption\"";
         if let Some(shape @ [_, width]) = self.prompt_embeds {
-            let wanted = UNetConfig::read(&unet_folder)?.cross_attention_dim;
+            let unet = UNetConfig::read(&unet_folder)?;
+            let (wanted, pooled) = (unet.cross_attention_dim, unet.pooled_width());
+            if self.pooled.map(|[width]| width) != pooled {
+                let shown = |width: Option<usize>| match width {
+                    Some(width) => format!("[{width}]"),
+                    None => "absent".to_owned(),
+                };
+                let (made, now) = (shown(self.pooled.map(|[width]| width)), shown(pooled));
+                return unfit("pooled_shape", made, now, &unet_folder, remedy);
+            }
             if width != wanted {
                 let (made, now) = (format!("{shape:?}"), format!("[77, {wanted}]"));
-                let remedy = "set model.teacher to a model with the text encoder of the latents, or data.text_from = \"caption\"";
                 return unfit("prompt_embeds_shape", made, now, &unet_folder, remedy);
             }
         }
@@ -313,8 +327,30 @@ impl LatentSource {
         let made = &self.recipe.fingerprint;
         let mut weights = vec![("VAE", &made.vae, now.vae, vae_folder, vae_key)];
         if self.text_from == TextFrom::Embeds {
-            let (made, now) = (&made.text_encoder, now.text_encoder);
-            weights.push(("text encoder", made, now, text_folder, "model.teacher"));
+            let key = "model.teacher";
+            let folder = first.text_encoder;
+            weights.push((
+                "text encoder",
+                &made.text_encoder,
+                now.text_encoder,
+                folder,
+                key,
+            ));
+            // The shapes of the embeddings agree, so both have a second text encoder or neither.
+            if let (Some(made), Some(now), Some(second)) = (&made.second, now.second, second) {
+                let folder = second.text_encoder;
+                let (made_2, now_2) = (&made.text_encoder_2, now.text_encoder_2);
+                weights.push(("second text encoder", made_2, now_2, folder, key));
+                let (made_1, made_2) = (&made.tokenizer, &made.tokenizer_2);
+                weights.push(("tokenizer", made_1, now.tokenizer, first.tokenizer, key));
+                weights.push((
+                    "second tokenizer",
+                    made_2,
+                    now.tokenizer_2,
+                    second.tokenizer,
+                    key,
+                ));
+            }
         }
         match weights.into_iter().find(|(_, made, now, ..)| *made != now) {
             None => Ok(()),
@@ -409,6 +445,7 @@ fn agree(
             "fingerprint": {
                 "vae": fingerprint.vae,
                 "text_encoder": embeds.then_some(&fingerprint.text_encoder),
+                "second": fingerprint.second.as_ref().filter(|_| embeds),
             },
             "encoded_in": {
                 "vae": recipe.encoded_in.vae,
@@ -416,6 +453,7 @@ fn agree(
             },
             "latent": recipe.latent,
             "prompt_embeds_shape": recipe.prompt_embeds_shape.filter(|_| embeds),
+            "pooled_shape": recipe.pooled_shape.filter(|_| embeds),
             // The number of crops and their seed may differ.
             "image": {
                 "resolution": image.resolution,

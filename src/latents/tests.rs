@@ -162,9 +162,14 @@ fn recipe(text: TextKind) -> Recipe {
     let fingerprint = Fingerprint {
         vae: "sha256:1".to_owned(),
         text_encoder: "sha256:2".to_owned(),
+        second: None,
+    };
+    let shapes = TextShapes {
+        prompt_embeds: [77, 64],
+        pooled: None,
     };
     let config = Config::parse(toml, "test.toml", &[]).unwrap();
-    Recipe::new(&config, text, 1, fingerprint, layout, [77, 64], 1)
+    Recipe::new(&config, text, 1, fingerprint, layout, shapes, 1)
 }
 
 fn open(

@@ -170,6 +170,11 @@ impl LatentWriter {
             Some(shape) => rows(&batch.conditioning.hidden, samples, shape)?,
             None => Vec::new(),
         };
+        let pooled_shape = recipe.pooled_shape;
+        let pooled = match (&pooled_shape, &batch.conditioning.pooled) {
+            (Some(shape), Some(pooled)) => rows(pooled, samples, shape)?,
+            _ => Vec::new(),
+        };
         let members = |(row, sample): (usize, &SampleMeta)| {
             let values = moments[row * crops..][..crops].concat();
             let moments = self.array(sample, "moments", &shape, &values)?;
@@ -179,9 +184,16 @@ impl LatentWriter {
                 }
                 None => None,
             };
+            let pooled = match (&pooled_shape, pooled.get(row)) {
+                (Some(shape), Some(values)) => {
+                    Some(self.array(sample, "pooled text embedding", shape, values)?)
+                }
+                _ => None,
+            };
             let sample_to_write = LatentSample {
                 moments,
                 prompt_embeds,
+                pooled,
                 caption: &sample.caption,
                 json: sample.json.as_ref(),
                 geometry: &sample.geometry,

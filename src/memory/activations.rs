@@ -46,6 +46,16 @@ pub(super) fn activations(unet: &Map<String, Value>, [height, width]: [u64; 2], 
             value.and_then(|v| v.as_u64().or_else(|| v.get(level).and_then(Value::as_u64)));
         u128::from(of_level.unwrap_or(8))
     };
+    // Layers of each transformer of a level; the most, where they differ.
+    let depth = |level: usize| {
+        let depths = unet.get("transformer_layers_per_block");
+        let of_level = depths.and_then(|v| v.as_array().map_or(Some(v), |each| each.get(level)));
+        let most = of_level.and_then(|v| match v.as_array() {
+            Some(each) => each.iter().filter_map(Value::as_u64).max(),
+            None => v.as_u64(),
+        });
+        u128::from(most.unwrap_or(1))
+    };
     let last = channels.len().saturating_sub(1);
     let level_numbers = |(level, &channels): (usize, &u64)| {
         let channels = u128::from(channels);
@@ -61,7 +71,8 @@ pub(super) fn activations(unet: &Map<String, Value>, [height, width]: [u64; 2], 
             0
         };
         let resnet = pixels * channels * KEPT_BY_RESNET;
-        let transformer = pixels * (channels * KEPT_BY_TRANSFORMER + scores);
+        let layer = pixels * (channels * KEPT_BY_TRANSFORMER + scores);
+        let transformer = layer * depth(level);
         let ends = pixels * channels * KEPT_TO_RECOMPUTE * (resnets + transformers);
         let largest = if transformers > 0 {
             transformer
@@ -113,6 +124,21 @@ mod tests {
         };
         assert!(defaults(64, efficient) * 2 < numbers);
         assert!(defaults(64, recomputed) * 5 < defaults(64, efficient));
+    }
+
+    #[test]
+    fn activations_count_every_layer_of_a_transformer() {
+        let with = |depths: Value| {
+            let config = json!({"transformer_layers_per_block": depths});
+            let held = Held {
+                scores: false,
+                inside_blocks: true,
+            };
+            activations(config.as_object().unwrap(), [64; 2], held)
+        };
+        assert_eq!(with(json!(1)), with(json!([1, 1, 1, 1])));
+        assert!(with(json!([1, 2, 10, 1])) > with(json!([1, 2, 1, 1])));
+        assert_eq!(with(json!([1, 2, [10, 3], 1])), with(json!([1, 2, 10, 1])));
     }
 
     #[test]

@@ -134,7 +134,8 @@ impl MemoryPlan {
                 let embeds = shapes
                     .prompt_embeds
                     .map_or(0, |[tokens, width]| tokens * width);
-                let numbers = channels * height * width + embeds;
+                let pooled = shapes.pooled.map_or(0, |[width]| width);
+                let numbers = channels * height * width + embeds + pooled;
                 let how = format!("{} as f16", counted(images, "sample"));
                 ("latents", how, 2 * numbers as u64)
             }
@@ -242,7 +243,8 @@ impl MemoryPlan {
     /// Samples of `[validation]` and `[report]`, which are kept from one picture or measurement to the next.
     fn add_pictures(&mut self, config: &Config, teacher: &TeacherSizes, latent: usize) {
         let (device, unet) = (config.train.device, &teacher.unet);
-        let text = TEXT_TOKENS * unet.cross_attention_dim as u64;
+        let pooled = unet.pooled_width().unwrap_or(0);
+        let text = TEXT_TOKENS * unet.cross_attention_dim as u64 + pooled as u64;
         let latent = (unet.in_channels * latent * latent) as u64;
         // Noise, samples and those they are compared with.
         let each = (3 * latent + text) * F32;

@@ -9,7 +9,7 @@ use crate::encode::Encoders;
 use crate::lora::{LoraError, Modules};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{
-    Adapter, ModelError, TEXT_ENCODER_STEM, UNetConfig, VaeConfig, count_parameters,
+    Adapter, ModelError, TEXT_ENCODER_STEM, TextParts, UNetConfig, VaeConfig, count_parameters,
 };
 
 /// The command that a plan is for.
@@ -38,10 +38,10 @@ pub struct Sizes {
     pub teacher: Option<TeacherSizes>,
 }
 
-/// Text encoder and VAE.
+/// Text encoders and VAE.
 #[derive(Clone, Copy, Debug)]
 pub struct EncoderSizes {
-    /// Parameters of the text encoder.
+    /// Parameters of the text encoders.
     pub text: u64,
     /// Parameters of the VAE, including its decoder.
     pub vae: u64,
@@ -70,12 +70,15 @@ impl EncoderSizes {
     /// # Errors
     /// When a file is missing or damaged.
     pub fn read(pipeline: &Path, vae: Option<&Path>) -> Result<Self, ModelError> {
-        let [vae, text] = Encoders::folders(pipeline, vae);
+        let vae = Encoders::vae_folder(pipeline, vae);
+        let text = TextParts::of(pipeline);
+        let text = text.text_encoders();
+        let text = text.map(|folder| count_parameters(folder, TEXT_ENCODER_STEM, |_| true));
         let decodes =
             |name: &str| name.starts_with("decoder.") || name.starts_with("post_quant_conv.");
         let config = VaeConfig::read(&vae)?;
         Ok(Self {
-            text: count_parameters(&text, TEXT_ENCODER_STEM, |_| true)?,
+            text: text.sum::<Result<u64, _>>()?,
             vae: count_parameters(&vae, WEIGHTS_STEM, |_| true)?,
             vae_decoder: count_parameters(&vae, WEIGHTS_STEM, decodes)?,
             vae_channels: config.base_channels() as u64,

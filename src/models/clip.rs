@@ -1,4 +1,4 @@
-//! `CLIPTextModel`: token ids to text embeddings.
+//! `CLIPTextModel` and `CLIPTextModelWithProjection`: token ids to text embeddings.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -58,15 +58,45 @@ impl Layer {
     }
 }
 
-/// transformers' `CLIPTextModel`, up to `last_hidden_state`.
+/// Results of a text encoder for SDXL.
+#[derive(Clone, Debug)]
+pub struct PenultimateStates {
+    /// transformers' `hidden_states[-2]`: the input of the last layer, `[B, T, width]`, without the final norm.
+    pub hidden: Tensor,
+    /// transformers' `text_embeds`, `[B, projection]`, for a text encoder with a projection.
+    pub pooled: Option<Tensor>,
+}
+
+/// transformers' `CLIPTextModel`, or `CLIPTextModelWithProjection`.
 #[derive(Clone, Debug)]
 pub struct ClipTextModel {
     token_embedding: Embedding,
     position_embedding: Embedding,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
+    projection: Option<Projection>,
     heads: usize,
     activation: Activation,
+}
+
+/// The projection of the final state at the end of a caption.
+#[derive(Clone, Debug)]
+struct Projection {
+    linear: Linear,
+    /// `eos_token_id` of `config.json`.
+    end: u32,
+}
+
+impl Projection {
+    /// Position of a caption's end in its ids, as transformers finds it: the first `eos_token_id`; for 2, which older configurations
+    /// have in place of the tokenizer's id, the first of the highest id.
+    fn end_of(&self, ids: &[u32]) -> u32 {
+        let end = match self.end {
+            2 => ids.iter().copied().max().unwrap_or_default(),
+            end => end,
+        };
+        ids.iter().position(|&id| id == end).unwrap_or(0) as u32
+    }
 }
 
 impl ClipTextModel {
@@ -78,6 +108,27 @@ impl ClipTextModel {
         folder: &Path,
         dtype: DType,
         device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
+        Self::load_as(folder, dtype, device, false)
+    }
+
+    /// Reads the folder of a `CLIPTextModelWithProjection`.
+    ///
+    /// # Errors
+    /// As [`ClipTextModel::load`], and when it has no projection.
+    pub fn load_with_projection(
+        folder: &Path,
+        dtype: DType,
+        device: &Device,
+    ) -> std::result::Result<Self, ModelError> {
+        Self::load_as(folder, dtype, device, true)
+    }
+
+    fn load_as(
+        folder: &Path,
+        dtype: DType,
+        device: &Device,
+        projected: bool,
     ) -> std::result::Result<Self, ModelError> {
         let file = ConfigFile::read(folder)?;
         file.only("model_type", &[json!("clip_text_model")]);
@@ -96,6 +147,8 @@ impl ClipTextModel {
             file.whole("max_position_embeddings", 77, ROWS),
         );
         let layers = file.whole("num_hidden_layers", 12, range::LAYERS);
+        let projection = file.whole("projection_dim", 512, range::WIDTH);
+        let end = file.whole("eos_token_id", 49407, 0..=u32::MAX as usize);
         let name: String = file.get("hidden_act", "quick_gelu".to_owned());
         let activation = Activation::of_clip(&name)
             .ok_or_else(|| file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
@@ -110,6 +163,13 @@ impl ClipTextModel {
             root
         };
         let embeddings = vb.pp("embeddings");
+        let projection = || -> Result<Projection> {
+            let vb = weights.builder().pp("text_projection");
+            Ok(Projection {
+                linear: Linear::without_bias(vb, width, projection)?,
+                end: end as u32,
+            })
+        };
         let model = Self {
             token_embedding: embedding(vocab, width, embeddings.pp("token_embedding"))?,
             position_embedding: embedding(positions, width, embeddings.pp("position_embedding"))?,
@@ -117,10 +177,11 @@ impl ClipTextModel {
                 .map(|i| Layer::new(vb.pp("encoder.layers").pp(i), width, hidden, eps))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::new(vb.pp("final_layer_norm"), width, eps)?,
+            projection: projected.then(projection).transpose()?,
             heads,
             activation,
         };
-        // Older versions write a table of 0, 1, 2 …; CLIPTextModelWithProjection has a projection.
+        // Older versions write a table of 0, 1, 2 …; a projection is used where one is asked for.
         weights.expect_all_taken(&["embeddings.position_ids", "text_projection.weight"])?;
         Ok(model)
     }
@@ -135,6 +196,11 @@ impl ClipTextModel {
         self.token_embedding.embeddings().dims()[0]
     }
 
+    /// Width of the pooled embedding, for a text encoder with a projection.
+    pub fn projection_width(&self) -> Option<usize> {
+        Some(self.projection.as_ref()?.linear.outputs())
+    }
+
     /// Numbers of a head of attention.
     pub fn head_width(&self) -> usize {
         self.width() / self.heads
@@ -147,6 +213,51 @@ impl ClipTextModel {
     /// # Errors
     /// When an id is not in the vocabulary or a row is too long.
     pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+        let x = self.embed(ids)?;
+        ops::in_pool(&x.device().clone(), || {
+            self.through(&self.layers, x)?.apply(&self.final_layer_norm)
+        })
+    }
+
+    /// What SDXL takes of a text encoder: `hidden_states[-2]`, and of one with a projection `text_embeds`, in the dtype of the
+    /// weights. Without a projection the last layer is not computed.
+    ///
+    /// # Errors
+    /// As [`ClipTextModel::forward`].
+    pub fn penultimate(&self, ids: &[Vec<u32>]) -> Result<PenultimateStates> {
+        let x = self.embed(ids)?;
+        ops::in_pool(&x.device().clone(), || {
+            let (last, before) = match self.layers.split_last() {
+                Some((last, before)) => (std::slice::from_ref(last), before),
+                None => (&[][..], &[][..]),
+            };
+            let hidden = self.through(before, x)?;
+            let pooled = self.projection.as_ref().map(|projection| {
+                let states = self.through(last, hidden.clone())?;
+                let ends = ids.iter().map(|row| projection.end_of(row)).enumerate();
+                let rows = ends
+                    .map(|(row, end)| states.get(row)?.narrow(0, end as usize, 1))
+                    .collect::<Result<Vec<_>>>()?;
+                Tensor::cat(&rows, 0)?
+                    .apply(&self.final_layer_norm)?
+                    .apply(&projection.linear)
+            });
+            Ok(PenultimateStates {
+                hidden,
+                pooled: pooled.transpose()?,
+            })
+        })
+    }
+
+    fn through(&self, layers: &[Layer], mut x: Tensor) -> Result<Tensor> {
+        for layer in layers {
+            x = layer.forward(&x, self.heads, self.activation)?;
+        }
+        Ok(x)
+    }
+
+    /// Embeddings of tokens and positions, `[B, T, width]`.
+    fn embed(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         let tokens = self.token_embedding.embeddings();
@@ -164,15 +275,7 @@ impl ClipTextModel {
             );
         }
         let ids = Tensor::from_vec(flat, (b, t), tokens.device())?;
-        let mut x = ids
-            .apply(&self.token_embedding)?
-            .broadcast_add(&positions.narrow(0, 0, t)?)?;
-        let device = x.device().clone();
-        ops::in_pool(&device, || {
-            for layer in &self.layers {
-                x = layer.forward(&x, self.heads, self.activation)?;
-            }
-            x.apply(&self.final_layer_norm)
-        })
+        ids.apply(&self.token_embedding)?
+            .broadcast_add(&positions.narrow(0, 0, t)?)
     }
 }

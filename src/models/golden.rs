@@ -37,12 +37,13 @@ fn assert_within(tolerance: f32, what: &str, got: &Tensor, want: &Tensor) -> Res
     Ok(())
 }
 
-const UNETS: [&str; 5] = [
+const UNETS: [&str; 6] = [
     "unet-two-levels",
     "unet-three-levels",
     "unet-odd-latents",
     "unet-no-middle",
     "unet-one-level",
+    "unet-text-time",
 ];
 
 #[test]
@@ -70,8 +71,12 @@ fn unet_outputs_and_gradients_equal_diffusers() -> Result<()> {
                 .unwrap()
                 .with_activations(activations);
             weights.expect_all_taken(&[]).unwrap();
-            let conditioning = Conditioning::text(golden["encoder_hidden_states"].clone())
-                .with_guidance(golden.get("timestep_cond").cloned());
+            let conditioning = Conditioning {
+                hidden: golden["encoder_hidden_states"].clone(),
+                pooled: golden.get("text_embeds").cloned(),
+                size: golden.get("time_ids").cloned(),
+                guidance: golden.get("timestep_cond").cloned(),
+            };
             let timesteps: Vec<i64> = golden["timestep"].to_vec1()?;
             let (grads, output) = ops::gradients(|| {
                 let output = unet.forward(&golden["sample"], &timesteps, &conditioning)?;
@@ -175,6 +180,36 @@ fn text_encoder_equals_transformers() -> Result<()> {
         &states(gelu.path())?,
         &golden["last_hidden_state.gelu"],
     )
+}
+
+#[test]
+fn text_encoder_with_projection_equals_transformers() -> Result<()> {
+    const NAME: &str = "text_encoder_2";
+    let golden = load(NAME);
+    let ids: Vec<Vec<u32>> = golden["input_ids"].to_dtype(DType::U32)?.to_vec2()?;
+    let compare = |folder: &Path, pooled: &str| {
+        let model = ClipTextModel::load_with_projection(folder, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!((model.width(), model.projection_width()), (32, Some(24)));
+        let states = model.penultimate(&ids)?;
+        assert_close("hidden states", &states.hidden, &golden["hidden_states"])?;
+        assert_close(pooled, &states.pooled.unwrap(), &golden[pooled])
+    };
+    compare(&folder(NAME), "text_embeds")?;
+    for (end, pooled) in [(2, "text_embeds.2"), (98, "text_embeds.98")] {
+        let keys = [("eos_token_id", end.into())];
+        let other = altered(NAME, "model", str::to_owned, &keys);
+        compare(other.path(), pooled)?;
+    }
+    // Without a projection asked for, there is none; one that is asked for must be there.
+    let plain = ClipTextModel::load(&folder(NAME), DType::F32, &Device::Cpu).unwrap();
+    let states = plain.penultimate(&ids)?;
+    assert!(plain.projection_width().is_none() && states.pooled.is_none());
+    assert_close("hidden states", &states.hidden, &golden["hidden_states"])?;
+    let first = folder("text_encoder");
+    let missing = ClipTextModel::load_with_projection(&first, DType::F32, &Device::Cpu);
+    let message = missing.unwrap_err().to_string();
+    assert!(message.contains("text_projection.weight"), "{message}");
+    Ok(())
 }
 
 #[test]

@@ -53,6 +53,11 @@ impl Linear {
             bias: None,
         })
     }
+
+    /// Number of outputs.
+    pub(super) fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
 }
 
 impl Module for Linear {

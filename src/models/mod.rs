@@ -28,13 +28,16 @@ mod weight_names;
 mod weights;
 
 pub use adapter::{Adapter, Dropout};
-pub use clip::ClipTextModel;
+pub use clip::{ClipTextModel, PenultimateStates};
 pub(crate) use config::{nearest_key, numbers, warn_once};
 pub use denoiser::{Conditioning, Denoiser};
 pub(crate) use fingerprint::text as fingerprint_text;
 pub use fingerprint::{fingerprint, fingerprint_in_one, settings};
 pub use not_finite::{NotFiniteTensor, first_not_finite};
-pub use pipeline::{PipelineMismatch, PipelineParts, check_fit, further_inputs};
+pub use pipeline::{
+    PipelineMismatch, PipelineParts, TEXT_ENCODER_2, TextPart, TextParts, check_fit, forces_zeros,
+    further_inputs,
+};
 pub use tokenizer::{CaptionIds, ClipTokenizer};
 pub use unet::{UNet, UNetConfig, casts_parameter};
 pub use vae::{AutoencoderKl, VaeConfig};

@@ -1,6 +1,7 @@
 //! `UNet2DConditionModel`: the noise predictor of Stable Diffusion, teacher and student.
 
 mod config;
+mod levels;
 mod time;
 
 pub use config::UNetConfig;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use self::config::LevelConfig;
+use self::levels::LevelConfig;
 use self::time::TimeEmbedding;
 use super::adapter::{self, Adapter, adaptable};
 use super::blocks::{Downsample, ResnetBlock, ResnetConfig, Upsample};
@@ -81,7 +82,7 @@ impl Level {
 
 /// The operands that all blocks of a forward pass share.
 struct SharedInputs<'a> {
-    /// The embedding of timesteps and guidance, `[B, width]`.
+    /// The embedding of timesteps, guidance, pooled text and size ids, `[B, width]`.
     time: Tensor,
     /// Text embeddings, `[B, T, cross_attention_dim]`.
     context: &'a Tensor,
@@ -191,7 +192,7 @@ impl UNet {
 
         let (kernel_in, kernel_out) = (config.conv_in_kernel, config.conv_out_kernel);
         Ok(Self {
-            time_embedding: TimeEmbedding::new(vb.pp("time_embedding"), config)?,
+            time_embedding: TimeEmbedding::new(&vb, config)?,
             conv_in: Conv2d::same(vb.pp("conv_in"), config.in_channels, base, kernel_in)?,
             down,
             mid,
@@ -255,18 +256,9 @@ impl UNet {
             (None, held) => held,
         };
         let mut x = ops::cast(latents, dtype)?;
-        if conditioning.pooled.is_some() || conditioning.size.is_some() {
-            candle_core::bail!(
-                "this UNet takes no pooled text embedding and no size ids (no addition_embed_type)"
-            );
-        }
-        let guidance = conditioning.guidance.as_ref();
-        let guidance = guidance.map(|g| ops::cast(g, dtype)).transpose()?;
         let context = ops::cast(&conditioning.hidden, dtype)?;
         let shared = SharedInputs {
-            time: self
-                .time_embedding
-                .forward(timesteps, guidance.as_ref(), &x)?,
+            time: self.time_embedding.forward(timesteps, conditioning, &x)?,
             context: &context,
             activations: self.activations,
         };

@@ -31,7 +31,9 @@ pub struct Distillation {
     pub guidance: Range<f64>,
     /// Part of the samples, 0 to 1, whose caption is replaced by the empty one.
     pub empty_prompts: f64,
-    /// Conditioning on the empty caption, one sample.
+    /// Conditioning on the empty caption, one sample, without size ids.
+    pub empty: Conditioning,
+    /// Conditioning of the teacher's unconditional pass, one sample, without size ids: on the empty caption, or zeros.
     pub unconditional: Conditioning,
     /// Factor from sampled latents to those the UNet sees (the autoencoder's `scaling_factor`).
     pub latent_scale: f64,
@@ -50,7 +52,7 @@ pub struct StepInputs {
     pub w: Vec<f64>,
     /// Conditioning on the captions, `B` samples.
     pub conditioning: Conditioning,
-    /// Conditioning on the empty caption, `B` samples.
+    /// Conditioning of the teacher's unconditional pass, `B` samples, with the same size ids.
     pub unconditional: Conditioning,
 }
 
@@ -96,6 +98,10 @@ impl Distillation {
             .map(|_| uniform(&mut empty, 0.0, 1.0) < self.empty_prompts)
             .collect();
         let conditioning = batch.conditioning.to_device(device)?;
+        let unconditional = Conditioning {
+            size: conditioning.size.clone(),
+            ..self.unconditional.repeat(b)?
+        };
         Ok(StepInputs {
             latents: sample_latents(&moments, &standard_normal("posterior")?, self.latent_scale)?,
             noise: standard_normal("noise")?,
@@ -105,8 +111,8 @@ impl Distillation {
             w: (0..b)
                 .map(|_| uniform(&mut guidance, self.guidance.start, self.guidance.end))
                 .collect(),
-            conditioning: conditioning.replace_text(&empty, &self.unconditional)?,
-            unconditional: self.unconditional.repeat(b)?,
+            conditioning: conditioning.replace_text(&empty, &self.empty)?,
+            unconditional,
         })
     }
 
@@ -237,6 +243,9 @@ impl Distillation {
             .with_numbers("w", &inputs.w)?
             .with("prompt_embeds", &inputs.conditioning.hidden)
             .with("uncond_prompt_embeds", &inputs.unconditional.hidden)
+            .with_optional("pooled_prompt_embeds", &inputs.conditioning.pooled)
+            .with_optional("uncond_pooled_prompt_embeds", &inputs.unconditional.pooled)
+            .with_optional("time_ids", &inputs.conditioning.size)
             .with("x_prev", &results.x_prev)
             .with("model_pred", &results.model_pred)
             .with("target", &results.target)

@@ -77,6 +77,15 @@ impl Trace {
         self
     }
 
+    /// Adds a tensor that only some models have, without its graph.
+    #[must_use]
+    pub fn with_optional(self, name: &'static str, tensor: &Option<Tensor>) -> Self {
+        match tensor {
+            Some(tensor) => self.with(name, tensor),
+            None => self,
+        }
+    }
+
     /// Adds one number a sample, as f32 `[B]`.
     ///
     /// # Errors

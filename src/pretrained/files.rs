@@ -3,8 +3,15 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{TEXT_ENCODER_STEM, choose_weights, index_shards};
+use crate::models::{TEXT_ENCODER_2, TEXT_ENCODER_STEM, choose_weights, index_shards};
+
+/// SDXL's tokenizer for the second text encoder.
+const TOKENIZER_2: &str = "tokenizer_2";
+/// File that names a model's components.
+pub(super) const INDEX: &str = "model_index.json";
 
 /// The components of a model that a command needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,22 +26,41 @@ pub struct Components {
 struct Component {
     /// Possible folder names, in order of preference; the empty name is the model's folder itself.
     names: Vec<String>,
-    required: bool,
+    need: Need,
+}
+
+/// When a component is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Always,
+    /// If its folder is there.
+    IfThere,
+    /// If this folder of the model is there.
+    With(&'static str),
 }
 
 impl Component {
     fn required(name: &str) -> Self {
         Self {
             names: vec![name.to_owned()],
-            required: true,
+            need: Need::Always,
         }
     }
 
     fn optional(name: &str) -> Self {
         Self {
-            required: false,
+            need: Need::IfThere,
             ..Self::required(name)
         }
+    }
+
+    /// SDXL's second text encoder and its tokenizer, which other models lack.
+    fn second_text() -> [Self; 2] {
+        let with = |name| Self {
+            need: Need::With(TEXT_ENCODER_2),
+            ..Self::required(name)
+        };
+        [with(TEXT_ENCODER_2), with(TOKENIZER_2)]
     }
 }
 
@@ -44,18 +70,39 @@ impl Components {
         let names = names.iter().chain(vae);
         Self {
             components: names.map(|name| Component::required(name)).collect(),
-            extras: &["model_index.json"],
+            extras: &[INDEX],
         }
+    }
+
+    /// The same with SDXL's second text encoder and its tokenizer, for a model that has them.
+    fn with_second_text(mut self) -> Self {
+        self.components.extend(Component::second_text());
+        self
+    }
+
+    /// The same for a model with this `model_index.json`: a second text encoder that it names is needed, whether its folder is there
+    /// or not. Entries that are no pair of a library and a class are settings.
+    pub(super) fn of_index(mut self, index: Option<&Value>) -> Self {
+        let named = index.and_then(|index| index.get(TEXT_ENCODER_2)?.as_array());
+        if named.is_some_and(|pair| pair.iter().all(Value::is_string)) {
+            for component in &mut self.components {
+                if component.need == Need::With(TEXT_ENCODER_2) {
+                    component.need = Need::Always;
+                }
+            }
+        }
+        self
     }
 
     /// Components that training reads from a teacher; `own_vae`: with the teacher's own VAE.
     pub fn training(own_vae: bool) -> Self {
         Self::pipeline(&["scheduler", "tokenizer", "text_encoder", "unet"], own_vae)
+            .with_second_text()
     }
 
     /// Components that encoding reads: no UNet and no scheduler.
     pub fn encoding(own_vae: bool) -> Self {
-        Self::pipeline(&["tokenizer", "text_encoder"], own_vae)
+        Self::pipeline(&["tokenizer", "text_encoder"], own_vae).with_second_text()
     }
 
     /// The tokenizer alone.
@@ -65,7 +112,7 @@ impl Components {
 
     /// Components that sampling reads besides a UNet.
     pub fn without_unet() -> Self {
-        Self::pipeline(&["scheduler", "tokenizer", "text_encoder"], true)
+        Self::pipeline(&["scheduler", "tokenizer", "text_encoder"], true).with_second_text()
     }
 
     /// Components that `coffey sample` reads: the UNet named `unet`, by default `unet_target` else `unet`; with `others` also
@@ -74,15 +121,16 @@ impl Components {
         let names = unet.map_or_else(|| vec!["unet_target", "unet"], |name| vec![name]);
         let mut components = vec![Component {
             names: names.into_iter().map(str::to_owned).collect(),
-            required: true,
+            need: Need::Always,
         }];
         if others {
             let others = ["scheduler", "tokenizer", "text_encoder", "vae"];
             components.extend(others.map(Component::optional));
+            components.extend(Component::second_text());
         }
         Self {
             components,
-            extras: &["model_index.json", "run.json", "config.toml"],
+            extras: &[INDEX, "run.json", "config.toml"],
         }
     }
 
@@ -102,7 +150,7 @@ impl Components {
         Self {
             components: vec![Component {
                 names: vec![String::new(), "vae".to_owned()],
-                required: true,
+                need: Need::Always,
             }],
             extras: &[],
         }
@@ -144,7 +192,8 @@ pub(super) fn plan(
         let name = component.names.iter().find(there);
         match name {
             Some(name) => lacks.extend(plan_component(&mut plan, name, available).err()),
-            None if !component.required => {}
+            None if component.need == Need::IfThere => {}
+            None if matches!(component.need, Need::With(folder) if !has_folder(folder)) => {}
             None if component.names.iter().any(|name| has_folder(name)) => {
                 let names = component.names.iter();
                 let files =
@@ -176,7 +225,7 @@ impl ConfigFiles {
                 optional: &[],
             },
             // The order of preference of `ClipTokenizer::load`.
-            "tokenizer" => Self {
+            "tokenizer" | TOKENIZER_2 => Self {
                 forms: &[&["tokenizer.json"], &["vocab.json", "merges.txt"]],
                 optional: &[
                     "tokenizer_config.json",
@@ -214,11 +263,11 @@ fn plan_component(
     let optional = files.optional.iter().map(|name| join(component, name));
     plan.files
         .extend(optional.filter(|name| available.contains(name)));
-    if matches!(component, "scheduler" | "tokenizer") {
+    if matches!(component, "scheduler" | "tokenizer" | TOKENIZER_2) {
         return Ok(());
     }
     let stem = match component {
-        "text_encoder" => TEXT_ENCODER_STEM,
+        "text_encoder" | TEXT_ENCODER_2 => TEXT_ENCODER_STEM,
         _ => WEIGHTS_STEM,
     };
     let prefix = join(component, "");
@@ -317,7 +366,9 @@ pub(super) enum Completeness {
 /// Whether a folder has all files of `components`, including the shards that its indexes list.
 pub(super) fn completeness(components: &Components, folder: &Path) -> Completeness {
     let available = listing(folder);
-    let Ok(plan) = plan(components, &available) else {
+    let index = super::read_json(&folder.join(INDEX));
+    let components = components.clone().of_index(index.as_ref());
+    let Ok(plan) = plan(&components, &available) else {
         return Completeness::Incomplete;
     };
     let has_shards = plan.indexes.iter().all(|index| {
@@ -445,6 +496,72 @@ mod tests {
             tokenizer(&available).unwrap_err(),
             "it has no tokenizer/tokenizer.json and no tokenizer/vocab.json"
         );
+    }
+
+    /// Files of an SDXL repository.
+    fn sdxl() -> BTreeSet<String> {
+        let second = [
+            "text_encoder_2/config.json",
+            "text_encoder_2/model.safetensors",
+            "tokenizer_2/merges.txt",
+            "tokenizer_2/special_tokens_map.json",
+            "tokenizer_2/tokenizer_config.json",
+            "tokenizer_2/vocab.json",
+        ];
+        let second = second.map(str::to_owned);
+        hub().into_iter().chain(second).collect()
+    }
+
+    #[test]
+    fn plan_has_the_second_text_encoder_of_a_model_that_has_one() {
+        let second = |components: &Components, available: &BTreeSet<String>| {
+            let files = sorted(plan(components, available)?);
+            let is_second = |name: &String| name.contains("_2/");
+            Ok::<_, String>(files.into_iter().filter(is_second).count())
+        };
+        for components in [
+            Components::training(true),
+            Components::encoding(false),
+            Components::without_unet(),
+            Components::sampling(None, true),
+        ] {
+            assert_eq!(second(&components, &sdxl()), Ok(6));
+            assert_eq!(second(&components, &hub()), Ok(0));
+            let mut available = sdxl();
+            available.retain(|name| !name.starts_with("tokenizer_2/"));
+            let error = second(&components, &available).unwrap_err();
+            assert_eq!(error, "it has no folder tokenizer_2");
+            available.insert("tokenizer_2/merges.txt".to_owned());
+            let error = second(&components, &available).unwrap_err();
+            assert!(error.contains("tokenizer_2/vocab.json"), "{error}");
+        }
+        for components in [Components::tokenizer(), Components::sampling(None, false)] {
+            assert_eq!(second(&components, &sdxl()), Ok(0));
+        }
+    }
+
+    #[test]
+    fn index_names_a_second_text_encoder_that_is_not_there() {
+        let lacks = |index: Value| {
+            let components = Components::training(true).of_index(Some(&index));
+            plan(&components, &hub()).err()
+        };
+        let named = serde_json::json!({
+            "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": true,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]
+        });
+        let error = lacks(named).unwrap();
+        assert_eq!(
+            error,
+            "it has no folder text_encoder_2; no folder tokenizer_2"
+        );
+        for index in [
+            serde_json::json!({"text_encoder_2": [null, null]}),
+            serde_json::json!({"text_encoder_2": null, "force_zeros_for_empty_prompt": true}),
+            serde_json::json!([]),
+        ] {
+            assert_eq!(lacks(index), None);
+        }
     }
 
     #[test]

@@ -54,8 +54,8 @@ pub(super) fn other_family(place: &Place<'_>) -> Option<String> {
     let class = place.text("model_index.json", "_class_name");
     let class = class.unwrap_or_default();
     let has = |folder: &str| place.has_folder(folder);
-    let what = if class.starts_with("StableDiffusionXL") || has("unet") && has("text_encoder_2") {
-        "an SDXL model, with another text encoder besides"
+    let what = if has("unet") && has("text_encoder_2") && !has("text_encoder") {
+        "the refiner of SDXL, whose text encoder and size ids are others than the base model's"
     } else if has("transformer") && !has("unet") {
         "a model with a transformer in place of the UNet, as SD3 and Flux"
     } else {
@@ -67,8 +67,8 @@ pub(super) fn other_family(place: &Place<'_>) -> Option<String> {
         format!(" ({class})")
     };
     Some(format!(
-        "is {what}{class}; coffey distils models with the parts of a StableDiffusionPipeline, one CLIP text encoder and a UNet, as \
-         stable-diffusion-v1-5 and stable-diffusion-2-1"
+        "is {what}{class}; coffey distils models with the parts of a StableDiffusionPipeline or a StableDiffusionXLPipeline, one or \
+         two CLIP text encoders and a UNet, as stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0"
     ))
 }
 
@@ -261,13 +261,13 @@ pub(super) fn describe_file(path: &Path, tensors: &[String]) -> String {
     }
     if is_weights {
         let class = if has("conditioner.embedders.") {
-            "an SDXL checkpoint in one file, which coffey does not train"
+            "StableDiffusionXLPipeline"
         } else {
-            "a checkpoint in one file"
+            "StableDiffusionPipeline"
         };
         return format!(
-            "is {class}; a model is a folder in diffusers layout, into which a checkpoint of Stable Diffusion is converted in Python: \
-             StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            "is a checkpoint in one file; a model is a folder in diffusers layout, into which it is converted in Python: \
+             {class}.from_single_file(FILE).save_pretrained(FOLDER)"
         );
     }
     if lower.ends_with("model_index.json") {

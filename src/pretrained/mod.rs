@@ -12,6 +12,7 @@ mod progress;
 mod s3;
 
 pub use files::Components;
+use files::INDEX;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ use tokio::runtime::Handle;
 
 use crate::config::{self, ModelPlace, ModelRef, ModelRefError};
 use crate::hub::SettingsError;
-use crate::models::tensor_names;
+use crate::models::{TextParts, tensor_names};
 
 /// Why a model could not be fetched.
 #[derive(Debug, thiserror::Error)]
@@ -272,7 +273,9 @@ fn plan(
     if let Some(what) = kind::other_family(&place).filter(|_| components.is_pipeline()) {
         return Err(other_kind(what));
     }
-    files::plan(components, files).map_err(|lacks| {
+    let index = files.contains(INDEX).then(|| json(INDEX)).flatten();
+    let components = components.clone().of_index(index.as_ref());
+    files::plan(&components, files).map_err(|lacks| {
         let is_run = components.are_in_runs() && place.has_folder("unet");
         let what = if is_run { None } else { kind::describe(&place) };
         what.map_or_else(
@@ -321,6 +324,11 @@ pub struct Models {
 }
 
 impl Models {
+    /// Whether the teacher is SDXL, with two text encoders.
+    pub fn are_sdxl(&self) -> bool {
+        TextParts::of(&self.pipeline).second.is_some()
+    }
+
     /// Fetches `teacher` and `model.vae`. `components` makes the list for the teacher; its argument is whether the teacher's own VAE
     /// is needed.
     ///

@@ -41,8 +41,8 @@ pub struct Generator<'a> {
     pub steps: usize,
     /// Guidance scale: embedded into a network that takes it, else of classifier-free guidance, which is off at 1 or less.
     pub guidance: f64,
-    /// Caption that classifier-free guidance leads away from.
-    pub negative_prompt: &'a str,
+    /// Caption that classifier-free guidance leads away from; without one the pipeline's own conditioning on no caption.
+    pub negative_prompt: Option<&'a str>,
     /// Seed of the first image; image `i` has this seed plus `i`.
     pub seed: u64,
 }
@@ -75,9 +75,20 @@ impl Generator<'_> {
         noise: &Tensor,
         on_step: &dyn Fn(usize),
     ) -> Result<RgbImage, SampleError> {
-        let text = self.encoders.encode_text(&[prompt, self.negative_prompt])?;
-        Intermediate::Text.check(&text.hidden)?;
-        let (conditioning, unconditional) = (&text.narrow(0, 1)?, &text.narrow(1, 1)?);
+        let encoders = self.encoders;
+        let (_, _, height, width) = noise.dims4()?;
+        let size = [height, width].map(|side| side * encoders.vae().config().downscale());
+        let conditioning = &encoders.encode_prompts(&[prompt], size)?;
+        let unconditional = &match self.negative_prompt {
+            Some(negative) => encoders.encode_prompts(&[negative], size)?,
+            None => encoders.no_prompt(size)?,
+        };
+        for text in [conditioning, unconditional] {
+            Intermediate::Text.check(&text.hidden)?;
+            if let Some(pooled) = &text.pooled {
+                Intermediate::Text.check(pooled)?;
+            }
+        }
         let predictor = predictor(self.denoiser, conditioning, unconditional, self.guidance);
         let mut renoise = |step| {
             let mut rng = generator(self.seed_of(index), "renoise", 0, step as u64);

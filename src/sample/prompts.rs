@@ -17,7 +17,7 @@ const CHUNK: usize = 16;
 #[derive(Debug)]
 pub struct Prompts {
     conditioning: Conditioning,
-    /// Conditioning on the empty caption, one sample.
+    /// Conditioning on no caption, one sample.
     unconditional: Conditioning,
     noise: Tensor,
     seed: u64,
@@ -60,13 +60,17 @@ impl Prompts {
                 normal(&mut rng, &[1, c, h, w], device)
             })
             .collect::<candle_core::Result<Vec<_>>>()?;
+        let size = [h, w].map(|side| side * encoders.vae().config().downscale());
+        let encode = |captions: &[&String]| -> Result<_, SampleError> {
+            Ok(encoders.encode_prompts(captions, size)?.to_device(device)?)
+        };
         let conditioning = repeated
             .chunks(CHUNK)
-            .map(|captions| Ok(encoders.encode_text(captions)?.to_device(device)?))
+            .map(encode)
             .collect::<Result<Vec<_>, SampleError>>()?;
         Ok(Self {
             conditioning: Conditioning::cat(&conditioning)?,
-            unconditional: encoders.encode_text(&[""])?.to_device(device)?,
+            unconditional: encoders.no_prompt(size)?.to_device(device)?,
             noise: Tensor::cat(&noise, 0)?,
             seed,
             purpose,

@@ -43,7 +43,12 @@ pub(super) fn with_advice(error: TrainError, config: &Config, saver: &Saver) -> 
 fn describe(origin: Option<&'static str>, config: &Config) -> String {
     let pass = match origin {
         Some("latents") => Some(VAE),
-        Some("prompt_embeds" | "uncond_prompt_embeds") => Some(TEXT_ENCODER),
+        Some(
+            "prompt_embeds"
+            | "uncond_prompt_embeds"
+            | "pooled_prompt_embeds"
+            | "uncond_pooled_prompt_embeds",
+        ) => Some(TEXT_ENCODER),
         Some("x_prev") => Some(TEACHER),
         Some("model_pred" | "target") => Some(STUDENT),
         _ => None,
@@ -58,7 +63,7 @@ fn describe(origin: Option<&'static str>, config: &Config) -> String {
     match pass {
         Some(VAE) => narrow(
             encode.vae_dtype == FloatType::F16 && config.data.kind == DataKind::Images,
-            r#"encode.vae_dtype to "f32" or "bf16""#,
+            r#"encode.vae_dtype to "f32" or "bf16", or model.vae to a VAE made for f16 (of SDXL madebyollin/sdxl-vae-fp16-fix)"#,
         ),
         Some(TEXT_ENCODER) => narrow(
             encode.dtype == FloatType::F16,
@@ -118,6 +123,7 @@ mod tests {
             (&f16, Some("x_prev"), "set train.teacher_dtype"),
             (&f16, Some("latents"), "set encode.vae_dtype"),
             (&f16, Some("prompt_embeds"), "set encode.dtype"),
+            (&f16, Some("pooled_prompt_embeds"), "set encode.dtype"),
             (&f16, Some("loss"), rate),
         ] {
             let advice = describe(origin, config);

@@ -11,9 +11,11 @@ use super::models_fingerprint::ModelsFingerprint;
 use super::observers::TeacherSampler;
 use super::run::RunOptions;
 use crate::adaptation::{Adaptation, ForwardOptions, Full, Lora, LoraOptions};
-use crate::config::{self, Config, LoraLayout, LossKind, MixedPrecision, ObjectiveKind};
+use crate::config::{
+    self, Config, LoraLayout, LossKind, MicroConditioning, MixedPrecision, ObjectiveKind, Uncond,
+};
 use crate::diffusion::{BoundaryScaling, DdimSolver, NoiseSchedule};
-use crate::encode::{EncoderOptions, Encoders};
+use crate::encode::{EncoderOptions, Encoders, ToldSizes, Unconditional};
 use crate::models::{PipelineParts, UNet, UNetConfig, check_fit};
 use crate::objective::{Distillation, Lcm, Loss, Objective, Pcm, Tcd};
 use crate::ops::{self, Activations, Attention, NetworkAttention};
@@ -25,7 +27,7 @@ pub(super) struct RunParts {
     pub(super) encoders: Arc<Encoders>,
     /// The teacher's network, whose weights a LoRA shares.
     pub(super) unet: UNet,
-    /// Teacher with the conditioning on the empty caption.
+    /// The teacher.
     pub(super) teacher: TeacherSampler,
     pub(super) objective: Box<dyn Objective>,
     /// Shape of a latent, `[C, h, w]`.
@@ -63,14 +65,17 @@ impl RunParts {
             folder: pipeline,
             unet: teacher.config(),
             vae,
-            text_width: encoders.text_width(),
+            text_width: encoders.text().width(),
+            pooled_width: encoders.text().pooled_width(),
             resolution: config.image.resolution as usize,
         })?;
         let training = describe_training(config, options.device, teacher.config())
             .map(|how| format!("training on {}: {how}", config.train.device));
         let encoding = describe_encoders(&encoders)
             .map(|how| format!("encoding on {}: {how}", config.encode.devices[0]));
-        let unconditional = encoders.encode_text(&[""])?.to_device(options.device)?;
+        let unconditional = unconditional(config, &encoders);
+        let unconditional = encoders.unconditional(unconditional)?;
+        let empty = encoders.encode_text(&[""])?.to_device(options.device)?;
         let side = config.image.resolution as usize / vae.downscale();
         let latent = [teacher.config().in_channels, side, side];
         let distill = &config.distill;
@@ -83,7 +88,8 @@ impl RunParts {
             },
             guidance: distill.w_min..distill.w_max,
             empty_prompts: distill.proportion_empty_prompts,
-            unconditional,
+            empty,
+            unconditional: unconditional.to_device(options.device)?,
             latent_scale: vae.scaling_factor,
         };
         let objective: Box<dyn Objective> = match distill.objective {
@@ -118,9 +124,23 @@ impl RunParts {
     }
 }
 
-/// `[encode]` as the encoders take it.
-pub(crate) fn encoder_options(encode: &config::Encode) -> EncoderOptions {
+/// `distill.uncond` for a pipeline.
+fn unconditional(config: &Config, encoders: &Encoders) -> Unconditional {
+    match config.distill.uncond {
+        Uncond::Auto => encoders.text().own_unconditional(),
+        Uncond::Empty => Unconditional::Empty,
+        Uncond::Zeros => Unconditional::Zeros,
+    }
+}
+
+/// `[encode]` and `data.micro_conditioning` as the encoders take them.
+pub(crate) fn encoder_options(config: &Config) -> EncoderOptions {
+    let Config { encode, data, .. } = config;
     EncoderOptions {
+        told_sizes: match data.micro_conditioning {
+            MicroConditioning::Image => ToldSizes::Own,
+            MicroConditioning::Fixed => ToldSizes::Uncropped,
+        },
         vae_batch: encode.batch_size,
         vae_dtype: encode.vae_dtype.into(),
         text_dtype: encode.dtype.into(),
@@ -137,7 +157,7 @@ pub(super) fn load_encoders(
         &models.pipeline,
         models.vae.as_deref(),
         device,
-        encoder_options(&options.config.encode),
+        encoder_options(options.config),
     )?)
 }
 
@@ -164,7 +184,7 @@ pub(crate) fn describe_encoders(encoders: &Encoders) -> Option<String> {
     };
     let vae = encoders.vae().config().head_width();
     let networks = [
-        attention("text encoder", vec![encoders.text_head_width()]),
+        attention("text encoder", encoders.text().head_widths()),
         attention("VAE", Vec::from_iter(vae)),
     ];
     ops::describe(encoders.device(), &networks, false)

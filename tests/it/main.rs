@@ -34,6 +34,7 @@ mod restart;
 mod resume;
 mod rooms;
 mod sample;
+mod sdxl;
 mod secrets;
 mod support;
 mod terminal;

@@ -280,11 +280,12 @@ fn teachers_that_are_something_else_are_named() {
     ] {
         said(&user, text(&make(name, files)), 2, words);
     }
-    let pipeline = teacher_in(&user, "sdxl");
-    copy(
-        &pipeline.join("text_encoder"),
-        &pipeline.join("text_encoder_2"),
-    );
+    let pipeline = teacher_in(&user, "refiner");
+    fs::rename(
+        pipeline.join("text_encoder"),
+        pipeline.join("text_encoder_2"),
+    )
+    .unwrap();
     set(
         &pipeline.join("model_index.json"),
         &[("_class_name", json!("StableDiffusionXLPipeline"))],
@@ -293,7 +294,7 @@ fn teachers_that_are_something_else_are_named() {
         &user,
         text(&pipeline),
         2,
-        &["SDXL", "StableDiffusionXLPipeline"],
+        &["the refiner of SDXL", "StableDiffusionXLPipeline"],
     );
     said(
         &user,

@@ -97,6 +97,15 @@ mod needs_python {
         lora_with_adamw8bit: "linear-projection", 4, [
             "lora.rank=64", "optimizer.kind=adamw8bit", "distill.objective=pcm", "optimizer.weight_decay=0.01",
         ];
+        sdxl_steps: "xl", 4, ["optimizer.learning_rate=1e-5", "image.crop=random"];
+        sdxl_lora_steps: "xl", 3, ["lora.rank=8", "optimizer.learning_rate=1e-4", "train.teacher_dtype=bf16"];
+        sdxl_tcd_steps_of_guided_teacher: "xl-guided", 3, [
+            "distill.objective=tcd", "distill.proportion_empty_prompts=0.5", "optimizer.learning_rate=1e-5",
+        ];
+        sdxl_pcm_steps_with_empty_captions: "xl-attended-top", 3, [
+            "distill.objective=pcm", "distill.uncond=empty", "train.gradient_accumulation=2",
+            "data.micro_conditioning=fixed", "optimizer.learning_rate=1e-5",
+        ];
         guided_teacher_with_wide_huber: "guided", 4, [
             "distill.huber_c=0.5", "optimizer.learning_rate=1e-4",
         ];

@@ -3,7 +3,7 @@
     python check_unet.py UNET_DIR FORWARD.safetensors [--tolerance 1e-4]
 
 FORWARD holds the inputs `sample` [B,4,h,w], `timestep` [B] (i64 or f32), `encoder_hidden_states` [B,T,C] and, for
-a student, `timestep_cond` [B,D], and the `output` [B,4,h,w] to compare with. Fails (exit 1) when a tensor of the
+a student, `timestep_cond` [B,D], for SDXL `text_embeds` [B,P] and `time_ids` [B,6], and the `output` [B,4,h,w] to compare with. Fails (exit 1) when a tensor of the
 folder is missing or unexpected, or when the output differs by more than the tolerance, relative to its largest value.
 """
 
@@ -37,7 +37,8 @@ def main():
         return 1
     with torch.no_grad():
         inputs = given["sample"], given["timestep"], given["encoder_hidden_states"]
-        output = unet.float().eval()(*inputs, timestep_cond=condition).sample
+        added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+        output = unet.float().eval()(*inputs, timestep_cond=condition, added_cond_kwargs=added or None).sample
     error = ((output - given["output"]).abs().max() / output.abs().max()).item()
     good = error <= args.tolerance  # false for NaN
     verdict = "within" if good else "over"

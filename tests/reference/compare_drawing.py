@@ -1,4 +1,5 @@
-"""Compares an image of `coffey sample` with diffusers' StableDiffusionPipeline on the same initial latents.
+"""Compares an image of `coffey sample` with diffusers' StableDiffusionPipeline, or of an SDXL pipeline with its
+StableDiffusionXLPipeline, on the same initial latents.
 
 usage: compare_drawing.py PIPELINE UNET NOISE.npy IMAGE.png SCHEDULER STEPS GUIDANCE PROMPT [NEGATIVE PROMPT] [--lora FILE]
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     LCMScheduler,
-    StableDiffusionPipeline,
     TCDScheduler,
     UNet2DConditionModel,
 )
@@ -24,9 +25,8 @@ arguments, lora = sys.argv[1:], None
 if "--lora" in arguments:
     *arguments, _, lora = arguments
 pipeline, unet, noise, image, scheduler, steps, guidance, prompt, *negative = arguments
-pipe = StableDiffusionPipeline.from_pretrained(
-    pipeline, unet=UNet2DConditionModel.from_pretrained(unet), safety_checker=None
-).to(torch.float32)
+pipe = DiffusionPipeline.from_pretrained(pipeline, unet=UNet2DConditionModel.from_pretrained(unet)).to(torch.float32)
+pipe.safety_checker = None
 if lora:
     pipe.load_lora_weights(lora)
 config = {**pipe.scheduler.config, "clip_sample": False}

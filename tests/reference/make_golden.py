@@ -6,14 +6,17 @@
     OUT_DIR/unet-three-levels/  the last level without attention, linear projections, heads as a list
     OUT_DIR/unet-odd-latents/   lists wherever a list may stand, scale and shift, asymmetric padding, latents of 7 x 10
     OUT_DIR/unet-no-middle/     three layers a block, heads that do not divide the channels, all of the time embedding
+    OUT_DIR/unet-text-time/     as SDXL's: pooled text and size ids, 1, 2 and 3 transformer layers, linear projections
     OUT_DIR/unet-one-level/     text in both attentions, a scaled middle block, not square, batch 1
         config.json, diffusion_pytorch_model.safetensors
-        forward.safetensors     sample, timestep, encoder_hidden_states, (timestep_cond), output, output_grad, and
+        forward.safetensors     sample, timestep, encoder_hidden_states, (timestep_cond, text_embeds, time_ids), output, output_grad, and
                                 grad.NAME: the gradient of sum(output * output_grad) by the parameter NAME
     OUT_DIR/vae/                forward.safetensors: pixels, moments; latents, decoded
     OUT_DIR/vae-bare/           the same without the convolutions around the latents, without attention, with mish
     OUT_DIR/text_encoder/       forward.safetensors: input_ids, last_hidden_state (quick_gelu),
                                 last_hidden_state.gelu (the same weights with hidden_act = "gelu")
+    OUT_DIR/text_encoder_2/     the same with a projection: input_ids, hidden_states (the last but one), text_embeds
+                                (eos_token_id 99), text_embeds.2 (eos_token_id 2), text_embeds.98 (another id)
     OUT_DIR/tokenizer.json      [[caption, [77 ids]], ...] with the vocabulary of --tokenizer
     OUT_DIR/special_tokens.json [{"tokenizer_config": ..., "special_tokens_map": ... or null,
                                 "ids": [[caption, [77 ids]], ...]}, ...] with the same vocabulary
@@ -33,7 +36,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_reference import (
     DDIMSolver,
@@ -47,6 +50,8 @@ GRADIENTS = (
     "conv_in.weight",
     "time_embedding.cond_proj.weight",
     "time_embedding.linear_1.weight",
+    "add_embedding.linear_1.weight",
+    "add_embedding.linear_2.bias",
     "down_blocks.0.attentions.0.norm.weight",
     "down_blocks.0.attentions.0.transformer_blocks.0.norm2.weight",
     "down_blocks.0.downsamplers.0.conv.bias",
@@ -227,6 +232,13 @@ def save(model, folder, tensors):
     model.half().save_pretrained(folder)  # last: this would halve the gradients too
 
 
+def added_conditions(inputs):
+    """SDXL's inputs, with ids whose sinusoids diffusers computes in f32 also where the network is f64."""
+    if "time_ids" not in inputs:
+        return None
+    return {name: inputs[name] for name in ("text_embeds", "time_ids")}
+
+
 def unet(folder, sample_shape, tokens, timesteps, **config):
     torch.manual_seed(1)
     model = f16_values(UNet2DConditionModel(in_channels=4, out_channels=4, **{"sample_size": 8, **config}))
@@ -238,6 +250,10 @@ def unet(folder, sample_shape, tokens, timesteps, **config):
     }
     if config.get("time_cond_proj_dim"):
         inputs["timestep_cond"] = guidance_scale_embedding(torch.linspace(2, 9, batch), config["time_cond_proj_dim"])
+    if config.get("addition_embed_type"):
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["text_embeds"] = torch.randn(batch, pooled)
+        inputs["time_ids"] = torch.randint(0, 4096, (batch, 6)).float()
     # In f64: where a gradient nearly cancels, PyTorch's own f32 is as far from it as ours may be.
     model.double()
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
@@ -246,6 +262,7 @@ def unet(folder, sample_shape, tokens, timesteps, **config):
         exact["timestep"],
         exact["encoder_hidden_states"],
         timestep_cond=exact.get("timestep_cond"),
+        added_cond_kwargs=added_conditions(exact),
     ).sample
     output_grad = torch.randn(output.shape)
     (output * output_grad).sum().backward()
@@ -306,6 +323,41 @@ def text_encoder(folder):
     ids[2, 1:76] = torch.randint(0, 98, (75,))
     states = {"last_hidden_state": model(ids)[0], "last_hidden_state.gelu": gelu(ids)[0]}
     save(model, folder, {"input_ids": ids, **states})
+
+
+@torch.no_grad()
+def text_encoder_with_projection(folder):
+    torch.manual_seed(4)
+    config = dict(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=24,
+        bos_token_id=98,
+        hidden_act="gelu",
+    )
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**config, eos_token_id=99, pad_token_id=0))
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data.normal_(std=0.3)
+    f16_values(model)
+    ids = torch.zeros((4, 77), dtype=torch.long)
+    ids[:, 0] = 98
+    for row, count in enumerate((0, 8, 40, 75)):
+        ids[row, 1 : 1 + count] = torch.randint(1, 97, (count,))
+        ids[row, 1 + count] = 99
+    ids[2, 30] = 97
+    ids[3, 77 - 1] = 99
+    ids[1, 20:] = 99  # padded with the end's own id: the first counts
+    made = {"hidden_states": model(ids, output_hidden_states=True).hidden_states[-2]}
+    for key, end in (("text_embeds", 99), ("text_embeds.2", 2), ("text_embeds.98", 98)):
+        other = CLIPTextModelWithProjection(CLIPTextConfig(**config, eos_token_id=end, pad_token_id=0)).eval()
+        other.load_state_dict(model.state_dict())
+        made[key] = other(ids).text_embeds
+    save(model, folder, {"input_ids": ids, **made})
 
 
 def token_ids(folder, captions):
@@ -501,6 +553,25 @@ def main():
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
     unet(
+        args.out / "unet-text-time",
+        sample_shape=(8, 12),
+        tokens=77,
+        timesteps=[999, 259],
+        block_out_channels=(8, 16, 24),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=20,
+        attention_head_dim=[2, 2, 4],
+        transformer_layers_per_block=[1, 2, 3],
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+        time_cond_proj_dim=16,
+    )
+    unet(
         args.out / "unet-odd-latents",
         sample_shape=(7, 10),
         tokens=5,
@@ -572,6 +643,7 @@ def main():
     bare = {"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False, "act_fn": "mish"}
     vae(args.out / "vae-bare", levels=2, block_out_channels=(8, 4), layers_per_block=2, **bare)
     text_encoder(args.out / "text_encoder")
+    text_encoder_with_projection(args.out / "text_encoder_2")
     tokenizer(args.out / "tokenizer.json", args.tokenizer)
     special_tokens(args.out / "special_tokens.json", args.tokenizer)
     (args.out / "diffusion.json").write_text(json.dumps(diffusion(), indent=1) + "\n")

@@ -3,12 +3,14 @@
     python make_pipeline.py OUT_DIR SHAPE [--dtype f32|f16|bf16] [--seed 1] [--encoders own|tiny] [--set KEY=VALUE ...]
     python make_pipeline.py --list
 
-OUT_DIR becomes `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and `model_index.json`. The tokenizer is the
-quickstart's, since a vocabulary can't be random; a text encoder may have more rows than it has ids.
+OUT_DIR becomes `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and `model_index.json`; of SDXL also
+`text_encoder_2` and `tokenizer_2`, which pads with `!`. The tokenizers are the quickstart's, since a vocabulary can't be
+random; a text encoder may have more rows than it has ids.
 
 `--encoders tiny` keeps the UNet and the latents' size and makes the VAE and the text encoder as small as they can
 be: for benchmarks in which encoding must cost nothing. `--set unet.layers_per_block=3` overrides one key of a
-`config.json` (part `unet`, `vae`, `text_encoder` or `scheduler`; JSON, or a bare word as a string).
+`config.json` (part `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`; JSON, or a bare word as a string), or
+of `model_index.json` (part `index`).
 
 Modules are built without storage and filled one tensor at a time in the dtype they are saved in, with the spread of
 PyTorch's own initialisation, norms a little off 1 and 0: SD-1.5 in f16 takes seconds and 3 GB of memory.
@@ -22,9 +24,9 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "quickstart" / "teacher" / "tokenizer"
 TOKENS = len(json.loads((TOKENIZER / "vocab.json").read_text()))
@@ -108,6 +110,45 @@ def odd(unet=None, scheduler=None):
     }
 
 
+def xl(unet, text_encoder, text_encoder_2, vae_):
+    """SDXL: two text encoders, size ids, and its own noise schedule's file."""
+    second = text_encoder_2 | {"hidden_act": "gelu", "eos_token_id": 2}
+    width = text_encoder["hidden_size"] + second["hidden_size"]
+    ids = 6 * unet["addition_time_embed_dim"]
+    added = {
+        "addition_embed_type": "text_time",
+        "projection_class_embeddings_input_dim": second["projection_dim"] + ids,
+        "use_linear_projection": True,
+        "cross_attention_dim": width,
+    }
+    return {
+        "unet": unet | added,
+        "vae": vae_,
+        "text_encoder": text_encoder,
+        "text_encoder_2": second,
+        "scheduler": {k: v for k, v in SCHEDULER.items() if k != "clip_sample"},
+        "index": {"force_zeros_for_empty_prompt": True},
+    }
+
+
+ODD_XL = {
+    "block_out_channels": [16, 32, 48],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "attention_head_dim": [2, 4, 6],
+    "transformer_layers_per_block": [1, 2, 3],
+    "addition_time_embed_dim": 8,
+    "sample_size": 16,
+    **levels([False, True, True]),
+}
+
+
+def odd_xl(unet=None):
+    """A tiny SDXL, 8 x 8 latents from 32 x 32 pixels."""
+    first, second = text(24, 2, 4, 48), text(40, 3, 4, 80) | {"projection_dim": 20}
+    return xl(ODD_XL | (unet or {}), first, second, vae([8, 16, 16], 4, 1, sample_size=64, scaling_factor=0.13025))
+
+
 SHAPES = {
     "small": {
         "unet": ODD_UNET | {"block_out_channels": [64, 128], "norm_num_groups": 32, "attention_head_dim": 8}
@@ -130,6 +171,18 @@ SHAPES = {
         "text_encoder": text(1024, 23, 16, 4096, act="gelu", tokens=49408),
         "scheduler": SCHEDULER | {"prediction_type": "v_prediction"},
     },
+    "sdxl": xl(
+        SD_UNET
+        | {"block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "sample_size": 128}
+        | {"transformer_layers_per_block": [1, 2, 10], "addition_time_embed_dim": 256}
+        | levels([False, True, True]),
+        text(768, 12, 12, 3072, tokens=49408),
+        text(1280, 32, 20, 5120, tokens=49408),
+        SD_VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    ),
+    "xl": odd_xl(),
+    "xl-attended-top": odd_xl(levels([True, True, True]) | {"transformer_layers_per_block": [3, 1, 2]}),
+    "xl-guided": odd_xl({"time_cond_proj_dim": 32}),
     "two-levels": odd(),
     "one-level": odd({"block_out_channels": [32], **levels([True])}),
     "three-levels": odd(THREE),
@@ -164,6 +217,8 @@ def tiny_encoders(shape):
     levels_, of = len(shape["vae"]["block_out_channels"]), shape["vae"]
     small = vae([4] * levels_, 2, 1, sample_size=of["sample_size"], scaling_factor=of["scaling_factor"])
     width = shape["unet"]["cross_attention_dim"]
+    if "text_encoder_2" in shape:
+        raise SystemExit("--encoders tiny: for models with one text encoder")
     return shape | {"vae": small, "text_encoder": text(width, 1, 1, width)}
 
 
@@ -203,9 +258,35 @@ def save(folder, model, stem, dtype, rng):
     return sum(t.numel() for t in tensors.values())
 
 
+def tokenizer_2(folder):
+    """SDXL's second tokenizer: the same vocabulary, padded with `!`, which is a special token with the id 0."""
+    shutil.copytree(TOKENIZER, folder)
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    how = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokens = {0: "!", TOKENS - 2: start, TOKENS - 1: end}
+    roles = {"bos_token": start, "eos_token": end, "pad_token": "!", "unk_token": end}
+    config = {
+        "added_tokens_decoder": {str(id): {"content": token, **how} for id, token in tokens.items()},
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+        **roles,
+    }
+    for name, content in (("tokenizer_config", config), ("special_tokens_map", roles)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def text_encoder(folder, config, kind, dtype, rng):
+    config = CLIPTextConfig(**config, architectures=[kind.__name__])
+    with torch.device("meta"):
+        model = kind(config)
+    config.save_pretrained(folder)
+    return save(folder, model, "model", dtype, rng)
+
+
 def make(out, shape, dtype, seed):
     shutil.rmtree(out, ignore_errors=True)
-    for part in ("unet", "vae", "text_encoder"):
+    is_xl = "text_encoder_2" in shape
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if is_xl else [])):
         (out / part).mkdir(parents=True)
     shutil.copytree(TOKENIZER, out / "tokenizer")
     rng = torch.Generator().manual_seed(seed)
@@ -215,23 +296,31 @@ def make(out, shape, dtype, seed):
             model = kind(**shape[part])
         model.save_config(out / part)
         counts[part] = save(out / part, model, "diffusion_pytorch_model", dtype, rng)
-    config = CLIPTextConfig(**shape["text_encoder"], architectures=["CLIPTextModel"])
-    with torch.device("meta"):
-        model = CLIPTextModel(config)
-    config.save_pretrained(out / "text_encoder")
-    counts["text_encoder"] = save(out / "text_encoder", model, "model", dtype, rng)
-    DDPMScheduler(**shape["scheduler"]).save_pretrained(out / "scheduler")
+    counts["text_encoder"] = text_encoder(out / "text_encoder", shape["text_encoder"], CLIPTextModel, dtype, rng)
+    scheduler = EulerDiscreteScheduler if is_xl else DDPMScheduler
+    scheduler(**shape["scheduler"]).save_pretrained(out / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "requires_safety_checker": False,
         "feature_extractor": [None, None],
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDPMScheduler"],
+        "scheduler": ["diffusers", scheduler.__name__],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if is_xl:
+        kind = CLIPTextModelWithProjection
+        counts["text_encoder_2"] = text_encoder(out / "text_encoder_2", shape["text_encoder_2"], kind, dtype, rng)
+        tokenizer_2(out / "tokenizer_2")
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "image_encoder": [None, None],
+            "text_encoder_2": ["transformers", kind.__name__],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            **shape["index"],
+        }
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return counts
 

@@ -4,7 +4,7 @@
         [--first-step] [--gradient-checkpointing]
 
 Starts from `unet_init/`, or `lora_init.safetensors` over PEFT's adapters, and the teacher named in `meta.json`, feeds the recorded
-inputs (latents, noise, index, w, embeddings) through the step of `train_lcm_distill_sd_wds.py` or `…_lora_sd_wds.py`, in f32 or under autocast where `meta.json` names a mixed
+inputs (latents, noise, index, w, embeddings, of SDXL size ids) through the step of `train_lcm_distill_sd_wds.py` or its sisters for SDXL and LoRA, in f32 or under autocast where `meta.json` names a mixed
 precision, and keeps its own optimiser, average and
 weights, so that an error in any step shows in the ones after it. Prints the worst relative error of each quantity
 (max |a - b| / max |b|) in each step and over all steps, then how far the final weights are apart relative to how far
@@ -118,10 +118,19 @@ class Distillation:
             ddim_timesteps=meta["num_ddim_timesteps"],
         )
 
-    def predict(self, unet, x, t, prompt, w_embedding=None):
+    def predict(self, unet, x, t, prompt, added, w_embedding=None):
         with self.autocast:
-            output = unet(x, t, timestep_cond=w_embedding, encoder_hidden_states=prompt).sample
+            conditions = {"encoder_hidden_states": prompt, "added_cond_kwargs": added, "timestep_cond": w_embedding}
+            output = unet(x, t, **conditions).sample
         return output.float()
+
+    def added_conditions(self, given, bsz):
+        """SDXL's pooled embeddings and size ids, as `train_lcm_distill_sdxl_wds.py` passes them; the ids are the same without caption."""
+        if "time_ids" not in given:
+            return None, None
+        ids = given["time_ids"]
+        uncond = given["uncond_pooled_prompt_embeds"].expand(bsz, -1)
+        return {"text_embeds": given["pooled_prompt_embeds"], "time_ids": ids}, {"text_embeds": uncond, "time_ids": ids}
 
     def original_and_noise(self, output, t, sample):
         args = output, t, sample, self.meta["prediction_type"], self.alphas, self.sigmas
@@ -166,6 +175,7 @@ class Distillation:
         bsz, ndim = latents.shape[0], latents.ndim
         prompt = given["prompt_embeds"]
         uncond = given["uncond_prompt_embeds"].expand(bsz, -1, -1)
+        added, uncond_added = self.added_conditions(given, bsz)
 
         start = self.solver.ddim_timesteps[index]
         end = start - meta["num_train_timesteps"] // meta["num_ddim_timesteps"]
@@ -176,19 +186,19 @@ class Distillation:
         w_embedding = guidance_scale_embedding(w, embedding_dim=width) if width else None
         w = w.reshape(bsz, 1, 1, 1)
 
-        noise_pred = self.predict(self.student, noisy, start, prompt, w_embedding)
+        noise_pred = self.predict(self.student, noisy, start, prompt, added, w_embedding)
         model_pred = self.consistency(noise_pred, start, noisy, given)
 
         with torch.no_grad():
-            cond = self.predict(self.teacher, noisy, start, prompt)
+            cond = self.predict(self.teacher, noisy, start, prompt, added)
             cond_x0, cond_noise = self.original_and_noise(cond, start, noisy)
-            unconditional = self.predict(self.teacher, noisy, start, uncond)
+            unconditional = self.predict(self.teacher, noisy, start, uncond, uncond_added)
             uncond_x0, uncond_noise = self.original_and_noise(unconditional, start, noisy)
             pred_x0 = cond_x0 + w * (cond_x0 - uncond_x0)
             pred_noise = cond_noise + w * (cond_noise - uncond_noise)
             x_prev = self.solver.ddim_step(pred_x0, pred_noise, index)
 
-            target_pred = self.predict(self.target, x_prev.float(), end, prompt, w_embedding)
+            target_pred = self.predict(self.target, x_prev.float(), end, prompt, added, w_embedding)
             target = self.consistency(target_pred, end, x_prev, given)
             if meta.get("objective") == "pcm":  # at the end of a phase the point itself, as in the reference
                 target = torch.where(append_dims(end == given["pcm_edge"], ndim), x_prev, target)

@@ -5,7 +5,8 @@
 //! | member | content |
 //! | --- | --- |
 //! | `KEY.latent.npy` | `<f2` (f16) `[2C, h, w]` in C order, `[crops, 2C, h, w]` with several crops: the VAE's moments, `C` channels of mean, then `C` of log-variance, neither clamped nor scaled |
-//! | `KEY.prompt_embeds.npy` | `<f2` (f16) `[T, width]`: the text encoder's `last_hidden_state`; optional |
+//! | `KEY.prompt_embeds.npy` | `<f2` (f16) `[T, width]`: the text encoder's `last_hidden_state`, of SDXL `hidden_states[-2]` of both text encoders side by side; optional |
+//! | `KEY.pooled.npy` | `<f2` (f16) `[P]`: the pooled embedding of SDXL's second text encoder, beside `KEY.prompt_embeds.npy`; no other model has it |
 //! | `KEY.txt` | the caption, UTF-8, as in the input |
 //! | `KEY.json` | the input's json and the key `coffey` |
 //!
@@ -35,6 +36,8 @@ use crate::json::{Document, SampleJson, is_key};
 pub const LATENT: &str = "latent.npy";
 /// Extension of a sample's text embeddings.
 pub const PROMPT_EMBEDS: &str = "prompt_embeds.npy";
+/// Extension of a sample's pooled text embedding.
+pub const POOLED: &str = "pooled.npy";
 /// Extension of a sample's caption.
 pub const CAPTION: &str = "txt";
 /// Extension of a sample's json.
@@ -50,7 +53,7 @@ const UNREADABLE_JSON: &str = "unreadable_json";
 ///
 /// The `Debug` text is part of a stream's identity (`OrderIdentity`): renaming the type or a field refuses the cursors of
 /// older runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct LatentShapes {
     /// Moments, `[2C, h, w]`. A sample may hold several crops, `[N, 2C, h, w]`: one of them is drawn
     /// each time.
@@ -58,6 +61,21 @@ pub struct LatentShapes {
     /// Text embeddings, `[T, width]`. With embeddings a sample needs no caption. `None` if captions are
     /// read instead.
     pub prompt_embeds: Option<[usize; 2]>,
+    /// Pooled text embedding, `[P]`, of SDXL. `None` if it is not read.
+    pub pooled: Option<[usize; 1]>,
+}
+
+impl std::fmt::Debug for LatentShapes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut text = f.debug_struct("LatentShapes");
+        text.field("moments", &self.moments);
+        text.field("prompt_embeds", &self.prompt_embeds);
+        // Absent from the identity of streams that were begun without it.
+        if let Some(pooled) = &self.pooled {
+            text.field("pooled", pooled);
+        }
+        text.finish()
+    }
 }
 
 /// A member of a sample: its extension and its content.
@@ -79,6 +97,8 @@ pub struct LatentSample<'a> {
     pub moments: F16Member<'a>,
     /// Text embeddings, `[T, width]`.
     pub prompt_embeds: Option<F16Member<'a>>,
+    /// Pooled text embedding, `[P]`.
+    pub pooled: Option<F16Member<'a>>,
     /// The caption.
     pub caption: &'a str,
     /// The input's json.
@@ -97,8 +117,10 @@ impl LatentSample<'_> {
     pub fn members(self) -> std::io::Result<Vec<Member>> {
         let json = json_with_geometry(self.json, self.geometry, self.resolution);
         let mut members = vec![(LATENT, npy::write(self.moments.shape, self.moments.values)?)];
-        if let Some(embeds) = self.prompt_embeds {
-            members.push((PROMPT_EMBEDS, npy::write(embeds.shape, embeds.values)?));
+        for (extension, array) in [(PROMPT_EMBEDS, self.prompt_embeds), (POOLED, self.pooled)] {
+            if let Some(array) = array {
+                members.push((extension, npy::write(array.shape, array.values)?));
+            }
         }
         members.push((CAPTION, self.caption.as_bytes().to_vec()));
         members.push((JSON, json.into_bytes()));
@@ -258,6 +280,18 @@ mod tests {
     }
 
     #[test]
+    fn latent_shapes_without_pooled_have_the_identity_of_older_streams() {
+        let shapes = |pooled| LatentShapes {
+            moments: [8, 4, 4],
+            prompt_embeds: Some([77, 64]),
+            pooled,
+        };
+        let older = "LatentShapes { moments: [8, 4, 4], prompt_embeds: Some([77, 64]) }";
+        assert_eq!(format!("{:?}", shapes(None)), older);
+        assert!(format!("{:?}", shapes(Some([32]))).ends_with(", pooled: [32] }"));
+    }
+
+    #[test]
     fn latent_members_keep_their_order() {
         let values = vec![f16::ONE; 4];
         let geometry = geometry();
@@ -268,6 +302,10 @@ mod tests {
             },
             prompt_embeds: Some(F16Member {
                 shape: &[2, 2],
+                values: values.clone(),
+            }),
+            pooled: Some(F16Member {
+                shape: &[4],
                 values,
             }),
             caption: "a cup",
@@ -278,7 +316,13 @@ mod tests {
         let extensions: Vec<_> = sample.members().unwrap().into_iter().map(|m| m.0).collect();
         assert_eq!(
             extensions,
-            ["latent.npy", "prompt_embeds.npy", "txt", "json"]
+            [
+                "latent.npy",
+                "prompt_embeds.npy",
+                "pooled.npy",
+                "txt",
+                "json"
+            ]
         );
     }
 }

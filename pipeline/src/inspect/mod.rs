@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::flow::FlowMetrics;
-use crate::format::latents::{JSON, LATENT, PROMPT_EMBEDS};
+use crate::format::latents::{JSON, LATENT, POOLED, PROMPT_EMBEDS};
 use crate::image::{DecodeError, ImageOptions, decode};
 use crate::json::Document;
 use crate::plural::counted;
@@ -208,7 +208,7 @@ impl InspectOptions {
     fn held_members(&self) -> HeldMembers {
         let most = ImageOptions::default().max_bytes;
         HeldMembers::of_images(&self.image_keys, &self.caption_keys, most)
-            .with([LATENT, PROMPT_EMBEDS], most)
+            .with([LATENT, PROMPT_EMBEDS, POOLED], most)
     }
 }
 
@@ -435,7 +435,7 @@ impl Inspector {
         let report = self.report.latents.get_or_insert_default();
         report.samples += 1;
         let (mut problems, mut not_finite) = (Vec::new(), Vec::new());
-        for extension in [LATENT, PROMPT_EMBEDS] {
+        for extension in [LATENT, PROMPT_EMBEDS, POOLED] {
             let Some(file) = sample.members.get(extension) else {
                 continue;
             };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::format::latents::{LATENT, LatentShapes, PROMPT_EMBEDS};
+use crate::format::latents::{LATENT, LatentShapes, POOLED, PROMPT_EMBEDS};
 use crate::image::ImageOptions;
 use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
 use crate::shard::{Filter, HeldMembers, ShardUrl};
@@ -123,10 +123,12 @@ impl StreamConfig {
         let held = |image_keys| HeldMembers::of_images(image_keys, &self.caption_keys, most);
         match self.content {
             Content::Images => held(&self.image_keys),
-            Content::Latents(shapes) => match shapes.prompt_embeds {
-                Some(_) => held(&[]).with([LATENT, PROMPT_EMBEDS], most),
-                None => held(&[]).with([LATENT], most),
-            },
+            Content::Latents(shapes) => {
+                let embeds = shapes.prompt_embeds.map(|_| PROMPT_EMBEDS);
+                let pooled = shapes.pooled.map(|_| POOLED);
+                let arrays = [Some(LATENT), embeds, pooled].into_iter().flatten();
+                held(&[]).with(arrays, most)
+            }
         }
     }
 

@@ -19,6 +19,8 @@ pub enum BatchData {
         moments: F16Array<3>,
         /// Text embeddings, `[B, T, width]`; `None` if the stream does not read them.
         prompt_embeds: Option<F16Array<2>>,
+        /// Pooled text embeddings, `[B, P]`; `None` if the stream does not read them.
+        pooled: Option<F16Array<1>>,
     },
 }
 

@@ -13,6 +13,7 @@ use npyz::{WriteOptions, WriterBuilder};
 const SHAPES: LatentShapes = LatentShapes {
     moments: [2, 1, 3],
     prompt_embeds: Some([2, 2]),
+    pooled: None,
 };
 /// The count of numbers in a sample's moments.
 const MOMENTS: usize = 6;
@@ -44,6 +45,7 @@ fn sample(shard: u32, n: u32) -> Vec<(String, Vec<u8>)> {
         [
             (format!("{key}.latent.npy"), npy(&[2, 1, 3], mark)),
             (format!("{key}.prompt_embeds.npy"), npy(&[2, 2], -mark)),
+            (format!("{key}.pooled.npy"), npy(&[3], 0.5 + mark)),
         ],
     );
     members
@@ -117,7 +119,11 @@ fn latent_arrays_stay_with_their_samples() {
         prompt_embeds: None,
         ..SHAPES
     };
-    for shapes in [SHAPES, without] {
+    let with_pooled = LatentShapes {
+        pooled: Some([3]),
+        ..SHAPES
+    };
+    for shapes in [SHAPES, without, with_pooled] {
         for batch in bench
             .batches(reading(shapes, config(shards.clone())), 9)
             .unwrap()
@@ -139,6 +145,7 @@ fn latent_arrays_stay_with_their_samples() {
             let BatchData::Latents {
                 moments,
                 prompt_embeds,
+                pooled,
             } = batch.data
             else {
                 panic!("pixels")
@@ -148,6 +155,12 @@ fn latent_arrays_stay_with_their_samples() {
             if let Some(embeds) = prompt_embeds {
                 assert_eq!(embeds.shape, [2, 2]);
                 let each = embeds.values.chunks(4).map(|values| -values[3].to_f32());
+                assert_eq!(each.collect::<Vec<_>>(), expected);
+            }
+            assert_eq!(pooled.is_some(), shapes.pooled.is_some());
+            if let Some(pooled) = pooled {
+                assert_eq!(pooled.shape, [3]);
+                let each = pooled.values.chunks(3).map(|v| v[2].to_f32() - 0.5);
                 assert_eq!(each.collect::<Vec<_>>(), expected);
             }
         }
@@ -235,6 +248,13 @@ fn unusable_latent_samples_are_skipped_with_reason() {
         skipped(SHAPES, without(".prompt_embeds.npy")),
         all("no_embeds")
     );
+    let pooled = LatentShapes {
+        pooled: Some([3]),
+        ..SHAPES
+    };
+    assert_eq!(skipped(pooled, without(".pooled.npy")), all("no_embeds"));
+    assert_eq!(skipped(SHAPES, without(".pooled.npy")), BTreeMap::new());
+    assert_eq!(skipped(pooled, with(2, npy(&[4], 0.5))), all("other_array"));
     assert_eq!(skipped(captions, without(".txt")), all("no_caption"));
     // With embeddings the caption is not needed; with captions the embeddings are not needed.
     assert_eq!(skipped(SHAPES, without(".txt")), BTreeMap::new());

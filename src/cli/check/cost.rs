@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::cli::Failure;
 use crate::cli::resources::DataAccess;
 use crate::config::{Config, Latents, TextKind, in_s3};
+use crate::latents::TextShapes;
 
 /// Shards whose sizes are requested, spread over the list; their mean is taken for all shards.
 const SIZED: usize = 3;
@@ -46,8 +47,8 @@ pub(super) struct SampleSizes<'a> {
     pub(super) bytes: u64,
     /// Shape of the moments, `[2C, h, w]`.
     pub(super) latent: [usize; 3],
-    /// Shape of the text embeddings, `[T, width]`.
-    pub(super) prompt_embeds: [usize; 2],
+    /// Shapes of the text embeddings.
+    pub(super) text: TextShapes,
 }
 
 impl Cost {
@@ -128,7 +129,14 @@ fn output_sample(latents: &Latents, sizes: &SampleSizes<'_>) -> u64 {
     });
     let embeds = match latents.text {
         TextKind::Caption => 0,
-        TextKind::Embeds | TextKind::Both => member(NPY_HEADER + halves(&sizes.prompt_embeds)),
+        TextKind::Embeds | TextKind::Both => {
+            let TextShapes {
+                prompt_embeds,
+                pooled,
+            } = sizes.text;
+            let pooled = pooled.map_or(0, |shape| member(NPY_HEADER + halves(&shape)));
+            member(NPY_HEADER + halves(&prompt_embeds)) + pooled
+        }
     };
     member(NPY_HEADER + latents.crops as u64 * halves(&sizes.latent))
         + embeds

@@ -1,6 +1,6 @@
 //! The dry run: one sample through the encoders and the teacher, in the types that the configuration says.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::{Batch, BatchData};
@@ -11,7 +11,7 @@ use crate::diffusion::DdimSolver;
 use crate::encode::{EncoderOptions, EncoderOutput, Encoders};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::vae::sample_latents;
-use crate::models::{Conditioning, Denoiser, TEXT_ENCODER_STEM, UNet, first_not_finite};
+use crate::models::{Conditioning, Denoiser, TEXT_ENCODER_STEM, TextParts, UNet, first_not_finite};
 use crate::ops::all_finite;
 use crate::random::{generator, normal};
 
@@ -48,33 +48,49 @@ impl DryRun<'_> {
 
     fn check_encoded(&self, encoded: &EncoderOutput, batch: &Batch) -> Result<(), Failure> {
         let encode = &self.config.encode;
-        let text = all_finite(&encoded.conditioning.hidden)?;
+        let text = text_is_finite(encoded)?;
         if text && all_finite(&encoded.moments)? {
             return Ok(());
         }
         let vae = self.folders.vae.as_deref();
-        let [vae_folder, text_folder] = Encoders::folders(&self.folders.pipeline, vae);
-        let (model, key, dtype, weights) = if text {
-            let weights = (vae_folder, WEIGHTS_STEM);
-            ("the VAE", "encode.vae_dtype", encode.vae_dtype, weights)
+        let pipeline = &self.folders.pipeline;
+        let (model, key, dtype, stem) = if text {
+            (
+                "the VAE",
+                "encode.vae_dtype",
+                encode.vae_dtype,
+                WEIGHTS_STEM,
+            )
         } else {
-            let weights = (text_folder, TEXT_ENCODER_STEM);
-            ("the text encoder", "encode.dtype", encode.dtype, weights)
+            (
+                "the text encoder",
+                "encode.dtype",
+                encode.dtype,
+                TEXT_ENCODER_STEM,
+            )
         };
         let exact = || -> Result<bool, Failure> {
             let (device, options) = (self.encoders.device(), EncoderOptions::exact(1));
             let encoders = Encoders::load(&self.folders.pipeline, vae, device, options)?;
             let exact = self::encode(&encoders, batch)?;
-            Ok(all_finite(match text {
-                true => &exact.moments,
-                false => &exact.conditioning.hidden,
-            })?)
+            match text {
+                true => Ok(all_finite(&exact.moments)?),
+                false => text_is_finite(&exact),
+            }
         };
         if dtype != FloatType::F32 && exact()? {
-            let message = overflow(model, &[format!("{key} to \"f32\" or \"bf16\"")]);
-            return Err(Failure::Usage(message.into()));
+            let mut keys = format!("{key} to \"f32\" or \"bf16\"");
+            if text {
+                keys +=
+                    ", or model.vae to a VAE made for f16 (of SDXL madebyollin/sdxl-vae-fp16-fix)";
+            }
+            return Err(Failure::Usage(overflow(model, &[keys]).into()));
         }
-        Err(damaged(model, &weights.0, weights.1))
+        let folders = match text {
+            true => vec![Encoders::vae_folder(pipeline, vae)],
+            false => Vec::from_iter(TextParts::of(pipeline).text_encoders().map(Path::to_owned)),
+        };
+        Err(damaged(model, &folders, stem))
     }
 
     fn teacher_inputs(
@@ -133,13 +149,18 @@ impl DryRun<'_> {
         if !keys.is_empty() && exact()? {
             return Err(Failure::Usage(overflow("the teacher", &keys).into()));
         }
-        Err(damaged("the teacher", &folder, WEIGHTS_STEM))
+        Err(damaged("the teacher", &[folder], WEIGHTS_STEM))
     }
 }
 
 fn encode(encoders: &Encoders, batch: &Batch) -> Result<EncoderOutput, Failure> {
-    let caption = batch.samples[0].caption.as_str();
-    Ok(encoders.encode(batch.data.clone(), &[caption])?)
+    Ok(encoders.encode(batch.data.clone(), &batch.samples)?)
+}
+
+fn text_is_finite(encoded: &EncoderOutput) -> Result<bool, Failure> {
+    let text = &encoded.conditioning;
+    let pooled = text.pooled.as_ref().map_or(Ok(true), all_finite)?;
+    Ok(pooled && all_finite(&text.hidden)?)
 }
 
 /// Whether a UNet's outputs are all finite.
@@ -159,16 +180,19 @@ fn overflow(model: &str, keys: &[String]) -> String {
     )
 }
 
-/// The failure of a model whose weights are in `folder`, with the first tensor that is the cause.
-fn damaged(model: &str, folder: &Path, stem: &str) -> Failure {
-    let cause = match first_not_finite(folder, stem) {
-        Ok(Some(tensor)) => format!(
+/// The failure of a model whose weights are in `folders`, with the first tensor that is the cause.
+fn damaged(model: &str, folders: &[PathBuf], stem: &str) -> Failure {
+    let found = folders
+        .iter()
+        .find_map(|folder| first_not_finite(folder, stem).ok()?);
+    let cause = match found {
+        Some(tensor) => format!(
             ": tensor \"{}\" of {} has such numbers",
             tensor.name,
             tensor.file.display()
         ),
         // Weights that are finite and far too large, or that were readable a moment ago.
-        Ok(None) | Err(_) => String::new(),
+        None => String::new(),
     };
     Failure::Failed(
         format!("{model} makes numbers that are not finite; its weights are damaged{cause}").into(),

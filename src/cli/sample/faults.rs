@@ -6,9 +6,8 @@ use image::RgbImage;
 
 use super::Failure;
 use super::pipeline_folders::PipelineFolders;
-use crate::encode::Encoders;
 use crate::models::unet::WEIGHTS_STEM;
-use crate::models::{TEXT_ENCODER_STEM, first_not_finite};
+use crate::models::{TEXT_ENCODER_STEM, TextParts, first_not_finite};
 use crate::sample::{Intermediate, SampleError};
 
 /// The failure for an error of a drawing. If a result is not finite, the weights are searched for the cause.
@@ -19,23 +18,37 @@ pub(super) fn explain(error: SampleError, folders: &PipelineFolders, guidance: f
         SampleError::Tensor(error) => return error.into(),
         SampleError::Cancelled => return Failure::Stopped,
     };
-    let [vae, text_encoder] = Encoders::folders(&folders.pipeline, folders.vae.as_deref());
-    let (folder, stem): (&Path, _) = match fault {
-        Intermediate::Text => (&text_encoder, TEXT_ENCODER_STEM),
-        Intermediate::Prediction { .. } | Intermediate::Latents => (&folders.unet, WEIGHTS_STEM),
-        Intermediate::Pixels => (&vae, WEIGHTS_STEM),
+    let (searched, stem) = match fault {
+        Intermediate::Text => {
+            let parts = TextParts::of(&folders.pipeline);
+            let folders = parts.text_encoders().map(Path::to_owned).collect();
+            (folders, TEXT_ENCODER_STEM)
+        }
+        Intermediate::Prediction { .. } | Intermediate::Latents => {
+            (vec![folders.unet.clone()], WEIGHTS_STEM)
+        }
+        Intermediate::Pixels => (vec![folders.vae_folder()], WEIGHTS_STEM),
     };
-    let cause = match first_not_finite(folder, stem) {
-        Ok(Some(tensor)) => format!(
+    let mut found = None;
+    for folder in &searched {
+        match first_not_finite(folder, stem) {
+            Ok(tensor) => found = found.or(tensor),
+            Err(error) => return error.into(),
+        }
+    }
+    let cause = match found {
+        Some(tensor) => format!(
             "tensor \"{}\" of {} has such numbers; the file is damaged",
             tensor.name,
             tensor.file.display()
         ),
-        Ok(None) => format!(
-            "the weights in {} are finite; a --guidance lower than {guidance} or other --init-latents may help",
-            folder.display()
-        ),
-        Err(error) => return error.into(),
+        None => {
+            let searched: Vec<_> = searched.iter().map(|f| f.display().to_string()).collect();
+            format!(
+                "the weights in {} are finite; a --guidance lower than {guidance} or other --init-latents may help",
+                searched.join(" and ")
+            )
+        }
     };
     Failure::Failed(format!("{fault} has numbers that are not finite: {cause}").into())
 }
@@ -53,7 +66,7 @@ pub(super) fn refuse_one_colour(
     if pixels.any(|&pixel| pixel != first) {
         return Ok(());
     }
-    let [vae, _] = Encoders::folders(&folders.pipeline, folders.vae.as_deref());
+    let vae = folders.vae_folder();
     let [r, g, b] = first.0;
     Err(Failure::Failed(
         format!(

@@ -108,6 +108,11 @@ impl PipelineFolders {
         })
     }
 
+    /// Folder of the autoencoder.
+    pub(super) fn vae_folder(&self) -> PathBuf {
+        Encoders::vae_folder(&self.pipeline, self.vae.as_deref())
+    }
+
     /// Checks that the UNet fits the other parts.
     ///
     /// # Errors
@@ -118,7 +123,13 @@ impl PipelineFolders {
             (
                 "the width of the text embeddings",
                 unet.cross_attention_dim,
-                encoders.text_width(),
+                encoders.text().width(),
+                String::new(),
+            ),
+            (
+                "the width of the pooled text embedding (0: none)",
+                unet.pooled_width().unwrap_or(0),
+                encoders.text().pooled_width().unwrap_or(0),
                 String::new(),
             ),
             (

@@ -123,6 +123,29 @@ impl ClipTokenizer {
         self.tokens
     }
 
+    /// Number of ids of a caption, `model_max_length`.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Refuses another number of ids than `length`, which is that of the tokenizer before it in the same pipeline.
+    ///
+    /// # Errors
+    /// With both numbers.
+    pub fn check_length(&self, length: usize) -> Result<(), ModelError> {
+        if self.length == length {
+            return Ok(());
+        }
+        Err(ModelError::Tokenizer {
+            folder: self.folder.clone(),
+            message: format!(
+                "\"model_max_length\" of tokenizer_config.json is {}, and that of the pipeline's first tokenizer is {length}: both \
+                 must be the same",
+                self.length
+            ),
+        })
+    }
+
     /// Refuses a text encoder with another number of token embeddings (`rows`) than this tokenizer has tokens.
     ///
     /// # Errors

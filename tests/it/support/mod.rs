@@ -4,6 +4,7 @@ pub(crate) mod cloud;
 pub(crate) mod hub;
 pub(crate) mod receiver;
 pub(crate) mod watched;
+pub(crate) mod xl;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use half::f16;
 
 use super::{DecodeFailure, SampleKind, absent, append};
-use crate::format::latents::{LATENT, LatentShapes, PROMPT_EMBEDS, geometry_of_crop};
+use crate::format::latents::{LATENT, LatentShapes, POOLED, PROMPT_EMBEDS, geometry_of_crop};
 use crate::format::{ArrayError, Npy};
 use crate::image::CropGeometry;
 use crate::json::Document;
@@ -24,6 +24,7 @@ pub(in crate::stream) struct LatentFiles {
     moments: Bytes,
     /// `None` if captions are read instead.
     prompt_embeds: Option<Bytes>,
+    pooled: Option<Bytes>,
 }
 
 /// Values of a sample, or of the samples of a batch.
@@ -32,6 +33,8 @@ pub(in crate::stream) struct LatentValues {
     moments: Vec<f16>,
     /// Empty if captions are read instead.
     prompt_embeds: Vec<f16>,
+    /// Empty if no pooled embeddings are read.
+    pooled: Vec<f16>,
 }
 
 impl Latents {
@@ -55,13 +58,15 @@ impl SampleKind for Latents {
 
     fn select(&self, sample: &Sample) -> Result<LatentFiles, SkipReason> {
         let moments = member(sample, LATENT, SkipReason::NO_LATENT)?;
-        let prompt_embeds = match self.shapes.prompt_embeds {
-            Some(_) => Some(member(sample, PROMPT_EMBEDS, SkipReason::NO_EMBEDS)?),
-            None => None,
+        let embeds = |wanted: bool, key| {
+            wanted
+                .then(|| member(sample, key, SkipReason::NO_EMBEDS))
+                .transpose()
         };
         Ok(LatentFiles {
             moments,
-            prompt_embeds,
+            prompt_embeds: embeds(self.shapes.prompt_embeds.is_some(), PROMPT_EMBEDS)?,
+            pooled: embeds(self.shapes.pooled.is_some(), POOLED)?,
         })
     }
 
@@ -70,7 +75,9 @@ impl SampleKind for Latents {
     }
 
     fn encoded_bytes(files: &LatentFiles) -> usize {
-        files.moments.len() + files.prompt_embeds.as_ref().map_or(0, Bytes::len)
+        let embeds = [&files.prompt_embeds, &files.pooled];
+        let embeds = embeds.into_iter().flatten().map(Bytes::len);
+        files.moments.len() + embeds.sum::<usize>()
     }
 
     fn decode(
@@ -89,21 +96,28 @@ impl SampleKind for Latents {
             (Some(file), Some(shape)) => Npy::open(file)?.arrays(shape)?.only()?,
             _ => Vec::new(),
         };
+        let pooled = match (&files.pooled, &self.shapes.pooled) {
+            (Some(file), Some(shape)) => Npy::open(file)?.arrays(shape)?.only()?,
+            _ => Vec::new(),
+        };
         let values = LatentValues {
             moments,
             prompt_embeds,
+            pooled,
         };
         let geometry = json.map_or_else(CropGeometry::default, |json| geometry_of_crop(json, crop));
         Ok((values, geometry))
     }
 
     fn decoded_bytes(values: &LatentValues) -> usize {
-        size_of::<f16>() * (values.moments.len() + values.prompt_embeds.len())
+        let embeds = values.prompt_embeds.len() + values.pooled.len();
+        size_of::<f16>() * (values.moments.len() + embeds)
     }
 
     fn push(batch: &mut LatentValues, sample: &LatentValues, batch_size: usize) {
         append(&mut batch.moments, &sample.moments, batch_size);
         append(&mut batch.prompt_embeds, &sample.prompt_embeds, batch_size);
+        append(&mut batch.pooled, &sample.pooled, batch_size);
     }
 
     fn finish(&self, batch: LatentValues) -> BatchData {
@@ -117,6 +131,10 @@ impl SampleKind for Latents {
                 shape: self.shapes.moments,
             },
             prompt_embeds,
+            pooled: self.shapes.pooled.map(|shape| F16Array {
+                values: batch.pooled,
+                shape,
+            }),
         }
     }
 }
@@ -157,6 +175,7 @@ mod tests {
         Latents::new(LatentShapes {
             moments: [2, 1, 3],
             prompt_embeds,
+            pooled: None,
         })
     }
 
@@ -165,6 +184,7 @@ mod tests {
         let files = LatentFiles {
             moments: npy(&[3, 2, 1, 3], &halves(0..18)),
             prompt_embeds: None,
+            pooled: None,
         };
         let json = br#"{"coffey": {
             "original_width": 90, "original_height": 60, "resized_width": 96, "resized_height": 64,
@@ -195,6 +215,7 @@ mod tests {
             let files = LatentFiles {
                 moments: npy(&[2, 1, 3], &halves(0..6)),
                 prompt_embeds: Some(npy(shape, &halves(0..count))),
+                pooled: None,
             };
             latents(Some([2, 2])).decode(&files, None, &mut rng(1, "crop", 0, 0))
         };
