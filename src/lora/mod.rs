@@ -24,7 +24,9 @@ pub use merge::merge;
 pub use modules::{BaseVersion, Modules};
 pub use rank::{Kept, reduce_rank};
 pub use read::{LoraFile, read};
-pub use write::{FileContents, Layout};
+pub use write::Layout;
+
+pub use crate::models::FileContents;
 
 /// Name of a LoRA's file in diffusers' layout, which `load_lora_weights` looks for in a folder.
 pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
