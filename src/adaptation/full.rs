@@ -7,7 +7,9 @@ use candle_core::{DType, Device};
 use super::saved::{TensorFile, UNET, UNET_TARGET, UNET_WEIGHTS};
 use super::{Adaptation, AuditMoment, ForwardOptions, ModelFolder};
 use crate::models::unet::{WEIGHTS_STEM, casts_parameter, student_tensors};
-use crate::models::{Denoiser, ModelError, UNet, UNetConfig, Weights, model_metadata};
+use crate::models::{
+    Denoiser, FileContents, ModelError, UNet, UNetConfig, Weights, model_metadata,
+};
 use crate::params::{ParamSet, Tensors};
 use crate::random::{generator, uniform};
 
@@ -100,8 +102,10 @@ impl Full {
             name,
             files: vec![TensorFile {
                 name: UNET_WEIGHTS.to_owned(),
-                tensors: params.values(),
-                metadata: model_metadata(),
+                contents: FileContents {
+                    tensors: params.values(),
+                    metadata: model_metadata(),
+                },
             }],
             config: Some(self.student.config().to_json().clone()),
         }

@@ -9,9 +9,7 @@ use coffey_pipeline::counted;
 use super::dropout::{NamedDropout, Place};
 use super::saved::UNET_LORA;
 use super::{Adaptation, AuditMoment, ForwardOptions, ModelFolder, TensorFile};
-use crate::lora::{
-    self, BaseVersion, DIFFUSERS_FILE, FileContents, KOHYA_FILE, Layout, LoraError, Modules,
-};
+use crate::lora::{self, BaseVersion, DIFFUSERS_FILE, KOHYA_FILE, Layout, LoraError, Modules};
 use crate::models::{Adapter, Denoiser, Dropout, UNet, casts_parameter};
 use crate::params::{ParamSet, Tensors};
 use crate::random::{generator, uniform};
@@ -176,11 +174,9 @@ impl Lora {
 
     fn file(&self, name: &str, layout: Layout, dtype: DType) -> Result<TensorFile> {
         let contents = self.weights().contents(layout, dtype);
-        let FileContents { tensors, metadata } = contents.map_err(candle_core::Error::wrap)?;
         Ok(TensorFile {
             name: name.to_owned(),
-            tensors,
-            metadata,
+            contents: contents.map_err(candle_core::Error::wrap)?,
         })
     }
 

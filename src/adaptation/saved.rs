@@ -1,10 +1,8 @@
 //! The folders that hold a student: in checkpoints, finished runs and audits.
 
-use std::collections::HashMap;
-
 use serde_json::{Map, Value};
 
-use crate::params::Tensors;
+use crate::models::FileContents;
 
 /// The models of a folder, before they are written.
 #[derive(Clone, Debug)]
@@ -22,10 +20,8 @@ pub struct ModelFolder {
 pub struct TensorFile {
     /// Its name.
     pub name: String,
-    /// Its tensors.
-    pub tensors: Tensors,
-    /// Its metadata.
-    pub metadata: HashMap<String, String>,
+    /// Its tensors and metadata.
+    pub contents: FileContents,
 }
 
 /// A folder of a checkpoint, and the files in it that are loaded.

@@ -3,12 +3,13 @@
 mod faults;
 mod init_latents;
 mod pipeline_folders;
+mod plan;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
-use clap::{ArgGroup, Args, ValueEnum};
+use clap::{ArgGroup, Args};
 use image::RgbImage;
 
 use super::Failure;
@@ -17,9 +18,9 @@ use super::numbers::{fraction, guidance, lora_scale, whole};
 use super::output::check_picture;
 use super::resources::DataAccess;
 use super::run_description::{ModelRequest, Part, environments_s3};
-use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef, TCD_GAMMA};
+use crate::config::{DeviceSpec, MAX_RESOLUTION, Model, ModelPlace, ModelRef};
 use crate::device;
-use crate::diffusion::{LcmSampler, NoiseSchedule};
+use crate::diffusion::NoiseSchedule;
 use crate::draw::{plain_grid, save_png};
 use crate::encode::{EncoderOptions, Encoders};
 use crate::memory::{MemoryLimits, check_sampling};
@@ -28,13 +29,11 @@ use crate::ops::Attention;
 use crate::pretrained::Components;
 use crate::progress::{Progress, ProgressOptions};
 use crate::prompt_file;
-use crate::sample::{Generator, SampleScheduler};
+use crate::sample::Generator;
 use faults::{explain, refuse_one_colour};
 use pipeline_folders::{Given, PipelineFolders, around_unet, without_unet};
+use plan::{Plan, Scheduler};
 
-/// Steps where --steps is not given.
-const STUDENT_STEPS: usize = 4;
-const DDIM_STEPS: usize = 50;
 /// Guidance where --guidance is not given; that of a LoRA is built into it.
 const GUIDANCE: f64 = 8.0;
 const LORA_GUIDANCE: f64 = 1.0;
@@ -111,17 +110,6 @@ pub(super) struct SampleArgs {
     /// The picture to write.
     #[arg(long, value_name = "FILE.png")]
     out: PathBuf,
-}
-
-/// Sampler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Scheduler {
-    /// The multistep sampler of Latent Consistency Models.
-    Lcm,
-    /// DDIM over trailing timesteps.
-    Ddim,
-    /// The sampler of trajectory consistency models.
-    Tcd,
 }
 
 /// The device of `--device`.
@@ -398,77 +386,6 @@ fn fetch_part(request: &ModelRequest<'_>) -> Result<PathBuf, Failure> {
         Part::Unet => Components::sampling(Some("unet"), false),
     };
     access.model(request.model, request.revision, &components)
-}
-
-/// Sampler and steps, by the options or by the model.
-#[derive(Clone, Copy, Debug)]
-struct Plan {
-    scheduler: SampleScheduler,
-    steps: usize,
-    /// Whether the sampler is made for few steps.
-    few: bool,
-}
-
-impl Plan {
-    fn new(
-        args: &SampleArgs,
-        folders: &PipelineFolders,
-        student: bool,
-        timesteps: usize,
-    ) -> Result<Self, Failure> {
-        let own = if student {
-            folders.scheduler.unwrap_or(SampleScheduler::Lcm)
-        } else {
-            SampleScheduler::Ddim
-        };
-        let scheduler = match (args.scheduler, own) {
-            (None, own) => own,
-            (Some(Scheduler::Lcm), _) => SampleScheduler::Lcm,
-            (Some(Scheduler::Ddim), _) => SampleScheduler::Ddim,
-            (Some(Scheduler::Tcd), own @ SampleScheduler::Tcd { .. }) => own,
-            (Some(Scheduler::Tcd), _) => SampleScheduler::Tcd { gamma: TCD_GAMMA },
-        };
-        let scheduler = match (args.eta, scheduler) {
-            (None, scheduler) => scheduler,
-            (Some(gamma), SampleScheduler::Tcd { .. }) => SampleScheduler::Tcd { gamma },
-            (Some(_), _) => {
-                return Err(Failure::Usage(
-                    "--eta: has no effect, it belongs to --scheduler tcd".into(),
-                ));
-            }
-        };
-        let (most, why) = match scheduler {
-            SampleScheduler::Lcm => (LcmSampler::ORIGINAL_STEPS, "with the lcm scheduler"),
-            SampleScheduler::Tcd { .. } => (LcmSampler::ORIGINAL_STEPS, "with the tcd scheduler"),
-            SampleScheduler::Ddim => (timesteps, "the timesteps of this model"),
-        };
-        let few = match scheduler {
-            SampleScheduler::Lcm | SampleScheduler::Tcd { .. } => true,
-            SampleScheduler::Ddim => student && own == SampleScheduler::Ddim,
-        };
-        let steps = args
-            .steps
-            .unwrap_or(if few { STUDENT_STEPS } else { DDIM_STEPS });
-        if !(1..=most).contains(&steps) {
-            return Err(Failure::Usage(
-                format!("--steps {steps}: must be between 1 and {most}, {why}").into(),
-            ));
-        }
-        Ok(Self {
-            scheduler,
-            steps,
-            few,
-        })
-    }
-
-    /// The sampler, for messages.
-    fn name(&self) -> &'static str {
-        match self.scheduler {
-            SampleScheduler::Lcm => "LCM",
-            SampleScheduler::Ddim => "DDIM",
-            SampleScheduler::Tcd { .. } => "TCD",
-        }
-    }
 }
 
 /// Noise `[B, C, h, w]`, one sample a prompt: drawn from the seed, or read.

@@ -26,7 +26,9 @@ pub use modules::{BaseVersion, Modules};
 pub use rank::{Kept, reduce_rank};
 pub use read::{LoraFile, read};
 pub use targets::DEFAULT_TARGETS;
-pub use write::{FileContents, Layout};
+pub use write::Layout;
+
+pub use crate::models::FileContents;
 
 /// Name of a LoRA's file in diffusers' layout, which `load_lora_weights` looks for in a folder.
 pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";

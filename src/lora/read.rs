@@ -9,7 +9,7 @@ use super::key::{Key, Part};
 use super::modules::Modules;
 use super::peft_config::{CONFIG_FILE, PeftConfig};
 use super::{Adapter, DIFFUSERS_FILE, Lora, LoraError};
-use crate::models::read_safetensors;
+use crate::models::FileContents;
 use crate::ops::all_finite;
 
 /// A LoRA as its file has it.
@@ -52,7 +52,7 @@ pub fn read(path: &Path, modules: &Modules) -> Result<LoraFile, LoraError> {
         true => path.join(DIFFUSERS_FILE),
         false => path.to_owned(),
     };
-    let (tensors, metadata) = read_safetensors(&path)?;
+    let FileContents { tensors, metadata } = FileContents::read(&path)?;
     let reader = Reader {
         path: &path,
         modules,

@@ -1,13 +1,12 @@
 //! Writing a LoRA's file.
 
-use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 
 use super::modules::{BaseVersion, kohya_name};
 use super::{Lora, LoraError, peft_config};
-use crate::models::{model_metadata, write_safetensors};
+use crate::models::{FileContents, model_metadata};
 use crate::ops::all_finite;
 
 /// Layout of a LoRA's file.
@@ -23,26 +22,6 @@ pub enum Layout {
     /// PEFT's names, `base_model.model.MODULE.lora_A.weight`, for `adapter_model.safetensors`; alphas are in
     /// [`Lora::adapter_config`].
     Peft,
-}
-
-/// Content of a LoRA's file, before it is written.
-#[derive(Clone, Debug)]
-pub struct FileContents {
-    /// Tensors by name.
-    pub tensors: BTreeMap<String, Tensor>,
-    /// Metadata of the header.
-    pub metadata: HashMap<String, String>,
-}
-
-impl FileContents {
-    /// Writes the file. Equal contents give equal bytes.
-    ///
-    /// # Errors
-    /// When the writer fails.
-    pub fn write(&self, writer: &mut impl Write) -> std::io::Result<()> {
-        let tensors = self.tensors.iter().map(|(name, t)| (name.as_str(), t));
-        write_safetensors(writer, tensors, Some(self.metadata.clone()))
-    }
 }
 
 impl Lora {

@@ -56,7 +56,7 @@ impl Linear {
 
     /// Number of outputs.
     pub(super) fn outputs(&self) -> usize {
-        self.weight.dims()[0]
+        self.weight.tensor().dims()[0]
     }
 }
 

@@ -125,7 +125,7 @@ fn describe_unread(stem: &str, names: &BTreeSet<String>, variant: Option<&Weight
         ),
         (
             &["lora_weights.safetensors", "adapter_model.safetensors"],
-            "a LoRA; give the model that it belongs to, or save that with the LoRA merged into it (fuse_lora)",
+            "a LoRA; give the model that it belongs to, or the UNet that `coffey export MODEL --lora FILE --merge` writes",
         ),
     ] {
         if let [first, ..] = ends(endings)[..] {

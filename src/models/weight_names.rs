@@ -45,7 +45,7 @@ const MARKS: &[(&[&str], &str)] = &[
             "lora_unet_",
             "lora_te",
         ],
-        "a LoRA and not a model; give the model that it belongs to, with the LoRA merged into it (fuse_lora, then save_pretrained)",
+        "a LoRA and not a model; give the model that it belongs to, or the UNet that `coffey export MODEL --lora FILE --merge` writes",
     ),
     (
         &[

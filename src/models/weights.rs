@@ -237,19 +237,38 @@ fn files_with_tensors(folder: &Path, stem: &str) -> Result<BTreeSet<PathBuf>, Mo
     })
 }
 
-/// Tensors of a safetensors file by their stored names, on the CPU and as stored, and the metadata of its header.
-///
-/// # Errors
-/// When the file can't be read or is damaged.
-pub fn read_safetensors(
-    path: &Path,
-) -> Result<(BTreeMap<String, Tensor>, HashMap<String, String>), ModelError> {
-    let mut tensors = BTreeMap::new();
-    mapped::for_each_tensor(path, |name, tensor| {
-        tensors.insert(name.to_owned(), tensor);
-        Ok(())
-    })?;
-    Ok((tensors, mapped::metadata(path)?))
+/// Content of a safetensors file.
+#[derive(Clone, Debug)]
+pub struct FileContents {
+    /// Tensors by their stored names.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Metadata of the header.
+    pub metadata: HashMap<String, String>,
+}
+
+impl FileContents {
+    /// Reads a file; tensors are on the CPU and as stored.
+    ///
+    /// # Errors
+    /// When the file can't be read or is damaged.
+    pub fn read(path: &Path) -> Result<Self, ModelError> {
+        let mut tensors = BTreeMap::new();
+        mapped::for_each_tensor(path, |name, tensor| {
+            tensors.insert(name.to_owned(), tensor);
+            Ok(())
+        })?;
+        let metadata = mapped::metadata(path)?;
+        Ok(Self { tensors, metadata })
+    }
+
+    /// Writes the file. Equal contents give equal bytes.
+    ///
+    /// # Errors
+    /// As [`write_safetensors`].
+    pub fn write(&self, writer: &mut impl std::io::Write) -> std::io::Result<()> {
+        let tensors = self.tensors.iter().map(|(name, t)| (name.as_str(), t));
+        write_safetensors(writer, tensors, Some(self.metadata.clone()))
+    }
 }
 
 /// Names of the tensors of a safetensors file, in name order; none if it is no such file.

@@ -152,8 +152,8 @@ fn lora(place: &Place<'_>) -> Option<String> {
     let file =
         place.find(|file| !file.contains('/') && (named(file) || file == "adapter_config.json"))?;
     Some(format!(
-        "holds a LoRA ({file}) and no model; give the model that it belongs to, or save that in Python with the LoRA merged into it: \
-         load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained"
+        "holds a LoRA ({file}) and no model; give the model that it belongs to, or a copy of that with the UNet that `coffey export \
+         MODEL --lora FILE --merge` writes"
     ))
 }
 
@@ -245,8 +245,8 @@ pub(super) fn describe_file(path: &Path, tensors: &[String]) -> String {
         || has("lora_")
         || has(".lora.");
     if is_lora {
-        return "is a LoRA; give the folder of the model that it belongs to, or save that in Python with the LoRA merged into it: \
-                load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained"
+        return "is a LoRA; give the folder of the model that it belongs to, or a copy of that with the UNet that `coffey export \
+                MODEL --lora FILE --merge` writes"
             .to_owned();
     }
     let is_weights = [".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"]

@@ -10,7 +10,7 @@ use coffey::adaptation::{Adaptation, ModelFolder, TensorFile};
 use coffey::config;
 use coffey::diffusion::{DdimSampler, NoiseSchedule, Sampler, TeacherPredictor};
 use coffey::encode::{EncodePool, EncodedBatch, EncoderOptions, Encoders};
-use coffey::models::{Denoiser, UNet, UNetConfig, Weights, model_metadata};
+use coffey::models::{Denoiser, FileContents, UNet, UNetConfig, Weights, model_metadata};
 use coffey::objective::{Loss, Networks, Objective, StepKey, StepOutput, Trace};
 use coffey::ops::{self, Attention};
 use coffey::params::{ParamSet, Tensors};
@@ -135,8 +135,10 @@ impl Adaptation for LastConvolution {
     fn checkpoint(&self) -> Result<Vec<ModelFolder>> {
         let weights = TensorFile {
             name: "diffusion_pytorch_model.safetensors".to_owned(),
-            tensors: self.params.values(),
-            metadata: model_metadata(),
+            contents: FileContents {
+                tensors: self.params.values(),
+                metadata: model_metadata(),
+            },
         };
         Ok(vec![ModelFolder {
             name: "unet".to_owned(),

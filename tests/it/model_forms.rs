@@ -218,7 +218,7 @@ fn teachers_that_are_something_else_are_named() {
         (
             "lora",
             &[("pytorch_lora_weights.safetensors", "")],
-            &["LoRA", "fuse_lora"],
+            &["LoRA", "coffey export"],
         ),
         (
             "peft",
@@ -344,7 +344,7 @@ fn files_given_as_a_teacher_are_named() {
         &["checkpoint in one file", "from_single_file"],
     );
     let lora = save("style", "unet.down_blocks.0.lora_A.weight");
-    said(&user, text(&lora), 2, &["is a LoRA", "fuse_lora"]);
+    said(&user, text(&lora), 2, &["is a LoRA", "coffey export"]);
     let part = teacher()
         .join("unet")
         .join(format!("{WEIGHTS_STEM}.safetensors"));

@@ -8,7 +8,7 @@ use coffey_pipeline::{Destination, SourceError};
 use super::{CheckpointState, OPTIMIZER, RunIdentity, STATE};
 use crate::adaptation::{ModelFolder, TensorFile};
 use crate::device;
-use crate::models::{config_text, write_safetensors};
+use crate::models::{FileContents, config_text, write_safetensors};
 use crate::params::Tensors;
 use crate::train::{TrainError, TrainState};
 
@@ -41,10 +41,12 @@ impl Snapshot {
             Ok(names.into_iter().zip(device::copies(&tensors)?).collect())
         };
         let copy_file = |file: TensorFile| {
-            Ok(TensorFile {
-                tensors: copy_all(file.tensors)?,
-                ..file
-            })
+            let FileContents { tensors, metadata } = file.contents;
+            let contents = FileContents {
+                tensors: copy_all(tensors)?,
+                metadata,
+            };
+            Ok(TensorFile { contents, ..file })
         };
         let folders = self.folders.into_iter().map(|folder| {
             Ok(ModelFolder {
@@ -136,8 +138,8 @@ fn write_files(
     let mut written = Vec::new();
     for file in &folder.files {
         let name = name(&file.name);
-        let (tensors, metadata) = (&file.tensors, Some(file.metadata.clone()));
-        let place = format!("{below}{name}");
+        let FileContents { tensors, metadata } = &file.contents;
+        let (place, metadata) = (format!("{below}{name}"), Some(metadata.clone()));
         written.push((name, write_tensors(destination, &place, tensors, metadata)?));
     }
     if let Some(config) = &folder.config {
