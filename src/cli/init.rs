@@ -24,10 +24,11 @@ macro_rules! kinds {
 }
 
 /// All files of `configs/`.
-static KINDS: [Kind; 6] = kinds![
+static KINDS: [Kind; 7] = kinds![
     "quickstart",
     "quickstart-long",
     "sd15-laion",
+    "sdxl",
     "train-from-latents",
     "precompute-quickstart",
     "precompute-sd15",
