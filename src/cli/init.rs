@@ -24,12 +24,14 @@ macro_rules! kinds {
 }
 
 /// All files of `configs/`.
-static KINDS: [Kind; 8] = kinds![
+static KINDS: [Kind; 10] = kinds![
     "quickstart",
     "quickstart-long",
     "quickstart-lora",
     "sd15-laion",
     "sd15-lora",
+    "sdxl",
+    "sdxl-lora",
     "train-from-latents",
     "precompute-quickstart",
     "precompute-sd15",

@@ -1,9 +1,11 @@
 //! Comparison with what diffusers and transformers computed: `tests/reference/make_golden.py` made the files.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::ops::{self, Activations, Attention};
@@ -101,6 +103,68 @@ fn unet_outputs_and_gradients_equal_diffusers() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives every tensor that is asked for, without storage, and notes its shape.
+#[derive(Default)]
+struct AnyTensor(std::sync::Arc<std::sync::Mutex<BTreeMap<String, Vec<usize>>>>);
+
+impl SimpleBackend for AnyTensor {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let dims = shape.dims().to_vec();
+        assert!(self.0.lock().unwrap().insert(name.into(), dims).is_none());
+        Tensor::zeros(1, dtype, device)?.broadcast_as(shape)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("{name} was asked for without a shape")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        true
+    }
+}
+
+#[test]
+fn unets_of_full_size_have_the_tensors_of_diffusers() {
+    #[derive(serde::Deserialize)]
+    struct FullSize {
+        config: serde_json::Value,
+        tensors: usize,
+        parameters: usize,
+        sha256: String,
+    }
+    let golden: BTreeMap<String, FullSize> =
+        super::weights::read_json(&folder("full_size.json")).unwrap();
+    assert_eq!(golden.keys().collect::<Vec<_>>(), ["sd15", "sd21", "sdxl"]);
+    for (name, wanted) in golden {
+        let folder = tempfile::tempdir().unwrap();
+        let text = wanted.config.to_string();
+        std::fs::write(folder.path().join("config.json"), text).unwrap();
+        let config = UNetConfig::read(folder.path()).unwrap();
+        let backend = AnyTensor::default();
+        let shapes = std::sync::Arc::clone(&backend.0);
+        let vb = VarBuilder::from_backend(Box::new(backend), DType::F32, Device::Cpu);
+        UNet::new(vb, &config, Attention::Plain).unwrap();
+        let shapes = shapes.lock().unwrap();
+        let lines = shapes.iter().map(|(name, shape)| {
+            let shape: Vec<String> = shape.iter().map(ToString::to_string).collect();
+            format!("{name} {}\n", shape.join(","))
+        });
+        let lines: String = lines.collect();
+        let parameters: usize = shapes.values().map(|s| s.iter().product::<usize>()).sum();
+        assert_eq!(shapes.len(), wanted.tensors, "{name}");
+        assert_eq!(parameters, wanted.parameters, "{name}");
+        let hash = format!("{:x}", Sha256::digest(&lines));
+        assert_eq!(hash, wanted.sha256, "{name}: {lines}");
+    }
 }
 
 #[test]

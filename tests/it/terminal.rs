@@ -216,7 +216,7 @@ fn init_writes_a_configuration_that_loads() {
         2,
         &["init needs a kind:\n  quickstart ", "\n  precompute-sd15 "],
     );
-    run(init(&["sdxl"]), 2);
+    run(init(&["sd3"]), 2);
 
     let (out, err) = run(init(&["train-from-latents"]), 0);
     assert_eq!(out, "coffey.toml\n");

@@ -36,6 +36,8 @@ pipe.scheduler = {
     "ddim": lambda: DDIMScheduler.from_config(config, timestep_spacing="trailing"),
 }[scheduler]()
 pipe.set_progress_bar_config(disable=True)
+latents = torch.from_numpy(np.load(noise))
+height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])  # SDXL is told of them
 with torch.no_grad():
     drawn = pipe(
         prompt,
@@ -43,7 +45,9 @@ with torch.no_grad():
         num_inference_steps=int(steps),
         guidance_scale=float(guidance),
         eta=0.0,
-        latents=torch.from_numpy(np.load(noise)),
+        latents=latents,
+        height=height,
+        width=width,
         output_type="np",
     ).images[0]
 want = (drawn * 255).round()

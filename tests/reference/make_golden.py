@@ -20,6 +20,9 @@
     OUT_DIR/tokenizer.json      [[caption, [77 ids]], ...] with the vocabulary of --tokenizer
     OUT_DIR/special_tokens.json [{"tokenizer_config": ..., "special_tokens_map": ... or null,
                                 "ids": [[caption, [77 ids]], ...]}, ...] with the same vocabulary
+    OUT_DIR/full_size.json      {model: {"config": config.json of its UNet, "tensors", "parameters", "sha256"}}: the models of full size
+                                of make_pipeline.py; the hash is over a line for each tensor in name order: its name, a space, its
+                                shape joined by commas
     OUT_DIR/diffusion.json      schedules, solver, embeddings, scalings, samplers, learning rates
 
 Weights are stored in f16 and rounded to f16 before they are used; all arithmetic is f32. Seeded: the same versions
@@ -27,6 +30,7 @@ make the same files, up to the last bits of a sum.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
@@ -38,6 +42,7 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from make_pipeline import SHAPES
 from lcm_reference import (
     DDIMSolver,
     get_predicted_noise,
@@ -515,6 +520,23 @@ def diffusion():
     return made
 
 
+def full_size(names=("sd15", "sd21", "sdxl")):
+    """The tensors of UNets of full size, built without storage."""
+    made = {}
+    for name in names:
+        with torch.device("meta"):
+            model = UNet2DConditionModel(**SHAPES[name]["unet"])
+        shapes = {key: tensor.shape for key, tensor in sorted(model.state_dict().items())}
+        lines = [f"{key} {','.join(map(str, shape))}\n" for key, shape in shapes.items()]
+        made[name] = {
+            "config": json.loads(model.to_json_string()),
+            "tensors": len(shapes),
+            "parameters": sum(shape.numel() for shape in shapes.values()),
+            "sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        }
+    return made
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -646,6 +668,7 @@ def main():
     text_encoder_with_projection(args.out / "text_encoder_2")
     tokenizer(args.out / "tokenizer.json", args.tokenizer)
     special_tokens(args.out / "special_tokens.json", args.tokenizer)
+    (args.out / "full_size.json").write_text(json.dumps(full_size(), indent=1) + "\n")
     (args.out / "diffusion.json").write_text(json.dumps(diffusion(), indent=1) + "\n")
 
 
