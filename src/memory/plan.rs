@@ -181,6 +181,7 @@ impl MemoryPlan {
     }
 
     fn add_training(&mut self, config: &Config, teacher: &TeacherSizes, latent: usize) {
+        self.add_widened(config, teacher);
         let (unet, student) = (&teacher.unet, trained(config, teacher));
         // A LoRA's target is the student itself.
         let target = teacher.adapters.map_or(student, |_| 0);
@@ -238,6 +239,23 @@ impl MemoryPlan {
         let how = format!("estimate for {batch} latents of {latent}x{latent}, from shapes alone");
         let bytes = numbers.saturating_mul(batch * each);
         self.add(device, "activations", bytes, how);
+    }
+
+    /// Weights in 16 bits that a LoRA's student computes with in f32 on the CPU; a backward pass needs them as well.
+    fn add_widened(&mut self, config: &Config, teacher: &TeacherSizes) {
+        let device = config.train.device;
+        if teacher.adapters.is_none()
+            || device != DeviceSpec::Cpu
+            || config.train.teacher_dtype == FloatType::F32
+        {
+            return;
+        }
+        let (parameters, of) = match config.train.gradient_checkpointing {
+            true => (teacher.largest_block, "of the largest block"),
+            false => (teacher.parameters, "of all blocks"),
+        };
+        let how = format!("the weights {of} in f32, for the backward pass");
+        self.add(device, "widened weights", parameters * F32, how);
     }
 
     /// Samples of `[validation]` and `[report]`, which are kept from one picture or measurement to the next.

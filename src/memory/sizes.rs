@@ -1,5 +1,6 @@
 //! Sizes of models, from their configurations and the headers of their weights.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use coffey_pipeline::Content;
@@ -10,6 +11,7 @@ use crate::lora::{LoraError, Modules};
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{
     Adapter, ModelError, TEXT_ENCODER_STEM, TextParts, UNetConfig, VaeConfig, count_parameters,
+    tensor_shapes,
 };
 
 /// The command that a plan is for.
@@ -60,6 +62,8 @@ pub struct TeacherSizes {
     pub parameters: u64,
     /// Its configuration.
     pub unet: UNetConfig,
+    /// Parameters of the block with the most of them, a unit of activation checkpointing.
+    pub largest_block: u64,
     /// Parameters of the adapters, where a LoRA is trained.
     pub adapters: Option<u64>,
 }
@@ -105,7 +109,43 @@ impl TeacherSizes {
         Ok(Self {
             unet: UNetConfig::read(&folder)?,
             parameters: count_parameters(&folder, WEIGHTS_STEM, |_| true)?,
+            largest_block: largest_block(tensor_shapes(&folder, WEIGHTS_STEM)?),
             adapters: lora.map(adapters).transpose()?,
         })
+    }
+}
+
+/// Parameters of the block with the most of them, of a UNet with tensors of these names and shapes.
+fn largest_block(tensors: BTreeMap<String, Vec<usize>>) -> u64 {
+    let mut blocks = BTreeMap::<String, u64>::new();
+    for (name, shape) in tensors {
+        let mut parts = name.split_inclusive('.');
+        // `down_blocks.1.attentions.0.`, `mid_block.resnets.0.`
+        let kind = |part: &&str| matches!(*part, "attentions." | "resnets.");
+        let Some(at) = parts.clone().position(|part| kind(&part)) else {
+            continue;
+        };
+        let block = parts.by_ref().take(at + 2).collect();
+        *blocks.entry(block).or_default() += shape.iter().product::<usize>() as u64;
+    }
+    blocks.into_values().max().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn largest_block_is_the_resnet_or_transformer_with_most_parameters() {
+        let tensors = [
+            ("conv_in.weight", vec![1000, 9]),
+            ("down_blocks.1.attentions.0.proj_in.weight", vec![4, 5]),
+            ("down_blocks.1.attentions.0.norm.bias", vec![4]),
+            ("down_blocks.1.attentions.10.proj_in.weight", vec![4, 5]),
+            ("mid_block.resnets.0.conv1.weight", vec![2, 2, 3, 3]),
+        ];
+        let tensors = tensors.map(|(name, shape)| (name.to_owned(), shape));
+        assert_eq!(largest_block(tensors.into()), 36);
+        assert_eq!(largest_block(BTreeMap::new()), 0);
     }
 }
