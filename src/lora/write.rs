@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::modules::{BaseVersion, kohya_name};
 use super::{Lora, LoraError, peft_config};
@@ -43,7 +43,7 @@ impl Lora {
             }
             _ => {}
         }
-        let alpha = self.usual_alpha();
+        let alpha = self.usual_alpha(dtype)?;
         let mut tensors = BTreeMap::new();
         for (module, adapter) in &self.adapters {
             let factor = match layout {
@@ -75,11 +75,17 @@ impl Lora {
         peft_config::adapter_config(self)
     }
 
-    /// The most frequent alpha that is not zero; 1 if all are.
-    fn usual_alpha(&self) -> f64 {
+    /// The most frequent alpha, as `dtype` has it; 1 if that is zero or no number.
+    fn usual_alpha(&self, dtype: DType) -> Result<f64, LoraError> {
         let alphas = self.adapters.values().map(|adapter| adapter.alpha);
-        let alphas = alphas.filter(|alpha| *alpha != 0.0).map(f64::to_bits);
-        peft_config::most_frequent(alphas).map_or(1.0, f64::from_bits)
+        let usual = peft_config::most_frequent(alphas.map(f64::to_bits));
+        let usual = f64::from_bits(usual.unwrap_or_default());
+        let rounded = Tensor::new(usual, &Device::Cpu)?.to_dtype(dtype)?;
+        let rounded = rounded.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        Ok(match rounded.is_normal() {
+            true => rounded,
+            false => 1.0,
+        })
     }
 
     /// Whether an adapter's alpha is not its rank.
