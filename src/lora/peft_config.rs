@@ -186,7 +186,7 @@ fn number(value: f64) -> Value {
 }
 
 /// The most frequent of some values, the smallest of several.
-fn most_frequent<T: Ord>(values: impl Iterator<Item = T>) -> Option<T> {
+pub(super) fn most_frequent<T: Ord>(values: impl Iterator<Item = T>) -> Option<T> {
     let mut counts = BTreeMap::new();
     for value in values {
         *counts.entry(value).or_insert(0usize) += 1;

@@ -140,6 +140,17 @@ fn alphas_that_differ_are_in_the_metadata() {
         (adapter.rank(), adapter.alpha)
     });
     assert_eq!(found, [(3, 1.5), (2, 5.0)]);
+    let third = lora.adapters["b.0.conv1"].clone();
+    lora.adapters.insert("c".to_owned(), third);
+    let contents = lora.contents(Layout::Kohya(None), DType::F32).unwrap();
+    let alphas = contents.tensors.iter();
+    let alphas = alphas.filter(|(name, _)| name.ends_with(".alpha"));
+    let alphas: Vec<f32> = alphas.map(|(_, t)| t.to_scalar().unwrap()).collect();
+    assert_eq!(alphas, [5.0; 3]);
+    let want = (&lora.adapters["a.to_q"].up * 1.5).unwrap();
+    let got = (&contents.tensors["lora_unet_a_to_q.lora_up.weight"] * 5.0).unwrap();
+    let apart = (want - got).unwrap().abs().unwrap().max_all().unwrap();
+    assert!(apart.to_scalar::<f32>().unwrap() < 1e-5);
 }
 
 #[test]

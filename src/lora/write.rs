@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::modules::{BaseVersion, kohya_name};
 use super::{Lora, LoraError, peft_config};
@@ -17,7 +17,8 @@ pub enum Layout {
     Diffusers,
     /// diffusers' names with `up` as it is; alphas that are not the rank are in the metadata `lora_adapter_metadata`.
     DiffusersWithAlpha,
-    /// kohya's names, `lora_unet_NAME.lora_down.weight`, with `.alpha` tensors; the metadata tells the family of the base model.
+    /// kohya's names, `lora_unet_NAME.lora_down.weight`, with `.alpha` tensors; the metadata tells the family of the base model. All
+    /// alphas are the most frequent one, and `up` is multiplied by what is left: diffusers loses alphas of attention that differ.
     Kohya(Option<BaseVersion>),
     /// PEFT's names, `base_model.model.MODULE.lora_A.weight`, for `adapter_model.safetensors`; alphas are in
     /// [`Lora::adapter_config`].
@@ -42,11 +43,17 @@ impl Lora {
             }
             _ => {}
         }
+        let alpha = self.usual_alpha(dtype)?;
         let mut tensors = BTreeMap::new();
         for (module, adapter) in &self.adapters {
-            let up = match layout {
-                Layout::Diffusers if adapter.scaling() != 1.0 => (&adapter.up * adapter.scaling())?,
-                _ => adapter.up.clone(),
+            let factor = match layout {
+                Layout::Diffusers => adapter.scaling(),
+                Layout::Kohya(_) => adapter.alpha / alpha,
+                Layout::DiffusersWithAlpha | Layout::Peft => 1.0,
+            };
+            let up = match factor == 1.0 {
+                true => adapter.up.clone(),
+                false => (&adapter.up * factor)?,
             };
             let [down_name, up_name] = names(layout, module);
             for (name, tensor) in [(down_name, &adapter.down), (up_name, &up)] {
@@ -55,7 +62,7 @@ impl Lora {
             }
             if matches!(layout, Layout::Kohya(_)) {
                 let name = format!("lora_unet_{}.alpha", kohya_name(module));
-                let alpha = Tensor::new(adapter.alpha, adapter.up.device())?;
+                let alpha = Tensor::new(alpha, adapter.up.device())?;
                 let alpha = cast(&name, &alpha, dtype)?;
                 tensors.insert(name, alpha);
             }
@@ -66,6 +73,19 @@ impl Lora {
     /// The text of PEFT's `adapter_config.json`, which belongs to a file in [`Layout::Peft`].
     pub fn adapter_config(&self) -> String {
         peft_config::adapter_config(self)
+    }
+
+    /// The most frequent alpha, as `dtype` has it; 1 if that is zero or no number.
+    fn usual_alpha(&self, dtype: DType) -> Result<f64, LoraError> {
+        let alphas = self.adapters.values().map(|adapter| adapter.alpha);
+        let usual = peft_config::most_frequent(alphas.map(f64::to_bits));
+        let usual = f64::from_bits(usual.unwrap_or_default());
+        let rounded = Tensor::new(usual, &Device::Cpu)?.to_dtype(dtype)?;
+        let rounded = rounded.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        Ok(match rounded.is_normal() {
+            true => rounded,
+            false => 1.0,
+        })
     }
 
     /// Whether an adapter's alpha is not its rank.
