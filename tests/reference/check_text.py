@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 pipeline, embeddings, captions = sys.argv[1:]
 captions = json.loads(Path(captions).read_text())
 ours = load_file(embeddings)
-pipe = StableDiffusionXLPipeline.from_pretrained(pipeline).to(torch.float32)
+pipe = StableDiffusionXLPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
 for name, tokenizer in (("tokens", pipe.tokenizer), ("tokens_2", pipe.tokenizer_2)):
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True).input_ids
     for caption, got, want in zip(captions, ours[name].tolist(), ids, strict=True):

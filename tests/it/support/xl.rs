@@ -66,6 +66,7 @@ fn second_text_encoder(xl: &Path) {
     let mut config = read(&first.join("config.json"));
     for (key, value) in [
         ("architectures", json!(["CLIPTextModelWithProjection"])),
+        ("dtype", json!("float32")),
         ("eos_token_id", json!(2)),
         ("hidden_act", json!("gelu")),
         ("projection_dim", json!(POOLED)),
