@@ -92,10 +92,11 @@ impl BaseVersion {
         }
     }
 
-    /// Entries of a file's metadata, with sd-scripts' keys, by which A1111 tells the family.
+    /// Entries of a file's metadata, with sd-scripts' keys, by which A1111 tells the family. Other files with metadata are of Stable
+    /// Diffusion 1 to it.
     pub(super) fn metadata(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Sd1 => &[("ss_base_model_version", "sd_v1")],
+            Self::Sd1 => &[],
             Self::Sd2 => &[("ss_base_model_version", "sd_v2"), ("ss_v2", "True")],
             Self::Sdxl => &[("ss_base_model_version", "sdxl_base_v1-0")],
         }

@@ -47,8 +47,13 @@ fn files_have_the_size_of_published_ones() {
         (
             "sd15",
             278,
-            [
+            vec![
                 (kohya, DType::F16, 134_621_556),
+                (
+                    Layout::Kohya(Some(BaseVersion::Sd1)),
+                    DType::F16,
+                    134_621_556,
+                ),
                 (kohya, DType::F32, 269_127_096),
                 (peft, DType::F32, 269_086_392),
                 (peft, DType::F16, 134_581_584),
@@ -57,7 +62,7 @@ fn files_have_the_size_of_published_ones() {
         (
             "sdxl",
             788,
-            [
+            vec![
                 (kohya, DType::F16, 393_854_624),
                 (kohya, DType::F32, 787_359_648),
                 (peft, DType::F32, 787_237_464),
