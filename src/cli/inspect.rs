@@ -351,8 +351,11 @@ fn describe_manifests(manifests: &BTreeMap<String, Recipe>) -> String {
         let Recipe {
             fingerprint, image, ..
         } = recipe;
+        let second = fingerprint.second.as_ref();
+        let second = second.map(|second| format!("  text 2    {}\n", second.text_encoder_2));
+        let second = second.unwrap_or_default();
         text.push_str(&format!(
-            "{url}\n  vae       {}\n  text      {}\n  images    {} pixels, {} to a sample\n  latents   {:?}, to be multiplied by {}\n",
+            "{url}\n  vae       {}\n  text      {}\n{second}  images    {} pixels, {} to a sample\n  latents   {:?}, to be multiplied by {}\n",
             fingerprint.vae,
             fingerprint.text_encoder,
             image.resolution,

@@ -233,15 +233,25 @@ impl Encoders {
                 self.encode_captions(&captions)?
             }
         };
-        let (_, _, height, width) = moments.dims4().map_err(EncodeError::on(&self.device))?;
-        let target = [height, width].map(|side| (side * self.vae.config().downscale()) as u32);
-        let sizes = samples.iter().map(|sample| self.size_of(sample, target));
-        let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+        let conditioning = if self.tells_sizes() {
+            let (_, _, height, width) = moments.dims4().map_err(EncodeError::on(&self.device))?;
+            let target = [height, width].map(|side| (side * self.vae.config().downscale()) as u32);
+            let sizes = samples.iter().map(|sample| self.size_of(sample, target));
+            let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+            self.with_sizes(conditioning, &sizes)?
+        } else {
+            conditioning
+        };
         Ok(EncoderOutput {
             moments,
-            conditioning: self.with_sizes(conditioning, &sizes)?,
+            conditioning,
             truncated,
         })
+    }
+
+    /// Whether the network is told the size of an image: that of a pipeline with two text encoders is.
+    fn tells_sizes(&self) -> bool {
+        self.text.pooled_width().is_some()
     }
 
     /// What SDXL is told of the size of a sample, whose crop is `target` pixels high and wide.
@@ -249,7 +259,6 @@ impl Encoders {
         let geometry = &sample.geometry;
         let (width, height) = geometry.original;
         match (self.told_sizes, geometry.crops.first()) {
-            _ if self.text.pooled_width().is_none() => Ok(SizeIds::uncropped(target)),
             (ToldSizes::Uncropped, _) => Ok(SizeIds::uncropped(target)),
             (ToldSizes::Own, Some(crop)) if width > 0 && height > 0 => Ok(SizeIds {
                 original: [height, width],
@@ -268,7 +277,7 @@ impl Encoders {
         conditioning: Conditioning,
         sizes: &[SizeIds],
     ) -> Result<Conditioning, EncodeError> {
-        if self.text.pooled_width().is_none() {
+        if !self.tells_sizes() {
             return Ok(conditioning);
         }
         let device = conditioning.hidden.device();

@@ -147,8 +147,11 @@ impl ClipTextModel {
             file.whole("max_position_embeddings", 77, ROWS),
         );
         let layers = file.whole("num_hidden_layers", 12, range::LAYERS);
-        let projection = file.whole("projection_dim", 512, range::WIDTH);
-        let end = file.whole("eos_token_id", 49407, 0..=u32::MAX as usize);
+        let projection = projected.then(|| {
+            let width = file.whole("projection_dim", 512, range::WIDTH);
+            let end = file.whole("eos_token_id", 49407, 0..=u32::MAX as usize);
+            (width, end as u32)
+        });
         let name: String = file.get("hidden_act", "quick_gelu".to_owned());
         let activation = Activation::of_clip(&name)
             .ok_or_else(|| file.unsupported("hidden_act", format!("\"{name}\""), Activation::CLIP));
@@ -163,13 +166,13 @@ impl ClipTextModel {
             root
         };
         let embeddings = vb.pp("embeddings");
-        let projection = || -> Result<Projection> {
+        let projection = projection.map(|(outputs, end)| -> Result<Projection> {
             let vb = weights.builder().pp("text_projection");
             Ok(Projection {
-                linear: Linear::without_bias(vb, width, projection)?,
-                end: end as u32,
+                linear: Linear::without_bias(vb, width, outputs)?,
+                end,
             })
-        };
+        });
         let model = Self {
             token_embedding: embedding(vocab, width, embeddings.pp("token_embedding"))?,
             position_embedding: embedding(positions, width, embeddings.pp("position_embedding"))?,
@@ -177,7 +180,7 @@ impl ClipTextModel {
                 .map(|i| Layer::new(vb.pp("encoder.layers").pp(i), width, hidden, eps))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::new(vb.pp("final_layer_norm"), width, eps)?,
-            projection: projected.then(projection).transpose()?,
+            projection: projection.transpose()?,
             heads,
             activation,
         };

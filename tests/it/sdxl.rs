@@ -9,6 +9,8 @@ use crate::support::{
     succeed_json, text,
 };
 use candle_core::{DType, Device, Tensor};
+use coffey::models::unet::WEIGHTS_STEM;
+use coffey::models::{Weights, save_model};
 use image::{Rgb, RgbImage};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -304,6 +306,34 @@ fn check_plans_an_sdxl_run() {
     );
     says(&message("teacher"), &["text width 128"]);
     says(&message("dry run"), &["passed through the teacher"]);
+}
+
+#[test]
+fn overflow_of_the_vae_names_the_one_that_is_made_for_f16() {
+    let folder = TempDir::new().unwrap();
+    let settings = settings(folder.path());
+    let vae = folder.path().join("xl/vae");
+    let weights = Weights::load(&vae, WEIGHTS_STEM, DType::F32, &Device::Cpu).unwrap();
+    let mut tensors = weights.into_tensors();
+    let conv = tensors.get_mut("encoder.conv_in.weight").unwrap();
+    *conv = (&*conv * 3e5).unwrap();
+    let config = std::fs::read(vae.join("config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    save_model(&vae, WEIGHTS_STEM, config.as_object().unwrap(), &tensors).unwrap();
+
+    let run = format!("train.output={}", folder.path().join("run").display());
+    let latents = format!("latents.output={}", folder.path().join("latents").display());
+    let narrow = [
+        &refs(&settings)[..],
+        &["encode.vae_dtype=f16", &run, &latents],
+    ]
+    .concat();
+    let remedy = ["encode.vae_dtype", "bf16", "madebyollin/sdxl-vae-fp16-fix"];
+    refuse(2, &args("check", QUICKSTART, &narrow), &remedy);
+    let train = [&narrow[..], &NO_PICTURES, &["train.batch_size=1"]].concat();
+    let words = [&remedy[..], &["the VAE's (latents)"]].concat();
+    refuse(1, &args("train", QUICKSTART, &train), &words);
+    refuse(1, &args("precompute", PRECOMPUTE, &narrow), &remedy);
 }
 
 #[test]

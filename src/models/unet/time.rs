@@ -143,6 +143,9 @@ impl AddedEmbedding {
 /// diffusers' `get_timestep_embedding`: `[N]` f32 → `[N, width]` f32; the last column of an odd width is 0.
 fn sinusoidal(values: &Tensor, width: usize, config: &TimeEmbeddingConfig) -> Result<Tensor> {
     let half = width / 2;
+    if half == 0 {
+        return Tensor::zeros((values.dim(0)?, width), DType::F32, values.device());
+    }
     let frequencies: Vec<f32> = (0..half)
         .map(|i| {
             let exponent = -(10000f32.ln()) * i as f32 / (half as f64 - config.freq_shift) as f32;
