@@ -1,4 +1,4 @@
-"""The objectives on the quickstart's teacher: each trains the same number of steps, as a whole UNet and as a LoRA.
+"""The objectives on the quickstart's teacher: each trains the same number of steps, LCM as a LoRA too.
 
     python benches/objectives.py [--coffey target/release/coffey] [--steps 250] [--out benches/objectives.json]
         [--picture docs/objectives.png]
@@ -26,8 +26,6 @@ RUNS = {
     "TCD": ["configs/quickstart.toml", "-s", "distill.objective=tcd"],
     "PCM": ["configs/quickstart.toml", "-s", "distill.objective=pcm"],
     "LCM-LoRA": ["configs/quickstart-lora.toml"],
-    "TCD-LoRA": ["configs/quickstart-lora.toml", "-s", "distill.objective=tcd"],
-    "PCM-LoRA": ["configs/quickstart-lora.toml", "-s", "distill.objective=pcm"],
 }
 FIGURES = re.compile(
     r"endpoint error: student in 1 step (\S+), in 4 steps (\S+) · teacher in 1 step (\S+), in 4 steps (\S+) "
