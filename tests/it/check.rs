@@ -1,14 +1,11 @@
 //! `coffey check` on sound and faulty configurations.
 
-use std::process::Stdio;
-use std::time::Duration;
-
 use coffey::models::unet::WEIGHTS_STEM;
 use tempfile::TempDir;
 
 use crate::support::{
-    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, changed_teacher, command, copy, refuse, repository,
-    run, says, succeed, succeed_json, teacher, text, without_tensor,
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, changed_teacher, command, copy, peak_memory, refuse,
+    repository, run, says, succeed, succeed_json, teacher, text, without_tensor,
 };
 
 /// The arguments of `check` on the quickstart, with the run's output in `folder`.
@@ -64,25 +61,6 @@ fn check_reports_every_step() {
         !folder.path().join("run").exists(),
         "check made the output folder"
     );
-}
-
-/// The peak resident memory of a command, read shortly before its end. Bytes.
-fn peak_memory(args: &[&str]) -> u64 {
-    let mut child = command(args).stderr(Stdio::null()).spawn().unwrap();
-    let status = format!("/proc/{}/status", child.id());
-    let mut peak = 0;
-    let ended = loop {
-        let text = std::fs::read_to_string(&status).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-        peak = peak.max(kilobytes.unwrap_or(0) * 1024);
-        if let Some(ended) = child.try_wait().unwrap() {
-            break ended;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    assert!(ended.success());
-    peak
 }
 
 #[test]

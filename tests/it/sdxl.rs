@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::support::xl::{POOLED, xl_teacher};
 use crate::support::{
-    NO_PICTURES, PRECOMPUTE, QUICKSTART, args, command, messages, refuse, run, says, succeed,
-    succeed_json, text,
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, QUICKSTART_LORA, args, command, messages, peak_memory,
+    python, refuse, run, says, succeed, succeed_json, text,
 };
 use candle_core::{DType, Device, Tensor};
 use coffey::models::unet::WEIGHTS_STEM;
@@ -435,7 +435,6 @@ fn parts_of_sdxl_that_do_not_fit_are_named() {
 
 mod needs_python {
     use super::*;
-    use crate::support::python;
     use coffey::conditioning::TextEncoder;
     use coffey::models::{ClipTokenizer, TextParts};
     use npyz::WriterBuilder;
@@ -546,5 +545,53 @@ mod needs_python {
             compared.extend(negative);
             python("compare_drawing.py", &compared);
         }
+    }
+}
+
+mod slow {
+    use super::*;
+
+    /// One step of an LCM-LoRA at 512 pixels over random weights of the real shapes, in 16 bits: 7 GB of disk, 14 GB of memory.
+    #[test]
+    #[ignore = "takes half an hour, and needs COFFEY_PYTHON"]
+    fn lora_step_at_full_size_fits_its_plan() {
+        let folder = TempDir::new().unwrap();
+        let teacher = folder.path().join("teacher");
+        python(
+            "make_pipeline.py",
+            &[text(&teacher), "sdxl", "--dtype", "f16"],
+        );
+        let own = [
+            format!("model.teacher={}", text(&teacher)),
+            format!("train.output={}", text(&folder.path().join("run"))),
+            "encode.batch_size=1".to_owned(),
+            "encode.dtype=f16".to_owned(),
+            "encode.vae_dtype=f16".to_owned(),
+            "lora.rank=64".to_owned(),
+            "image.resolution=512".to_owned(),
+            "train.batch_size=1".to_owned(),
+            "train.gradient_checkpointing=true".to_owned(),
+            "train.teacher_dtype=f16".to_owned(),
+            "train.max_steps=1".to_owned(),
+            "checkpoint.background=false".to_owned(),
+        ];
+        let settings = || {
+            NO_PICTURES
+                .into_iter()
+                .chain(own.iter().map(String::as_str))
+        };
+        let mut check = args("check", QUICKSTART_LORA, settings());
+        check.push("--json".into());
+        let plan = succeed_json(&check);
+        let parts = plan["memory"]["parts"].as_array().unwrap();
+        let planned: u64 = parts.iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
+        let train = args("train", QUICKSTART_LORA, settings());
+        let train: Vec<&str> = train.iter().map(String::as_str).collect();
+        let peak = peak_memory(&train);
+        let ratio = planned as f64 / peak as f64;
+        assert!(
+            (0.85..1.15).contains(&ratio),
+            "planned {planned}, held {peak}"
+        );
     }
 }

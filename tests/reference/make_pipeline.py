@@ -5,7 +5,7 @@
 
 OUT_DIR becomes `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and `model_index.json`; of SDXL also
 `text_encoder_2` and `tokenizer_2`, which pads with `!`. The tokenizers are the quickstart's, since a vocabulary can't be
-random; a text encoder may have more rows than it has ids.
+random; text encoders have as many rows.
 
 `--encoders tiny` keeps the UNet and the latents' size and makes the VAE and the text encoder as small as they can
 be: for benchmarks in which encoding must cost nothing. `--set unet.layers_per_block=3` overrides one key of a
@@ -62,7 +62,7 @@ def vae(channels, groups, layers, **more):
     }
 
 
-def text(width, layers, heads, hidden, act="quick_gelu", tokens=TOKENS):
+def text(width, layers, heads, hidden, act="quick_gelu"):
     return {
         "hidden_size": width,
         "intermediate_size": hidden,
@@ -71,7 +71,7 @@ def text(width, layers, heads, hidden, act="quick_gelu", tokens=TOKENS):
         "hidden_act": act,
         "projection_dim": width,
         "max_position_embeddings": 77,
-        "vocab_size": tokens,
+        "vocab_size": TOKENS,
         "bos_token_id": TOKENS - 2,
         "eos_token_id": TOKENS - 1,
         "pad_token_id": TOKENS - 1,
@@ -160,7 +160,7 @@ SHAPES = {
     "sd15": {
         "unet": SD_UNET,
         "vae": SD_VAE,
-        "text_encoder": text(768, 12, 12, 3072, tokens=49408),
+        "text_encoder": text(768, 12, 12, 3072),
         "scheduler": SCHEDULER,
     },
     "sd21": {
@@ -168,7 +168,7 @@ SHAPES = {
         | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
         | {"sample_size": 96},
         "vae": SD_VAE | {"sample_size": 768},
-        "text_encoder": text(1024, 23, 16, 4096, act="gelu", tokens=49408),
+        "text_encoder": text(1024, 23, 16, 4096, act="gelu"),
         "scheduler": SCHEDULER | {"prediction_type": "v_prediction"},
     },
     "sdxl": xl(
@@ -176,8 +176,8 @@ SHAPES = {
         | {"block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20], "sample_size": 128}
         | {"transformer_layers_per_block": [1, 2, 10], "addition_time_embed_dim": 256}
         | levels([False, True, True]),
-        text(768, 12, 12, 3072, tokens=49408),
-        text(1280, 32, 20, 5120, tokens=49408),
+        text(768, 12, 12, 3072),
+        text(1280, 32, 20, 5120),
         SD_VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
     ),
     "xl": odd_xl(),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -156,6 +156,25 @@ pub(crate) fn send(process: &Child, signal: &str) {
     let id = process.id().to_string();
     let kill = Command::new("kill").args(["-s", signal, &id]).status();
     assert!(kill.unwrap().success());
+}
+
+/// The peak resident memory of a command, read shortly before its end. Bytes.
+pub(crate) fn peak_memory(args: &[&str]) -> u64 {
+    let mut child = command(args).stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    let ended = loop {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = peak.max(kilobytes.unwrap_or(0) * 1024);
+        if let Some(ended) = child.try_wait().unwrap() {
+            break ended;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(ended.success());
+    peak
 }
 
 /// A variable that a test in a module `needs_python` or `needs_browser` needs.
