@@ -161,10 +161,10 @@ impl Lora {
         })
     }
 
-    /// The variables' own values as a LoRA.
-    fn weights(&self) -> lora::Lora {
+    /// A LoRA of the matrices in `tensors`.
+    fn lora_of(&self, tensors: Tensors) -> lora::Lora {
         let alpha = self.options.alpha;
-        let adapters = pairs(self.params.values());
+        let adapters = pairs(tensors);
         lora::Lora {
             adapters: adapters
                 .map(|(module, down, up)| (module, lora::Adapter { down, up, alpha }))
@@ -172,17 +172,10 @@ impl Lora {
         }
     }
 
-    fn file(&self, name: &str, layout: Layout, dtype: DType) -> Result<TensorFile> {
-        let contents = self.weights().contents(layout, dtype);
-        Ok(TensorFile {
-            name: name.to_owned(),
-            contents: contents.map_err(candle_core::Error::wrap)?,
-        })
-    }
-
     /// A folder with the variables as they are: f32, with alpha in the metadata.
     fn exact(&self, folder: &str, file: &str) -> Result<Vec<ModelFolder>> {
-        let file = self.file(file, Layout::DiffusersWithAlpha, DType::F32)?;
+        let lora = self.lora_of(self.params.values());
+        let file = file_of(&lora, file, Layout::DiffusersWithAlpha, DType::F32)?;
         Ok(folder_of(folder, vec![file]))
     }
 }
@@ -239,15 +232,26 @@ impl Adaptation for Lora {
             (self.options.save_peft, DIFFUSERS_FILE, Layout::Diffusers),
             (self.options.save_kohya, KOHYA_FILE, kohya),
         ];
+        let tensors = self.params.values().into_iter();
+        let copied = tensors.map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?)));
+        let lora = self.lora_of(copied.collect::<Result<_>>()?);
         let wanted = layouts.into_iter().filter(|(wanted, ..)| *wanted);
-        let files =
-            wanted.map(|(_, name, layout)| self.file(name, layout, self.options.save_dtype));
+        let dtype = self.options.save_dtype;
+        let files = wanted.map(|(_, name, layout)| file_of(&lora, name, layout, dtype));
         Ok(folder_of(UNET_LORA, files.collect::<Result<_>>()?))
     }
 
     fn audited(&self, moment: AuditMoment) -> Result<Vec<ModelFolder>> {
         self.exact("", &format!("lora_{}.safetensors", moment.suffix()))
     }
+}
+
+fn file_of(lora: &lora::Lora, name: &str, layout: Layout, dtype: DType) -> Result<TensorFile> {
+    let contents = lora.contents(layout, dtype);
+    Ok(TensorFile {
+        name: name.to_owned(),
+        contents: contents.map_err(candle_core::Error::wrap)?,
+    })
 }
 
 /// The only folder of a LoRA.
