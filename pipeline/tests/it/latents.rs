@@ -289,7 +289,7 @@ fn latent_crops_are_drawn_by_epoch_and_seed() {
             half.copy_from_slice(&f16::from_f32((index / MOMENTS) as f32).to_le_bytes());
         }
         sample[0].1 = crops;
-        sample[3].1 =
+        sample[4].1 =
             br#"{"coffey": {"original_width": 64, "original_height": 48, "resized_width": 21,
             "resized_height": 16, "crop_top": [0, 1, 2, 3], "crop_left": [5, 6, 7, 8],
             "flipped": [false, true, false, true]}}"#
