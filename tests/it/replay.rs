@@ -125,7 +125,8 @@ mod needs_python {
     #[ignore = "needs COFFEY_PYTHON: a Python with PyTorch and diffusers"]
     fn bf16_steps() {
         let settings = ["train.mixed_precision=bf16", "distill.huber_c=0.1"];
-        let tolerances = ["--tolerance=0.05", "--weights-tolerance=0.8"];
+        // PyTorch rounds bf16 in other places on another CPU: the loss, a small mean, is up to 11 % apart on AMD without AVX-512 BF16.
+        let tolerances = ["--tolerance=0.15", "--weights-tolerance=0.8"];
         replay_within("one-layer", 2, &settings, &tolerances);
     }
 }
