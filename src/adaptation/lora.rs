@@ -270,3 +270,60 @@ fn modules_of(unet: &UNet) -> Modules {
         .map(|(module, shape)| (format!("{module}.weight"), shape))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::Conditioning;
+    use crate::ops::{Activations, Attention};
+
+    fn prediction(network: &UNet) -> Vec<f32> {
+        let config = network.config();
+        let filled = |shape: &[usize]| {
+            let n = shape.iter().product::<usize>();
+            let numbers = (0..n).map(|i| (i as f32).sin());
+            Tensor::from_iter(numbers, &Device::Cpu)?.reshape(shape)
+        };
+        let run = || {
+            let latents = filled(&[2, config.in_channels, 8, 8])?;
+            let text = Conditioning::text(filled(&[2, 5, config.cross_attention_dim])?);
+            let output = network.forward(&latents, &[3, 700], &text)?;
+            output.flatten_all()?.to_vec1()
+        };
+        crate::ops::no_grad(run).unwrap()
+    }
+
+    #[test]
+    fn teacher_beside_a_lora_keeps_its_numbers() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/teacher/unet");
+        let attention = Attention::MemoryEfficient;
+        let alone = UNet::load(&folder, DType::F32, &Device::Cpu, attention).unwrap();
+        let want = prediction(&alone);
+        let teacher = UNet::load(&folder, DType::F32, &Device::Cpu, attention).unwrap();
+        let options = LoraOptions {
+            rank: 4,
+            alpha: 2.0,
+            dropout: 0.0,
+            targets: lora::DEFAULT_TARGETS.map(str::to_owned).into(),
+            save_peft: true,
+            save_kohya: true,
+            save_dtype: DType::F16,
+        };
+        let forward = ForwardOptions {
+            attention,
+            activations: Activations::Keep,
+            compute: None,
+        };
+        let student = Lora::from_teacher(&teacher, options, 1, &Device::Cpu, forward).unwrap();
+        // The second matrices are 0: the student begins as the teacher.
+        assert_eq!(prediction(&student.frozen_student), want);
+        for (name, var) in student.params.iter() {
+            if name.ends_with(UP) {
+                var.set(&var.ones_like().unwrap()).unwrap();
+            }
+        }
+        assert_ne!(prediction(&student.frozen_student), want);
+        assert_eq!(prediction(&student.student), prediction(&student.target));
+        assert_eq!(prediction(&teacher), want);
+    }
+}

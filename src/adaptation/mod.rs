@@ -19,7 +19,7 @@ use crate::params::ParamSet;
 
 /// A student with its trained variables.
 pub trait Adaptation: fmt::Debug {
-    /// What of the network is trained, for people: `the whole UNet`.
+    /// The trained part of the network, for people: `the whole UNet`.
     fn describe(&self) -> String;
 
     /// The trained variables.

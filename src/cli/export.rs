@@ -56,7 +56,7 @@ pub(super) struct ExportArgs {
     /// Type of the tensors [default: f16; f32 with --merge]
     #[arg(long, value_enum)]
     dtype: Option<Type>,
-    /// What to write, which must not exist: a .safetensors file; a folder with --merge and with --format peft.
+    /// Path of the output, which must not exist: a .safetensors file; a folder with --merge and with --format peft.
     #[arg(short, long, value_name = "PATH")]
     out: PathBuf,
 }

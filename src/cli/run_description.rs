@@ -16,7 +16,7 @@ pub(super) struct ModelRequest<'a> {
     pub(super) model: &'a ModelRef,
     /// Revision, if the model is on the Hub.
     pub(super) revision: &'a str,
-    /// What of it is needed.
+    /// The part that is needed.
     pub(super) part: Part,
     /// Access to S3.
     pub(super) s3: S3Options,

@@ -29,7 +29,7 @@ pub struct EncodedText {
     pub truncated: usize,
 }
 
-/// What stands for the absence of a caption in classifier-free guidance.
+/// The conditioning without a caption in classifier-free guidance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unconditional {
     /// The empty caption, encoded.
@@ -44,19 +44,19 @@ pub enum Unconditional {
 /// embedding is the second one's projection (`encode_prompt` of diffusers' `StableDiffusionXLPipeline`).
 #[derive(Debug)]
 pub struct TextEncoder {
-    first: Part,
-    second: Option<Part>,
+    first: ClipEncoder,
+    second: Option<ClipEncoder>,
     unconditional: Unconditional,
 }
 
 /// A text encoder with its tokenizer.
 #[derive(Debug)]
-struct Part {
+struct ClipEncoder {
     model: ClipTextModel,
     tokenizer: ClipTokenizer,
 }
 
-impl Part {
+impl ClipEncoder {
     fn new(model: ClipTextModel, tokenizer: ClipTokenizer) -> Result<Self, ModelError> {
         tokenizer.check_embeddings(model.vocabulary())?;
         Ok(Self { model, tokenizer })
@@ -86,13 +86,13 @@ impl TextEncoder {
         let TextParts { first, second } = TextParts::of(pipeline);
         let tokenizer = ClipTokenizer::load(&first.tokenizer)?;
         let model = ClipTextModel::load(&first.text_encoder, dtype, device)?;
-        let first = Part::new(model, tokenizer)?;
+        let first = ClipEncoder::new(model, tokenizer)?;
         let second = second.map(|second| {
             let tokenizer = ClipTokenizer::load(&second.tokenizer)?;
             let folder = &second.text_encoder;
             let model = ClipTextModel::load_with_projection(folder, dtype, device)?;
             tokenizer.check_length(first.tokenizer.length())?;
-            Part::new(model, tokenizer)
+            ClipEncoder::new(model, tokenizer)
         });
         let second = second.transpose()?;
         let zeros = second.is_some() && forces_zeros(pipeline)?;
@@ -127,7 +127,7 @@ impl TextEncoder {
         self.models().map(ClipTextModel::head_width).collect()
     }
 
-    /// What the pipeline takes for the absence of a caption: zeros for two text encoders, unless `model_index.json` has
+    /// The pipeline's own conditioning without a caption: zeros for two text encoders, unless `model_index.json` has
     /// `force_zeros_for_empty_prompt` = false.
     pub fn own_unconditional(&self) -> Unconditional {
         self.unconditional

@@ -93,7 +93,7 @@ pub struct Encoders {
 pub enum ToldSizes {
     /// The image's own size and crop.
     Own,
-    /// Those of an image that has the size of its crop, whatever it has.
+    /// The sizes of an image as large as its crop, whatever its own size is.
     Uncropped,
 }
 
@@ -254,7 +254,7 @@ impl Encoders {
         self.text.pooled_width().is_some()
     }
 
-    /// What SDXL is told of the size of a sample, whose crop is `target` pixels high and wide.
+    /// The size ids of a sample, whose crop is `target` pixels high and wide.
     fn size_of(&self, sample: &SampleMeta, target: [u32; 2]) -> Result<SizeIds, EncodeError> {
         let geometry = &sample.geometry;
         let (width, height) = geometry.original;

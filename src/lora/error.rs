@@ -15,7 +15,7 @@ pub enum LoraError {
     NoAdapters {
         /// The file.
         path: PathBuf,
-        /// What it has instead, as the end of the message.
+        /// The file's content, as the end of the message.
         found: String,
     },
     /// A tensor that belongs to no layout of LoRA files.

@@ -2,13 +2,13 @@
 
 /// The part of an adapter that a tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Part {
+pub(super) enum AdapterTensor {
     Down,
     Up,
     Alpha,
 }
 
-impl Part {
+impl AdapterTensor {
     /// The part, for messages.
     pub(super) fn describe(self) -> &'static str {
         match self {
@@ -19,13 +19,13 @@ impl Part {
     }
 }
 
-/// What a tensor's name says.
+/// The meaning of a tensor's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Key {
     /// A part of the adapter of a module with this diffusers name.
-    Module(String, Part),
+    Module(String, AdapterTensor),
     /// The same with the module's name in kohya's layout.
-    Kohya(String, Part),
+    Kohya(String, AdapterTensor),
     /// A part of an adapter of a text encoder.
     TextEncoder,
     /// Something else: what it is, as the end of a message.
@@ -33,23 +33,23 @@ pub(super) enum Key {
 }
 
 /// Ends of names, and the parts they are of.
-const ENDS: [(&str, Part); 11] = [
+const ENDS: [(&str, AdapterTensor); 11] = [
     // PEFT and diffusers
-    (".lora_A.weight", Part::Down),
-    (".lora_B.weight", Part::Up),
+    (".lora_A.weight", AdapterTensor::Down),
+    (".lora_B.weight", AdapterTensor::Up),
     // PEFT's state_dict(), with the name of its adapter
-    (".lora_A.default.weight", Part::Down),
-    (".lora_B.default.weight", Part::Up),
+    (".lora_A.default.weight", AdapterTensor::Down),
+    (".lora_B.default.weight", AdapterTensor::Up),
     // kohya-ss
-    (".lora_down.weight", Part::Down),
-    (".lora_up.weight", Part::Up),
-    (".alpha", Part::Alpha),
+    (".lora_down.weight", AdapterTensor::Down),
+    (".lora_up.weight", AdapterTensor::Up),
+    (".alpha", AdapterTensor::Alpha),
     // diffusers before PEFT
-    (".lora.down.weight", Part::Down),
-    (".lora.up.weight", Part::Up),
+    (".lora.down.weight", AdapterTensor::Down),
+    (".lora.up.weight", AdapterTensor::Up),
     // the attention processors of older diffusers
-    ("_lora.down.weight", Part::Down),
-    ("_lora.up.weight", Part::Up),
+    ("_lora.down.weight", AdapterTensor::Down),
+    ("_lora.up.weight", AdapterTensor::Up),
 ];
 
 /// Marks of adapters of other kinds.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{Adapter, Lora, LoraError};
 
-/// What a reduction of rank keeps, as the share of the Frobenius norm of the changes `ΔW`.
+/// The part of an adapter that a reduction of rank keeps, as the share of the Frobenius norm of the changes `ΔW`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kept {
     /// Of all modules together, 0 to 1.

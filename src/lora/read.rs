@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 
-use super::key::{Key, Part};
+use super::key::{AdapterTensor, Key};
 use super::modules::Modules;
 use super::peft_config::{CONFIG_FILE, PeftConfig};
 use super::{Adapter, DIFFUSERS_FILE, Lora, LoraError};
@@ -35,7 +35,7 @@ impl LoraFile {
 }
 
 /// Tensors of an adapter with their names in the file.
-type Parts<'a> = BTreeMap<Part, (&'a str, &'a Tensor)>;
+type Parts<'a> = BTreeMap<AdapterTensor, (&'a str, &'a Tensor)>;
 
 /// Reads the LoRA in a file, or in the `pytorch_lora_weights.safetensors` of a folder, for the UNet with these `modules`. Adapters are
 /// f32 on the CPU.
@@ -60,7 +60,7 @@ pub fn read(path: &Path, modules: &Modules) -> Result<LoraFile, LoraError> {
     let (adapters, of_text_encoders) = reader.group(&tensors)?;
     let with_alphas = adapters
         .values()
-        .any(|parts| parts.contains_key(&Part::Alpha));
+        .any(|parts| parts.contains_key(&AdapterTensor::Alpha));
     let config = match PeftConfig::of_metadata(&metadata, &path)? {
         Some(_) if with_alphas => {
             let what = "has both alpha tensors and alphas in its metadata (\"lora_adapter_metadata\"), and one is right; diffusers \
@@ -153,15 +153,15 @@ impl Reader<'_> {
         parts: &Parts<'_>,
         config: Option<&(PeftConfig, PathBuf)>,
     ) -> Result<Adapter, LoraError> {
-        let get = |part: Part| {
+        let get = |part: AdapterTensor| {
             let has = || parts.values().next().map_or("", |(name, _)| name);
             parts.get(&part).copied().ok_or_else(|| {
                 let what = format!("is there without {}; save the LoRA again", part.describe());
                 self.wrong(has(), &what)
             })
         };
-        let (down_name, down) = get(Part::Down)?;
-        let (up_name, up) = get(Part::Up)?;
+        let (down_name, down) = get(AdapterTensor::Down)?;
+        let (up_name, up) = get(AdapterTensor::Up)?;
         let base = self.modules.shape(module).unwrap_or_default();
         let (outputs, inputs) = base.split_first().unwrap_or((&0, &[]));
         let rank = down.dims().first().copied().unwrap_or_default();
@@ -190,7 +190,7 @@ impl Reader<'_> {
         };
         let shown = format!("{needed:?} beside \"{down_name}\" of rank {rank}");
         check(up_name, up, &needed, shown)?;
-        let alpha = match (parts.get(&Part::Alpha), config) {
+        let alpha = match (parts.get(&AdapterTensor::Alpha), config) {
             (Some((name, alpha)), _) => self.alpha(name, alpha)?,
             (None, Some((config, path))) => {
                 config

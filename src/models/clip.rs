@@ -222,7 +222,7 @@ impl ClipTextModel {
         })
     }
 
-    /// What SDXL takes of a text encoder: `hidden_states[-2]`, and of one with a projection `text_embeds`, in the dtype of the
+    /// The outputs that SDXL takes of a text encoder: `hidden_states[-2]`, and of one with a projection `text_embeds`, in the dtype of the
     /// weights. Without a projection the last layer is not computed.
     ///
     /// # Errors

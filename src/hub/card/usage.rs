@@ -64,7 +64,7 @@ struct StudentCode {
     /// Lines after the pipeline.
     after: String,
     guidance: f64,
-    /// What to say of steps and guidance.
+    /// Sentences on steps and guidance.
     advice: String,
 }
 
