@@ -7,7 +7,6 @@ use candle_core::{DType, Device, Result, Tensor};
 use coffey_pipeline::counted;
 
 use super::dropout::{NamedDropout, Place};
-use super::saved::UNET_LORA;
 use super::{Adaptation, AuditMoment, ForwardOptions, ModelFolder, TensorFile};
 use crate::lora::{self, BaseVersion, DIFFUSERS_FILE, KOHYA_FILE, Layout, LoraError, Modules};
 use crate::models::{Adapter, Denoiser, Dropout, UNet, casts_parameter};
@@ -90,7 +89,7 @@ impl Lora {
         device: &Device,
         forward: ForwardOptions,
     ) -> std::result::Result<Self, LoraError> {
-        let path = checkpoint.join(UNET_LORA).join(DIFFUSERS_FILE);
+        let path = checkpoint.join(lora::FOLDER).join(DIFFUSERS_FILE);
         let modules = modules_of(teacher).targeted(&options.targets)?;
         let mut saved = lora::read(&path, &modules)?.lora;
         let mut tensors = Tensors::new();
@@ -223,7 +222,7 @@ impl Adaptation for Lora {
     }
 
     fn checkpoint(&self) -> Result<Vec<ModelFolder>> {
-        self.exact(UNET_LORA, DIFFUSERS_FILE)
+        self.exact(lora::FOLDER, DIFFUSERS_FILE)
     }
 
     fn finished(&self) -> Result<Vec<ModelFolder>> {
@@ -238,7 +237,7 @@ impl Adaptation for Lora {
         let wanted = layouts.into_iter().filter(|(wanted, ..)| *wanted);
         let dtype = self.options.save_dtype;
         let files = wanted.map(|(_, name, layout)| file_of(&lora, name, layout, dtype));
-        Ok(folder_of(UNET_LORA, files.collect::<Result<_>>()?))
+        Ok(folder_of(lora::FOLDER, files.collect::<Result<_>>()?))
     }
 
     fn audited(&self, moment: AuditMoment) -> Result<Vec<ModelFolder>> {

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::lora;
 use crate::models::FileContents;
 
 /// The models of a folder, before they are written.
@@ -35,15 +36,11 @@ pub struct SavedFolder {
 
 /// File of the weights of a UNet.
 pub(super) const UNET_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
-/// File of a LoRA in the layout of PEFT.
-pub(super) const LORA_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
 
 /// Folder of a wholly trained student.
 pub(super) const UNET: &str = "unet";
 /// Folder of its moving average.
 pub(super) const UNET_TARGET: &str = "unet_target";
-/// Folder of a LoRA.
-pub(super) const UNET_LORA: &str = "unet_lora";
 
 const UNET_FILES: &[&str] = &["config.json", UNET_WEIGHTS];
 
@@ -58,8 +55,8 @@ pub const SAVED_FOLDERS: [SavedFolder; 3] = [
         files: UNET_FILES,
     },
     SavedFolder {
-        name: UNET_LORA,
-        files: &[LORA_WEIGHTS],
+        name: lora::FOLDER,
+        files: &[lora::DIFFUSERS_FILE],
     },
 ];
 
@@ -67,6 +64,6 @@ pub const SAVED_FOLDERS: [SavedFolder; 3] = [
 pub fn saved_folders<'a>(mut files: impl Iterator<Item = &'a str>) -> &'static [SavedFolder] {
     static FOLDERS: [SavedFolder; 3] = SAVED_FOLDERS;
     let (full, lora) = FOLDERS.split_at(2);
-    let is_lora = files.any(|file| file.split('/').next() == Some(UNET_LORA));
+    let is_lora = files.any(|file| file.split('/').next() == Some(lora::FOLDER));
     if is_lora { lora } else { full }
 }

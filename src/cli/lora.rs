@@ -7,12 +7,9 @@ use candle_core::{DType, Device};
 use super::Failure;
 use super::output::check_local;
 use crate::config::{ModelPlace, ModelRef};
-use crate::lora::{self, DIFFUSERS_FILE, Lora, LoraError, Modules};
+use crate::lora::{self, DIFFUSERS_FILE, KOHYA_FILE, Lora, LoraError, Modules};
 use crate::models::Weights;
 use crate::models::unet::WEIGHTS_STEM;
-
-/// Folder of the LoRA in a finished run or in a checkpoint.
-const LORA_FOLDER: &str = "unet_lora";
 
 /// A finished run of a LoRA, or one of its checkpoints.
 #[derive(Debug)]
@@ -31,13 +28,16 @@ impl LoraRun {
         };
         // Absolute, so that a relative "unet_lora" has a parent.
         let folder = std::path::absolute(folder).ok()?;
-        let folder = match folder.file_name()? == LORA_FOLDER {
+        let folder = match folder.file_name()? == lora::FOLDER {
             true => folder.parent()?.to_owned(),
             false => folder,
         };
-        let file = folder.join(LORA_FOLDER).join(DIFFUSERS_FILE);
-        let is_run = file.is_file() && !folder.join("unet").is_dir();
-        is_run.then_some(Self { folder, file })
+        if folder.join("unet").is_dir() {
+            return None;
+        }
+        let files = [DIFFUSERS_FILE, KOHYA_FILE].map(|name| folder.join(lora::FOLDER).join(name));
+        let file = files.into_iter().find(|file| file.is_file())?;
+        Some(Self { folder, file })
     }
 }
 

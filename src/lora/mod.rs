@@ -30,6 +30,8 @@ pub use write::Layout;
 
 pub use crate::models::FileContents;
 
+/// Folder of a LoRA in a finished run and in a checkpoint.
+pub const FOLDER: &str = "unet_lora";
 /// Name of a LoRA's file in diffusers' layout, which `load_lora_weights` looks for in a folder.
 pub const DIFFUSERS_FILE: &str = "pytorch_lora_weights.safetensors";
 /// Name of the file in kohya's layout beside [`DIFFUSERS_FILE`].

@@ -193,3 +193,21 @@ fn shared_teacher_saves_memory() {
         "{full:?} {lora:?}"
     );
 }
+
+#[test]
+fn lora_saved_for_kohya_alone_is_drawn_with() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run");
+    messages(train(&run, &["train.max_steps=1", "lora.save=['kohya']"]));
+    assert!(
+        !run.join("unet_lora/pytorch_lora_weights.safetensors")
+            .exists()
+    );
+    let out = folder.path().join("apple.png");
+    let drawing = ["--prompt", "red apple", "--steps", "1", "--out", text(&out)];
+    let said = messages(command(
+        &[&["sample", "--model", text(&run)][..], &drawing].concat(),
+    ));
+    says(&said, &["lora_kohya.safetensors", "LCM"]);
+    assert!(out.is_file());
+}

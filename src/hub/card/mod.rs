@@ -14,13 +14,10 @@ use serde::Deserialize;
 use super::public::{PublicModel, public_config, public_model, public_url};
 use super::{HubError, io};
 use crate::config::{Config, Lora, LoraLayout, LossKind, ObjectiveKind};
-use crate::lora::{DIFFUSERS_FILE, KOHYA_FILE};
+use crate::lora::{self, DIFFUSERS_FILE, KOHYA_FILE};
 
 /// Steps that the card's loss is averaged over.
 const LOSS_STEPS: usize = 100;
-
-/// Folder of a LoRA in the run's folder and in the repository.
-const LORA_FOLDER: &str = "unet_lora";
 
 /// The model card of a finished run.
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +57,7 @@ impl Card<'_> {
         let mut files = vec![Self::NAME.to_owned(), "loss.png".to_owned()];
         match &self.config.lora {
             Some(lora) => {
-                files.extend(lora_files(lora).map(|file| format!("{LORA_FOLDER}/{file}")))
+                files.extend(lora_files(lora).map(|file| format!("{}/{file}", lora::FOLDER)))
             }
             None => {
                 for model in ["unet", "unet_target"] {

@@ -4,10 +4,11 @@ use std::fs;
 
 use serde::Deserialize;
 
-use super::{Card, LORA_FOLDER, lora_files};
+use super::{Card, lora_files};
 use crate::config::{Config, Distill, Lora, Model, ObjectiveKind};
 use crate::hub::public::{PublicModel, public_model};
 use crate::hub::{HubError, io};
+use crate::lora;
 
 /// Sampling steps of the card's example.
 const SAMPLING_STEPS: usize = 4;
@@ -156,13 +157,14 @@ image.save("image.png")
         }
     }
 
-    fn lora_code(&self, lora: &Lora) -> StudentCode {
+    fn lora_code(&self, settings: &Lora) -> StudentCode {
         let distill = &self.config.distill;
-        let file = lora_files(lora).next().unwrap_or_default();
-        let kohya = match lora_files(lora).nth(1) {
+        let file = lora_files(settings).next().unwrap_or_default();
+        let kohya = match lora_files(settings).nth(1) {
             Some(kohya) => {
                 format!(
-                    "\n\n`{LORA_FOLDER}/{kohya}` is the same LoRA for AUTOMATIC1111, ComfyUI and kohya-ss."
+                    "\n\n`{}/{kohya}` is the same LoRA for AUTOMATIC1111, ComfyUI and kohya-ss.",
+                    lora::FOLDER
                 )
             }
             None => String::new(),
@@ -172,8 +174,9 @@ image.save("image.png")
             before: String::new(),
             argument: "",
             after: format!(
-                "pipeline.load_lora_weights({:?}, subfolder={LORA_FOLDER:?}, weight_name={file:?})\n",
-                self.id
+                "pipeline.load_lora_weights({:?}, subfolder={:?}, weight_name={file:?})\n",
+                self.id,
+                lora::FOLDER
             ),
             guidance: 1.0,
             advice: format!(
