@@ -118,6 +118,25 @@ impl ParamSet {
         Ok(())
     }
 
+    /// The sums of two sets of gradients of these variables, of the variables' types.
+    ///
+    /// # Errors
+    /// When two gradients of one variable can't be added.
+    pub fn add(&self, mut earlier: Grads, mut later: Grads) -> Result<Grads> {
+        let mut sums = Grads::new();
+        for (name, var) in self.iter() {
+            let sum = match (earlier.remove(name), later.remove(name)) {
+                (Some(a), Some(b)) => {
+                    ops::cast(&a, var.dtype())?.add(&ops::cast(&b, var.dtype())?)?
+                }
+                (Some(one), None) | (None, Some(one)) => one,
+                (None, None) => continue,
+            };
+            sums.insert(name.clone(), sum);
+        }
+        Ok(sums)
+    }
+
     /// Names of the variables that have no gradient in `gradients`.
     pub fn without_gradient(&self, gradients: &Grads) -> Vec<&str> {
         let names = self.variables.keys();

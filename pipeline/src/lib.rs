@@ -73,7 +73,7 @@ pub use crate::image::{CropMode, ImageOptions, Interpolation};
 pub use destination::Destination;
 pub use flow::FlowMetrics;
 pub use format::latents::LatentShapes;
-pub use order::{Cursor, Order};
+pub use order::{Cursor, Lanes, Order};
 pub use plural::counted;
 pub use shard::{Filter, ShardPattern, ShardUrl, expand};
 pub use source::{

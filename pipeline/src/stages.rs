@@ -95,9 +95,9 @@ pub enum FlowChannel {
     Samples,
     /// Selected samples on their way to the decode threads.
     Decode,
-    /// A ticket for each sample that is being decoded, in order.
+    /// A ticket for each sample that is being decoded, in order; one channel for each lane.
     Decoded,
-    /// Finished batches.
+    /// Finished batches; one channel for each lane, and one for all if there are several.
     Batches,
     /// Batches on their way to an encode thread; one channel for each thread.
     Encode,
@@ -153,9 +153,12 @@ impl FlowChannel {
         }
     }
 
-    /// Whether each open shard has a channel of this name.
-    const fn is_per_shard(self) -> bool {
-        matches!(self, Self::Chunks | Self::Samples)
+    /// Whether each open shard or each lane has a channel of this name, from which items are taken in turn.
+    const fn is_taken_in_turn(self) -> bool {
+        matches!(
+            self,
+            Self::Chunks | Self::Samples | Self::Decoded | Self::Batches
+        )
     }
 }
 
@@ -235,8 +238,8 @@ impl FlowSnapshot {
         let holds_items = |channel: &FlowChannel| {
             let fill = self.channels.get(channel.name());
             let fill = fill.copied().unwrap_or_default();
-            // Shards are read several at once and taken in turn: while one hangs, the others are full.
-            fill.items > 0 && !(channel.is_per_shard() && fill.empty > 0)
+            // Shards and lanes are read several at once and taken in turn: while one hangs, the others are full.
+            fill.items > 0 && !(channel.is_taken_in_turn() && fill.empty > 0)
         };
         let last = FlowChannel::ALL.into_iter().rev().find(holds_items);
         last.map_or(Stage::Fetch, |channel| {

@@ -123,7 +123,8 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         config.data.decode_threads
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
-    (stream.rank, stream.world) = (rank.index, rank.world);
+    let lanes = config.lanes(stream.shards.len());
+    stream.lanes = rank.lanes(lanes, config.batches_in_turn(lanes))?;
     stream.content = content(latents.as_ref());
     stream.listed = latents.as_ref().map(LatentSource::listed);
     let settings = stream.clone();

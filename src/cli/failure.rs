@@ -75,6 +75,12 @@ impl From<coffey_pipeline::SourceError> for Failure {
     }
 }
 
+impl From<crate::ranks::LanesError> for Failure {
+    fn from(error: crate::ranks::LanesError) -> Self {
+        Self::Usage(error.into())
+    }
+}
+
 impl From<crate::pretrained::PretrainedError> for Failure {
     fn from(error: crate::pretrained::PretrainedError) -> Self {
         if error.is_config() {

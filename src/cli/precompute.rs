@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use coffey_pipeline::flow::FlowSnapshot;
 use coffey_pipeline::order::Order;
-use coffey_pipeline::{Content, ShardUrl, Stream, StreamError, counted};
+use coffey_pipeline::{Content, ShardUrl, Stream, counted};
 
 use super::output::{check_apart, check_writable};
 use super::ranks::RankArgs;
@@ -89,7 +89,12 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     check_apart("latents.output", &required.latents.output, &shards)?;
     if shards.len() < rank.world {
         let (shards, world) = (shards.len(), rank.world);
-        return Err(StreamError::TooFewShards { shards, world }.into());
+        let message = format!(
+            "{} can't be shared between {world} ranks: every rank needs at least one; start at most {}, or cut the data into more shards",
+            counted(shards, "shard"),
+            counted(shards, "rank")
+        );
+        return Err(Failure::Usage(message.into()));
     }
     errln!(
         "reading {} and {}",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use coffey_pipeline::format::latents::CAPTION;
-use coffey_pipeline::order::Order;
+use coffey_pipeline::order::{Lanes, Order};
 use coffey_pipeline::{
     CacheOptions, Content, FlowMetrics, HubOptions, LookUp, MemberKeys, ShardList, ShardPattern,
     ShardUrl, SourceOptions, Sources, StreamConfig, counted,
@@ -232,8 +232,8 @@ pub(super) fn content(latents: Option<&LatentSource>) -> Content {
     latents.map_or(Content::Images, LatentSource::content)
 }
 
-/// The stream of listed shards of images, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets `content` and
-/// `listed`.
+/// The stream of listed shards of images in one lane, by `[data]`, `[data.filter]` and `[image]`. For latents, the caller sets
+/// `content` and `listed`.
 pub(super) fn stream_config(
     config: &Config,
     shards: Vec<ShardUrl>,
@@ -264,8 +264,7 @@ pub(super) fn stream_config(
         skip_duplicate_keys: false,
         batch_size,
         seed: config.train.seed,
-        rank: 0,
-        world: 1,
+        lanes: Lanes::default(),
         resume: None,
     }
 }

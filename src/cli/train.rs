@@ -79,8 +79,9 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         ..stream_config(&config, shards.clone(), order, batch_size)
     };
     let services = Services {
-        open: Box::new(|batch_size, resume| {
+        open: Box::new(|batch_size, lanes, resume| {
             let stream = StreamConfig {
+                lanes,
                 resume,
                 ..stream_config(Order::Shuffled, batch_size)
             };
@@ -133,6 +134,7 @@ impl From<TrainError> for Failure {
             TrainError::Encode(crate::encode::EncodeError::Stream(error)) => (*error).into(),
             TrainError::Source(error) => error.into(),
             TrainError::Mismatch(_) => Self::Usage(error.into()),
+            TrainError::Lanes(error) => error.into(),
             TrainError::Lora(error) => error.into(),
             error => Self::Failed(error.into()),
         }

@@ -17,6 +17,7 @@ pub(super) const NUMBERS: &[Bounds] = &[
     integer("data.shuffle_buffer", 1, 10_000_000),
     integer("data.shuffle_buffer_mb", 1, 1_000_000),
     integer("data.open_shards", 1, 1024),
+    integer("data.lanes", 1, 4096),
     integer("data.decode_threads", 1, 1024),
     integer("data.prefetch_batches", 1, 1024),
     integer("data.cache_limit_gb", 1, 1_000_000),
@@ -65,6 +66,10 @@ pub struct Data {
     pub shuffle_buffer_mb: u64,
     /// Shards read at once. No flag.
     pub open_shards: usize,
+    /// Independent lanes of the stream, which ranks share: a power of two that divides `train.gradient_accumulation`; when unset, see
+    /// [`Config::lanes`](super::Config::lanes). No flag.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<usize>,
     /// Threads that decode and resize; the machine's cores by default. `--dataloader_num_workers`
     pub decode_threads: usize,
     /// Batches of pixels made ahead. No flag.
@@ -98,6 +103,7 @@ impl Default for Data {
             shuffle_buffer: stream.shuffle_buffer,
             shuffle_buffer_mb: stream.shuffle_buffer_mb,
             open_shards: stream.open_shards,
+            lanes: None,
             decode_threads: stream.decode_threads,
             prefetch_batches: stream.prefetch_batches,
             cache_dir: None,

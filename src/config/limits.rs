@@ -27,6 +27,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     }
     config.optimizer.check(limits)?;
     config.train.check(limits)?;
+    config.check_lanes(limits)?;
     config.checkpoint.check(limits)?;
     config.track.check(limits)?;
     if let Some(validation) = &config.validation {

@@ -17,6 +17,7 @@ mod encode;
 mod error;
 mod hub;
 mod image;
+mod lanes;
 mod latents;
 mod limits;
 mod lora;

@@ -30,7 +30,7 @@ pub struct Difference {
 }
 
 /// Keys, and whole tables, that change no number of the steps: where data is read and results are written, how fast, and
-/// what is shown. The stream's cursor compares the shards, however `data.shards` is written.
+/// what is shown. The stream's cursor compares the shards, however `data.shards` is written, and the number of lanes.
 const WITHOUT_EFFECT: &[&str] = &[
     "audit",
     "checkpoint",
@@ -39,6 +39,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "data.check_shards",
     "data.decode_threads",
     "data.http_headers",
+    "data.lanes",
     "data.max_bad_fraction",
     "data.prefetch_batches",
     "data.shards",

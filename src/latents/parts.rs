@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 
 use coffey_pipeline::destination::Destination;
-use coffey_pipeline::order::{EpochPlan, Order};
+use coffey_pipeline::order::{EpochPlan, Lanes, Order};
 use coffey_pipeline::{ShardUrl, SourceError};
 use sha2::{Digest, Sha256};
 
@@ -31,8 +31,8 @@ pub(super) fn shards_of(rank: Rank, all: &[ShardUrl]) -> impl Iterator<Item = &S
     let plan = EpochPlan {
         seed: 0,
         shards: all.len(),
-        rank: rank.index,
-        world: rank.world,
+        lane: rank.index,
+        lanes: rank.world,
         order: Order::Sequential,
         resample: false,
     };
@@ -41,8 +41,7 @@ pub(super) fn shards_of(rank: Rank, all: &[ShardUrl]) -> impl Iterator<Item = &S
 
 /// A rank's share of `max_samples`.
 pub(super) fn share_of(rank: Rank, max_samples: u64) -> u64 {
-    let (index, world) = (rank.index as u64, rank.world as u64);
-    max_samples / world + u64::from(index < max_samples % world)
+    Lanes::one(rank.index, rank.world).share(rank.index, max_samples)
 }
 
 /// The content of a place: its manifests and the sizes of its objects.

@@ -204,7 +204,13 @@ impl MemoryPlan {
             (true, 1, DeviceSpec::Cuda(_)) => F32 / 2,
             _ => F32,
         };
-        self.add(device, "gradients", student * gradient, of(student));
+        // The partial sums of a tree over the lanes. The number of shards, which may lower the default, is not known here.
+        let partial = 1 + u64::from(config.lanes(usize::MAX).ilog2());
+        let how = match partial {
+            1 => of(student),
+            _ => format!("{}, {partial} partial sums over the lanes", of(student)),
+        };
+        self.add(device, "gradients", student * gradient * partial, how);
         // Two moments a parameter; those in 8 bits have an f32 scale for each 256.
         let (moments, how) = match config.optimizer.kind {
             OptimizerKind::AdamW => (student * 2 * F32, "two moments a parameter"),

@@ -1,12 +1,16 @@
 //! The processes of one job: which one this is, and how all of them agree on a step.
 
+mod lanes;
 mod launcher;
+mod tree;
 
 use std::fmt;
 
 use candle_core::Result;
 
+pub use lanes::LanesError;
 pub use launcher::{LauncherError, RankOrigin, from_environment};
+pub use tree::TreeSum;
 
 use crate::params::Grads;
 

@@ -9,6 +9,7 @@ use crate::draw::SaveError;
 use crate::encode::EncodeError;
 use crate::lora::LoraError;
 use crate::models::{ModelError, PipelineMismatch};
+use crate::ranks::LanesError;
 use crate::sample::SampleError;
 
 /// Why a run ended before its last step.
@@ -23,6 +24,9 @@ pub enum TrainError {
     /// The teacher's noise schedule could not be read.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// The ranks of the job can't share the run's lanes.
+    #[error(transparent)]
+    Lanes(#[from] LanesError),
     /// The models do not belong together, or the configuration does not fit them.
     #[error("{0}")]
     Mismatch(String),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use candle_core::Device;
 use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::{Recent, StageHandle};
+use coffey_pipeline::order::{Cursor, Lanes};
 use coffey_pipeline::stages::Stage;
 
 use super::checkpoint::{RunIdentity, Saver};
@@ -27,7 +28,7 @@ use crate::config::{Config, MixedPrecision, Resume, TextFrom};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
 use crate::progress::{Progress, ProgressOptions};
-use crate::ranks::Solo;
+use crate::ranks::{Rank, Solo};
 use crate::sample::Prompts;
 
 /// Inputs of a run.
@@ -77,6 +78,7 @@ struct Run<'a> {
     options: &'a RunOptions<'a>,
     services: &'a Services<'a>,
     encoders: Arc<Encoders>,
+    lanes: Lanes,
     trainer: Trainer,
     observers: Observers,
     saver: Rc<Saver>,
@@ -105,6 +107,10 @@ impl<'a> Run<'a> {
             output.records(),
         ));
         let state = load_state(options, services, &parts, &output, &saver, &progress)?;
+        let lanes = run_lanes(config, services.shards.len(), &state)?;
+        if lanes.count > 1 {
+            progress.say(format!("{} lanes of the data", lanes.count));
+        }
         let shown = Rc::clone(&progress);
         let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
         let trainer = Trainer::new(
@@ -115,7 +121,7 @@ impl<'a> Run<'a> {
             TrainerOptions {
                 seed: config.train.seed,
                 max_steps: config.train.max_steps,
-                gradient_accumulation: config.train.gradient_accumulation,
+                lanes: lanes.clone(),
                 ema_decay: config.distill.ema_decay(),
                 optimizer: config.optimizer.clone(),
             },
@@ -125,6 +131,7 @@ impl<'a> Run<'a> {
             options,
             services,
             encoders: parts.encoders,
+            lanes,
             trainer,
             observers,
             saver,
@@ -158,7 +165,8 @@ impl<'a> Run<'a> {
     fn steps(&mut self) -> Result<Ending, TrainError> {
         let (train, cancel) = (&self.options.config.train, &self.services.cancel);
         let state = self.trainer.state();
-        let stream = (self.services.open)(train.batch_size, state.cursor.clone())?;
+        let stream =
+            (self.services.open)(train.batch_size, self.lanes.clone(), state.cursor.clone())?;
         let monitor = &self.services.monitor;
         let encoders = pool_encoders(self.options, &self.encoders)?;
         let pool = EncodePool::start(stream, encoders, monitor.flow(), &self.services.runtime)?;
@@ -233,6 +241,16 @@ impl Batches<'_> {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The lanes of a run: as many as before if it resumes and `data.lanes` does not say otherwise, which the stream then refuses.
+fn run_lanes(config: &Config, shards: usize, state: &TrainState) -> Result<Lanes, TrainError> {
+    let saved = state.cursor.as_ref().map(Cursor::lane_count);
+    let count = match (config.data.lanes, saved) {
+        (None, Some(saved)) => saved,
+        _ => config.lanes(shards),
+    };
+    Ok(Rank::SOLO.lanes(count, config.batches_in_turn(count))?)
 }
 
 /// Encoders of the pool's threads: those of the run for the first device, others for the rest. Stored latents with stored

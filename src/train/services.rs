@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use coffey_pipeline::order::Cursor;
+use coffey_pipeline::order::{Cursor, Lanes};
 use coffey_pipeline::{Destination, ShardUrl, SkippedSample, SourceError, Stream, StreamError};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -14,9 +14,9 @@ use crate::monitor::Monitor;
 pub struct Services<'a> {
     /// The shards of the streams.
     pub shards: Vec<ShardUrl>,
-    /// Opens a stream of the shards in training order. Arguments: batch size, cursor to resume from.
+    /// Opens a stream of the shards in training order. Arguments: batch size, lanes, cursor to resume from.
     #[allow(clippy::type_complexity)]
-    pub open: Box<dyn Fn(usize, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
+    pub open: Box<dyn Fn(usize, Lanes, Option<Cursor>) -> Result<Stream, StreamError> + 'a>,
     /// Opens a stream of the captions alone, every sample once in the order of the shards. Argument: batch size.
     #[allow(clippy::type_complexity)]
     pub captions: Box<dyn Fn(usize) -> Result<Stream<()>, StreamError> + 'a>,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::Result;
 use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::StageHandle;
-use coffey_pipeline::order::Cursor;
+use coffey_pipeline::order::{Cursor, Lanes};
 
 use super::learning_rate::learning_rate;
 use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
@@ -16,7 +16,7 @@ use crate::models::Denoiser;
 use crate::objective::{Networks, Objective, StepKey, Trace};
 use crate::ops;
 use crate::params::Grads;
-use crate::ranks::Collective;
+use crate::ranks::{Collective, TreeSum};
 
 /// Settings of the step.
 #[derive(Clone, Debug)]
@@ -25,8 +25,8 @@ pub struct TrainerOptions {
     pub seed: u64,
     /// Steps of the whole run, over which the learning-rate schedule extends.
     pub max_steps: u64,
-    /// Micro-batches a step.
-    pub gradient_accumulation: usize,
+    /// The lanes whose batches are the micro-batches of a step, and those of this process.
+    pub lanes: Lanes,
     /// Decay of the student's moving average, if it has one.
     pub ema_decay: f64,
     /// Learning rate, its schedule, and the norm that gradients are clipped to.
@@ -47,12 +47,17 @@ pub struct Trainer {
     bad_loss: Option<Option<&'static str>>,
 }
 
-/// Sums over the micro-batches of a step.
+/// Sums over micro-batches.
 #[derive(Default)]
-struct StepSums {
+struct LaneSums {
     gradients: Grads,
-    /// Mean loss.
+    /// Part of the step's mean loss.
     loss: f64,
+}
+
+/// What the micro-batches of a step leave beside their sums.
+#[derive(Default)]
+struct StepFacts {
     samples: u64,
     /// Epoch of the last sample.
     epoch: u64,
@@ -62,7 +67,7 @@ struct StepSums {
     skipped: Vec<SkippedSample>,
 }
 
-impl StepSums {
+impl StepFacts {
     /// Counts the samples of a micro-batch, and keeps its trace if there is one.
     fn add(&mut self, batch: EncodedBatch, trace: Option<Trace>) {
         self.samples += batch.samples.len() as u64;
@@ -118,19 +123,36 @@ impl Trainer {
         let (step, stage) = (self.state.step + 1, self.stage.clone());
         let failed = |source| TrainError::Step { step, source };
         let loss_scale = self.loss_scale(step)?;
-        let mut sums = StepSums::default();
+        let Lanes {
+            hosted,
+            batches_in_turn,
+            ..
+        } = self.options.lanes.clone();
+        let (mut facts, mut sum) = (StepFacts::default(), TreeSum::default());
         self.bad_loss = None;
-        for micro_batch in 0..self.options.gradient_accumulation {
-            let batch = next_batch()?;
-            let key = self.key(step, micro_batch);
-            let work = || self.micro_batch(&batch, &key, loss_scale.unwrap_or(1.0), &mut sums);
-            let (loss, trace) = stage.work(work).map_err(failed)?;
-            if !loss.is_finite() {
-                self.bad_loss = Some(trace.first_not_finite().map_err(failed)?);
+        for lane in hosted {
+            let mut sums = LaneSums::default();
+            for in_turn in 0..batches_in_turn {
+                let batch = next_batch()?;
+                let key = self.key(step, lane * batches_in_turn + in_turn);
+                let work = || self.micro_batch(&batch, &key, loss_scale.unwrap_or(1.0), &mut sums);
+                let (loss, trace) = stage.work(work).map_err(failed)?;
+                if !loss.is_finite() {
+                    self.bad_loss = Some(trace.first_not_finite().map_err(failed)?);
+                }
+                self.check_finite(step, "the loss", loss)?;
+                facts.add(batch, keep_traces.then_some(trace));
             }
-            self.check_finite(step, "the loss", loss)?;
-            sums.add(batch, keep_traces.then_some(trace));
+            let params = self.state.student.params();
+            let add = |earlier: LaneSums, later: LaneSums| {
+                Ok(LaneSums {
+                    gradients: params.add(earlier.gradients, later.gradients)?,
+                    loss: earlier.loss + later.loss,
+                })
+            };
+            stage.work(|| sum.push(sums, add)).map_err(failed)?;
         }
+        let mut sums = sum.finish().unwrap_or_default();
         self.collective
             .reduce(&mut sums.gradients)
             .map_err(failed)?;
@@ -144,9 +166,9 @@ impl Trainer {
             .work(|| self.update(&sums.gradients, norm, rate))
             .map_err(failed)?;
         self.state.step = step;
-        self.state.samples += sums.samples;
-        self.state.cursor = sums.cursor;
-        stage.add_items(sums.samples);
+        self.state.samples += facts.samples;
+        self.state.cursor = facts.cursor;
+        stage.add_items(facts.samples);
         Ok(StepReport {
             record: StepRecord {
                 step,
@@ -155,14 +177,14 @@ impl Trainer {
                 grad_norm: norm,
                 loss_scale,
                 samples: self.state.samples,
-                epoch: sums.epoch,
+                epoch: facts.epoch,
                 endpoint_error: None,
-                samples_per_second: sums.samples as f64 / started.elapsed().as_secs_f64(),
+                samples_per_second: facts.samples as f64 / started.elapsed().as_secs_f64(),
                 seconds: self.begun.elapsed().as_secs_f64(),
                 limiting_stage: None,
             },
-            traces: sums.traces,
-            skipped: sums.skipped,
+            traces: facts.traces,
+            skipped: facts.skipped,
         })
     }
 
@@ -186,7 +208,7 @@ impl Trainer {
         batch: &EncodedBatch,
         key: &StepKey,
         loss_scale: f64,
-        sums: &mut StepSums,
+        sums: &mut LaneSums,
     ) -> Result<(f64, Trace)> {
         let student = &self.state.student;
         student.begin(key.step, key.micro_batch);
@@ -195,7 +217,8 @@ impl Trainer {
             target: student.target(),
             teacher: &*self.teacher,
         };
-        let micro_batches = self.options.gradient_accumulation as f64;
+        let lanes = &self.options.lanes;
+        let micro_batches = (lanes.count * lanes.batches_in_turn) as f64;
         let (gradients, output) = ops::gradients(|| {
             let output = self.objective.step(&networks, batch, key)?;
             Ok(((&output.loss * (loss_scale / micro_batches))?, output))

@@ -210,7 +210,7 @@ fn trainer(student: LastConvolution) -> (Trainer, Batches) {
     let options = TrainerOptions {
         seed: 1,
         max_steps: 12,
-        gradient_accumulation: 2,
+        lanes: coffey_pipeline::Lanes::all(1, 2),
         ema_decay: 0.95,
         optimizer,
     };

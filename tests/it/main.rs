@@ -15,6 +15,7 @@ mod device;
 mod extending;
 mod hostile;
 mod inspect;
+mod lanes;
 mod latents;
 mod lora;
 mod lora_training;

@@ -1,6 +1,5 @@
 //! Checkpoints in a folder and in S3: resuming on other machines and with other configurations, and places that refuse writes.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,7 +12,7 @@ use crate::support::cloud::Cloud;
 use crate::support::cloud::proxy::{Fault, chance_writing, clean};
 use crate::support::{
     NO_PICTURES, args, command, copy, damage, messages, quickstart, refused, run, says, steps_made,
-    teacher, text, timeless,
+    student, teacher, text, timeless,
 };
 
 /// A small `train` without pictures into `output`.
@@ -22,20 +21,6 @@ fn train(config: &Path, output: &str, more: &[&str]) -> Command {
     let small = [output.as_str(), "train.batch_size=2"];
     let settings = [&small[..], &NO_PICTURES, more].concat();
     command(&args("train", text(config), settings))
-}
-
-/// Every file of the finished student.
-fn student(run: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    for folder in ["unet", "unet_target"] {
-        for entry in std::fs::read_dir(run.join(folder)).unwrap() {
-            let path = entry.unwrap().path();
-            let name = format!("{folder}/{}", path.file_name().unwrap().to_string_lossy());
-            files.insert(name, std::fs::read(path).unwrap());
-        }
-    }
-    assert_eq!(files.len(), 4);
-    files
 }
 
 fn checkpoints(run: &Path) -> Vec<String> {

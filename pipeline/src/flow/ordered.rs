@@ -23,7 +23,7 @@ struct WorkItem<I, O> {
     done: async_channel::Sender<Result<O, String>>,
 }
 
-/// The input end. Dropping it lets the workers finish and end.
+/// The input end of a sequence. Dropping it ends the sequence; without any, the workers finish and end.
 pub(crate) struct OrderedSender<I, O> {
     jobs: Sender<WorkItem<I, O>>,
     tickets: Sender<Ticket<O>>,
@@ -43,14 +43,14 @@ pub(crate) struct OrderedNames {
     pub(crate) tickets: &'static str,
 }
 
-/// The two ends of an ordered map, and its threads.
-pub(crate) type OrderedMap<I, O> = (OrderedSender<I, O>, OrderedReceiver<O>, Vec<JoinHandle<()>>);
+/// The two ends of one sequence of an ordered map.
+pub(crate) type OrderedEnds<I, O> = (OrderedSender<I, O>, OrderedReceiver<O>);
 
-/// Starts `threads` workers, each with its own function from `make_work`, and at most `window` items
-/// in flight.
+/// Starts `threads` workers, each with its own function from `make_work`, for `sequences` sequences with at most `window` items
+/// in flight each. The workers are shared: they take the items of all sequences in the order in which they come.
 ///
 /// `stage` is the workers' stage: its busy time is the time in `work`, and an idle worker is blocked if
-/// the window is full (the consumer is slow) and starved otherwise.
+/// every window is full (the consumer is slow) and starved otherwise.
 ///
 /// # Errors
 /// The system's error if a thread can't be started.
@@ -60,45 +60,49 @@ pub(crate) fn ordered_map<I, O, W>(
     names: OrderedNames,
     threads: usize,
     window: usize,
+    sequences: usize,
     make_work: impl Fn() -> W,
-) -> std::io::Result<OrderedMap<I, O>>
+) -> std::io::Result<(Vec<OrderedEnds<I, O>>, Vec<JoinHandle<()>>)>
 where
     I: Send + 'static,
     O: Send + 'static,
     W: FnMut(I) -> O + Send + 'static,
 {
     let (job_sender, job_receiver) = channel::<WorkItem<I, O>>(metrics, names.items, window);
-    let (ticket_sender, ticket_receiver) = channel::<Ticket<O>>(metrics, names.tickets, window);
+    let ends: Vec<OrderedEnds<I, O>> = (0..sequences)
+        .map(|_| {
+            let (sender, tickets) = channel::<Ticket<O>>(metrics, names.tickets, window);
+            let jobs = job_sender.clone();
+            let sender = OrderedSender {
+                jobs,
+                tickets: sender,
+            };
+            (sender, OrderedReceiver { tickets })
+        })
+        .collect();
     let mut workers = Vec::with_capacity(threads);
     for index in 0..threads.max(1) {
         let jobs = job_receiver.clone();
-        let tickets = ticket_sender.clone();
+        let tickets = ends.iter().map(|(end, _)| end.tickets.clone()).collect();
         let work = make_work();
         let stage = stage.clone();
         let worker = std::thread::Builder::new()
             .name(format!("{}-{index}", stage.name()))
-            .spawn(move || run_worker(&jobs, &tickets, &stage, work))?;
+            .spawn(move || run_worker(&jobs, tickets, &stage, work))?;
         workers.push(worker);
     }
-    let sender = OrderedSender {
-        jobs: job_sender,
-        tickets: ticket_sender,
-    };
-    let receiver = OrderedReceiver {
-        tickets: ticket_receiver,
-    };
-    Ok((sender, receiver, workers))
+    Ok((ends, workers))
 }
 
 fn run_worker<I, O>(
     jobs: &Receiver<WorkItem<I, O>>,
-    tickets: &Sender<Ticket<O>>,
+    tickets: Vec<Sender<Ticket<O>>>,
     stage: &StageHandle,
     mut work: impl FnMut(I) -> O,
 ) {
     loop {
         let start = Instant::now();
-        let held_back = tickets.is_full();
+        let held_back = tickets.iter().all(Sender::is_full);
         let Some(job) = jobs.recv_untimed() else {
             return;
         };
@@ -126,6 +130,13 @@ impl<I, O> OrderedSender<I, O> {
     /// Puts a finished item in the queue, behind all earlier items.
     pub(crate) fn pass(&self, output: O, stage: &StageHandle) -> Result<(), Closed> {
         self.tickets.send_blocking(Ticket::Ready(output), stage)
+    }
+}
+
+impl<I, O> Drop for OrderedSender<I, O> {
+    fn drop(&mut self) {
+        // The workers hold other senders of the tickets.
+        self.tickets.close();
     }
 }
 
@@ -160,13 +171,14 @@ mod tests {
     fn run(threads: usize) -> Vec<u64> {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
-        let (sender, receiver, workers) = ordered_map(&metrics, &stage, NAMES, threads, 6, || {
+        let (mut ends, workers) = ordered_map(&metrics, &stage, NAMES, threads, 6, 1, || {
             |n: u64| {
                 std::thread::sleep(Duration::from_micros((n * 7919) % 300));
                 n * 2
             }
         })
         .unwrap();
+        let (sender, receiver) = ends.pop().unwrap();
         let feeder = std::thread::spawn(move || {
             let stage = metrics.stage(Stage::Shuffle);
             for n in 0..100 {
@@ -200,10 +212,11 @@ mod tests {
     fn ordered_map_returns_a_panic_in_order() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
-        let (sender, receiver, _workers) = ordered_map(&metrics, &stage, NAMES, 2, 4, || {
+        let (ends, _workers) = ordered_map(&metrics, &stage, NAMES, 2, 4, 1, || {
             |n: u64| assert_ne!(n, 1, "one is bad")
         })
         .unwrap();
+        let (sender, receiver) = &ends[0];
         for n in 0..3 {
             sender.send(n, &stage).unwrap();
         }
@@ -217,13 +230,45 @@ mod tests {
     fn ordered_sender_fails_without_a_receiver() {
         let metrics = FlowMetrics::new();
         let stage = metrics.stage(Stage::Decode);
-        let (sender, receiver, workers) =
-            ordered_map(&metrics, &stage, NAMES, 1, 2, || |n: u64| n).unwrap();
+        let (mut ends, workers) =
+            ordered_map(&metrics, &stage, NAMES, 1, 2, 1, || |n: u64| n).unwrap();
+        let (sender, receiver) = ends.pop().unwrap();
         drop(receiver);
         assert_eq!(sender.send(1, &stage), Err(Closed));
         drop(sender);
         for worker in workers {
             worker.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn ordered_map_keeps_the_order_of_each_sequence() {
+        let metrics = FlowMetrics::new();
+        let stage = metrics.stage(Stage::Decode);
+        let (ends, workers) = ordered_map(&metrics, &stage, NAMES, 3, 4, 3, || |n: u64| n).unwrap();
+        let (senders, receivers): (Vec<_>, Vec<_>) = ends.into_iter().unzip();
+        // The sequences are read one after another: those that wait fill their windows and hold back no other.
+        let feeders: Vec<_> = senders
+            .into_iter()
+            .zip([100, 200, 300])
+            .map(|(sender, first)| {
+                let stage = stage.clone();
+                std::thread::spawn(move || {
+                    for n in first..first + 50 {
+                        sender.send(n, &stage).unwrap();
+                    }
+                })
+            })
+            .collect();
+        for (receiver, first) in receivers.iter().zip([100, 200, 300]) {
+            let results = std::iter::from_fn(|| receiver.recv(&stage)).map(Result::unwrap);
+            assert_eq!(
+                results.collect::<Vec<_>>(),
+                Vec::from_iter(first..first + 50)
+            );
+        }
+        for thread in feeders.into_iter().chain(workers) {
+            thread.join().unwrap();
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The cursor: a position in the stream, small enough to be part of a checkpoint.
 
+mod stored;
+
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -8,29 +11,49 @@ use sha2::{Digest, Sha256};
 use super::plan::Order;
 use super::schedule::{SchedulePosition, ShardPass};
 use super::shuffle::ShuffleState;
+use stored::StoredCursor;
 
 /// Version of the cursor's format.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// A position in the stream: right after a batch. Resuming from it gives exactly the batches that
-/// would have followed. Only open shards and shards with samples in the shuffle buffer are read again.
+/// would have followed. Only open shards and shards with samples in the shuffle buffers are read again.
 ///
 /// The cursor holds everything the order depends on, so that resuming with other settings is refused.
-/// Decode threads, batch size and prefetching may differ.
+/// Decode threads, batch size, prefetching and the processes that read the lanes may differ.
 ///
-/// As JSON it takes a few hundred bytes, and about ten for each sample in the shuffle buffer.
+/// As JSON it takes a few hundred bytes for each lane, and about ten for each sample in the shuffle buffers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "StoredCursor")]
 pub struct Cursor {
     version: u32,
     identity: OrderIdentity,
+    /// Batches of the round that were taken, 0 between rounds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) taken: usize,
+    /// Positions in the lanes, in the order of the lanes: all of the stream, or those of a process.
+    lanes: Vec<LaneCursor>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+/// A position in a lane.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct LaneCursor {
+    /// The lane.
+    #[serde(default)]
+    pub(crate) lane: usize,
     /// Samples drawn from the shuffle buffer up to the batch's last, which is counted, as are broken samples.
-    pub position: u64,
+    pub(crate) position: u64,
     /// Epoch of the batch's last sample, from 0.
-    pub epoch: u64,
-    /// Index of the batch that follows.
-    pub next_batch: u64,
+    pub(crate) epoch: u64,
+    /// Index of the lane's batch that follows.
+    pub(crate) next_batch: u64,
     /// Broken samples so far, by reason.
-    pub broken: BTreeMap<String, u64>,
+    pub(crate) broken: BTreeMap<String, u64>,
     #[serde(rename = "place")]
     pub(crate) state: OrderState,
     /// Contents of the shuffle buffer, in the buffer's order.
@@ -120,8 +143,7 @@ pub(crate) struct ShardProgress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct OrderIdentity {
     pub(crate) seed: u64,
-    pub(crate) rank: usize,
-    pub(crate) world: usize,
+    pub(crate) lanes: usize,
     pub(crate) order: Order,
     pub(crate) resample: bool,
     pub(crate) open_shards: usize,
@@ -150,18 +172,57 @@ pub struct CursorMismatch {
 }
 
 impl Cursor {
-    pub(crate) fn new(identity: OrderIdentity, position: u64, epoch: u64, next_batch: u64) -> Self {
+    /// The position in one lane.
+    pub(crate) fn in_lane(identity: OrderIdentity, lane: LaneCursor) -> Self {
+        Self::in_lanes(identity, vec![lane], 0)
+    }
+
+    /// The position in several lanes, in their order, after `taken` batches of a round.
+    pub(crate) fn in_lanes(identity: OrderIdentity, lanes: Vec<LaneCursor>, taken: usize) -> Self {
         Self {
             version: VERSION,
             identity,
-            position,
-            epoch,
-            next_batch,
-            broken: BTreeMap::new(),
-            state: OrderState::default(),
-            buffer: Vec::new(),
-            shards: BTreeMap::new(),
+            taken,
+            lanes,
         }
+    }
+
+    /// The position of a stream whose lanes several processes read: those of each of `parts`, taken after the same round.
+    ///
+    /// # Errors
+    /// What does not fit: parts of several streams, or a lane that several parts or none hold.
+    pub fn join(parts: impl IntoIterator<Item = Self>) -> Result<Self, String> {
+        let mut parts = parts.into_iter();
+        let mut joined = parts.next().ok_or("there is no position to join")?;
+        for part in parts {
+            if (&part.identity, part.taken) != (&joined.identity, joined.taken) {
+                return Err("positions of two streams".to_owned());
+            }
+            joined.lanes.extend(part.lanes);
+        }
+        joined.lanes.sort_by_key(|lane| lane.lane);
+        let lanes = joined.lanes.iter().map(|lane| lane.lane);
+        if !lanes.clone().eq(0..joined.lane_count()) {
+            let (lanes, count) = (lanes.collect::<Vec<_>>(), joined.lane_count());
+            return Err(format!("positions in the lanes {lanes:?} of {count}"));
+        }
+        Ok(joined)
+    }
+
+    /// Lanes of the stream.
+    #[must_use]
+    pub fn lane_count(&self) -> usize {
+        self.identity.lanes
+    }
+
+    /// The position in a lane.
+    pub(crate) fn lane(&self, lane: usize) -> Option<&LaneCursor> {
+        self.lanes.iter().find(|at| at.lane == lane)
+    }
+
+    /// The position in the only lane of a stream of one lane.
+    pub(crate) fn into_lane(self) -> Option<LaneCursor> {
+        self.lanes.into_iter().next()
     }
 
     /// Refuses a cursor of another stream, naming the first setting that differs.
@@ -175,14 +236,8 @@ impl Cursor {
             None => list.to_owned(),
         };
         let fields = [
-            (
-                "cursor version",
-                self.version.to_string(),
-                VERSION.to_string(),
-            ),
             ("seed", saved.seed.to_string(), now.seed.to_string()),
-            ("rank", saved.rank.to_string(), now.rank.to_string()),
-            ("world", saved.world.to_string(), now.world.to_string()),
+            ("lanes", saved.lanes.to_string(), now.lanes.to_string()),
             ("order", order(saved.order), order(now.order)),
             ("shards", list(&saved.shards), list(&now.shards)),
             (
@@ -224,8 +279,21 @@ impl Cursor {
 }
 
 impl Cursor {
-    /// The fault of a cursor that no stream of `shards` shards writes.
-    pub(crate) fn fault(&self, shards: usize) -> Option<String> {
+    /// The fault of a cursor that no stream of `shards` shards writes, or that lacks one of `lanes`.
+    pub(crate) fn fault(&self, shards: usize, mut lanes: Range<usize>) -> Option<String> {
+        if let Some(missing) = lanes.find(|&lane| self.lane(lane).is_none()) {
+            return Some(format!("it lacks lane {missing}"));
+        }
+        let mut seen = BTreeSet::new();
+        if let Some(twice) = self.lanes.iter().find(|at| !seen.insert(at.lane)) {
+            return Some(format!("it holds lane {} twice", twice.lane));
+        }
+        self.lanes.iter().find_map(|lane| lane.fault(shards))
+    }
+}
+
+impl LaneCursor {
+    fn fault(&self, shards: usize) -> Option<String> {
         let open = self.state.open.iter().map(|open| &open.pass);
         let begun = open.clone().map(|pass| (pass.id, pass.shard));
         let named = self.shards.iter();
@@ -278,8 +346,7 @@ mod tests {
     fn identity() -> OrderIdentity {
         OrderIdentity {
             seed: 1,
-            rank: 0,
-            world: 2,
+            lanes: 2,
             order: Order::Shuffled,
             resample: true,
             open_shards: 4,
@@ -293,14 +360,20 @@ mod tests {
 
     #[test]
     fn cursor_survives_json_and_stays_small() {
-        let mut cursor = Cursor::new(identity(), 4_000_000, 3, 250_000);
-        cursor.broken.insert("decode_error".into(), 2);
+        let mut lane = LaneCursor {
+            lane: 1,
+            position: 4_000_000,
+            epoch: 3,
+            next_batch: 250_000,
+            ..LaneCursor::default()
+        };
+        lane.broken.insert("decode_error".into(), 2);
         let pass = |id| ShardPass {
             id,
             shard: 1200,
             epoch: 3,
         };
-        cursor.state.open = (4000..4004)
+        lane.state.open = (4000..4004)
             .map(|id| OpenPass {
                 pass: pass(id),
                 taken: 3000,
@@ -315,24 +388,60 @@ mod tests {
                 done: Some((2900, None)),
                 ..ShardProgress::default()
             };
-            cursor.shards.insert(id, progress);
+            lane.shards.insert(id, progress);
         }
-        let without_buffer = serde_json::to_string(&cursor).unwrap().len();
+        let cursor = |lane: &LaneCursor| Cursor::in_lane(identity(), lane.clone());
+        let without_buffer = serde_json::to_string(&cursor(&lane)).unwrap().len();
         assert!(without_buffer < 3 << 10, "{without_buffer}");
-        cursor.buffer = (0..1000)
+        lane.buffer = (0..1000)
             .map(|n| SampleRef {
                 pass: 3990 + n % 14,
                 index: 2000 + n,
             })
             .collect();
-        let text = serde_json::to_string(&cursor).unwrap();
+        let text = serde_json::to_string(&cursor(&lane)).unwrap();
         assert!(text.len() - without_buffer <= 12 * 1000, "{}", text.len());
+        assert_eq!(
+            serde_json::from_str::<Cursor>(&text).unwrap(),
+            cursor(&lane)
+        );
+    }
+
+    #[test]
+    fn cursor_of_version_2_is_that_of_one_lane() {
+        let stored = r#"{"version":2,"identity":{"seed":1,"rank":0,"world":1,"order":"shuffled","resample":true,"open_shards":4,
+            "shuffle_buffer":1000,"shuffle_buffer_mb":256,"max_samples":null,"shards":"2:ab","selection":"1:cd"},
+            "position":9,"epoch":0,"next_batch":3,"broken":{},"place":{"epoch":0,"accepted":9,
+            "open":[{"id":0,"shard":1,"epoch":0,"taken":9,"chosen":9}],"turn":0,"next":{"epoch":0,"index":1},"visits":1,"read":9,
+            "shuffle":{"draws":9,"filling":false}},"buffer":[[0,7]],"visits":{"0":{"shard":1,"epoch":0,"through":8}}}"#;
+        let cursor: Cursor = serde_json::from_str(stored).unwrap();
+        assert_eq!((cursor.lane_count(), cursor.fault(2, 0..1)), (1, None));
+        let lane = cursor.lane(0).unwrap();
+        assert_eq!(
+            (lane.position, lane.next_batch, lane.shards[&0].drawn),
+            (9, 3, 8)
+        );
+        let text = serde_json::to_string(&cursor).unwrap();
+        assert!(
+            text.starts_with(r#"{"version":3,"identity":{"seed":1,"lanes":1,"#),
+            "{text}"
+        );
         assert_eq!(serde_json::from_str::<Cursor>(&text).unwrap(), cursor);
+        let refused = |text: String| {
+            serde_json::from_str::<Cursor>(&text)
+                .unwrap_err()
+                .to_string()
+        };
+        let newer = refused(text.replace(r#""version":3"#, r#""version":4"#));
+        assert!(newer.contains("version 4"), "{newer}");
+        let damaged = refused(stored.replace(r#""next_batch":3,"#, ""));
+        assert!(damaged.contains("next_batch"), "{damaged}");
+        assert_eq!(cursor.fault(2, 0..2).unwrap(), "it lacks lane 1");
     }
 
     #[test]
     fn cursor_mismatch_names_the_setting() {
-        let cursor = Cursor::new(identity(), 12, 0, 3);
+        let cursor = Cursor::in_lane(identity(), LaneCursor::default());
         assert_eq!(cursor.check(&identity()), Ok(()));
         let refused = |now: OrderIdentity| cursor.check(&now).unwrap_err().field;
         assert_eq!(
@@ -344,10 +453,10 @@ mod tests {
         );
         assert_eq!(
             refused(OrderIdentity {
-                world: 4,
+                lanes: 4,
                 ..identity()
             }),
-            "world"
+            "lanes"
         );
         assert_eq!(
             refused(OrderIdentity {

@@ -1,4 +1,4 @@
-//! The plan of an epoch: which shards a rank reads, and in which order.
+//! The plan of an epoch: which shards a lane reads, and in which order.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,22 +12,22 @@ pub enum Order {
     /// several read at once and interleaved, then a shuffle buffer.
     #[default]
     Shuffled,
-    /// For reading everything once: this rank's shards in the given order, one after the other, samples in
+    /// For reading everything once: this lane's shards in the given order, one after the other, samples in
     /// the shard's order.
     Sequential,
 }
 
-/// One rank's share of an epoch.
+/// One lane's share of an epoch.
 #[derive(Debug, Clone, Copy)]
 pub struct EpochPlan {
     /// The run's seed.
     pub seed: u64,
     /// Shards in all.
     pub shards: usize,
-    /// This process among `world`.
-    pub rank: usize,
-    /// Processes that share the shards.
-    pub world: usize,
+    /// The lane, below `lanes`.
+    pub lane: usize,
+    /// Lanes that share the shards.
+    pub lanes: usize,
     /// Order of the shards.
     pub order: Order,
     /// Draw shards with replacement instead of each once. Shuffled order only.
@@ -35,10 +35,10 @@ pub struct EpochPlan {
 }
 
 impl EpochPlan {
-    /// The shards (indices into the list) this rank reads in `epoch`, in order.
+    /// The shards (indices into the list) this lane reads in `epoch`, in order.
     ///
-    /// Shard `i` of the epoch's order goes to rank `i % world`: over all ranks every shard is read
-    /// once (without resampling), by one rank.
+    /// Shard `i` of the epoch's order goes to lane `i % lanes`: over all lanes every shard is read
+    /// once (without resampling), by one lane.
     #[must_use]
     pub fn shards(&self, epoch: u64) -> Vec<usize> {
         let mut all: Vec<usize> = match (self.order, self.resample) {
@@ -60,14 +60,14 @@ impl EpochPlan {
         };
         let mut index = 0;
         all.retain(|_| {
-            let mine = index % self.world == self.rank;
+            let mine = index % self.lanes == self.lane;
             index += 1;
             mine
         });
         all
     }
 
-    /// The shards that this rank does not read in `epoch`, in the given order.
+    /// The shards that this lane does not read in `epoch`, in the given order.
     pub(crate) fn shards_without(&self, epoch: u64) -> Vec<usize> {
         let mut read = vec![false; self.shards];
         for shard in self.shards(epoch) {
@@ -81,23 +81,23 @@ impl EpochPlan {
 mod tests {
     use super::*;
 
-    fn plan(rank: usize, world: usize) -> EpochPlan {
+    fn plan(lane: usize, lanes: usize) -> EpochPlan {
         EpochPlan {
             seed: 7,
             shards: 23,
-            rank,
-            world,
+            lane,
+            lanes,
             order: Order::Shuffled,
             resample: false,
         }
     }
 
     #[test]
-    fn plan_shares_an_epoch_between_ranks() {
-        for world in [1, 2, 5, 23] {
+    fn plan_shares_an_epoch_between_lanes() {
+        for lanes in [1, 2, 5, 23] {
             for epoch in 0..3 {
-                let mut all: Vec<usize> = (0..world)
-                    .flat_map(|rank| plan(rank, world).shards(epoch))
+                let mut all: Vec<usize> = (0..lanes)
+                    .flat_map(|lane| plan(lane, lanes).shards(epoch))
                     .collect();
                 all.sort_unstable();
                 assert_eq!(all, (0..23).collect::<Vec<_>>());
@@ -137,10 +137,10 @@ mod tests {
 
     #[test]
     fn plan_complements_an_epoch() {
-        for (resample, world) in [(true, 1), (true, 3), (false, 1), (false, 3)] {
+        for (resample, lanes) in [(true, 1), (true, 3), (false, 1), (false, 3)] {
             let plan = EpochPlan {
                 resample,
-                ..plan(0, world)
+                ..plan(0, lanes)
             };
             let mut all = [plan.shards(5), plan.shards_without(5)].concat();
             all.sort_unstable();

@@ -1,4 +1,4 @@
-//! The shards of one rank in the order they are read, epoch after epoch.
+//! The shards of one lane in the order they are read, epoch after epoch.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use super::plan::{EpochPlan, Order};
 /// One pass over one shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ShardPass {
-    /// Counts the shards that this rank begins, from 0.
+    /// Counts the shards that this lane begins, from 0.
     pub(crate) id: u64,
     /// Index of the shard.
     pub(crate) shard: usize,
@@ -106,8 +106,8 @@ mod tests {
         EpochPlan {
             seed: 7,
             shards: 5,
-            rank: 0,
-            world: 2,
+            lane: 0,
+            lanes: 2,
             order,
             resample: false,
         }

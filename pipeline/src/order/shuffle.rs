@@ -27,7 +27,7 @@ pub(crate) struct Drawn<T> {
     pub(crate) slot: usize,
 }
 
-/// A seeded shuffle buffer. The seed and the number of earlier draws decide which item is drawn; the
+/// The seeded shuffle buffer of a lane. Seed, lane and the number of earlier draws decide which item is drawn; the
 /// number of items and their bytes decide when a draw is due.
 #[derive(Debug)]
 pub(crate) struct ShuffleBuffer<T> {
@@ -35,11 +35,12 @@ pub(crate) struct ShuffleBuffer<T> {
     bytes: u64,
     capacity: Capacity,
     seed: u64,
+    lane: u64,
     state: ShuffleState,
 }
 
 impl<T> ShuffleBuffer<T> {
-    pub(crate) fn new(seed: u64, capacity: Capacity) -> Self {
+    pub(crate) fn new(seed: u64, lane: usize, capacity: Capacity) -> Self {
         Self {
             items: Vec::new(),
             bytes: 0,
@@ -48,6 +49,7 @@ impl<T> ShuffleBuffer<T> {
                 ..capacity
             },
             seed,
+            lane: lane as u64,
             state: ShuffleState::default(),
         }
     }
@@ -95,7 +97,7 @@ impl<T> ShuffleBuffer<T> {
         if self.items.is_empty() {
             return None;
         }
-        let mut rng = rng(self.seed, "shuffle", self.state.draws, 0);
+        let mut rng = rng(self.seed, "shuffle", self.state.draws, self.lane);
         self.state.draws += 1;
         let slot = index_below(&mut rng, self.items.len());
         let (item, bytes) = self.items.swap_remove(slot);
@@ -133,7 +135,7 @@ mod tests {
     use super::*;
 
     fn buffer<T>(seed: u64, items: usize, bytes: u64) -> ShuffleBuffer<T> {
-        ShuffleBuffer::new(seed, Capacity { items, bytes })
+        ShuffleBuffer::new(seed, 0, Capacity { items, bytes })
     }
 
     /// Pushes one item of `bytes` bytes and returns all due draws.

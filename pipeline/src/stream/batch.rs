@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::flow::{Closed, OrderedReceiver, Sender, StageHandle};
 use crate::order::{
-    BufferMirror, Cursor, Order, OrderIdentity, OrderState, SampleRef, ShardPass, ShardProgress,
+    BufferMirror, Cursor, LaneCursor, Order, OrderIdentity, OrderState, SampleRef, ShardPass,
+    ShardProgress,
 };
 use crate::panic::panic_message;
 use crate::shard::ShardUrl;
 use crate::stages::Stage;
 
-use super::config::StreamConfig;
+use super::config::{LaneConfig, StreamConfig};
 use super::data::BatchData;
 use super::error::{Halt, StreamError};
 use super::event::{ShuffleDraw, StreamEvent};
@@ -45,6 +46,7 @@ pub struct Batch<D = BatchData> {
 
 pub(super) struct Batcher<K: SampleKind> {
     kind: K,
+    lane: usize,
     /// Receives the rest when the stream ends in an error.
     undelivered: Arc<Mutex<Undelivered>>,
     out: Sender<Result<Batch<K::Output>, StreamError>>,
@@ -83,19 +85,18 @@ impl<K: SampleKind> Batcher<K> {
     pub(super) fn new(
         kind: K,
         config: &StreamConfig,
+        lane: &LaneConfig,
         identity: OrderIdentity,
         shards: Arc<[ShardUrl]>,
         out: Sender<Result<Batch<K::Output>, StreamError>>,
         undelivered: Arc<Mutex<Undelivered>>,
         stage: StageHandle,
     ) -> Self {
-        let resumed = config.resume.is_some();
-        let start = config
-            .resume
-            .clone()
-            .unwrap_or_else(|| Cursor::new(identity.clone(), 0, 0, 0));
+        let resumed = lane.resume.is_some();
+        let start = lane.resume.clone().unwrap_or_default();
         Self {
             kind,
+            lane: lane.lane,
             undelivered,
             out,
             stage,
@@ -368,16 +369,21 @@ impl<K: SampleKind> Batcher<K> {
     fn complete(&mut self, position: u64, epoch: u64) -> Result<(), Closed> {
         let index = self.next_batch;
         self.next_batch += 1;
-        let mut cursor = Cursor::new(self.identity.clone(), position, epoch, self.next_batch);
-        cursor.broken = self.broken.clone();
-        cursor.state = self.state.clone();
-        cursor.buffer = self.buffer.items().to_vec();
-        cursor.shards = self.shards.clone();
+        let lane = LaneCursor {
+            lane: self.lane,
+            position,
+            epoch,
+            next_batch: self.next_batch,
+            broken: self.broken.clone(),
+            state: self.state.clone(),
+            buffer: self.buffer.items().to_vec(),
+            shards: self.shards.clone(),
+        };
         self.held = Some(Batch {
             index,
             samples: std::mem::take(&mut self.samples),
             data: self.kind.finish(std::mem::take(&mut self.data)),
-            cursor,
+            cursor: Cursor::in_lane(self.identity.clone(), lane),
             skipped: Vec::new(),
             finished_shards: Vec::new(),
         });

@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use crate::format::latents::{LATENT, LatentShapes, POOLED, PROMPT_EMBEDS};
 use crate::image::ImageOptions;
-use crate::order::{Cursor, EpochPlan, Order, OrderIdentity, fingerprint};
+use crate::order::{
+    Capacity, Cursor, EpochPlan, LaneCursor, Lanes, Order, OrderIdentity, fingerprint,
+};
+use crate::plural::counted;
 use crate::shard::{Filter, HeldMembers, ShardUrl};
 
 use super::error::StreamError;
@@ -34,18 +37,18 @@ pub struct StreamConfig {
     pub image_keys: Vec<String>,
     /// Extensions of captions, in order of preference.
     pub caption_keys: Vec<String>,
-    /// Most samples in an epoch, over all ranks. After that many samples that pass the filter the next
+    /// Most samples in an epoch, over all lanes. After that many samples that pass the filter the next
     /// epoch begins, with its own order of shards; an [`Order::Sequential`] stream ends.
     pub max_samples: Option<u64>,
     /// Draw shards with replacement. Has no effect on [`Order::Sequential`].
     pub resample: bool,
-    /// Samples in the shuffle buffer; 0 for no shuffle. Has no effect on [`Order::Sequential`].
+    /// Samples in the shuffle buffers of all lanes; 0 for no shuffle. Has no effect on [`Order::Sequential`].
     pub shuffle_buffer: usize,
-    /// Limit of the shuffle buffer in compressed megabytes (10^6): it holds fewer samples if images are large. The
+    /// Limit of the shuffle buffers in compressed megabytes (10^6): they hold fewer samples if images are large. The
     /// order depends on it. Has no effect on [`Order::Sequential`].
     pub shuffle_buffer_mb: u64,
-    /// Shards read at once. The order depends on it. For [`Order::Sequential`] only the number of shards opened
-    /// ahead.
+    /// Shards read at once by all lanes, at least one a lane. The order depends on it. For [`Order::Sequential`] only the number of
+    /// shards opened ahead.
     pub open_shards: usize,
     /// Threads that decode, resize and crop, or read latents. Has no effect on the batches.
     pub decode_threads: usize,
@@ -67,10 +70,8 @@ pub struct StreamConfig {
     pub batch_size: usize,
     /// Seed of all randomness.
     pub seed: u64,
-    /// Index of this process, from 0.
-    pub rank: usize,
-    /// Processes that share the shards.
-    pub world: usize,
+    /// The lanes, and which of them this stream reads. The order depends on their number.
+    pub lanes: Lanes,
     /// The position to resume from.
     pub resume: Option<Cursor>,
 }
@@ -98,22 +99,57 @@ impl Default for StreamConfig {
             skip_duplicate_keys: false,
             batch_size: 1,
             seed: 0,
-            rank: 0,
-            world: 1,
+            lanes: Lanes::default(),
             resume: None,
         }
     }
 }
 
+/// A lane of a stream with its share of the settings that are totals over all lanes.
+#[derive(Debug)]
+pub(super) struct LaneConfig {
+    pub(super) lane: usize,
+    pub(super) plan: EpochPlan,
+    /// Most samples in an epoch.
+    pub(super) epoch_share: Option<u64>,
+    pub(super) open_shards: usize,
+    /// Limits of the shuffle buffer.
+    pub(super) buffer: Capacity,
+    pub(super) resume: Option<LaneCursor>,
+}
+
 impl StreamConfig {
-    pub(crate) fn plan(&self) -> EpochPlan {
-        EpochPlan {
-            seed: self.seed,
-            shards: self.shards.len(),
-            rank: self.rank,
-            world: self.world,
-            order: self.order,
-            resample: self.resample,
+    /// Lane `lane` of the stream.
+    pub(super) fn lane(&self, lane: usize) -> LaneConfig {
+        let part = |total: usize| self.lanes.part(total as u64) as usize;
+        let (open_shards, items) = match self.order {
+            Order::Shuffled => (part(self.open_shards), part(self.shuffle_buffer)),
+            Order::Sequential => (self.open_shards, 0),
+        };
+        LaneConfig {
+            lane,
+            plan: EpochPlan {
+                seed: self.seed,
+                shards: self.shards.len(),
+                lane,
+                lanes: self.lanes.count,
+                order: self.order,
+                resample: self.resample,
+            },
+            epoch_share: self.epoch_share(lane),
+            open_shards,
+            buffer: Capacity {
+                items,
+                bytes: self
+                    .lanes
+                    .part(self.shuffle_buffer_mb.saturating_mul(1_000_000)),
+            },
+            resume: self
+                .resume
+                .as_ref()
+                .and_then(|cursor| cursor.lane(lane).cloned())
+                // A lane may not have begun when another lane's batch came.
+                .filter(|lane| lane.next_batch > 0),
         }
     }
 
@@ -132,11 +168,9 @@ impl StreamConfig {
         }
     }
 
-    /// This rank's share of `max_samples`.
-    pub(crate) fn epoch_share(&self) -> Option<u64> {
-        let (rank, world) = (self.rank as u64, self.world.max(1) as u64);
-        self.max_samples
-            .map(|max| max / world + u64::from(rank < max % world))
+    /// A lane's share of `max_samples`.
+    fn epoch_share(&self, lane: usize) -> Option<u64> {
+        self.max_samples.map(|max| self.lanes.share(lane, max))
     }
 
     /// Checks every field, and the cursor against them.
@@ -157,20 +191,27 @@ impl StreamConfig {
                 self.max_bad_fraction
             ));
         }
-        if self.rank >= self.world {
+        let Lanes {
+            count,
+            hosted,
+            batches_in_turn,
+        } = &self.lanes;
+        if hosted.is_empty() || hosted.end > *count || *batches_in_turn == 0 {
             return invalid(format!(
-                "rank {} of a world of {}: ranks count from 0 to world - 1",
-                self.rank, self.world
+                "lanes {hosted:?} of {count} in turns of {batches_in_turn}: lanes count from 0"
             ));
         }
-        if self.shards.len() < self.world {
+        if self.shards.len() < *count {
             return Err(StreamError::TooFewShards {
                 shards: self.shards.len(),
-                world: self.world,
+                lanes: *count,
             });
         }
-        if self.epoch_share() == Some(0) {
-            return invalid("max_samples must be at least 1 for every rank".to_owned());
+        if hosted.clone().any(|lane| self.epoch_share(lane) == Some(0)) {
+            return invalid(format!(
+                "max_samples must be at least 1 for each of {}",
+                counted(*count, "lane")
+            ));
         }
         if let Some(listed) = self.listed.as_ref().map(|listed| listed.len())
             && listed != self.shards.len()
@@ -184,7 +225,7 @@ impl StreamConfig {
         let identity = self.identity();
         if let Some(cursor) = &self.resume {
             cursor.check(&identity)?;
-            if let Some(fault) = cursor.fault(self.shards.len()) {
+            if let Some(fault) = cursor.fault(self.shards.len(), hosted.clone()) {
                 return invalid(format!(
                     "the saved position in the data is damaged: {fault}"
                 ));
@@ -207,8 +248,7 @@ impl StreamConfig {
         }
         OrderIdentity {
             seed: self.seed,
-            rank: self.rank,
-            world: self.world,
+            lanes: self.lanes.count,
             order: self.order,
             resample: shuffled && self.resample,
             open_shards: if shuffled { self.open_shards } else { 1 },
@@ -243,18 +283,17 @@ mod tests {
         assert!(refused(StreamConfig::default()).contains("no shards"));
         assert!(
             refused(StreamConfig {
-                rank: 2,
-                world: 2,
+                lanes: Lanes::one(2, 2),
                 ..config()
             })
-            .contains("rank 2")
+            .contains("lanes 2..3 of 2")
         );
         let error = refused(StreamConfig {
-            world: 3,
+            lanes: Lanes::all(3, 1),
             ..config()
         });
         assert!(
-            error.contains("2 shards") && error.contains("3 ranks"),
+            error.contains("2 shards") && error.contains("3 lanes"),
             "{error}"
         );
         assert!(
@@ -267,8 +306,7 @@ mod tests {
         assert!(
             refused(StreamConfig {
                 max_samples: Some(1),
-                world: 2,
-                rank: 1,
+                lanes: Lanes::one(1, 2),
                 ..config()
             })
             .contains("max_samples")
@@ -276,16 +314,18 @@ mod tests {
     }
 
     #[test]
-    fn config_shares_max_samples_between_ranks() {
-        let share = |rank| {
-            StreamConfig {
-                max_samples: Some(11),
-                world: 4,
-                rank,
-                ..config()
-            }
-            .epoch_share()
+    fn config_shares_totals_between_lanes() {
+        let config = StreamConfig {
+            max_samples: Some(11),
+            shuffle_buffer: 9,
+            open_shards: 2,
+            lanes: Lanes::all(4, 1),
+            ..config()
         };
-        assert_eq!((0..4).filter_map(share).collect::<Vec<_>>(), [3, 3, 3, 2]);
+        let lanes: Vec<LaneConfig> = (0..4).map(|lane| config.lane(lane)).collect();
+        let shares = lanes.iter().filter_map(|lane| lane.epoch_share);
+        assert_eq!(shares.collect::<Vec<_>>(), [3, 3, 3, 2]);
+        let each = |lane: &LaneConfig| (lane.open_shards, lane.buffer.items, lane.buffer.bytes);
+        assert!(lanes.iter().all(|lane| each(lane) == (1, 3, 64_000_000)));
     }
 }

@@ -24,8 +24,8 @@ pub(super) struct DecodeWorker<K> {
     seed: u64,
     /// Whether an epoch may hold a sample twice. The random key then holds the shard pass instead of the epoch.
     repeats: bool,
-    rank: u64,
-    world: u64,
+    /// Lanes that share the shards.
+    lanes: u64,
     /// For each shard a number derived from its URL. It identifies the shard in the random key, so that a
     /// sample keeps its crop when shards are added to the list or removed.
     shard_keys: Arc<[u64]>,
@@ -46,8 +46,7 @@ impl<K: SampleKind> DecodeWorker<K> {
             kind,
             seed: config.seed,
             repeats: config.order == Order::Shuffled && config.resample,
-            rank: config.rank as u64,
-            world: config.world as u64,
+            lanes: config.lanes.count as u64,
             shard_keys: config.shards.iter().map(shard_key).collect(),
             stage,
         }
@@ -56,6 +55,7 @@ impl<K: SampleKind> DecodeWorker<K> {
     pub(super) fn decode(&mut self, job: DecodeJob<K>) -> StreamEvent<K> {
         let DecodeJob {
             sample,
+            lane,
             position,
             draw,
         } = job;
@@ -63,7 +63,7 @@ impl<K: SampleKind> DecodeWorker<K> {
         self.stage.add_items(1);
         self.stage.add_bytes(sample.bytes() as u64);
         let occasion = if self.repeats {
-            pass.id * self.world + self.rank
+            pass.id * self.lanes + lane as u64
         } else {
             pass.epoch
         };

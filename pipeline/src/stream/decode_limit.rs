@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::config::{Content, StreamConfig};
+use super::config::{Content, LaneConfig, StreamConfig};
 use super::decode::DecodeWorker;
 use super::error::StreamError;
 use super::event::{DecodeJob, StreamEvent};
@@ -102,7 +102,7 @@ fn measure<K: SampleKind>(
     })
 }
 
-/// The jobs that a stream would give its decode threads, in the stream's order.
+/// The jobs that a stream would give its decode threads, in the order of each lane.
 fn collect<K: SampleKind>(
     kind: &K,
     config: &StreamConfig,
@@ -111,6 +111,30 @@ fn collect<K: SampleKind>(
     samples: u64,
 ) -> Result<Vec<DecodeJob<K>>, StreamError> {
     config.validate()?;
+    let hosted = config.lanes.hosted.clone();
+    let (lanes, mut jobs) = (hosted.len() as u64, Vec::new());
+    let most = MAX_HELD_BYTES / hosted.len();
+    for lane in hosted {
+        let lane = config.lane(lane);
+        let wanted = samples.div_ceil(lanes);
+        jobs.extend(collect_lane(
+            kind, config, lane, sources, runtime, wanted, most,
+        )?);
+    }
+    jobs.truncate(usize::try_from(samples).unwrap_or(usize::MAX));
+    Ok(jobs)
+}
+
+/// The first jobs of a lane: `samples`, or fewer that have `most_bytes`.
+fn collect_lane<K: SampleKind>(
+    kind: &K,
+    config: &StreamConfig,
+    lane: LaneConfig,
+    sources: &Sources,
+    runtime: &Handle,
+    samples: u64,
+    most_bytes: usize,
+) -> Result<Vec<DecodeJob<K>>, StreamError> {
     let metrics = FlowMetrics::private();
     let cancel = CancellationToken::new();
     let held = Arc::new(Mutex::new(HeldJobs {
@@ -129,9 +153,12 @@ fn collect<K: SampleKind>(
     };
     let stage = metrics.stage(Stage::Decode);
     // One thread keeps the jobs in order.
-    let (events, results, mut threads) =
-        ordered_map(&metrics, &stage, DECODE_CHANNELS, 1, WINDOW, keep)
+    let (mut ends, mut threads) =
+        ordered_map(&metrics, &stage, DECODE_CHANNELS, 1, WINDOW, 1, keep)
             .map_err(|error| StreamError::threads(&error))?;
+    let Some((events, results)) = ends.pop() else {
+        return Ok(Vec::new());
+    };
     let context = ReaderContext {
         sources: sources.clone(),
         metrics: metrics.clone(),
@@ -139,14 +166,15 @@ fn collect<K: SampleKind>(
         held: config.held_members(),
         inspects: false,
     };
-    let interleaver = Interleaver::new(kind.clone(), config, context, events, cancel.clone());
+    let stop = cancel.clone();
+    let interleaver = Interleaver::new(kind.clone(), config, lane, context, events, stop);
     let thread = std::thread::Builder::new()
         .name("interleave".to_owned())
         .spawn(move || interleaver.run());
     threads.push(thread.map_err(|error| StreamError::threads(&error))?);
     let is_enough = || {
         let held = lock(&held);
-        held.jobs.len() as u64 >= samples || held.bytes >= MAX_HELD_BYTES
+        held.jobs.len() as u64 >= samples || held.bytes >= most_bytes
     };
     let mut failed = None;
     while !is_enough() && failed.is_none() {

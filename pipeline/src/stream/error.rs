@@ -20,18 +20,18 @@ pub enum StreamError {
     /// A shard's URL is wrong.
     #[error(transparent)]
     Url(#[from] UrlError),
-    /// There are fewer shards than ranks.
+    /// There are fewer shards than lanes.
     #[error(
-        "{} can't be shared between {world} ranks: every rank needs at least one; start at most {}, or cut the data \
-         into more shards",
+        "{} can't be shared between {}: each lane needs a shard of its own; share them between at most {shards}, or cut the data into \
+         more shards",
         counted(*shards, "shard"),
-        counted(*shards, "rank")
+        counted(*lanes, "lane")
     )]
     TooFewShards {
         /// Number of shards.
         shards: usize,
-        /// Number of ranks.
-        world: usize,
+        /// Number of lanes.
+        lanes: usize,
     },
     /// The cursor belongs to another stream.
     #[error(transparent)]

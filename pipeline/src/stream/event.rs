@@ -61,7 +61,8 @@ impl<K: SampleKind> SelectedSample<K> {
 #[derive(Debug)]
 pub(super) struct DecodeJob<K: SampleKind> {
     pub(super) sample: SelectedSample<K>,
-    /// Number in the stream, from 0.
+    pub(super) lane: usize,
+    /// Number in the lane, from 0.
     pub(super) position: u64,
     pub(super) draw: Box<ShuffleDraw>,
 }

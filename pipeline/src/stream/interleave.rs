@@ -11,14 +11,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::flow::{OrderedSender, StageHandle};
 use crate::order::{
-    Capacity, Cursor, Drawn, OpenPass, Order, OrderState, SampleRef, SchedulePosition, ShardPass,
+    Drawn, LaneCursor, OpenPass, Order, OrderState, SampleRef, SchedulePosition, ShardPass,
     ShardSchedule, ShuffleBuffer,
 };
 use crate::panic::panic_message;
 use crate::shard::{FilterReport, Sample};
 use crate::stages::Stage;
 
-use super::config::StreamConfig;
+use super::config::{LaneConfig, StreamConfig};
 use super::error::{Halt, StreamError};
 use super::event::{DecodeJob, SelectedSample, ShuffleDraw, StreamEvent};
 use super::kinds::SampleKind;
@@ -36,11 +36,12 @@ struct PrefetchedShard {
 }
 
 pub(super) struct Interleaver<K: SampleKind> {
+    lane: usize,
     order: Order,
     resample: bool,
     open_shards: usize,
     epoch_share: Option<u64>,
-    resume: Option<Cursor>,
+    resume: Option<LaneCursor>,
     opener: ShardOpener,
     selector: SampleSelector<K>,
     events: OrderedSender<DecodeJob<K>, StreamEvent<K>>,
@@ -70,16 +71,12 @@ impl<K: SampleKind> Interleaver<K> {
     pub(super) fn new(
         kind: K,
         config: &StreamConfig,
+        lane: LaneConfig,
         context: ReaderContext,
         events: OrderedSender<DecodeJob<K>, StreamEvent<K>>,
         cancel: CancellationToken,
     ) -> Self {
-        let items = match config.order {
-            Order::Shuffled => config.shuffle_buffer,
-            Order::Sequential => 0,
-        };
-        let bytes = config.shuffle_buffer_mb.saturating_mul(1_000_000);
-        let (position, state) = config.resume.as_ref().map_or_else(
+        let (position, state) = lane.resume.as_ref().map_or_else(
             || (0, OrderState::default()),
             |cursor| (cursor.position, cursor.state.clone()),
         );
@@ -87,11 +84,12 @@ impl<K: SampleKind> Interleaver<K> {
         let shuffling = context.metrics.stage(Stage::Shuffle);
         let waiting = [filtering.clone(), shuffling.clone()];
         Self {
+            lane: lane.lane,
             order: config.order,
             resample: config.resample,
-            open_shards: config.open_shards,
-            epoch_share: config.epoch_share(),
-            resume: config.resume.clone(),
+            open_shards: lane.open_shards,
+            epoch_share: lane.epoch_share,
+            resume: lane.resume,
             opener: ShardOpener::new(
                 config.shards.clone(),
                 config.listed.clone(),
@@ -101,10 +99,10 @@ impl<K: SampleKind> Interleaver<K> {
             ),
             selector: SampleSelector::new(kind, config),
             events,
-            schedule: ShardSchedule::new(config.plan(), state.next, state.complement),
+            schedule: ShardSchedule::new(lane.plan, state.next, state.complement),
             prefetched: VecDeque::new(),
             slots: Vec::new(),
-            buffer: ShuffleBuffer::new(config.seed, Capacity { items, bytes }),
+            buffer: ShuffleBuffer::new(config.seed, lane.lane, lane.buffer),
             pushed: Vec::new(),
             filtering,
             shuffling,
@@ -152,7 +150,7 @@ impl<K: SampleKind> Interleaver<K> {
     }
 
     /// Reads the open shards and the contents of the shuffle buffer again.
-    fn resume_at(&mut self, cursor: &Cursor) -> Result<(), Halt> {
+    fn resume_at(&mut self, cursor: &LaneCursor) -> Result<(), Halt> {
         let Reread { slots, buffer } =
             reread(cursor, &self.opener, &mut self.selector, self.open_shards)?;
         self.slots = slots;
@@ -219,7 +217,7 @@ impl<K: SampleKind> Interleaver<K> {
     }
 
     /// After an epoch without a selected sample: makes the next epoch read the shards that this one did not read. Draws with
-    /// replacement leave out a third of the shards, and each rank reads only some. Fails if every shard was read.
+    /// replacement leave out a third of the shards, and each lane reads only some. Fails if every shard was read.
     fn read_the_rest(&mut self) -> Result<(), Halt> {
         let read_all =
             self.order == Order::Sequential || self.schedule.complement() == Some(self.epoch);
@@ -367,6 +365,7 @@ impl<K: SampleKind> Interleaver<K> {
         };
         let job = DecodeJob {
             sample: item,
+            lane: self.lane,
             position: self.position,
             draw: Box::new(draw),
         };

@@ -3,11 +3,13 @@
 //! ```text
 //! reader      one task (fetch) and one thread (untar) per open shard
 //!    │        samples, bounded in items and bytes
-//! interleave  one thread: selects and shuffles samples; it alone decides the order
+//! interleave  one thread per lane: selects and shuffles samples; it alone decides the lane's order
 //!    │        events, in order
-//! decode      decode threads: decode, resize, crop, or read latents; results are put back in order
+//! decode      decode threads, shared by the lanes: decode, resize, crop, or read latents; results are put back in order
 //!    │        events, in order
-//! batch       one thread: collects batches, counts skipped samples, ends a stream with too many broken samples
+//! batch       one thread per lane: collects batches, counts skipped samples, ends a stream with too many broken samples
+//!    │        batches
+//! turns       one thread, with several lanes: takes the lanes' batches in turn
 //!    │        batches
 //! consumer
 //! ```
@@ -33,6 +35,7 @@ mod sample;
 mod select;
 mod shards;
 mod skip;
+mod turns;
 
 pub use batch::Batch;
 pub use config::{Content, StreamConfig};
@@ -63,6 +66,7 @@ use batch::Batcher;
 use decode::DecodeWorker;
 use interleave::Interleaver;
 use kinds::{CaptionsOnly, Images, Latents, SampleKind};
+use turns::{LaneOutput, Turns};
 
 /// A running stream of batches with the data `D`. Dropping it stops its threads and tasks, and waits for the threads.
 #[derive(Debug)]
@@ -157,12 +161,14 @@ fn start_stream<K: SampleKind>(
         let mut worker = worker.clone();
         move |job| worker.decode(job)
     };
-    let (events, results, mut threads) = ordered_map(
+    let hosted = config.lanes.hosted.clone();
+    let (ends, mut threads) = ordered_map(
         metrics,
         &decode,
         DECODE_CHANNELS,
         config.decode_threads,
         window,
+        hosted.len(),
         make_work,
     )
     .map_err(|error| StreamError::threads(&error))?;
@@ -174,26 +180,57 @@ fn start_stream<K: SampleKind>(
         inspects: false,
     };
     let shards: Arc<[ShardUrl]> = config.shards.clone().into();
-    let undelivered = Arc::default();
+    let undelivered: Arc<Mutex<Undelivered>> = Arc::default();
     let batch = metrics.stage(Stage::Batch);
-    let batcher = Batcher::new(
-        kind.clone(),
-        config,
-        identity,
-        Arc::clone(&shards),
-        sender,
-        Arc::clone(&undelivered),
-        batch,
-    );
-    let interleaver = Interleaver::new(kind, config, context, events, cancel.clone());
-    let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-        std::thread::Builder::new().name(name.to_owned()).spawn(run)
-    };
-    let interleave = spawn("interleave", Box::new(move || interleaver.run()));
-    let collect = spawn("batch", Box::new(move || batcher.run(&results)));
+    let several = hosted.len() > 1;
+    let mut outputs = Vec::new();
+    let mut work: Vec<(String, Box<dyn FnOnce() + Send>)> = Vec::new();
+    for (lane, (events, results)) in hosted.zip(ends) {
+        // A lane that is the whole stream delivers its batches itself.
+        let (lane_sender, lane_undelivered) = if several {
+            let (sender, batches) = channel(metrics, FlowChannel::Batches.name(), 1);
+            let undelivered = Arc::default();
+            outputs.push(LaneOutput {
+                batches,
+                undelivered: Arc::clone(&undelivered),
+            });
+            (sender, undelivered)
+        } else {
+            (sender.clone(), Arc::clone(&undelivered))
+        };
+        let lane_config = config.lane(lane);
+        let batcher = Batcher::new(
+            kind.clone(),
+            config,
+            &lane_config,
+            identity.clone(),
+            Arc::clone(&shards),
+            lane_sender,
+            lane_undelivered,
+            batch.clone(),
+        );
+        let (context, cancel) = (context.clone(), cancel.clone());
+        let interleaver =
+            Interleaver::new(kind.clone(), config, lane_config, context, events, cancel);
+        work.push((
+            format!("interleave-{lane}"),
+            Box::new(move || interleaver.run()),
+        ));
+        work.push((
+            format!("batch-{lane}"),
+            Box::new(move || batcher.run(&results)),
+        ));
+    }
+    if several {
+        let shared = Arc::clone(&undelivered);
+        let turns = Turns::new(outputs, config, identity, shared, sender, batch);
+        work.push(("turns".to_owned(), Box::new(move || turns.run())));
+    } else {
+        drop(sender);
+    }
     let mut failed = None;
-    for thread in [interleave, collect] {
-        match thread {
+    for (name, run) in work {
+        match std::thread::Builder::new().name(name).spawn(run) {
             Ok(thread) => threads.push(thread),
             Err(error) => failed = Some(StreamError::threads(&error)),
         }

@@ -9,7 +9,7 @@ use super::kinds::SampleKind;
 use super::reader::{OpenShard, ShardEvent};
 use super::select::SampleSelector;
 use super::shards::{OpenSlot, ShardOpener};
-use crate::order::{Cursor, OpenPass, SampleRef, ShardPass};
+use crate::order::{LaneCursor, OpenPass, SampleRef, ShardPass};
 
 /// State of the interleaver that is read again from the shards.
 pub(super) struct Reread<K: SampleKind> {
@@ -37,7 +37,7 @@ impl NeededShard {
 }
 
 /// The shards that `cursor` needs, in the order of their passes.
-fn needed_shards(cursor: &Cursor) -> Result<Vec<NeededShard>, StreamError> {
+fn needed_shards(cursor: &LaneCursor) -> Result<Vec<NeededShard>, StreamError> {
     let open = cursor.state.open.iter().map(|open| {
         let needed = NeededShard {
             pass: open.pass,
@@ -76,7 +76,7 @@ fn needed_shards(cursor: &Cursor) -> Result<Vec<NeededShard>, StreamError> {
 /// Re-reads the open shards and the contents of the shuffle buffer at `cursor`. At most `open_shards` shards are
 /// opened ahead.
 pub(super) fn reread<K: SampleKind>(
-    cursor: &Cursor,
+    cursor: &LaneCursor,
     opener: &ShardOpener,
     selector: &mut SampleSelector<K>,
     open_shards: usize,

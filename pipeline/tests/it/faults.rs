@@ -1,7 +1,7 @@
 //! Broken shards and samples, and how a stream reports them.
 
 use crate::support::{Bench, bucket, config, keys, sample, sequential, shard, take, tar_of};
-use coffey_pipeline::{Filter, Order, ShardUrl, StreamConfig, StreamError, Undelivered};
+use coffey_pipeline::{Filter, Lanes, Order, ShardUrl, StreamConfig, StreamError, Undelivered};
 
 #[test]
 fn non_tar_ends_stream_with_its_url() {
@@ -273,13 +273,12 @@ fn draws_end_once_every_shard_was_read_in_vain() {
         min_size: Some(900),
         ..Filter::default()
     };
-    for (resample, rank, world) in [(true, 0, 1), (true, 1, 3), (false, 0, 1), (false, 2, 3)] {
+    for (resample, lane, lanes) in [(true, 0, 1), (true, 1, 3), (false, 0, 1), (false, 2, 3)] {
         let bench = Bench::embedded(root.path());
         let stream = bench.open(StreamConfig {
             filter: filter.clone(),
             resample,
-            rank,
-            world,
+            lanes: Lanes::one(lane, lanes),
             ..draws(shards.clone(), 5)
         });
         let stream = stream.unwrap();
@@ -292,8 +291,8 @@ fn draws_end_once_every_shard_was_read_in_vain() {
         let rest = stream.take_undelivered();
         let read: std::collections::BTreeSet<_> =
             rest.finished_shards.iter().map(|s| s.shard).collect();
-        assert_eq!(read.len(), 12, "{resample} {rank} {world}");
-        assert!(rest.finished_shards.len() < 24, "{resample} {rank} {world}");
+        assert_eq!(read.len(), 12, "{resample} {lane} {lanes}");
+        assert!(rest.finished_shards.len() < 24, "{resample} {lane} {lanes}");
         assert_eq!(rest.skipped.len(), 3 * rest.finished_shards.len());
     }
 }

@@ -9,7 +9,8 @@ use crate::support::{
 use coffey_pipeline::image::CropWindow;
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{
-    CropMode, Cursor, Filter, ImageOptions, Order, ShardUrl, StreamConfig, StreamError,
+    Batch, BatchData, CropMode, Cursor, Filter, ImageOptions, Lanes, Order, SampleMeta, ShardUrl,
+    SkippedSample, StreamConfig, StreamError,
 };
 
 /// Shards with a broken image and a sample without a caption.
@@ -30,13 +31,29 @@ fn settings(shards: &[ShardUrl]) -> Vec<StreamConfig> {
         (true, Order::Shuffled),
         (false, Order::Sequential),
     ] {
-        for (open_shards, shuffle_buffer, batch_size, max_samples, rank, world) in [
-            (3, 7, 4, None, 0, 1),
-            (1, 0, 1, None, 0, 1),
-            (2, 40, 3, Some(11), 1, 2),
-            (5, 3, 5, Some(6), 0, 1),
-            (9, 12, 2, None, 2, 3),
+        for (open_shards, shuffle_buffer, batch_size, max_samples, lanes) in [
+            (3, 7, 4, None, Lanes::default()),
+            (1, 0, 1, None, Lanes::default()),
+            (2, 40, 3, Some(11), Lanes::one(1, 2)),
+            (5, 3, 5, Some(6), Lanes::default()),
+            (9, 12, 2, None, Lanes::one(2, 3)),
+            (4, 9, 2, None, Lanes::all(2, 1)),
+            (1, 20, 1, Some(9), Lanes::all(4, 2)),
+            (
+                6,
+                12,
+                3,
+                None,
+                Lanes {
+                    count: 4,
+                    hosted: 2..4,
+                    batches_in_turn: 3,
+                },
+            ),
         ] {
+            if order == Order::Sequential && lanes.hosted.len() > 1 {
+                continue;
+            }
             all.push(StreamConfig {
                 resample,
                 order,
@@ -44,8 +61,7 @@ fn settings(shards: &[ShardUrl]) -> Vec<StreamConfig> {
                 shuffle_buffer,
                 batch_size,
                 max_samples,
-                rank,
-                world,
+                lanes,
                 max_bad_fraction: 0.5,
                 filter: Filter {
                     min_size: Some(501),
@@ -208,15 +224,14 @@ fn skipped_samples_come_in_batch_order() {
 }
 
 #[test]
-fn ranks_have_a_batch_for_every_step() {
+fn lanes_have_a_batch_for_every_step() {
     let root = tempfile::tempdir().unwrap();
     // Shards of very different lengths.
     let shards = bucket(root.path(), 5, |n| 1 + 9 * (n % 2));
     let bench = Bench::embedded(root.path());
-    for rank in 0..3 {
+    for lane in 0..3 {
         let config = StreamConfig {
-            rank,
-            world: 3,
+            lanes: Lanes::one(lane, 3),
             ..config(shards.clone())
         };
         let batches = bench.batches(config, 9).unwrap();
@@ -226,25 +241,24 @@ fn ranks_have_a_batch_for_every_step() {
 }
 
 #[test]
-fn ranks_share_every_epoch_without_overlap() {
+fn lanes_share_every_epoch_without_overlap() {
     let root = tempfile::tempdir().unwrap();
-    // Every shard has as many samples, so that the epochs of all ranks are equally long.
+    // Every shard has as many samples, so that the epochs of all lanes are equally long.
     let shards = bucket(root.path(), 6, |_| 4);
     let bench = Bench::embedded(root.path());
     let every: BTreeSet<String> = (0..6)
         .flat_map(|s| (0..4).map(move |n| format!("{s:05}{n:04}")))
         .collect();
-    for world in [1, 2, 3, 6] {
-        let per_rank = 24 / world;
-        let runs: Vec<Vec<String>> = (0..world)
-            .map(|rank| {
+    for count in [1, 2, 3, 6] {
+        let per_lane = 24 / count;
+        let runs: Vec<Vec<String>> = (0..count)
+            .map(|lane| {
                 let config = StreamConfig {
-                    rank,
-                    world,
+                    lanes: Lanes::one(lane, count),
                     batch_size: 2,
                     ..config(shards.clone())
                 };
-                let batches = bench.batches(config, per_rank).unwrap();
+                let batches = bench.batches(config, per_lane).unwrap();
                 assert!(
                     batches
                         .iter()
@@ -256,13 +270,13 @@ fn ranks_share_every_epoch_without_overlap() {
         for epoch in 0..2 {
             let seen: Vec<String> = runs
                 .iter()
-                .flat_map(|run| run[epoch * per_rank..(epoch + 1) * per_rank].to_vec())
+                .flat_map(|run| run[epoch * per_lane..(epoch + 1) * per_lane].to_vec())
                 .collect();
             assert_eq!(seen.len(), 24);
             assert_eq!(
                 seen.into_iter().collect::<BTreeSet<_>>(),
                 every,
-                "world {world}, epoch {epoch}"
+                "{count} lanes, epoch {epoch}"
             );
         }
     }
@@ -430,9 +444,9 @@ fn cursor_of_other_stream_is_refused() {
             .contains("seed = 453645634")
     );
     assert!(
-        resumed(&|config| config.world = 2)
+        resumed(&|config| config.lanes = Lanes::all(2, 1))
             .unwrap()
-            .contains("world")
+            .contains("lanes = 1, and now it is 2")
     );
     assert!(
         resumed(&|config| drop(config.shards.pop()))
@@ -479,4 +493,54 @@ fn stages_count_items_and_bytes() {
     assert!(snapshot.stage(Stage::Decode).bytes > 0);
     assert!(snapshot.limiting_stage().is_some());
     assert_eq!(bench.sources.s3_server().counts().requests["ok"], 2);
+}
+
+/// What a batch holds, without its number and cursor.
+fn contents(batch: &Batch) -> (&[SampleMeta], &BatchData, &[SkippedSample]) {
+    (&batch.samples, &batch.data, &batch.skipped)
+}
+
+#[test]
+fn lanes_are_the_same_whoever_reads_them() {
+    let root = tempfile::tempdir().unwrap();
+    let shards = with_faults(root.path(), 9);
+    let bench = Bench::embedded(root.path());
+    for resample in [false, true] {
+        let read = |hosted: std::ops::Range<usize>| {
+            let config = StreamConfig {
+                resample,
+                max_bad_fraction: 0.5,
+                batch_size: 3,
+                lanes: Lanes {
+                    count: 4,
+                    batches_in_turn: 2,
+                    hosted: hosted.clone(),
+                },
+                ..config(shards.clone())
+            };
+            bench.batches(config, 3 * 2 * hosted.len()).unwrap()
+        };
+        let whole = read(0..4);
+        let numbers: Vec<u64> = whole.iter().map(|batch| batch.index).collect();
+        assert_eq!(numbers, Vec::from_iter(0..24));
+        // Of each round, a process has the batches of its lanes.
+        for hosted in [0..2, 2..4, 0..1, 1..2, 3..4] {
+            let rounds = whole.chunks(8);
+            let expected = rounds.flat_map(|round| &round[2 * hosted.start..2 * hosted.end]);
+            let got = read(hosted.clone());
+            assert!(
+                got.iter().map(contents).eq(expected.map(contents)),
+                "{hosted:?}"
+            );
+        }
+        // The positions of two processes are that of one.
+        let at =
+            |batches: &[Batch], round: usize| batches[batches.len() / 3 * round - 1].cursor.clone();
+        let (first, second) = (read(0..2), read(2..4));
+        for round in 1..=3 {
+            let joined = Cursor::join([at(&first, round), at(&second, round)]).unwrap();
+            assert_eq!(joined, at(&whole, round));
+        }
+        assert!(Cursor::join([at(&first, 1), at(&whole, 1)]).is_err());
+    }
 }

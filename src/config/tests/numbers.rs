@@ -11,6 +11,7 @@ const TABLES: &str = "[data]\nshards = \"a.tar\"\n[validation]\nprompts = [\"a\"
 /// The keys that a number needs beside it.
 fn beside(key: &str) -> &'static [&'static str] {
     match key {
+        "data.lanes" => &["train.gradient_accumulation=4096"],
         "optimizer.warmup_steps" => &["optimizer.schedule=linear"],
         "distill.w_max" => &["distill.w_min=0"],
         "distill.w_min" => &["distill.w_max=1000"],

@@ -22,21 +22,23 @@ fn state(step: u64) -> Value {
         "samples": 8 * step,
         "optimizer": {"steps": step, "loss_scale": {"factor": 65536.0, "steps": step}},
         "cursor": {
-            "version": 2,
+            "version": 3,
             "identity": {
-                "seed": 1, "rank": 0, "world": 1, "order": "shuffled", "resample": true, "open_shards": 2,
+                "seed": 1, "lanes": 1, "order": "shuffled", "resample": true, "open_shards": 2,
                 "shuffle_buffer": 10, "shuffle_buffer_mb": 1, "max_samples": null, "shards": "2:ab",
                 "selection": "4:cd"
             },
-            "position": 16, "epoch": 0, "next_batch": 2, "broken": {"decode_error": 1},
-            "place": {
-                "epoch": 0, "accepted": 20,
-                "open": [{"id": 0, "shard": 1, "epoch": 0, "taken": 9, "chosen": 8}],
-                "turn": 1, "next": {"epoch": 1, "index": 1}, "visits": 1, "read": 21,
-                "shuffle": {"draws": 16, "filling": false}
-            },
-            "buffer": [[0, 3], [0, 7]],
-            "visits": {"0": {"shard": 1, "epoch": 0, "through": 16}}
+            "lanes": [{
+                "lane": 0, "position": 16, "epoch": 0, "next_batch": 2, "broken": {"decode_error": 1},
+                "place": {
+                    "epoch": 0, "accepted": 20,
+                    "open": [{"id": 0, "shard": 1, "epoch": 0, "taken": 9, "chosen": 8}],
+                    "turn": 1, "next": {"epoch": 1, "index": 1}, "visits": 1, "read": 21,
+                    "shuffle": {"draws": 16, "filling": false}
+                },
+                "buffer": [[0, 3], [0, 7]],
+                "visits": {"0": {"shard": 1, "epoch": 0, "through": 16}}
+            }]
         },
         "configuration": "[train]\nseed = 1\n",
         "checksums": {}

@@ -110,6 +110,20 @@ pub(crate) fn messages(command: Command) -> String {
     run(command, 0).1
 }
 
+/// Every file of the finished student.
+pub(crate) fn student(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for folder in ["unet", "unet_target"] {
+        for entry in std::fs::read_dir(run.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            let name = format!("{folder}/{}", path.file_name().unwrap().to_string_lossy());
+            files.insert(name, std::fs::read(path).unwrap());
+        }
+    }
+    assert_eq!(files.len(), 4);
+    files
+}
+
 /// Runs a command line that must succeed; returns its standard output.
 #[track_caller]
 pub(crate) fn succeed(args: &[impl AsRef<OsStr>]) -> String {
