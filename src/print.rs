@@ -41,12 +41,15 @@ struct Printer {
     log: Option<Log>,
     /// The first error of standard output.
     output_error: Option<io::Error>,
+    /// What the messages of a [quiet](be_quiet) process begin with.
+    quiet: Option<String>,
 }
 
 static PRINTER: Mutex<Printer> = Mutex::new(Printer {
     bar: None,
     log: None,
     output_error: None,
+    quiet: None,
 });
 
 fn printer() -> MutexGuard<'static, Printer> {
@@ -110,12 +113,28 @@ pub(crate) fn finish_output() -> io::Result<()> {
     }
 }
 
-/// Prints a message on standard error and appends it to the log file.
+/// Prints a message on standard error, unless the process is [quiet](be_quiet), and appends it to the log file.
 pub(crate) fn say(text: &str) {
     let text = message(text);
     let mut printer = printer();
-    printer.to_stderr(&text);
+    if printer.quiet.is_none() {
+        printer.to_stderr(&text);
+    }
     printer.log(&text);
+}
+
+/// As [`say`], also from a quiet process: errors and warnings.
+pub(crate) fn say_always(text: &str) {
+    let text = message(text);
+    let mut printer = printer();
+    let name = printer.quiet.as_deref().unwrap_or_default();
+    printer.to_stderr(&format!("{name}{text}"));
+    printer.log(&text);
+}
+
+/// Leaves standard error to another process of the same job: from now on only errors and warnings are printed, behind `name`.
+pub(crate) fn be_quiet(name: String) {
+    printer().quiet = Some(name);
 }
 
 /// Appends a message to the log file alone.
@@ -173,7 +192,7 @@ pub(crate) struct Events;
 
 impl io::Write for Events {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        say(String::from_utf8_lossy(event).trim_end());
+        say_always(String::from_utf8_lossy(event).trim_end());
         Ok(event.len())
     }
 
@@ -199,10 +218,10 @@ pub(crate) enum Bar {
 /// Shows `bar` on a terminal that has none.
 pub(crate) fn show(bar: ProgressBar) -> Bar {
     let target = ProgressDrawTarget::stderr();
-    if target.is_hidden() {
+    let mut printer = printer();
+    if target.is_hidden() || printer.quiet.is_some() {
         return Bar::None;
     }
-    let mut printer = printer();
     if let Some(taken) = &printer.bar {
         return Bar::Taken(taken.clone());
     }

@@ -8,7 +8,7 @@ use coffey_pipeline::image::normalize;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::source::S3Counts;
 use coffey_pipeline::stages::Stage;
-use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Stream, counted, decode_limit};
+use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Lanes, Stream, counted, decode_limit};
 use serde::Serialize;
 
 use super::numbers::whole;
@@ -114,6 +114,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         content(latents.as_ref()),
         None,
         None,
+        1,
     )?;
     let batch_size = config.train.batch_size;
     errln!(
@@ -124,7 +125,9 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     );
     let mut stream = stream_config(&config, shards, Order::Shuffled, batch_size);
     let lanes = config.lanes(stream.shards.len());
-    stream.lanes = rank.lanes(lanes, config.batches_in_turn(lanes))?;
+    let lanes = rank.lanes(lanes, config.batches_in_turn(lanes));
+    // Where ranks can't share a run's lanes, they still share its shards.
+    stream.lanes = lanes.unwrap_or_else(|_| Lanes::one(rank.index, rank.world));
     stream.content = content(latents.as_ref());
     stream.listed = latents.as_ref().map(LatentSource::listed);
     let settings = stream.clone();

@@ -33,7 +33,7 @@ impl Failure {
     pub(super) fn print(&self) {
         match self {
             Self::Usage(error) | Self::Failed(error) => {
-                errln!("error: {}", with_causes(error.as_ref()));
+                crate::print::say_always(&format!("error: {}", with_causes(error.as_ref())));
                 print_details(error.as_ref());
             }
             Self::Stopped => errln!("{}", Self::STOPPED),
@@ -78,6 +78,16 @@ impl From<coffey_pipeline::SourceError> for Failure {
 impl From<crate::ranks::LanesError> for Failure {
     fn from(error: crate::ranks::LanesError) -> Self {
         Self::Usage(error.into())
+    }
+}
+
+impl From<crate::ranks::RanksError> for Failure {
+    fn from(error: crate::ranks::RanksError) -> Self {
+        if error.is_config() {
+            Self::Usage(error.into())
+        } else {
+            Self::Failed(error.into())
+        }
     }
 }
 

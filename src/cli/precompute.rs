@@ -107,6 +107,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         Content::Images,
         Some(&models),
         None,
+        1,
     )?;
     // Before the encoders are loaded: it reads all weights into memory once.
     let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;

@@ -309,17 +309,19 @@ pub(super) fn memory_sizes(
 }
 
 /// Refuses a command that needs more memory than there is, and warns if it needs more than is free. `models`: the models it loads.
+/// `sharing`: processes like this one on this machine.
 pub(super) fn check_memory(
     command: Command,
     config: &Config,
     content: Content,
     models: Option<&Models>,
     train_device: Option<&Device>,
+    sharing: usize,
 ) -> Result<(), Failure> {
     let sizes = memory_sizes(command, content, models, config.lora.as_ref())?;
     let card = train_device.and_then(device::memory);
     let cards = card.map(|memory| (config.train.device.to_string(), memory));
-    let limits = MemoryLimits::now(cards.into_iter().collect());
+    let limits = MemoryLimits::now(cards.into_iter().collect()).shared_by(sharing);
     if let Some(warning) = memory::check(config, &sizes, &limits)? {
         errln!("warning: {warning}");
     }

@@ -1,5 +1,7 @@
 //! `coffey train`
 
+use std::time::Duration;
+
 use clap::Args;
 use coffey_pipeline::order::Order;
 use coffey_pipeline::{Stream, StreamConfig, counted};
@@ -10,12 +12,15 @@ use super::resources::{
     stream_config, train_device,
 };
 use super::{ConfigArgs, Failure};
+use crate::config::{Config, DeviceSpec, Listen};
 use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::latents::LatentSource;
 use crate::memory::Command;
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
+use crate::print;
+use crate::ranks::{Job, JobOptions, Rank};
 use crate::signals::cancel_on_signals;
 use crate::train::{self, Outcome, RunDir, RunOptions, Services, TrainError};
 
@@ -27,8 +32,72 @@ pub(super) struct TrainArgs {
 }
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
-    let cancel = cancel_on_signals()?;
     let mut config = args.config.load()?;
+    let job = join_job(&config)?;
+    share_machine(&mut config, &job)?;
+    let done = train(config, &job);
+    match done {
+        Ok(()) | Err(Failure::Stopped) => {
+            // Rank 0 may still write.
+            job.collective.finish(Duration::MAX)?;
+            done
+        }
+        Err(failure) if job.collective.rank() != Rank::SOLO => {
+            // The other ranks can't go on without this one.
+            failure.print();
+            job.collective.abort(failure.code())
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+/// Joins the job of this process's launcher. Ranks other than 0 print errors and warnings alone.
+fn join_job(config: &Config) -> Result<Job, Failure> {
+    let job = Job::join(&JobOptions {
+        library: config.mpi.library.as_deref(),
+        get: &|name| std::env::var(name).ok(),
+        limit: Duration::from_secs(config.train.stall_timeout),
+    })?;
+    let rank = job.collective.rank();
+    if !rank.leads() {
+        print::be_quiet(format!("rank {}: ", rank.index));
+    }
+    if rank.world > 1 {
+        errln!("{}", job.description);
+    }
+    Ok(job)
+}
+
+/// Divides the cores, the CUDA devices and the monitor's ports between the ranks of this machine.
+fn share_machine(config: &mut Config, job: &Job) -> Result<(), Failure> {
+    if job.collective.rank() == Rank::SOLO {
+        return Ok(());
+    }
+    let threads = job.threads();
+    if !config.is_written("data.decode_threads") {
+        config.data.decode_threads = threads;
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| Failure::Failed(error.into()))?;
+    let devices = config.encode.devices.iter_mut();
+    for device in devices.chain([&mut config.train.device]) {
+        if let DeviceSpec::Cuda(ordinal) = device {
+            *ordinal += job.local_rank;
+        }
+    }
+    if let Some(Listen(address)) = &mut config.metrics.listen
+        && address.port() > 0
+    {
+        address.set_port(address.port().saturating_add(job.local_rank as u16));
+    }
+    Ok(())
+}
+
+fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
+    let cancel = cancel_on_signals()?;
+    let leads = job.collective.rank().leads();
     let required = config.require_train()?;
     let (teacher, output) = (&required.teacher, required.output.display());
     errln!("distilling {teacher} into {output}");
@@ -37,10 +106,16 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let encode_devices = encode_devices(&config)?;
     let access = DataAccess::open(source_options(&config))?;
     let destination = |place: &str| access.sources.destination(place, access.runtime.handle());
-    let output = &required.output;
-    check_writable("train.output", output, &access)?;
-    let output = RunDir::open(&config, output, destination)?;
-    let push = Push::prepare(&config.hub)?;
+    let mut output = None;
+    if leads {
+        let place = &required.output;
+        check_writable("train.output", place, &access)?;
+        output = Some(RunDir::open(&config, place, destination)?);
+    }
+    let push = match leads {
+        true => Push::prepare(&config.hub)?,
+        false => None,
+    };
     if let Some(push) = &push {
         match push.check(&cancel) {
             Ok(said) => errln!("when it is done, this run {said}"),
@@ -71,6 +146,7 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         content(latents.as_ref()),
         Some(&models),
         Some(&train_device),
+        job.local_world,
     )?;
     let runtime = access.runtime.handle();
     let stream_config = |order, batch_size| StreamConfig {
@@ -102,9 +178,11 @@ pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
         models: &models,
         device: &train_device,
         encode_devices: &encode_devices,
+        job,
     };
     match train::run(&options, &services, output)? {
-        Outcome::Done(output) => {
+        Outcome::Done(None) => Ok(()),
+        Outcome::Done(Some(output)) => {
             outln!("{}", output.display());
             push.map_or(Ok(()), |push| {
                 report_push(push.run(&config, &output, &cancel))
@@ -135,6 +213,7 @@ impl From<TrainError> for Failure {
             TrainError::Source(error) => error.into(),
             TrainError::Mismatch(_) => Self::Usage(error.into()),
             TrainError::Lanes(error) => error.into(),
+            TrainError::Ranks(error) => error.into(),
             TrainError::Lora(error) => error.into(),
             error => Self::Failed(error.into()),
         }

@@ -34,6 +34,7 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
         validation.check(limits)?;
     }
     config.report.check(config.validation.as_ref(), limits)?;
+    config.mpi.check(limits)?;
     config.hub.check(config.train.output.as_deref(), limits)?;
     if let Some(latents) = &config.latents {
         latents.check(&config.image, limits)?;

@@ -24,6 +24,7 @@ mod lora;
 mod metrics;
 mod model;
 mod model_ref;
+mod mpi;
 mod optimizer;
 mod parse;
 mod report;
@@ -59,6 +60,7 @@ pub use lora::{Lora, LoraLayout};
 pub use metrics::{Listen, Metrics};
 pub use model::Model;
 pub use model_ref::{ModelPlace, ModelRef, ModelRefError};
+pub use mpi::MpiConfig;
 pub use optimizer::{Optimizer, OptimizerKind, Schedule};
 use parse::Origin;
 pub use report::Report;
@@ -117,6 +119,9 @@ pub struct Config {
     /// `[metrics]`
     #[serde(default)]
     pub metrics: Metrics,
+    /// `[mpi]`
+    #[serde(default)]
+    pub mpi: MpiConfig,
     /// `[hub]`
     #[serde(default)]
     pub hub: Hub,

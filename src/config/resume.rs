@@ -48,6 +48,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "hub",
     "latents",
     "metrics",
+    "mpi",
     "report",
     "s3",
     "track",

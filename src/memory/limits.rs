@@ -36,6 +36,22 @@ impl MemoryLimits {
         }
     }
 
+    /// The main memory that each of `processes` on this machine can have.
+    #[must_use]
+    pub fn shared_by(self, processes: usize) -> Self {
+        let share = |bytes: u64| bytes / processes.max(1) as u64;
+        Self {
+            available: self.available.map(share),
+            total: match (self.total, processes) {
+                (Some((total, _)), 2..) => {
+                    Some((share(total), "each rank's share of this machine is"))
+                }
+                (total, _) => total,
+            },
+            cards: self.cards,
+        }
+    }
+
     /// A message if `needed` bytes are more than a device has.
     pub(super) fn excess(&self, device: &str, needed: u64) -> Option<String> {
         let (has, message) = match (self.cards.get(device), self.total) {

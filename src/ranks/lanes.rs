@@ -1,5 +1,6 @@
 //! Which lanes of a run each rank reads.
 
+use coffey_pipeline::counted;
 use coffey_pipeline::order::Lanes;
 
 use super::Rank;
@@ -42,9 +43,12 @@ impl Rank {
             "data.lanes is a power of two".to_owned()
         };
         Err(LanesError(format!(
-            "{world} ranks can't share {count} {}: start {} ranks; {remedy}",
-            if count == 1 { "lane" } else { "lanes" },
-            nearest.join(" or "),
+            "{world} ranks can't share {}: start {}; {remedy}",
+            counted(count, "lane"),
+            match nearest.as_slice() {
+                [one] if one == "1" => "1 rank".to_owned(),
+                several => format!("{} ranks", several.join(" or ")),
+            }
         )))
     }
 }

@@ -76,8 +76,32 @@ pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Result<RankOrig
         (None, Some((task, tasks))) => {
             RankOrigin::new(task, tasks, "SLURM_PROCID and SLURM_NTASKS")
         }
-        (None, None) => RankOrigin::new(0, 1, ""),
+        // MPICH's mpiexec; Slurm sets them as well, without its arrays.
+        (None, None) => match env.pair("PMI_RANK", "PMI_SIZE")? {
+            Some((rank, world)) => RankOrigin::new(rank, world, "PMI_RANK and PMI_SIZE"),
+            None => RankOrigin::new(0, 1, ""),
+        },
     }
+}
+
+/// The rank that a launcher of MPI gave this process; without one the only rank. An array of jobs is not one job.
+///
+/// # Errors
+/// As [`from_environment`].
+pub(super) fn from_mpi_launcher(
+    get: impl Fn(&str) -> Option<String>,
+) -> Result<RankOrigin, LauncherError> {
+    let env = Environment(&get);
+    for (rank, world) in [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ] {
+        if let Some((rank_value, world_value)) = env.pair(rank, world)? {
+            return RankOrigin::new(rank_value, world_value, &format!("{rank} and {world}"));
+        }
+    }
+    RankOrigin::new(0, 1, "")
 }
 
 struct Environment<'a>(&'a dyn Fn(&str) -> Option<String>);

@@ -1,18 +1,26 @@
-//! The processes of one job: which one this is, and how all of them agree on a step.
+//! The processes of one job: which one this is, which lanes it reads, and how all of them agree.
+//!
+//! A [`Collective`] carries bytes and numbers between the ranks and adds nothing: the sums are formed here, in an order of their own, so
+//! that no library decides how a gradient is rounded.
 
+mod error;
+mod job;
 mod lanes;
 mod launcher;
+mod mpi;
+mod reduce;
 mod tree;
 
 use std::fmt;
+use std::time::Duration;
 
-use candle_core::Result;
-
+pub use error::RanksError;
+pub use job::{Job, JobOptions};
 pub use lanes::LanesError;
 pub use launcher::{LauncherError, RankOrigin, from_environment};
+pub use mpi::{Mpi, MpiError};
+pub use reduce::{SumError, sum_over_ranks};
 pub use tree::TreeSum;
-
-use crate::params::Grads;
 
 /// This process among those of one job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,24 +39,61 @@ impl Rank {
     pub fn new(index: usize, world: usize) -> Option<Self> {
         (index < world).then_some(Self { index, world })
     }
+
+    /// Whether this is rank 0, which alone writes the output of a run.
+    pub fn leads(self) -> bool {
+        self.index == 0
+    }
 }
 
-/// Agreement of the processes of a job in each step. Results do not depend on the order in which processes answer.
+/// Messages between the ranks of a job. Every rank calls the same operations in the same order; after an error the job can only be
+/// aborted. A limit is the time without data from other ranks after which an operation fails, naming them.
 pub trait Collective: fmt::Debug {
     /// This process.
     fn rank(&self) -> Rank;
 
-    /// Replaces every gradient by its mean over all processes.
+    /// Sends every rank's message to rank 0, which gets them in rank order; `None` elsewhere.
     ///
     /// # Errors
-    /// When a tensor operation fails or a process does not answer.
-    fn reduce(&self, gradients: &mut Grads) -> Result<()>;
+    /// When a rank does not answer, or the transport fails.
+    fn gather(&self, message: &[u8], limit: Duration) -> Result<Option<Vec<Vec<u8>>>, RanksError>;
 
-    /// The mean of a number over all processes.
+    /// Sends rank 0's message to every rank; the argument of the others is ignored.
     ///
     /// # Errors
-    /// When a process does not answer.
-    fn mean(&self, number: f64) -> Result<f64>;
+    /// As [`Collective::gather`].
+    fn broadcast(&self, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, RanksError>;
+
+    /// Sends row r of `rows`, of equal length, to rank r; row r of `received` comes from rank r.
+    ///
+    /// # Errors
+    /// As [`Collective::gather`].
+    fn all_to_all(
+        &self,
+        rows: &mut Vec<f32>,
+        received: &mut Vec<f32>,
+        limit: Duration,
+    ) -> Result<(), RanksError>;
+
+    /// Sends `segment` to every rank; segment r of `received` comes from rank r.
+    ///
+    /// # Errors
+    /// As [`Collective::gather`].
+    fn all_gather(
+        &self,
+        segment: &mut Vec<f32>,
+        received: &mut Vec<f32>,
+        limit: Duration,
+    ) -> Result<(), RanksError>;
+
+    /// Ends all ranks and this process with an exit code.
+    fn abort(&self, code: u8) -> !;
+
+    /// Ends the job after all ranks have called this.
+    ///
+    /// # Errors
+    /// As [`Collective::gather`].
+    fn finish(&self, limit: Duration) -> Result<(), RanksError>;
 }
 
 /// A job of one process.
@@ -60,11 +105,39 @@ impl Collective for Solo {
         Rank::SOLO
     }
 
-    fn reduce(&self, _gradients: &mut Grads) -> Result<()> {
+    fn gather(&self, message: &[u8], _: Duration) -> Result<Option<Vec<Vec<u8>>>, RanksError> {
+        Ok(Some(vec![message.to_vec()]))
+    }
+
+    fn broadcast(&self, message: Vec<u8>, _: Duration) -> Result<Vec<u8>, RanksError> {
+        Ok(message)
+    }
+
+    fn all_to_all(
+        &self,
+        rows: &mut Vec<f32>,
+        received: &mut Vec<f32>,
+        _: Duration,
+    ) -> Result<(), RanksError> {
+        received.clone_from(rows);
         Ok(())
     }
 
-    fn mean(&self, number: f64) -> Result<f64> {
-        Ok(number)
+    fn all_gather(
+        &self,
+        segment: &mut Vec<f32>,
+        received: &mut Vec<f32>,
+        _: Duration,
+    ) -> Result<(), RanksError> {
+        received.clone_from(segment);
+        Ok(())
+    }
+
+    fn abort(&self, code: u8) -> ! {
+        std::process::exit(i32::from(code))
+    }
+
+    fn finish(&self, _: Duration) -> Result<(), RanksError> {
+        Ok(())
     }
 }

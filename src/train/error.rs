@@ -9,7 +9,7 @@ use crate::draw::SaveError;
 use crate::encode::EncodeError;
 use crate::lora::LoraError;
 use crate::models::{ModelError, PipelineMismatch};
-use crate::ranks::LanesError;
+use crate::ranks::{LanesError, RanksError, SumError};
 use crate::sample::SampleError;
 
 /// Why a run ended before its last step.
@@ -24,6 +24,9 @@ pub enum TrainError {
     /// The teacher's noise schedule could not be read.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// The ranks of the job can't work together.
+    #[error(transparent)]
+    Ranks(#[from] RanksError),
     /// The ranks of the job can't share the run's lanes.
     #[error(transparent)]
     Lanes(#[from] LanesError),
@@ -182,4 +185,14 @@ impl From<SaveError> for TrainError {
 pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
     let path = path.to_owned();
     move |source| TrainError::Io { path, source }
+}
+
+impl TrainError {
+    /// A failed sum of gradients in `step`.
+    pub(super) fn not_summed(step: u64) -> impl FnOnce(SumError) -> Self {
+        move |error| match error {
+            SumError::Ranks(error) => error.into(),
+            SumError::Tensor(source) => Self::Step { step, source },
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! files or people. [`run`] is the command: it loads a run's parts, feeds the trainer from a stream, and shows each step to the
 //! [observers](Observer). The reference is diffusers' `train_lcm_distill_sd_wds.py`.
 
+mod agreement;
 mod checkpoint;
 mod error;
 mod learning_rate;
@@ -18,6 +19,7 @@ mod record;
 mod resume;
 mod run;
 mod run_dir;
+mod same_run;
 mod services;
 mod state;
 mod trainer;
@@ -35,4 +37,4 @@ pub use run::{Outcome, RunOptions, run};
 pub use run_dir::RunDir;
 pub use services::Services;
 pub use state::TrainState;
-pub use trainer::{Trainer, TrainerOptions};
+pub use trainer::{StepOptions, Trainer, TrainerOptions};

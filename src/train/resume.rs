@@ -70,6 +70,22 @@ pub(super) fn resume_from(
     Ok(found)
 }
 
+/// The checkpoint at `place`, which rank 0 chose and checked, for another rank.
+pub(super) fn resume_from_place(
+    config: &Config,
+    place: &str,
+    services: &Services<'_>,
+) -> Result<SavedRun, TrainError> {
+    if !in_s3(Path::new(place)) {
+        return checkpoint::open(Path::new(place));
+    }
+    let (parent, name) = place.rsplit_once('/').unwrap_or((place, ""));
+    let parent = (services.destination)(parent)?;
+    let scratch = config.train.scratch.clone();
+    let scratch = scratch.unwrap_or_else(std::env::temp_dir);
+    checkpoint::fetch(&parent, name, &scratch)
+}
+
 /// Refuses the folder of a run in the place of one of its checkpoints.
 fn refuse_run_folder(path: &Path) -> Result<(), TrainError> {
     if path.join(STATE).exists() {

@@ -18,17 +18,20 @@ use super::observers::{
     LossCurve, MetricsLog, MonitorReporter, SkippedLog, TrackedRun, figure, list_skipped,
 };
 use super::parts::{RunParts, load_encoders, load_student};
-use super::resume::{describe_run, moved_teacher, restore_optimizer, resume_from};
+use super::resume::{
+    describe_run, moved_teacher, restore_optimizer, resume_from, resume_from_place,
+};
 use super::run_dir::RunDir;
+use super::same_run::{check_configuration, check_equal, check_weights, from_rank_0};
 use super::{
-    AdamW, Ending, Observer, Observers, RunView, Services, TrainError, TrainState, Trainer,
-    TrainerOptions,
+    AdamW, Ending, Observer, Observers, RunView, Services, StepOptions, TrainError, TrainState,
+    Trainer, TrainerOptions,
 };
 use crate::config::{Config, MixedPrecision, Resume, TextFrom};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
 use crate::progress::{Progress, ProgressOptions};
-use crate::ranks::{Rank, Solo};
+use crate::ranks::Job;
 use crate::sample::Prompts;
 
 /// Inputs of a run.
@@ -42,25 +45,28 @@ pub struct RunOptions<'a> {
     pub device: &'a Device,
     /// Devices of the encoders, one a thread.
     pub encode_devices: &'a [Device],
+    /// The ranks that make the run together.
+    pub job: &'a Job,
 }
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// All steps are made and the finished student is in this folder.
-    Done(PathBuf),
+    /// All steps are made. Rank 0 has left the finished student in this folder; `None` on the others.
+    Done(Option<PathBuf>),
     /// A stop was asked for; a checkpoint of the last step is saved.
     Stopped,
 }
 
-/// Distils into `output` as a configuration says. `docs/formats.md` describes what is left there.
+/// Distils into `output` as a configuration says. `docs/formats.md` describes what is left there. Rank 0 has the output; the other ranks
+/// make their part of each step and write nothing.
 ///
 /// # Errors
 /// [`TrainError`]; an error never damages a checkpoint that was saved before.
 pub fn run(
     options: &RunOptions<'_>,
     services: &Services<'_>,
-    output: RunDir,
+    output: Option<RunDir>,
 ) -> Result<Outcome, TrainError> {
     let progress = Rc::new(Progress::new(ProgressOptions {
         total: options.config.train.max_steps,
@@ -80,9 +86,15 @@ struct Run<'a> {
     encoders: Arc<Encoders>,
     lanes: Lanes,
     trainer: Trainer,
+    progress: Rc<Progress>,
+    /// What rank 0 writes; `None` on the other ranks.
+    records: Option<Records>,
+}
+
+/// What a run leaves behind.
+struct Records {
     observers: Observers,
     saver: Rc<Saver>,
-    progress: Rc<Progress>,
     /// Declared last: the lock on the output must outlive the saver.
     output: RunDir,
 }
@@ -92,36 +104,54 @@ impl<'a> Run<'a> {
     fn prepare(
         options: &'a RunOptions<'a>,
         services: &'a Services<'a>,
-        output: RunDir,
+        output: Option<RunDir>,
         progress: Rc<Progress>,
     ) -> Result<Self, TrainError> {
         let config = options.config;
+        let collective = Rc::clone(&options.job.collective);
+        let timeout = Duration::from_secs(config.train.stall_timeout);
+        check_configuration(&*collective, config)?;
         let pipeline = options.models.pipeline.display();
         progress.say(format!("loading encoders and teacher from {pipeline}"));
         let parts = RunParts::load(options)?;
         for how in &parts.implementations {
             progress.say(how);
         }
-        let saver = Rc::new(Saver::new(
-            output.checkpoints(config.checkpoint.keep),
-            output.records(),
-        ));
-        let state = load_state(options, services, &parts, &output, &saver, &progress)?;
-        let lanes = run_lanes(config, services.shards.len(), &state)?;
+        let output = output.map(|output| {
+            let checkpoints = output.checkpoints(config.checkpoint.keep);
+            (Rc::new(Saver::new(checkpoints, output.records())), output)
+        });
+        let written = output.as_ref().map(|(saver, output)| (&**saver, output));
+        let state = load_state(options, services, &parts, written, &progress)?;
+        check_equal(&*collective, "models", &parts.fingerprint)?;
+        check_weights(&*collective, &state)?;
+        let lanes = run_lanes(options, services.shards.len(), &state)?;
         if lanes.count > 1 {
             progress.say(format!("{} lanes of the data", lanes.count));
         }
-        let shown = Rc::clone(&progress);
-        let observers = observers(options, services, &parts, &output, &saver, &state, shown)?;
+        let records = match output {
+            None => None,
+            Some((saver, output)) => {
+                let shown = Rc::clone(&progress);
+                let observers =
+                    observers(options, services, &parts, &output, &saver, &state, shown)?;
+                Some(Records {
+                    observers,
+                    saver,
+                    output,
+                })
+            }
+        };
         let trainer = Trainer::new(
             parts.objective,
             parts.teacher.denoiser,
             state,
-            Box::new(Solo),
+            collective,
             TrainerOptions {
                 seed: config.train.seed,
                 max_steps: config.train.max_steps,
                 lanes: lanes.clone(),
+                rank_timeout: timeout,
                 ema_decay: config.distill.ema_decay(),
                 optimizer: config.optimizer.clone(),
             },
@@ -133,10 +163,8 @@ impl<'a> Run<'a> {
             encoders: parts.encoders,
             lanes,
             trainer,
-            observers,
-            saver,
             progress,
-            output,
+            records,
         })
     }
 
@@ -147,18 +175,24 @@ impl<'a> Run<'a> {
         } else {
             Ending::Done
         };
+        let Some(mut records) = self.records else {
+            return Ok(match ending {
+                Ending::Done => Outcome::Done(None),
+                Ending::Stopped => Outcome::Stopped,
+            });
+        };
         let (trainer, cancel) = (&self.trainer, &self.services.cancel);
-        self.observers.on_end(ending, &view(trainer, cancel))?;
+        records.observers.on_end(ending, &view(trainer, cancel))?;
         if ending == Ending::Stopped {
             return Ok(Outcome::Stopped);
         }
         let step = self.trainer.state().step;
-        self.saver.records().upload().map_err(|cause| {
+        records.saver.records().upload().map_err(|cause| {
             TrainError::not_saved("metrics and pictures".to_owned(), cause, Some(step))
         })?;
-        let place = self.output.place().to_owned();
-        self.output.close();
-        Ok(Outcome::Done(place))
+        let place = records.output.place().to_owned();
+        records.output.close();
+        Ok(Outcome::Done(Some(place)))
     }
 
     /// Feeds the trainer from a stream until all steps are made or a stop is asked for.
@@ -177,31 +211,53 @@ impl<'a> Run<'a> {
             stall_timeout: Duration::from_secs(train.stall_timeout),
             skipped: Vec::new(),
         };
-        self.observers.on_start(&view(&self.trainer, cancel))?;
+        if let Some(records) = &mut self.records {
+            records.observers.on_start(&view(&self.trainer, cancel))?;
+        }
         while self.trainer.state().step < train.max_steps {
-            if cancel.is_cancelled() {
-                return Ok(Ending::Stopped);
-            }
             let step = self.trainer.state().step + 1;
-            let traces = self.observers.wants_traces(step);
+            let observers = self.records.as_ref().map(|records| &records.observers);
+            let options = StepOptions {
+                cancel,
+                keep_traces: observers.is_some_and(|observers| observers.wants_traces(step)),
+                busy: observers.is_some_and(|observers| observers.is_long(step)),
+            };
             batches.skipped.clear();
-            let mut report = match self.trainer.step(&mut || batches.next(step), traces) {
+            let mut report = match self.trainer.step(&mut || batches.next(step), options) {
                 Ok(report) => report,
                 Err(TrainError::Stopped) => return Ok(Ending::Stopped),
-                Err(error) => {
-                    let mut skipped = std::mem::take(&mut batches.skipped);
-                    skipped.extend(batches.pool.stream().take_undelivered().skipped);
-                    let listed = || self.observers.on_failed(step, &skipped);
-                    let place = self.output.place();
-                    list_skipped(&skipped, listed, &self.saver, place, &self.progress);
-                    return Err(with_advice(error, self.options.config, &self.saver));
-                }
+                Err(error) => return Err(self.failed(step, error, batches)),
             };
-            let run = view(&self.trainer, cancel);
-            self.observers.on_step(&mut report, &run)?;
+            if step.is_multiple_of(self.options.config.checkpoint.every) {
+                check_weights(&*self.options.job.collective, self.trainer.state())?;
+            }
+            if let Some(records) = &mut self.records {
+                let run = view(&self.trainer, cancel);
+                records.observers.on_step(&mut report, &run)?;
+            }
             monitor.heartbeat();
+            if report.stop && step < train.max_steps {
+                return Ok(Ending::Stopped);
+            }
         }
         Ok(Ending::Done)
+    }
+
+    /// The error of a step with advice, after the samples that were skipped before it are recorded.
+    fn failed(&mut self, step: u64, error: TrainError, mut batches: Batches<'_>) -> TrainError {
+        let Some(records) = &mut self.records else {
+            return error;
+        };
+        let mut skipped = std::mem::take(&mut batches.skipped);
+        skipped.extend(batches.pool.stream().take_undelivered().skipped);
+        let Records {
+            observers,
+            saver,
+            output,
+        } = records;
+        let listed = || observers.on_failed(step, &skipped);
+        list_skipped(&skipped, listed, saver, output.place(), &self.progress);
+        with_advice(error, self.options.config, saver)
     }
 }
 
@@ -244,13 +300,19 @@ impl Batches<'_> {
 }
 
 /// The lanes of a run: as many as before if it resumes and `data.lanes` does not say otherwise, which the stream then refuses.
-fn run_lanes(config: &Config, shards: usize, state: &TrainState) -> Result<Lanes, TrainError> {
+fn run_lanes(
+    options: &RunOptions<'_>,
+    shards: usize,
+    state: &TrainState,
+) -> Result<Lanes, TrainError> {
+    let config = options.config;
     let saved = state.cursor.as_ref().map(Cursor::lane_count);
     let count = match (config.data.lanes, saved) {
         (None, Some(saved)) => saved,
         _ => config.lanes(shards),
     };
-    Ok(Rank::SOLO.lanes(count, config.batches_in_turn(count))?)
+    let rank = options.job.collective.rank();
+    Ok(rank.lanes(count, config.batches_in_turn(count))?)
 }
 
 /// Encoders of the pool's threads: those of the run for the first device, others for the rest. Stored latents with stored
@@ -270,25 +332,27 @@ fn pool_encoders(
     Ok(all)
 }
 
-/// The state of the checkpoint to resume from, or the state before the first step.
+/// The state of the checkpoint to resume from, or the state before the first step. Rank 0, which has the output, chooses the
+/// checkpoint; every rank reads it.
 fn load_state(
     options: &RunOptions<'_>,
     services: &Services<'_>,
     parts: &RunParts,
-    output: &RunDir,
-    saver: &Saver,
+    output: Option<(&Saver, &RunDir)>,
     progress: &Progress,
 ) -> Result<TrainState, TrainError> {
     let config = options.config;
-    saver.checkpoints().clear_unfinished()?;
-    let found = resume_from(
-        options,
-        &parts.fingerprint,
-        saver,
-        output,
-        services,
-        progress,
-    )?;
+    let mut found = None;
+    if let Some((saver, output)) = output {
+        saver.checkpoints().clear_unfinished()?;
+        let (models, folder) = (&parts.fingerprint, output);
+        found = resume_from(options, models, saver, folder, services, progress)?;
+    }
+    let chosen = found.as_ref().map(|found| found.place.as_str());
+    let chosen = from_rank_0(&*options.job.collective, chosen.unwrap_or_default())?;
+    if found.is_none() && !chosen.is_empty() {
+        found = Some(resume_from_place(config, &chosen, services)?);
+    }
     let folder = found.as_ref().map(|found| found.folder.as_path());
     let student = load_student(options, &parts.unet, folder)?;
     let numbers = student.params().iter().map(|(_, var)| var.elem_count());
@@ -305,7 +369,9 @@ fn load_state(
         (state.step, state.samples) = (found.state.step, found.state.samples);
         state.cursor = Some(found.state.cursor);
     }
-    saver.records().fetch()?;
+    if let Some((saver, _)) = output {
+        saver.records().fetch()?;
+    }
     Ok(state)
 }
 

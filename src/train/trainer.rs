@@ -1,13 +1,15 @@
 //! The training step: from batches to updated variables.
 
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::Result;
 use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::StageHandle;
 use coffey_pipeline::order::{Cursor, Lanes};
+use tokio_util::sync::CancellationToken;
 
+use super::agreement::{Agreement, StepPart};
 use super::learning_rate::learning_rate;
 use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
 use crate::config;
@@ -16,7 +18,7 @@ use crate::models::Denoiser;
 use crate::objective::{Networks, Objective, StepKey, Trace};
 use crate::ops;
 use crate::params::Grads;
-use crate::ranks::{Collective, TreeSum};
+use crate::ranks::{Collective, TreeSum, sum_over_ranks};
 
 /// Settings of the step.
 #[derive(Clone, Debug)]
@@ -27,10 +29,23 @@ pub struct TrainerOptions {
     pub max_steps: u64,
     /// The lanes whose batches are the micro-batches of a step, and those of this process.
     pub lanes: Lanes,
+    /// Time without an answer of another rank after which the run fails.
+    pub rank_timeout: Duration,
     /// Decay of the student's moving average, if it has one.
     pub ema_decay: f64,
     /// Learning rate, its schedule, and the norm that gradients are clipped to.
     pub optimizer: config::Optimizer,
+}
+
+/// How one step is made.
+#[derive(Clone, Copy, Debug)]
+pub struct StepOptions<'a> {
+    /// Cancelled when the run is to stop.
+    pub cancel: &'a CancellationToken,
+    /// Keep the traces of the micro-batches.
+    pub keep_traces: bool,
+    /// Work of an unknown time follows on this rank: the other ranks wait for it without a limit.
+    pub busy: bool,
 }
 
 /// Makes the steps of a run.
@@ -39,7 +54,8 @@ pub struct Trainer {
     objective: Box<dyn Objective>,
     teacher: Rc<dyn Denoiser>,
     state: TrainState,
-    collective: Box<dyn Collective>,
+    collective: Rc<dyn Collective>,
+    agreement: Agreement,
     options: TrainerOptions,
     stage: StageHandle,
     begun: Instant,
@@ -84,15 +100,17 @@ impl Trainer {
         objective: Box<dyn Objective>,
         teacher: Rc<dyn Denoiser>,
         state: TrainState,
-        collective: Box<dyn Collective>,
+        collective: Rc<dyn Collective>,
         options: TrainerOptions,
         stage: StageHandle,
     ) -> Self {
+        let agreement = Agreement::new(options.rank_timeout);
         Self {
             objective,
             teacher,
             state,
             collective,
+            agreement,
             options,
             stage,
             begun: Instant::now(),
@@ -110,19 +128,90 @@ impl Trainer {
         &*self.objective
     }
 
-    /// Makes one step over the micro-batches that `next_batch` gives. Keeps their traces if asked to.
+    /// Makes one step over the micro-batches that `next_batch` gives, together with the other ranks.
     ///
     /// # Errors
-    /// An error of `next_batch`, [`TrainError::NotFinite`], or a failed tensor operation. The state then stays as it was.
+    /// [`TrainError::Stopped`] if a rank was asked to stop before it had its micro-batches; an error of `next_batch`,
+    /// [`TrainError::NotFinite`], a failed tensor operation, or a rank that does not answer. The state then stays as it was.
     pub fn step(
         &mut self,
         next_batch: &mut dyn FnMut() -> std::result::Result<EncodedBatch, TrainError>,
-        keep_traces: bool,
+        options: StepOptions<'_>,
     ) -> std::result::Result<StepReport, TrainError> {
         let started = Instant::now();
         let (step, stage) = (self.state.step + 1, self.stage.clone());
         let failed = |source| TrainError::Step { step, source };
         let loss_scale = self.loss_scale(step)?;
+        let made = match options.cancel.is_cancelled() {
+            true => Err(TrainError::Stopped),
+            false => self.micro_batches(step, next_batch, loss_scale, options.keep_traces),
+        };
+        let (mut sums, facts) = match made {
+            Ok(made) => made,
+            Err(TrainError::Stopped) => (LaneSums::default(), StepFacts::default()),
+            Err(error) => return Err(error),
+        };
+        let part = match facts.cursor {
+            None => StepPart::interrupted(),
+            Some(cursor) => StepPart {
+                stop: options.cancel.is_cancelled(),
+                samples: facts.samples,
+                epoch: facts.epoch,
+                cursor: Some(cursor),
+                ..StepPart::new(sums.loss, &facts.skipped)
+            },
+        };
+        let collective = &*self.collective;
+        let agreed = self.agreement.exchange(collective, part, options.busy)?;
+        if !agreed.made {
+            return Err(TrainError::Stopped);
+        }
+        let limit = self.agreement.limit();
+        sum_over_ranks(collective, &mut sums.gradients, limit)
+            .map_err(TrainError::not_summed(step))?;
+        let loss = agreed.loss;
+        self.check_gradients(&sums.gradients)?;
+        let rate = self.learning_rate();
+        let norm = || self.norm(&sums.gradients, loss);
+        let norm = stage.work(norm).map_err(failed)?;
+        self.check_finite(step, "the gradient", norm)?;
+        stage
+            .work(|| self.update(&sums.gradients, norm, rate))
+            .map_err(failed)?;
+        self.state.step = step;
+        self.state.samples += agreed.samples;
+        self.state.cursor = agreed.cursor;
+        stage.add_items(facts.samples);
+        Ok(StepReport {
+            record: StepRecord {
+                step,
+                loss,
+                lr: rate,
+                grad_norm: norm,
+                loss_scale,
+                samples: self.state.samples,
+                epoch: agreed.epoch,
+                endpoint_error: None,
+                samples_per_second: agreed.samples as f64 / started.elapsed().as_secs_f64(),
+                seconds: self.begun.elapsed().as_secs_f64(),
+                limiting_stage: None,
+            },
+            traces: facts.traces,
+            skipped: agreed.skipped,
+            stop: agreed.stop,
+        })
+    }
+
+    /// Forward and backward passes over the micro-batches of this process's lanes.
+    fn micro_batches(
+        &mut self,
+        step: u64,
+        next_batch: &mut dyn FnMut() -> std::result::Result<EncodedBatch, TrainError>,
+        loss_scale: Option<f64>,
+        keep_traces: bool,
+    ) -> std::result::Result<(LaneSums, StepFacts), TrainError> {
+        let stage = self.stage.clone();
+        let failed = |source| TrainError::Step { step, source };
         let Lanes {
             hosted,
             batches_in_turn,
@@ -152,40 +241,7 @@ impl Trainer {
             };
             stage.work(|| sum.push(sums, add)).map_err(failed)?;
         }
-        let mut sums = sum.finish().unwrap_or_default();
-        self.collective
-            .reduce(&mut sums.gradients)
-            .map_err(failed)?;
-        let loss = self.collective.mean(sums.loss).map_err(failed)?;
-        self.check_gradients(&sums.gradients)?;
-        let rate = self.learning_rate();
-        let norm = || self.norm(&sums.gradients, loss);
-        let norm = stage.work(norm).map_err(failed)?;
-        self.check_finite(step, "the gradient", norm)?;
-        stage
-            .work(|| self.update(&sums.gradients, norm, rate))
-            .map_err(failed)?;
-        self.state.step = step;
-        self.state.samples += facts.samples;
-        self.state.cursor = facts.cursor;
-        stage.add_items(facts.samples);
-        Ok(StepReport {
-            record: StepRecord {
-                step,
-                loss,
-                lr: rate,
-                grad_norm: norm,
-                loss_scale,
-                samples: self.state.samples,
-                epoch: facts.epoch,
-                endpoint_error: None,
-                samples_per_second: facts.samples as f64 / started.elapsed().as_secs_f64(),
-                seconds: self.begun.elapsed().as_secs_f64(),
-                limiting_stage: None,
-            },
-            traces: facts.traces,
-            skipped: facts.skipped,
-        })
+        Ok((sum.finish().unwrap_or_default(), facts))
     }
 
     /// Learning rate of the next step. As accelerate: a step that overflowed does not advance the schedule.

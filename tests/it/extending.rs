@@ -16,7 +16,7 @@ use coffey::ops::{self, Attention};
 use coffey::params::{ParamSet, Tensors};
 use coffey::random::normal;
 use coffey::ranks::Solo;
-use coffey::train::{AdamW, TrainError, TrainState, Trainer, TrainerOptions};
+use coffey::train::{AdamW, StepOptions, TrainError, TrainState, Trainer, TrainerOptions};
 use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::stages::Stage;
 use coffey_pipeline::{ImageOptions, S3Options, ShardUrl, Sources, Stream, StreamConfig};
@@ -211,6 +211,7 @@ fn trainer(student: LastConvolution) -> (Trainer, Batches) {
         seed: 1,
         max_steps: 12,
         lanes: coffey_pipeline::Lanes::all(1, 2),
+        rank_timeout: Duration::from_secs(60),
         ema_decay: 0.95,
         optimizer,
     };
@@ -221,11 +222,19 @@ fn trainer(student: LastConvolution) -> (Trainer, Batches) {
         }),
         Rc::new(teacher),
         TrainState::new(Box::new(student), adamw),
-        Box::new(Solo),
+        Rc::new(Solo),
         options,
         batches.stage.clone(),
     );
     (trainer, batches)
+}
+
+fn options(cancel: &CancellationToken) -> StepOptions<'_> {
+    StepOptions {
+        cancel,
+        keep_traces: true,
+        busy: false,
+    }
 }
 
 fn student() -> LastConvolution {
@@ -235,6 +244,7 @@ fn student() -> LastConvolution {
 #[test]
 fn objective_and_adaptation_of_a_test_train_a_student() {
     let (mut trainer, mut batches) = trainer(student());
+    let cancel = CancellationToken::new();
     let before: Vec<String> = trainer
         .state()
         .student
@@ -245,7 +255,9 @@ fn objective_and_adaptation_of_a_test_train_a_student() {
     assert_eq!(before, ["conv_out.bias", "conv_out.weight"]);
     let mut losses = Vec::new();
     for _ in 0..12 {
-        let report = trainer.step(&mut || batches.next(), true).unwrap();
+        let report = trainer
+            .step(&mut || batches.next(), options(&cancel))
+            .unwrap();
         assert_eq!(report.traces.len(), 2, "one trace a micro-batch");
         assert!(report.record.grad_norm > 0.0);
         losses.push(report.record.loss);
@@ -299,7 +311,10 @@ fn objective_of_a_test_has_the_gradient_of_its_loss() {
     }
     let mut batch = batch.into_iter();
     let report = trainer
-        .step(&mut || Ok(batch.next().unwrap()), false)
+        .step(
+            &mut || Ok(batch.next().unwrap()),
+            options(&CancellationToken::new()),
+        )
         .unwrap();
     let want = f64::from(squares).sqrt();
     assert!(

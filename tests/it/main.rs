@@ -30,6 +30,7 @@ mod page;
 mod precompute;
 mod prometheus;
 mod push;
+mod ranks;
 mod replay;
 mod restart;
 mod resume;

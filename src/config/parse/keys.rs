@@ -11,7 +11,7 @@ use super::decode::type_name;
 use super::document::{Document, HIDDEN, join};
 use crate::config::{
     Audit, Checkpoint, ConfigError, Data, Distill, Encode, Hub, Latents, Lora, Metrics, Model,
-    Optimizer, Report, Track, Train, Validation,
+    MpiConfig, Optimizer, Report, Track, Train, Validation,
 };
 
 /// A table and the keys in it that are not tables.
@@ -38,6 +38,7 @@ fn known_tables() -> Vec<KnownTable> {
         ("report", fields::<Report>()),
         ("track", fields::<Track>()),
         ("metrics", fields::<Metrics>()),
+        ("mpi", fields::<MpiConfig>()),
         ("hub", fields::<Hub>()),
         ("latents", fields::<Latents>()),
         ("audit", fields::<Audit>()),

@@ -47,6 +47,8 @@ pub struct StepReport {
     pub traces: Vec<Trace>,
     /// Samples skipped since the step before, in stream order.
     pub skipped: Vec<SkippedSample>,
+    /// Whether a stop was asked for: this step is the last.
+    pub stop: bool,
 }
 
 /// A run between two steps.
@@ -73,6 +75,11 @@ pub enum Ending {
 pub trait Observer: fmt::Debug {
     /// Whether the observer needs the traces of `step`.
     fn wants_traces(&self, _step: u64) -> bool {
+        false
+    }
+
+    /// Whether [`Observer::on_step`] of `step` may take much longer than a step, as drawing does.
+    fn is_long(&self, _step: u64) -> bool {
         false
     }
 
@@ -166,6 +173,11 @@ impl Observers {
     /// Whether an observer needs the traces of `step`.
     pub fn wants_traces(&self, step: u64) -> bool {
         self.0.iter().any(|observer| observer.wants_traces(step))
+    }
+
+    /// Whether what follows `step` may take much longer than a step.
+    pub fn is_long(&self, step: u64) -> bool {
+        self.0.iter().any(|observer| observer.is_long(step))
     }
 
     /// Tells every observer that this process is about to make its first step.

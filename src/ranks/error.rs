@@ -1,0 +1,52 @@
+//! Why the ranks of a job can't work together.
+
+use super::{LauncherError, MpiError};
+
+/// Why the ranks of a job can't work together.
+#[derive(Debug, thiserror::Error)]
+pub enum RanksError {
+    /// MPI can't be opened, or a message did not come.
+    #[error("MPI: {0}")]
+    Mpi(#[from] MpiError),
+    /// The launcher's environment names no valid rank.
+    #[error(transparent)]
+    Launcher(#[from] LauncherError),
+    /// The launcher started several processes, and nothing connects them.
+    #[error(
+        "{origin} say that this is rank {rank} of {world}, and no MPI connects the ranks: each would make a run of its own; start them \
+         with mpirun, or with srun --mpi=pmix or --mpi=pmi2"
+    )]
+    NoTransport {
+        /// The variables.
+        origin: String,
+        /// The rank, from 0.
+        rank: usize,
+        /// Number of ranks.
+        world: usize,
+    },
+    /// The ranks do not make the same run.
+    #[error("{0}")]
+    Differ(String),
+    /// The weights of the ranks are no longer the same.
+    #[error("{0}: bad memory, or processors that round differently")]
+    Drifted(String),
+    /// A message from another rank can't be read.
+    #[error("a message of rank {rank} can't be read: {cause}")]
+    Message {
+        /// Sender of the message.
+        rank: usize,
+        /// The fault.
+        cause: String,
+    },
+}
+
+impl RanksError {
+    /// Whether the command line, the configuration or the launcher's environment is at fault.
+    pub fn is_config(&self) -> bool {
+        match self {
+            Self::Launcher(_) | Self::NoTransport { .. } | Self::Differ(_) => true,
+            Self::Mpi(error) => error.is_config(),
+            Self::Drifted(_) | Self::Message { .. } => false,
+        }
+    }
+}

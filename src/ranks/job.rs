@@ -1,0 +1,125 @@
+//! The job that this process belongs to, by the launcher's environment.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::launcher::{RankOrigin, from_environment, from_mpi_launcher};
+use super::mpi::{ExpectedRank, MpiOptions, ProcessManager};
+use super::{Collective, Mpi, RanksError, Solo};
+
+/// How to join a job.
+#[derive(Clone, Copy)]
+pub struct JobOptions<'a> {
+    /// Name or path of the MPI library; `None`: the first that is found.
+    pub library: Option<&'a str>,
+    /// Reads a variable of the environment.
+    pub get: &'a dyn Fn(&str) -> Option<String>,
+    /// Time without an answer of another rank after which the job fails.
+    pub limit: Duration,
+}
+
+impl std::fmt::Debug for JobOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("JobOptions").finish_non_exhaustive()
+    }
+}
+
+/// The ranks of a job, as this process sees them.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Connects the ranks.
+    pub collective: Rc<dyn Collective>,
+    /// Number of this rank among the ranks of its machine, from 0.
+    pub local_rank: usize,
+    /// Ranks of this machine, at least 1.
+    pub local_world: usize,
+    /// Ranks that share this rank's cores, at least 1.
+    sharing: usize,
+    /// The job, for people; empty for one process.
+    pub description: String,
+}
+
+impl Job {
+    /// A job of one process.
+    pub fn solo() -> Self {
+        Self {
+            collective: Rc::new(Solo),
+            local_rank: 0,
+            local_world: 1,
+            sharing: 1,
+            description: String::new(),
+        }
+    }
+
+    /// Joins the job that started this process: over MPI if its launcher started several processes, else alone. Called before other
+    /// threads are started.
+    ///
+    /// # Errors
+    /// When MPI can't be opened or sees other ranks than the launcher started, or when the launcher has no MPI.
+    pub fn join(options: &JobOptions<'_>) -> Result<Self, RanksError> {
+        let manager = ProcessManager::from_environment(options.get);
+        if manager == ProcessManager::Absent {
+            let RankOrigin { rank, origin } = from_environment(options.get)?;
+            // Every job of an array is a run of its own, and a batch script is one process.
+            return match rank.world == 1 || origin.contains("SLURM") {
+                true => Ok(Self::solo()),
+                false => Err(RanksError::NoTransport {
+                    origin,
+                    rank: rank.index,
+                    world: rank.world,
+                }),
+            };
+        }
+        let RankOrigin { rank, origin } = from_mpi_launcher(options.get)?;
+        if rank.world == 1 {
+            return Ok(Self::solo());
+        }
+        let mpi = Mpi::open(&MpiOptions {
+            library: options.library,
+            manager,
+            expected: Some(ExpectedRank {
+                rank: rank.index,
+                world: rank.world,
+                origin: &origin,
+            }),
+            limit: options.limit,
+        })?;
+        let sharing = ranks_on_same_cores(&mpi, options.limit)?;
+        let (nodes, world) = (mpi.nodes(), mpi.world());
+        let machines = if nodes == 1 { "machine" } else { "machines" };
+        Ok(Self {
+            local_rank: mpi.local_rank(),
+            local_world: mpi.local_world(),
+            sharing,
+            description: format!("{world} ranks on {nodes} {machines}, {}", mpi.library()),
+            collective: Rc::new(mpi),
+        })
+    }
+
+    /// Threads for the work of this rank: its share of the cores that it may use.
+    pub fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (cores / self.sharing).max(1)
+    }
+}
+
+/// Number of ranks on this rank's machine that may use exactly its cores. A launcher that binds ranks gives each its own.
+fn ranks_on_same_cores(mpi: &Mpi, limit: Duration) -> Result<usize, RanksError> {
+    let own = format!(
+        "{} {}",
+        mpi.node(mpi.rank()).unwrap_or_default(),
+        allowed_cores()
+    );
+    let all = mpi.gather(own.as_bytes(), limit)?.unwrap_or_default();
+    let all = mpi.broadcast(all.join(&b'\n'), limit.saturating_mul(2))?;
+    let same = all.split(|&byte| byte == b'\n');
+    Ok(same.filter(|cores| *cores == own.as_bytes()).count().max(1))
+}
+
+/// The cores that this process may use, as Linux lists them; empty where that is not known.
+fn allowed_cores() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut lines = status.lines();
+    let list = lines.find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.unwrap_or_default().trim().to_owned()
+}

@@ -1,0 +1,163 @@
+//! Errors of the MPI transport.
+
+use std::time::Duration;
+
+/// Ranks that an error names before it counts the rest.
+const NAMED_RANKS: usize = 8;
+
+/// A failure to open MPI or to exchange data with the other ranks.
+#[derive(Debug, thiserror::Error)]
+pub enum MpiError {
+    /// No MPI library can be loaded.
+    #[error("no MPI library can be loaded ({tried}); {remedy}")]
+    NoLibrary {
+        /// What the loader said of each name.
+        tried: String,
+        /// What to install or to configure.
+        remedy: String,
+    },
+    /// A library was loaded and can't be used.
+    #[error("{file} can't be used as an MPI library: {reason}")]
+    Unusable {
+        /// Path of the library.
+        file: String,
+        /// What the library lacks.
+        reason: String,
+    },
+    /// A second call of [`Mpi::open`](super::Mpi::open), which MPI does not allow.
+    #[error("MPI has already been started in this process")]
+    AlreadyOpen,
+    /// The launcher started ranks that the loaded library does not see; the text names both and the remedy.
+    #[error("{0}")]
+    Mismatch(String),
+    /// An MPI function returned an error.
+    #[error("{function} failed{during}: {message}")]
+    Call {
+        /// Name of the function.
+        function: &'static str,
+        /// Operation and peer, as in " in all-to-all with rank 3"; may be empty.
+        during: String,
+        /// The library's message.
+        message: String,
+    },
+    /// Ranks did not answer.
+    #[error("{operation}: no answer from {} for {:.1} s", list(ranks, nodes), waited.as_secs_f64())]
+    NoAnswer {
+        /// The operation, as in "gather".
+        operation: &'static str,
+        /// The ranks without an answer, in ascending order.
+        ranks: Vec<usize>,
+        /// Names of these ranks' nodes, in the same order; empty if they are not known.
+        nodes: Vec<String>,
+        /// Time since the last data from any rank.
+        waited: Duration,
+    },
+    /// A rank sent a message of another length than agreed: the ranks run different operations or programs.
+    #[error(
+        "{operation}: rank {rank} sent {found} bytes instead of {expected}: do all ranks run the same program and configuration?"
+    )]
+    Length {
+        /// The operation.
+        operation: &'static str,
+        /// The rank that sent the message.
+        rank: usize,
+        /// Bytes that were expected.
+        expected: usize,
+        /// Bytes that came.
+        found: usize,
+    },
+    /// A message is too long, or there is no memory for it.
+    #[error(
+        "{operation}: no room for a message of {bytes} bytes from rank {rank} (at most {most})"
+    )]
+    TooLong {
+        /// The operation.
+        operation: &'static str,
+        /// The rank that sends the message.
+        rank: usize,
+        /// Bytes of the message.
+        bytes: u64,
+        /// Bytes that a message may have.
+        most: u64,
+    },
+    /// Buffers whose lengths do not fit the number of ranks.
+    #[error("{operation}: buffers of {sent} and {received} elements for {world} ranks")]
+    Buffers {
+        /// The operation.
+        operation: &'static str,
+        /// Elements of the buffer to send.
+        sent: usize,
+        /// Elements of the buffer to receive into.
+        received: usize,
+        /// Number of ranks.
+        world: usize,
+    },
+    /// An operation failed before: late messages of it could be taken for those of the next one.
+    #[error("an earlier MPI operation failed: the job can only be aborted")]
+    Broken,
+}
+
+impl MpiError {
+    /// Whether the machine's installation, the launcher or the configuration is at fault.
+    pub(in crate::ranks) fn is_config(&self) -> bool {
+        matches!(
+            self,
+            Self::NoLibrary { .. } | Self::Unusable { .. } | Self::Mismatch(_)
+        )
+    }
+
+    /// The error with the nodes of the ranks that it names; `all` holds the node of every rank.
+    pub(super) fn with_nodes(mut self, all: &[String]) -> Self {
+        if let Self::NoAnswer { ranks, nodes, .. } = &mut self {
+            *nodes = ranks
+                .iter()
+                .filter_map(|rank| all.get(*rank).cloned())
+                .collect();
+        }
+        self
+    }
+}
+
+/// "rank 3 (node7)", "ranks 1 (node1) and 3 (node7)"; without nodes where `nodes` has another length than `ranks`.
+fn list(ranks: &[usize], nodes: &[String]) -> String {
+    let name = |index: usize| match nodes.get(index) {
+        Some(node) if nodes.len() == ranks.len() => format!("{} ({node})", ranks[index]),
+        _ => ranks[index].to_string(),
+    };
+    let named: Vec<_> = (0..ranks.len().min(NAMED_RANKS)).map(name).collect();
+    let rest = ranks.len() - named.len();
+    match named.as_slice() {
+        [] => "no rank".to_owned(),
+        [only] => format!("rank {only}"),
+        all if rest > 0 => format!("ranks {} and {rest} more", all.join(", ")),
+        [first @ .., last] => format!("ranks {} and {last}", first.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_without_an_answer_are_named_with_their_nodes() {
+        let all: Vec<String> = (0..20).map(|rank| format!("node{}", rank / 2)).collect();
+        let error = |ranks: Vec<usize>| MpiError::NoAnswer {
+            operation: "all-to-all",
+            ranks,
+            nodes: Vec::new(),
+            waited: Duration::from_millis(2500),
+        };
+        assert_eq!(
+            error(vec![3]).to_string(),
+            "all-to-all: no answer from rank 3 for 2.5 s"
+        );
+        assert_eq!(
+            error(vec![1, 3, 4]).with_nodes(&all).to_string(),
+            "all-to-all: no answer from ranks 1 (node0), 3 (node1) and 4 (node2) for 2.5 s"
+        );
+        assert_eq!(
+            error((1..20).collect()).to_string(),
+            "all-to-all: no answer from ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more for 2.5 s"
+        );
+    }
+}

@@ -1,0 +1,189 @@
+//! What the ranks of a run tell each other in each step: a message of every rank to rank 0, and its answer to all.
+
+use std::time::Duration;
+
+use coffey_pipeline::SkippedSample;
+use coffey_pipeline::order::Cursor;
+use serde::{Deserialize, Serialize};
+
+use super::TrainError;
+use crate::ranks::{Collective, RanksError, TreeSum};
+
+/// The micro-batches of one rank in a step.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct StepPart {
+    /// Whether the rank has made them; false if a stop ended its wait for data.
+    pub(super) made: bool,
+    /// Whether the rank was asked to stop.
+    pub(super) stop: bool,
+    /// Sum of their losses' shares in the step's loss, as bits: JSON has no NaN.
+    pub(super) loss_bits: u64,
+    pub(super) samples: u64,
+    /// Epoch of the last sample.
+    pub(super) epoch: u64,
+    /// Position in the rank's lanes after the last batch.
+    pub(super) cursor: Option<Cursor>,
+    /// Samples skipped: shard, key and reason.
+    pub(super) skipped: Vec<(usize, String, String)>,
+}
+
+impl StepPart {
+    pub(super) fn new(loss: f64, skipped: &[SkippedSample]) -> Self {
+        let skipped = skipped.iter();
+        Self {
+            made: true,
+            stop: false,
+            loss_bits: loss.to_bits(),
+            samples: 0,
+            epoch: 0,
+            cursor: None,
+            skipped: skipped
+                .map(|sample| (sample.shard, sample.key.to_string(), sample.reason.clone()))
+                .collect(),
+        }
+    }
+
+    /// A rank that makes no step, because it was asked to stop.
+    pub(super) fn interrupted() -> Self {
+        Self {
+            made: false,
+            stop: true,
+            ..Self::new(0.0, &[])
+        }
+    }
+}
+
+/// What rank 0 answers to all.
+#[derive(Debug, Serialize, Deserialize)]
+struct Answer {
+    made: bool,
+    stop: bool,
+    loss_bits: u64,
+    samples: u64,
+    epoch: u64,
+    busy: bool,
+}
+
+/// A step as all ranks see it.
+#[derive(Debug)]
+pub(super) struct Agreed {
+    /// Whether every rank has made its micro-batches; else the step is not made.
+    pub(super) made: bool,
+    /// Whether a rank was asked to stop: the run ends after this step.
+    pub(super) stop: bool,
+    /// The step's loss.
+    pub(super) loss: f64,
+    /// Samples of the step.
+    pub(super) samples: u64,
+    /// Epoch of its last sample.
+    pub(super) epoch: u64,
+    /// Position in all lanes, on rank 0; `None` on the others.
+    pub(super) cursor: Option<Cursor>,
+    /// Samples that all ranks skipped, in the order of the lanes, on rank 0.
+    pub(super) skipped: Vec<SkippedSample>,
+}
+
+/// The exchange of a run.
+#[derive(Debug)]
+pub(super) struct Agreement {
+    /// Time without an answer of a rank after which the run fails.
+    limit: Duration,
+    /// Whether rank 0 draws or writes for an unknown time before its next answer.
+    waits_for_rank_0: bool,
+}
+
+impl Agreement {
+    pub(super) fn new(limit: Duration) -> Self {
+        Self {
+            limit,
+            // Before the first step rank 0 opens the output and draws the teacher's samples.
+            waits_for_rank_0: true,
+        }
+    }
+
+    /// The time after which a rank that does not answer ends the run.
+    pub(super) fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Exchanges `part` for the whole step. `busy`: rank 0 draws or writes after this step, for an unknown time.
+    pub(super) fn exchange(
+        &mut self,
+        collective: &dyn Collective,
+        part: StepPart,
+        busy: bool,
+    ) -> Result<Agreed, TrainError> {
+        let message = serde_json::to_vec(&part).map_err(unreadable(collective.rank().index))?;
+        let parts = collective.gather(&message, self.limit)?;
+        let mut joined = None;
+        let mut answer = Vec::new();
+        if let Some(parts) = parts {
+            let (whole, cursor, skipped) = join(&parts, busy)?;
+            answer = serde_json::to_vec(&whole).map_err(unreadable(0))?;
+            joined = Some((cursor, skipped));
+        }
+        // Rank 0 may wait for a third rank, which its own error names.
+        let patience = match self.waits_for_rank_0 {
+            true => Duration::MAX,
+            false => self.limit * 2,
+        };
+        let answer = collective.broadcast(answer, patience)?;
+        let whole: Answer = serde_json::from_slice(&answer).map_err(unreadable(0))?;
+        self.waits_for_rank_0 = whole.busy;
+        let (cursor, skipped) = joined.unwrap_or((None, Vec::new()));
+        Ok(Agreed {
+            made: whole.made,
+            stop: whole.stop,
+            loss: f64::from_bits(whole.loss_bits),
+            samples: whole.samples,
+            epoch: whole.epoch,
+            cursor,
+            skipped,
+        })
+    }
+}
+
+fn unreadable(rank: usize) -> impl FnOnce(serde_json::Error) -> TrainError {
+    move |error| {
+        let cause = error.to_string();
+        TrainError::Ranks(RanksError::Message { rank, cause })
+    }
+}
+
+/// The whole step from the parts of all ranks, in rank order.
+fn join(
+    messages: &[Vec<u8>],
+    busy: bool,
+) -> Result<(Answer, Option<Cursor>, Vec<SkippedSample>), TrainError> {
+    let mut loss = TreeSum::default();
+    let (mut cursors, mut skipped) = (Vec::new(), Vec::new());
+    let mut whole = Answer {
+        made: true,
+        stop: false,
+        loss_bits: 0,
+        samples: 0,
+        epoch: 0,
+        busy,
+    };
+    for (rank, message) in messages.iter().enumerate() {
+        let part: StepPart = serde_json::from_slice(message).map_err(unreadable(rank))?;
+        whole.made &= part.made;
+        whole.stop |= part.stop;
+        whole.samples += part.samples;
+        whole.epoch = part.epoch;
+        loss.push(f64::from_bits(part.loss_bits), |a, b| Ok(a + b))?;
+        cursors.extend(part.cursor);
+        let listed = part.skipped.into_iter();
+        skipped.extend(listed.map(|(shard, key, reason)| SkippedSample {
+            shard,
+            key: key.into(),
+            reason,
+        }));
+    }
+    whole.loss_bits = loss.finish().unwrap_or(0.0).to_bits();
+    let cursor = match whole.made {
+        true => Some(Cursor::join(cursors).map_err(|cause| RanksError::Differ(cause))?),
+        false => None,
+    };
+    Ok((whole, cursor, skipped))
+}

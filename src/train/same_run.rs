@@ -1,0 +1,135 @@
+//! Whether all ranks make the same run: the same configuration, models and weights.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::{TrainError, TrainState};
+use crate::config::Config;
+use crate::ranks::{Collective, RanksError};
+
+/// The ranks load models at different speeds, and rank 0 does more than the others before the first step.
+const UNLIMITED: Duration = Duration::MAX;
+
+/// Numbers that are hashed at once.
+const HASHED_AT_ONCE: usize = 1 << 14;
+
+/// Refuses ranks whose configurations would make other numbers than that of rank 0.
+pub(super) fn check_configuration(
+    collective: &dyn Collective,
+    config: &Config,
+) -> Result<(), TrainError> {
+    if collective.rank().world == 1 {
+        return Ok(());
+    }
+    let own = Start {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        configuration: config
+            .to_toml()
+            .map_err(|error| TrainError::Mismatch(error.to_string()))?,
+    };
+    for (rank, start) in gathered::<Start>(collective, &own)? {
+        if start.version != own.version {
+            return Err(differ(rank, "coffey", &start.version, &own.version));
+        }
+        let differences = config.differences(&start.configuration);
+        let differences = differences.map_err(|cause| RanksError::Message { rank, cause })?;
+        if let Some(first) = differences.first() {
+            return Err(differ(rank, &first.key, &first.was, &first.now));
+        }
+    }
+    Ok(())
+}
+
+/// What a rank starts with.
+#[derive(Serialize, Deserialize)]
+struct Start {
+    version: String,
+    /// TOML.
+    configuration: String,
+}
+
+/// Refuses ranks that have another `value` of `what` than rank 0.
+pub(super) fn check_equal<T: Serialize>(
+    collective: &dyn Collective,
+    what: &str,
+    value: &T,
+) -> Result<(), TrainError> {
+    let text = |error: serde_json::Error| TrainError::Mismatch(error.to_string());
+    let own = serde_json::to_string(value).map_err(text)?;
+    for (rank, found) in gathered::<String>(collective, &own)? {
+        if found != own {
+            return Err(differ(rank, what, &found, &own));
+        }
+    }
+    Ok(())
+}
+
+/// Ends a run of ranks whose weights are not those of rank 0 to the last bit.
+pub(super) fn check_weights(
+    collective: &dyn Collective,
+    state: &TrainState,
+) -> Result<(), TrainError> {
+    if collective.rank().world == 1 {
+        return Ok(());
+    }
+    let sets = [Some(state.student.params()), state.student.target_params()];
+    let mut hash = 0;
+    for params in sets.into_iter().flatten() {
+        for (_, var) in params.iter() {
+            let numbers = var.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+            for numbers in numbers.chunks(HASHED_AT_ONCE) {
+                let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
+                hash = crc32c::crc32c_append(hash, &bytes.collect::<Vec<u8>>());
+            }
+        }
+    }
+    for (rank, found) in gathered::<u32>(collective, &hash)? {
+        if found != hash {
+            let drifted = format!(
+                "after step {}, rank {rank} has other weights than rank 0 (crc32c {found:08x} and {hash:08x})",
+                state.step
+            );
+            return Err(RanksError::Drifted(drifted).into());
+        }
+    }
+    Ok(())
+}
+
+/// Rank 0's `text`, on every rank.
+pub(super) fn from_rank_0(collective: &dyn Collective, text: &str) -> Result<String, TrainError> {
+    let received = collective.broadcast(text.as_bytes().to_vec(), UNLIMITED)?;
+    String::from_utf8(received).map_err(|error| {
+        let cause = error.to_string();
+        RanksError::Message { rank: 0, cause }.into()
+    })
+}
+
+/// The values of the ranks after rank 0, on rank 0; none elsewhere.
+fn gathered<T: Serialize + for<'de> Deserialize<'de>>(
+    collective: &dyn Collective,
+    value: &T,
+) -> Result<Vec<(usize, T)>, TrainError> {
+    let unreadable = |rank: usize| {
+        move |error: serde_json::Error| RanksError::Message {
+            rank,
+            cause: error.to_string(),
+        }
+    };
+    let message = serde_json::to_vec(value).map_err(unreadable(collective.rank().index))?;
+    let messages = collective.gather(&message, UNLIMITED)?.unwrap_or_default();
+    let others = messages.iter().enumerate().skip(1);
+    others
+        .map(|(rank, message)| {
+            let value = serde_json::from_slice(message).map_err(unreadable(rank))?;
+            Ok((rank, value))
+        })
+        .collect()
+}
+
+fn differ(rank: usize, what: &str, its: &str, ours: &str) -> TrainError {
+    let message = format!(
+        "rank {rank} makes another run than rank 0: its {what} is {its}, and that of rank 0 is {ours}"
+    );
+    RanksError::Differ(message).into()
+}

@@ -1,0 +1,334 @@
+//! Runs of several ranks: the same bits as one process, and an end by name where a rank fails.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::support::{NO_PICTURES, QUICKSTART, QUICKSTART_LORA, args, command, refused, says};
+
+/// The arguments of a short run of four lanes into `output`.
+fn train(output: &str, more: &[&str]) -> Vec<String> {
+    let output = format!("train.output={output}");
+    let small = [
+        output.as_str(),
+        "train.batch_size=1",
+        "train.gradient_accumulation=4",
+        "data.shuffle_buffer=20",
+        "data.filter.min_caption_chars=8",
+        "checkpoint.every=2",
+        "train.max_steps=4",
+    ];
+    let settings = [&small[..], &NO_PICTURES, more].concat();
+    args("train", QUICKSTART, settings)
+}
+
+#[test]
+fn ranks_without_mpi_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let run = folder.path().join("run");
+    let run = run.to_str().unwrap();
+    for (rank, world) in [
+        ("RANK", "WORLD_SIZE"),
+        ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
+    ] {
+        let mut one = command(&train(run, &[]));
+        one.env(rank, "1").env(world, "2");
+        refused(one, 2, &[rank, "rank 1 of 2", "mpirun", "srun --mpi=pmix"]);
+    }
+    let mut without_library = command(&train(run, &["mpi.library=libnothing.so.1"]));
+    without_library
+        .env("OMPI_COMM_WORLD_RANK", "0")
+        .env("OMPI_COMM_WORLD_SIZE", "2");
+    refused(without_library, 2, &["libnothing.so.1", "mpi.library"]);
+    assert!(!Path::new(run).exists());
+}
+
+/// Every file of a finished run that times do not change.
+fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut results = BTreeMap::new();
+    for folder in ["unet", "unet_target", "unet_lora", "samples", "."] {
+        let Ok(entries) = std::fs::read_dir(run.join(folder)) else {
+            continue;
+        };
+        for entry in entries.map(|entry| entry.unwrap().path()) {
+            let name = entry.file_name().unwrap().to_string_lossy().into_owned();
+            let timed = folder == "." && name != "skipped.jsonl";
+            if entry.is_file() && !timed {
+                results.insert(format!("{folder}/{name}"), std::fs::read(&entry).unwrap());
+            }
+        }
+    }
+    let lines = crate::support::timeless(run);
+    let lines: Vec<String> = lines.iter().map(ToString::to_string).collect();
+    results.insert("metrics.jsonl".to_owned(), lines.join("\n").into_bytes());
+    assert!(
+        !results["./skipped.jsonl"].is_empty(),
+        "no sample was skipped"
+    );
+    results
+}
+
+/// Fails unless two runs left the same bytes.
+#[track_caller]
+fn assert_same(found: &Path, expected: &Path) {
+    let (found, expected) = (results(found), results(expected));
+    assert!(found.keys().eq(expected.keys()), "{:?}", found.keys());
+    for (name, content) in &expected {
+        assert!(found[name] == *content, "{name}");
+    }
+}
+
+/// Tests that need Debian's `openmpi-bin` and `mpich`.
+mod needs_mpi {
+    use std::process::{Child, Stdio};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::support::cloud::Cloud;
+    use crate::support::cloud::proxy::clean;
+    use crate::support::{run, send, steps_made, texts, wait_for_steps};
+
+    const OPEN_MPI: &[&str] = &["mpirun.openmpi", "--oversubscribe", "--bind-to", "none"];
+    const MPICH: &[&str] = &["mpiexec.hydra"];
+
+    /// A command line on `ranks` ranks, begun by `launcher`; a second part of the job as in `mpirun A : B`.
+    fn launched(
+        launcher: &[&str],
+        ranks: usize,
+        args: &[String],
+        other: Option<&[String]>,
+    ) -> Command {
+        // The variables of schedulers and clouds are those of a plain command.
+        let mut plain = command(&[] as &[&str]);
+        let mut command = Command::new(launcher[0]);
+        command
+            .args(&launcher[1..])
+            .current_dir(env!("CARGO_MANIFEST_DIR"));
+        for (name, value) in plain.env("OMPI_ALLOW_RUN_AS_ROOT", "1").get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        let binary = env!("CARGO_BIN_EXE_coffey");
+        command.args(["-n", &ranks.to_string(), binary]).args(args);
+        if let Some(other) = other {
+            command.args([":", "-n", "1", binary]).args(other);
+        }
+        command
+    }
+
+    fn ranks(ranks: usize, args: &[String]) -> Command {
+        launched(OPEN_MPI, ranks, args, None)
+    }
+
+    /// The process of a rank of a job that is started by `launcher`.
+    fn process_of(launcher: &Child, rank: usize) -> u32 {
+        let wanted = format!("OMPI_COMM_WORLD_RANK={rank}");
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+                let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
+                let status = String::from_utf8_lossy(&read("status")).into_owned();
+                let child = status.contains(&format!("PPid:\t{}\n", launcher.id()));
+                let environment = read("environ");
+                let mut variables = environment.split(|&byte| byte == 0);
+                if child && variables.any(|variable| variable == wanted.as_bytes()) {
+                    return entry.file_name().to_string_lossy().parse().unwrap();
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("no process of rank {rank}");
+    }
+
+    fn signal(process: u32, signal: &str) {
+        let mut kill = Command::new("kill");
+        let sent = kill.args([signal, &process.to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    fn start(mut command: Command) -> Child {
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI and MPICH"]
+    fn ranks_change_no_bit() {
+        let folder = TempDir::new().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let grids = ["validation.every=2", "report.endpoint_captions=1"];
+        let args = |name: &str| train(at(name).to_str().unwrap(), &grids);
+        run(command(&args("one")), 0);
+        for (name, launcher, n) in [
+            ("two", OPEN_MPI, 2),
+            ("four", OPEN_MPI, 4),
+            ("mpich-1", MPICH, 1),
+            ("mpich-2", MPICH, 2),
+        ] {
+            let said = run(launched(launcher, n, &args(name), None), 0).1;
+            if n > 1 {
+                says(&said, &[&format!("{n} ranks on 1 machine, "), "4 lanes"]);
+                assert_eq!(
+                    said.matches("waiting for the first batch").count(),
+                    1,
+                    "{said}"
+                );
+            }
+            assert_same(&at(name), &at("one"));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn ranks_change_no_bit_of_other_runs() {
+        let folder = TempDir::new().unwrap();
+        let lora = ["lora.dropout=0.1", "optimizer.kind=adamw8bit"];
+        // The loss scale begins so high that the first steps overflow.
+        let mixed = ["train.mixed_precision=fp16", "optimizer.kind=adamw8bit"];
+        for (name, config, more) in [
+            ("lora", QUICKSTART_LORA, &lora[..]),
+            ("mixed", QUICKSTART, &mixed[..]),
+        ] {
+            let at = |n: usize| folder.path().join(format!("{name}-{n}"));
+            let args = |n: usize| {
+                let mut args = train(at(n).to_str().unwrap(), more);
+                args[2] = config.to_owned();
+                args
+            };
+            run(command(&args(1)), 0);
+            run(ranks(2, &args(2)), 0);
+            assert_same(&at(2), &at(1));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn killed_run_goes_on_with_fewer_ranks() {
+        let cloud = Cloud::start(clean());
+        let folder = TempDir::new().unwrap();
+        let config = cloud.config.to_str().unwrap();
+        let local = folder.path().to_str().unwrap();
+        for (output, files) in [
+            (local.to_owned(), folder.path().to_owned()),
+            ("s3://out".to_owned(), cloud.out()),
+        ] {
+            let scratch = format!("train.scratch={local}/scratch");
+            let args = |name: &str| {
+                let mut args = train(
+                    &format!("{output}/{name}"),
+                    &["train.max_steps=9", &scratch, "checkpoint.background=false"],
+                );
+                args[2] = config.to_owned();
+                args
+            };
+            run(command(&args("whole")), 0);
+            let saved = |step: u32| files.join(format!("parts/checkpoint-{step}/state.json"));
+            for (n, step) in [(4, 2), (2, 6)] {
+                let mut job = start(ranks(n, &args("parts")));
+                let begun = Instant::now();
+                while !saved(step).exists() {
+                    assert!(begun.elapsed() < Duration::from_secs(180));
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                signal(process_of(&job, n - 1), "-KILL");
+                assert!(!job.wait().unwrap().success());
+            }
+            run(command(&args("parts")), 0);
+            assert_same(&files.join("parts"), &files.join("whole"));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn stopped_rank_is_named() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("run");
+        let args = train(
+            output.to_str().unwrap(),
+            &["train.max_steps=100000", "train.stall_timeout=3"],
+        );
+        let job = start(ranks(2, &args));
+        wait_for_steps(&output, 3);
+        let stopped = process_of(&job, 1);
+        signal(stopped, "-STOP");
+        let begun = Instant::now();
+        let ended = job.wait_with_output().unwrap();
+        assert!(
+            begun.elapsed() < Duration::from_secs(15),
+            "{:?}",
+            begun.elapsed()
+        );
+        let (_, said) = texts(&ended);
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        says(&said, &["error: ", "no answer from rank 1"]);
+        // The last checkpoint is whole, and one process goes on from it.
+        let newest = (1..=steps_made(&output)).rev();
+        let newest =
+            newest.map(|step| (step, output.join(format!("checkpoint-{step}/state.json"))));
+        let (step, _) = newest
+            .into_iter()
+            .find(|(_, state)| state.is_file())
+            .unwrap();
+        let steps = format!("train.max_steps={}", step + 1);
+        let said = run(command(&train(output.to_str().unwrap(), &[&steps])), 0).1;
+        says(&said, &[&format!("checkpoint-{step} (step {step})")]);
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn signal_to_one_rank_stops_all() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("run");
+        let args = |steps: &str| train(output.to_str().unwrap(), &[steps]);
+        let mut job = start(ranks(2, &args("train.max_steps=100000")));
+        wait_for_steps(&output, 3);
+        signal(process_of(&job, 1), "-TERM");
+        assert_eq!(job.wait().unwrap().code(), Some(143));
+        let made = steps_made(&output);
+        assert!(
+            output
+                .join(format!("checkpoint-{made}/state.json"))
+                .is_file()
+        );
+        run(ranks(4, &args(&format!("train.max_steps={}", made + 1))), 0);
+        // A signal to the launcher reaches all ranks; the job ends with the launcher's own code.
+        let mut job = start(ranks(2, &args("train.max_steps=100000")));
+        wait_for_steps(&output, made + 3);
+        send(&job, "TERM");
+        assert!(!job.wait().unwrap().success());
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn ranks_that_do_not_fit_are_refused() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("run");
+        let output = output.to_str().unwrap();
+        let ours = train(output, &[]);
+        let said = run(ranks(3, &ours), 2).1;
+        says(
+            &said,
+            &["error: ", "3 ranks can't share 4 lanes: start 2 or 4 ranks"],
+        );
+        let one_lane = train(output, &["train.gradient_accumulation=1"]);
+        let said = run(ranks(2, &one_lane), 2).1;
+        says(
+            &said,
+            &["2 ranks can't share 1 lane", "train.gradient_accumulation"],
+        );
+        let theirs = train(output, &["train.seed=1"]);
+        let said = run(launched(OPEN_MPI, 1, &ours, Some(&theirs)), 2).1;
+        says(
+            &said,
+            &["rank 1 makes another run than rank 0: its train.seed is 1"],
+        );
+    }
+}
