@@ -33,13 +33,18 @@ pub(super) struct TrainArgs {
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let mut config = args.config.load()?;
+    let stall_timeout = config.train.stall_timeout;
     let job = join_job(&config)?;
     share_machine(&mut config, &job)?;
     let done = train(config, &job);
     match done {
         Ok(()) | Err(Failure::Stopped) => {
-            // Rank 0 may still write.
-            job.collective.finish(Duration::MAX)?;
+            // The others wait until rank 0 has written everything.
+            let limit = match job.collective.rank().leads() {
+                true => Duration::from_secs(stall_timeout),
+                false => Duration::MAX,
+            };
+            job.collective.finish(limit)?;
             done
         }
         Err(failure) if job.collective.rank() != Rank::SOLO => {
@@ -99,6 +104,10 @@ fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let leads = job.collective.rank().leads();
     let required = config.require_train()?;
+    if config.audit.is_some() && job.collective.rank() != Rank::SOLO {
+        let message = "[audit] keeps the steps of one process: leave it out, or start one rank, which makes the same numbers";
+        return Err(Failure::Usage(message.into()));
+    }
     let (teacher, output) = (&required.teacher, required.output.display());
     errln!("distilling {teacher} into {output}");
     device::allow_tf32(config.train.tf32);

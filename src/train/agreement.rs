@@ -122,10 +122,11 @@ impl Agreement {
             answer = serde_json::to_vec(&whole).map_err(unreadable(0))?;
             joined = Some((cursor, skipped));
         }
-        // Rank 0 may wait for a third rank, which its own error names.
-        let patience = match self.waits_for_rank_0 {
-            true => Duration::MAX,
-            false => self.limit * 2,
+        let patience = match (collective.rank().leads(), self.waits_for_rank_0) {
+            (true, _) => self.limit,
+            (false, true) => Duration::MAX,
+            // Rank 0 may wait for a third rank, which its own error names.
+            (false, false) => self.limit * 2,
         };
         let answer = collective.broadcast(answer, patience)?;
         let whole: Answer = serde_json::from_slice(&answer).map_err(unreadable(0))?;
@@ -182,7 +183,7 @@ fn join(
     }
     whole.loss_bits = loss.finish().unwrap_or(0.0).to_bits();
     let cursor = match whole.made {
-        true => Some(Cursor::join(cursors).map_err(|cause| RanksError::Differ(cause))?),
+        true => Some(Cursor::join(cursors).map_err(RanksError::Differ)?),
         false => None,
     };
     Ok((whole, cursor, skipped))

@@ -161,7 +161,7 @@ impl Trainer {
                 ..StepPart::new(sums.loss, &facts.skipped)
             },
         };
-        let collective = &*self.collective;
+        let (collective, waiting) = (&*self.collective, Instant::now());
         let agreed = self.agreement.exchange(collective, part, options.busy)?;
         if !agreed.made {
             return Err(TrainError::Stopped);
@@ -169,6 +169,7 @@ impl Trainer {
         let limit = self.agreement.limit();
         sum_over_ranks(collective, &mut sums.gradients, limit)
             .map_err(TrainError::not_summed(step))?;
+        stage.add_starved(waiting.elapsed());
         let loss = agreed.loss;
         self.check_gradients(&sums.gradients)?;
         let rate = self.learning_rate();

@@ -324,6 +324,9 @@ mod needs_mpi {
             &said,
             &["2 ranks can't share 1 lane", "train.gradient_accumulation"],
         );
+        let audited = train(output, &["audit.dir=audit"]);
+        let said = run(ranks(2, &audited), 2).1;
+        says(&said, &["[audit]", "start one rank"]);
         let theirs = train(output, &["train.seed=1"]);
         let said = run(launched(OPEN_MPI, 1, &ours, Some(&theirs)), 2).1;
         says(

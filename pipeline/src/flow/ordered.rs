@@ -46,6 +46,9 @@ pub(crate) struct OrderedNames {
 /// The two ends of one sequence of an ordered map.
 pub(crate) type OrderedEnds<I, O> = (OrderedSender<I, O>, OrderedReceiver<O>);
 
+/// The ends of every sequence of an ordered map, and its threads.
+pub(crate) type OrderedMap<I, O> = (Vec<OrderedEnds<I, O>>, Vec<JoinHandle<()>>);
+
 /// Starts `threads` workers, each with its own function from `make_work`, for `sequences` sequences with at most `window` items
 /// in flight each. The workers are shared: they take the items of all sequences in the order in which they come.
 ///
@@ -62,7 +65,7 @@ pub(crate) fn ordered_map<I, O, W>(
     window: usize,
     sequences: usize,
     make_work: impl Fn() -> W,
-) -> std::io::Result<(Vec<OrderedEnds<I, O>>, Vec<JoinHandle<()>>)>
+) -> std::io::Result<OrderedMap<I, O>>
 where
     I: Send + 'static,
     O: Send + 'static,

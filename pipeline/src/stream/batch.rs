@@ -44,12 +44,17 @@ pub struct Batch<D = BatchData> {
     pub finished_shards: Vec<ShardSummary>,
 }
 
+/// Where the batches of a lane go.
+pub(super) struct BatchOutput<D> {
+    pub(super) batches: Sender<Result<Batch<D>, StreamError>>,
+    /// Receives the rest when the stream ends in an error.
+    pub(super) undelivered: Arc<Mutex<Undelivered>>,
+}
+
 pub(super) struct Batcher<K: SampleKind> {
     kind: K,
     lane: usize,
-    /// Receives the rest when the stream ends in an error.
-    undelivered: Arc<Mutex<Undelivered>>,
-    out: Sender<Result<Batch<K::Output>, StreamError>>,
+    out: BatchOutput<K::Output>,
     stage: StageHandle,
     identity: OrderIdentity,
     batch_size: usize,
@@ -88,8 +93,7 @@ impl<K: SampleKind> Batcher<K> {
         lane: &LaneConfig,
         identity: OrderIdentity,
         shards: Arc<[ShardUrl]>,
-        out: Sender<Result<Batch<K::Output>, StreamError>>,
-        undelivered: Arc<Mutex<Undelivered>>,
+        out: BatchOutput<K::Output>,
         stage: StageHandle,
     ) -> Self {
         let resumed = lane.resume.is_some();
@@ -97,7 +101,6 @@ impl<K: SampleKind> Batcher<K> {
         Self {
             kind,
             lane: lane.lane,
-            undelivered,
             out,
             stage,
             identity,
@@ -147,10 +150,11 @@ impl<K: SampleKind> Batcher<K> {
             finished_shards: std::mem::take(&mut self.finished),
         };
         *self
+            .out
             .undelivered
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = undelivered;
-        self.out.send_blocking(Err(error), &self.stage)
+        self.out.batches.send_blocking(Err(error), &self.stage)
     }
 
     fn collect(&mut self, events: &OrderedReceiver<StreamEvent<K>>) -> Result<(), Halt> {
@@ -402,6 +406,6 @@ impl<K: SampleKind> Batcher<K> {
         batch.finished_shards = std::mem::take(&mut self.finished);
         self.stage.add_items(1);
         self.delivered = true;
-        self.out.send_blocking(Ok(batch), &self.stage)
+        self.out.batches.send_blocking(Ok(batch), &self.stage)
     }
 }

@@ -62,7 +62,7 @@ use crate::shard::ShardUrl;
 use crate::source::Sources;
 use crate::stages::{DECODE_CHANNELS, FlowChannel, Stage};
 
-use batch::Batcher;
+use batch::{BatchOutput, Batcher};
 use decode::DecodeWorker;
 use interleave::Interleaver;
 use kinds::{CaptionsOnly, Images, Latents, SampleKind};
@@ -187,16 +187,22 @@ fn start_stream<K: SampleKind>(
     let mut work: Vec<(String, Box<dyn FnOnce() + Send>)> = Vec::new();
     for (lane, (events, results)) in hosted.zip(ends) {
         // A lane that is the whole stream delivers its batches itself.
-        let (lane_sender, lane_undelivered) = if several {
+        let output = if several {
             let (sender, batches) = channel(metrics, FlowChannel::Batches.name(), 1);
             let undelivered = Arc::default();
             outputs.push(LaneOutput {
                 batches,
                 undelivered: Arc::clone(&undelivered),
             });
-            (sender, undelivered)
+            BatchOutput {
+                batches: sender,
+                undelivered,
+            }
         } else {
-            (sender.clone(), Arc::clone(&undelivered))
+            BatchOutput {
+                batches: sender.clone(),
+                undelivered: Arc::clone(&undelivered),
+            }
         };
         let lane_config = config.lane(lane);
         let batcher = Batcher::new(
@@ -205,8 +211,7 @@ fn start_stream<K: SampleKind>(
             &lane_config,
             identity.clone(),
             Arc::clone(&shards),
-            lane_sender,
-            lane_undelivered,
+            output,
             batch.clone(),
         );
         let (context, cancel) = (context.clone(), cancel.clone());
