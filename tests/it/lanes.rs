@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
@@ -51,6 +52,38 @@ fn run_keeps_its_lanes() {
     assert_eq!(student(&parts), student(&whole));
     let two = train(&parts, &["train.max_steps=4", "data.lanes=2"]);
     refused(two, 2, &["lanes = 1, and now it is 2"]);
+}
+
+/// Makes a checkpoint of one lane that of coffey before there were lanes.
+fn make_old(checkpoint: &Path) {
+    let path = checkpoint.join("state.json");
+    let mut state: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut cursor = state["cursor"]["lanes"][0].take();
+    cursor.as_object_mut().unwrap().remove("lane");
+    let mut identity = state["cursor"]["identity"].take();
+    identity.as_object_mut().unwrap().remove("lanes");
+    (identity["rank"], identity["world"]) = (0.into(), 1.into());
+    (cursor["version"], cursor["identity"]) = (2.into(), identity);
+    state["cursor"] = cursor;
+    let configuration = state["configuration"].as_str().unwrap();
+    assert!(configuration.contains("\nlanes = 1\n"));
+    state["configuration"] = configuration.replace("\nlanes = 1\n", "\n").into();
+    state.as_object_mut().unwrap().remove("sha256");
+    std::fs::write(&path, state.to_string()).unwrap();
+}
+
+#[test]
+fn checkpoint_without_lanes_goes_on_in_one() {
+    let folder = TempDir::new().unwrap();
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    messages(train(&whole, &["train.max_steps=3", "data.lanes=1"]));
+    messages(train(&parts, &["train.max_steps=2", "data.lanes=1"]));
+    make_old(&parts.join("checkpoint-2"));
+    let said = messages(train(&parts, &["train.max_steps=3"]));
+    says(&said, &["checkpoint-2 (step 2)"]);
+    assert!(!said.contains("lanes of the data"), "{said}");
+    assert_eq!(student(&parts), student(&whole));
+    assert_eq!(timeless(&parts), timeless(&whole));
 }
 
 #[test]
