@@ -12,7 +12,7 @@ use coffey_pipeline::{BatchData, CacheCounts, DecodeLimit, Lanes, Stream, counte
 use serde::Serialize;
 
 use super::numbers::whole;
-use super::ranks::RankArgs;
+use super::ranks::{RankArgs, check_enough_shards};
 use super::resources::{
     DataAccess, check_memory, content, source_options, start_monitor, stream_config,
 };
@@ -107,6 +107,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
     data.metrics.count_cpu();
     errln!("opening {}", config.data.shown_shards());
     let shards = data.shards(&config.data.shards)?.shards;
+    check_enough_shards(rank, shards.len())?;
     let latents = data.latents(&mut config, &shards)?;
     check_memory(
         Command::Bench,

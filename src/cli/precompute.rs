@@ -10,7 +10,7 @@ use coffey_pipeline::order::Order;
 use coffey_pipeline::{Content, ShardUrl, Stream, counted};
 
 use super::output::{check_apart, check_writable};
-use super::ranks::RankArgs;
+use super::ranks::{RankArgs, check_enough_shards};
 use super::resources::{
     DataAccess, check_memory, encode_device, source_options, start_monitor, stream_config,
 };
@@ -87,15 +87,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
     let list = data.shards(&config.data.shards)?;
     let shards = list.shards.clone();
     check_apart("latents.output", &required.latents.output, &shards)?;
-    if shards.len() < rank.world {
-        let (shards, world) = (shards.len(), rank.world);
-        let message = format!(
-            "{} can't be shared between {world} ranks: every rank needs at least one; start at most {}, or cut the data into more shards",
-            counted(shards, "shard"),
-            counted(shards, "rank")
-        );
-        return Err(Failure::Usage(message.into()));
-    }
+    check_enough_shards(rank, shards.len())?;
     errln!(
         "reading {} and {}",
         counted(shards.len(), "shard"),

@@ -1,10 +1,11 @@
 //! `--rank` and `--world`.
 
 use clap::Args;
+use coffey_pipeline::counted;
 
 use super::Failure;
 use super::numbers::{MAX_WORLD, whole};
-use crate::ranks::{RankOrigin, from_environment};
+use crate::ranks::{Rank, RankOrigin, from_environment};
 
 /// `--rank` and `--world`; without them the launcher's environment decides.
 #[derive(Args, Clone, Debug, Default)]
@@ -26,4 +27,18 @@ impl RankArgs {
         };
         found.map_err(|error| Failure::Usage(error.into()))
     }
+}
+
+/// Refuses more ranks than shards.
+pub(super) fn check_enough_shards(rank: Rank, shards: usize) -> Result<(), Failure> {
+    let world = rank.world;
+    if shards >= world {
+        return Ok(());
+    }
+    let message = format!(
+        "{} can't be shared between {world} ranks: every rank needs at least one; start at most {}, or cut the data into more shards",
+        counted(shards, "shard"),
+        counted(shards, "rank")
+    );
+    Err(Failure::Usage(message.into()))
 }
