@@ -257,28 +257,38 @@ fn changed_positions_and_optimisers_are_refused_without_a_panic() {
     let position = "the saved position in the data";
     for (pointer, value, code, words) in [
         (
-            "/cursor/place/open/0/shard",
+            "/cursor/lanes/0/place/open/0/shard",
             json!(large),
             2,
             "it names shard",
         ),
         (
-            "/cursor/place/open/0/id",
+            "/cursor/lanes/0/place/open/0/id",
             json!(large),
             2,
             "it names shard pass",
         ),
-        ("/cursor/place/open/0/taken", json!(large), 1, position),
-        ("/cursor/place/visits", json!(0), 2, "it names shard pass"),
-        ("/cursor/buffer/0", json!([0, large]), 1, position),
         (
-            "/cursor/buffer/0",
+            "/cursor/lanes/0/place/open/0/taken",
+            json!(large),
+            1,
+            position,
+        ),
+        (
+            "/cursor/lanes/0/place/visits",
+            json!(0),
+            2,
+            "it names shard pass",
+        ),
+        ("/cursor/lanes/0/buffer/0", json!([0, large]), 1, position),
+        (
+            "/cursor/lanes/0/buffer/0",
             json!([large, 0]),
             2,
             "does not name the shard",
         ),
         ("/cursor/identity/seed", json!(7), 2, "seed"),
-        ("/cursor/version", json!(0), 2, "version"),
+        ("/cursor/version", json!(0), 1, "cursor of version 0"),
         ("/optimizer/steps", json!(large), 1, "updates in 1 steps"),
         (
             "/optimizer/loss_scale",
