@@ -145,6 +145,15 @@ mod needs_mpi {
         panic!("no process of rank {rank}");
     }
 
+    /// Waits until a rank is gone: mpirun may end before it, and rank 0 holds the lock of the output until then.
+    fn wait_for_end(process: u32) {
+        let begun = Instant::now();
+        while Path::new(&format!("/proc/{process}")).exists() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "rank 0 goes on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn signal(process: u32, signal: &str) {
         let mut kill = Command::new("kill");
         let sent = kill.args([signal, &process.to_string()]).status();
@@ -238,8 +247,10 @@ mod needs_mpi {
                     assert!(begun.elapsed() < Duration::from_secs(180));
                     std::thread::sleep(Duration::from_millis(20));
                 }
+                let leader = process_of(&job, 0);
                 signal(process_of(&job, n - 1), "-KILL");
                 assert!(!job.wait().unwrap().success());
+                wait_for_end(leader);
             }
             run(command(&args("parts")), 0);
             assert_same(&files.join("parts"), &files.join("whole"));
@@ -257,7 +268,7 @@ mod needs_mpi {
         );
         let job = start(ranks(2, &args));
         wait_for_steps(&output, 3);
-        let stopped = process_of(&job, 1);
+        let (leader, stopped) = (process_of(&job, 0), process_of(&job, 1));
         signal(stopped, "-STOP");
         let begun = Instant::now();
         let ended = job.wait_with_output().unwrap();
@@ -269,6 +280,7 @@ mod needs_mpi {
         let (_, said) = texts(&ended);
         assert_eq!(ended.status.code(), Some(1), "{said}");
         says(&said, &["error: ", "no answer from rank 1"]);
+        wait_for_end(leader);
         // The last checkpoint is whole, and one process goes on from it.
         let newest = (1..=steps_made(&output)).rev();
         let newest =
