@@ -41,7 +41,7 @@ struct Printer {
     log: Option<Log>,
     /// The first error of standard output.
     output_error: Option<io::Error>,
-    /// What the messages of a [quiet](be_quiet) process begin with.
+    /// Beginning of the messages of a [quiet](be_quiet) process; `None` for another.
     quiet: Option<String>,
 }
 
@@ -113,14 +113,14 @@ pub(crate) fn finish_output() -> io::Result<()> {
     }
 }
 
-/// Prints a message on standard error, unless the process is [quiet](be_quiet), and appends it to the log file.
+/// Prints a message on standard error and appends it to the log file, unless the process is [quiet](be_quiet).
 pub(crate) fn say(text: &str) {
     let text = message(text);
     let mut printer = printer();
     if printer.quiet.is_none() {
         printer.to_stderr(&text);
+        printer.log(&text);
     }
-    printer.log(&text);
 }
 
 /// As [`say`], also from a quiet process: errors and warnings.
@@ -128,11 +128,13 @@ pub(crate) fn say_always(text: &str) {
     let text = message(text);
     let mut printer = printer();
     let name = printer.quiet.as_deref().unwrap_or_default();
-    printer.to_stderr(&format!("{name}{text}"));
+    let text = format!("{name}{text}");
+    printer.to_stderr(&text);
     printer.log(&text);
 }
 
-/// Leaves standard error to another process of the same job: from now on only errors and warnings are printed, behind `name`.
+/// Leaves standard error and the log file to another process of the same job: from now on only errors and warnings are printed, behind
+/// `name`.
 pub(crate) fn be_quiet(name: String) {
     printer().quiet = Some(name);
 }

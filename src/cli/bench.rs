@@ -22,6 +22,7 @@ use crate::memory::Command;
 use crate::monitor::StreamingCommand;
 use crate::process::{cpu_time, peak_memory};
 use crate::progress::{Progress, ProgressOptions};
+use crate::ranks::Job;
 
 /// Options of `coffey bench`.
 #[derive(Args, Debug)]
@@ -115,7 +116,7 @@ pub(super) fn run(args: BenchArgs) -> Result<(), Failure> {
         content(latents.as_ref()),
         None,
         None,
-        1,
+        &Job::solo(),
     )?;
     let batch_size = config.train.batch_size;
     errln!(

@@ -233,6 +233,7 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     }
     let sizes = Sizes {
         command,
+        ranks: 1,
         sample_bytes: Some(sample_bytes),
         content,
         encoders: Some(encoders.sizes),

@@ -26,7 +26,7 @@ use crate::models::{PipelineParts, UNetConfig, check_fit};
 use crate::monitor::StreamingCommand;
 use crate::precompute::{PrecomputeError, write_latents};
 use crate::pretrained::{Components, Models};
-use crate::ranks::{Rank, RankOrigin};
+use crate::ranks::{Job, Rank, RankOrigin};
 use crate::signals::cancel_on_signals;
 use crate::train::{describe_encoders, encoder_options};
 
@@ -99,7 +99,7 @@ pub(super) fn run(args: PrecomputeArgs) -> Result<(), Failure> {
         Content::Images,
         Some(&models),
         None,
-        1,
+        &Job::solo(),
     )?;
     // Before the encoders are loaded: it reads all weights into memory once.
     let fingerprint = Fingerprint::of(&models.pipeline, models.vae.as_deref())?;

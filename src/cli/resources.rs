@@ -22,6 +22,7 @@ use crate::latents::{LatentSource, LatentSourceError};
 use crate::memory::{self, Command, EncoderSizes, MemoryLimits, Sizes, TeacherSizes};
 use crate::monitor::{Monitor, Server, StreamingCommand};
 use crate::pretrained::{self, Components, Models};
+use crate::ranks::Job;
 
 /// Time between two looks at work that is waited for.
 const TICK: Duration = Duration::from_millis(500);
@@ -301,6 +302,7 @@ pub(super) fn memory_sizes(
     };
     Ok(Sizes {
         command,
+        ranks: 1,
         sample_bytes: None,
         content,
         encoders: encoders.transpose()?,
@@ -309,19 +311,22 @@ pub(super) fn memory_sizes(
 }
 
 /// Refuses a command that needs more memory than there is, and warns if it needs more than is free. `models`: the models it loads.
-/// `sharing`: processes like this one on this machine.
+/// `job`: the ranks that run together.
 pub(super) fn check_memory(
     command: Command,
     config: &Config,
     content: Content,
     models: Option<&Models>,
     train_device: Option<&Device>,
-    sharing: usize,
+    job: &Job,
 ) -> Result<(), Failure> {
-    let sizes = memory_sizes(command, content, models, config.lora.as_ref())?;
+    let sizes = Sizes {
+        ranks: job.collective.rank().world,
+        ..memory_sizes(command, content, models, config.lora.as_ref())?
+    };
     let card = train_device.and_then(device::memory);
     let cards = card.map(|memory| (config.train.device.to_string(), memory));
-    let limits = MemoryLimits::now(cards.into_iter().collect()).shared_by(sharing);
+    let limits = MemoryLimits::now(cards.into_iter().collect()).shared_by(job.local_world);
     if let Some(warning) = memory::check(config, &sizes, &limits)? {
         errln!("warning: {warning}");
     }

@@ -155,7 +155,7 @@ fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
         content(latents.as_ref()),
         Some(&models),
         Some(&train_device),
-        job.local_world,
+        job,
     )?;
     let runtime = access.runtime.handle();
     let stream_config = |order, batch_size| StreamConfig {

@@ -182,6 +182,7 @@ mod tests {
         let config = Config::parse("[data]\nshards = \"a.tar\"\n", "a.toml", &overrides).unwrap();
         let sizes = Sizes {
             command: Command::Bench,
+            ranks: 1,
             sample_bytes: None,
             content: Content::Images,
             encoders: None,

@@ -82,7 +82,7 @@ impl MemoryPlan {
             plan.add_encoders(config, sizes, encoders);
             if let Some(teacher) = &sizes.teacher {
                 let latent = config.image.resolution as usize / encoders.downscale;
-                plan.add_training(config, teacher, latent);
+                plan.add_training(config, teacher, latent, sizes.ranks);
                 plan.add_pictures(config, teacher, latent);
             }
         }
@@ -180,7 +180,13 @@ impl MemoryPlan {
         }
     }
 
-    fn add_training(&mut self, config: &Config, teacher: &TeacherSizes, latent: usize) {
+    fn add_training(
+        &mut self,
+        config: &Config,
+        teacher: &TeacherSizes,
+        latent: usize,
+        ranks: usize,
+    ) {
         self.add_widened(config, teacher);
         let (unet, student) = (&teacher.unet, trained(config, teacher));
         // A LoRA's target is the student itself.
@@ -204,8 +210,9 @@ impl MemoryPlan {
             (true, 1, DeviceSpec::Cuda(_)) => F32 / 2,
             _ => F32,
         };
-        // The partial sums of a tree over the lanes. The number of shards, which may lower the default, is not known here.
-        let partial = 1 + u64::from(config.lanes(usize::MAX).ilog2());
+        // The partial sums of a tree over this rank's lanes. The number of shards, which may lower the default, is not known here.
+        let lanes = (config.lanes(usize::MAX) / ranks).max(1);
+        let partial = 1 + u64::from(lanes.ilog2());
         let how = match partial {
             1 => of(student),
             _ => format!("{}, {partial} partial sums over the lanes", of(student)),

@@ -30,6 +30,8 @@ pub enum Command {
 pub struct Sizes {
     /// The command.
     pub command: Command,
+    /// Ranks that share the lanes, at least 1.
+    pub ranks: usize,
     /// Mean size of a sample in its shard, if it was measured. Bytes.
     pub sample_bytes: Option<u64>,
     /// Content of the shards.

@@ -42,16 +42,21 @@ const PAIRS: [(&str, &str); 4] = [
     ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
 ];
 
+/// The same of launchers that connect their processes by MPI.
+const MPI_PAIRS: [(&str, &str); 3] = [
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+];
+
 /// The rank that the launcher gave this process, read from variables through `get`; without a launcher the only rank.
 ///
 /// # Errors
 /// When the variables of a launcher contradict each other or are no numbers.
 pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Result<RankOrigin, LauncherError> {
     let env = Environment(&get);
-    for (rank, world) in PAIRS {
-        if let Some((rank_value, world_value)) = env.pair(rank, world)? {
-            return RankOrigin::new(rank_value, world_value, &format!("{rank} and {world}"));
-        }
+    if let Some(found) = env.first_of(&PAIRS)? {
+        return Ok(found);
     }
     // Kubernetes gives a pod its index in the job, not the number of pods.
     if env.number("JOB_COMPLETION_INDEX")?.is_some() {
@@ -91,17 +96,10 @@ pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Result<RankOrig
 pub(super) fn from_mpi_launcher(
     get: impl Fn(&str) -> Option<String>,
 ) -> Result<RankOrigin, LauncherError> {
-    let env = Environment(&get);
-    for (rank, world) in [
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
-    ] {
-        if let Some((rank_value, world_value)) = env.pair(rank, world)? {
-            return RankOrigin::new(rank_value, world_value, &format!("{rank} and {world}"));
-        }
+    match Environment(&get).first_of(&MPI_PAIRS)? {
+        Some(found) => Ok(found),
+        None => RankOrigin::new(0, 1, ""),
     }
-    RankOrigin::new(0, 1, "")
 }
 
 struct Environment<'a>(&'a dyn Fn(&str) -> Option<String>);
@@ -119,6 +117,16 @@ impl Environment<'_> {
                 })
             })
             .transpose()
+    }
+
+    /// The rank that the first of `pairs` whose variables are set names.
+    fn first_of(&self, pairs: &[(&str, &str)]) -> Result<Option<RankOrigin>, LauncherError> {
+        for (rank, world) in pairs {
+            if let Some((index, count)) = self.pair(rank, world)? {
+                return RankOrigin::new(index, count, &format!("{rank} and {world}")).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     /// Both variables or none: one alone belongs to another program.

@@ -16,7 +16,7 @@ impl<T> TreeSum<T> {
     /// Adds the next term. `add` gives the sum of an earlier and a later one.
     ///
     /// # Errors
-    /// Those of `add`.
+    /// An error of `add`.
     pub fn push(&mut self, term: T, mut add: impl FnMut(T, T) -> Result<T>) -> Result<()> {
         let (mut level, mut sum) = (0, term);
         while let Some((_, earlier)) = self.partial.pop_if(|(held, _)| *held == level) {

@@ -1,4 +1,4 @@
-//! What the ranks of a run tell each other in each step: a message of every rank to rank 0, and its answer to all.
+//! The exchange of a run's ranks in each step: a message of every rank to rank 0, and its answer to all.
 
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ impl StepPart {
     }
 }
 
-/// What rank 0 answers to all.
+/// The answer of rank 0 to all.
 #[derive(Debug, Serialize, Deserialize)]
 struct Answer {
     made: bool,

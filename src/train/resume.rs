@@ -39,11 +39,8 @@ pub(super) fn resume_from(
             }
         },
         Resume::From(path) if in_s3(path) => {
-            let path = path.to_string_lossy();
-            let path = path.trim_end_matches('/');
-            let (parent, name) = path.rsplit_once('/').unwrap_or((path, ""));
-            let parent = (services.destination)(parent)?;
-            Some(checkpoint::fetch(&parent, name, output.folder())?)
+            let place = path.to_string_lossy();
+            Some(fetch(&place, services, output.folder())?)
         }
         Resume::From(path) => {
             refuse_run_folder(path)?;
@@ -79,11 +76,16 @@ pub(super) fn resume_from_place(
     if !in_s3(Path::new(place)) {
         return checkpoint::open(Path::new(place));
     }
+    let scratch = config.train.scratch.clone();
+    fetch(place, services, &scratch.unwrap_or_else(std::env::temp_dir))
+}
+
+/// Fetches the checkpoint at `place` in S3 into a new folder below `scratch`.
+fn fetch(place: &str, services: &Services<'_>, scratch: &Path) -> Result<SavedRun, TrainError> {
+    let place = place.trim_end_matches('/');
     let (parent, name) = place.rsplit_once('/').unwrap_or((place, ""));
     let parent = (services.destination)(parent)?;
-    let scratch = config.train.scratch.clone();
-    let scratch = scratch.unwrap_or_else(std::env::temp_dir);
-    checkpoint::fetch(&parent, name, &scratch)
+    checkpoint::fetch(&parent, name, scratch)
 }
 
 /// Refuses the folder of a run in the place of one of its checkpoints.

@@ -87,11 +87,11 @@ struct Run<'a> {
     lanes: Lanes,
     trainer: Trainer,
     progress: Rc<Progress>,
-    /// What rank 0 writes; `None` on the other ranks.
+    /// The output and its writers, on rank 0; `None` on the other ranks.
     records: Option<Records>,
 }
 
-/// What a run leaves behind.
+/// The output of a run with its writers.
 struct Records {
     observers: Observers,
     saver: Rc<Saver>,

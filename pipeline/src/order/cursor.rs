@@ -190,7 +190,7 @@ impl Cursor {
     /// The position of a stream whose lanes several processes read: those of each of `parts`, taken after the same round.
     ///
     /// # Errors
-    /// What does not fit: parts of several streams, or a lane that several parts or none hold.
+    /// A message, for parts of several streams, and for a lane that several parts or none hold.
     pub fn join(parts: impl IntoIterator<Item = Self>) -> Result<Self, String> {
         let mut parts = parts.into_iter();
         let mut joined = parts.next().ok_or("there is no position to join")?;

@@ -495,7 +495,7 @@ fn stages_count_items_and_bytes() {
     assert_eq!(bench.sources.s3_server().counts().requests["ok"], 2);
 }
 
-/// What a batch holds, without its number and cursor.
+/// The content of a batch, without its number and cursor.
 fn contents(batch: &Batch) -> (&[SampleMeta], &BatchData, &[SkippedSample]) {
     (&batch.samples, &batch.data, &batch.skipped)
 }

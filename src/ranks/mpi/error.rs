@@ -11,9 +11,9 @@ pub enum MpiError {
     /// No MPI library can be loaded.
     #[error("no MPI library can be loaded ({tried}); {remedy}")]
     NoLibrary {
-        /// What the loader said of each name.
+        /// The loader's message for each name.
         tried: String,
-        /// What to install or to configure.
+        /// The remedy: a package or a key of the configuration.
         remedy: String,
     },
     /// A library was loaded and can't be used.
@@ -21,7 +21,7 @@ pub enum MpiError {
     Unusable {
         /// Path of the library.
         file: String,
-        /// What the library lacks.
+        /// The missing part of the library.
         reason: String,
     },
     /// A second call of [`Mpi::open`](super::Mpi::open), which MPI does not allow.

@@ -53,7 +53,7 @@ impl ProcessManager {
         groups.concat()
     }
 
-    /// What to install where none of [`Self::libraries`] is found.
+    /// The remedy where none of [`Self::libraries`] is found.
     pub(super) fn remedy(self) -> &'static str {
         match self {
             Self::OpenMpi => {

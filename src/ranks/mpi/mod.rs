@@ -72,7 +72,7 @@ impl Operation {
 pub struct MpiOptions<'a> {
     /// Name or path of the library; `None` takes the first that the system's loader finds.
     pub library: Option<&'a str>,
-    /// What started this process: it decides which libraries are looked for.
+    /// The process manager that started this process: it decides which libraries are looked for.
     pub manager: ProcessManager,
     /// The rank that the launcher's variables say; a library that says otherwise is refused.
     pub expected: Option<ExpectedRank<'a>>,
