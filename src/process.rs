@@ -41,6 +41,51 @@ pub(crate) fn host_name() -> String {
     }
 }
 
+/// A process of any machine; no other process ever has the same.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ProcessId {
+    /// Id of the machine's start, and the namespace that `pid` counts in.
+    system: String,
+    pid: u32,
+    /// Time of the process's start, as Linux counts it; empty where `/proc` does not have it.
+    started: String,
+}
+
+impl ProcessId {
+    /// This process.
+    pub(crate) fn this() -> Self {
+        let pid = std::process::id();
+        Self {
+            system: system(),
+            pid,
+            started: start_of(pid).unwrap_or_default(),
+        }
+    }
+
+    /// Whether the process has ended; `None` if it is none of this machine, or of another container.
+    pub(crate) fn has_ended(&self) -> Option<bool> {
+        let known = !self.started.is_empty() && self.system == system();
+        known.then(|| start_of(self.pid).as_deref() != Some(&self.started))
+    }
+}
+
+/// Id of this machine's start, and this process's namespace of process ids.
+fn system() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    format!("{} {}", boot.trim(), namespace.display())
+}
+
+/// Time at which a process of this machine started; `None` if there is no such process, or it is a zombie.
+fn start_of(pid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in brackets, may hold spaces. Then: state, and 18 more fields before the time.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?;
+    let started = fields.nth(18)?;
+    (state != "Z").then(|| started.to_owned())
+}
+
 /// CPU time of this process, summed over its threads.
 pub(crate) fn cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
@@ -144,6 +189,22 @@ mod tests {
         assert_eq!(left_to_group(folder.path()), Some(300));
         write("memory.stat", "anon 5\ninactive_file 100\n");
         assert_eq!(left_to_group(folder.path()), Some(400));
+    }
+
+    #[test]
+    fn process_of_another_machine_may_live() {
+        let this = ProcessId::this();
+        assert_eq!(this.has_ended(), Some(false));
+        let earlier = ProcessId {
+            started: "1".to_owned(),
+            ..this.clone()
+        };
+        assert_eq!(earlier.has_ended(), Some(true));
+        let elsewhere = ProcessId {
+            system: "another".to_owned(),
+            ..this
+        };
+        assert_eq!(elsewhere.has_ended(), None);
     }
 
     #[test]

@@ -70,7 +70,7 @@ mod stream;
 pub mod text;
 
 pub use crate::image::{CropMode, ImageOptions, Interpolation};
-pub use destination::Destination;
+pub use destination::{ConditionalWrite, Destination, WriteCondition};
 pub use flow::FlowMetrics;
 pub use format::latents::LatentShapes;
 pub use order::{Cursor, Lanes, Order};

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use coffey_pipeline::{Destination, SourceError, regular_file};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::CheckpointStore;
-use super::lock::{FolderLock, LOCK};
+use super::lock::{FolderLock, LOCK, LockWait, PrefixLock, check_prefix_free};
 use super::{TrainError, io};
 use crate::config::{Config, in_s3};
 
@@ -24,12 +24,14 @@ pub struct RunDir {
     remote: Option<Destination>,
     /// Remove the local folder when the run is done.
     temporary: bool,
-    /// Locked while this process writes to the output.
+    /// The lock of a prefix in S3; `None` for a folder, or if the server has none.
+    prefix_lock: Option<Arc<PrefixLock>>,
+    /// Locked while this process writes to the folder.
     _lock: FolderLock,
 }
 
 impl RunDir {
-    /// Locks the output for this process. S3 has no lock: the user must not give one prefix to two runs.
+    /// Locks the output for this process. A server without conditional writes has no lock: `wait.say` says so.
     ///
     /// # Errors
     /// [`TrainError::Mismatch`] if another process holds the lock, else why the folder can't be used.
@@ -37,6 +39,7 @@ impl RunDir {
         config: &Config,
         place: &Path,
         destination: impl FnOnce(&str) -> Result<Destination, SourceError>,
+        wait: LockWait<'_>,
     ) -> Result<Self, TrainError> {
         if !in_s3(place) {
             check_entries(place)?;
@@ -45,7 +48,8 @@ impl RunDir {
                 folder: place.to_owned(),
                 remote: None,
                 temporary: false,
-                _lock: FolderLock::acquire(place, place)?,
+                prefix_lock: None,
+                _lock: FolderLock::acquire(place, place, wait)?,
             });
         }
         let name = place.to_string_lossy();
@@ -57,14 +61,22 @@ impl RunDir {
         let folder = scratch
             .unwrap_or_else(std::env::temp_dir)
             .join(format!("coffey-{hash}"));
-        let lock = FolderLock::acquire(&folder, place)?;
+        let lock = FolderLock::acquire(&folder, place, wait)?;
+        let remote = destination(&name)?;
+        let prefix_lock = PrefixLock::acquire(&remote, place, wait)?.map(Arc::new);
+        if prefix_lock.is_none() {
+            (wait.say)(format!(
+                "warning: {name}: the server has no conditional writes, so this output is not locked: no second run may write to it"
+            ));
+        }
         // S3 holds the run. Local files of a killed run may be newer: its steps are made again.
         empty(&folder)?;
         Ok(Self {
             place: place.to_owned(),
-            remote: Some(destination(&name)?),
+            remote: Some(remote),
             folder,
             temporary,
+            prefix_lock,
             _lock: lock,
         })
     }
@@ -73,11 +85,19 @@ impl RunDir {
     ///
     /// # Errors
     /// As [`RunDir::open`].
-    pub fn check_free(place: &Path) -> Result<(), TrainError> {
+    pub fn check_free(
+        place: &Path,
+        destination: impl FnOnce(&str) -> Result<Destination, SourceError>,
+    ) -> Result<(), TrainError> {
         if in_s3(place) {
-            return Ok(());
+            return check_prefix_free(&destination(&place.to_string_lossy())?, place);
         }
         FolderLock::check_free(place, place)
+    }
+
+    /// The lock of a prefix in S3, which another process may take over.
+    pub(super) fn prefix_lock(&self) -> Option<&Arc<PrefixLock>> {
+        self.prefix_lock.as_ref()
     }
 
     /// Folder or `s3://` prefix, for messages.

@@ -9,7 +9,9 @@ use tokio::sync::OnceCell;
 
 use super::{Entry, ObjectMeta, PartOptions};
 use crate::net::{RequestFailure, RetryBudget, RetryOptions, SourceError};
-use crate::s3::{ObjectPath, Paging, S3, UploadMarker, wrong_uploads};
+use crate::s3::{
+    ConditionalWrite, ObjectPath, Paging, S3, UploadMarker, WriteCondition, wrong_uploads,
+};
 use crate::shard::ShardUrl;
 use crate::source::{ObjectReader, Sources};
 
@@ -17,6 +19,8 @@ use crate::source::{ObjectReader, Sources};
 const LEAST_PACE: u64 = 128 << 10;
 /// Attempts at aborting an upload: the abort must not delay the error that caused it.
 const ABORT_ATTEMPTS: u32 = 3;
+/// Attempts at a conditional write: what it compares with is soon out of date.
+const CONDITIONAL_ATTEMPTS: u32 = 3;
 
 pub(super) struct Bucket {
     sources: Sources,
@@ -164,6 +168,22 @@ impl Bucket {
 
     pub(super) fn head(&self, name: &str) -> Result<Option<ObjectMeta>, SourceError> {
         self.runtime.block_on(self.head_object(&self.target(name)))
+    }
+
+    pub(super) fn write_if(
+        &self,
+        name: &str,
+        content: &[u8],
+        condition: WriteCondition<'_>,
+    ) -> Result<ConditionalWrite, SourceError> {
+        let target = &self.target(name);
+        let body = &bytes::Bytes::copy_from_slice(content);
+        self.runtime.block_on(self.retry_at_most(
+            CONDITIONAL_ATTEMPTS,
+            &target.url,
+            content.len(),
+            |s3| s3.put_if(target, body.clone(), condition),
+        ))
     }
 
     pub(super) fn remove(&self, name: &str) -> Result<(), SourceError> {

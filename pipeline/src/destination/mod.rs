@@ -26,7 +26,7 @@ use crate::net::SourceError;
 use crate::shard::{Location, ShardUrl};
 use crate::source::{ObjectReader, Sources};
 
-pub use crate::s3::ObjectMeta;
+pub use crate::s3::{ConditionalWrite, ObjectMeta, WriteCondition};
 
 use bucket::Bucket;
 use folder::{FileWriter, Folder};
@@ -171,6 +171,23 @@ impl Destination {
         let mut writer = self.create(name)?;
         writer.append(content)?;
         writer.finish()
+    }
+
+    /// Writes a whole object if it is in a certain state. A folder has no conditional writes.
+    ///
+    /// # Errors
+    /// [`SourceError`] if it can't be written.
+    pub fn write_if(
+        &self,
+        name: &str,
+        content: &[u8],
+        condition: WriteCondition<'_>,
+    ) -> Result<ConditionalWrite, SourceError> {
+        self.check(name)?;
+        match &self.0 {
+            Backend::Folder(_) => Ok(ConditionalWrite::Unsupported),
+            Backend::Bucket(bucket) => bucket.write_if(name, content, condition),
+        }
     }
 
     /// Checks that objects can be written: writes one and removes it. Leaves nothing behind, and makes no folder.
@@ -374,6 +391,17 @@ enum ReadFrom {
         runtime: Handle,
         chunk: Bytes,
     },
+}
+
+impl ReadObject {
+    /// ETag of the object; `None` in a folder, or if the server gives none.
+    #[must_use]
+    pub fn etag(&self) -> Option<&str> {
+        match &self.0 {
+            ReadFrom::File(_) => None,
+            ReadFrom::Object { reader, .. } => reader.etag(),
+        }
+    }
 }
 
 impl Read for ReadObject {

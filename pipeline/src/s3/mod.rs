@@ -20,7 +20,7 @@ mod write;
 
 pub use options::S3Options;
 pub use read::ObjectInfo;
-pub use write::ObjectMeta;
+pub use write::{ConditionalWrite, ObjectMeta, WriteCondition};
 
 pub(crate) use client::S3;
 pub(crate) use paging::Paging;

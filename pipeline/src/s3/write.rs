@@ -72,6 +72,26 @@ pub struct ObjectMeta {
 
 type Metadata = BTreeMap<String, String>;
 
+/// The state of an object that a conditional write requires.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteCondition<'a> {
+    /// There is no object of the name.
+    Absent,
+    /// The object has this ETag.
+    Unchanged(&'a str),
+}
+
+/// The result of a conditional write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConditionalWrite {
+    /// The object is written and has this ETag.
+    Written(String),
+    /// The object is in another state. A request whose response was lost may have written it.
+    Refused,
+    /// The server has no conditional writes.
+    Unsupported,
+}
+
 impl S3 {
     /// Counts a request of `used`, and says what an error means.
     async fn finished<T, E>(
@@ -115,6 +135,48 @@ impl S3 {
         self.finished(&target.url, &connection, Operation::Put, response)
             .await
             .map(drop)
+    }
+
+    /// Writes an object in one request if it is in a certain state.
+    pub(crate) async fn put_if(
+        &self,
+        target: &ObjectPath,
+        body: Bytes,
+        condition: WriteCondition<'_>,
+    ) -> Result<ConditionalWrite, RequestFailure> {
+        let connection = self.connection();
+        let request = connection
+            .client
+            .put_object()
+            .bucket(&target.bucket)
+            .key(&target.key)
+            .set_request_payer(self.payer())
+            .body(ByteStream::from(body));
+        let request = match condition {
+            WriteCondition::Absent => request.if_none_match("*"),
+            WriteCondition::Unchanged(etag) => request.if_match(etag),
+        };
+        let response = request.send().await;
+        if let Err(SdkError::ServiceError(error)) = &response {
+            let answer = match error.raw().status().as_u16() {
+                // 404: there is no object to compare with. 409: another write was faster.
+                404 if error.err().code() == Some("NoSuchKey") => Some(ConditionalWrite::Refused),
+                409 | 412 => Some(ConditionalWrite::Refused),
+                501 => Some(ConditionalWrite::Unsupported),
+                _ => None,
+            };
+            if let Some(answer) = answer {
+                self.server.record_request("ok");
+                return Ok(answer);
+            }
+        }
+        let output = self
+            .finished(&target.url, &connection, Operation::Put, response)
+            .await?;
+        Ok(match output.e_tag() {
+            Some(etag) => ConditionalWrite::Written(etag.to_owned()),
+            None => ConditionalWrite::Unsupported,
+        })
     }
 
     /// Begins an upload in parts and returns its id.

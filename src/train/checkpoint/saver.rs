@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::{CheckpointStore, Snapshot};
 use crate::train::TrainError;
-use crate::train::run_dir::RunRecords;
+use crate::train::lock::PrefixLock;
+use crate::train::run_dir::{RunDir, RunRecords};
 
 /// A checkpoint that was saved.
 #[derive(Debug)]
@@ -42,14 +43,17 @@ struct BackgroundSave {
 struct SaveTarget {
     checkpoints: CheckpointStore,
     records: RunRecords,
+    /// A lock that another process may take over.
+    lock: Option<Arc<PrefixLock>>,
 }
 
 impl Saver {
-    pub(in crate::train) fn new(checkpoints: CheckpointStore, records: RunRecords) -> Self {
+    pub(in crate::train) fn new(output: &RunDir, keep: usize) -> Self {
         Self {
             target: Arc::new(SaveTarget {
-                checkpoints,
-                records,
+                checkpoints: output.checkpoints(keep),
+                records: output.records(),
+                lock: output.prefix_lock().cloned(),
             }),
             running: RefCell::new(None),
         }
@@ -111,7 +115,10 @@ impl Drop for Saver {
 impl SaveTarget {
     fn save(&self, snapshot: &Snapshot, begun: Instant) -> Result<Saved, TrainError> {
         let step = snapshot.step();
-        let place = self.checkpoints.save(snapshot, || self.records.upload())?;
+        let place = self.checkpoints.save(snapshot, || {
+            self.records.upload()?;
+            self.lock.as_ref().map_or(Ok(()), |lock| lock.check(true))
+        })?;
         Ok(Saved {
             step,
             place,

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use coffey_pipeline::{S3Options, Sources};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -20,7 +21,7 @@ pub(crate) struct Cloud {
     pub(crate) root: TempDir,
     /// The quickstart's configuration with this server as its S3 endpoint.
     pub(crate) config: PathBuf,
-    _runtime: Runtime,
+    runtime: Runtime,
 }
 
 impl Cloud {
@@ -45,13 +46,24 @@ impl Cloud {
             proxy,
             root,
             config,
-            _runtime: runtime,
+            runtime,
         }
     }
 
     /// The folder of the bucket `out`.
     pub(crate) fn out(&self) -> PathBuf {
         self.root.path().join("served/out")
+    }
+
+    /// Writes an object of the bucket `out`, as another client does.
+    pub(crate) fn put(&self, name: &str, content: &[u8]) {
+        let client = Sources::new(S3Options {
+            embedded_root: Some(self.root.path().join("served")),
+            ..S3Options::default()
+        });
+        let client = self.runtime.block_on(client).unwrap();
+        let bucket = client.destination("s3://out/", self.runtime.handle());
+        bucket.unwrap().write(name, content).unwrap();
     }
 
     /// The number of uploads that are neither completed nor aborted.

@@ -1,24 +1,26 @@
-//! The lock of a run's folder: two runs in one folder would destroy each other's checkpoints.
+//! The lock of a folder: a file that its holder keeps locked.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use indicatif::HumanDuration;
 
-use super::{TrainError, io};
+use super::{LOCK, LockWait, held};
 use crate::process::host_name;
+use crate::train::{TrainError, io};
 
-/// Name of the file in the folder.
-pub(super) const LOCK: &str = ".lock";
+/// Time between two looks at a lock that another process holds.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Longest text that is read of it. Bytes.
 const MOST_TEXT: u64 = 300;
 
 /// A folder that is locked by this process until the value is dropped. Dropped, it removes folders that it made and that are
 /// empty but for the lock.
 #[derive(Debug)]
-pub(super) struct FolderLock {
+pub(in crate::train) struct FolderLock {
     folder: PathBuf,
     /// Folders that were made for the run, the innermost first.
     made: Vec<PathBuf>,
@@ -27,13 +29,18 @@ pub(super) struct FolderLock {
 
 impl FolderLock {
     /// Creates the folder if it is missing, locks it and says who holds it. Messages name the output by `place`.
-    pub(super) fn acquire(folder: &Path, place: &Path) -> Result<Self, TrainError> {
+    pub(in crate::train) fn acquire(
+        folder: &Path,
+        place: &Path,
+        wait: LockWait<'_>,
+    ) -> Result<Self, TrainError> {
         let missing = folder.ancestors().take_while(|folder| {
             !folder.as_os_str().is_empty() && fs::symlink_metadata(folder).is_err()
         });
         let made = missing.map(Path::to_owned).collect();
         fs::create_dir_all(folder).map_err(io(folder))?;
         let path = folder.join(LOCK);
+        let begun = Instant::now();
         let file = loop {
             let file = File::options()
                 .read(true)
@@ -42,7 +49,11 @@ impl FolderLock {
                 .truncate(false)
                 .open(&path)
                 .map_err(io(&path))?;
-            let file = lock(file, &path, place)?;
+            let mut file = file;
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) if wait.wait(PAUSE, begun)? => continue,
+                locked => check(locked, &mut file, &path, place)?,
+            }
             if is_at(&file, &path) {
                 break file;
             }
@@ -58,11 +69,14 @@ impl FolderLock {
     }
 
     /// Fails if another process holds the lock of a folder; changes nothing.
-    pub(super) fn check_free(folder: &Path, place: &Path) -> Result<(), TrainError> {
+    pub(in crate::train) fn check_free(folder: &Path, place: &Path) -> Result<(), TrainError> {
         let path = folder.join(LOCK);
         match File::open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            opened => lock(opened.map_err(io(&path))?, &path, place).map(drop),
+            opened => {
+                let mut file = opened.map_err(io(&path))?;
+                check(file.try_lock(), &mut file, &path, place)
+            }
         }
     }
 
@@ -97,15 +111,16 @@ fn is_at(file: &File, path: &Path) -> bool {
     opened.is_some() && opened == fs::metadata(path).map(identity).ok()
 }
 
-/// Locks an open lock file, or names its holder.
-fn lock(mut file: File, path: &Path, place: &Path) -> Result<File, TrainError> {
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(TrainError::Mismatch(format!(
-            "{}: another process{} is training into this folder; stop it, or name another train.output",
-            place.display(),
-            holder(&mut file)
-        ))),
+/// What an attempt to lock a file has given; an error names the holder.
+fn check(
+    locked: Result<(), TryLockError>,
+    file: &mut File,
+    path: &Path,
+    place: &Path,
+) -> Result<(), TrainError> {
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(held(place, &holder(file))),
         Err(TryLockError::Error(source)) => Err(io(path)(source)),
     }
 }
@@ -128,16 +143,39 @@ fn holder(file: &mut File) -> String {
 
 #[cfg(test)]
 mod tests {
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+
+    fn acquire(folder: &Path, limit: Duration) -> Result<FolderLock, TrainError> {
+        let wait = LockWait {
+            limit,
+            cancel: &CancellationToken::new(),
+            say: &|_| (),
+        };
+        FolderLock::acquire(folder, folder, wait)
+    }
+
+    #[test]
+    fn lock_that_is_released_in_time_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        let held = acquire(root.path(), Duration::ZERO).unwrap();
+        let released = std::thread::spawn(move || {
+            std::thread::sleep(3 * PAUSE);
+            drop(held);
+        });
+        acquire(root.path(), Duration::from_secs(60)).unwrap();
+        released.join().unwrap();
+    }
 
     #[test]
     fn lock_names_its_holder_and_leaves_nothing() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("a/b");
-        let held = FolderLock::acquire(&folder, &folder).unwrap();
+        let held = acquire(&folder, Duration::ZERO).unwrap();
         let pid = format!("(pid {} on host ", std::process::id());
         for refused in [
-            FolderLock::acquire(&folder, &folder).map(drop),
+            acquire(&folder, Duration::ZERO).map(drop),
             FolderLock::check_free(&folder, &folder),
         ] {
             let message = refused.unwrap_err().to_string();
@@ -153,7 +191,7 @@ mod tests {
     fn lock_keeps_folders_that_hold_files() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("a/b");
-        let held = FolderLock::acquire(&folder, &folder).unwrap();
+        let held = acquire(&folder, Duration::ZERO).unwrap();
         fs::write(folder.join("metrics.jsonl"), "").unwrap();
         drop(held);
         let mut left: Vec<_> = folder
@@ -163,10 +201,10 @@ mod tests {
             .collect();
         left.sort();
         assert_eq!(left, [LOCK, "metrics.jsonl"]);
-        FolderLock::acquire(&folder, &folder).unwrap();
+        acquire(&folder, Duration::ZERO).unwrap();
         let empty = root.path().join("empty");
         fs::create_dir(&empty).unwrap();
-        drop(FolderLock::acquire(&empty, &empty).unwrap());
+        drop(acquire(&empty, Duration::ZERO).unwrap());
         assert!(empty.is_dir(), "it was there before");
     }
 }
