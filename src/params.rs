@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var, bail};
 
 use crate::ops::{self, EmaUpdate};
 
@@ -65,6 +65,21 @@ impl ParamSet {
     /// The copy of a variable, which every update of it has to refresh.
     pub fn copy_of(&self, name: &str) -> Option<&Var> {
         self.copies.get(name)
+    }
+
+    /// Gives a variable, and its copy, a new value.
+    ///
+    /// # Errors
+    /// When there is no variable of this name, or the value has another shape or type.
+    pub fn set(&self, name: &str, value: &Tensor) -> Result<()> {
+        let Some(var) = self.variables.get(name) else {
+            bail!("there is no variable {name}");
+        };
+        var.set(value)?;
+        match self.copy_of(name) {
+            Some(copy) => copy.set(&ops::cast(value, copy.dtype())?),
+            None => Ok(()),
+        }
     }
 
     /// The tensors that a network computes with, as leaves of a graph: it records gradients.
@@ -212,6 +227,12 @@ mod tests {
         let wide = |x: &Tensor| x.to_dtype(DType::F32)?.to_vec1::<f32>();
         let rounded = after.to_dtype(DType::F16)?;
         assert_eq!(wide(&params.tracked()["a"])?, wide(&rounded)?);
+        // A value from elsewhere leaves the same as the update.
+        let again = ParamSet::new(&tensors(&[0.0; 2], &[2.0])?)?;
+        let again = again.with_copies(DType::F16, |name| name == "a")?;
+        again.set("a", &after)?;
+        assert_eq!(wide(&again.tracked()["a"])?, wide(&rounded)?);
+        assert!(again.set("c", &after).is_err());
         Ok(())
     }
 

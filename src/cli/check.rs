@@ -2,6 +2,7 @@
 
 mod cost;
 mod dry_run;
+mod ranks;
 mod report;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,7 @@ use super::output::check_writable;
 use super::resources::{
     DataAccess, content, encode_devices, memory_sizes, source_options, stream_config, train_device,
 };
-use super::{ConfigArgs, Failure};
+use super::{ConfigArgs, Failure, job};
 use crate::config::{Config, ConfigError, DeviceSpec, ModelRef, PrecomputeRequired, TrainRequired};
 use crate::device;
 use crate::diffusion::{NoiseSchedule, Prediction};
@@ -30,11 +31,13 @@ use crate::memory::{self, Command, EncoderSizes, MemoryLimits, MemoryPlan, Sizes
 use crate::models::unet::WEIGHTS_STEM;
 use crate::models::{PipelineParts, UNet, Weights, check_fit};
 use crate::pretrained::{Components, Models as ModelFolders};
+use crate::ranks::Job;
 use crate::train::{
     RunDir, compute_dtype, describe_encoders, describe_training, encoder_options, lcm_schedule,
 };
 use cost::{Cost, SampleSizes};
 use dry_run::DryRun;
+use ranks::{RanksCheck, exchange_speed};
 use report::CheckReport;
 use tokio_util::sync::CancellationToken;
 
@@ -100,19 +103,39 @@ pub(super) fn run(args: CheckArgs) -> Result<(), Failure> {
         out!("{}", toml.map_err(|error| Failure::Usage(error.into()))?);
         return Ok(());
     }
-    let mut report = CheckReport::new(args.json);
-    let result = check(&args.config, &mut report);
-    if args.json {
-        let value = serde_json::to_value(&report).map_err(std::io::Error::from)?;
-        outln!("{value:#}");
+    let (mut report, mut job) = (CheckReport::new(args.json), Job::solo());
+    let mut result = check(&args.config, &mut report, &mut job);
+    if args.json && job.collective.rank().leads() {
+        let value = serde_json::to_value(&report).map_err(std::io::Error::from);
+        match value {
+            Ok(value) => outln!("{value:#}"),
+            Err(error) => result = Err(error.into()),
+        }
     }
-    result
+    job::end(&job, result)
 }
 
-fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
+/// The configuration and its purpose; `job` is then the job that this process belongs to.
+fn load(args: &ConfigArgs, job: &mut Job) -> Result<(Config, Purpose), Failure> {
+    let mut config = args.load()?;
+    let purpose = Purpose::of(&config)?;
+    // The ranks of `coffey precompute` know nothing of each other.
+    if let Purpose::Train(_) = purpose {
+        *job = job::join(&config)?;
+        job::share_machine(&mut config, job)?;
+    }
+    Ok((config, purpose))
+}
+
+fn check(args: &ConfigArgs, report: &mut CheckReport, job: &mut Job) -> Result<(), Failure> {
+    let loaded = load(args, job);
+    let collective = &*job.collective;
+    if let (Ok(_), false) = (&loaded, collective.rank().leads()) {
+        // Rank 0 checks for all.
+        return exchange_speed(collective, job.limit).map(drop);
+    }
     let (mut config, purpose, data) = report.step("configuration", || {
-        let config = args.load()?;
-        let purpose = Purpose::of(&config)?;
+        let (config, purpose) = loaded?;
         let data = DataAccess::open(source_options(&config))?;
         let message = format!(
             "{} is valid, for `coffey {}`",
@@ -137,7 +160,8 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         let (key, place) = purpose.output();
         check_writable(key, place, &data)?;
         if let Purpose::Train(_) = purpose {
-            RunDir::check_free(place)?;
+            let open = |place: &str| data.sources.destination(place, data.runtime.handle());
+            RunDir::check_free(place, open)?;
         }
         Ok(((), format!("{} can be written", place.display())))
     })?;
@@ -177,9 +201,11 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
         Purpose::Train(_) => Command::Train,
         Purpose::Precompute(_) => Command::Precompute,
     };
-    let limits = MemoryLimits::now(cards);
+    let ranks = collective.rank().world;
+    let limits = MemoryLimits::now(cards).shared_by(job.local_world);
     // Before a sample is decoded. Faults of the models are those of the steps that load them.
-    if let Ok(sizes) = memory_sizes(command, content, Some(&models), config.lora.as_ref())
+    let sizes = memory_sizes(command, content, Some(&models), config.lora.as_ref());
+    if let Ok(sizes) = sizes.map(|sizes| Sizes { ranks, ..sizes })
         && let Err(error) = memory::check(&config, &sizes, &limits)
     {
         return report.step("memory", || Err(error.into()));
@@ -233,13 +259,20 @@ fn check(args: &ConfigArgs, report: &mut CheckReport) -> Result<(), Failure> {
     }
     let sizes = Sizes {
         command,
-        ranks: 1,
+        ranks,
         sample_bytes: Some(sample_bytes),
         content,
         encoders: Some(encoders.sizes),
         teacher: teacher.as_ref().map(|teacher| teacher.sizes.clone()),
     };
     report.memory(MemoryPlan::new(&config, &sizes, limits))?;
+    if ranks > 1 {
+        report.step("ranks", || {
+            let ranks = RanksCheck::new(&config, job, shards.len(), &sizes)?;
+            let message = ranks.message();
+            Ok((ranks, message))
+        })?;
+    }
     report.step("dry run", || {
         let start = Instant::now();
         let dry_run = DryRun {

@@ -10,6 +10,7 @@ mod export;
 mod failure;
 mod init;
 mod inspect;
+mod job;
 mod lora;
 mod man;
 mod numbers;

@@ -11,18 +11,20 @@ use super::resources::{
     DataAccess, check_memory, content, encode_devices, source_options, start_monitor,
     stream_config, train_device,
 };
-use super::{ConfigArgs, Failure};
-use crate::config::{Config, DeviceSpec, Listen};
+use super::{ConfigArgs, Failure, job};
+use crate::config::Config;
 use crate::device;
 use crate::hub::{HubError, Push, PushError, Pushed};
 use crate::latents::LatentSource;
 use crate::memory::Command;
 use crate::monitor::StreamingCommand;
 use crate::pretrained::Components;
-use crate::print;
-use crate::ranks::{Job, JobOptions, Rank};
+use crate::ranks::{Job, Rank};
 use crate::signals::cancel_on_signals;
-use crate::train::{self, Outcome, RunDir, RunOptions, Services, TrainError};
+use crate::train::{self, LockWait, Outcome, RunDir, RunOptions, Services, TrainError};
+
+/// Time within which the ranks of an earlier job end after their launcher.
+const RESTART: Duration = Duration::from_secs(10);
 
 /// Options of `coffey train`.
 #[derive(Args, Debug)]
@@ -33,71 +35,10 @@ pub(super) struct TrainArgs {
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let mut config = args.config.load()?;
-    let stall_timeout = config.train.stall_timeout;
-    let job = join_job(&config)?;
-    share_machine(&mut config, &job)?;
+    let job = job::join(&config)?;
+    job::share_machine(&mut config, &job)?;
     let done = train(config, &job);
-    match done {
-        Ok(()) | Err(Failure::Stopped) => {
-            // The others wait until rank 0 has written everything.
-            let limit = match job.collective.rank().leads() {
-                true => Duration::from_secs(stall_timeout),
-                false => Duration::MAX,
-            };
-            job.collective.finish(limit)?;
-            done
-        }
-        Err(failure) if job.collective.rank() != Rank::SOLO => {
-            // The other ranks can't go on without this one.
-            failure.print();
-            job.collective.abort(failure.code())
-        }
-        Err(failure) => Err(failure),
-    }
-}
-
-/// Joins the job of this process's launcher. Ranks other than 0 print errors and warnings alone.
-fn join_job(config: &Config) -> Result<Job, Failure> {
-    let job = Job::join(&JobOptions {
-        library: config.mpi.library.as_deref(),
-        get: &|name| std::env::var(name).ok(),
-        limit: Duration::from_secs(config.train.stall_timeout),
-    })?;
-    let rank = job.collective.rank();
-    if !rank.leads() {
-        print::be_quiet(format!("rank {}: ", rank.index));
-    }
-    if rank.world > 1 {
-        errln!("{}", job.description);
-    }
-    Ok(job)
-}
-
-/// Divides the cores, the CUDA devices and the monitor's ports between the ranks of this machine.
-fn share_machine(config: &mut Config, job: &Job) -> Result<(), Failure> {
-    if job.collective.rank() == Rank::SOLO {
-        return Ok(());
-    }
-    let threads = job.threads();
-    if !config.is_written("data.decode_threads") {
-        config.data.decode_threads = threads;
-    }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|error| Failure::Failed(error.into()))?;
-    let devices = config.encode.devices.iter_mut();
-    for device in devices.chain([&mut config.train.device]) {
-        if let DeviceSpec::Cuda(ordinal) = device {
-            *ordinal += job.local_rank;
-        }
-    }
-    if let Some(Listen(address)) = &mut config.metrics.listen
-        && address.port() > 0
-    {
-        address.set_port(address.port().saturating_add(job.local_rank as u16));
-    }
-    Ok(())
+    job::end(&job, done)
 }
 
 fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
@@ -119,7 +60,16 @@ fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
     if leads {
         let place = &required.output;
         check_writable("train.output", place, &access)?;
-        output = Some(RunDir::open(&config, place, destination)?);
+        let wait = LockWait {
+            limit: match job.collective.rank() {
+                Rank::SOLO => Duration::ZERO,
+                // A launcher may return a moment before rank 0 has ended.
+                _ => RESTART,
+            },
+            cancel: &cancel,
+            say: &|text| errln!("{text}"),
+        };
+        output = Some(RunDir::open(&config, place, destination, wait)?);
     }
     let push = match leads {
         true => Push::prepare(&config.hub)?,
@@ -220,6 +170,7 @@ impl From<TrainError> for Failure {
         match error {
             TrainError::Encode(crate::encode::EncodeError::Stream(error)) => (*error).into(),
             TrainError::Source(error) => error.into(),
+            TrainError::Stopped => Self::Stopped,
             TrainError::Mismatch(_) => Self::Usage(error.into()),
             TrainError::Lanes(error) => error.into(),
             TrainError::Ranks(error) => error.into(),

@@ -8,7 +8,7 @@ mod sampling;
 mod sizes;
 
 pub use limits::{MemoryError, MemoryLimits, check};
-pub use plan::{MemoryPlan, Verdict};
+pub use plan::{MemoryPlan, Verdict, trained_parameters};
 pub use sampling::check_sampling;
 pub use sizes::{Command, EncoderSizes, Sizes, TeacherSizes};
 

@@ -188,7 +188,7 @@ impl MemoryPlan {
         ranks: usize,
     ) {
         self.add_widened(config, teacher);
-        let (unet, student) = (&teacher.unet, trained(config, teacher));
+        let (unet, student) = (&teacher.unet, trained_parameters(config, teacher));
         // A LoRA's target is the student itself.
         let target = teacher.adapters.map_or(student, |_| 0);
         let teacher = teacher.parameters;
@@ -226,7 +226,17 @@ impl MemoryPlan {
                 "two moments a parameter, in 8 bits",
             ),
         };
-        self.add(device, "optimizer", moments, how.to_owned());
+        let ranks = ranks as u64;
+        let own = moments.div_ceil(ranks);
+        let how = match ranks {
+            1 => how.to_owned(),
+            _ => format!("{how}, divided between {ranks} ranks"),
+        };
+        self.add(device, "optimizer", own, how);
+        if ranks > 1 {
+            let how = "those of the other ranks, on rank 0 while it saves".to_owned();
+            self.add(DeviceSpec::Cpu, "moments", moments - own, how);
+        }
         if config.checkpoint.background {
             let bytes = (student + target) * F32 + moments;
             let how =
@@ -359,7 +369,7 @@ impl MemoryPlan {
 }
 
 /// Number of trained parameters.
-fn trained(config: &Config, teacher: &TeacherSizes) -> u64 {
+pub fn trained_parameters(config: &Config, teacher: &TeacherSizes) -> u64 {
     let unet = &teacher.unet;
     let embedding = match unet.time_cond_proj_dim {
         Some(_) => 0,

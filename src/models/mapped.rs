@@ -22,10 +22,22 @@ use super::ModelError;
 /// When the file can't be read or is damaged, and what `each` returns.
 pub(super) fn for_each_tensor(
     path: &Path,
+    each: impl FnMut(&str, Tensor) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
+    for_each_wanted_tensor(path, |_| true, each)
+}
+
+/// As [`for_each_tensor`], for the tensors whose names are `wanted`.
+pub(super) fn for_each_wanted_tensor(
+    path: &Path,
+    wanted: impl Fn(&str) -> bool,
     mut each: impl FnMut(&str, Tensor) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
     let map = map(path)?;
     for (name, view) in tensors(path, &map)?.iter() {
+        if !wanted(name) {
+            continue;
+        }
         let tensor = view
             .load(&Device::Cpu)
             .map_err(|e| damaged(path, format!("tensor \"{name}\": {e}")))?;

@@ -43,8 +43,8 @@ pub use unet::{UNet, UNetConfig, casts_parameter};
 pub use vae::{AutoencoderKl, VaeConfig};
 pub use weight_files::{TEXT_ENCODER_STEM, WeightsFile, choose_weights, file_names, index_shards};
 pub use weights::{
-    FileContents, Weights, config_text, count_parameters, model_metadata, save_model, tensor_names,
-    tensor_shapes, weights_file, write_safetensors,
+    FileContents, Weights, config_text, count_parameters, model_metadata, read_tensors, save_model,
+    tensor_names, tensor_shapes, weights_file, write_safetensors,
 };
 
 use std::path::PathBuf;

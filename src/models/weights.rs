@@ -252,11 +252,7 @@ impl FileContents {
     /// # Errors
     /// When the file can't be read or is damaged.
     pub fn read(path: &Path) -> Result<Self, ModelError> {
-        let mut tensors = BTreeMap::new();
-        mapped::for_each_tensor(path, |name, tensor| {
-            tensors.insert(name.to_owned(), tensor);
-            Ok(())
-        })?;
+        let tensors = read_tensors(path, |_| true)?;
         let metadata = mapped::metadata(path)?;
         Ok(Self { tensors, metadata })
     }
@@ -269,6 +265,22 @@ impl FileContents {
         let tensors = self.tensors.iter().map(|(name, t)| (name.as_str(), t));
         write_safetensors(writer, tensors, Some(self.metadata.clone()))
     }
+}
+
+/// The tensors of a safetensors file whose names are `wanted`, on the CPU and as stored.
+///
+/// # Errors
+/// When the file can't be read or is damaged.
+pub fn read_tensors(
+    path: &Path,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    let mut tensors = BTreeMap::new();
+    mapped::for_each_wanted_tensor(path, wanted, |name, tensor| {
+        tensors.insert(name.to_owned(), tensor);
+        Ok(())
+    })?;
+    Ok(tensors)
 }
 
 /// Names of the tensors of a safetensors file, in name order; none if it is no such file.

@@ -56,7 +56,7 @@ pub use projection::{map_to_tokens, tokens_to_map};
 pub use residual::{add, add_to_rows, concatenate};
 pub use tape::no_grad;
 pub use update::{
-    AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, global_squared_norm,
+    AdamWMoments, AdamWStep, AdamWUpdate, EmaUpdate, adamw_steps, ema_updates, squared_norms,
 };
 pub use upsample::upsample_nearest_2x;
 

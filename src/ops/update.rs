@@ -39,19 +39,16 @@ pub fn ema_updates(updates: &[EmaUpdate<'_>], decay: f64) -> Result<()> {
         .try_for_each(|update| ema_update(update.target, update.source, decay))
 }
 
-/// The sum of the squares of all elements of all tensors, each of a float dtype. Summed in `f64` over the tensors in their order,
-/// and on the CPU within an `f32` tensor.
+/// The sum of the squares of each tensor's elements, in `f64`. The tensors are of float dtypes. Each sum depends on its tensor alone.
 ///
 /// # Errors
 /// When a tensor is not of a float dtype.
-pub fn global_squared_norm(tensors: &[&Tensor]) -> Result<f64> {
+pub fn squared_norms(tensors: &[&Tensor]) -> Result<Vec<f64>> {
     #[cfg(feature = "cuda")]
     if tensors.iter().all(|x| cuda::has_kernel(x)) {
-        return cuda::global_squared_norm(tensors);
+        return cuda::squared_norms(tensors);
     }
-    let squares = tensors.par_iter().map(|x| squared_norm(x));
-    // Collected before summation: the order of the sum must not depend on threads.
-    Ok(squares.collect::<Result<Vec<f64>>>()?.into_iter().sum())
+    tensors.par_iter().map(|x| squared_norm(x)).collect()
 }
 
 /// The settings of one AdamW step, shared by all parameters.

@@ -4,8 +4,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::launcher::{RankOrigin, from_environment, from_mpi_launcher};
-use super::mpi::{ExpectedRank, MpiOptions, ProcessManager};
-use super::{Collective, Mpi, RanksError, Solo};
+use super::mpi::{ExpectedRank, MpiOptions, MpiRanks, ProcessManager};
+use super::{Collective, Patience, RanksError, Solo};
 
 /// How to join a job.
 #[derive(Clone, Copy)]
@@ -37,6 +37,8 @@ pub struct Job {
     sharing: usize,
     /// The job, for people; empty for one process.
     pub description: String,
+    /// Time without an answer of another rank after which the job fails.
+    pub limit: Duration,
 }
 
 impl Job {
@@ -48,6 +50,7 @@ impl Job {
             local_world: 1,
             sharing: 1,
             description: String::new(),
+            limit: Duration::ZERO,
         }
     }
 
@@ -74,25 +77,28 @@ impl Job {
         if rank.world == 1 {
             return Ok(Self::solo());
         }
-        let mpi = Mpi::open(&MpiOptions {
-            library: options.library,
+        let mpi = MpiRanks::open(MpiOptions {
+            library: options.library.map(str::to_owned),
             manager,
             expected: Some(ExpectedRank {
                 rank: rank.index,
                 world: rank.world,
-                origin: &origin,
+                origin,
             }),
             limit: options.limit,
         })?;
-        let sharing = ranks_on_same_cores(&mpi, options.limit)?;
-        let (nodes, world) = (mpi.nodes(), mpi.world());
+        let world = mpi.world();
+        let own = format!("{} {}", world.node().unwrap_or_default(), allowed_cores());
+        let sharing = ranks_that_say(&mpi, own, options.limit)?;
+        let (nodes, size) = (world.node_count(), world.size());
         let machines = if nodes == 1 { "machine" } else { "machines" };
         Ok(Self {
-            local_rank: mpi.local_rank(),
-            local_world: mpi.local_world(),
+            local_rank: world.local_rank(),
+            local_world: world.local_size(),
             sharing,
-            description: format!("{world} ranks on {nodes} {machines}, {}", mpi.library()),
+            description: format!("{size} ranks on {nodes} {machines}, {}", world.library),
             collective: Rc::new(mpi),
+            limit: options.limit,
         })
     }
 
@@ -103,17 +109,18 @@ impl Job {
     }
 }
 
-/// Number of ranks on this rank's machine that may use exactly its cores. A launcher that binds ranks gives each its own.
-fn ranks_on_same_cores(mpi: &Mpi, limit: Duration) -> Result<usize, RanksError> {
-    let own = format!(
-        "{} {}",
-        mpi.node(mpi.rank()).unwrap_or_default(),
-        allowed_cores()
-    );
-    let all = mpi.gather(own.as_bytes(), limit)?.unwrap_or_default();
-    let all = mpi.broadcast(all.join(&b'\n'), limit.saturating_mul(2))?;
+/// Number of ranks that say the same as this one. A launcher that binds ranks gives each its own cores.
+fn ranks_that_say(
+    collective: &dyn Collective,
+    own: String,
+    limit: Duration,
+) -> Result<usize, RanksError> {
+    let patience = Patience::ForLife(limit);
+    let all = collective.gather(own.clone().into_bytes(), patience)?;
+    let all = all.unwrap_or_default().join(&b'\n');
+    let all = collective.broadcast(all, patience)?;
     let same = all.split(|&byte| byte == b'\n');
-    Ok(same.filter(|cores| *cores == own.as_bytes()).count().max(1))
+    Ok(same.filter(|said| *said == own.as_bytes()).count().max(1))
 }
 
 /// The cores that this process may use, as Linux lists them; empty where that is not known.

@@ -1,7 +1,7 @@
 //! The processes of one job: which one this is, which lanes it reads, and how all of them agree.
 //!
-//! A [`Collective`] carries bytes and numbers between the ranks and adds nothing: the sums are formed here, in an order of their own, so
-//! that no library decides how a gradient is rounded.
+//! A [`Collective`] carries bytes and tensors between the ranks and adds nothing: the sums are formed here, in an order of their own, so
+//! that no library decides how a gradient is rounded. Each variable has one rank that holds its moments and updates it ([`Shares`]).
 
 mod error;
 mod job;
@@ -9,17 +9,25 @@ mod lanes;
 mod launcher;
 mod mpi;
 mod reduce;
+mod shares;
+mod tensors;
+#[cfg(test)]
+pub(crate) mod threads;
 mod tree;
 
 use std::fmt;
 use std::time::Duration;
 
+use candle_core::Tensor;
+
 pub use error::RanksError;
 pub use job::{Job, JobOptions};
 pub use lanes::LanesError;
 pub use launcher::{LauncherError, RankOrigin, from_environment};
-pub use mpi::{Mpi, MpiError};
-pub use reduce::{SumError, sum_over_ranks};
+pub use mpi::MpiError;
+pub use reduce::{ExchangeError, send_own, sum_of_all, sum_of_own};
+pub use shares::Shares;
+pub use tensors::{Outgoing, TensorForm};
 pub use tree::TreeSum;
 
 /// This process among those of one job.
@@ -46,8 +54,26 @@ impl Rank {
     }
 }
 
+/// How long an operation waits for other ranks before it fails, naming them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// This time without data of the operation.
+    ForData(Duration),
+    /// This time without any sign of life: a rank may do other work before its part of the operation.
+    ForLife(Duration),
+}
+
+impl Patience {
+    /// The time.
+    pub fn limit(self) -> Duration {
+        match self {
+            Self::ForData(limit) | Self::ForLife(limit) => limit,
+        }
+    }
+}
+
 /// Messages between the ranks of a job. Every rank calls the same operations in the same order; after an error the job can only be
-/// aborted. A limit is the time without data from other ranks after which an operation fails, naming them.
+/// aborted.
 pub trait Collective: fmt::Debug {
     /// This process.
     fn rank(&self) -> Rank;
@@ -56,35 +82,29 @@ pub trait Collective: fmt::Debug {
     ///
     /// # Errors
     /// When a rank does not answer, or the transport fails.
-    fn gather(&self, message: &[u8], limit: Duration) -> Result<Option<Vec<Vec<u8>>>, RanksError>;
+    fn gather(
+        &self,
+        message: Vec<u8>,
+        patience: Patience,
+    ) -> Result<Option<Vec<Vec<u8>>>, RanksError>;
 
     /// Sends rank 0's message to every rank; the argument of the others is ignored.
     ///
     /// # Errors
     /// As [`Collective::gather`].
-    fn broadcast(&self, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, RanksError>;
+    fn broadcast(&self, message: Vec<u8>, patience: Patience) -> Result<Vec<u8>, RanksError>;
 
-    /// Sends row r of `rows`, of equal length, to rank r; row r of `received` comes from rank r.
+    /// Sends tensors to all ranks and receives theirs: row r of the result comes from rank r and has the forms `expected[r]`, which are
+    /// those of the row that rank r sends to this one.
     ///
     /// # Errors
-    /// As [`Collective::gather`].
-    fn all_to_all(
+    /// As [`Collective::gather`], and a failed tensor operation.
+    fn exchange(
         &self,
-        rows: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), RanksError>;
-
-    /// Sends `segment` to every rank; segment r of `received` comes from rank r.
-    ///
-    /// # Errors
-    /// As [`Collective::gather`].
-    fn all_gather(
-        &self,
-        segment: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), RanksError>;
+        sent: Outgoing,
+        expected: &[Vec<TensorForm>],
+        patience: Patience,
+    ) -> Result<Vec<Vec<Tensor>>, ExchangeError>;
 
     /// Ends all ranks and this process with an exit code.
     fn abort(&self, code: u8) -> !;
@@ -93,7 +113,7 @@ pub trait Collective: fmt::Debug {
     ///
     /// # Errors
     /// As [`Collective::gather`].
-    fn finish(&self, limit: Duration) -> Result<(), RanksError>;
+    fn finish(&self, patience: Patience) -> Result<(), RanksError>;
 }
 
 /// A job of one process.
@@ -105,39 +125,28 @@ impl Collective for Solo {
         Rank::SOLO
     }
 
-    fn gather(&self, message: &[u8], _: Duration) -> Result<Option<Vec<Vec<u8>>>, RanksError> {
-        Ok(Some(vec![message.to_vec()]))
+    fn gather(&self, message: Vec<u8>, _: Patience) -> Result<Option<Vec<Vec<u8>>>, RanksError> {
+        Ok(Some(vec![message]))
     }
 
-    fn broadcast(&self, message: Vec<u8>, _: Duration) -> Result<Vec<u8>, RanksError> {
+    fn broadcast(&self, message: Vec<u8>, _: Patience) -> Result<Vec<u8>, RanksError> {
         Ok(message)
     }
 
-    fn all_to_all(
+    fn exchange(
         &self,
-        rows: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        _: Duration,
-    ) -> Result<(), RanksError> {
-        received.clone_from(rows);
-        Ok(())
-    }
-
-    fn all_gather(
-        &self,
-        segment: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        _: Duration,
-    ) -> Result<(), RanksError> {
-        received.clone_from(segment);
-        Ok(())
+        sent: Outgoing,
+        _: &[Vec<TensorForm>],
+        _: Patience,
+    ) -> Result<Vec<Vec<Tensor>>, ExchangeError> {
+        Ok(vec![sent.row(0).to_vec()])
     }
 
     fn abort(&self, code: u8) -> ! {
         std::process::exit(i32::from(code))
     }
 
-    fn finish(&self, _: Duration) -> Result<(), RanksError> {
+    fn finish(&self, _: Patience) -> Result<(), RanksError> {
         Ok(())
     }
 }

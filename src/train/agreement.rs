@@ -7,7 +7,7 @@ use coffey_pipeline::order::Cursor;
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use crate::ranks::{Collective, RanksError, TreeSum};
+use crate::ranks::{Collective, Patience, RanksError, TreeSum};
 
 /// The micro-batches of one rank in a step.
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,7 +61,6 @@ struct Answer {
     loss_bits: u64,
     samples: u64,
     epoch: u64,
-    busy: bool,
 }
 
 /// A step as all ranks see it.
@@ -83,65 +82,38 @@ pub(super) struct Agreed {
     pub(super) skipped: Vec<SkippedSample>,
 }
 
-/// The exchange of a run.
-#[derive(Debug)]
-pub(super) struct Agreement {
-    /// Time without an answer of a rank after which the run fails.
+/// Exchanges `part` for the whole step. `limit`: time without an answer of a rank after which the run fails.
+pub(super) fn agree(
+    collective: &dyn Collective,
+    part: StepPart,
     limit: Duration,
-    /// Whether rank 0 draws or writes for an unknown time before its next answer.
-    waits_for_rank_0: bool,
-}
-
-impl Agreement {
-    pub(super) fn new(limit: Duration) -> Self {
-        Self {
-            limit,
-            // Before the first step rank 0 opens the output and draws the teacher's samples.
-            waits_for_rank_0: true,
-        }
+) -> Result<Agreed, TrainError> {
+    let rank = collective.rank();
+    // Rank 0 may draw or write before it answers. The others go from step to step.
+    let patience = match rank.leads() {
+        true => Patience::ForData(limit),
+        false => Patience::ForLife(limit),
+    };
+    let message = serde_json::to_vec(&part).map_err(unreadable(rank.index))?;
+    let mut joined = None;
+    let mut answer = Vec::new();
+    if let Some(parts) = collective.gather(message, patience)? {
+        let (whole, cursor, skipped) = join(&parts)?;
+        answer = serde_json::to_vec(&whole).map_err(unreadable(0))?;
+        joined = Some((cursor, skipped));
     }
-
-    /// The time after which a rank that does not answer ends the run.
-    pub(super) fn limit(&self) -> Duration {
-        self.limit
-    }
-
-    /// Exchanges `part` for the whole step. `busy`: rank 0 draws or writes after this step, for an unknown time.
-    pub(super) fn exchange(
-        &mut self,
-        collective: &dyn Collective,
-        part: StepPart,
-        busy: bool,
-    ) -> Result<Agreed, TrainError> {
-        let message = serde_json::to_vec(&part).map_err(unreadable(collective.rank().index))?;
-        let parts = collective.gather(&message, self.limit)?;
-        let mut joined = None;
-        let mut answer = Vec::new();
-        if let Some(parts) = parts {
-            let (whole, cursor, skipped) = join(&parts, busy)?;
-            answer = serde_json::to_vec(&whole).map_err(unreadable(0))?;
-            joined = Some((cursor, skipped));
-        }
-        let patience = match (collective.rank().leads(), self.waits_for_rank_0) {
-            (true, _) => self.limit,
-            (false, true) => Duration::MAX,
-            // Rank 0 may wait for a third rank, which its own error names.
-            (false, false) => self.limit * 2,
-        };
-        let answer = collective.broadcast(answer, patience)?;
-        let whole: Answer = serde_json::from_slice(&answer).map_err(unreadable(0))?;
-        self.waits_for_rank_0 = whole.busy;
-        let (cursor, skipped) = joined.unwrap_or((None, Vec::new()));
-        Ok(Agreed {
-            made: whole.made,
-            stop: whole.stop,
-            loss: f64::from_bits(whole.loss_bits),
-            samples: whole.samples,
-            epoch: whole.epoch,
-            cursor,
-            skipped,
-        })
-    }
+    let answer = collective.broadcast(answer, patience)?;
+    let whole: Answer = serde_json::from_slice(&answer).map_err(unreadable(0))?;
+    let (cursor, skipped) = joined.unwrap_or((None, Vec::new()));
+    Ok(Agreed {
+        made: whole.made,
+        stop: whole.stop,
+        loss: f64::from_bits(whole.loss_bits),
+        samples: whole.samples,
+        epoch: whole.epoch,
+        cursor,
+        skipped,
+    })
 }
 
 fn unreadable(rank: usize) -> impl FnOnce(serde_json::Error) -> TrainError {
@@ -152,10 +124,7 @@ fn unreadable(rank: usize) -> impl FnOnce(serde_json::Error) -> TrainError {
 }
 
 /// The whole step from the parts of all ranks, in rank order.
-fn join(
-    messages: &[Vec<u8>],
-    busy: bool,
-) -> Result<(Answer, Option<Cursor>, Vec<SkippedSample>), TrainError> {
+fn join(messages: &[Vec<u8>]) -> Result<(Answer, Option<Cursor>, Vec<SkippedSample>), TrainError> {
     let mut loss = TreeSum::default();
     let (mut cursors, mut skipped) = (Vec::new(), Vec::new());
     let mut whole = Answer {
@@ -164,7 +133,6 @@ fn join(
         loss_bits: 0,
         samples: 0,
         epoch: 0,
-        busy,
     };
     for (rank, message) in messages.iter().enumerate() {
         let part: StepPart = serde_json::from_slice(message).map_err(unreadable(rank))?;

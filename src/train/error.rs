@@ -9,7 +9,7 @@ use crate::draw::SaveError;
 use crate::encode::EncodeError;
 use crate::lora::LoraError;
 use crate::models::{ModelError, PipelineMismatch};
-use crate::ranks::{LanesError, RanksError, SumError};
+use crate::ranks::{ExchangeError, LanesError, RanksError};
 use crate::sample::SampleError;
 
 /// Why a run ended before its last step.
@@ -187,12 +187,11 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
     move |source| TrainError::Io { path, source }
 }
 
-impl TrainError {
-    /// A failed sum of gradients in `step`.
-    pub(super) fn not_summed(step: u64) -> impl FnOnce(SumError) -> Self {
-        move |error| match error {
-            SumError::Ranks(error) => error.into(),
-            SumError::Tensor(source) => Self::Step { step, source },
+impl From<ExchangeError> for TrainError {
+    fn from(error: ExchangeError) -> Self {
+        match error {
+            ExchangeError::Ranks(error) => Self::Ranks(error),
+            ExchangeError::Tensor(error) => Self::Tensor(error),
         }
     }
 }

@@ -26,6 +26,7 @@ mod trainer;
 
 pub use error::TrainError;
 pub(crate) use error::io;
+pub use lock::LockWait;
 pub use loss_scale::LossScale;
 pub use observers::{Earlier, Ending, Observer, Observers, RunView, StepReport};
 pub use optimizer::{AdamW, OptimizerState};

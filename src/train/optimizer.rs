@@ -1,23 +1,30 @@
 //! AdamW over named variables, with clipping by global norm.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::loss_scale::LossScale;
 use crate::config::{self, OptimizerKind};
 use crate::ops::{self, AdamWMoments, AdamWStep, AdamWUpdate, BlockMoments, BlockQuantized};
-use crate::params::{Grads, ParamSet};
+use crate::params::{Grads, ParamSet, Tensors};
+use crate::ranks::{Collective, ExchangeError, Outgoing, Patience, Rank, Shares, TensorForm};
 
 /// Variables with fewer elements keep their moments in `f32`, as in bitsandbytes.
 const SMALLEST_QUANTIZED: usize = 4096;
 
 /// `torch.optim.AdamW` or bitsandbytes' `AdamW8bit`, `torch.nn.utils.clip_grad_norm_` and `torch.amp.GradScaler`.
+///
+/// Of several ranks each holds the moments of its own variables and updates these alone.
 #[derive(Debug)]
 pub struct AdamW {
     settings: config::Optimizer,
+    shares: Shares,
+    /// The moments of this rank's own variables.
     moments: BTreeMap<String, AdamWMoments>,
+    /// On rank 0 between [`Self::gather_moments`] and [`Self::release_moments`] those of all others, by the names of their tensors.
+    gathered: BTreeMap<String, Tensor>,
     numbers: OptimizerState,
 }
 
@@ -57,33 +64,38 @@ const FIRST_ABSMAX: &str = "exp_avg_absmax.";
 const SECOND_ABSMAX: &str = "exp_avg_sq_absmax.";
 
 impl AdamW {
-    /// An optimiser before its first step; with `scaled` it has a loss scale.
+    /// An optimiser of `rank` before its first step; with `scaled` it has a loss scale.
     ///
     /// # Errors
     /// When the moments can't be allocated.
-    pub fn new(settings: &config::Optimizer, variables: &ParamSet, scaled: bool) -> Result<Self> {
-        let moments = |var: &Var| -> Result<AdamWMoments> {
-            let (n, device) = (var.elem_count(), var.device());
-            if settings.kind == OptimizerKind::AdamW8bit && n >= SMALLEST_QUANTIZED {
-                return BlockMoments::zeros(n, device).map(AdamWMoments::Blocks);
-            }
-            let zeros = || Var::zeros(var.shape(), DType::F32, device);
-            Ok(AdamWMoments::Full {
-                first: zeros()?,
-                second: zeros()?,
-            })
-        };
+    pub fn new(
+        settings: &config::Optimizer,
+        variables: &ParamSet,
+        scaled: bool,
+        rank: Rank,
+    ) -> Result<Self> {
+        let sizes = variables.iter();
+        let shares = Shares::new(
+            rank,
+            sizes.map(|(name, var)| (name.as_str(), var.elem_count())),
+        );
+        let own = variables.iter().filter(|(name, _)| shares.owns(name));
+        let moments = own.map(|(name, var)| Ok((name.clone(), zero_moments(settings.kind, var)?)));
         Ok(Self {
             settings: settings.clone(),
-            moments: variables
-                .iter()
-                .map(|(name, var)| Ok((name.clone(), moments(var)?)))
-                .collect::<Result<_>>()?,
+            moments: moments.collect::<Result<_>>()?,
+            shares,
+            gathered: BTreeMap::new(),
             numbers: OptimizerState {
                 steps: 0,
                 loss_scale: scaled.then(LossScale::new),
             },
         })
+    }
+
+    /// Which rank updates which variable.
+    pub fn shares(&self) -> &Shares {
+        &self.shares
     }
 
     /// Steps made.
@@ -101,16 +113,12 @@ impl AdamW {
         self.loss_scale().map_or(1.0, LossScale::factor)
     }
 
-    /// Global norm of the gradients of the loss, from those of the scaled loss.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn norm(&self, gradients: &Grads) -> Result<f64> {
-        let gradients: Vec<&Tensor> = gradients.values().collect();
-        Ok(ops::global_squared_norm(&gradients)?.sqrt() / self.factor())
+    /// Global norm of the gradients of the loss, from the sum of the squares of those of the scaled loss.
+    pub fn norm(&self, squares: f64) -> f64 {
+        squares.sqrt() / self.factor()
     }
 
-    /// One step with the gradients of the scaled loss. `norm` is the global norm of the loss's gradients; above `max_grad_norm`
+    /// One step of this rank's own variables with the gradients of the scaled loss. `norm` is the global norm of the loss's gradients; above `max_grad_norm`
     /// the gradients are scaled down to it. If the loss is scaled and the norm is not finite, only the scale changes.
     ///
     /// # Errors
@@ -141,7 +149,8 @@ impl AdamW {
             step: self.numbers.steps,
         };
         let mut updates = Vec::with_capacity(self.moments.len());
-        for ((name, param), moments) in variables.iter().zip(self.moments.values_mut()) {
+        let own = variables.iter().filter(|(name, _)| self.shares.owns(name));
+        for ((name, param), moments) in own.zip(self.moments.values_mut()) {
             if let Some(grad) = gradients.get(name) {
                 updates.push(AdamWUpdate {
                     param,
@@ -159,37 +168,70 @@ impl AdamW {
         self.numbers
     }
 
-    /// Both moments of every variable, by the names of PyTorch's state. The tensors may share storage that the next step
-    /// overwrites.
-    pub fn state(&self) -> Vec<(String, Tensor)> {
-        let mut state = Vec::new();
-        for (name, moments) in &self.moments {
-            let mut add = |prefix: &str, t: Tensor| state.push((format!("{prefix}{name}"), t));
-            match moments {
-                AdamWMoments::Full { first, second } => {
-                    add(FIRST, first.as_detached_tensor());
-                    add(SECOND, second.as_detached_tensor());
-                }
-                AdamWMoments::Blocks(BlockMoments { first, second }) => {
-                    add(FIRST, first.codes.clone());
-                    add(FIRST_ABSMAX, first.absmax.clone());
-                    add(SECOND, second.codes.clone());
-                    add(SECOND_ABSMAX, second.absmax.clone());
-                }
-            }
-        }
+    /// Both moments of every variable of this rank, and of those that are gathered, by the names of PyTorch's state. The tensors may
+    /// share storage that the next step overwrites.
+    pub fn state(&self) -> Tensors {
+        let own = self.moments.iter();
+        let mut state = self.gathered.clone();
+        state.extend(own.flat_map(|(name, moments)| tensors_of(name, moments)));
         state
     }
 
-    /// Restores what [`Self::state`] and [`Self::numbers`] gave. Returns what is wrong with it if it does not fit.
+    /// Gathers the moments of all ranks on rank 0. Every rank calls it.
+    ///
+    /// # Errors
+    /// When a rank does not answer, or a tensor operation fails.
+    pub fn gather_moments(
+        &mut self,
+        collective: &dyn Collective,
+        variables: &ParamSet,
+        patience: Patience,
+    ) -> std::result::Result<(), ExchangeError> {
+        let rank = collective.rank();
+        let variables: BTreeMap<&String, &Var> = variables.iter().collect();
+        for round in self.shares.rounds() {
+            if rank.world == 1 {
+                break;
+            }
+            let mut sent = vec![Vec::new(); rank.world];
+            let mut names = Vec::new();
+            let mut expected = vec![Vec::new(); rank.world];
+            if rank.leads() {
+                for (owned, expected) in round.iter().zip(&mut expected).skip(1) {
+                    for name in owned {
+                        let like = zero_moments(self.settings.kind, variables[name])?;
+                        for (name, tensor) in tensors_of(name, &like) {
+                            names.push(name);
+                            // In main memory: the device has room for this rank's part alone.
+                            expected.push(TensorForm {
+                                device: Device::Cpu,
+                                ..TensorForm::of(&tensor)
+                            });
+                        }
+                    }
+                }
+            } else {
+                let own = round[rank.index].iter();
+                let own = own.flat_map(|name| tensors_of(name, &self.moments[name]));
+                sent[0] = own.map(|(_, tensor)| tensor).collect();
+            }
+            let received = collective.exchange(Outgoing::Rows(sent), &expected, patience)?;
+            self.gathered
+                .extend(names.into_iter().zip(received.into_iter().flatten()));
+        }
+        Ok(())
+    }
+
+    /// Drops what [`Self::gather_moments`] gathered.
+    pub fn release_moments(&mut self) {
+        self.gathered.clear();
+    }
+
+    /// Restores this rank's part of what [`Self::state`] and [`Self::numbers`] gave. Returns what is wrong with it if it does not fit.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn restore(
-        &mut self,
-        saved: &HashMap<String, Tensor>,
-        numbers: OptimizerState,
-    ) -> Result<Option<String>> {
+    pub fn restore(&mut self, saved: &Tensors, numbers: OptimizerState) -> Result<Option<String>> {
         if let Some(fault) = numbers.fault(self.numbers.loss_scale.is_some()) {
             return Ok(Some(fault));
         }
@@ -235,11 +277,40 @@ impl AdamW {
     }
 }
 
+/// The moments of a variable before the first step.
+fn zero_moments(kind: OptimizerKind, var: &Var) -> Result<AdamWMoments> {
+    let (n, device) = (var.elem_count(), var.device());
+    if kind == OptimizerKind::AdamW8bit && n >= SMALLEST_QUANTIZED {
+        return BlockMoments::zeros(n, device).map(AdamWMoments::Blocks);
+    }
+    let zeros = || Var::zeros(var.shape(), DType::F32, device);
+    Ok(AdamWMoments::Full {
+        first: zeros()?,
+        second: zeros()?,
+    })
+}
+
+/// The tensors of a variable's moments, by their names in a checkpoint.
+fn tensors_of(name: &str, moments: &AdamWMoments) -> Vec<(String, Tensor)> {
+    let named = |prefix: &str, tensor| (format!("{prefix}{name}"), tensor);
+    match moments {
+        AdamWMoments::Full { first, second } => vec![
+            named(FIRST, first.as_detached_tensor()),
+            named(SECOND, second.as_detached_tensor()),
+        ],
+        AdamWMoments::Blocks(BlockMoments { first, second }) => vec![
+            named(FIRST, first.codes.clone()),
+            named(FIRST_ABSMAX, first.absmax.clone()),
+            named(SECOND, second.codes.clone()),
+            named(SECOND_ABSMAX, second.absmax.clone()),
+        ],
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
+    use crate::ranks::threads::on_ranks;
 
     /// A variable large enough for 8 bits, a small one, their gradients, and an optimiser of both kinds of moments.
     fn parts() -> Result<(ParamSet, Grads, AdamW)> {
@@ -256,8 +327,14 @@ mod tests {
             learning_rate: 0.1,
             ..config::Optimizer::default()
         };
-        let optimizer = AdamW::new(&settings, &variables, true)?;
+        let optimizer = AdamW::new(&settings, &variables, true, Rank::SOLO)?;
         Ok((variables, gradients, optimizer))
+    }
+
+    fn norm(optimizer: &AdamW, gradients: &Grads) -> Result<f64> {
+        let gradients: Vec<&Tensor> = gradients.values().collect();
+        let squares = ops::squared_norms(&gradients)?;
+        Ok(optimizer.norm(squares.into_iter().sum()))
     }
 
     fn values(variables: &ParamSet) -> Result<Vec<Vec<f32>>> {
@@ -272,7 +349,7 @@ mod tests {
             "small".to_owned(),
             Tensor::full(f32::INFINITY, 3, &Device::Cpu)?,
         );
-        let norm = optimizer.norm(&gradients)?;
+        let norm = norm(&optimizer, &gradients)?;
         optimizer.step(&variables, &gradients, norm, 0.1)?;
         assert_eq!(values(&variables)?, before);
         assert_eq!((optimizer.steps(), optimizer.factor()), (0, scale / 2.0));
@@ -284,25 +361,26 @@ mod tests {
         let (_, gradients, optimizer) = parts()?;
         let elements = (SMALLEST_QUANTIZED + 3) as f64;
         let want = 2.0 * elements.sqrt() / optimizer.factor();
-        assert!((optimizer.norm(&gradients)? / want - 1.0).abs() < 1e-12);
+        assert!((norm(&optimizer, &gradients)? / want - 1.0).abs() < 1e-12);
         Ok(())
     }
 
     #[test]
     fn adamw_restored_makes_the_same_steps() -> Result<()> {
         let (variables, gradients, mut first) = parts()?;
-        first.step(&variables, &gradients, first.norm(&gradients)?, 0.1)?;
+        let before = norm(&first, &gradients)?;
+        first.step(&variables, &gradients, before, 0.1)?;
         let (again, _, mut second) = parts()?;
         for ((_, var), (_, trained)) in again.iter().zip(variables.iter()) {
             var.set(trained.as_tensor())?;
         }
-        let mut saved: HashMap<String, Tensor> = HashMap::new();
+        let mut saved = Tensors::new();
         for (name, tensor) in first.state() {
             saved.insert(name, tensor.copy()?);
         }
         assert_eq!(second.restore(&saved, first.numbers())?, None);
         for (optimizer, variables) in [(&mut first, &variables), (&mut second, &again)] {
-            let norm = optimizer.norm(&gradients)?;
+            let norm = norm(optimizer, &gradients)?;
             optimizer.step(variables, &gradients, norm, 0.1)?;
         }
         assert_eq!(values(&variables)?, values(&again)?);
@@ -314,5 +392,39 @@ mod tests {
             Some("tensor \"exp_avg_absmax.large\" is missing")
         );
         Ok(())
+    }
+
+    #[test]
+    fn adamw_of_several_ranks_leaves_the_state_of_one() {
+        let patience = Patience::ForData(std::time::Duration::from_secs(60));
+        let settings = config::Optimizer {
+            kind: OptimizerKind::AdamW8bit,
+            ..config::Optimizer::default()
+        };
+        let states = |world: usize| {
+            let mut states = on_ranks(world, |collective| -> Result<_> {
+                let (variables, gradients, _) = parts()?;
+                let rank = collective.rank();
+                let mut optimizer = AdamW::new(&settings, &variables, false, rank)?;
+                let held = optimizer.state().len();
+                optimizer.step(&variables, &gradients, 1.0, 0.1)?;
+                optimizer
+                    .gather_moments(&collective, &variables, patience)
+                    .unwrap();
+                let state = optimizer.state().into_iter();
+                let wide = |(name, tensor): (String, Tensor)| -> Result<_> {
+                    let numbers = tensor.to_dtype(DType::F64)?.flatten_all()?;
+                    Ok((name, tensor.dtype(), numbers.to_vec1::<f64>()?))
+                };
+                let state = state.map(wide).collect::<Result<Vec<_>>>()?;
+                optimizer.release_moments();
+                assert_eq!(optimizer.state().len(), held);
+                Ok((held, state))
+            });
+            states.remove(0).unwrap()
+        };
+        let ((all, one), (part, two)) = (states(1), states(2));
+        assert_eq!(one, two);
+        assert!(part < all, "{part} of {all}");
     }
 }

@@ -13,7 +13,7 @@ use super::run::RunOptions;
 use super::run_dir::RunDir;
 use super::{Services, TrainError, io};
 use crate::config::{Config, Difference, Resume, ResumeEffect, in_s3};
-use crate::models::UNetConfig;
+use crate::models::{UNetConfig, read_tensors};
 use crate::pretrained::Models;
 use crate::progress::Progress;
 
@@ -300,8 +300,13 @@ pub(super) fn restore_optimizer(
         let (steps, step) = (numbers.steps(), found.state.step);
         return Err(wrong(format!("it made {steps} updates in {step} steps")));
     }
-    let tensors = candle_core::safetensors::load(path, device)
+    let own = optimizer.state();
+    let tensors = read_tensors(&path, |name| own.contains_key(name))
         .map_err(|error| wrong(format!("{OPTIMIZER}: {error}")))?;
+    let tensors = tensors.into_iter();
+    let tensors = tensors
+        .map(|(name, tensor)| Ok((name, tensor.to_device(device)?)))
+        .collect::<candle_core::Result<_>>()?;
     match optimizer.restore(&tensors, numbers)? {
         None => Ok(()),
         Some(what) => Err(wrong(what)),

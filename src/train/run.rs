@@ -22,7 +22,7 @@ use super::resume::{
     describe_run, moved_teacher, restore_optimizer, resume_from, resume_from_place,
 };
 use super::run_dir::RunDir;
-use super::same_run::{check_configuration, check_equal, check_weights, from_rank_0};
+use super::same_run::SameRun;
 use super::{
     AdamW, Ending, Observer, Observers, RunView, Services, StepOptions, TrainError, TrainState,
     Trainer, TrainerOptions,
@@ -31,7 +31,7 @@ use crate::config::{Config, MixedPrecision, Resume, TextFrom};
 use crate::encode::{EncodeError, EncodePool, EncodedBatch, Encoders};
 use crate::pretrained::Models;
 use crate::progress::{Progress, ProgressOptions};
-use crate::ranks::Job;
+use crate::ranks::{Job, Patience};
 use crate::sample::Prompts;
 
 /// Inputs of a run.
@@ -110,7 +110,8 @@ impl<'a> Run<'a> {
         let config = options.config;
         let collective = Rc::clone(&options.job.collective);
         let timeout = Duration::from_secs(config.train.stall_timeout);
-        check_configuration(&*collective, config)?;
+        let same_run = same_run(options);
+        same_run.check_configuration(config)?;
         let pipeline = options.models.pipeline.display();
         progress.say(format!("loading encoders and teacher from {pipeline}"));
         let parts = RunParts::load(options)?;
@@ -118,13 +119,13 @@ impl<'a> Run<'a> {
             progress.say(how);
         }
         let output = output.map(|output| {
-            let checkpoints = output.checkpoints(config.checkpoint.keep);
-            (Rc::new(Saver::new(checkpoints, output.records())), output)
+            let saver = Saver::new(&output, config.checkpoint.keep);
+            (Rc::new(saver), output)
         });
         let written = output.as_ref().map(|(saver, output)| (&**saver, output));
         let state = load_state(options, services, &parts, written, &progress)?;
-        check_equal(&*collective, "models", &parts.fingerprint)?;
-        check_weights(&*collective, &state)?;
+        same_run.check_equal("models", &parts.fingerprint)?;
+        same_run.check_weights(&state)?;
         let lanes = run_lanes(options, services.shards.len(), &state)?;
         if lanes.count > 1 {
             progress.say(format!("{} lanes of the data", lanes.count));
@@ -175,6 +176,8 @@ impl<'a> Run<'a> {
         } else {
             Ending::Done
         };
+        // The last step is saved.
+        self.trainer.gather_moments()?;
         let Some(mut records) = self.records else {
             return Ok(match ending {
                 Ending::Done => Outcome::Done(None),
@@ -220,7 +223,6 @@ impl<'a> Run<'a> {
             let options = StepOptions {
                 cancel,
                 keep_traces: observers.is_some_and(|observers| observers.wants_traces(step)),
-                busy: observers.is_some_and(|observers| observers.is_long(step)),
             };
             batches.skipped.clear();
             let mut report = match self.trainer.step(&mut || batches.next(step), options) {
@@ -229,12 +231,17 @@ impl<'a> Run<'a> {
                 Err(error) => return Err(self.failed(step, error, batches)),
             };
             if step.is_multiple_of(self.options.config.checkpoint.every) {
-                check_weights(&*self.options.job.collective, self.trainer.state())?;
+                same_run(self.options).check_weights(self.trainer.state())?;
+                self.trainer.gather_moments()?;
             }
             if let Some(records) = &mut self.records {
+                if let Some(lock) = records.output.prefix_lock() {
+                    lock.check(false)?;
+                }
                 let run = view(&self.trainer, cancel);
                 records.observers.on_step(&mut report, &run)?;
             }
+            self.trainer.release_moments();
             monitor.heartbeat();
             if report.stop && step < train.max_steps {
                 return Ok(Ending::Stopped);
@@ -258,6 +265,15 @@ impl<'a> Run<'a> {
         let listed = || observers.on_failed(step, &skipped);
         list_skipped(&skipped, listed, saver, output.place(), &self.progress);
         with_advice(error, self.options.config, saver)
+    }
+}
+
+/// The comparison of the ranks, which load models at different speeds: each waits while the others live.
+fn same_run<'a>(options: &RunOptions<'a>) -> SameRun<'a> {
+    let limit = Duration::from_secs(options.config.train.stall_timeout);
+    SameRun {
+        collective: &*options.job.collective,
+        patience: Patience::ForLife(limit),
     }
 }
 
@@ -349,7 +365,7 @@ fn load_state(
         found = resume_from(options, models, saver, folder, services, progress)?;
     }
     let chosen = found.as_ref().map(|found| found.place.as_str());
-    let chosen = from_rank_0(&*options.job.collective, chosen.unwrap_or_default())?;
+    let chosen = same_run(options).from_rank_0(chosen.unwrap_or_default())?;
     if found.is_none() && !chosen.is_empty() {
         found = Some(resume_from_place(config, &chosen, services)?);
     }
@@ -362,7 +378,8 @@ fn load_state(
         student.describe()
     ));
     let scaled = config.train.mixed_precision == MixedPrecision::Fp16;
-    let optimizer = AdamW::new(&config.optimizer, student.params(), scaled)?;
+    let rank = options.job.collective.rank();
+    let optimizer = AdamW::new(&config.optimizer, student.params(), scaled, rank)?;
     let mut state = TrainState::new(student, optimizer);
     if let Some(found) = found {
         restore_optimizer(&found, &mut state.optimizer, options.device)?;

@@ -1,44 +1,19 @@
 //! Whether all ranks make the same run: the same configuration, models and weights.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
 use super::{TrainError, TrainState};
 use crate::config::Config;
-use crate::ranks::{Collective, RanksError};
-
-/// The ranks load models at different speeds, and rank 0 does more than the others before the first step.
-const UNLIMITED: Duration = Duration::MAX;
+use crate::ranks::{Collective, Patience, RanksError};
 
 /// Numbers that are hashed at once.
 const HASHED_AT_ONCE: usize = 1 << 14;
 
-/// Refuses ranks whose configurations would make other numbers than that of rank 0.
-pub(super) fn check_configuration(
-    collective: &dyn Collective,
-    config: &Config,
-) -> Result<(), TrainError> {
-    if collective.rank().world == 1 {
-        return Ok(());
-    }
-    let own = Start {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        configuration: config
-            .to_toml()
-            .map_err(|error| TrainError::Mismatch(error.to_string()))?,
-    };
-    for (rank, start) in gathered::<Start>(collective, &own)? {
-        if start.version != own.version {
-            return Err(differ(rank, "coffey", &start.version, &own.version));
-        }
-        let differences = config.differences(&start.configuration);
-        let differences = differences.map_err(|cause| RanksError::Message { rank, cause })?;
-        if let Some(first) = differences.first() {
-            return Err(differ(rank, &first.key, &first.was, &first.now));
-        }
-    }
-    Ok(())
+/// The ranks of a run, compared with rank 0. Every rank makes the same comparisons; rank 0 finds the differences.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SameRun<'a> {
+    pub(super) collective: &'a dyn Collective,
+    pub(super) patience: Patience,
 }
 
 /// What a rank starts with.
@@ -49,82 +24,103 @@ struct Start {
     configuration: String,
 }
 
-/// Refuses ranks that have another `value` of `what` than rank 0.
-pub(super) fn check_equal<T: Serialize>(
-    collective: &dyn Collective,
-    what: &str,
-    value: &T,
-) -> Result<(), TrainError> {
-    let text = |error: serde_json::Error| TrainError::Mismatch(error.to_string());
-    let own = serde_json::to_string(value).map_err(text)?;
-    for (rank, found) in gathered::<String>(collective, &own)? {
-        if found != own {
-            return Err(differ(rank, what, &found, &own));
+impl SameRun<'_> {
+    /// Refuses ranks whose configurations would make other numbers than that of rank 0.
+    pub(super) fn check_configuration(self, config: &Config) -> Result<(), TrainError> {
+        if self.collective.rank().world == 1 {
+            return Ok(());
         }
-    }
-    Ok(())
-}
-
-/// Ends a run of ranks whose weights are not those of rank 0 to the last bit.
-pub(super) fn check_weights(
-    collective: &dyn Collective,
-    state: &TrainState,
-) -> Result<(), TrainError> {
-    if collective.rank().world == 1 {
-        return Ok(());
-    }
-    let sets = [Some(state.student.params()), state.student.target_params()];
-    let mut hash = 0;
-    for params in sets.into_iter().flatten() {
-        for (_, var) in params.iter() {
-            let numbers = var.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
-            for numbers in numbers.chunks(HASHED_AT_ONCE) {
-                let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
-                hash = crc32c::crc32c_append(hash, &bytes.collect::<Vec<u8>>());
+        let own = Start {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            configuration: config
+                .to_toml()
+                .map_err(|error| TrainError::Mismatch(error.to_string()))?,
+        };
+        for (rank, start) in self.gathered::<Start>(&own)? {
+            if start.version != own.version {
+                return Err(differ(rank, "coffey", &start.version, &own.version));
+            }
+            let differences = config.differences(&start.configuration);
+            let differences = differences.map_err(|cause| RanksError::Message { rank, cause })?;
+            if let Some(first) = differences.first() {
+                return Err(differ(rank, &first.key, &first.was, &first.now));
             }
         }
+        Ok(())
     }
-    for (rank, found) in gathered::<u32>(collective, &hash)? {
-        if found != hash {
-            let drifted = format!(
-                "after step {}, rank {rank} has other weights than rank 0 (crc32c {found:08x} and {hash:08x})",
-                state.step
-            );
-            return Err(RanksError::Drifted(drifted).into());
+
+    /// Refuses ranks that have another `value` of `what` than rank 0.
+    pub(super) fn check_equal<T: Serialize>(self, what: &str, value: &T) -> Result<(), TrainError> {
+        let text = |error: serde_json::Error| TrainError::Mismatch(error.to_string());
+        let own = serde_json::to_string(value).map_err(text)?;
+        for (rank, found) in self.gathered::<String>(&own)? {
+            if found != own {
+                return Err(differ(rank, what, &found, &own));
+            }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Rank 0's `text`, on every rank.
-pub(super) fn from_rank_0(collective: &dyn Collective, text: &str) -> Result<String, TrainError> {
-    let received = collective.broadcast(text.as_bytes().to_vec(), UNLIMITED)?;
-    String::from_utf8(received).map_err(|error| {
-        let cause = error.to_string();
-        RanksError::Message { rank: 0, cause }.into()
-    })
-}
-
-/// The values of the ranks after rank 0, on rank 0; none elsewhere.
-fn gathered<T: Serialize + for<'de> Deserialize<'de>>(
-    collective: &dyn Collective,
-    value: &T,
-) -> Result<Vec<(usize, T)>, TrainError> {
-    let unreadable = |rank: usize| {
-        move |error: serde_json::Error| RanksError::Message {
-            rank,
-            cause: error.to_string(),
+    /// Ends a run of ranks whose weights are not those of rank 0 to the last bit.
+    pub(super) fn check_weights(self, state: &TrainState) -> Result<(), TrainError> {
+        if self.collective.rank().world == 1 {
+            return Ok(());
         }
-    };
-    let message = serde_json::to_vec(value).map_err(unreadable(collective.rank().index))?;
-    let messages = collective.gather(&message, UNLIMITED)?.unwrap_or_default();
-    let others = messages.iter().enumerate().skip(1);
-    others
-        .map(|(rank, message)| {
-            let value = serde_json::from_slice(message).map_err(unreadable(rank))?;
-            Ok((rank, value))
+        let sets = [Some(state.student.params()), state.student.target_params()];
+        let mut hash = 0;
+        for params in sets.into_iter().flatten() {
+            for (_, var) in params.iter() {
+                let numbers = var.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+                for numbers in numbers.chunks(HASHED_AT_ONCE) {
+                    hash = crc32c::crc32c_append(hash, bytemuck::cast_slice(numbers));
+                }
+            }
+        }
+        for (rank, found) in self.gathered::<u32>(&hash)? {
+            if found != hash {
+                let drifted = format!(
+                    "after step {}, rank {rank} has other weights than rank 0 (crc32c {found:08x} and {hash:08x})",
+                    state.step
+                );
+                return Err(RanksError::Drifted(drifted).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Rank 0's `text`, on every rank.
+    pub(super) fn from_rank_0(self, text: &str) -> Result<String, TrainError> {
+        let message = text.as_bytes().to_vec();
+        let received = self.collective.broadcast(message, self.patience)?;
+        String::from_utf8(received).map_err(|error| {
+            let cause = error.to_string();
+            RanksError::Message { rank: 0, cause }.into()
         })
-        .collect()
+    }
+
+    /// The values of the ranks after rank 0, on rank 0; none elsewhere.
+    fn gathered<T: Serialize + for<'de> Deserialize<'de>>(
+        self,
+        value: &T,
+    ) -> Result<Vec<(usize, T)>, TrainError> {
+        let unreadable = |rank: usize| {
+            move |error: serde_json::Error| RanksError::Message {
+                rank,
+                cause: error.to_string(),
+            }
+        };
+        let own = self.collective.rank().index;
+        let message = serde_json::to_vec(value).map_err(unreadable(own))?;
+        let messages = self.collective.gather(message, self.patience)?;
+        let messages = messages.unwrap_or_default();
+        let others = messages.iter().enumerate().skip(1);
+        others
+            .map(|(rank, message)| {
+                let value = serde_json::from_slice(message).map_err(unreadable(rank))?;
+                Ok((rank, value))
+            })
+            .collect()
+    }
 }
 
 fn differ(rank: usize, what: &str, its: &str, ours: &str) -> TrainError {

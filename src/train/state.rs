@@ -40,6 +40,6 @@ impl TrainState {
         let student = student.into_iter().flatten();
         let student = student.flat_map(|params| params.iter().map(|(_, var)| size(var)));
         let optimizer = self.optimizer.state();
-        student.sum::<u64>() + optimizer.iter().map(|(_, t)| size(t)).sum::<u64>()
+        student.sum::<u64>() + optimizer.values().map(size).sum::<u64>()
     }
 }

@@ -1,15 +1,16 @@
 //! The training step: from batches to updated variables.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 use coffey_pipeline::SkippedSample;
 use coffey_pipeline::flow::StageHandle;
 use coffey_pipeline::order::{Cursor, Lanes};
 use tokio_util::sync::CancellationToken;
 
-use super::agreement::{Agreement, StepPart};
+use super::agreement::{StepPart, agree};
 use super::learning_rate::learning_rate;
 use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
 use crate::config;
@@ -18,7 +19,9 @@ use crate::models::Denoiser;
 use crate::objective::{Networks, Objective, StepKey, Trace};
 use crate::ops;
 use crate::params::Grads;
-use crate::ranks::{Collective, TreeSum, sum_over_ranks};
+use crate::ranks::{
+    Collective, ExchangeError, Patience, TreeSum, send_own, sum_of_all, sum_of_own,
+};
 
 /// Settings of the step.
 #[derive(Clone, Debug)]
@@ -44,8 +47,6 @@ pub struct StepOptions<'a> {
     pub cancel: &'a CancellationToken,
     /// Keep the traces of the micro-batches.
     pub keep_traces: bool,
-    /// Work of an unknown time follows on this rank: the other ranks wait for it without a limit.
-    pub busy: bool,
 }
 
 /// Makes the steps of a run.
@@ -55,7 +56,6 @@ pub struct Trainer {
     teacher: Rc<dyn Denoiser>,
     state: TrainState,
     collective: Rc<dyn Collective>,
-    agreement: Agreement,
     options: TrainerOptions,
     stage: StageHandle,
     begun: Instant,
@@ -104,13 +104,11 @@ impl Trainer {
         options: TrainerOptions,
         stage: StageHandle,
     ) -> Self {
-        let agreement = Agreement::new(options.rank_timeout);
         Self {
             objective,
             teacher,
             state,
             collective,
-            agreement,
             options,
             stage,
             begun: Instant::now(),
@@ -146,7 +144,7 @@ impl Trainer {
             true => Err(TrainError::Stopped),
             false => self.micro_batches(step, next_batch, loss_scale, options.keep_traces),
         };
-        let (mut sums, facts) = match made {
+        let (sums, facts) = match made {
             Ok(made) => made,
             Err(TrainError::Stopped) => (LaneSums::default(), StepFacts::default()),
             Err(error) => return Err(error),
@@ -161,24 +159,37 @@ impl Trainer {
                 ..StepPart::new(sums.loss, &facts.skipped)
             },
         };
-        let (collective, waiting) = (&*self.collective, Instant::now());
-        let agreed = self.agreement.exchange(collective, part, options.busy)?;
+        let (collective, waiting) = (Rc::clone(&self.collective), Instant::now());
+        let agreed = agree(&*collective, part, self.options.rank_timeout)?;
         if !agreed.made {
             return Err(TrainError::Stopped);
         }
-        let limit = self.agreement.limit();
-        sum_over_ranks(collective, &mut sums.gradients, limit)
-            .map_err(TrainError::not_summed(step))?;
-        stage.add_starved(waiting.elapsed());
-        let loss = agreed.loss;
         self.check_gradients(&sums.gradients)?;
-        let rate = self.learning_rate();
-        let norm = || self.norm(&sums.gradients, loss);
-        let norm = stage.work(norm).map_err(failed)?;
+        let patience = Patience::ForData(self.options.rank_timeout);
+        let not_exchanged = |error| match error {
+            ExchangeError::Ranks(error) => error.into(),
+            ExchangeError::Tensor(source) => failed(source),
+        };
+        let shares = self.state.optimizer.shares();
+        let own = sum_of_own(&*collective, shares, sums.gradients, patience);
+        let own = own.map_err(not_exchanged)?;
+        stage.add_starved(waiting.elapsed());
+        let squares = stage.work(|| squared_norms(&own)).map_err(failed)?;
+        let squares = sum_of_all(&*collective, shares, &squares, patience)?;
+        let loss = agreed.loss;
+        let norm = match loss.is_finite() {
+            true => self.state.optimizer.norm(squares),
+            false => f64::NAN,
+        };
         self.check_finite(step, "the gradient", norm)?;
+        let rate = self.learning_rate();
         stage
-            .work(|| self.update(&sums.gradients, norm, rate))
+            .work(|| self.update_own(&own, norm, rate))
             .map_err(failed)?;
+        let waiting = Instant::now();
+        self.update_others(patience).map_err(not_exchanged)?;
+        stage.add_starved(waiting.elapsed());
+        stage.work(|| self.follow()).map_err(failed)?;
         self.state.step = step;
         self.state.samples += agreed.samples;
         self.state.cursor = agreed.cursor;
@@ -288,22 +299,49 @@ impl Trainer {
         Ok((loss, output.trace))
     }
 
-    /// Global norm of the gradients before clipping; NaN if the loss is not finite.
-    fn norm(&self, gradients: &Grads, loss: f64) -> Result<f64> {
-        let norm = self.state.optimizer.norm(gradients)?;
-        Ok(if loss.is_finite() { norm } else { f64::NAN })
-    }
-
-    /// Updates the variables, then their moving average.
-    fn update(&mut self, gradients: &Grads, norm: f64, rate: f64) -> Result<()> {
+    /// Updates the variables of this rank.
+    fn update_own(&mut self, gradients: &Grads, norm: f64, rate: f64) -> Result<()> {
         let TrainState {
             student, optimizer, ..
         } = &mut self.state;
-        optimizer.step(student.params(), gradients, norm, rate)?;
+        optimizer.step(student.params(), gradients, norm, rate)
+    }
+
+    /// Sends the variables of this rank to the others and takes over theirs.
+    fn update_others(&self, patience: Patience) -> std::result::Result<(), ExchangeError> {
+        let TrainState {
+            student, optimizer, ..
+        } = &self.state;
+        let params = student.params();
+        let set = |name: &str, value: &Tensor| params.set(name, value);
+        let shares = optimizer.shares();
+        send_own(&*self.collective, shares, &params.values(), patience, set)
+    }
+
+    /// Moves the moving average towards the variables.
+    fn follow(&self) -> Result<()> {
+        let student = &self.state.student;
         match student.target_params() {
             Some(target) => target.follow(student.params(), self.options.ema_decay),
             None => Ok(()),
         }
+    }
+
+    /// Gathers the moments of all ranks on rank 0, where a checkpoint holds them. Every rank calls it.
+    ///
+    /// # Errors
+    /// When a rank does not answer, or a tensor operation fails.
+    pub fn gather_moments(&mut self) -> std::result::Result<(), TrainError> {
+        let patience = Patience::ForData(self.options.rank_timeout);
+        let TrainState {
+            student, optimizer, ..
+        } = &mut self.state;
+        Ok(optimizer.gather_moments(&*self.collective, student.params(), patience)?)
+    }
+
+    /// Drops what [`Self::gather_moments`] gathered.
+    pub fn release_moments(&mut self) {
+        self.state.optimizer.release_moments();
     }
 
     /// Factor of the loss, if it is scaled.
@@ -348,4 +386,11 @@ impl Trainer {
             names: names.join(", "),
         })
     }
+}
+
+/// The sum of the squares of each gradient.
+fn squared_norms(gradients: &Grads) -> Result<BTreeMap<&str, f64>> {
+    let tensors: Vec<&Tensor> = gradients.values().collect();
+    let norms = ops::squared_norms(&tensors)?;
+    Ok(gradients.keys().map(String::as_str).zip(norms).collect())
 }

@@ -15,7 +15,7 @@ use coffey::objective::{Loss, Networks, Objective, StepKey, StepOutput, Trace};
 use coffey::ops::{self, Attention};
 use coffey::params::{ParamSet, Tensors};
 use coffey::random::normal;
-use coffey::ranks::Solo;
+use coffey::ranks::{Rank, Solo};
 use coffey::train::{AdamW, StepOptions, TrainError, TrainState, Trainer, TrainerOptions};
 use coffey_pipeline::flow::{FlowMetrics, StageHandle};
 use coffey_pipeline::stages::Stage;
@@ -206,7 +206,7 @@ fn trainer(student: LastConvolution) -> (Trainer, Batches) {
         ..config::Optimizer::default()
     };
     let teacher = UNet::load(&unet, DType::F32, &Device::Cpu, Attention::Plain).unwrap();
-    let adamw = AdamW::new(&optimizer, student.params(), false).unwrap();
+    let adamw = AdamW::new(&optimizer, student.params(), false, Rank::SOLO).unwrap();
     let options = TrainerOptions {
         seed: 1,
         max_steps: 12,
@@ -233,7 +233,6 @@ fn options(cancel: &CancellationToken) -> StepOptions<'_> {
     StepOptions {
         cancel,
         keep_traces: true,
-        busy: false,
     }
 }
 

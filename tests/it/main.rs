@@ -24,6 +24,7 @@ mod model_sources;
 mod models;
 mod numbers;
 mod open_files;
+mod output_lock;
 mod own_files;
 mod pack;
 mod page;

@@ -6,7 +6,9 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::support::{NO_PICTURES, QUICKSTART, QUICKSTART_LORA, args, command, refused, says};
+use crate::support::{
+    NO_PICTURES, PRECOMPUTE, QUICKSTART, QUICKSTART_LORA, args, command, refused, says,
+};
 
 /// The arguments of a short run of four lanes into `output`.
 fn train(output: &str, more: &[&str]) -> Vec<String> {
@@ -197,14 +199,59 @@ mod needs_mpi {
 
     #[test]
     #[ignore = "needs Open MPI"]
+    fn eight_ranks_read_every_shard_once() {
+        let cloud = Cloud::start(clean());
+        let folder = TempDir::new().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        // As many shards as lanes.
+        let shards = cloud.root.path().join("served/emoji");
+        for number in 4..8 {
+            let shard = |number: u32| shards.join(format!("{number:05}.tar"));
+            std::fs::copy(shard(number - 4), shard(number)).unwrap();
+        }
+        let args = |name: &str| {
+            let more = [
+                "train.gradient_accumulation=8",
+                "train.max_steps=2",
+                "data.shards=s3://emoji/{00000..00007}.tar",
+            ];
+            let mut args = train(at(name).to_str().unwrap(), &more);
+            args[2] = cloud.config.to_str().unwrap().to_owned();
+            args
+        };
+        run(command(&args("one")), 0);
+        let before = cloud.proxy.requests().len();
+        let said = run(ranks(8, &args("eight")), 0).1;
+        says(&said, &["8 ranks on 1 machine, ", "8 lanes"]);
+        assert_same(&at("eight"), &at("one"));
+        let requests = cloud.proxy.requests();
+        for number in 0..8 {
+            let shard = format!("get /emoji/{number:05}.tar");
+            let reads = requests[before..].iter();
+            let reads = reads.filter(|request| request.starts_with(&shard));
+            assert_eq!(reads.count(), 1, "{shard}");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
     fn ranks_change_no_bit_of_other_runs() {
         let folder = TempDir::new().unwrap();
+        let latents = folder.path().join("latents");
+        let output = format!("latents.output={}", latents.display());
+        run(
+            command(&args("precompute", PRECOMPUTE, [output.as_str()])),
+            0,
+        );
+        let shards = format!("data.shards={}/", latents.display());
+        let from_latents = ["data.kind=latents", shards.as_str()];
         let lora = ["lora.dropout=0.1", "optimizer.kind=adamw8bit"];
         // The loss scale begins so high that the first steps overflow.
         let mixed = ["train.mixed_precision=fp16", "optimizer.kind=adamw8bit"];
         for (name, config, more) in [
             ("lora", QUICKSTART_LORA, &lora[..]),
             ("mixed", QUICKSTART, &mixed[..]),
+            ("latents", QUICKSTART, &from_latents[..]),
         ] {
             let at = |n: usize| folder.path().join(format!("{name}-{n}"));
             let args = |n: usize| {
@@ -292,6 +339,64 @@ mod needs_mpi {
         let steps = format!("train.max_steps={}", step + 1);
         let said = run(command(&train(output.to_str().unwrap(), &[&steps])), 0).1;
         says(&said, &[&format!("checkpoint-{step} (step {step})")]);
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn leader_that_is_gone_is_named_while_it_draws() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("run");
+        // A grid takes much longer than the time without a sign of life.
+        let args = train(
+            output.to_str().unwrap(),
+            &[
+                "train.stall_timeout=2",
+                "validation.every=1",
+                "validation.images_per_prompt=64",
+                "report.grid=true",
+            ],
+        );
+        let job = start(ranks(2, &args));
+        wait_for_steps(&output, 1);
+        let leader = process_of(&job, 0);
+        signal(leader, "-STOP");
+        let ended = job.wait_with_output().unwrap();
+        let (_, said) = texts(&ended);
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        says(&said, &["rank 1: error: ", "no answer from rank 0"]);
+        wait_for_end(leader);
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn rank_that_never_starts_ends_the_job() {
+        let folder = TempDir::new().unwrap();
+        let output = folder.path().join("run");
+        let args = train(output.to_str().unwrap(), &["train.stall_timeout=2"]);
+        let mut job = ranks(1, &args);
+        job.args([":", "-n", "1", "sleep", "1000"]);
+        let said = run(job, 1).1;
+        says(&said, &["error: MPI: MPI_Init has not ended for 4.0 s"]);
+    }
+
+    #[test]
+    #[ignore = "needs Open MPI"]
+    fn check_measures_the_ranks() {
+        let check = args("check", QUICKSTART, ["train.gradient_accumulation=4"]);
+        let (said, _) = run(ranks(2, &check), 0);
+        says(
+            &said,
+            &[
+                "ok       ranks          2 ranks on 1 machine, Open MPI",
+                "each reads 2 of 4 lanes and about 2 of 4 shards",
+                "GB/s",
+                "divided between 2 ranks",
+            ],
+        );
+        assert_eq!(said.matches("configuration").count(), 1, "{said}");
+        let check = args("check", QUICKSTART, ["train.gradient_accumulation=2"]);
+        let said = run(ranks(4, &check), 2).1;
+        says(&said, &["4 ranks can't share 2 lanes"]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub(super) use {
     norm::{group_norm, layer_norm},
     projection::{map_to_tokens, tokens_to_map},
     residual::{add, add_to_rows, concatenate},
-    update::{ema_updates, global_squared_norm},
+    update::{ema_updates, squared_norms},
     upsample::upsample_nearest_2x,
 };
 

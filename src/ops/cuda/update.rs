@@ -14,8 +14,6 @@ use crate::ops::{AdamWMoments, AdamWStep, AdamWUpdate, BlockMoments, BlockQuanti
 const MODULE: Module = module!("update");
 /// Numbers of a tensor that one block works on. `CHUNK` in update.cu.
 const CHUNK: usize = 8192;
-/// Threads of the one block that adds the sums of all others.
-const TOTAL_THREADS: u32 = 1024;
 
 /// The tensors that a kernel goes over: a row of numbers a tensor, as the `…Row` of update.cu.
 #[derive(Default)]
@@ -139,31 +137,31 @@ pub(in crate::ops) fn ema_updates(updates: &[EmaUpdate<'_>], decay: f64) -> Resu
     table.launch(first.target.device(), "ema", DType::F32, &args)
 }
 
-/// As [`crate::ops::global_squared_norm()`], by two launches and one wait. A thread adds its 32 numbers in `f32`; all else is
-/// `f64`, in an order that depends on the sizes alone.
-pub(in crate::ops) fn global_squared_norm(tensors: &[&Tensor]) -> Result<f64> {
+/// As [`crate::ops::squared_norms()`], by one launch and one wait. A thread adds its 32 numbers in `f32`; all else is `f64`, in an
+/// order that depends on the sizes alone.
+pub(in crate::ops) fn squared_norms(tensors: &[&Tensor]) -> Result<Vec<f64>> {
     let mut table = Table::default();
-    // They must outlive the launches.
+    // They must outlive the launch.
     let mut kept = Vec::with_capacity(tensors.len());
+    let mut ends = Vec::with_capacity(tensors.len());
     for x in tensors {
         let x = x.contiguous()?;
         table.push(x.elem_count(), array(&x)?);
+        ends.push(table.blocks);
         kept.push(x);
     }
     let (Some(first), blocks @ 1..) = (kept.first(), table.blocks) else {
-        return Ok(0.0);
+        return Ok(vec![0.0; tensors.len()]);
     };
     let device = first.device();
     let sums = empty(blocks, DType::F64, device)?;
     table.launch(device, "squares", DType::F64, &[Arg::Tensor(&sums)])?;
-    let total = empty((), DType::F64, device)?;
-    let kernel = Launch::new(MODULE, "total", DType::F64, [1; 3], TOTAL_THREADS);
-    launch(
-        &sums,
-        &kernel,
-        &[Arg::Tensor(&sums), Arg::long(blocks), Arg::Tensor(&total)],
-    )?;
-    total.to_scalar()
+    let sums = sums.to_vec1::<f64>()?;
+    let mut begin = 0;
+    Ok(ends
+        .into_iter()
+        .map(|end| sums[std::mem::replace(&mut begin, end)..end].iter().sum())
+        .collect())
 }
 
 #[cfg(test)]
@@ -340,14 +338,17 @@ mod tests {
     }
 
     #[test]
-    fn cuda_norm_equals_the_cpu() -> Result<()> {
+    fn cuda_norms_equal_those_of_the_cpu() -> Result<()> {
         // The CPU's sums of 1024 numbers hold squares of the greater scale.
         for scale in [1.0, 1e17] {
             let all = set(3)?;
             let all: Vec<Tensor> = all.iter().map(|x| x * scale).collect::<Result<_>>()?;
             let all: Vec<&Tensor> = all.iter().collect();
-            let (got, want) = (global_squared_norm(&all)?, ops::global_squared_norm(&all)?);
-            assert!((got / want - 1.0).abs() < 1e-6, "{got} {want}");
+            let (got, want) = (squared_norms(&all)?, ops::squared_norms(&all)?);
+            assert_eq!(got.len(), want.len());
+            for (got, want) in got.into_iter().zip(want) {
+                assert!((got / want - 1.0).abs() < 1e-6, "{got} {want}");
+            }
         }
         // A sum of squares that f16 does not hold, of several types and a view into a tensor.
         let large = Tensor::full(300f32, CHUNK + 5, &Device::Cpu)?;
@@ -357,12 +358,12 @@ mod tests {
             large.to_dtype(DType::BF16)?,
             view,
         ];
-        let elements = (3 * CHUNK + 10) as f64;
-        let got = global_squared_norm(&all.iter().collect::<Vec<_>>())?;
-        assert_eq!(got, 9e4 * elements);
-        assert_eq!(global_squared_norm(&[])?, 0.0);
+        let elements = [CHUNK + 5, CHUNK + 5, CHUNK].map(|n| 9e4 * n as f64);
+        let got = squared_norms(&all.iter().collect::<Vec<_>>())?;
+        assert_eq!(got, elements);
+        assert!(squared_norms(&[])?.is_empty());
         let infinite = Tensor::new(&[1f32, f32::NEG_INFINITY], &Device::Cpu)?;
-        assert_eq!(global_squared_norm(&[&large, &infinite])?, f64::INFINITY);
+        assert_eq!(squared_norms(&[&infinite])?, [f64::INFINITY]);
         Ok(())
     }
 }

@@ -1,49 +1,166 @@
-//! MPI as a [`Collective`].
+//! MPI as a [`Collective`]: a thread that owns the library.
 
+use std::process;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread;
 use std::time::Duration;
 
-use super::Mpi;
-use crate::ranks::{Collective, Rank, RanksError};
+use candle_core::Tensor;
 
-impl Collective for Mpi {
+use super::{Mpi, MpiError, MpiOptions, World};
+use crate::ranks::tensors::append;
+use crate::ranks::{Collective, ExchangeError, Outgoing, Patience, Rank, RanksError, TensorForm};
+
+/// Time between two looks at the heartbeats while no operation is called.
+const IDLE: Duration = Duration::from_millis(100);
+
+/// A call of an operation, run by the thread that owns MPI.
+type Call = Box<dyn FnOnce(&Mpi) + Send>;
+
+/// The ranks of this job over MPI, which a thread of its own opens, calls and keeps alive: it exchanges heartbeats while other threads
+/// work.
+#[derive(Debug)]
+pub(in crate::ranks) struct MpiRanks {
+    world: World,
+    calls: Sender<Call>,
+}
+
+impl MpiRanks {
+    /// Opens MPI. Call it before other threads start: MPI libraries change the environment while they start.
+    ///
+    /// # Errors
+    /// When no library is found or usable, MPI was started before in this process, the library does not see the ranks
+    /// that the launcher started, MPI does not start within twice the limit, or a rank does not answer within it. A library may end the process instead:
+    /// Open MPI 4 does where its launcher's daemon does not answer.
+    pub(in crate::ranks) fn open(options: MpiOptions) -> Result<Self, MpiError> {
+        let limit = options.limit;
+        let (calls, called) = mpsc::channel::<Call>();
+        let (opened, result) = mpsc::sync_channel(1);
+        let own = move || {
+            let mpi = match Mpi::open(&options) {
+                Ok(mpi) => mpi,
+                Err(error) => return drop(opened.send(Err(error))),
+            };
+            if opened.send(Ok(mpi.world.clone())).is_err() {
+                return;
+            }
+            loop {
+                match called.recv_timeout(IDLE) {
+                    Ok(call) => call(&mpi),
+                    Err(RecvTimeoutError::Timeout) => mpi.beat(),
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("mpi".to_owned()).spawn(own);
+        thread.map_err(MpiError::Thread)?;
+        // The exchange after MPI_Init has the same limit, and its own error.
+        let world = match result.recv_timeout(limit.saturating_mul(2)) {
+            Ok(world) => world?,
+            Err(RecvTimeoutError::Timeout) => {
+                let waited = limit.saturating_mul(2);
+                return Err(MpiError::NotStarted { waited });
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(MpiError::Broken),
+        };
+        Ok(Self { world, calls })
+    }
+
+    /// The ranks and their nodes.
+    pub(in crate::ranks) fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Runs an operation on the thread that owns MPI, and waits for its result.
+    fn call<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&Mpi) -> Result<T, MpiError> + Send + 'static,
+    ) -> Result<T, MpiError> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        let call = move |mpi: &Mpi| drop(answer.send(operation(mpi)));
+        let broken = |_| MpiError::Broken;
+        self.calls
+            .send(Box::new(call))
+            .map_err(|_| MpiError::Broken)?;
+        answered.recv().map_err(broken)?
+    }
+}
+
+impl Collective for MpiRanks {
     fn rank(&self) -> Rank {
         Rank {
-            index: self.rank(),
-            world: self.world(),
+            index: self.world.rank(),
+            world: self.world.size(),
         }
     }
 
-    fn gather(&self, message: &[u8], limit: Duration) -> Result<Option<Vec<Vec<u8>>>, RanksError> {
-        Ok(self.gather(message, limit)?)
-    }
-
-    fn broadcast(&self, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, RanksError> {
-        Ok(self.broadcast(message, limit)?)
-    }
-
-    fn all_to_all(
+    fn gather(
         &self,
-        rows: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), RanksError> {
-        Ok(self.all_to_all(rows, received, limit)?)
+        message: Vec<u8>,
+        patience: Patience,
+    ) -> Result<Option<Vec<Vec<u8>>>, RanksError> {
+        Ok(self.call(move |mpi| mpi.gather(message, patience))?)
     }
 
-    fn all_gather(
+    fn broadcast(&self, message: Vec<u8>, patience: Patience) -> Result<Vec<u8>, RanksError> {
+        Ok(self.call(move |mpi| mpi.broadcast(message, patience))?)
+    }
+
+    fn exchange(
         &self,
-        segment: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), RanksError> {
-        Ok(self.all_gather(segment, received, limit)?)
+        sent: Outgoing,
+        expected: &[Vec<TensorForm>],
+        patience: Patience,
+    ) -> Result<Vec<Vec<Tensor>>, ExchangeError> {
+        let own = self.world.rank();
+        let kept = sent.row(own).to_vec();
+        let rows = match sent {
+            Outgoing::Rows(mut rows) => {
+                rows[own].clear();
+                rows
+            }
+            Outgoing::ToAll(row) => vec![row],
+        };
+        let bytes = |row: Vec<Tensor>| -> candle_core::Result<Vec<u8>> {
+            let size = row.iter().map(|x| TensorForm::of(x).bytes()).sum();
+            let mut bytes = Vec::with_capacity(size);
+            row.iter()
+                .try_for_each(|tensor| append(&mut bytes, tensor))?;
+            Ok(bytes)
+        };
+        let rows = rows.into_iter().map(bytes).collect::<Result<_, _>>()?;
+        let lengths = expected.iter();
+        let lengths: Vec<usize> = lengths
+            .map(|row| row.iter().map(TensorForm::bytes).sum())
+            .collect();
+        let received = self
+            .call(move |mpi| mpi.exchange(rows, &lengths, patience))
+            .map_err(RanksError::from)?;
+        let tensors = |(forms, bytes): (&Vec<TensorForm>, Vec<u8>)| {
+            let mut rest = bytes.as_slice();
+            let tensor = |form: &TensorForm| {
+                let (bytes, after) = rest.split_at(form.bytes());
+                rest = after;
+                form.tensor(bytes)
+            };
+            forms.iter().map(tensor).collect::<candle_core::Result<_>>()
+        };
+        let rows = expected.iter().zip(received).enumerate();
+        let mut kept = Some(kept);
+        let rows = rows.map(|(rank, row)| match rank == own {
+            true => Ok(kept.take().unwrap_or_default()),
+            false => tensors(row),
+        });
+        Ok(rows.collect::<candle_core::Result<_>>()?)
     }
 
     fn abort(&self, code: u8) -> ! {
-        self.abort(i32::from(code))
+        let code = i32::from(code);
+        let _ = self.call(move |mpi| -> Result<(), MpiError> { mpi.abort(code) });
+        process::exit(code)
     }
 
-    fn finish(&self, limit: Duration) -> Result<(), RanksError> {
-        Ok(self.finish(limit)?)
+    fn finish(&self, patience: Patience) -> Result<(), RanksError> {
+        Ok(self.call(move |mpi| mpi.finish(patience))?)
     }
 }

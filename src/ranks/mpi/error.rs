@@ -24,7 +24,16 @@ pub enum MpiError {
         /// The missing part of the library.
         reason: String,
     },
-    /// A second call of [`Mpi::open`](super::Mpi::open), which MPI does not allow.
+    /// MPI does not start: it waits for all ranks of the job.
+    #[error(
+        "MPI_Init has not ended for {:.1} s: not every process that the launcher started has begun to run coffey with this MPI, or the \
+         ranks can't reach each other", waited.as_secs_f64()
+    )]
+    NotStarted {
+        /// The time.
+        waited: Duration,
+    },
+    /// A second start of MPI, which it does not allow.
     #[error("MPI has already been started in this process")]
     AlreadyOpen,
     /// The launcher started ranks that the loaded library does not see; the text names both and the remedy.
@@ -35,7 +44,7 @@ pub enum MpiError {
     Call {
         /// Name of the function.
         function: &'static str,
-        /// Operation and peer, as in " in all-to-all with rank 3"; may be empty.
+        /// Operation and peer, as in " in exchange with rank 3"; may be empty.
         during: String,
         /// The library's message.
         message: String,
@@ -80,18 +89,9 @@ pub enum MpiError {
         /// Bytes that a message may have.
         most: u64,
     },
-    /// Buffers whose lengths do not fit the number of ranks.
-    #[error("{operation}: buffers of {sent} and {received} elements for {world} ranks")]
-    Buffers {
-        /// The operation.
-        operation: &'static str,
-        /// Elements of the buffer to send.
-        sent: usize,
-        /// Elements of the buffer to receive into.
-        received: usize,
-        /// Number of ranks.
-        world: usize,
-    },
+    /// The thread that owns MPI can't be started.
+    #[error("no thread for MPI: {0}")]
+    Thread(std::io::Error),
     /// An operation failed before: late messages of it could be taken for those of the next one.
     #[error("an earlier MPI operation failed: the job can only be aborted")]
     Broken,
@@ -142,22 +142,22 @@ mod tests {
     fn ranks_without_an_answer_are_named_with_their_nodes() {
         let all: Vec<String> = (0..20).map(|rank| format!("node{}", rank / 2)).collect();
         let error = |ranks: Vec<usize>| MpiError::NoAnswer {
-            operation: "all-to-all",
+            operation: "exchange",
             ranks,
             nodes: Vec::new(),
             waited: Duration::from_millis(2500),
         };
         assert_eq!(
             error(vec![3]).to_string(),
-            "all-to-all: no answer from rank 3 for 2.5 s"
+            "exchange: no answer from rank 3 for 2.5 s"
         );
         assert_eq!(
             error(vec![1, 3, 4]).with_nodes(&all).to_string(),
-            "all-to-all: no answer from ranks 1 (node0), 3 (node1) and 4 (node2) for 2.5 s"
+            "exchange: no answer from ranks 1 (node0), 3 (node1) and 4 (node2) for 2.5 s"
         );
         assert_eq!(
             error((1..20).collect()).to_string(),
-            "all-to-all: no answer from ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more for 2.5 s"
+            "exchange: no answer from ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more for 2.5 s"
         );
     }
 }

@@ -13,7 +13,7 @@ const ANY: [&str; 1] = ["libmpi.so"];
 
 /// The interface through which the process manager tells a process its rank, as the environment says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProcessManager {
+pub(in crate::ranks) enum ProcessManager {
     /// Open MPI's `mpirun`.
     OpenMpi,
     /// PMI-1 or PMI-2: `mpiexec` of MPICH or Intel MPI, `srun --mpi=pmi2`.
@@ -28,7 +28,7 @@ pub enum ProcessManager {
 
 impl ProcessManager {
     /// The process manager that set the variables which `get` reads.
-    pub fn from_environment(get: impl Fn(&str) -> Option<String>) -> Self {
+    pub(in crate::ranks) fn from_environment(get: impl Fn(&str) -> Option<String>) -> Self {
         let any = |names: &[&str]| names.iter().any(|name| get(name).is_some());
         if any(&["OMPI_COMM_WORLD_SIZE"]) {
             Self::OpenMpi
@@ -72,19 +72,19 @@ impl ProcessManager {
 }
 
 /// The rank that the launcher's variables give this process, to be compared with MPI's.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpectedRank<'a> {
+#[derive(Clone, Debug)]
+pub(in crate::ranks) struct ExpectedRank {
     /// The rank, from 0.
-    pub rank: usize,
+    pub(in crate::ranks) rank: usize,
     /// Number of ranks.
-    pub world: usize,
+    pub(in crate::ranks) world: usize,
     /// Names of the variables, as in "SLURM_PROCID and SLURM_NTASKS".
-    pub origin: &'a str,
+    pub(in crate::ranks) origin: String,
 }
 
 /// Why MPI's `rank` of `world` in the library named `library` is not the one `expected`; `None` if it is.
 pub(super) fn mismatch(
-    expected: ExpectedRank<'_>,
+    expected: &ExpectedRank,
     (rank, world): (usize, usize),
     library: &str,
     manager: ProcessManager,
@@ -229,9 +229,9 @@ mod tests {
         let expected = ExpectedRank {
             rank: 2,
             world: 4,
-            origin: "SLURM_PROCID and SLURM_NTASKS",
+            origin: "SLURM_PROCID and SLURM_NTASKS".to_owned(),
         };
-        let say = |found, library, manager| mismatch(expected, found, library, manager);
+        let say = |found, library, manager| mismatch(&expected, found, library, manager);
         assert_eq!(say((2, 4), "MPICH 4.0.2", ProcessManager::Pmi), None);
         assert_eq!(
             say((0, 1), "MPICH 4.0.2", ProcessManager::Pmix).as_deref(),

@@ -4,30 +4,37 @@
 //! operation that does not end can name the ranks that have not answered. Nothing blocks inside MPI: every wait polls,
 //! sleeps at most 0.5 ms between polls, and has a limit.
 //!
+//! One thread owns MPI ([`MpiRanks`]) and sends heartbeats, whatever work the others do.
+//!
 //! All ranks must call the same operations in the same order. After an error the job can only be aborted
 //! ([`Mpi::abort`]): messages of the failed operation may still arrive.
 
 mod collective;
 mod error;
+mod heartbeat;
 mod library;
 mod manager;
 mod transfer;
 mod wait;
+mod world;
 
-use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_int;
-use std::mem;
 use std::ops::Range;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+pub(super) use collective::MpiRanks;
 pub use error::MpiError;
 pub(super) use manager::{ExpectedRank, ProcessManager};
+use world::World;
 
+use heartbeat::Heartbeats;
 use library::{Envelope, MpiLibrary};
 use transfer::Transfers;
+
+use super::Patience;
 
 /// The most bytes that a message of [`Mpi::gather`] or [`Mpi::broadcast`] may have.
 const LONGEST_MESSAGE: u64 = 1 << 32;
@@ -49,12 +56,12 @@ const BROADCAST: Operation = Operation {
     name: "broadcast",
     tag: 12,
 };
-const ALL_TO_ALL: Operation = Operation {
-    name: "all-to-all",
+const EXCHANGE: Operation = Operation {
+    name: "exchange",
     tag: 13,
 };
-const ALL_GATHER: Operation = Operation {
-    name: "all-gather",
+const HEARTBEAT: Operation = Operation {
+    name: "heartbeat",
     tag: 14,
 };
 
@@ -68,17 +75,23 @@ impl Operation {
 }
 
 /// How to open MPI.
-#[derive(Clone, Copy, Debug)]
-pub struct MpiOptions<'a> {
+#[derive(Clone, Debug)]
+pub(super) struct MpiOptions {
     /// Name or path of the library; `None` takes the first that the system's loader finds.
-    pub library: Option<&'a str>,
+    pub(super) library: Option<String>,
     /// The process manager that started this process: it decides which libraries are looked for.
-    pub manager: ProcessManager,
+    pub(super) manager: ProcessManager,
     /// The rank that the launcher's variables say; a library that says otherwise is refused.
-    pub expected: Option<ExpectedRank<'a>>,
-    /// Time without an answer of the other ranks after which [`Mpi::open`] fails. It does not cover `MPI_Init`, which
-    /// may wait for ranks that never start.
-    pub limit: Duration,
+    pub(super) expected: Option<ExpectedRank>,
+    /// Time without an answer of the other ranks after which the start fails.
+    pub(super) limit: Duration,
+}
+
+/// A started library, and the heartbeats that go over it.
+#[derive(Debug)]
+struct Connection {
+    library: MpiLibrary,
+    heartbeats: RefCell<Heartbeats>,
 }
 
 /// The ranks of this job, connected by MPI. Only the thread that opened it can use it.
@@ -86,13 +99,9 @@ pub struct MpiOptions<'a> {
 /// Dropping it does not end MPI: that is [`Mpi::finish`], after an agreed end. A process that exits without it makes
 /// the launcher end the other ranks.
 #[derive(Debug)]
-pub struct Mpi {
-    library: MpiLibrary,
-    version: String,
-    rank: usize,
-    world: usize,
-    /// Name of each rank's node.
-    nodes: Vec<String>,
+struct Mpi {
+    connection: Connection,
+    world: World,
     /// Whether an operation has failed.
     broken: Cell<bool>,
 }
@@ -106,12 +115,12 @@ impl Mpi {
     /// When no library is found or usable, MPI was started before in this process, the library does not see the ranks
     /// that the launcher started, or a rank does not answer within the limit. A library may end the process instead:
     /// Open MPI 4 does where its launcher's daemon does not answer.
-    pub fn open(options: &MpiOptions<'_>) -> Result<Self, MpiError> {
+    fn open(options: &MpiOptions) -> Result<Self, MpiError> {
         static OPENED: AtomicBool = AtomicBool::new(false);
         if OPENED.swap(true, Ordering::SeqCst) {
             return Err(MpiError::AlreadyOpen);
         }
-        let library = match options.library {
+        let library = match &options.library {
             Some(name) => MpiLibrary::open(&[name], "check mpi.library"),
             None => MpiLibrary::open(&options.manager.libraries(), options.manager.remedy()),
         }?;
@@ -121,82 +130,51 @@ impl Mpi {
         library.init()?;
         let version = library.version()?;
         let (rank, world) = library.rank_and_world()?;
-        let mismatch = options.expected.and_then(|expected| {
+        let mismatch = options.expected.as_ref().and_then(|expected| {
             let name = format!("{version} ({})", library.file.display());
             manager::mismatch(expected, (rank, world), &name, options.manager)
         });
         if let Some(reason) = mismatch {
             return Err(MpiError::Mismatch(reason));
         }
+        let heartbeats = RefCell::new(Heartbeats::new(&library, rank, world)?);
         let mut mpi = Self {
-            library,
-            version,
-            rank,
-            world,
-            nodes: Vec::new(),
+            connection: Connection {
+                library,
+                heartbeats,
+            },
+            world: World::new(rank, world, version),
             broken: Cell::new(false),
         };
-        mpi.nodes = mpi.exchange_nodes(options.limit)?;
+        mpi.world.nodes = mpi.exchange_nodes(options.limit)?;
         Ok(mpi)
     }
 
-    /// This process's rank, from 0.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// Number of ranks, at least 1.
-    pub fn world(&self) -> usize {
-        self.world
-    }
-
-    /// This rank's number among the ranks of its node, from 0.
-    pub fn local_rank(&self) -> usize {
-        self.neighbours(0..self.rank)
-    }
-
-    /// Number of ranks on this rank's node, at least 1.
-    pub fn local_world(&self) -> usize {
-        self.neighbours(0..self.world)
-    }
-
-    /// Number of nodes, at least 1.
-    pub fn nodes(&self) -> usize {
-        self.nodes.iter().collect::<BTreeSet<_>>().len()
-    }
-
-    /// Name of the node of `rank`, as MPI says; `None` for no rank.
-    pub fn node(&self, rank: usize) -> Option<&str> {
-        self.nodes.get(rank).map(String::as_str)
-    }
-
-    /// Name and version of the library, as in "Open MPI 4.1.4".
-    pub fn library(&self) -> &str {
-        &self.version
-    }
-
-    /// Path of the library's file.
-    pub fn file(&self) -> &std::path::Path {
-        &self.library.file
+    /// Sends the heartbeats that are due and looks at those of other ranks. A failure is that of the next operation.
+    fn beat(&self) {
+        let mut heartbeats = self.connection.heartbeats.borrow_mut();
+        if heartbeats.beat(&self.connection.library).is_err() {
+            self.broken.set(true);
+        }
     }
 
     /// Sends every rank's message, of any length, to rank 0. Returns all of them at rank 0, in rank order; `None`
-    /// elsewhere, where it returns before rank 0 has the message.
+    /// elsewhere, where it may return before rank 0 has the message.
     ///
     /// # Errors
-    /// When ranks do not answer for `limit`, or MPI fails.
-    pub fn gather(
+    /// When the patience ends, or MPI fails.
+    fn gather(
         &self,
-        message: &[u8],
-        limit: Duration,
+        message: Vec<u8>,
+        patience: Patience,
     ) -> Result<Option<Vec<Vec<u8>>>, MpiError> {
         self.run(|| {
-            if self.rank > 0 {
-                self.send_message(0..1, message.to_vec(), GATHER, limit)?;
+            if self.world.rank() > 0 {
+                self.send_message(0..1, message, GATHER, patience)?;
                 return Ok(None);
             }
-            let mut messages = vec![message.to_vec()];
-            messages.extend(self.receive_messages(1..self.world, GATHER, limit)?);
+            let mut messages = vec![message];
+            messages.extend(self.receive_messages(1..self.world.size(), GATHER, patience)?);
             Ok(Some(messages))
         })
     }
@@ -205,88 +183,92 @@ impl Mpi {
     /// ranks is ignored.
     ///
     /// # Errors
-    /// When ranks do not answer for `limit`, or MPI fails. Rank 0 may be late because it waits for a third rank in a
-    /// [`Mpi::gather`] before: with a longer limit at the other ranks, rank 0's error comes first and names that rank.
-    pub fn broadcast(&self, message: Vec<u8>, limit: Duration) -> Result<Vec<u8>, MpiError> {
+    /// When the patience ends, or MPI fails.
+    fn broadcast(&self, message: Vec<u8>, patience: Patience) -> Result<Vec<u8>, MpiError> {
         self.run(|| {
-            if self.rank == 0 {
-                return self.send_message(1..self.world, message, BROADCAST, limit);
+            if self.world.rank() == 0 {
+                return self.send_message(1..self.world.size(), message, BROADCAST, patience);
             }
-            let received = self.receive_messages(0..1, BROADCAST, limit)?;
+            let received = self.receive_messages(0..1, BROADCAST, patience)?;
             Ok(received.into_iter().next().unwrap_or_default())
         })
     }
 
-    /// Sends row r of `rows` to rank r, for all r. `rows` has [`Mpi::world`] rows of equal length, one after another, and
-    /// so has `received`: its row r comes from rank r.
+    /// Sends a row of bytes to each rank, or one row to all, and receives `lengths[r]` bytes from rank r. The row of this rank itself is
+    /// empty in the result.
     ///
     /// # Errors
-    /// When the lengths do not fit, ranks do not answer for `limit`, or MPI fails. After the last two both buffers are
-    /// empty: their memory is lost, because MPI may still use it.
-    pub fn all_to_all(
+    /// When a rank sends another length, the patience ends, or MPI fails.
+    fn exchange(
         &self,
-        rows: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), MpiError> {
-        let fits = rows.len() == received.len() && rows.len().is_multiple_of(self.world);
-        self.check_buffers(ALL_TO_ALL, fits, rows, received)?;
-        let length = rows.len() / self.world;
-        let row = |rank: usize| rank * length..(rank + 1) * length;
-        received[row(self.rank)].copy_from_slice(&rows[row(self.rank)]);
-        self.exchange(ALL_TO_ALL, rows, row, received, row, limit)
-    }
-
-    /// Sends `segment` to all ranks. `received` has the room of [`Mpi::world`] segments: segment r comes from rank r. The
-    /// segments of all ranks have the same length.
-    ///
-    /// # Errors
-    /// As [`Mpi::all_to_all`].
-    pub fn all_gather(
-        &self,
-        segment: &mut Vec<f32>,
-        received: &mut Vec<f32>,
-        limit: Duration,
-    ) -> Result<(), MpiError> {
-        let length = segment.len();
-        let fits = length.checked_mul(self.world) == Some(received.len());
-        self.check_buffers(ALL_GATHER, fits, segment, received)?;
-        let place = |rank: usize| rank * length..(rank + 1) * length;
-        received[place(self.rank)].copy_from_slice(segment);
-        self.exchange(ALL_GATHER, segment, |_| 0..length, received, place, limit)
+        sent: Vec<Vec<u8>>,
+        lengths: &[usize],
+        patience: Patience,
+    ) -> Result<Vec<Vec<u8>>, MpiError> {
+        self.run(|| {
+            let (rank, size) = (self.world.rank(), self.world.size());
+            let mut transfers = Transfers::new(&self.connection, EXCHANGE.name);
+            for (peer, &bytes) in lengths.iter().enumerate() {
+                let bytes = if peer == rank { 0 } else { bytes };
+                let buffer = room(bytes).ok_or_else(|| too_long(bytes as u64, peer, EXCHANGE))?;
+                let incoming = transfers.incoming(buffer);
+                transfers.receive(EXCHANGE.with(peer), incoming, 0..bytes)?;
+            }
+            let lengths: Vec<usize> = sent.iter().map(Vec::len).collect();
+            let rows: Vec<_> = sent
+                .into_iter()
+                .map(|row| transfers.outgoing(row))
+                .collect();
+            // Each rank begins with another peer, so that no rank receives from all at once.
+            for peer in (1..size).map(|step| (rank + step) % size) {
+                let row = if rows.len() == 1 { 0 } else { peer };
+                transfers.send(EXCHANGE.with(peer), rows[row], 0..lengths[row])?;
+            }
+            Ok(transfers.wait(patience)?.incoming)
+        })
     }
 
     /// Ends all ranks and this process, with coffey's exit code `code`.
-    pub fn abort(&self, code: i32) -> ! {
-        self.library.abort(code);
+    fn abort(&self, code: i32) -> ! {
+        self.connection.library.abort(code);
         process::exit(code)
     }
 
     /// Ends MPI after all ranks have called this function.
     ///
     /// # Errors
-    /// When ranks do not call it for `limit`, an operation failed before, or MPI fails.
-    pub fn finish(&self, limit: Duration) -> Result<(), MpiError> {
+    /// When the patience ends, an operation failed before, or MPI fails.
+    fn finish(&self, patience: Patience) -> Result<(), MpiError> {
         // MPI_Finalize waits without a limit, so all ranks must have arrived before it.
-        self.gather(&[], limit)?;
-        self.broadcast(Vec::new(), limit)?;
+        self.gather(Vec::new(), patience)?;
+        self.broadcast(Vec::new(), patience)?;
+        self.run(|| {
+            let Connection {
+                library,
+                heartbeats,
+            } = &self.connection;
+            let missing = heartbeats.borrow_mut().close(library, patience.limit())?;
+            if missing.is_empty() {
+                return library.finalize();
+            }
+            Err(MpiError::NoAnswer {
+                operation: HEARTBEAT.name,
+                ranks: missing,
+                nodes: Vec::new(),
+                waited: patience.limit(),
+            })
+        })?;
         self.broken.set(true);
-        self.library.finalize()
-    }
-
-    /// Number of `ranks` on this rank's node.
-    fn neighbours(&self, ranks: Range<usize>) -> usize {
-        let own = self.node(self.rank);
-        ranks.filter(|rank| self.node(*rank) == own).count()
+        Ok(())
     }
 
     /// The node of every rank.
     fn exchange_nodes(&self, limit: Duration) -> Result<Vec<String>, MpiError> {
-        let names = self.gather(self.library.processor_name()?.as_bytes(), limit)?;
+        let patience = Patience::ForLife(limit);
+        let name = self.connection.library.processor_name()?;
+        let names = self.gather(name.into_bytes(), patience)?;
         let joined = names.map(|names| names.join(&0)).unwrap_or_default();
-        // Rank 0 names the ranks that do not answer; the others wait longer, for its error to come first.
-        let limit = if self.rank == 0 { limit } else { limit * 2 };
-        let names = self.broadcast(joined, limit)?;
+        let names = self.broadcast(joined, patience)?;
         let names = names.split(|byte| *byte == 0);
         Ok(names
             .map(|name| String::from_utf8_lossy(name).into_owned())
@@ -298,55 +280,9 @@ impl Mpi {
         if self.broken.replace(true) {
             return Err(MpiError::Broken);
         }
-        let result = operation().map_err(|error| error.with_nodes(&self.nodes))?;
+        let result = operation().map_err(|error| error.with_nodes(&self.world.nodes))?;
         self.broken.set(false);
         Ok(result)
-    }
-
-    fn check_buffers(
-        &self,
-        operation: Operation,
-        fits: bool,
-        sent: &[f32],
-        received: &[f32],
-    ) -> Result<(), MpiError> {
-        if fits {
-            return Ok(());
-        }
-        Err(MpiError::Buffers {
-            operation: operation.name,
-            sent: sent.len(),
-            received: received.len(),
-            world: self.world,
-        })
-    }
-
-    /// Sends the elements `source(r)` of `sent` to rank r and receives `target(r)` from it, for all other ranks r.
-    fn exchange(
-        &self,
-        operation: Operation,
-        sent: &mut Vec<f32>,
-        source: impl Fn(usize) -> Range<usize>,
-        received: &mut Vec<f32>,
-        target: impl Fn(usize) -> Range<usize>,
-        limit: Duration,
-    ) -> Result<(), MpiError> {
-        self.run(|| {
-            let mut transfers = Transfers::new(&self.library, operation.name);
-            let incoming = transfers.incoming(mem::take(received));
-            let outgoing = transfers.outgoing(mem::take(sent));
-            for peer in (0..self.world).filter(|peer| *peer != self.rank) {
-                transfers.receive(operation.with(peer), incoming, target(peer))?;
-            }
-            // Each rank begins with another peer, so that no rank receives from all at once.
-            for peer in (1..self.world).map(|step| (self.rank + step) % self.world) {
-                transfers.send(operation.with(peer), outgoing, source(peer))?;
-            }
-            let ended = transfers.wait(limit)?;
-            *received = ended.incoming.into_iter().next().unwrap_or_default();
-            *sent = ended.outgoing.into_iter().next().unwrap_or_default();
-            Ok(())
-        })
     }
 
     /// Sends a message, after its length, to `peers`. Returns the message.
@@ -355,18 +291,18 @@ impl Mpi {
         peers: Range<usize>,
         message: Vec<u8>,
         operation: Operation,
-        limit: Duration,
+        patience: Patience,
     ) -> Result<Vec<u8>, MpiError> {
         let bytes = message.len();
-        check_length(bytes as u64, self.rank, operation)?;
-        let mut transfers = Transfers::new(&self.library, operation.name);
+        check_length(bytes as u64, self.world.rank(), operation)?;
+        let mut transfers = Transfers::new(&self.connection, operation.name);
         let length = transfers.outgoing((bytes as u64).to_le_bytes().to_vec());
         let body = transfers.outgoing(message);
         for peer in peers {
             transfers.send(operation.with(peer), length, 0..LENGTH_BYTES)?;
             transfers.send(operation.with(peer), body, 0..bytes)?;
         }
-        let ended = transfers.wait(limit)?;
+        let ended = transfers.wait(patience)?;
         Ok(ended.outgoing.into_iter().nth(1).unwrap_or_default())
     }
 
@@ -375,15 +311,15 @@ impl Mpi {
         &self,
         peers: Range<usize>,
         operation: Operation,
-        limit: Duration,
+        patience: Patience,
     ) -> Result<Vec<Vec<u8>>, MpiError> {
-        let mut transfers = Transfers::new(&self.library, operation.name);
+        let mut transfers = Transfers::new(&self.connection, operation.name);
         for peer in peers.clone() {
             let length = transfers.incoming(vec![0; LENGTH_BYTES]);
             transfers.receive(operation.with(peer), length, 0..LENGTH_BYTES)?;
         }
-        let lengths = transfers.wait(limit)?.incoming;
-        let mut transfers = Transfers::new(&self.library, operation.name);
+        let lengths = transfers.wait(patience)?.incoming;
+        let mut transfers = Transfers::new(&self.connection, operation.name);
         for (peer, length) in peers.zip(lengths) {
             let length = length.try_into().map_or(u64::MAX, u64::from_le_bytes);
             let bytes = check_length(length, peer, operation)?;
@@ -391,7 +327,7 @@ impl Mpi {
                 transfers.incoming(room(bytes).ok_or_else(|| too_long(length, peer, operation))?);
             transfers.receive(operation.with(peer), body, 0..bytes)?;
         }
-        Ok(transfers.wait(limit)?.incoming)
+        Ok(transfers.wait(patience)?.incoming)
     }
 }
 

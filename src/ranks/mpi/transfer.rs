@@ -4,42 +4,32 @@
     reason = "buffers that MPI reads and writes between two polls"
 )]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::time::Duration;
 
+use super::Connection;
 use super::error::MpiError;
 use super::library::{Envelope, MpiLibrary, Request};
 use super::wait::Silence;
+use crate::ranks::Patience;
 
 /// Bytes of the messages that a range is cut into. Each one that arrives tells that data moves.
 const PIECE: usize = 1 << 22;
 /// Pieces of a stream that are in flight at once.
 const WINDOW: usize = 4;
 
-/// A type of which any bytes are a value.
-///
-/// # Safety
-/// The type has no padding, and every bit pattern is valid.
-pub(super) unsafe trait Element: Copy {}
-
-// SAFETY: any byte is a `u8`.
-unsafe impl Element for u8 {}
-// SAFETY: any four bytes are an `f32`.
-unsafe impl Element for f32 {}
-
 /// Transfers between this rank and others, with their buffers.
 ///
 /// MPI uses the buffers until a transfer ends, so they belong to this value: [`Self::wait`] gives them back after all
 /// transfers have ended. In every other case they are leaked, because MPI may use them as long as the process runs.
 #[derive(Debug)]
-pub(super) struct Transfers<'m, T> {
-    library: &'m MpiLibrary,
+pub(super) struct Transfers<'m> {
+    connection: &'m Connection,
     operation: &'static str,
-    outgoing: Vec<Parts<T>>,
-    incoming: Vec<Parts<T>>,
+    outgoing: Vec<Parts>,
+    incoming: Vec<Parts>,
     streams: Vec<Stream>,
 }
 
@@ -53,18 +43,18 @@ pub(super) struct Incoming(usize);
 
 /// The buffers of transfers that have ended, in the order in which they were given.
 #[derive(Debug)]
-pub(super) struct Ended<T> {
+pub(super) struct Ended {
     /// The buffers that were sent.
-    pub(super) outgoing: Vec<Vec<T>>,
+    pub(super) outgoing: Vec<Vec<u8>>,
     /// The buffers that were received into.
-    pub(super) incoming: Vec<Vec<T>>,
+    pub(super) incoming: Vec<Vec<u8>>,
 }
 
-impl<'m, T: Element> Transfers<'m, T> {
+impl<'m> Transfers<'m> {
     /// No transfers yet; `operation` is named in errors.
-    pub(super) fn new(library: &'m MpiLibrary, operation: &'static str) -> Self {
+    pub(super) fn new(connection: &'m Connection, operation: &'static str) -> Self {
         Self {
-            library,
+            connection,
             operation,
             outgoing: Vec::new(),
             incoming: Vec::new(),
@@ -73,18 +63,18 @@ impl<'m, T: Element> Transfers<'m, T> {
     }
 
     /// Takes a buffer to send from.
-    pub(super) fn outgoing(&mut self, buffer: Vec<T>) -> Outgoing {
+    pub(super) fn outgoing(&mut self, buffer: Vec<u8>) -> Outgoing {
         self.outgoing.push(Parts::new(buffer));
         Outgoing(self.outgoing.len() - 1)
     }
 
     /// Takes a buffer to receive into.
-    pub(super) fn incoming(&mut self, buffer: Vec<T>) -> Incoming {
+    pub(super) fn incoming(&mut self, buffer: Vec<u8>) -> Incoming {
         self.incoming.push(Parts::new(buffer));
         Incoming(self.incoming.len() - 1)
     }
 
-    /// Starts to send the elements `range` of a buffer.
+    /// Starts to send the bytes `range` of a buffer.
     pub(super) fn send(
         &mut self,
         to: Envelope,
@@ -95,7 +85,7 @@ impl<'m, T: Element> Transfers<'m, T> {
         self.start(Stream::new(to, Direction::Send, start, left))
     }
 
-    /// Starts to receive into the elements `range` of a buffer. The ranges of a buffer must be given in ascending order,
+    /// Starts to receive into the bytes `range` of a buffer. The ranges of a buffer must be given in ascending order,
     /// without overlap.
     pub(super) fn receive(
         &mut self,
@@ -111,7 +101,7 @@ impl<'m, T: Element> Transfers<'m, T> {
     }
 
     fn start(&mut self, mut stream: Stream) -> Result<(), MpiError> {
-        let filled = stream.fill(self.library);
+        let filled = stream.fill(&self.connection.library);
         filled.map_err(|error| stream.context(error, self.operation))?;
         if !stream.ended() {
             self.streams.push(stream);
@@ -122,9 +112,9 @@ impl<'m, T: Element> Transfers<'m, T> {
     /// Waits until all transfers have ended, and returns the buffers.
     ///
     /// # Errors
-    /// When no data move for `limit`: the error names the ranks whose transfers have not ended. When a message has
-    /// another length than the range, or MPI fails. The buffers are leaked.
-    pub(super) fn wait(mut self, limit: Duration) -> Result<Ended<T>, MpiError> {
+    /// When the patience ends: the error names the ranks whose transfers have not ended. When a message has another length than the
+    /// range, or MPI fails. The buffers are leaked.
+    pub(super) fn wait(mut self, patience: Patience) -> Result<Ended, MpiError> {
         let mut silence = Silence::new();
         while !self.streams.is_empty() {
             if self.poll()? {
@@ -132,11 +122,25 @@ impl<'m, T: Element> Transfers<'m, T> {
                 continue;
             }
             let waited = silence.pause();
-            if waited >= limit {
-                return Err(self.no_answer(waited));
+            let mut heartbeats = self.connection.heartbeats.borrow_mut();
+            heartbeats.beat(&self.connection.library)?;
+            if waited < patience.limit() {
+                continue;
+            }
+            let mut ranks = self.awaited();
+            if let Patience::ForLife(limit) = patience {
+                ranks.retain(|rank| heartbeats.silence(*rank) >= limit);
+            }
+            if !ranks.is_empty() {
+                return Err(MpiError::NoAnswer {
+                    operation: self.operation,
+                    ranks,
+                    nodes: Vec::new(),
+                    waited,
+                });
             }
         }
-        let vectors = |parts: Vec<Parts<T>>| {
+        let vectors = |parts: Vec<Parts>| {
             // SAFETY: no transfer is in flight, and each buffer's parts are used once.
             parts
                 .into_iter()
@@ -153,7 +157,7 @@ impl<'m, T: Element> Transfers<'m, T> {
     fn poll(&mut self) -> Result<bool, MpiError> {
         let (mut moved, mut index) = (false, 0);
         while let Some(stream) = self.streams.get_mut(index) {
-            let advanced = stream.advance(self.library, self.operation);
+            let advanced = stream.advance(&self.connection.library, self.operation);
             moved |= advanced.map_err(|error| stream.context(error, self.operation))?;
             if stream.ended() {
                 self.streams.swap_remove(index);
@@ -164,35 +168,26 @@ impl<'m, T: Element> Transfers<'m, T> {
         Ok(moved)
     }
 
-    fn no_answer(&self, waited: Duration) -> MpiError {
-        let mut ranks: Vec<_> = self
-            .streams
-            .iter()
-            .map(|stream| stream.envelope.peer)
-            .collect();
-        ranks.sort_unstable();
-        ranks.dedup();
-        MpiError::NoAnswer {
-            operation: self.operation,
-            ranks,
-            nodes: Vec::new(),
-            waited,
-        }
+    /// The ranks whose transfers have not ended, in ascending order.
+    fn awaited(&self) -> Vec<usize> {
+        let streams = self.streams.iter();
+        let ranks: BTreeSet<_> = streams.map(|stream| stream.envelope.peer).collect();
+        ranks.into_iter().collect()
     }
 }
 
-/// A vector as raw parts, so that no reference to its elements exists while MPI uses them.
+/// A vector as raw parts, so that no reference to its bytes exists while MPI uses them.
 #[derive(Debug)]
-struct Parts<T> {
-    start: *mut T,
+struct Parts {
+    start: *mut u8,
     length: usize,
     capacity: usize,
     /// End of the ranges that are received into.
     used: usize,
 }
 
-impl<T: Element> Parts<T> {
-    fn new(vector: Vec<T>) -> Self {
+impl Parts {
+    fn new(vector: Vec<u8>) -> Self {
         let mut vector = ManuallyDrop::new(vector);
         Self {
             start: vector.as_mut_ptr(),
@@ -202,7 +197,7 @@ impl<T: Element> Parts<T> {
         }
     }
 
-    /// First byte and number of bytes of the elements `range`.
+    /// First byte and number of bytes of `range`.
     fn bytes(&self, range: Range<usize>) -> (*mut u8, usize) {
         assert!(
             range.start <= range.end && range.end <= self.length,
@@ -210,12 +205,12 @@ impl<T: Element> Parts<T> {
         );
         // SAFETY: the range lies in the vector.
         let start = unsafe { self.start.add(range.start) };
-        (start.cast(), range.len() * size_of::<T>())
+        (start, range.len())
     }
 
     /// # Safety
     /// No transfer uses the vector.
-    unsafe fn into_vec(self) -> Vec<T> {
+    unsafe fn into_vec(self) -> Vec<u8> {
         // SAFETY: these are the parts of a vector, and they are used once.
         unsafe { Vec::from_raw_parts(self.start, self.length, self.capacity) }
     }

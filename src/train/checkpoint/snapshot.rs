@@ -29,7 +29,7 @@ impl Snapshot {
         };
         Ok(Some(Self {
             folders: state.student.checkpoint()?,
-            optimizer: state.optimizer.state().into_iter().collect(),
+            optimizer: state.optimizer.state(),
             state: described,
         }))
     }

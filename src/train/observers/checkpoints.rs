@@ -121,10 +121,6 @@ impl Checkpoints {
 }
 
 impl Observer for Checkpoints {
-    fn is_long(&self, step: u64) -> bool {
-        step.is_multiple_of(self.every)
-    }
-
     fn on_step(
         &mut self,
         report: &mut StepReport,

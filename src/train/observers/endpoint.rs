@@ -123,10 +123,6 @@ pub(in crate::train) struct Endpoint {
 }
 
 impl Observer for Endpoint {
-    fn is_long(&self, step: u64) -> bool {
-        step.is_multiple_of(self.every)
-    }
-
     fn on_step(
         &mut self,
         report: &mut StepReport,

@@ -103,10 +103,6 @@ impl Observer for Grids {
         self.draw_if_due(step, run, earlier)
     }
 
-    fn is_long(&self, step: u64) -> bool {
-        step.is_multiple_of(self.validation.every)
-    }
-
     fn on_step(
         &mut self,
         report: &mut StepReport,

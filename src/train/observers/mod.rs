@@ -78,11 +78,6 @@ pub trait Observer: fmt::Debug {
         false
     }
 
-    /// Whether [`Observer::on_step`] of `step` may take much longer than a step, as drawing does.
-    fn is_long(&self, _step: u64) -> bool {
-        false
-    }
-
     /// This process is about to make its first step.
     ///
     /// # Errors
@@ -173,11 +168,6 @@ impl Observers {
     /// Whether an observer needs the traces of `step`.
     pub fn wants_traces(&self, step: u64) -> bool {
         self.0.iter().any(|observer| observer.wants_traces(step))
-    }
-
-    /// Whether what follows `step` may take much longer than a step.
-    pub fn is_long(&self, step: u64) -> bool {
-        self.0.iter().any(|observer| observer.is_long(step))
     }
 
     /// Tells every observer that this process is about to make its first step.

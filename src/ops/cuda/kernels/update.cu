@@ -293,14 +293,6 @@ __device__ void squares(const NormRow* rows, int count, double* sums) {
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
-// The sum of all blocks' sums, by one block.
-__device__ void total(const double* sums, int64_t count, double* out) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
-  const double all = block_sum(sum);
-  if (threadIdx.x == 0) *out = all;
-}
-
 }  // namespace
 
 KERNEL adamw_f32(const AdamWRow* rows, int count, float grad_scale, float weight1, float beta2, float weight2, float keep,
@@ -322,6 +314,3 @@ EXPORT(ema_f32)
 
 KERNEL squares_f64(const NormRow* rows, int count, double* sums) { squares(rows, count, sums); }
 EXPORT(squares_f64)
-
-KERNEL total_f64(const double* sums, int64_t count, double* out) { total(sums, count, out); }
-EXPORT(total_f64)
