@@ -53,6 +53,16 @@ pub const TRAIN_LR: &str = "coffey_train_lr";
 pub const TRAIN_SAMPLES: &str = "coffey_train_samples_total";
 /// Duration of the newest checkpoint.
 pub const CHECKPOINT_SECONDS: &str = "coffey_checkpoint_seconds";
+/// Number of ranks.
+pub const RANKS: &str = "coffey_ranks";
+/// The rank that took longest for its part of the newest step.
+pub const SLOWEST_RANK: &str = "coffey_slowest_rank";
+/// Time that the slowest rank took.
+pub const SLOWEST_RANK_SECONDS: &str = "coffey_slowest_rank_seconds";
+/// Time that the fastest rank took.
+pub const FASTEST_RANK_SECONDS: &str = "coffey_fastest_rank_seconds";
+/// Time in which the ranks exchanged gradients and weights.
+pub const EXCHANGE_SECONDS: &str = "coffey_exchange_seconds";
 
 /// Name, unit and help of each counter.
 const COUNTERS: [(&str, Unit, &str); 9] = [
@@ -81,7 +91,7 @@ const COUNTERS: [(&str, Unit, &str); 9] = [
 
 /// Name, unit and help of each gauge. A counter of the facade is an integer, so the sums of seconds are
 /// gauges that never fall.
-const GAUGES: [(&str, Unit, &str); 11] = [
+const GAUGES: [(&str, Unit, &str); 16] = [
     (
         STAGE_BUSY,
         Unit::Seconds,
@@ -112,6 +122,27 @@ const GAUGES: [(&str, Unit, &str); 11] = [
         "Gradient norm of the newest step, before clipping",
     ),
     (TRAIN_LR, Unit::Count, "Learning rate of the newest step"),
+    (RANKS, Unit::Count, "Ranks of the run"),
+    (
+        SLOWEST_RANK,
+        Unit::Count,
+        "The rank that took longest for its part of the newest step",
+    ),
+    (
+        SLOWEST_RANK_SECONDS,
+        Unit::Seconds,
+        "Time that the slowest rank took for its part of the newest step",
+    ),
+    (
+        FASTEST_RANK_SECONDS,
+        Unit::Seconds,
+        "Time that the fastest rank took for its part of the newest step",
+    ),
+    (
+        EXCHANGE_SECONDS,
+        Unit::Seconds,
+        "Time in which the ranks exchanged gradients and weights of the newest step",
+    ),
     (
         CHECKPOINT_SECONDS,
         Unit::Seconds,

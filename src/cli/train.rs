@@ -91,7 +91,11 @@ fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
     })?;
     errln!("opening {}", config.data.shown_shards());
     let list = access.shards(&config.data.shards)?;
-    let looked_up = access.until_cancelled(&cancel, || access.look_up(&config, list.unlisted()))?;
+    let looked_up = match leads {
+        true => access.until_cancelled(&cancel, || access.look_up(&config, list.unlisted()))?,
+        // Rank 0 does it for all.
+        false => String::new(),
+    };
     let shards = list.shards;
     errln!("{}{looked_up}", counted(shards.len(), "shard"));
     check_apart("train.output", &required.output, &shards)?;

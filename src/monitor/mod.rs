@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use coffey_pipeline::FlowMetrics;
 use coffey_pipeline::flow::Recent;
 use coffey_pipeline::metrics::{
-    CHECKPOINT_SECONDS, TRAIN_GRAD_NORM, TRAIN_LOSS, TRAIN_LR, TRAIN_SAMPLES, TRAIN_STEP,
+    CHECKPOINT_SECONDS, EXCHANGE_SECONDS, FASTEST_RANK_SECONDS, RANKS, SLOWEST_RANK,
+    SLOWEST_RANK_SECONDS, TRAIN_GRAD_NORM, TRAIN_LOSS, TRAIN_LR, TRAIN_SAMPLES, TRAIN_STEP,
 };
 use coffey_pipeline::source::ServerRecord;
 use coffey_pipeline::stages::Stage;
@@ -88,6 +89,7 @@ struct Reported {
     streams: bool,
     goal: Option<Goal>,
     step: Option<StepFigures>,
+    ranks: Option<RankFigures>,
     history: History,
     checkpoint: Option<SavedCheckpoint>,
     grid: Option<Grid>,
@@ -120,6 +122,21 @@ impl StepFigures {
         gauge!(TRAIN_LR).set(self.lr);
         counter!(TRAIN_SAMPLES).absolute(self.samples);
     }
+}
+
+/// The ranks in the newest step. A rank's time is that from the beginning of the step until its gradients are made.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RankFigures {
+    /// Number of ranks, at least 2.
+    pub ranks: usize,
+    /// The slowest rank.
+    pub slowest: usize,
+    /// Its time.
+    pub slowest_seconds: f64,
+    /// Time of the fastest rank.
+    pub fastest_seconds: f64,
+    /// Time in which gradients and weights were exchanged, on rank 0.
+    pub exchange_seconds: f64,
 }
 
 /// A run without progress.
@@ -227,6 +244,16 @@ impl Monitor {
         self.resume(std::iter::once(figures));
         self.advance(figures.step);
         self.heartbeat();
+    }
+
+    /// Records the ranks of a step.
+    pub fn ranks(&self, figures: RankFigures) {
+        gauge!(RANKS).set(figures.ranks as f64);
+        gauge!(SLOWEST_RANK).set(figures.slowest as f64);
+        gauge!(SLOWEST_RANK_SECONDS).set(figures.slowest_seconds);
+        gauge!(FASTEST_RANK_SECONDS).set(figures.fastest_seconds);
+        gauge!(EXCHANGE_SECONDS).set(figures.exchange_seconds);
+        self.reported().ranks = Some(figures);
     }
 
     /// Records a saved checkpoint and how long saving took.

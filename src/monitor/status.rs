@@ -9,7 +9,9 @@ use coffey_pipeline::stages::{FlowChannel, Stage};
 use serde::Serialize;
 
 use super::history::{Curves, Mark};
-use super::{Goal, Monitor, NOT_WAITING, Reported, Stalled, StepFigures, StreamingCommand};
+use super::{
+    Goal, Monitor, NOT_WAITING, RankFigures, Reported, Stalled, StepFigures, StreamingCommand,
+};
 
 /// One event for the page: the status of the run, and new points of its curves.
 #[derive(Debug, Serialize)]
@@ -44,6 +46,8 @@ pub(super) struct RunStatus {
     #[serde(flatten)]
     s3: S3Counts,
     step: Option<StepFigures>,
+    /// Of a run of several ranks, from its first step on.
+    ranks: Option<RankFigures>,
     checkpoint: Option<CheckpointStatus>,
     /// Step of the newest validation grid.
     grid: Option<u64>,
@@ -152,6 +156,7 @@ impl Monitor {
             truncated_captions: flow.truncated_captions,
             s3: shared.s3.counts(),
             step: reported.step,
+            ranks: reported.ranks,
             checkpoint: reported.checkpoint.map(|checkpoint| CheckpointStatus {
                 seconds: checkpoint.took.as_secs_f64(),
                 seconds_ago: (now - checkpoint.saved).as_secs_f64(),

@@ -19,6 +19,8 @@ pub(super) struct StepPart {
     /// Sum of their losses' shares in the step's loss, as bits: JSON has no NaN.
     pub(super) loss_bits: u64,
     pub(super) samples: u64,
+    /// Time from the beginning of the step until they were made.
+    pub(super) seconds: f64,
     /// Epoch of the last sample.
     pub(super) epoch: u64,
     /// Position in the rank's lanes after the last batch.
@@ -35,6 +37,7 @@ impl StepPart {
             stop: false,
             loss_bits: loss.to_bits(),
             samples: 0,
+            seconds: 0.0,
             epoch: 0,
             cursor: None,
             skipped: skipped
@@ -80,6 +83,16 @@ pub(super) struct Agreed {
     pub(super) cursor: Option<Cursor>,
     /// Samples that all ranks skipped, in the order of the lanes, on rank 0.
     pub(super) skipped: Vec<SkippedSample>,
+    /// Each rank's time for its micro-batches, on rank 0.
+    pub(super) seconds: Vec<f64>,
+}
+
+/// What rank 0 alone learns of a step.
+#[derive(Debug, Default)]
+struct Gathered {
+    cursor: Option<Cursor>,
+    skipped: Vec<SkippedSample>,
+    seconds: Vec<f64>,
 }
 
 /// Exchanges `part` for the whole step. `limit`: time without an answer of a rank after which the run fails.
@@ -95,24 +108,24 @@ pub(super) fn agree(
         false => Patience::ForLife(limit),
     };
     let message = serde_json::to_vec(&part).map_err(unreadable(rank.index))?;
-    let mut joined = None;
+    let mut gathered = Gathered::default();
     let mut answer = Vec::new();
     if let Some(parts) = collective.gather(message, patience)? {
-        let (whole, cursor, skipped) = join(&parts)?;
+        let whole;
+        (whole, gathered) = join(&parts)?;
         answer = serde_json::to_vec(&whole).map_err(unreadable(0))?;
-        joined = Some((cursor, skipped));
     }
     let answer = collective.broadcast(answer, patience)?;
     let whole: Answer = serde_json::from_slice(&answer).map_err(unreadable(0))?;
-    let (cursor, skipped) = joined.unwrap_or((None, Vec::new()));
     Ok(Agreed {
         made: whole.made,
         stop: whole.stop,
         loss: f64::from_bits(whole.loss_bits),
         samples: whole.samples,
         epoch: whole.epoch,
-        cursor,
-        skipped,
+        cursor: gathered.cursor,
+        skipped: gathered.skipped,
+        seconds: gathered.seconds,
     })
 }
 
@@ -124,9 +137,9 @@ fn unreadable(rank: usize) -> impl FnOnce(serde_json::Error) -> TrainError {
 }
 
 /// The whole step from the parts of all ranks, in rank order.
-fn join(messages: &[Vec<u8>]) -> Result<(Answer, Option<Cursor>, Vec<SkippedSample>), TrainError> {
+fn join(messages: &[Vec<u8>]) -> Result<(Answer, Gathered), TrainError> {
     let mut loss = TreeSum::default();
-    let (mut cursors, mut skipped) = (Vec::new(), Vec::new());
+    let (mut cursors, mut gathered) = (Vec::new(), Gathered::default());
     let mut whole = Answer {
         made: true,
         stop: false,
@@ -143,16 +156,18 @@ fn join(messages: &[Vec<u8>]) -> Result<(Answer, Option<Cursor>, Vec<SkippedSamp
         loss.push(f64::from_bits(part.loss_bits), |a, b| Ok(a + b))?;
         cursors.extend(part.cursor);
         let listed = part.skipped.into_iter();
-        skipped.extend(listed.map(|(shard, key, reason)| SkippedSample {
-            shard,
-            key: key.into(),
-            reason,
-        }));
+        gathered.seconds.push(part.seconds);
+        gathered
+            .skipped
+            .extend(listed.map(|(shard, key, reason)| SkippedSample {
+                shard,
+                key: key.into(),
+                reason,
+            }));
     }
     whole.loss_bits = loss.finish().unwrap_or(0.0).to_bits();
-    let cursor = match whole.made {
-        true => Some(Cursor::join(cursors).map_err(RanksError::Differ)?),
-        false => None,
-    };
-    Ok((whole, cursor, skipped))
+    if whole.made {
+        gathered.cursor = Some(Cursor::join(cursors).map_err(RanksError::Differ)?);
+    }
+    Ok((whole, gathered))
 }

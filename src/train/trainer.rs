@@ -16,6 +16,7 @@ use super::{LossScale, StepRecord, StepReport, TrainError, TrainState};
 use crate::config;
 use crate::encode::EncodedBatch;
 use crate::models::Denoiser;
+use crate::monitor::RankFigures;
 use crate::objective::{Networks, Objective, StepKey, Trace};
 use crate::ops;
 use crate::params::Grads;
@@ -154,6 +155,7 @@ impl Trainer {
             Some(cursor) => StepPart {
                 stop: options.cancel.is_cancelled(),
                 samples: facts.samples,
+                seconds: started.elapsed().as_secs_f64(),
                 epoch: facts.epoch,
                 cursor: Some(cursor),
                 ..StepPart::new(sums.loss, &facts.skipped)
@@ -171,8 +173,10 @@ impl Trainer {
             ExchangeError::Tensor(source) => failed(source),
         };
         let shares = self.state.optimizer.shares();
+        let exchanging = Instant::now();
         let own = sum_of_own(&*collective, shares, sums.gradients, patience);
         let own = own.map_err(not_exchanged)?;
+        let mut exchange = exchanging.elapsed();
         stage.add_starved(waiting.elapsed());
         let squares = stage.work(|| squared_norms(&own)).map_err(failed)?;
         let squares = sum_of_all(&*collective, shares, &squares, patience)?;
@@ -189,6 +193,7 @@ impl Trainer {
         let waiting = Instant::now();
         self.update_others(patience).map_err(not_exchanged)?;
         stage.add_starved(waiting.elapsed());
+        exchange += waiting.elapsed();
         stage.work(|| self.follow()).map_err(failed)?;
         self.state.step = step;
         self.state.samples += agreed.samples;
@@ -210,6 +215,7 @@ impl Trainer {
             },
             traces: facts.traces,
             skipped: agreed.skipped,
+            ranks: rank_figures(&agreed.seconds, exchange),
             stop: agreed.stop,
         })
     }
@@ -393,4 +399,18 @@ fn squared_norms(gradients: &Grads) -> Result<BTreeMap<&str, f64>> {
     let tensors: Vec<&Tensor> = gradients.values().collect();
     let norms = ops::squared_norms(&tensors)?;
     Ok(gradients.keys().map(String::as_str).zip(norms).collect())
+}
+
+/// Figures of the ranks, whose times for their micro-batches are `seconds`; `None` for one rank.
+fn rank_figures(seconds: &[f64], exchange: Duration) -> Option<RankFigures> {
+    let by_time = |a: &(usize, &f64), b: &(usize, &f64)| a.1.total_cmp(b.1);
+    let (slowest, slowest_seconds) = seconds.iter().enumerate().max_by(by_time)?;
+    let (_, fastest_seconds) = seconds.iter().enumerate().min_by(by_time)?;
+    (seconds.len() > 1).then(|| RankFigures {
+        ranks: seconds.len(),
+        slowest,
+        slowest_seconds: *slowest_seconds,
+        fastest_seconds: *fastest_seconds,
+        exchange_seconds: exchange.as_secs_f64(),
+    })
 }

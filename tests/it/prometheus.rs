@@ -37,6 +37,14 @@ const TRAINING: [(&str, &str, &str); 6] = [
     ("coffey_train_samples_total", "counter", ""),
     ("coffey_checkpoint_seconds", "gauge", ""),
 ];
+/// Metrics of a run of several ranks.
+const RANKS: [&str; 5] = [
+    "coffey_exchange_seconds",
+    "coffey_fastest_rank_seconds",
+    "coffey_ranks",
+    "coffey_slowest_rank",
+    "coffey_slowest_rank_seconds",
+];
 const STAGES: [&str; 9] = [
     "fetch", "untar", "filter", "shuffle", "decode", "batch", "encode", "train", "write",
 ];
@@ -199,7 +207,8 @@ fn metrics_of_training_run_grow() {
 /// The name of every metric.
 fn exported() -> BTreeSet<String> {
     let all = STREAM.iter().chain(&OPTIONAL).chain(&TRAINING);
-    all.map(|(name, ..)| (*name).to_owned()).collect()
+    let all = all.map(|(name, ..)| *name).chain(RANKS);
+    all.map(str::to_owned).collect()
 }
 
 /// The metrics that a text names.

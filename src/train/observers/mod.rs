@@ -36,6 +36,7 @@ pub(super) use skipped_log::{SkippedLog, list_skipped};
 pub(super) use tracker::TrackedRun;
 
 use super::{StepRecord, TrainError, TrainState};
+use crate::monitor::RankFigures;
 use crate::objective::{Objective, Trace};
 
 /// Figures and traces of a step that was just made.
@@ -47,6 +48,8 @@ pub struct StepReport {
     pub traces: Vec<Trace>,
     /// Samples skipped since the step before, in stream order.
     pub skipped: Vec<SkippedSample>,
+    /// How the ranks made the step, on rank 0 of several.
+    pub ranks: Option<RankFigures>,
     /// Whether a stop was asked for: this step is the last.
     pub stop: bool,
 }

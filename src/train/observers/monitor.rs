@@ -44,6 +44,9 @@ impl Observer for MonitorReporter {
         _earlier: &mut Earlier<'_>,
     ) -> Result<(), TrainError> {
         self.monitor.step((&report.record).into());
+        if let Some(ranks) = report.ranks {
+            self.monitor.ranks(ranks);
+        }
         Ok(())
     }
 
