@@ -19,6 +19,7 @@ mod record;
 mod resume;
 mod run;
 mod run_dir;
+mod run_observers;
 mod same_run;
 mod services;
 mod state;
