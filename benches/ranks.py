@@ -1,10 +1,14 @@
-"""The cost of lanes and the gain of ranks: the quickstart's step, 16 samples in 4 micro-batches.
+"""The cost of lanes, the gain of ranks, and the speed of their exchange: the quickstart's step, 16 samples in 4 micro-batches.
 
     python benches/ranks.py [--coffey target/release/coffey] [--steps 40] [--rounds 3] [--launcher "mpirun --bind-to none"] [--out FILE.json]
 
 Run it from the repository's root on an idle machine with Open MPI. Each round runs every variant once: one process with one and with four lanes, then two and
 four ranks with four lanes. All use all cores: a rank has its share of the threads. The figures are medians over the rounds of a run's mean time for a step (without its
 first five), and the greatest peak memory of a process. The students of all variants with four lanes are compared byte by byte.
+
+The exchange is measured by `coffey check` between two and four ranks of this machine. From its speed the script computes the exchange of a step between more machines: it is
+no measurement. Every rank packs, sums and unpacks as many bytes as one of two ranks here; each byte of the gradients goes out and comes in (N - 1) / N times, twice; a message
+takes LATENCY, and rank 0 sends and receives one to and from every rank four times a step.
 """
 
 import argparse
@@ -28,6 +32,13 @@ SETTINGS = {
 # Name, lanes, ranks.
 VARIANTS = [("1 rank, 1 lane", 1, 1), ("1 rank, 4 lanes", 4, 1), ("2 ranks", 4, 2), ("4 ranks", 4, 4)]
 WARM_UP = 5
+EXCHANGING = [2, 4]
+# Computed: ranks, networks with the share of their speed that one stream of messages reaches, the parameters of a UNet of Stable Diffusion 1.5.
+MACHINES = [2, 8, 64, 512]
+NETWORKS = {"10 GbE": 10e9 / 8 * 0.9, "100 GbE": 100e9 / 8 * 0.9}
+LATENCY = 50e-6
+PARAMETERS = 859_520_964
+CONTROL_MESSAGES = 4
 
 
 def peak_memory(command):
@@ -63,6 +74,25 @@ def measure(args, output, lanes, ranks):
     return seconds, peak, student
 
 
+def exchange_speed(args, ranks, output):
+    """Bytes of gradients a second that the ranks sum and send back as weights."""
+    settings = SETTINGS | {"train.output": output}
+    command = [*shlex.split(args.launcher), "-n", str(ranks), args.coffey, "check", "--json", "-c", "configs/quickstart.toml"]
+    for key, value in settings.items():
+        command += ["-s", f"{key}={value}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)["ranks"]["exchange_bytes_per_second"]
+
+
+def simulated(speed, ranks, bandwidth):
+    """Seconds of the exchange of a step between machines with one rank each: on the machine, on the wire, and in messages of control."""
+    size = 4 * PARAMETERS
+    wire = 2 * size * (ranks - 1) / ranks / bandwidth
+    return size / speed + wire + CONTROL_MESSAGES * (ranks - 1) * LATENCY
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coffey", default="target/release/coffey")
@@ -81,6 +111,10 @@ def main():
                 found[name].append((seconds, peak))
                 if lanes == 4:
                     students.add(student)
+        speeds = {ranks: [] for ranks in EXCHANGING}
+        for round_number in range(args.rounds):
+            for ranks in EXCHANGING:
+                speeds[ranks].append(exchange_speed(args, ranks, Path(work) / "checked"))
     if len(students) != 1:
         sys.exit(f"{len(students)} different students with four lanes")
     print("| | a step, ms | of 1 rank | peak of a process, MB |\n| --- | --- | --- | --- |")
@@ -91,8 +125,17 @@ def main():
         base = base or seconds
         table[name] = {"step_seconds": round(seconds, 4), "peak_bytes": peak}
         print(f"| {name} | {1e3 * seconds:.0f} | {seconds / base:.2f} | {peak / 1e6:.0f} |")
+    speeds = {ranks: statistics.median(found) for ranks, found in speeds.items()}
+    for ranks, speed in speeds.items():
+        print(f"\nexchange between {ranks} ranks of this machine: {speed / 1e9:.2f} GB/s of gradients")
+    print("\ncomputed for Stable Diffusion 1.5, seconds of a step's exchange:\n\n| ranks | " + " | ".join(NETWORKS) + " |\n| --- | --- | --- |")
+    computed = {}
+    for ranks in MACHINES:
+        computed[ranks] = {name: round(simulated(speeds[2], ranks, bandwidth), 2) for name, bandwidth in NETWORKS.items()}
+        print(f"| {ranks} | " + " | ".join(f"{seconds:.1f}" for seconds in computed[ranks].values()) + " |")
     if args.out:
-        args.out.write_text(json.dumps({"steps": args.steps, "cores": os.cpu_count(), "runs": table}, indent=1) + "\n")
+        figures = {"steps": args.steps, "rounds": args.rounds, "cores": os.cpu_count(), "runs": table, "exchange_bytes_per_second": speeds, "computed_seconds": computed}
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

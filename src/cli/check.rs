@@ -267,11 +267,12 @@ fn check(args: &ConfigArgs, report: &mut CheckReport, job: &mut Job) -> Result<(
     };
     report.memory(MemoryPlan::new(&config, &sizes, limits))?;
     if ranks > 1 {
-        report.step("ranks", || {
+        let ranks = report.step("ranks", || {
             let ranks = RanksCheck::new(&config, job, shards.len(), &sizes)?;
             let message = ranks.message();
             Ok((ranks, message))
         })?;
+        report.ranks(ranks);
     }
     report.step("dry run", || {
         let start = Instant::now();

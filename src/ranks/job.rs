@@ -3,8 +3,10 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::launcher::{RankOrigin, from_environment, from_mpi_launcher};
+use super::launcher::{RankOrigin, from_environment, from_mpi_launcher, master};
 use super::mpi::{ExpectedRank, MpiOptions, MpiRanks, ProcessManager};
+use super::tcp::TcpRanks;
+use super::world::World;
 use super::{Collective, Patience, RanksError, Solo};
 
 /// How to join a job.
@@ -54,24 +56,30 @@ impl Job {
         }
     }
 
-    /// Joins the job that started this process: over MPI if its launcher started several processes, else alone. Called before other
+    /// Joins the job that started this process: over MPI if its launcher started several processes, over TCP if its environment says so, else alone. Called before other
     /// threads are started.
     ///
     /// # Errors
-    /// When MPI can't be opened or sees other ranks than the launcher started, or when the launcher has no MPI.
+    /// When MPI can't be opened or sees other ranks than the launcher started, when the ranks can't be connected, or when nothing connects
+    /// them.
     pub fn join(options: &JobOptions<'_>) -> Result<Self, RanksError> {
         let manager = ProcessManager::from_environment(options.get);
         if manager == ProcessManager::Absent {
             let RankOrigin { rank, origin } = from_environment(options.get)?;
             // Every job of an array is a run of its own, and a batch script is one process.
-            return match rank.world == 1 || origin.contains("SLURM") {
-                true => Ok(Self::solo()),
-                false => Err(RanksError::NoTransport {
+            if rank.world == 1 || origin.contains("SLURM") {
+                return Ok(Self::solo());
+            }
+            let Some(master) = master(options.get)? else {
+                return Err(RanksError::NoTransport {
                     origin,
                     rank: rank.index,
                     world: rank.world,
-                }),
+                });
             };
+            let tcp = TcpRanks::connect(rank, &master, options.limit)?;
+            let world = tcp.world().clone();
+            return Self::of(Rc::new(tcp), &world, options.limit);
         }
         let RankOrigin { rank, origin } = from_mpi_launcher(options.get)?;
         if rank.world == 1 {
@@ -87,18 +95,27 @@ impl Job {
             }),
             limit: options.limit,
         })?;
-        let world = mpi.world();
+        let world = mpi.world().clone();
+        Self::of(Rc::new(mpi), &world, options.limit)
+    }
+
+    /// The job whose ranks `collective` connects.
+    fn of(
+        collective: Rc<dyn Collective>,
+        world: &World,
+        limit: Duration,
+    ) -> Result<Self, RanksError> {
         let own = format!("{} {}", world.node().unwrap_or_default(), allowed_cores());
-        let sharing = ranks_that_say(&mpi, own, options.limit)?;
+        let sharing = ranks_that_say(&*collective, own, limit)?;
         let (nodes, size) = (world.node_count(), world.size());
         let machines = if nodes == 1 { "machine" } else { "machines" };
         Ok(Self {
             local_rank: world.local_rank(),
             local_world: world.local_size(),
             sharing,
-            description: format!("{size} ranks on {nodes} {machines}, {}", world.library),
-            collective: Rc::new(mpi),
-            limit: options.limit,
+            description: format!("{size} ranks on {nodes} {machines}, {}", world.transport),
+            collective,
+            limit,
         })
     }
 

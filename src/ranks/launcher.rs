@@ -102,6 +102,24 @@ pub(super) fn from_mpi_launcher(
     }
 }
 
+/// Host and port of rank 0, as `torchrun` gives them to its processes; `None` unless both are set.
+///
+/// # Errors
+/// When the port is none.
+pub(super) fn master(
+    get: impl Fn(&str) -> Option<String>,
+) -> Result<Option<(String, u16)>, LauncherError> {
+    let (Some(host), Some(port)) = (get("MASTER_ADDR"), get("MASTER_PORT")) else {
+        return Ok(None);
+    };
+    match port.trim().parse() {
+        Ok(port @ 1..) => Ok(Some((host.trim().to_owned(), port))),
+        _ => Err(LauncherError(format!(
+            "MASTER_PORT = {port:?} is not a port from 1 to 65535"
+        ))),
+    }
+}
+
 struct Environment<'a>(&'a dyn Fn(&str) -> Option<String>);
 
 impl Environment<'_> {

@@ -10,10 +10,13 @@ mod launcher;
 mod mpi;
 mod reduce;
 mod shares;
+mod tcp;
 mod tensors;
 #[cfg(test)]
 pub(crate) mod threads;
 mod tree;
+mod wait;
+mod world;
 
 use std::fmt;
 use std::time::Duration;
@@ -27,6 +30,7 @@ pub use launcher::{LauncherError, RankOrigin, from_environment};
 pub use mpi::MpiError;
 pub use reduce::{ExchangeError, send_own, sum_of_all, sum_of_own};
 pub use shares::Shares;
+pub use tcp::TcpError;
 pub use tensors::{Outgoing, TensorForm};
 pub use tree::TreeSum;
 

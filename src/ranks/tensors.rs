@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, WithDType, bail};
 
+use super::{ExchangeError, RanksError};
+
 /// Tensors that a rank sends to the ranks of its job.
 #[derive(Debug)]
 pub enum Outgoing {
@@ -58,6 +60,52 @@ impl TensorForm {
             other => bail!("no {other:?} is sent between ranks"),
         }
     }
+}
+
+/// An exchange of tensors by one of bytes, which gets the rows that go to the ranks, or one row that goes to all, and the length of the
+/// row that comes from each. The row of this rank itself, `own`, is neither sent nor received.
+pub(super) fn exchange_as_bytes(
+    own: usize,
+    sent: Outgoing,
+    expected: &[Vec<TensorForm>],
+    exchange: impl FnOnce(Vec<Vec<u8>>, Vec<usize>) -> std::result::Result<Vec<Vec<u8>>, RanksError>,
+) -> std::result::Result<Vec<Vec<Tensor>>, ExchangeError> {
+    let kept = sent.row(own).to_vec();
+    let rows = match sent {
+        Outgoing::Rows(mut rows) => {
+            rows[own].clear();
+            rows
+        }
+        Outgoing::ToAll(row) => vec![row],
+    };
+    let bytes = |row: Vec<Tensor>| -> Result<Vec<u8>> {
+        let size = row.iter().map(|x| TensorForm::of(x).bytes()).sum();
+        let mut bytes = Vec::with_capacity(size);
+        row.iter()
+            .try_for_each(|tensor| append(&mut bytes, tensor))?;
+        Ok(bytes)
+    };
+    let rows = rows.into_iter().map(bytes).collect::<Result<_>>()?;
+    let length = |forms: &Vec<TensorForm>| forms.iter().map(TensorForm::bytes).sum();
+    let mut lengths: Vec<usize> = expected.iter().map(length).collect();
+    lengths[own] = 0;
+    let received = exchange(rows, lengths)?;
+    let tensors = |(forms, bytes): (&Vec<TensorForm>, Vec<u8>)| {
+        let mut rest = bytes.as_slice();
+        let tensor = |form: &TensorForm| {
+            let (bytes, after) = rest.split_at(form.bytes());
+            rest = after;
+            form.tensor(bytes)
+        };
+        forms.iter().map(tensor).collect::<Result<Vec<_>>>()
+    };
+    let mut kept = Some(kept);
+    let rows = expected.iter().zip(received).enumerate();
+    let rows = rows.map(|(rank, row)| match rank == own {
+        true => Ok(kept.take().unwrap_or_default()),
+        false => tensors(row),
+    });
+    Ok(rows.collect::<Result<_>>()?)
 }
 
 /// Appends the little-endian numbers of a tensor.

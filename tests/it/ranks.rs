@@ -11,7 +11,7 @@ use crate::support::{
 };
 
 /// The arguments of a short run of four lanes into `output`.
-fn train(output: &str, more: &[&str]) -> Vec<String> {
+pub(crate) fn train(output: &str, more: &[&str]) -> Vec<String> {
     let output = format!("train.output={output}");
     let small = [
         output.as_str(),
@@ -74,7 +74,7 @@ fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
 
 /// Fails unless two runs left the same bytes.
 #[track_caller]
-fn assert_same(found: &Path, expected: &Path) {
+pub(crate) fn assert_same(found: &Path, expected: &Path) {
     let (found, expected) = (results(found), results(expected));
     assert!(found.keys().eq(expected.keys()), "{:?}", found.keys());
     for (name, content) in &expected {

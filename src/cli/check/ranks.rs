@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use coffey_pipeline::counted;
+use serde::Serialize;
 
 use crate::cli::Failure;
 use crate::config::Config;
@@ -17,16 +18,21 @@ const NUMBERS: usize = 1 << 20;
 /// Times that they are exchanged; the fastest counts.
 const ROUNDS: usize = 4;
 
-/// The ranks of a run, as rank 0 sees them.
+/// The ranks of a run, as rank 0 sees them. Field names are the keys of `--json`.
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct RanksCheck {
     description: String,
+    ranks: usize,
     lanes: usize,
-    lanes_each: usize,
-    shards: usize,
-    world: usize,
+    lanes_of_a_rank: usize,
+    shards_of_a_rank: usize,
+    trained_parameters: u64,
     /// Bytes of gradients, summed and sent back as weights, a second.
-    speed: f64,
-    parameters: u64,
+    exchange_bytes_per_second: f64,
+    /// Time of the exchange of a step.
+    exchange_seconds: f64,
+    #[serde(skip)]
+    shards: usize,
 }
 
 impl RanksCheck {
@@ -43,30 +49,33 @@ impl RanksCheck {
             .rank()
             .lanes(lanes, config.batches_in_turn(lanes))?;
         let teacher = sizes.teacher.as_ref();
+        let parameters = teacher.map_or(0, |teacher| trained_parameters(config, teacher));
+        let speed = exchange_speed(collective, job.limit)?;
+        let ranks = collective.rank().world;
         Ok(Self {
             description: job.description.clone(),
+            ranks,
             lanes,
-            lanes_each: own.hosted.len(),
+            lanes_of_a_rank: own.hosted.len(),
+            shards_of_a_rank: shards.div_ceil(ranks),
+            trained_parameters: parameters,
+            exchange_bytes_per_second: speed,
+            exchange_seconds: (parameters * size_of::<f32>() as u64) as f64 / speed,
             shards,
-            world: collective.rank().world,
-            speed: exchange_speed(collective, job.limit)?,
-            parameters: teacher.map_or(0, |teacher| trained_parameters(config, teacher)),
         })
     }
 
     pub(super) fn message(&self) -> String {
-        let each = self.shards.div_ceil(self.world);
-        let bytes = self.parameters as f64 * 4.0;
         format!(
             "{}; each reads {} of {} and about {} of {}; gradients and weights of {:.1} M parameters take {:.2} s a step at {:.2} GB/s",
             self.description,
-            self.lanes_each,
+            self.lanes_of_a_rank,
             counted(self.lanes, "lane"),
-            each,
+            self.shards_of_a_rank,
             counted(self.shards, "shard"),
-            self.parameters as f64 / 1e6,
-            bytes / self.speed,
-            self.speed / 1e9,
+            self.trained_parameters as f64 / 1e6,
+            self.exchange_seconds,
+            self.exchange_bytes_per_second / 1e9,
         )
     }
 }

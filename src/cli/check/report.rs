@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::cost::Cost;
+use super::ranks::RanksCheck;
 use crate::cli::{Failure, with_causes};
 use crate::memory::{MemoryPlan, Verdict};
 
@@ -32,6 +33,8 @@ pub(super) struct CheckReport {
     memory: Option<MemoryPlan>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cost: Option<Cost>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ranks: Option<RanksCheck>,
 }
 
 impl CheckReport {
@@ -42,6 +45,7 @@ impl CheckReport {
             steps: Vec::new(),
             memory: None,
             cost: None,
+            ranks: None,
         }
     }
 
@@ -69,6 +73,10 @@ impl CheckReport {
 
     pub(super) fn cost(&mut self, cost: Cost) {
         self.cost = Some(cost);
+    }
+
+    pub(super) fn ranks(&mut self, ranks: RanksCheck) {
+        self.ranks = Some(ranks);
     }
 
     /// Records the memory plan. One that the machine or a card can't hold is an error.

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use candle_core::Tensor;
 
-use super::{Mpi, MpiError, MpiOptions, World};
-use crate::ranks::tensors::append;
+use super::{Mpi, MpiError, MpiOptions};
+use crate::ranks::tensors::exchange_as_bytes;
+use crate::ranks::world::World;
 use crate::ranks::{Collective, ExchangeError, Outgoing, Patience, Rank, RanksError, TensorForm};
 
 /// Time between two looks at the heartbeats while no operation is called.
@@ -112,46 +113,9 @@ impl Collective for MpiRanks {
         expected: &[Vec<TensorForm>],
         patience: Patience,
     ) -> Result<Vec<Vec<Tensor>>, ExchangeError> {
-        let own = self.world.rank();
-        let kept = sent.row(own).to_vec();
-        let rows = match sent {
-            Outgoing::Rows(mut rows) => {
-                rows[own].clear();
-                rows
-            }
-            Outgoing::ToAll(row) => vec![row],
-        };
-        let bytes = |row: Vec<Tensor>| -> candle_core::Result<Vec<u8>> {
-            let size = row.iter().map(|x| TensorForm::of(x).bytes()).sum();
-            let mut bytes = Vec::with_capacity(size);
-            row.iter()
-                .try_for_each(|tensor| append(&mut bytes, tensor))?;
-            Ok(bytes)
-        };
-        let rows = rows.into_iter().map(bytes).collect::<Result<_, _>>()?;
-        let lengths = expected.iter();
-        let lengths: Vec<usize> = lengths
-            .map(|row| row.iter().map(TensorForm::bytes).sum())
-            .collect();
-        let received = self
-            .call(move |mpi| mpi.exchange(rows, &lengths, patience))
-            .map_err(RanksError::from)?;
-        let tensors = |(forms, bytes): (&Vec<TensorForm>, Vec<u8>)| {
-            let mut rest = bytes.as_slice();
-            let tensor = |form: &TensorForm| {
-                let (bytes, after) = rest.split_at(form.bytes());
-                rest = after;
-                form.tensor(bytes)
-            };
-            forms.iter().map(tensor).collect::<candle_core::Result<_>>()
-        };
-        let rows = expected.iter().zip(received).enumerate();
-        let mut kept = Some(kept);
-        let rows = rows.map(|(rank, row)| match rank == own {
-            true => Ok(kept.take().unwrap_or_default()),
-            false => tensors(row),
-        });
-        Ok(rows.collect::<candle_core::Result<_>>()?)
+        exchange_as_bytes(self.world.rank(), sent, expected, |rows, lengths| {
+            Ok(self.call(move |mpi| mpi.exchange(rows, &lengths, patience))?)
+        })
     }
 
     fn abort(&self, code: u8) -> ! {

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-/// Ranks that an error names before it counts the rest.
-const NAMED_RANKS: usize = 8;
+use crate::ranks::error::named_ranks;
 
 /// A failure to open MPI or to exchange data with the other ranks.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +49,7 @@ pub enum MpiError {
         message: String,
     },
     /// Ranks did not answer.
-    #[error("{operation}: no answer from {} for {:.1} s", list(ranks, nodes), waited.as_secs_f64())]
+    #[error("{operation}: no answer from {} for {:.1} s", named_ranks(ranks, nodes), waited.as_secs_f64())]
     NoAnswer {
         /// The operation, as in "gather".
         operation: &'static str,
@@ -115,22 +114,6 @@ impl MpiError {
                 .collect();
         }
         self
-    }
-}
-
-/// "rank 3 (node7)", "ranks 1 (node1) and 3 (node7)"; without nodes where `nodes` has another length than `ranks`.
-fn list(ranks: &[usize], nodes: &[String]) -> String {
-    let name = |index: usize| match nodes.get(index) {
-        Some(node) if nodes.len() == ranks.len() => format!("{} ({node})", ranks[index]),
-        _ => ranks[index].to_string(),
-    };
-    let named: Vec<_> = (0..ranks.len().min(NAMED_RANKS)).map(name).collect();
-    let rest = ranks.len() - named.len();
-    match named.as_slice() {
-        [] => "no rank".to_owned(),
-        [only] => format!("rank {only}"),
-        all if rest > 0 => format!("ranks {} and {rest} more", all.join(", ")),
-        [first @ .., last] => format!("ranks {} and {last}", first.join(", ")),
     }
 }
 

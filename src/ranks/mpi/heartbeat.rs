@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::HEARTBEAT;
 use super::error::MpiError;
 use super::library::{MpiLibrary, Request};
-use super::wait::Silence;
+use crate::ranks::wait::Silence;
 
 /// Time between two heartbeats to a rank.
 const INTERVAL: Duration = Duration::from_millis(500);

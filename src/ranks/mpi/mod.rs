@@ -15,8 +15,6 @@ mod heartbeat;
 mod library;
 mod manager;
 mod transfer;
-mod wait;
-mod world;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_int;
@@ -28,13 +26,13 @@ use std::time::Duration;
 pub(super) use collective::MpiRanks;
 pub use error::MpiError;
 pub(super) use manager::{ExpectedRank, ProcessManager};
-use world::World;
 
 use heartbeat::Heartbeats;
 use library::{Envelope, MpiLibrary};
 use transfer::Transfers;
 
 use super::Patience;
+use super::world::World;
 
 /// The most bytes that a message of [`Mpi::gather`] or [`Mpi::broadcast`] may have.
 const LONGEST_MESSAGE: u64 = 1 << 32;
@@ -195,7 +193,7 @@ impl Mpi {
     }
 
     /// Sends a row of bytes to each rank, or one row to all, and receives `lengths[r]` bytes from rank r. The row of this rank itself is
-    /// empty in the result.
+    /// empty.
     ///
     /// # Errors
     /// When a rank sends another length, the patience ends, or MPI fails.
@@ -209,7 +207,6 @@ impl Mpi {
             let (rank, size) = (self.world.rank(), self.world.size());
             let mut transfers = Transfers::new(&self.connection, EXCHANGE.name);
             for (peer, &bytes) in lengths.iter().enumerate() {
-                let bytes = if peer == rank { 0 } else { bytes };
                 let buffer = room(bytes).ok_or_else(|| too_long(bytes as u64, peer, EXCHANGE))?;
                 let incoming = transfers.incoming(buffer);
                 transfers.receive(EXCHANGE.with(peer), incoming, 0..bytes)?;

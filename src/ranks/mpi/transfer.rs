@@ -12,8 +12,8 @@ use std::ops::Range;
 use super::Connection;
 use super::error::MpiError;
 use super::library::{Envelope, MpiLibrary, Request};
-use super::wait::Silence;
 use crate::ranks::Patience;
+use crate::ranks::wait::Silence;
 
 /// Bytes of the messages that a range is cut into. Each one that arrives tells that data moves.
 const PIECE: usize = 1 << 22;

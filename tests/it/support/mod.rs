@@ -69,6 +69,8 @@ pub(crate) fn command(args: &[impl AsRef<OsStr>]) -> Command {
     for name in [
         "RANK",
         "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "PMI_RANK",

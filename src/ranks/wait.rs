@@ -44,6 +44,11 @@ impl Silence {
             thread::sleep(self.sleep);
             self.sleep = (self.sleep * 2).min(LONGEST);
         }
+        self.look()
+    }
+
+    /// The time since the last data, without a pause.
+    pub(super) fn look(&mut self) -> Duration {
         let now = Instant::now();
         self.count(now - self.last);
         self.last = now;
