@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{TrainError, TrainState};
 use crate::config::Config;
+use crate::params::ParamSet;
 use crate::ranks::{Collective, Patience, RanksError};
 
 /// Numbers that are hashed at once.
@@ -67,8 +68,16 @@ impl SameRun<'_> {
             return Ok(());
         }
         let sets = [Some(state.student.params()), state.student.target_params()];
+        self.check_params(state.step, sets.into_iter().flatten())
+    }
+
+    fn check_params<'p>(
+        self,
+        step: u64,
+        sets: impl Iterator<Item = &'p ParamSet>,
+    ) -> Result<(), TrainError> {
         let mut hash = 0;
-        for params in sets.into_iter().flatten() {
+        for params in sets {
             for (_, var) in params.iter() {
                 let numbers = var.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
                 for numbers in numbers.chunks(HASHED_AT_ONCE) {
@@ -79,8 +88,7 @@ impl SameRun<'_> {
         for (rank, found) in self.gathered::<u32>(&hash)? {
             if found != hash {
                 let drifted = format!(
-                    "after step {}, rank {rank} has other weights than rank 0 (crc32c {found:08x} and {hash:08x})",
-                    state.step
+                    "after step {step}, rank {rank} has other weights than rank 0 (crc32c {found:08x} and {hash:08x})"
                 );
                 return Err(RanksError::Drifted(drifted).into());
             }
@@ -128,4 +136,41 @@ fn differ(rank: usize, what: &str, its: &str, ours: &str) -> TrainError {
         "rank {rank} makes another run than rank 0: its {what} is {its}, and that of rank 0 is {ours}"
     );
     RanksError::Differ(message).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::params::Tensors;
+    use crate::ranks::threads::on_ranks;
+
+    #[test]
+    fn rank_with_another_bit_in_a_weight_is_named() {
+        let check = |changed: usize| {
+            on_ranks(4, |collective| {
+                let rank = collective.rank().index;
+                let last = if rank == changed { 3.000_000_2 } else { 3.0 };
+                let weights = Tensor::new(&[1f32, 2.0, last], &Device::Cpu).unwrap();
+                let set = ParamSet::new(&Tensors::from([("w".to_owned(), weights)])).unwrap();
+                let same_run = SameRun {
+                    collective: &collective,
+                    patience: Patience::ForLife(Duration::from_secs(60)),
+                };
+                let checked = same_run.check_params(7, std::iter::once(&set));
+                checked.map_err(|error| error.to_string())
+            })
+        };
+        assert!(check(4).iter().all(Result::is_ok));
+        let found = check(2);
+        let error = found[0].as_ref().unwrap_err();
+        assert!(
+            error.starts_with("after step 7, rank 2 has other weights than rank 0"),
+            "{error}"
+        );
+        assert!(found[1..].iter().all(Result::is_ok), "rank 0 ends the job");
+    }
 }
