@@ -131,7 +131,8 @@ impl Trainer {
     ///
     /// # Errors
     /// [`TrainError::Stopped`] if a rank was asked to stop before it had its micro-batches; an error of `next_batch`,
-    /// [`TrainError::NotFinite`], a failed tensor operation, or a rank that does not answer. The state then stays as it was.
+    /// [`TrainError::NotFinite`], or a failed tensor operation: the state then stays as it was. A rank that does not answer:
+    /// the state may then be that of no step, and the run can only end.
     pub fn step(
         &mut self,
         next_batch: &mut dyn FnMut() -> std::result::Result<EncodedBatch, TrainError>,

@@ -6,7 +6,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -54,20 +54,27 @@ impl Holder {
 /// A prefix that this process holds until the value is dropped. A thread renews the lock.
 #[derive(Debug)]
 pub(in crate::train) struct PrefixLock {
-    held: Arc<Mutex<Held>>,
+    shared: Arc<Shared>,
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// The object as this process has written it last.
+/// What the thread that renews the lock shares with the others.
 #[derive(Debug)]
-struct Held {
+struct Shared {
     destination: Destination,
     place: PathBuf,
+    /// Locked while a request is under way.
+    written: Mutex<Written>,
+    /// The process that has taken the lock over.
+    lost: OnceLock<String>,
+}
+
+/// The object as this process has written it last.
+#[derive(Debug)]
+struct Written {
     own: Holder,
     etag: String,
-    /// The process that has taken the lock over.
-    lost: Option<String>,
 }
 
 impl PrefixLock {
@@ -110,19 +117,18 @@ impl PrefixLock {
             destination.remove(LOCK)?;
             return Ok(None);
         }
-        let held = Arc::new(Mutex::new(Held {
+        let shared = Arc::new(Shared {
             destination: destination.clone(),
             place: place.to_owned(),
-            own,
-            etag,
-            lost: None,
-        }));
+            written: Mutex::new(Written { own, etag }),
+            lost: OnceLock::new(),
+        });
         let (stop, stopped) = mpsc::channel();
-        let renewed = Arc::clone(&held);
+        let renewed = Arc::clone(&shared);
         let renew = move || {
             while stopped.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout) {
                 // The next renewal may succeed; after the time of the lease another process may hold the lock.
-                let _ = lock(&renewed).renew();
+                let _ = renewed.renew();
             }
         };
         let thread = thread::Builder::new()
@@ -130,24 +136,23 @@ impl PrefixLock {
             .spawn(renew)
             .map_err(crate::train::io(place))?;
         Ok(Some(Self {
-            held,
+            shared,
             stop: Some(stop),
             thread: Some(thread),
         }))
     }
 
-    /// Fails if another process has taken the lock over. Asks the server only after `renew`.
+    /// Fails if another process has taken the lock over. Asks the server only with `renew`, else returns at once.
     pub(in crate::train) fn check(&self, renew: bool) -> Result<(), TrainError> {
-        let mut held = lock(&self.held);
         if renew {
-            held.renew()?;
+            self.shared.renew()?;
         }
-        match &held.lost {
+        match self.shared.lost.get() {
             None => Ok(()),
             Some(holder) => Err(TrainError::Mismatch(format!(
                 "{}: {holder} has taken this output over: this process did not renew its lock for {} s (it stood still, or could not \
                  reach the server)",
-                held.place.display(),
+                self.shared.place.display(),
                 LEASE.as_secs()
             ))),
         }
@@ -160,37 +165,40 @@ impl Drop for PrefixLock {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        let mut held = lock(&self.held);
         // What can't be removed is taken over later.
-        if held.renew().is_ok() && held.lost.is_none() {
-            let _ = held.destination.remove(LOCK);
+        if self.shared.renew().is_ok() && self.shared.lost.get().is_none() {
+            let _ = self.shared.destination.remove(LOCK);
         }
     }
 }
 
-impl Held {
+impl Shared {
     /// Rewrites the object, unless another process has.
-    fn renew(&mut self) -> Result<(), SourceError> {
-        if self.lost.is_some() {
+    fn renew(&self) -> Result<(), SourceError> {
+        if self.lost.get().is_some() {
             return Ok(());
         }
-        let mut next = self.own.clone();
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = written.own.clone();
         next.renewed += 1;
-        let unchanged = WriteCondition::Unchanged(&self.etag);
+        let unchanged = WriteCondition::Unchanged(&written.etag);
         match self
             .destination
             .write_if(LOCK, &content(&next), unchanged)?
         {
-            ConditionalWrite::Written(etag) => self.etag = etag,
+            ConditionalWrite::Written(etag) => written.etag = etag,
             ConditionalWrite::Unsupported => {}
             ConditionalWrite::Refused => match read(&self.destination)? {
                 // The response of an earlier write was lost.
-                Some((Some(found), etag)) if found.process == self.own.process => self.etag = etag,
-                Some((Some(found), _)) => self.lost = Some(found.holder),
-                _ => self.lost = Some("another process".to_owned()),
+                Some((Some(found), etag)) if found.process == next.process => written.etag = etag,
+                found => {
+                    let other = found.and_then(|(found, _)| found);
+                    let other = other.map_or_else(|| "another process".to_owned(), |o| o.holder);
+                    let _ = self.lost.set(other);
+                }
             },
         }
-        self.own = next;
+        written.own = next;
         Ok(())
     }
 }
@@ -280,8 +288,4 @@ fn read(destination: &Destination) -> Result<Option<(Option<Holder>, String)>, S
 
 fn content(holder: &Holder) -> Vec<u8> {
     serde_json::to_vec(holder).unwrap_or_default()
-}
-
-fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
