@@ -31,6 +31,7 @@ mod precompute;
 mod prometheus;
 mod push;
 mod ranks;
+mod ranks_network;
 mod replay;
 mod restart;
 mod resume;
