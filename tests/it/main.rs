@@ -32,6 +32,7 @@ mod precompute;
 mod prometheus;
 mod push;
 mod ranks;
+mod ranks_network;
 mod ranks_tcp;
 mod replay;
 mod restart;

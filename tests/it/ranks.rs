@@ -1,30 +1,11 @@
 //! Runs of several ranks: the same bits as one process, and an end by name where a rank fails.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::support::{
-    NO_PICTURES, PRECOMPUTE, QUICKSTART, QUICKSTART_LORA, args, command, refused, says,
-};
-
-/// The arguments of a short run of four lanes into `output`.
-pub(crate) fn train(output: &str, more: &[&str]) -> Vec<String> {
-    let output = format!("train.output={output}");
-    let small = [
-        output.as_str(),
-        "train.batch_size=1",
-        "train.gradient_accumulation=4",
-        "data.shuffle_buffer=20",
-        "data.filter.min_caption_chars=8",
-        "checkpoint.every=2",
-        "train.max_steps=4",
-    ];
-    let settings = [&small[..], &NO_PICTURES, more].concat();
-    args("train", QUICKSTART, settings)
-}
+use crate::support::mpi::train;
+use crate::support::{command, refused, says};
 
 #[test]
 fn ranks_without_mpi_are_refused() {
@@ -47,82 +28,22 @@ fn ranks_without_mpi_are_refused() {
     assert!(!Path::new(run).exists());
 }
 
-/// Every file of a finished run that times do not change.
-fn results(run: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut results = BTreeMap::new();
-    for folder in ["unet", "unet_target", "unet_lora", "samples", "."] {
-        let Ok(entries) = std::fs::read_dir(run.join(folder)) else {
-            continue;
-        };
-        for entry in entries.map(|entry| entry.unwrap().path()) {
-            let name = entry.file_name().unwrap().to_string_lossy().into_owned();
-            let timed = folder == "." && name != "skipped.jsonl";
-            if entry.is_file() && !timed {
-                results.insert(format!("{folder}/{name}"), std::fs::read(&entry).unwrap());
-            }
-        }
-    }
-    let lines = crate::support::timeless(run);
-    let lines: Vec<String> = lines.iter().map(ToString::to_string).collect();
-    results.insert("metrics.jsonl".to_owned(), lines.join("\n").into_bytes());
-    assert!(
-        !results["./skipped.jsonl"].is_empty(),
-        "no sample was skipped"
-    );
-    results
-}
-
-/// Fails unless two runs left the same bytes.
-#[track_caller]
-pub(crate) fn assert_same(found: &Path, expected: &Path) {
-    let (found, expected) = (results(found), results(expected));
-    assert!(found.keys().eq(expected.keys()), "{:?}", found.keys());
-    for (name, content) in &expected {
-        assert!(found[name] == *content, "{name}");
-    }
-}
-
 /// Tests that need Debian's `openmpi-bin` and `mpich`.
 mod needs_mpi {
-    use std::process::{Child, Stdio};
+    use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
     use super::*;
     use crate::support::cloud::Cloud;
     use crate::support::cloud::proxy::clean;
+    use crate::support::mpi::{assert_same, launched, newest_checkpoint};
     use crate::support::watched::Watched;
-    use crate::support::{run, send, steps_made, texts, wait_for_steps};
+    use crate::support::{
+        PRECOMPUTE, QUICKSTART, QUICKSTART_LORA, args, run, send, steps_made, texts, wait_for_steps,
+    };
 
     const OPEN_MPI: &[&str] = &["mpirun.openmpi", "--oversubscribe", "--bind-to", "none"];
     const MPICH: &[&str] = &["mpiexec.hydra"];
-
-    /// A command line on `ranks` ranks, begun by `launcher`; a second part of the job as in `mpirun A : B`.
-    fn launched(
-        launcher: &[&str],
-        ranks: usize,
-        args: &[String],
-        other: Option<&[String]>,
-    ) -> Command {
-        // The variables of schedulers and clouds are those of a plain command.
-        let mut plain = command(&[] as &[&str]);
-        let mut command = Command::new(launcher[0]);
-        command
-            .args(&launcher[1..])
-            .current_dir(env!("CARGO_MANIFEST_DIR"));
-        for (name, value) in plain.env("OMPI_ALLOW_RUN_AS_ROOT", "1").get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        command.env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-        let binary = env!("CARGO_BIN_EXE_coffey");
-        command.args(["-n", &ranks.to_string(), binary]).args(args);
-        if let Some(other) = other {
-            command.args([":", "-n", "1", binary]).args(other);
-        }
-        command
-    }
 
     fn ranks(ranks: usize, args: &[String]) -> Command {
         launched(OPEN_MPI, ranks, args, None)
@@ -331,13 +252,7 @@ mod needs_mpi {
         says(&said, &["error: ", "no answer from rank 1"]);
         wait_for_end(leader);
         // The last checkpoint is whole, and one process goes on from it.
-        let newest = (1..=steps_made(&output)).rev();
-        let newest =
-            newest.map(|step| (step, output.join(format!("checkpoint-{step}/state.json"))));
-        let (step, _) = newest
-            .into_iter()
-            .find(|(_, state)| state.is_file())
-            .unwrap();
+        let step = newest_checkpoint(&output);
         let steps = format!("train.max_steps={}", step + 1);
         let said = run(command(&train(output.to_str().unwrap(), &[&steps])), 0).1;
         says(&said, &[&format!("checkpoint-{step} (step {step})")]);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::ranks::{assert_same, train};
+use crate::support::mpi::{assert_same, train};
 use crate::support::{command, refused, run, says, send, steps_made, texts, wait_for_steps};
 
 /// A job of several processes.

@@ -366,6 +366,12 @@ impl MpiLibrary {
     }
 }
 
+/// Ends this process at once, without what libraries do at the end of a process: MPI may hold their locks.
+pub(super) fn end_process(code: c_int) -> ! {
+    // SAFETY: the function takes any code and has no condition.
+    unsafe { libc::_exit(code) }
+}
+
 /// Whether a library is one with the standard's ABI, by the name of its file.
 fn is_standard(file: &Path) -> bool {
     file.file_name()

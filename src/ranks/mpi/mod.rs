@@ -21,6 +21,7 @@ use std::ffi::c_int;
 use std::ops::Range;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 pub(super) use collective::MpiRanks;
@@ -38,6 +39,8 @@ use super::world::World;
 const LONGEST_MESSAGE: u64 = 1 << 32;
 /// Bytes of a message's length, which is sent before the message.
 const LENGTH_BYTES: usize = size_of::<u64>();
+/// Time that `MPI_Abort` has to end this process.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// An operation: its name in errors and the tag of its messages.
 #[derive(Clone, Copy, Debug)]
@@ -227,6 +230,9 @@ impl Mpi {
 
     /// Ends all ranks and this process, with coffey's exit code `code`.
     fn abort(&self, code: i32) -> ! {
+        // MPICH's `MPI_Abort` waits for an answer of its launcher without a limit; none comes over a broken network.
+        let ender = thread::Builder::new().name("abort".to_owned());
+        drop(ender.spawn(move || end_late(code)));
         self.connection.library.abort(code);
         process::exit(code)
     }
@@ -326,6 +332,12 @@ impl Mpi {
         }
         Ok(transfers.wait(patience)?.incoming)
     }
+}
+
+/// Ends this process with `code` after [`ABORT_LIMIT`].
+fn end_late(code: c_int) {
+    thread::sleep(ABORT_LIMIT);
+    library::end_process(code);
 }
 
 /// `bytes` zeros; `None` if there is no memory for them.

@@ -2,6 +2,8 @@
 
 pub(crate) mod cloud;
 pub(crate) mod hub;
+pub(crate) mod mpi;
+pub(crate) mod network;
 pub(crate) mod receiver;
 pub(crate) mod watched;
 pub(crate) mod xl;
