@@ -35,13 +35,13 @@ pub(super) struct TrainArgs {
 
 pub(super) fn run(args: TrainArgs) -> Result<(), Failure> {
     let mut config = args.config.load()?;
-    let job = job::join(&config)?;
+    let mut job = job::join(&config)?;
     job::share_machine(&mut config, &job)?;
-    let done = train(config, &job);
+    let done = train(config, &mut job);
     job::end(&job, done)
 }
 
-fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
+fn train(mut config: Config, job: &mut Job) -> Result<(), Failure> {
     let cancel = cancel_on_signals()?;
     let leads = job.collective.rank().leads();
     let required = config.require_train()?;
@@ -53,6 +53,9 @@ fn train(mut config: Config, job: &Job) -> Result<(), Failure> {
     errln!("distilling {teacher} into {output}");
     device::allow_tf32(config.train.tf32);
     let train_device = train_device(&config)?;
+    if let Some(how) = job.connect_devices(&train_device)? {
+        errln!("{how}");
+    }
     let encode_devices = encode_devices(&config)?;
     let access = DataAccess::open(source_options(&config))?;
     let destination = |place: &str| access.sources.destination(place, access.runtime.handle());

@@ -142,8 +142,8 @@ impl Drop for Pinned {
     }
 }
 
-/// The address of a tensor's first byte on its device, and its size in bytes.
-fn place(tensor: &Tensor) -> Result<(u64, usize)> {
+/// The address of a contiguous tensor's first byte on its CUDA device, and its size in bytes.
+pub(crate) fn place(tensor: &Tensor) -> Result<(u64, usize)> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         bail!("a tensor to download is on {:?}", tensor.device());

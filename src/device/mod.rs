@@ -13,6 +13,9 @@ mod libraries;
 #[cfg(feature = "cuda")]
 mod symbols;
 
+#[cfg(feature = "cuda")]
+pub(crate) use download::place as cuda_place;
+
 use std::fmt;
 
 use candle_core::{Device, Result as TensorResult, Tensor};

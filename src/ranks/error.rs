@@ -1,6 +1,6 @@
 //! Why the ranks of a job can't work together.
 
-use super::{LauncherError, MpiError, TcpError};
+use super::{LauncherError, MpiError, NcclError, TcpError};
 
 /// Ranks that an error names before it counts the rest.
 const NAMED_RANKS: usize = 8;
@@ -14,6 +14,9 @@ pub enum RanksError {
     /// The ranks can't be connected by TCP, or a message did not come.
     #[error(transparent)]
     Tcp(#[from] TcpError),
+    /// The GPUs of the ranks can't exchange tensors.
+    #[error(transparent)]
+    Nccl(#[from] NcclError),
     /// The launcher's environment names no valid rank.
     #[error(transparent)]
     Launcher(#[from] LauncherError),
@@ -53,7 +56,7 @@ impl RanksError {
             Self::Launcher(_) | Self::NoTransport { .. } | Self::Differ(_) => true,
             Self::Mpi(error) => error.is_config(),
             Self::Tcp(error) => error.is_config(),
-            Self::Drifted(_) | Self::Message { .. } => false,
+            Self::Nccl(_) | Self::Drifted(_) | Self::Message { .. } => false,
         }
     }
 }

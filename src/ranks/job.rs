@@ -3,8 +3,12 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use candle_core::Device;
+
 use super::launcher::{RankOrigin, from_environment, from_mpi_launcher, master};
 use super::mpi::{ExpectedRank, MpiOptions, MpiRanks, ProcessManager};
+#[cfg(feature = "cuda")]
+use super::nccl::{Connected, NcclRanks};
 use super::tcp::TcpRanks;
 use super::world::World;
 use super::{Collective, Patience, RanksError, Solo};
@@ -117,6 +121,31 @@ impl Job {
             collective,
             limit,
         })
+    }
+
+    /// Has the ranks exchange tensors on `device` by NCCL, if that is a GPU and all ranks can load it. Every rank calls it. Returns how
+    /// they do it, for people; `None` where there is nothing to say.
+    ///
+    /// # Errors
+    /// When NCCL is there and fails, or a rank does not answer.
+    pub fn connect_devices(&mut self, device: &Device) -> Result<Option<String>, RanksError> {
+        #[cfg(feature = "cuda")]
+        if let (Device::Cuda(device), 2..) = (device, self.collective.rank().world) {
+            let control = Rc::clone(&self.collective);
+            return Ok(Some(
+                match NcclRanks::connect(control, device, self.limit)? {
+                    Connected::Nccl(ranks, version) => {
+                        self.collective = Rc::new(ranks);
+                        format!("the GPUs of the ranks are connected by NCCL {version}")
+                    }
+                    Connected::MainMemory(cause) => format!(
+                        "gradients pass through main memory: {cause}; install libnccl2 on all machines"
+                    ),
+                },
+            ));
+        }
+        let _ = device;
+        Ok(None)
     }
 
     /// Threads for the work of this rank: its share of the cores that it may use.

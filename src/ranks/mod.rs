@@ -8,6 +8,9 @@ mod job;
 mod lanes;
 mod launcher;
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
+mod nccl_error;
 mod reduce;
 mod shares;
 mod tcp;
@@ -28,6 +31,7 @@ pub use job::{Job, JobOptions};
 pub use lanes::LanesError;
 pub use launcher::{LauncherError, RankOrigin, from_environment};
 pub use mpi::MpiError;
+pub use nccl_error::NcclError;
 pub use reduce::{ExchangeError, send_own, sum_of_all, sum_of_own};
 pub use shares::Shares;
 pub use tcp::TcpError;

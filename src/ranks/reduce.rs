@@ -155,7 +155,10 @@ mod tests {
         (0..9).map(tensor).collect()
     }
 
-    fn bits(tensors: &Tensors) -> Vec<(String, Vec<u32>)> {
+    /// The bits of tensors, by name.
+    type Bits = Vec<(String, Vec<u32>)>;
+
+    fn bits(tensors: &Tensors) -> Bits {
         let tensors = tensors.iter();
         tensors
             .map(|(name, tensor)| {
@@ -169,7 +172,7 @@ mod tests {
     }
 
     /// The sums over all lanes and the sum of their squares, as each of `world` ranks has them in the end.
-    fn step(world: usize) -> Vec<(Vec<(String, Vec<u32>)>, u64)> {
+    fn step(world: usize) -> Vec<(Bits, u64)> {
         on_ranks(world, |collective| {
             let index = collective.rank().index;
             let mut sum = TreeSum::default();

@@ -213,7 +213,8 @@ impl AdamW {
             } else {
                 let own = round[rank.index].iter();
                 let own = own.flat_map(|name| tensors_of(name, &self.moments[name]));
-                sent[0] = own.map(|(_, tensor)| tensor).collect();
+                let in_main_memory = own.map(|(_, tensor)| tensor.to_device(&Device::Cpu));
+                sent[0] = in_main_memory.collect::<Result<_>>()?;
             }
             let received = collective.exchange(Outgoing::Rows(sent), &expected, patience)?;
             self.gathered

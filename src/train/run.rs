@@ -360,7 +360,7 @@ fn load_state(
         found = resume_from(options, models, saver, folder, services, progress)?;
     }
     let chosen = found.as_ref().map(|found| found.place.as_str());
-    let chosen = same_run(options).from_rank_0(chosen.unwrap_or_default())?;
+    let chosen = same_run(options).text_of_rank_0(chosen.unwrap_or_default())?;
     if found.is_none() && !chosen.is_empty() {
         found = Some(resume_from_place(config, &chosen, services)?);
     }

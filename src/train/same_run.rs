@@ -97,7 +97,7 @@ impl SameRun<'_> {
     }
 
     /// Rank 0's `text`, on every rank.
-    pub(super) fn from_rank_0(self, text: &str) -> Result<String, TrainError> {
+    pub(super) fn text_of_rank_0(self, text: &str) -> Result<String, TrainError> {
         let message = text.as_bytes().to_vec();
         let received = self.collective.broadcast(message, self.patience)?;
         String::from_utf8(received).map_err(|error| {

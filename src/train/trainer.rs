@@ -407,7 +407,7 @@ fn rank_figures(seconds: &[f64], exchange: Duration) -> Option<RankFigures> {
     let by_time = |a: &(usize, &f64), b: &(usize, &f64)| a.1.total_cmp(b.1);
     let (slowest, slowest_seconds) = seconds.iter().enumerate().max_by(by_time)?;
     let (_, fastest_seconds) = seconds.iter().enumerate().min_by(by_time)?;
-    (seconds.len() > 1).then(|| RankFigures {
+    (seconds.len() > 1).then_some(RankFigures {
         ranks: seconds.len(),
         slowest,
         slowest_seconds: *slowest_seconds,
