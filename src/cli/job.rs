@@ -13,6 +13,7 @@ pub(super) fn join(config: &Config) -> Result<Job, Failure> {
         library: config.mpi.library.as_deref(),
         get: &|name| std::env::var(name).ok(),
         limit: Duration::from_secs(config.train.stall_timeout),
+        say: &|text| errln!("{text}"),
     })?;
     let rank = job.collective.rank();
     if !rank.leads() {

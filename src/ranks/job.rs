@@ -22,6 +22,8 @@ pub struct JobOptions<'a> {
     pub get: &'a dyn Fn(&str) -> Option<String>,
     /// Time without an answer of another rank after which the job fails.
     pub limit: Duration,
+    /// Tells what is waited for.
+    pub say: &'a dyn Fn(String),
 }
 
 impl std::fmt::Debug for JobOptions<'_> {
@@ -81,7 +83,7 @@ impl Job {
                     world: rank.world,
                 });
             };
-            let tcp = TcpRanks::connect(rank, &master, options.limit)?;
+            let tcp = TcpRanks::connect(rank, &master, options.limit, options.say)?;
             let world = tcp.world().clone();
             return Self::of(Rc::new(tcp), &world, options.limit);
         }

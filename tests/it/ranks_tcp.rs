@@ -165,8 +165,10 @@ fn ranks_over_tcp_that_do_not_fit_are_refused() {
     // A rank that is absent, and no rank 0.
     let absent = ["no connection from rank 1", "MASTER_ADDR", "for 2."];
     refused(rank(0, 2, free_port(), &short), 1, &absent);
-    let unreached = ["rank 0 can't be reached at 127.0.0.1:", "for 2."];
-    refused(rank(1, 2, free_port(), &short), 1, &unreached);
+    let unreached = ["rank 0 can't be reached at 127.0.0.1:", "for 6."];
+    let patient = args(&["train.stall_timeout=6"]);
+    let said = refused(rank(1, 2, free_port(), &patient), 1, &unreached);
+    says(&said, &["waiting for rank 0 at 127.0.0.1:"]);
     let mut wrong = rank(1, 2, 1, &short);
     wrong.env("MASTER_PORT", "x");
     refused(wrong, 2, &["MASTER_PORT = \"x\" is not a port"]);

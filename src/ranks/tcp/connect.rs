@@ -1,5 +1,6 @@
 //! How the ranks find each other: all call rank 0, which tells each where the others listen; each then calls the ranks below it.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
@@ -8,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use super::TcpError;
 use crate::ranks::Rank;
+use crate::ranks::error::named_ranks;
 
 /// The first bytes of every connection, with the version of what follows.
 const GREETING: &[u8; 16] = b"coffey ranks 001";
 /// Time between two attempts to reach a rank.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Time after which a rank says what it waits for.
+const SAID_AFTER: Duration = Duration::from_secs(5);
 /// Time in which a caller has to say who it is.
 const SHORT: Duration = Duration::from_secs(10);
 
@@ -52,13 +56,38 @@ impl Hello {
     }
 }
 
+/// A wait for other ranks at the start.
+struct Start<'a> {
+    begun: Instant,
+    limit: Duration,
+    said: Cell<bool>,
+    say: &'a dyn Fn(String),
+}
+
+impl Start<'_> {
+    /// Says once what is waited for, if it takes long. Returns whether the time is over.
+    fn is_over(&self, wait: impl FnOnce() -> String) -> bool {
+        if self.begun.elapsed() >= SAID_AFTER && !self.said.replace(true) {
+            (self.say)(wait());
+        }
+        self.begun.elapsed() >= self.limit
+    }
+}
+
 /// Connects `rank` to all others; `master` is host and port of rank 0. Returns the connections by rank.
 pub(super) fn connect(
     rank: Rank,
     (host, port): &(String, u16),
     limit: Duration,
+    say: &dyn Fn(String),
 ) -> Result<BTreeMap<usize, TcpStream>, TcpError> {
     let begun = Instant::now();
+    let start = Start {
+        begun,
+        limit,
+        said: Cell::new(false),
+        say,
+    };
     let address = format!("{host}:{port}");
     if rank.leads() {
         let listener = listen(host, *port).map_err(|source| TcpError::Listen {
@@ -66,7 +95,7 @@ pub(super) fn connect(
             source,
         })?;
         let callers: Vec<usize> = (1..rank.world).collect();
-        let called = accept(&listener, rank, &callers, begun, limit)?;
+        let called = accept(&listener, rank, &callers, &start)?;
         let mut table = Vec::new();
         for (stream, hello) in called.values() {
             let ip = stream
@@ -84,7 +113,7 @@ pub(super) fn connect(
         return Ok(connections);
     }
     let call = |other: usize, address: &str, port: u16| {
-        let mut stream = reach(other, address, begun, limit)?;
+        let mut stream = reach(other, address, &start)?;
         let hello = Hello {
             rank: rank.index as u32,
             world: rank.world as u32,
@@ -98,7 +127,9 @@ pub(super) fn connect(
     let listener = loop {
         match listen_for(&address) {
             Ok(listener) => break listener,
-            Err(source) if begun.elapsed() >= limit => return Err(failed(source)),
+            Err(source) if start.is_over(|| waits_for(0, &address, &source)) => {
+                return Err(failed(source));
+            }
             Err(_) => thread::sleep(PAUSE),
         }
     };
@@ -112,7 +143,7 @@ pub(super) fn connect(
         connections.insert(other, call(other, address, own_port)?);
     }
     let callers: Vec<usize> = (rank.index + 1..rank.world).collect();
-    let called = accept(&listener, rank, &callers, begun, limit)?;
+    let called = accept(&listener, rank, &callers, &start)?;
     connections.extend(
         called
             .into_iter()
@@ -152,8 +183,7 @@ fn accept(
     listener: &TcpListener,
     rank: Rank,
     callers: &[usize],
-    begun: Instant,
-    limit: Duration,
+    start: &Start<'_>,
 ) -> Result<BTreeMap<usize, (TcpStream, Hello)>, TcpError> {
     let failed = |source| TcpError::Listen {
         address: listener
@@ -167,11 +197,12 @@ fn accept(
         let mut stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if begun.elapsed() >= limit {
-                    let missing = callers.iter().filter(|caller| !found.contains_key(*caller));
+                let missing = callers.iter().filter(|caller| !found.contains_key(*caller));
+                let missing: Vec<usize> = missing.copied().collect();
+                if start.is_over(|| format!("waiting for {}", named_ranks(&missing, &[]))) {
                     return Err(TcpError::Absent {
-                        ranks: missing.copied().collect(),
-                        waited: begun.elapsed(),
+                        ranks: missing,
+                        waited: start.begun.elapsed(),
                     });
                 }
                 thread::sleep(PAUSE / 10);
@@ -202,12 +233,7 @@ fn accept(
 }
 
 /// Calls a rank until it answers.
-fn reach(
-    other: usize,
-    address: &str,
-    begun: Instant,
-    limit: Duration,
-) -> Result<TcpStream, TcpError> {
+fn reach(other: usize, address: &str, start: &Start<'_>) -> Result<TcpStream, TcpError> {
     loop {
         // The name of a host may be known later than this rank begins.
         let connected = address.to_socket_addrs().and_then(|mut found| {
@@ -217,12 +243,16 @@ fn reach(
         });
         match connected {
             Ok(stream) => return Ok(stream),
-            Err(source) if begun.elapsed() >= limit => {
-                return Err(unreachable(other, address, begun, source));
+            Err(source) if start.is_over(|| waits_for(other, address, &source)) => {
+                return Err(unreachable(other, address, start.begun, source));
             }
             Err(_) => thread::sleep(PAUSE),
         }
     }
+}
+
+fn waits_for(rank: usize, address: &str, cause: &io::Error) -> String {
+    format!("waiting for rank {rank} at {address} ({cause})")
 }
 
 fn unreachable(rank: usize, address: &str, begun: Instant, source: io::Error) -> TcpError {

@@ -59,8 +59,13 @@ impl Link {
         thread::Builder::new()
             .name(format!("from-{peer}"))
             .spawn(move || {
-                let ended = read(reading, &arrives, &counted);
-                let cause = ended.map_or_else(|error| error.to_string(), str::to_owned);
+                let cause = match read(reading, &arrives, &counted) {
+                    Ok(cause) => cause.to_owned(),
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        "the other side has closed it".to_owned()
+                    }
+                    Err(error) => error.to_string(),
+                };
                 let _ = arrives.send(Arrived::Closed(cause));
             })?;
         let writer = thread::Builder::new()

@@ -38,7 +38,7 @@ pub(super) struct TcpRanks {
 }
 
 impl TcpRanks {
-    /// Connects `rank` with all others. `master`: host and port of rank 0.
+    /// Connects `rank` with all others. `master`: host and port of rank 0. `say` tells what is waited for.
     ///
     /// # Errors
     /// When a rank does not call or can't be reached within `limit`, or belongs to another job.
@@ -46,9 +46,10 @@ impl TcpRanks {
         rank: Rank,
         master: &(String, u16),
         limit: Duration,
+        say: &dyn Fn(String),
     ) -> Result<Self, RanksError> {
         let mut links = BTreeMap::new();
-        for (peer, stream) in connect::connect(rank, master, limit)? {
+        for (peer, stream) in connect::connect(rank, master, limit, say)? {
             let link = Link::new(peer, stream).map_err(|error| TcpError::Broken {
                 operation: "start",
                 rank: peer,
