@@ -129,7 +129,7 @@ fn lock_of_another_machine_is_taken_over_after_its_lease() {
     machines.lock_elsewhere(600, 0);
     std::thread::scope(|scope| {
         let refused = scope.spawn(|| {
-            let words = ["pid 7 on host far", "is training into this output"];
+            let words = ["pid 7 on host far", "is training into this prefix"];
             refused(machines.train("one", 2), 2, &words)
         });
         for renewed in 1.. {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::TrainError;
+use crate::config::in_s3;
 
 pub(super) use folder::FolderLock;
 pub(super) use prefix::{PrefixLock, check_prefix_free};
@@ -47,8 +48,9 @@ impl LockWait<'_> {
 
 /// The error for an output that another process trains into. `holder`: the process, in brackets; may be empty.
 fn held(place: &Path, holder: &str) -> TrainError {
+    let output = if in_s3(place) { "prefix" } else { "folder" };
     TrainError::Mismatch(format!(
-        "{}: another process{holder} is training into this output; stop it, or name another train.output",
+        "{}: another process{holder} is training into this {output}; stop it, or name another train.output",
         place.display()
     ))
 }
